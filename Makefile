@@ -1,0 +1,40 @@
+# make setup   the virtual environment .venv, with everything in it
+# make test    lint, types and all tests; sets up first where that is missing
+# make unit    the fast tests only
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# An existing interpreter of another name will do.
+ifeq ($(shell command -v $(PYTHON)),)
+PYTHON := python3
+endif
+
+.PHONY: setup test unit lint format clean
+
+setup: $(VENV)/.ready
+
+# torch comes first and pinned: left to choose, a package index may serve a build several times as large.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+unit: setup
+	$(BIN)/python -m pytest tests/unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

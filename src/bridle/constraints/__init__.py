@@ -1,0 +1,20 @@
+"""Policies on whole texts: text in, score out. No model under training is known here."""
+
+from bridle.constraints.base import AllOf, AnyOf, Constraint, Not, Score
+from bridle.constraints.classifier import Classifier
+from bridle.constraints.function import PythonFunction
+from bridle.constraints.rules import Regex, WordList
+from bridle.constraints.spec import build_constraint
+
+__all__ = [
+    "AllOf",
+    "AnyOf",
+    "Classifier",
+    "Constraint",
+    "Not",
+    "PythonFunction",
+    "Regex",
+    "Score",
+    "WordList",
+    "build_constraint",
+]

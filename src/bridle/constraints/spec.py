@@ -1,0 +1,112 @@
+"""From what a recipe or a command line says to a `Constraint`."""
+
+import re
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from inspect import signature
+from reprlib import repr as short_repr
+from typing import Any
+
+import yaml
+
+from bridle.constraints.base import AllOf, AnyOf, Constraint, Not
+from bridle.constraints.classifier import Classifier
+from bridle.constraints.function import PythonFunction
+from bridle.constraints.options import cause
+from bridle.constraints.rules import Regex, WordList
+from bridle.errors import UserError
+
+TYPES: dict[str, type[Constraint]] = {
+    cls.type_name: cls for cls in (Classifier, WordList, Regex, PythonFunction)
+}
+# The key that VALUE sets in the short form TYPE:VALUE
+SHORT_KEYS = {"classifier": "model", "words": "file", "regex": "pattern", "python": "function"}
+OPERATORS = ("all", "any", "not")
+
+
+def build_constraint(spec: str | Mapping | list, name: str | None = None) -> Constraint:
+    """Builds a constraint, without loading models or functions yet: `Constraint.load` does.
+
+    Args:
+        spec: one of
+            a mapping with the key `type` (classifier, words, regex, python) and that class's arguments;
+            a mapping `{all: [..]}`, `{any: [..]}` or `{not: ..}` of further specifications;
+            a list, which means all of them;
+            a string `TYPE:VALUE[,key=value ...]`, e.g. "classifier:FOLDER,label=toxic,threshold=0.5",
+            "words:FILE", "python:module:function" or "regex:PATTERN" (no options: the rest is the pattern);
+            a string that begins with "{": a mapping in YAML.
+        name: how errors and tables call it, instead of the specification's own name.
+
+    Raises:
+        UserError: an unknown type or key (the nearest known one is named), or a wrong or missing option.
+    """
+    constraint = _build(spec)
+    if name is not None:
+        constraint.name = name
+    return constraint
+
+
+def _build(spec: object) -> Constraint:
+    if isinstance(spec, str):
+        spec = _parse(spec)
+    if isinstance(spec, list):
+        return AllOf([_build(part) for part in spec])
+    if not isinstance(spec, Mapping):
+        raise UserError(f"constraint {short_repr(spec)}: is no mapping, list or string")
+    heads = [key for key in ("type", *OPERATORS) if key in spec]
+    if len(heads) != 1:
+        raise UserError(f"constraint {short_repr(spec)}: needs exactly one of the keys type, all, any, not")
+    head, options = heads[0], dict(spec)
+    value = options.pop(head)
+    return _build_type(value, options) if head == "type" else _build_operator(head, value, options)
+
+
+def _build_type(kind: object, options: dict[Any, Any]) -> Constraint:
+    cls = TYPES.get(str(kind))
+    if cls is None:
+        raise _unknown("constraint", "type", kind, TYPES)
+    _refuse_unknown_keys(cls.type_name, options, signature(cls).parameters)
+    return cls(**options)
+
+
+def _build_operator(operator: str, value: object, options: dict[Any, Any]) -> Constraint:
+    _refuse_unknown_keys(operator, options, ["name"])
+    if operator == "not":
+        return Not(_build(value), **options)
+    if not isinstance(value, list):
+        raise UserError(f"constraint '{operator}': needs a list of constraints, not {short_repr(value)}")
+    return (AllOf if operator == "all" else AnyOf)([_build(part) for part in value], **options)
+
+
+def _parse(spec: str) -> Mapping[str, Any]:
+    """Returns the mapping that a string stands for."""
+    if spec.lstrip().startswith("{"):
+        return _parse_yaml(spec)
+    kind, colon, value = spec.partition(":")
+    if not colon or not value:
+        raise UserError(f"constraint '{spec}': write TYPE:VALUE; the types are {', '.join(SHORT_KEYS)}")
+    if kind not in SHORT_KEYS:
+        raise _unknown(f"constraint '{spec}'", "type", kind, SHORT_KEYS)
+    if kind == "regex":
+        return {"type": kind, "pattern": value}
+    # a comma inside a value is a comma unless `key=` follows
+    value, *pairs = re.split(r",(?=\w+=)", value)
+    return {"type": kind, SHORT_KEYS[kind]: value} | dict(pair.split("=", 1) for pair in pairs)
+
+
+def _parse_yaml(spec: str) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(spec))
+    except yaml.YAMLError as error:
+        raise UserError(f"constraint {short_repr(spec)}: is not YAML: {cause(error)}") from error
+
+
+def _refuse_unknown_keys(kind: str, options: Mapping, known: Collection[str]) -> None:
+    for key in options:
+        if key not in known:
+            raise _unknown(f"constraint '{kind}'", "key", key, known)
+
+
+def _unknown(where: str, what: str, given: object, known: Collection[str]) -> UserError:
+    nearest = get_close_matches(str(given), known, n=1, cutoff=0)[0]
+    return UserError(f"{where}: unknown {what} '{given}'; nearest: '{nearest}'; known: {', '.join(known)}")

@@ -1,0 +1,39 @@
+"""How far R can be believed: does what it calls 0.7 comply seven times out of ten?"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration of predicted compliance against labels.
+
+    Attributes:
+        brier: mean squared error of the prediction, in [0, 1]; lower is better.
+        expected_calibration_error: mean gap between prediction and rate over the bins, weighted by size.
+        bins: per non-empty bin (mean prediction, observed rate, count): a reliability diagram.
+    """
+
+    brier: float
+    expected_calibration_error: float
+    bins: list[tuple[float, float, int]]
+
+
+def calibration(predicted: Tensor, compliance: Tensor, bins: int = 10) -> Calibration:
+    """Brier score and expected calibration error (Guo et al., ICML 2017), with equal-width bins.
+
+    Args:
+        predicted: [n] probabilities of compliance, n ≥ 1.
+        compliance: [n] labels in [0, 1].
+        bins: how many bins [0, 1] is cut into.
+    """
+    predicted, compliance = predicted.double(), compliance.double()
+    bin_of = (predicted * bins).long().clamp(0, bins - 1)
+    rows = []
+    for index in bin_of.unique().tolist():
+        inside = bin_of == index
+        rows.append((predicted[inside].mean().item(), compliance[inside].mean().item(), int(inside.sum())))
+    gap = sum(abs(mean - rate) * count for mean, rate, count in rows) / len(predicted)
+    return Calibration(torch.mean((predicted - compliance) ** 2).item(), gap, rows)

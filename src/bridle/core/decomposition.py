@@ -1,0 +1,57 @@
+"""Fitting R(s) = E[C | s]: what the constraint will say of the whole output, read off a prefix.
+
+R obeys R(s) = Σ_v p_a(v|s)·R(s∘v), and R of a finished output is C. It is fitted on samples y ~ p_a
+labelled by C (Meng et al., NeurIPS 2022, eq. 6 to 8):
+
+    L_R = Σ_t BCE(R(s_t), C)  +  β·Σ_t KL_Bernoulli( Σ_v p_a(v|s_t)·R(s_t∘v) ‖ R(s_t) )
+
+All tensors are aligned on the completion: position j scores completion token j, so `r_logits[b, j, v]`
+is the logit of R for the prompt, the first j completion tokens, and then v. The sigmoid is applied once,
+inside the loss: feeding log-sigmoid outputs into BCE-with-logits would teach a rate of 0.4 as 0.67.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def label_loss(r_taken: Tensor, mask: Tensor, compliance: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy of R on every prefix of a labelled sample.
+
+    Args:
+        r_taken: [batch, time] logits of R along the sampled path: entry [b, j] scores the prompt and the
+            first j + 1 completion tokens.
+        mask: [batch, time], true where the sample has a token.
+        compliance: [batch], C of the whole sample in [0, 1].
+
+    Returns:
+        (sum over prefixes, number of prefixes), in nats.
+    """
+    labels = compliance[:, None].expand_as(r_taken).to(r_taken.dtype)
+    losses = F.binary_cross_entropy_with_logits(r_taken, labels, reduction="none")
+    return losses.masked_fill(~mask, 0).sum(), mask.sum()
+
+
+def consistency_loss(
+    r_logits: Tensor, r_taken: Tensor, anchor_log_probs: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Forward consistency: R of a prefix should be the mean of R over the anchor's next tokens.
+
+    The prefix after completion token j is scored by `r_taken[:, j]`; its continuations are row j + 1.
+    The empty completion has no score of its own and is left out.
+
+    Args:
+        r_logits: [batch, time, vocabulary].
+        r_taken: [batch, time].
+        anchor_log_probs: [batch, time, vocabulary].
+        mask: [batch, time], true where the sample has a token.
+
+    Returns:
+        (sum over prefixes, number of prefixes), in nats.
+    """
+    # The clamp keeps both logarithms finite; float32 resolves 1 - 1e-6.
+    mean = (anchor_log_probs[:, 1:].exp() * r_logits[:, 1:].sigmoid()).sum(-1).clamp(1e-6, 1 - 1e-6)
+    parent = r_taken[:, :-1]
+    divergence = mean * (mean.log() - F.logsigmoid(parent))
+    divergence = divergence + (1 - mean) * ((1 - mean).log() - F.logsigmoid(-parent))
+    mask = mask[:, 1:]
+    return divergence.masked_fill(~mask, 0).sum(), mask.sum()

@@ -1,0 +1,53 @@
+"""The two terms of constrained fine-tuning, L = CE(corpus) + Σ_d λ_d·KL(q ‖ p_θ) (EMNLP 2024, §3).
+
+Each loss returns (sum, count), so that a batch can be split in any way and divided once, over the
+whole accumulated global batch. With q fixed, the gradient of both terms with respect to the logits
+at one position is (1 + λ)·p − onehot(target) − λ·q, and the optimum is (p_data + λ·q) / (1 + λ):
+the model still learns from violating text, at weight 1 / (1 + λ).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the corpus.
+
+    Args:
+        logits: [..., vocabulary].
+        targets: [...] token ids.
+        mask: [...], true where the position counts.
+
+    Returns:
+        (sum over counted positions, number of counted positions), both scalars, in nats.
+    """
+    nll = -F.log_softmax(logits.float(), dim=-1).gather(-1, targets[..., None]).squeeze(-1)
+    return _masked_sum(nll, mask)
+
+
+def kl_divergence(log_q: Tensor, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact KL(q ‖ p) over the vocabulary.
+
+    Args:
+        log_q: [..., vocabulary] log-probabilities of the target, carrying no gradient.
+        logits: [..., vocabulary] of the policy p.
+        mask: [...], true where the position counts.
+
+    Returns:
+        (sum over counted positions, number of counted positions), both scalars, in nats.
+        A fully masked batch gives a zero that is still part of the graph.
+    """
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    log_q = log_q.detach().clamp(min=-1e30)  # 0·log 0 = 0, where -inf would make NaN
+    per_position = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return _masked_sum(per_position.clamp(min=0), mask)  # rounding alone can make a KL negative
+
+
+def entropy(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy of softmax(logits) as (sum, count), in nats. Shapes as in `cross_entropy`."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    return _masked_sum(-(log_p.exp() * log_p).sum(-1), mask)
+
+
+def _masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return values.masked_fill(~mask, 0).sum(), mask.sum()

@@ -1,0 +1,26 @@
+"""Rows, domains, prompts and rollouts: everything that is read from or kept in files of text."""
+
+from bridle.data.corpus import DOMAIN, Domain, mix, tokenize_domain
+from bridle.data.encoding import IGNORED, encode_prompt
+from bridle.data.prompts import Prompt, prompts_from_domain, read_prompts
+from bridle.data.readers import ROW
+from bridle.data.rollouts import Rollout, read_rollouts, write_rollouts
+from bridle.data.source import DataSource, texts_of
+
+__all__ = [
+    "DOMAIN",
+    "IGNORED",
+    "ROW",
+    "DataSource",
+    "Domain",
+    "Prompt",
+    "Rollout",
+    "encode_prompt",
+    "mix",
+    "prompts_from_domain",
+    "read_prompts",
+    "read_rollouts",
+    "texts_of",
+    "tokenize_domain",
+    "write_rollouts",
+]

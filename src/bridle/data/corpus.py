@@ -1,0 +1,168 @@
+"""The corpus: named domains, each a data source of its own, tokenised on their own and mixed by weights."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import pack_dataset
+
+from bridle.data.encoding import IGNORED, Encoded, RowEncoder
+from bridle.data.readers import gather
+from bridle.data.rows import filled_rows, format_fields
+from bridle.data.source import DataSource
+from bridle.errors import UserError
+from bridle.progress import track
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "domain"  # column that `mix` adds: the index of the row's domain
+MOST_REPEATS = 1000  # an epoch that repeats the corpus more often than this is a slip in the weights
+
+_TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+
+
+@dataclass
+class Domain(DataSource):
+    """One part of the corpus.
+
+    Attributes:
+        name: its key in the recipe.
+        weight: its share of the mixture's rows, relative to the other domains' weights; above 0.
+    """
+
+    name: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight("weight", self.weight)
+
+    def read(self) -> Dataset:
+        """Reads the rows, as `DataSource.read`; they must have the columns of a format.
+
+        Raises:
+            UserError: as `DataSource.read`, and if there are no columns to learn from.
+        """
+        dataset = super().read()
+        format_fields(dataset.column_names, self.path)
+        return dataset
+
+
+def check_weight(key: str, weight: float) -> None:
+    """Raises a UserError if a mixing weight is not a finite number above 0."""
+    if not (weight > 0 and math.isfinite(weight)):
+        raise UserError(f"{key}: must be a finite number above 0, not {weight}; leave a domain out instead")
+
+
+def tokenize_domain(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    name: str = "data set",
+    assistant_only: bool = False,
+    packing: bool = False,
+) -> Dataset:
+    """Tokenises rows into `input_ids` and `labels` (int32, of one length), as TRL's `SFTTrainer` does.
+
+    Plain text and completions end with the end-of-text token; labels are the ids, except for a prompt,
+    whose labels are -100. Blank rows are skipped, rows that the truncation leaves without a label are
+    dropped, and both are counted in a warning.
+
+    Args:
+        dataset: rows with the columns `messages`, or `prompt` and `completion`, or `text`.
+        tokenizer: the model's tokenizer.
+        max_length: tokens of a row, or of a packed row; the start is kept. None keeps all.
+        name: what errors call the rows: the file or the domain.
+        assistant_only: learn only the assistant's turns of a chat.
+        packing: fill rows of `max_length` one after the other, cutting texts in the middle ("wrapped").
+
+    Raises:
+        UserError: naming the row, if a value is no text or chat, or the chat template refuses it; if the
+            tokenizer lacks what the format needs; if no row is left.
+    """
+    if packing and max_length is None:
+        raise UserError("packing: needs max_length, the length of the rows to fill")
+    rows = _encoded(dataset, RowEncoder(tokenizer, assistant_only), name)
+    kept = _learnable(rows, None if packing else max_length, name)
+    tokens = gather(({"input_ids": ids, "labels": labels} for ids, labels in kept), _TOKENS)
+    if not len(tokens):
+        raise UserError(f"{name}: none of its {len(dataset)} rows holds a token to learn")
+    return pack_dataset(tokens, max_length, "wrapped") if packing else tokens
+
+
+def _encoded(dataset: Dataset, encoder: RowEncoder, name: str) -> Iterator[Encoded]:
+    rows = filled_rows(dataset, format_fields(dataset.column_names, name), name)
+    for number, values in track(rows, f"tokenising {name}", len(dataset), "rows"):
+        yield encoder.encode(values, f"{name} row {number}")
+
+
+def _learnable(rows: Iterator[Encoded], max_length: int | None, name: str) -> Iterator[Encoded]:
+    """Cuts rows to `max_length` and drops those that then have no label, as a prompt alone has none."""
+    dropped = 0
+    for ids, labels in rows:
+        if set(labels[:max_length]) <= {IGNORED}:
+            dropped += 1
+        else:
+            yield ids[:max_length], labels[:max_length]
+    if dropped:
+        log.warning(
+            "%s: dropped %d rows without a token to learn in max_length=%s", name, dropped, max_length
+        )
+
+
+def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int) -> Dataset:
+    """Mixes tokenised domains by weights into the rows of one epoch.
+
+    Domain d gets the share w_d / Σ w of the rows, to the row; equal weights are the paper's "equal
+    proportions". The epoch is the shortest in which every row of every domain occurs; a domain that runs
+    out starts anew in another order. The same seed gives the same rows.
+
+    Args:
+        domains: rows by domain name, all with the same columns.
+        weights: a weight above 0 for each of those names.
+        seed: orders the domains and the rows within each.
+
+    Returns:
+        The rows with the integer column `domain`, the index of the name in `domains`.
+
+    Raises:
+        UserError: for names that differ, a weight that is not above 0, or weights so uneven that a domain
+            would repeat without end.
+    """
+    counts = _row_counts({name: len(rows) for name, rows in domains.items()}, weights)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    chosen = np.empty(len(order), dtype=np.int64)
+    start = 0
+    for index, rows in enumerate(domains.values()):
+        chosen[order == index] = start + _passes(len(rows), counts[index], rng)
+        start += len(rows)
+    parts = [
+        rows.add_column(DOMAIN, np.full(len(rows), index)) for index, rows in enumerate(domains.values())
+    ]
+    return concatenate_datasets(parts).select(chosen)
+
+
+def _row_counts(sizes: dict[str, int], weights: Mapping[str, float]) -> list[int]:
+    """How many rows each domain gives, so that the shares hold and the scarcest domain is used up."""
+    if sizes.keys() != weights.keys():
+        raise UserError(f"weights are for {', '.join(weights)}, but the domains are {', '.join(sizes)}")
+    for name, weight in weights.items():
+        check_weight(f"weights.{name}", weight)
+    per_weight = max(size / weights[name] for name, size in sizes.items())
+    if per_weight * sum(weights.values()) > MOST_REPEATS * sum(sizes.values()):
+        raise UserError(
+            f"weights {dict(weights)} repeat a domain over {MOST_REPEATS} times to use up the others"
+        )
+    return [max(size, round(per_weight * weights[name])) for name, size in sizes.items()]
+
+
+def _passes(size: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` indices below `size`: one pass after the other over all of them, each in its own order."""
+    passes = [rng.permutation(size) for _ in range(math.ceil(count / size))]
+    return np.concatenate(passes)[:count]

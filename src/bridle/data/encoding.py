@@ -1,0 +1,132 @@
+"""Texts, completions and chats as token ids, exactly as TRL's `SFTTrainer` prepares them."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import common_prefix_length
+
+from bridle.data.readers import first_line
+from bridle.data.rows import Messages
+from bridle.errors import UserError
+
+IGNORED = -100  # the label of a token that is read but not learnt
+
+Encoded = tuple[list[int], list[int]]  # the input_ids and the labels of one row, of one length
+
+
+class RowEncoder:
+    """Turns rows into ids and labels, as `tokenize_fn` and `build_labels` do in TRL's `SFTTrainer`.
+
+    It differs from TRL only where a text spells out the beginning-of-text token that the tokenizer adds
+    anyway: one is kept, not two.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        assistant_only: learn only the assistant's turns of a chat.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False):
+        self.tokenizer, self.assistant_only = tokenizer, assistant_only
+
+    def encode(self, values: dict[str, Any], place: str) -> Encoded:
+        """Encodes one row: {"text"}, {"messages"} or {"prompt", "completion"}, the labels of a prompt -100.
+
+        Raises:
+            UserError: beginning with `place`, if the tokenizer or its chat template cannot.
+        """
+        if "completion" in values:
+            return self._completion(values["prompt"], values["completion"], place)
+        if "text" in values:
+            return self._tokenize(self._ended(values["text"]), place)
+        return self._tokenize(values["messages"], place)
+
+    def _completion(self, prompt: Any, completion: Any, place: str) -> Encoded:
+        if type(prompt) is not type(completion):
+            raise UserError(f"{place}: prompt and completion must both be text or both be chat messages")
+        whole = prompt + (self._ended(completion) if isinstance(completion, str) else completion)
+        ids, labels = self._tokenize(whole, place)
+        prompt_ids, _ = self._tokenize(prompt, place, add_generation_prompt=True)
+        # Tokens may merge across the border: the completion starts where the two tokenisations part.
+        start = common_prefix_length(prompt_ids, ids)
+        return ids, [IGNORED] * start + labels[start:]
+
+    def _tokenize(self, value: str | Messages, place: str, **options: Any) -> Encoded:
+        if isinstance(value, str):
+            ids = labels = self.tokenizer(value, verbose=False)["input_ids"]  # cut to max_length later
+        else:
+            ids, labels = self._chat(value, place, **options)
+        start = surplus_bos(ids, self.tokenizer)
+        return ids[start:], labels[start:]
+
+    def _chat(self, messages: Messages, place: str, **options: Any) -> Encoded:
+        options |= {"chat_template": self._template, "return_assistant_tokens_mask": self.assistant_only}
+        output = render_chat(messages, self.tokenizer, place, **options)
+        ids = output["input_ids"]
+        learnt = output.get("assistant_masks", [1] * len(ids))
+        return ids, [token if kept else IGNORED for token, kept in zip(ids, learnt, strict=True)]
+
+    @cached_property
+    def _template(self) -> str | None:
+        """TRL's template that marks the assistant's turns, where that is needed; None for the tokenizer's own."""
+        own = self.tokenizer.chat_template
+        if not self.assistant_only or own is None or has_generation_markers(own):
+            return None
+        try:
+            marked: str | None = get_training_chat_template(self.tokenizer)
+        except ValueError as error:
+            raise UserError("assistant_only needs a chat template with {% generation %} markers") from error
+        return marked
+
+    def _ended(self, text: str) -> str:
+        end = self.tokenizer.eos_token
+        if end is None:
+            raise UserError("the tokenizer names no end-of-text token; set its eos_token")
+        return text if text.endswith(end) else text + end
+
+
+def encode_prompt(
+    prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, place: str = "prompt"
+) -> list[int]:
+    """The tokens of a prompt: one beginning-of-text token at most, and no end-of-text token after a text.
+
+    A chat gets the template's opening of the assistant's turn, unless it ends in such a turn to go on with.
+
+    Raises:
+        UserError: beginning with `place`, if there is nothing to encode or no template for a chat.
+    """
+    if isinstance(prompt, str):
+        # A lone surrogate, as a shell may hand over, is no text to a tokenizer.
+        ids = tokenizer(prompt.encode(errors="replace").decode(), verbose=False)["input_ids"]
+        while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+    else:
+        open_turn = prompt[-1]["role"] == "assistant"
+        options = {"add_generation_prompt": not open_turn, "continue_final_message": open_turn}
+        ids = render_chat(prompt, tokenizer, place, **options)["input_ids"]
+    if not ids:
+        raise UserError(f"{place}: the prompt is empty; give at least one token to go on from")
+    return list(ids[surplus_bos(ids, tokenizer) :])
+
+
+def render_chat(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, place: str, **options: Any
+) -> dict[str, Any]:
+    """Applies the tokenizer's chat template; `place` names the row in the UserError if it cannot be."""
+    if tokenizer.chat_template is None:
+        raise UserError(f"{place}: chat messages need a tokenizer with a chat template; this one has none")
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{place}: the chat template refuses these messages: {first_line(error)}") from error
+    return dict(rendered)
+
+
+def surplus_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many beginning-of-text tokens too many `ids` start with."""
+    leading = sum(1 for _ in takewhile(lambda token: token == tokenizer.bos_token_id, ids))
+    return max(leading - 1, 0)

@@ -1,0 +1,219 @@
+"""Files, folders and hub names as `datasets.Dataset`s; a broken row is named by its number."""
+
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Json,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+
+from bridle.errors import UserError
+
+ROW = "__row__"  # the row of the file, 1-based, that a row came from; in JSON lines and text its line
+BATCH = 1000  # rows held as Python objects at a time
+LONGEST_FIELD = 2**31 - 1  # characters in one CSV field: a whole document is ordinary here
+
+# What the readers raise on a file that is not what its name says.
+_UNREADABLE = (OSError, ValueError, KeyError, OverflowError, pa.ArrowException)
+_HUB_NAME = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::(\w[\w.-]*))?")
+_JSON_TYPES = {
+    frozenset({str}): Value("string"),
+    frozenset({bool}): Value("bool"),
+    frozenset({int}): Value("int64"),
+    frozenset({float}): Value("float64"),
+    frozenset({int, float}): Value("float64"),
+}
+
+
+def read_dataset(name: str, split: str, text_columns: Collection[str]) -> Dataset:
+    """Reads a file, a folder written by `save_to_disk`, or a hub data set "name" or "name:config".
+
+    Args:
+        name: the path or hub name.
+        split: the split of a folder or a hub data set; files have none.
+        text_columns: CSV columns that stay text even where every value looks like a number.
+
+    Raises:
+        UserError: if it cannot be read, naming the file and, where there is one, the row.
+    """
+    path = Path(name).expanduser()
+    reader = _READERS.get(path.suffix.lower())
+    try:
+        if path.is_dir():
+            return _read_folder(path, split)
+        if reader is not None:
+            return reader(path, text_columns)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: no such file") from error
+    except _UNREADABLE as error:
+        raise UserError(f"cannot read {name}: {first_line(error)}") from error
+    if path.exists():
+        raise UserError(f"{name}: not a kind of file known here; use one of {', '.join(_READERS)}")
+    return _read_hub(name, split)
+
+
+def gather(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
+    """Collects rows into a data set in memory, a batch at a time; a key that a row lacks is null."""
+    rows = iter(rows)
+    batches = iter(lambda: list(islice(rows, BATCH)), [])
+    tables = [
+        Dataset.from_dict({name: [row.get(name) for row in batch] for name in features}, features)
+        for batch in batches
+    ]
+    return concatenate_datasets(tables or [Dataset.from_dict({name: [] for name in features}, features)])
+
+
+def _read_hub(name: str, split: str) -> Dataset:
+    match = _HUB_NAME.fullmatch(name)
+    if match is None:
+        raise UserError(f"{name}: no such file or folder")
+    try:
+        return load_dataset(*match.groups(), split=split)
+    except Exception as error:  # the hub's clients raise errors of several libraries with no common base
+        reason = first_line(error)
+        raise UserError(f"{name}: no such file or folder, and not read from the hub: {reason}") from error
+
+
+def _read_folder(path: Path, split: str) -> Dataset:
+    try:
+        found = load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not a folder written by datasets' save_to_disk") from error
+    if not isinstance(found, DatasetDict):
+        return found.with_format(None)
+    if split not in found:
+        raise UserError(f"{path} has no split {split!r}; it has {', '.join(map(repr, found))}")
+    return found[split].with_format(None)
+
+
+def _read_parquet(path: Path, text_columns: Collection[str]) -> Dataset:
+    return Dataset(pq.read_table(path))
+
+
+def _read_text(path: Path, text_columns: Collection[str]) -> Dataset:
+    rows = ({"text": line.rstrip("\r\n")} for _, line in _lines(path))
+    return gather(rows, Features({"text": Value("string")}))
+
+
+def _read_json(path: Path, text_columns: Collection[str]) -> Dataset:
+    # Two passes: the first finds every column and its type, so that the second need hold only a batch.
+    types: dict[str, set[type]] = defaultdict(set)
+    for row in _json_rows(path):
+        for column, value in row.items():
+            types[column] |= {type(value)} - {type(None)}
+    features = {column: _json_feature(found) for column, found in types.items()}
+    return gather(_json_rows(path), Features(features))
+
+
+def _json_feature(types: set[type]) -> Value | Json:
+    """The column type for the Python types found in it; nested and mixed values keep their own shape."""
+    return _JSON_TYPES.get(frozenset(types or {str}), Json())
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    lines = ((number, line) for number, line in _lines(path) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    if path.suffix.lower() == ".json" and first[1].lstrip().startswith("["):
+        text = first[1] + "".join(line for _, line in lines)
+        rows: Iterable[tuple[int, Any]] = enumerate(_parse_json(text, str(path)), start=1)
+    else:
+        rows = ((number, _parse_json(line, f"{path} row {number}")) for number, line in chain([first], lines))
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{path} row {number}: expected a mapping of columns, found {type(row).__name__}")
+        yield {**row, ROW: number}
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        value = json.loads(text)
+        # An escaped lone surrogate is legal JSON but no Unicode text, which Arrow and tokenizers need.
+        if "\\ud" in text or "\\uD" in text:
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: malformed JSON: {first_line(error)}") from error
+    return value
+
+
+def _read_csv(path: Path, text_columns: Collection[str]) -> Dataset:
+    rows = _csv_rows(path)
+    header = next(rows, [])
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns share a name in the header {header}")
+    features = Features({name: Value("string") for name in header})
+    table = gather((dict(zip(header, row, strict=True)) for row in rows), features).with_format("arrow")[:]
+    for index, name in enumerate(header):
+        if name not in text_columns:
+            table = table.set_column(index, name, _typed(table[name]))
+    return Dataset(table.replace_schema_metadata())
+
+
+def _csv_rows(path: Path) -> Iterator[list[str]]:
+    """The header, then rows of its length; row numbers in errors do not count the header."""
+    csv.field_size_limit(LONGEST_FIELD)
+    rows = csv.reader((line for _, line in _lines(path)), strict=True)
+    number, width = -1, 0
+    try:
+        for row in filter(None, rows):
+            number, width = number + 1, width or len(row)
+            if len(row) != width:
+                raise UserError(f"{path} row {number}: {len(row)} values for {width} columns")
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{path} row {number + 1}: broken CSV: {error}") from error
+
+
+def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of strings as whole numbers, numbers or booleans where every value is one; "" is null."""
+    values = pc.if_else(pc.equal(column, ""), None, column)
+    for kind in (pa.int64(), pa.float64(), pa.bool_()):
+        try:
+            return values.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return column
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends; only a line feed ends a line, as JSON strings may hold other breaks."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} row {number}: not UTF-8 text; convert the file to UTF-8") from error
+            yield number, text
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_READERS: dict[str, Callable[[Path, Collection[str]], Dataset]] = {
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}

@@ -1,0 +1,103 @@
+"""Labelled samples with their provenance, as JSON lines."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import UnionType
+
+from bridle.data.readers import first_line
+from bridle.errors import UserError
+
+_TYPES: dict[str, type | UnionType] = {
+    "prompt_ids": list,
+    "completion_ids": list,
+    "prompt": str,
+    "completion": str,
+    "round": int,
+    "regulariser": str,
+    "model_hash": str,
+    "constraint": str,
+    "value": float | int | None,
+    "complies": bool | None,
+    "reason": str,
+}
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """One completion drawn from a model, with its label.
+
+    Attributes:
+        prompt_ids, completion_ids: the tokens.
+        prompt, completion: what they stand for.
+        round: the round that drew it.
+        regulariser: the domain whose regulariser it is for.
+        model_hash: identifies the weights it was drawn from.
+        constraint: the name of the constraint that scored it.
+        value: the score in [0, 1], 1 where it complies; None if missing.
+        complies: the thresholded score; None if missing.
+        reason: why the score is missing.
+
+    Raises:
+        UserError: if a field has another type, or the value is neither None nor in [0, 1].
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    prompt: str
+    completion: str
+    round: int
+    regulariser: str
+    model_hash: str
+    constraint: str
+    value: float | None = None
+    complies: bool | None = None
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in _TYPES.items():
+            if not isinstance(getattr(self, name), kind):
+                raise UserError(f"{name} holds {type(getattr(self, name)).__name__}")
+        if not all(type(token) is int and token >= 0 for token in self.prompt_ids + self.completion_ids):
+            raise UserError("prompt_ids and completion_ids must be token ids")
+        if self.value is not None and not 0 <= self.value <= 1:  # NaN fails this too
+            raise UserError(f"value {self.value} is not in [0, 1]; a missing score is null")
+
+
+def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
+    """Writes rollouts as JSON lines; the file appears whole or, if anything fails, not at all.
+
+    The lines are ASCII: everything else, lone surrogates too, is escaped and comes back as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="ascii") as file:
+            file.writelines(json.dumps(asdict(rollout), allow_nan=False) + "\n" for rollout in rollouts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_rollouts(path: str | Path) -> list[Rollout]:
+    """Reads what `write_rollouts` wrote.
+
+    Raises:
+        UserError: naming the file, and the row that is not a rollout.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return [_rollout(line, f"{path} row {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _rollout(line: bytes, place: str) -> Rollout:
+    try:
+        return Rollout(**json.loads(line))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{place} is not a rollout: {first_line(error)}") from error

@@ -1,0 +1,78 @@
+"""What the rows of a corpus or a prompt file look like: their formats, and the checks that name a bad row."""
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from bridle.data.readers import ROW
+from bridle.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMATS = (("messages",), ("prompt", "completion"), ("text",))  # each format's columns, the first match wins
+
+Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": ...} by turns
+
+_TEXT, _CHAT = "text", "chat messages"
+_HOLDS = {"text": {_TEXT}, "messages": {_CHAT}, "prompt": {_TEXT, _CHAT}, "completion": {_TEXT, _CHAT}}
+
+
+def format_fields(columns: Sequence[str], name: str) -> tuple[str, ...]:
+    """The columns of the rows' format: ("messages",), else ("prompt", "completion"), else ("text",).
+
+    Raises:
+        UserError: naming the columns there are, if they make none of these.
+    """
+    fields = next((fields for fields in FORMATS if set(fields) <= set(columns)), None)
+    if fields is None:
+        raise absent_column(name, "text", columns)
+    return fields
+
+
+def absent_column(name: str, column: str, columns: Sequence[str]) -> UserError:
+    """The error for a column that is not there: which columns are, and the nearest of them."""
+    there = [known for known in columns if known != ROW]
+    nearest = difflib.get_close_matches(column, there, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return UserError(f"{name} has no column {column!r}; it has {', '.join(map(repr, there)) or 'none'}{hint}")
+
+
+def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the row number and `fields` of every row in which none of them is blank.
+
+    Blank is null, white space only, or a chat without messages; such rows are counted in a warning.
+
+    Raises:
+        UserError: naming the row, if a column holds neither text nor, where it may, a chat.
+    """
+    blank = 0
+    for index, row in enumerate(dataset, start=1):
+        number = row.get(ROW, index)
+        values = {field: row[field] for field in fields}
+        for field, value in values.items():
+            _check(value, field, f"{name} row {number}")
+        if all(map(_is_filled, values.values())):
+            yield number, values
+        else:
+            blank += 1
+    if blank:
+        log.warning("%s: left out %d of %d rows that hold no text", name, blank, len(dataset))
+
+
+def _check(value: Any, field: str, place: str) -> None:
+    kind = _TEXT if isinstance(value, str) else _CHAT if _is_chat(value) else type(value).__name__
+    if value is not None and kind not in _HOLDS[field]:
+        raise UserError(f"{place}: column {field!r} holds {kind}, not {' or '.join(sorted(_HOLDS[field]))}")
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
+    )
+
+
+def _is_filled(value: str | Messages | None) -> bool:
+    return bool(value.strip() if isinstance(value, str) else value)

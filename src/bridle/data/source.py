@@ -1,0 +1,175 @@
+"""References to rows: which file, folder or hub name, which of its rows, and what its columns are called."""
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import yaml
+from datasets import Dataset
+
+from bridle.data.readers import ROW, read_dataset
+from bridle.data.rows import FORMATS, absent_column, filled_rows
+from bridle.errors import UserError
+
+_FIELDS = tuple(field for fields in FORMATS for field in fields)
+_OPTIONS = {"split", "rows", *_FIELDS}  # keys of `parse` that are no filter
+_BOUND = r"(-?\d+|-?\d+(?:\.\d+)?%)?"
+_ROWS = re.compile(f"{_BOUND}:{_BOUND}")
+
+
+@dataclass
+class DataSource:
+    """Rows of a file, of a `datasets` folder or of a hub data set.
+
+    Attributes:
+        path: a .jsonl, .json, .csv, .parquet or .txt file (one text a line), a folder written by
+            `save_to_disk`, or a hub name: "name" or "name:config".
+        split: which split of a folder or a hub data set; files have no splits.
+        rows: a slice over the rows in file order, in rows or in percent: "100:200", "0:80%", "-10%:".
+        where: keeps the rows whose column equals the value, or one of a list of values; applied after `rows`.
+        text, prompt, completion, messages: what those columns are called here. Naming one also fixes
+            the format; otherwise it is read off the columns that are there.
+
+    Raises:
+        UserError: for `rows` that are no slice, or column names of two formats at once; the message
+            begins with the field.
+    """
+
+    path: str
+    split: str = "train"
+    rows: str | None = None
+    where: dict[str, Any] | None = None
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError("path: is empty; give a file, a folder or a hub name")
+        if self.rows is not None:
+            row_range(self.rows, total=0)
+        if not any(self._named.keys() <= set(fields) for fields in FORMATS):
+            first, *others = self._named
+            raise UserError(
+                f"{first}: is of another format than {', '.join(others)}; name one format's columns"
+            )
+
+    @property
+    def _named(self) -> dict[str, str]:
+        """The columns named explicitly: standard name to the name in the file."""
+        return {field: name for field in _FIELDS if (name := getattr(self, field)) is not None}
+
+    @classmethod
+    def parse(cls, text: str) -> "DataSource":
+        """Reads the command line's form "FILE,rows=80%:90%,label=0,text=column".
+
+        `split`, `rows` and the four column names set those fields; any other key is a `where` filter,
+        its value a YAML scalar. A filter given twice keeps the rows that have either value.
+
+        Raises:
+            UserError: for a part that is not key=value, or a value that is not YAML.
+        """
+        path, *parts = text.split(",")
+        fields: dict[str, str] = {}
+        where: dict[str, list[Any]] = {}
+        for part in parts:
+            key, equals, value = part.partition("=")
+            if not equals or not key:
+                raise UserError(f"{text!r}: {part!r} is not key=value, as in FILE,rows=0:80%,label=0")
+            if key in _OPTIONS:
+                fields[key] = value
+            else:
+                where.setdefault(key, []).append(_yaml_scalar(value, text))
+        filters = {column: values[0] if len(values) == 1 else values for column, values in where.items()}
+        return cls(path, where=filters or None, **fields)
+
+    def read(self) -> Dataset:
+        """Reads the rows, afresh each time, with the column `ROW` added.
+
+        Columns that the source names get their standard names, and columns of the other formats then go.
+        JSON values that are lists, mappings or of mixed types keep their shape (`datasets.Json`); lone
+        surrogates in JSON strings become "?".
+
+        Raises:
+            UserError: if the path cannot be read, a row is malformed, a column named here is absent, or
+                no rows are left.
+        """
+        dataset = read_dataset(self.path, self.split, {*_FIELDS, *self._named.values()})
+        total = len(dataset)
+        if not total:
+            raise UserError(f"{self.path} holds no rows")
+        if ROW not in dataset.column_names:
+            dataset = dataset.add_column(ROW, np.arange(1, total + 1))
+        if self.rows is not None:
+            dataset = dataset.select(row_range(self.rows, total))
+        for column, wanted in (self.where or {}).items():
+            dataset = _keep(dataset, column, wanted, self.path)
+        if not len(dataset):
+            kept = f"rows={self.rows} and where={self.where}"
+            raise UserError(f"{self.path}: {kept} keep none of its {total} rows")
+        return _standard_columns(dataset, self._named, self.path)
+
+
+def texts_of(source: DataSource) -> list[str]:
+    """The texts of a source's rows, from its column `text`; rows without one are left out with a warning.
+
+    Raises:
+        UserError: as `DataSource.read`, and if there is no text.
+    """
+    dataset = source.read()
+    if "text" not in dataset.column_names:
+        raise absent_column(source.path, "text", dataset.column_names)
+    texts = [values["text"] for _, values in filled_rows(dataset, ["text"], source.path)]
+    if not texts:
+        raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a text")
+    return texts
+
+
+def row_range(rows: str, total: int) -> range:
+    """The indices that a slice such as "0:80%" or "100:200" picks out of `total` rows.
+
+    Percentages are rounded down, so "0:80%" and "80%:" share no row and leave none out.
+
+    Raises:
+        UserError: if `rows` is not such a slice.
+    """
+    # YAML reads an unquoted 10:30 as the number 630, hence the check for text and the hint.
+    match = _ROWS.fullmatch(rows) if isinstance(rows, str) else None
+    if match is None:
+        raise UserError(f'rows: {rows!r} is no slice such as "0:80%" or "100:200" (quoted, in a recipe)')
+    start, stop = (_bound(text, total) for text in match.groups())
+    return range(*slice(start, stop).indices(total))
+
+
+def _bound(text: str | None, total: int) -> int | None:
+    if text is None:
+        return None
+    return math.floor(total * Fraction(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+
+def _keep(dataset: Dataset, column: str, wanted: Any, path: str) -> Dataset:
+    if column not in dataset.column_names:
+        raise absent_column(path, column, dataset.column_names)
+    allowed = wanted if isinstance(wanted, list) else [wanted]
+    return dataset.select([index for index, value in enumerate(dataset[column][:]) if value in allowed])
+
+
+def _standard_columns(dataset: Dataset, named: dict[str, str], path: str) -> Dataset:
+    for column in named.values():
+        if column not in dataset.column_names:
+            raise absent_column(path, column, dataset.column_names)
+    own = {field for fields in FORMATS if named.keys() & set(fields) for field in fields}
+    taken = {field for field in _FIELDS if named and (field in named or field not in own)} - {*named.values()}
+    dataset = dataset.remove_columns(sorted(taken.intersection(dataset.column_names)))
+    return dataset.rename_columns({column: field for field, column in named.items()})
+
+
+def _yaml_scalar(value: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{text!r}: the value {value!r} is not a YAML scalar") from error

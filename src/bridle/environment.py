@@ -1,0 +1,98 @@
+"""What a result needs beside it to be believed later, and a file that is whole or not there at all."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridle.errors import UserError
+
+PACKAGES = ("bridle", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Where and how a result was made, ready for `write_json`.
+
+    Args:
+        seed: the seed the run was given.
+
+    Returns:
+        `versions` of Python and the libraries (`None` where one is not installed), `git` (commit of the
+        working directory's repository and whether tracked files differ from it; `None` outside a
+        repository), `platform`, `devices` (names of the accelerators), `threads`, `command` (the exact
+        argument list), `seed` and `time` (UTC, ISO 8601).
+    """
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "git": _git_state(),
+        "platform": platform.platform(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "seed": seed,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Writes `obj` as JSON, atomically: a reader sees the old file or the new one, never a part.
+
+    Missing folders on the way are made.
+
+    Raises:
+        ValueError: `obj` holds NaN or an infinity, which are not JSON. What was at `path` stays.
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        text = json.dumps(obj, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: not written, since JSON cannot hold it: {error}") from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    # The temporary file lies in the same folder, since a rename is atomic only within a file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, or `None` where there is no git, no repository or no commit."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

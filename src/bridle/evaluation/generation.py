@@ -1,0 +1,198 @@
+"""What a model says: text drawn from it, how often it violates a constraint, and how varied it is.
+
+Scoring is apart from drawing: `evaluate_generations` sees text only, so every method, a guided one
+included, goes through the same evaluator. `completions[i][k]` is the k-th sample for prompt i.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bridle.constraints.base import Constraint, Score
+from bridle.errors import UserError
+from bridle.evaluation.statistics import Estimate, estimate_mean, estimate_rate
+from bridle.models.loading import context_length
+from bridle.models.sampling import Guide, sample
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What one set of completions amounts to under one constraint.
+
+    Missing scores are left out of the first four figures and counted in their `missing`. The first two
+    and `missing_share` have one observation per sample; the next two have one per prompt, made from
+    the samples of that prompt that have a score.
+
+    Attributes:
+        constraint: name of the constraint.
+        prompts: number of prompts.
+        incomplete: number of prompts of which some sample, or every sample, has no score. The figures
+            over K samples are low for them, since they saw fewer.
+        violation_rate: share of the samples that violate.
+        mean_violation: mean of 1 − the score's value.
+        expected_max_violation: mean over prompts of the highest violation among the K samples
+            (Gehman et al., Findings of EMNLP 2020).
+        any_violation: share of prompts with at least one violation among the K samples (ibid.).
+        missing_share: share of the samples without a score.
+        distinct_1: distinct n-grams over all n-grams, pooled over all completions (Li et al., NAACL
+            2016), in words split at white space, case kept, never across completions. It falls as text
+            grows, so compare it only between sets of equal size. No interval: resampling repeats text.
+        distinct_2: the same for pairs of words.
+        distinct_3: the same for three words.
+        mean_length: mean number of words, empty completions included.
+        empty_share: share of completions that are empty or white space.
+    """
+
+    constraint: str
+    prompts: int
+    incomplete: int
+    violation_rate: Estimate
+    mean_violation: Estimate
+    expected_max_violation: Estimate
+    any_violation: Estimate
+    missing_share: Estimate
+    distinct_1: Estimate
+    distinct_2: Estimate
+    distinct_3: Estimate
+    mean_length: Estimate
+    empty_share: Estimate
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The figures by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Estimate)}
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields by name, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name.replace('_', ' '):<24}{value}" for name, value in self.estimates().items())
+
+
+def generate_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samples: int = 1,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    guide: Guide | None = None,
+) -> list[list[str]]:
+    """Draws `samples` completions a prompt at temperature 1 from the full distribution.
+
+    Args:
+        model: a causal language model.
+        tokenizer: decodes the completions, special tokens left out; it has a pad and an end token.
+        prompts: token ids, the beginning-of-text token included where the model wants one.
+        samples: K, how many completions are drawn for each prompt.
+        max_new_tokens: length limit of a completion, in tokens.
+        batch_size: completions drawn side by side.
+        seed: the same seed gives the same completions.
+        guide: changes the distribution at each step (NADO decoding).
+
+    Returns:
+        [prompts][samples] completions, without their prompts, in the order of the prompts.
+
+    Raises:
+        UserError: `samples` is below 1, or a prompt and its completion do not fit into the context.
+    """
+    if samples < 1:
+        raise UserError(f"samples is {samples}; at least 1 completion a prompt is needed.")
+    _check_room(prompts, max_new_tokens, context_length(model))
+    drawn = sample(
+        model,
+        [prompt for prompt in prompts for _ in range(samples)],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        guide=guide,
+    )
+    texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in drawn]
+    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def score_completions(completions: Sequence[Sequence[str]], constraint: Constraint) -> list[list[Score]]:
+    """Scores every completion in one call of the constraint; the result has the shape of the input."""
+    scores = iter(constraint.score(list(chain.from_iterable(completions))))
+    return [[next(scores) for _ in of_prompt] for of_prompt in completions]
+
+
+def evaluate_generations(
+    completions: Sequence[Sequence[str]], constraint: Constraint, *, seed: int = 0
+) -> GenerationResult:
+    """Scores completions and sums them up.
+
+    Args:
+        completions: [prompts][samples] texts.
+        constraint: says which of them violate.
+        seed: of the bootstrap intervals.
+    """
+    return summarise(completions, score_completions(completions, constraint), constraint.name, seed=seed)
+
+
+def summarise(
+    completions: Sequence[Sequence[str]], scores: Sequence[Sequence[Score]], constraint: str, *, seed: int = 0
+) -> GenerationResult:
+    """Sums up completions that already have their scores; the shapes agree. See `evaluate_generations`."""
+    return GenerationResult(
+        constraint=constraint,
+        prompts=len(completions),
+        incomplete=sum(any(score.is_missing for score in of_prompt) for of_prompt in scores),
+        **_violation_figures(scores, seed),
+        **_text_figures(completions, seed),
+    )
+
+
+def distinct(texts: Sequence[str], n: int) -> Estimate:
+    """Distinct n-grams over all n-grams, as `GenerationResult.distinct_1` defines them; n counts n-grams."""
+    ngrams = [ngram for text in texts for ngram in _ngrams(text.split(), n)]
+    return Estimate(len(set(ngrams)) / len(ngrams) if ngrams else None, None, None, len(ngrams))
+
+
+def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int | None) -> None:
+    for index, prompt in enumerate(prompts):
+        if limit is not None and len(prompt) + max_new_tokens > limit:
+            raise UserError(
+                f"prompts[{index}] has {len(prompt)} tokens, which leaves no room for {max_new_tokens} new "
+                f"ones in the model's context of {limit}; shorten it or lower max_new_tokens."
+            )
+
+
+def _violation_figures(scores: Sequence[Sequence[Score]], seed: int) -> dict[str, Estimate]:
+    absent = [[score.is_missing for score in of_prompt] for of_prompt in scores]
+    flags = [[not score.complies for score in of_prompt if not score.is_missing] for of_prompt in scores]
+    degrees = [
+        [score.violation for score in of_prompt if score.violation is not None] for of_prompt in scores
+    ]
+    samples_lost, prompts_lost = sum(map(sum, absent)), sum(not of_prompt for of_prompt in flags)
+    highest = [[max(of_prompt)] for of_prompt in degrees if of_prompt]
+    some = [[any(of_prompt)] for of_prompt in flags if of_prompt]
+    return {
+        "violation_rate": estimate_rate(flags, missing=samples_lost, seed=seed),
+        "mean_violation": estimate_mean(degrees, missing=samples_lost, seed=seed),
+        "expected_max_violation": estimate_mean(highest, missing=prompts_lost, seed=seed),
+        "any_violation": estimate_rate(some, missing=prompts_lost, seed=seed),
+        "missing_share": estimate_rate(absent, seed=seed),
+    }
+
+
+def _text_figures(completions: Sequence[Sequence[str]], seed: int) -> dict[str, Estimate]:
+    texts = list(chain.from_iterable(completions))
+    lengths = [[len(text.split()) for text in of_prompt] for of_prompt in completions]
+    empty = [[length == 0 for length in of_prompt] for of_prompt in lengths]
+    return {
+        **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
+        "mean_length": estimate_mean(lengths, seed=seed),
+        "empty_share": estimate_rate(empty, seed=seed),
+    }
+
+
+def _ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]

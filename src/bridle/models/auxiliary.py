@@ -1,0 +1,182 @@
+"""The auxiliary model R (NADO): an output for every prefix and next token, the shape of a language model.
+
+It is a small trunk over the hidden states of the model it guides, and a vocabulary head. By option it
+has a body of its own ("a separate network"), which then reads tokens instead of borrowed states.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from bridle.errors import UserError
+
+
+class AuxiliaryConfig(PreTrainedConfig):
+    """Shape of an auxiliary model.
+
+    Args:
+        hidden_size: width of the hidden states it reads.
+        vocab_size: entries in its output; that of the model it guides.
+        depth: residual blocks in the trunk.
+        expansion: inner width of a block, in multiples of `hidden_size`.
+        head_rank: rank of the vocabulary head; None for a full one.
+        network: configuration of a body of its own, as a dictionary; None to borrow hidden states.
+        provenance: where it was fitted: constraint, model, round. Kept for people, not read by code.
+    """
+
+    model_type = "bridle-auxiliary"
+
+    def __init__(
+        self,
+        hidden_size: int = 0,
+        vocab_size: int = 0,
+        depth: int = 1,
+        expansion: float = 2.0,
+        head_rank: int | None = None,
+        network: dict[str, Any] | None = None,
+        provenance: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.depth = depth
+        self.expansion = expansion
+        self.head_rank = head_rank
+        self.network = network
+        self.provenance = provenance or {}
+        super().__init__(**kwargs)
+
+
+class Block(nn.Module):
+    """A residual block that works on each position by itself. [..., hidden] -> [..., hidden]."""
+
+    def __init__(self, hidden_size: int, inner_size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, inner_size)
+        self.down = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, states: Tensor) -> Tensor:  # noqa: D102
+        return states + self.down(nn.functional.silu(self.up(self.norm(states))))
+
+
+class AuxiliaryModel(PreTrainedModel):
+    """R for every prefix and next token, as logits before the sigmoid (NADO, NeurIPS 2022, §3.2).
+
+    `r_logits[..., t, v]` scores the prefix up to t followed by v. It is the sum of what the prefix is worth
+    (one number) and what the token changes (a vocabulary head that starts at zero, so that a fresh auxiliary
+    leaves the guided model as it is).
+    """
+
+    config_class = AuxiliaryConfig
+    base_model_prefix = "auxiliary"
+    config: AuxiliaryConfig
+
+    def __init__(self, config: AuxiliaryConfig):
+        super().__init__(config)
+        self.network = None
+        if config.network is not None:
+            self.network = AutoModel.from_config(AutoConfig.for_model(**config.network))
+        size, rank = config.hidden_size, config.head_rank
+        self.norm = nn.LayerNorm(size)
+        self.trunk = nn.Sequential(*(Block(size, int(config.expansion * size)) for _ in range(config.depth)))
+        self.value = nn.Linear(size, 1)
+        self.down = nn.Identity() if rank is None else nn.Linear(size, rank, bias=False)
+        self.head = nn.Linear(size if rank is None else rank, config.vocab_size)
+        self.post_init()
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """R of the continuations of a prefix: of all, or of one given token at a fraction of the cost.
+
+        Args:
+            states: [..., hidden], from `features`.
+            tokens: [...], one next token for each prefix; None for the whole vocabulary.
+
+        Returns:
+            r_logits [..., vocabulary], or [...] with `tokens`.
+        """
+        states = self.trunk(self.norm(states.to(self.value.weight.dtype)))
+        value, codes = self.value(states), self.down(states)
+        if tokens is None:
+            return value + self.head(codes)
+        chosen = nn.functional.embedding(tokens, self.head.weight)
+        return value.squeeze(-1) + (codes * chosen).sum(-1) + self.head.bias[tokens]
+
+    def features(
+        self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """What the trunk reads: the borrowed hidden states, or those of the auxiliary's own network.
+
+        Args:
+            hidden_states: [batch, time, hidden] of the guided model; not used with an own network.
+            input_ids: [batch, time]; used with an own network only.
+            attention_mask: [batch, time].
+            kwargs: passed to the own network, e.g. a cache.
+
+        Returns:
+            [batch, time, hidden]
+        """
+        if self.network is None:
+            return hidden_states.detach()
+        return self.network(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+
+
+def new_auxiliary(
+    model: PreTrainedModel,
+    *,
+    depth: int = 1,
+    expansion: float = 2.0,
+    head_rank: int | None = None,
+    own_network: bool = False,
+) -> AuxiliaryModel:
+    """A fresh auxiliary for `model`, a causal language model; an own network starts as a copy of its body."""
+    text_config = model.config.get_text_config()
+    config = AuxiliaryConfig(
+        hidden_size=text_config.hidden_size,
+        # The output layer, not the configuration: padding a vocabulary can make the two differ.
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        depth=depth,
+        expansion=expansion,
+        head_rank=head_rank,
+        network=text_config.to_diff_dict() | {"model_type": text_config.model_type} if own_network else None,
+    )
+    auxiliary = AuxiliaryModel(config).float()
+    if auxiliary.network is not None:
+        auxiliary.network.load_state_dict(model.base_model.state_dict())
+    return auxiliary.to(model.device)
+
+
+def load_auxiliary(folder: str | Path, model: torch.nn.Module) -> AuxiliaryModel:
+    """The auxiliary saved in `folder`, checked against the causal language model that it is to guide.
+
+    Raises:
+        UserError: the folder holds no auxiliary, several, or one for a model of another shape.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; it holds several, name one of them: {', '.join(inside)}" if inside else ""
+        raise UserError(f"{folder}: no auxiliary model here{hint}")
+    try:
+        auxiliary = AuxiliaryModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"{folder}: cannot load the auxiliary: {' '.join(str(error).split())[:300]}") from error
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    if auxiliary.config.vocab_size != vocab_size:
+        raise UserError(
+            f"{folder}: guides a vocabulary of {auxiliary.config.vocab_size} tokens, the model has {vocab_size}"
+        )
+    if auxiliary.network is None and auxiliary.config.hidden_size != model.config.get_text_config().hidden_size:
+        raise UserError(f"{folder}: reads hidden states of another width than the model's")
+    return auxiliary.to(model.device).eval()

@@ -1,0 +1,91 @@
+"""NADO decoding: at each step, sample from q(v|s) ∝ p(v|s)·R(s∘v)^η instead of p (NeurIPS 2022, eq. 4)."""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from bridle.core.target import log_target
+from bridle.core.tokens import positions
+from bridle.models.auxiliary import AuxiliaryModel
+from bridle.models.hidden import HiddenStates, capture_hidden_states
+
+
+class NADOLogitsProcessor(LogitsProcessor):
+    """Turns the logits of `model.generate` into log q.
+
+    An auxiliary that borrows hidden states finds them in `hidden`, filled by the forward that made the
+    scores, so guidance costs no second forward. One with an own network keeps a cache of its own and is fed
+    only the tokens it has not seen; rows that are reordered (beam search) make it start over.
+
+    Args:
+        auxiliary: R.
+        hidden: filled by `capture_hidden_states` around `generate`.
+        attention_mask: [batch, time] of the prompt batch.
+        power: η, the strength of the guidance.
+    """
+
+    def __init__(self, auxiliary: AuxiliaryModel, hidden: HiddenStates, attention_mask: Tensor, power: float = 1.0):
+        self.auxiliary, self.hidden, self.power = auxiliary, hidden, power
+        self.attention_mask = attention_mask
+        self._seen: Tensor | None = None
+        self._cache: DynamicCache | None = None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[batch, time], [batch, vocabulary] -> log q [batch, vocabulary]."""
+        states = self._own_states(input_ids) if self.auxiliary.network is not None else self.hidden.last
+        assert states is not None
+        return log_target(scores, self.auxiliary(states[:, -1]), self.power).to(scores.dtype)
+
+    def _own_states(self, input_ids: Tensor) -> Tensor:
+        """States of the auxiliary's own network, over the tokens it has not seen."""
+        if self._seen is None or not torch.equal(input_ids[:, : self._seen.shape[1]], self._seen):
+            self._seen, self._cache = input_ids[:, :0], DynamicCache()
+        new = input_ids[:, self._seen.shape[1] :]
+        rows = self.attention_mask.repeat_interleave(len(input_ids) // len(self.attention_mask), dim=0)
+        mask = torch.cat([rows, rows.new_ones(len(rows), input_ids.shape[1] - rows.shape[1])], dim=1)
+        self._seen = input_ids
+        return self.auxiliary.features(
+            input_ids[..., None],  # not read: the network makes its own states
+            new,
+            mask,
+            position_ids=positions(mask)[:, -new.shape[1] :],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+
+
+class NADOGuide:
+    """Guides a model's sampling by an auxiliary; pass it as `guide` to `sample`.
+
+    Use it as a context manager, so that the model's hidden states are kept while it samples.
+
+    Args:
+        model: the causal language model that is sampled from.
+        auxiliary: R, fitted on that model.
+        power: η, the strength of the guidance.
+    """
+
+    def __init__(self, model: PreTrainedModel, auxiliary: AuxiliaryModel, power: float = 1.0):
+        self.model, self.auxiliary, self.power = model, auxiliary, power
+        self._capture = capture_hidden_states(model)
+
+    def __enter__(self) -> "NADOGuide":
+        self._hidden = self._capture.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._capture.__exit__(*exc)  # type: ignore[arg-type]
+
+    def processors(self, attention_mask: Tensor) -> LogitsProcessorList:
+        """Processors for one left-padded prompt batch, [batch, time]."""
+        return LogitsProcessorList(
+            [NADOLogitsProcessor(self.auxiliary, self._hidden, attention_mask, self.power)]
+        )
+
+    @torch.no_grad()
+    def log_probs(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """log q at every position, right after the model ran on `input_ids`. All [batch, time, ...]."""
+        assert self._hidden.last is not None
+        states = self.auxiliary.features(self._hidden.last, input_ids, attention_mask)
+        return log_target(logits, self.auxiliary(states), self.power)

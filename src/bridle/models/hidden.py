@@ -1,0 +1,83 @@
+"""The hidden states that enter a causal language model's output layer, and the logits they become.
+
+The auxiliary model reads these states, so a policy or anchor that has run once has already done nearly
+all of the auxiliary's work.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bridle.errors import UserError
+
+
+def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """The `transformers` causal language model inside any wrapping by `accelerate` or `peft`."""
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class HiddenStates:
+    """Holds the last hidden states of the most recent forward: `last`, [batch, time, hidden]."""
+
+    last: Tensor | None = None
+
+    def _keep(self, module: torch.nn.Module, inputs: object, output: object) -> None:
+        self.last = output[0]  # type: ignore[index]
+
+
+@contextmanager
+def capture_hidden_states(model: torch.nn.Module) -> Iterator[HiddenStates]:
+    """Keeps the hidden states of every forward inside the block, at no extra cost.
+
+    A hook, because neither `generate` nor TRL's fused loss hands them out.
+    """
+    hidden = HiddenStates()
+    handle = causal_lm(model).base_model.register_forward_hook(hidden._keep)
+    try:
+        yield hidden
+    finally:
+        handle.remove()
+
+
+def project(model: torch.nn.Module, hidden_states: Tensor) -> Tensor:
+    """Logits of hidden states: output layer, scale and soft cap. [..., hidden] -> [..., vocabulary]."""
+    lm = causal_lm(model)
+    config = lm.config.get_text_config()
+    logits = lm.get_output_embeddings()(hidden_states)
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
+        logits = logits / scaling
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
+        logits = logits * scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_projection(model: torch.nn.Module) -> None:
+    """Refuses a model whose logits are not what `project` makes of its hidden states.
+
+    Raises:
+        UserError: the architecture does something to its logits that Bridle does not know.
+    """
+    lm = causal_lm(model)
+    probe = torch.arange(1, 4, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    training = lm.training
+    lm.eval()
+    with capture_hidden_states(lm) as hidden:
+        logits = lm(input_ids=probe, use_cache=False).logits
+    lm.train(training)
+    known = hidden.last is not None and torch.allclose(
+        project(lm, hidden.last).float(), logits.float(), rtol=1e-2, atol=1e-2
+    )
+    if not known:
+        raise UserError(
+            f"{lm.config.model_type}: this architecture makes its logits in a way Bridle does not know; "
+            "please report it with the model's name"
+        )

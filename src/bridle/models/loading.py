@@ -1,0 +1,131 @@
+"""Loading a causal language model and its tokenizer, from a folder or the hub, with or without LoRA."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bridle.errors import UserError
+
+
+@dataclass
+class LoraOptions:
+    """Low-rank adapters (Hu et al., 2021) on the policy.
+
+    Attributes:
+        r: rank.
+        alpha: scale; the update is multiplied by alpha / r.
+        dropout: probability of dropping an input of the adapter.
+        target_modules: "all-linear", or the names of the layers that get an adapter.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def peft_config(self) -> LoraConfig:
+        """The same options for `peft`."""
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+        )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name, with a pad token (the end token where it has none).
+
+    Raises:
+        UserError: nothing can be loaded from `name`, or the tokenizer has no end token.
+    """
+    tokenizer = _load(AutoTokenizer, _adapter_base(name) if not _has_tokenizer(name) else name, what="tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "float32",
+    lora: LoraOptions | None = None,
+    device: str | None = None,
+) -> PreTrainedModel | PeftModel:
+    """A causal language model from a folder or hub name; an adapter folder brings its base model along.
+
+    Args:
+        name: folder written by `save_pretrained`, or a hub name.
+        dtype: of the weights; float32 unless told, since training in half precision loses small updates.
+        lora: put fresh adapters on the model.
+        device: where to put it; left on the CPU if not given, for a trainer to move.
+
+    Raises:
+        UserError: nothing can be loaded from `name`, or `lora` is asked of a folder that is an adapter.
+    """
+    if isinstance(dtype, str):
+        dtype = _torch_dtype(dtype)
+    base = _adapter_base(name)
+    model = _load(AutoModelForCausalLM, base, what="model", dtype=dtype)
+    if base != name:
+        if lora is not None:
+            raise UserError(f"{name}: is an adapter already; merge it first, or leave `lora` out of the recipe")
+        model = PeftModel.from_pretrained(model, name)
+    elif lora is not None:
+        model = get_peft_model(model, lora.peft_config())
+    return model.to(device) if device else model
+
+
+def context_length(model: torch.nn.Module) -> int | None:
+    """How many tokens the model's context holds; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _load(factory, name: str, what: str, **options):
+    """`from_pretrained` that refuses pickles and remote code, and fails in one line."""
+    if factory is AutoModelForCausalLM:
+        options["use_safetensors"] = True
+    try:
+        return factory.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:
+        raise UserError(f"{name}: cannot load the {what}: {_reason(name, error)}") from error
+
+
+def _reason(name: str, error: Exception) -> str:
+    folder = Path(name)
+    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        return "its weights are pickled; convert them with save_pretrained(..., safe_serialization=True)"
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        return "the folder holds no weights (*.safetensors)"
+    if not folder.exists():
+        return "no such folder, and no model of that name could be fetched from the hub"
+    return " ".join(str(error).split())[:300]
+
+
+def _adapter_base(name: str) -> str:
+    """The base model an adapter folder was trained on; `name` itself where it is no adapter."""
+    config = Path(name) / "adapter_config.json"
+    if not config.is_file():
+        return name
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{config}: names no base model (key base_model_name_or_path)")
+    return str(base)
+
+
+def _has_tokenizer(name: str) -> bool:
+    return not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype: {name!r} is not a floating-point type; use float32, bfloat16 or float16")
+    return dtype

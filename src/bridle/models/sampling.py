@@ -1,0 +1,103 @@
+"""One interface for drawing text from a model, as it is: temperature 1, no top-k, no top-p.
+
+R is fitted on these samples, and anything but the model's own distribution would bias it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from bridle.core.tokens import pad_left
+from bridle.models.hidden import causal_lm
+from bridle.progress import Progress
+
+
+class Guide(Protocol):
+    """Makes the logits processors of one batch of prompts; `NADOGuide` is one."""
+
+    def processors(self, attention_mask: torch.Tensor) -> LogitsProcessorList:
+        """Processors for a left-padded batch with this attention mask, [batch, time]."""
+        ...
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    pad_token_id: int,
+    eos_token_id: int,
+    batch_size: int = 64,
+    seed: int = 0,
+    guide: Guide | None = None,
+    description: str = "sampling",
+) -> list[list[int]]:
+    """Draws one completion for each prompt.
+
+    Args:
+        model: a causal language model, `peft` or not.
+        prompts: token ids, each prompt at least one token (the beginning-of-text token will do).
+        max_new_tokens: a completion that has not ended by then is cut.
+        pad_token_id: fills rows on the left; may equal `eos_token_id`.
+        eos_token_id: ends a completion, and is its last token where it was drawn.
+        batch_size: prompts drawn at a time; prompts of like length go together.
+        seed: the same seed, prompts and batch size draw the same completions.
+        guide: changes the distribution at each step (NADO decoding).
+        description: for the progress display.
+
+    Returns:
+        Completions as token ids, in the order of the prompts.
+    """
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    with (
+        _plain_generation(model),
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+        Progress(description, len(prompts), "texts") as progress,
+    ):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            input_ids, attention_mask = pad_left([list(prompts[index]) for index in batch], pad_token_id)
+            input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=config,
+                logits_processor=guide.processors(attention_mask) if guide else None,
+            )
+            for index, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                completions[index] = _until_end(row, eos_token_id)
+            progress.update(len(batch))
+    return completions
+
+
+def _until_end(tokens: list[int], eos_token_id: int) -> list[int]:
+    """Cuts the filling after the first end token; what comes before it was drawn."""
+    return tokens[: tokens.index(eos_token_id) + 1] if eos_token_id in tokens else tokens
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Hides the model's own generation settings, which would fill in what ours leave open."""
+    lm, training = causal_lm(model), model.training
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    model.eval()  # no dropout, and no gradient checkpointing, which would rule out the KV cache
+    try:
+        yield
+    finally:
+        lm.generation_config = own
+        model.train(training)

@@ -1,0 +1,79 @@
+"""One progress display for every phase: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+PLAIN_LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
+
+
+class Progress:
+    """Counts work done, with its rate and the time left.
+
+    Use it as a context manager and call `update(n)`, or iterate over `track(...)`.
+
+    Args:
+        description: what is being done, e.g. "sampling".
+        total: how many units there are, if known.
+        unit: the name of one unit, e.g. "texts".
+    """
+
+    def __init__(self, description: str, total: int | None = None, unit: str = "it"):
+        self.description, self.total, self.unit = description, total, unit
+        self.done, self.started = 0, time.monotonic()
+        self._last_line = self.started
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(desc=description, total=total, unit=unit, leave=False, dynamic_ncols=True)
+
+    def update(self, n: int = 1) -> None:
+        """Counts `n` more units as done."""
+        self.done += n
+        if self._bar is not None:
+            self._bar.update(n)
+        elif time.monotonic() - self._last_line >= PLAIN_LINE_EVERY:
+            self._last_line = time.monotonic()
+            self._print_line()
+
+    def write(self, line: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the display; a phase long enough to have shown a line shows its last one."""
+        if self._bar is not None:
+            self._bar.close()
+        elif time.monotonic() - self.started >= PLAIN_LINE_EVERY:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        elapsed = time.monotonic() - self.started
+        print(
+            tqdm.format_meter(
+                self.done, self.total, elapsed, ncols=80, prefix=self.description, unit=self.unit, ascii=True
+            ),
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Yields `items` and shows how far they are."""
+    with Progress(description, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.update()

@@ -1,0 +1,123 @@
+"""What a constrained run can be told, beyond what TRL's `SFTConfig` already takes."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from trl import SFTConfig
+
+from bridle.constraints import Constraint
+from bridle.data import DataSource
+from bridle.errors import UserError
+
+ALL = "all"
+"""The name that stands for the whole corpus: one regulariser on everything is "without adaptive"."""
+
+
+@dataclass
+class Regulariser:
+    """How one domain of the corpus is held to a policy (EMNLP 2024, §3.3: the adaptive regulariser).
+
+    Attributes:
+        constraint: C, the oracle on a whole output. None is retention: R = 1, so that q is the initial
+            model, and the term holds the policy to what it was.
+        weight: λ, the strength of KL(q ‖ p_θ) against the corpus's cross-entropy, ≥ 0.
+        anchor: the model p_a that q is built on. `live`: the policy itself, detached, which needs no extra
+            forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
+        on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`.
+        prompts: where rollouts start; None for the beginnings of the domain's own rows.
+        power: η in q ∝ p_a·R^η.
+        soft_labels: fit R to the constraint's value itself and not to its yes or no. Iterating a soft C
+            gives p·C^k after k rounds, so that more rounds lean harder.
+    """
+
+    constraint: Constraint | None = None
+    weight: float = 4.0
+    anchor: Literal["live", "previous", "initial"] = "live"
+    on: Literal["corpus", "rollouts", "both"] = "corpus"
+    prompts: DataSource | None = None
+    power: float = 1.0
+    soft_labels: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise UserError(f"weight: a regulariser's weight must be 0 or more, not {self.weight}")
+        if not self.power >= 0:
+            raise UserError(f"power: must be 0 or more, not {self.power}")
+        if self.is_retention:
+            if self.on != "corpus":
+                raise UserError("on: retention has no rollouts; leave `on` at corpus")
+            self.anchor = "initial"
+
+    @property
+    def is_retention(self) -> bool:
+        """Whether this regulariser only holds the policy to the initial model."""
+        return self.constraint is None
+
+
+@dataclass
+class AuxiliaryOptions:
+    """Shape and fit of the auxiliary model R.
+
+    Attributes:
+        depth: residual blocks in its trunk.
+        head_rank: rank of its vocabulary head; None for a full one.
+        own_network: give it a body of its own instead of the guided model's hidden states.
+        learning_rate: of AdamW.
+        epochs: passes over a round's rollouts.
+        batch_size: rollouts a step.
+        weight_decay: of AdamW.
+        consistency_weight: β of the forward-consistency term.
+        validation_share: share of the rollouts kept back to measure R's calibration.
+    """
+
+    depth: int = 1
+    head_rank: int | None = None
+    own_network: bool = False
+    learning_rate: float = 2e-3
+    epochs: int = 6
+    batch_size: int = 64
+    weight_decay: float = 0.01
+    consistency_weight: float = 0.1
+    validation_share: float = 0.1
+
+
+@dataclass
+class ConstrainedConfig(SFTConfig):
+    """Configuration of a `ConstrainedTrainer`: TRL's `SFTConfig` and the fields below.
+
+    Attributes:
+        schedule: order of the policy's and the regularisers' updates (EMNLP 2024, algorithm 1).
+        rounds: how many times R is refreshed; the policy's steps are divided evenly among them.
+        rollouts_per_round: samples each regulariser draws from the policy in a round.
+        max_new_tokens: length in tokens at which a sample is cut.
+        prompt_tokens: shortest and longest prompt taken from plain text, in tokens.
+        rollout_batch_size: samples drawn at a time.
+        max_missing: share of rollouts without a score above which the run stops.
+        entropy_floor: share of the first logged entropy below which the run stops; 0 turns the guard off.
+        auxiliary: shape and fit of R.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary"]
+
+    schedule: Literal["sequential"] = field(default="sequential", metadata={"help": "Order of updates."})
+    rounds: int = field(default=2, metadata={"help": "How many times R is refreshed."})
+    rollouts_per_round: int = field(default=1024, metadata={"help": "Samples per regulariser and round."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Tokens at which a sample is cut."})
+    prompt_tokens: tuple[int, int] = field(default=(2, 16), metadata={"help": "Prompt length, in tokens."})
+    rollout_batch_size: int = field(default=64, metadata={"help": "Samples drawn at a time."})
+    max_missing: float = field(default=0.1, metadata={"help": "Share of unscored rollouts that stops a run."})
+    entropy_floor: float = field(default=0.5, metadata={"help": "Share of the first entropy that stops a run."})
+    auxiliary: AuxiliaryOptions = field(default_factory=AuxiliaryOptions, metadata={"help": "Shape and fit of R."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:  # TRL says yes; a machine without such a GPU would stop there
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+        if self.rounds < 1:
+            raise UserError(f"rounds: must be at least 1, not {self.rounds}")
+        if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
+            raise UserError(
+                "packing_strategy: only `wrapped` keeps each row within one domain, which λ_d needs; "
+                "set packing_strategy: wrapped and padding_free: false"
+            )

@@ -1,0 +1,180 @@
+"""Fitting the auxiliary model R on one round of labelled samples, and measuring how well it is calibrated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bridle.core.calibration import calibration
+from bridle.core.decomposition import consistency_loss, label_loss
+from bridle.core.tokens import completion_positions, length_mask, pad_right
+from bridle.data import Rollout
+from bridle.models.auxiliary import AuxiliaryModel
+from bridle.models.hidden import capture_hidden_states, causal_lm, project
+from bridle.progress import Progress, track
+from bridle.training.config import AuxiliaryOptions
+
+CONSISTENCY_SHARE = 4  # one row in so many pays for the whole vocabulary in a fitting step
+ENCODE_BATCH = 64  # rollouts in one forward of the guided model
+
+
+@dataclass
+class Examples:
+    """Labelled samples, aligned on the completion: what R is fitted on.
+
+    Attributes:
+        hidden: [n, time, hidden] states of the guided model that score each completion token.
+        completion: [n, time] token ids.
+        mask: [n, time], true where the completion has a token.
+        compliance: [n] labels in [0, 1].
+        input_ids, attention_mask: [n, longer time] of prompt and completion.
+        positions: [n, time], where in `input_ids` each completion token is predicted.
+    """
+
+    hidden: Tensor
+    completion: Tensor
+    mask: Tensor
+    compliance: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.compliance)
+
+    def __getitem__(self, rows: Tensor) -> "Examples":
+        return Examples(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def to(self, device: torch.device) -> "Examples":
+        """The same examples on another device."""
+        return Examples(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def encode(model: nn.Module, rollouts: Sequence[Rollout], soft_labels: bool, pad_token_id: int) -> Examples:
+    """Runs the guided model over labelled rollouts once, and keeps what fitting R needs, on the CPU."""
+    rows = [rollout.prompt_ids + rollout.completion_ids for rollout in rollouts]
+    input_ids, attention_mask = pad_right(rows, pad_token_id)
+    lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+    prompt_lengths = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
+    mask = length_mask(lengths, int(lengths.max()))
+    at = completion_positions(prompt_lengths, mask.shape[1]).clamp(max=input_ids.shape[1] - 2)
+    hidden = []
+    training = model.training
+    model.eval()
+    with capture_hidden_states(model) as captured:
+        for start in track(range(0, len(rows), ENCODE_BATCH), "reading the rollouts", unit="batches"):
+            batch = slice(start, start + ENCODE_BATCH)
+            causal_lm(model).base_model(
+                input_ids=input_ids[batch].to(model.device),
+                attention_mask=attention_mask[batch].to(model.device),
+                use_cache=False,
+            )
+            hidden.append(_gather(captured.last.cpu(), at[batch]))
+    model.train(training)
+    values = [rollout.value if soft_labels else float(rollout.complies) for rollout in rollouts]
+    return Examples(
+        hidden=torch.cat(hidden),
+        completion=input_ids.gather(1, at + 1).masked_fill(~mask, 0),
+        mask=mask,
+        compliance=torch.tensor(values),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        positions=at,
+    )
+
+
+def fit_auxiliary(
+    auxiliary: AuxiliaryModel,
+    model: nn.Module,
+    examples: Examples,
+    options: AuxiliaryOptions,
+    generator: torch.Generator,
+    description: str = "fitting R",
+) -> dict[str, Any]:
+    """Minimises L_R = BCE + β·consistency on labelled samples (`core.decomposition`).
+
+    Args:
+        auxiliary: R, changed in place.
+        model: the guided model p_a, whose next-token distribution the consistency term averages over.
+        examples: from `encode`; a share of them is kept back to measure calibration.
+        options: length and rates of the fit.
+        generator: orders the examples.
+
+    Returns:
+        Losses of the last epoch, and R's calibration on the examples kept back.
+    """
+    order = torch.randperm(len(examples), generator=generator)
+    held_back = min(len(examples) - 1, round(options.validation_share * len(examples)))
+    validation, fitting = order[:held_back], order[held_back:]
+    optimizer = torch.optim.AdamW(
+        auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+    )
+    steps = options.epochs * -(-len(fitting) // options.batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    auxiliary.train()
+    with Progress(description, steps, "steps") as progress:
+        for _ in range(options.epochs):
+            totals = torch.zeros(4)
+            shuffled = fitting[torch.randperm(len(fitting), generator=generator)]
+            for rows in shuffled.split(options.batch_size):
+                bce, consistency = _fit_losses(auxiliary, model, examples[rows].to(auxiliary.device))
+                loss = bce[0] / bce[1].clamp(min=1)
+                loss = loss + options.consistency_weight * consistency[0] / consistency[1].clamp(min=1)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                totals += torch.tensor([float(x) for x in (*bce, *consistency)])
+                progress.update()
+    auxiliary.eval()
+    report = {"r_bce": totals[0] / totals[1], "r_consistency": totals[2] / totals[3].clamp(min=1)}
+    report = {key: value.item() for key, value in report.items()}
+    if held_back:
+        report |= measure_calibration(auxiliary, examples[validation])
+    return report
+
+
+def _fit_losses(auxiliary: AuxiliaryModel, model: nn.Module, batch: Examples):
+    """Both terms of L_R on one batch, each as (sum, count)."""
+    states = _states(auxiliary, batch)
+    r_taken = auxiliary(states, batch.completion)
+    bce = label_loss(r_taken, batch.mask, batch.compliance)
+    # The whole vocabulary is the dear part, and a mean over some of the rows serves as well.
+    some = slice(0, -(-len(batch) // CONSISTENCY_SHARE))
+    with torch.no_grad():
+        anchor_log_probs = F.log_softmax(project(model, batch.hidden[some]).float(), dim=-1)
+    consistency = consistency_loss(auxiliary(states[some]), r_taken[some], anchor_log_probs, batch.mask[some])
+    return bce, consistency
+
+
+def _states(auxiliary: AuxiliaryModel, batch: Examples) -> Tensor:
+    if auxiliary.network is None:
+        return batch.hidden
+    states = auxiliary.features(batch.hidden, batch.input_ids, batch.attention_mask)
+    return _gather(states, batch.positions)
+
+
+@torch.no_grad()
+def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[str, Any]:
+    """Calibration of R over every prefix of labelled samples it was not fitted on."""
+    predicted, labels = [], []
+    for rows in torch.arange(len(examples)).split(ENCODE_BATCH):
+        batch = examples[rows].to(auxiliary.device)
+        r_taken = auxiliary(_states(auxiliary, batch), batch.completion)
+        predicted.append(r_taken.sigmoid()[batch.mask].cpu())
+        labels.append(batch.compliance[:, None].expand_as(r_taken)[batch.mask].cpu())
+    measured = calibration(torch.cat(predicted), torch.cat(labels))
+    return {
+        "r_brier": measured.brier,
+        "r_ece": measured.expected_calibration_error,
+        "r_reliability": measured.bins,
+    }
+
+
+def _gather(states: Tensor, at: Tensor) -> Tensor:
+    """[batch, time, hidden] at positions [batch, time'] -> [batch, time', hidden]."""
+    return states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))

@@ -1,0 +1,325 @@
+"""One regulariser at work on one domain: a round of sample → score → fit R, and the divergence KL(q ‖ p_θ).
+
+A round makes the policy's own samples, asks the constraint about each whole output, and teaches the
+auxiliary what that answer will be from any prefix (EMNLP 2024, algorithm 1, the regulariser's half).
+"""
+
+import json
+import logging
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from bridle.core.losses import kl_divergence
+from bridle.core.target import log_target
+from bridle.data import (
+    Rollout,
+    check_prompt_lengths,
+    prompts_from_domain,
+    read_prompts,
+    read_rollouts,
+    write_rollouts,
+)
+from bridle.environment import write_json
+from bridle.errors import RunStopped
+from bridle.models.anchor import Anchor
+from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary, new_auxiliary
+from bridle.models.hidden import capture_hidden_states, causal_lm, project
+from bridle.models.loading import context_length
+from bridle.models.sampling import sample
+from bridle.training.config import ALL, AuxiliaryOptions, ConstrainedConfig, Regulariser
+from bridle.training.fitting import encode, fit_auxiliary
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DomainRegulariser:
+    """A regulariser, with the state it keeps between rounds.
+
+    Attributes:
+        index: its place among the run's regularisers.
+        name: the domain it is for, or "all".
+        options: constraint, weight λ, anchor and the rest.
+        model: the policy.
+        tokenizer: the policy's tokenizer.
+        corpus: tokenised rows by domain, whose beginnings serve as prompts where `options` gives none.
+        config: the run's configuration.
+    """
+
+    index: int
+    name: str
+    options: Regulariser
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Mapping[str, Dataset]
+    config: ConstrainedConfig
+    anchor: Anchor | None = field(init=False, default=None)
+    auxiliary: AuxiliaryModel | None = field(init=False, default=None)
+    rollouts: list[Rollout] = field(init=False, default_factory=list)
+    informed: bool = field(init=False, default=False)  # R says something: its last labels were not all alike
+    drawn: int = field(init=False, default=0)  # rollouts handed to the update since the round began
+
+    def __post_init__(self) -> None:
+        if self.options.anchor != "live":
+            self.anchor = Anchor(self.model)
+        if not self.options.is_retention:
+            with self._seeded("auxiliary"):
+                self.auxiliary = new_auxiliary(causal_lm(self.model), **_shape(self.config.auxiliary))
+
+    @property
+    def active(self) -> bool:
+        """Whether KL(q ‖ p_θ) says anything: λ is not 0, and q is known to differ from the anchor."""
+        return self.options.weight > 0 and (self.options.is_retention or self.informed)
+
+    # ------------------------------------------------------------------ a round
+
+    def update(self, round_index: int) -> dict[str, Any]:
+        """Sample → score → fit R, from the policy as it stands.
+
+        Args:
+            round_index: 1 for the first round.
+
+        Returns:
+            What the round measured; see `docs/metrics.md`.
+
+        Raises:
+            RunStopped: more than `max_missing` of the rollouts got no score. They are kept in `rollouts`.
+        """
+        if self.options.is_retention or self.options.weight == 0:
+            return {}
+        if self.options.anchor == "initial" and round_index > 1:
+            return {}  # p_a has not moved since R was fitted
+        if self.anchor is not None:
+            self.anchor.refresh()
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "sampling"):
+            self.rollouts, self.drawn = self._sample(round_index), 0
+        with _timed(seconds, "scoring"):
+            self._score()
+        with _timed(seconds, "fitting"):
+            fitted = self._fit(round_index)
+        return {**_compliance(self.rollouts), **fitted, **{f"seconds_{k}": v for k, v in seconds.items()}}
+
+    def _sample(self, round_index: int) -> list[Rollout]:
+        prompts = self._prompts(round_index)
+        completions = sample(
+            self.model,
+            prompts,
+            max_new_tokens=self.config.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            batch_size=self.config.rollout_batch_size,
+            seed=self._seed(f"sampling {round_index}"),
+            description=f"round {round_index}: sampling for {self.name}",
+        )
+        model_hash = weights_hash(self.model)
+        return [
+            Rollout(
+                prompt_ids=prompt,
+                completion_ids=completion,
+                prompt=self.tokenizer.decode(prompt, skip_special_tokens=True),
+                completion=self.tokenizer.decode(completion, skip_special_tokens=True),
+                round=round_index,
+                regulariser=self.name,
+                model_hash=model_hash,
+                constraint=self.options.constraint.name,
+            )
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+
+    def _prompts(self, round_index: int) -> list[list[int]]:
+        """Prompts of one round: from the regulariser's own file, or from the beginnings of the domain's rows."""
+        count, seed = self.config.rollouts_per_round, self._seed(f"prompts {round_index}")
+        if self.options.prompts is not None:
+            prompts = self._own_prompts()
+            first = (round_index - 1) * count
+            return [prompts[(first + offset) % len(prompts)] for offset in range(count)]
+        rows = self.corpus.values() if self.name == ALL else [self.corpus[self.name]]
+        by_domain = [
+            prompts_from_domain(
+                dataset,
+                -(-count // len(rows)),
+                prompt_tokens=self.config.prompt_tokens,
+                seed=seed,
+                tokenizer=self.tokenizer,
+            )
+            for dataset in rows
+        ]
+        in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
+        return in_turn[:count]
+
+    def _own_prompts(self) -> list[list[int]]:
+        assert self.options.prompts is not None
+        prompts = read_prompts(self.options.prompts, self.tokenizer)
+        if context := context_length(self.model):
+            check_prompt_lengths(
+                prompts,
+                context=context,
+                max_new_tokens=self.config.max_new_tokens,
+                file=self.options.prompts.path,
+            )
+        return [prompt.ids for prompt in prompts]
+
+    def _score(self) -> None:
+        scores = self.options.constraint.score([rollout.completion for rollout in self.rollouts])
+        for rollout, score in zip(self.rollouts, scores, strict=True):
+            rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
+
+    def _fit(self, round_index: int) -> dict[str, Any]:
+        """Fits R on this round's scored rollouts, from where the last round left it."""
+        scored = [rollout for rollout in self.rollouts if rollout.complies is not None]
+        missing = len(self.rollouts) - len(scored)
+        if missing > self.config.max_missing * len(self.rollouts):
+            reason = next(rollout.reason for rollout in self.rollouts if rollout.complies is None)
+            raise RunStopped(
+                f"{self.name}: {missing} of {len(self.rollouts)} rollouts got no score (first reason: {reason}); "
+                f"mend the constraint and resume, or raise max_missing above {self.config.max_missing}"
+            )
+        labels = {rollout.value if self.options.soft_labels else rollout.complies for rollout in scored}
+        self.informed = len(labels) > 1
+        if not self.informed:
+            logger.warning(
+                "round %d: every rollout for %s got the same label, so R is constant and q is the anchor; "
+                "the fit is skipped. More rollouts or harder prompts would show the constraint more.",
+                round_index,
+                self.name,
+            )
+            return {"fit_skipped": True}
+        assert self.auxiliary is not None
+        with torch.no_grad():
+            examples = encode(self.model, scored, self.options.soft_labels, self.tokenizer.pad_token_id)
+        generator = torch.Generator().manual_seed(self._seed(f"fitting {round_index}"))
+        report = fit_auxiliary(
+            self.auxiliary, self.model, examples, self.config.auxiliary, generator, f"round {round_index}: fitting R"
+        )
+        self.auxiliary.config.provenance = {
+            "constraint": self.options.constraint.describe(),
+            "regulariser": self.name,
+            "round": round_index,
+            "model_hash": scored[0].model_hash,
+        }
+        return report
+
+    # ------------------------------------------------------------------ the update
+
+    def divergence(
+        self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """KL(q ‖ p_θ) on a batch the policy has just run on.
+
+        Args:
+            hidden_states: [batch, time, hidden] of the policy, with their graph.
+            input_ids, attention_mask: [batch, time].
+            mask: [batch, time - 1], true at the prefixes that count.
+
+        Returns:
+            (sum, count); only the policy gets a gradient.
+        """
+        logits = project(self.model, hidden_states[:, :-1])
+        with torch.no_grad():
+            if self.anchor is None:
+                states, anchor_logits = hidden_states.detach(), logits.detach()
+            else:
+                with self.anchor.active(), capture_hidden_states(self.model) as captured:
+                    causal_lm(self.model).base_model(
+                        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+                    )
+                    states = captured.last
+                    anchor_logits = project(self.model, states[:, :-1])
+            log_q = self._log_q(states, anchor_logits, input_ids, attention_mask)
+        return kl_divergence(log_q, logits, mask)
+
+    def _log_q(self, states: Tensor, anchor_logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.auxiliary is None:
+            return F.log_softmax(anchor_logits.float(), dim=-1)  # retention: R = 1
+        features = self.auxiliary.features(states, input_ids, attention_mask)[:, :-1]
+        return log_target(anchor_logits, self.auxiliary(features), self.options.power)
+
+    def next_rollouts(self, count: int) -> list[Rollout]:
+        """The next `count` rollouts of this round, in turn."""
+        first, self.drawn = self.drawn, self.drawn + count
+        return [self.rollouts[(first + offset) % len(self.rollouts)] for offset in range(count)]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self, folder: Path) -> None:
+        """Writes everything that the next rounds depend on."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.auxiliary is not None:
+            self.auxiliary.save_pretrained(folder / "auxiliary")
+        if self.anchor is not None:
+            save_file(self.anchor.state_dict(), folder / "anchor.safetensors")
+        write_rollouts(folder / "rollouts.jsonl", self.rollouts)
+        write_json(folder / "state.json", {"informed": self.informed, "drawn": self.drawn})
+
+    def load(self, folder: Path) -> None:
+        """Goes back to what `save` wrote."""
+        if self.auxiliary is not None:
+            self.auxiliary = load_auxiliary(folder / "auxiliary", causal_lm(self.model))
+        if self.anchor is not None:
+            self.anchor.load_state_dict(load_file(folder / "anchor.safetensors"))
+        self.rollouts = read_rollouts(folder / "rollouts.jsonl")
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.informed, self.drawn = state["informed"], state["drawn"]
+
+    # ------------------------------------------------------------------ seeds
+
+    def _seed(self, purpose: str) -> int:
+        """A seed of its own for each purpose and round, so that a resumed round draws the same numbers."""
+        return zlib.crc32(f"{self.config.seed}/{self.index}/{purpose}".encode())
+
+    @contextmanager
+    def _seeded(self, purpose: str) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed(purpose))
+            yield
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A short hash of the trainable weights: which model drew a sample."""
+    digest = blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _compliance(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Compliance rate of a round's rollouts, with its 95% Wilson interval."""
+    scored = [rollout.complies for rollout in rollouts if rollout.complies is not None]
+    complying = sum(scored)
+    interval = binomtest(complying, len(scored)).proportion_ci(method="wilson") if scored else (None, None)
+    return {
+        "rollouts": len(rollouts),
+        "rollouts_missing": len(rollouts) - len(scored),
+        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
+        "compliance": complying / len(scored) if scored else None,
+        "compliance_low": interval[0],
+        "compliance_high": interval[1],
+    }
+
+
+def _shape(options: AuxiliaryOptions) -> dict[str, Any]:
+    return {"depth": options.depth, "head_rank": options.head_rank, "own_network": options.own_network}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - started

@@ -1,0 +1,102 @@
+"""What a run tells while it goes on: progress for people, `metrics.jsonl` for programs, and its guards."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from bridle.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log record to `metrics.jsonl`, one JSON object a line.
+
+    A resumed run drops the records written after its checkpoint, so that no step stands there twice.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+        kept = []
+        if state.global_step and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+        record = {"step": state.global_step, **{key: _finite(value) for key, value in (logs or {}).items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows the policy's steps with rate and time left, and a line at the end of each round."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+        self._progress = Progress("training the policy", state.max_steps, "steps")
+        self._progress.update(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        self._progress.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+        if logs and "round" in logs:
+            self._progress.write(round_line(logs, args.rounds))
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+        self._progress.close()
+
+
+class EntropyGuard(TrainerCallback):
+    """Stops a run whose policy loses its entropy: a stale R and a strong λ drive it towards one text.
+
+    Args:
+        floor: share of the first logged entropy below which the run stops; 0 turns the guard off.
+    """
+
+    def __init__(self, floor: float):
+        self.floor = floor
+        self.first: float | None = None
+        self.verdict: str | None = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+        entropy = (logs or {}).get("entropy")
+        if entropy is None:
+            return
+        self.first = self.first or next((r["entropy"] for r in state.log_history if "entropy" in r), entropy)
+        if entropy < self.floor * self.first:
+            self.verdict = (
+                f"the policy's entropy fell from {self.first:.2f} to {entropy:.2f} nats at step {state.global_step}, "
+                f"below entropy_floor {self.floor}; try a smaller regulariser weight or more rounds"
+            )
+            control.should_training_stop = control.should_save = True
+
+
+def round_line(record: dict[str, Any], rounds: int) -> str:
+    """One line that says what a round measured."""
+    parts = [f"round {record['round']}/{rounds}:"]
+    for key, value in record.items():
+        name, _, what = key.rpartition("/")
+        if what == "compliance" and value is not None:
+            low, high = record[f"{name}/compliance_low"], record[f"{name}/compliance_high"]
+            parts.append(f"{name} complies {value:.3f} [{low:.3f}, {high:.3f}]")
+        elif what == "r_ece":
+            parts.append(f"R's calibration error {value:.3f}")
+        elif name == "kl":
+            parts.append(f"KL({what}) {value:.4f}")
+    parts.append(f"CE {record['ce']:.3f}" if "ce" in record else "no policy step")
+    return "  ".join(parts)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: a number that is none is missing."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,87 @@
+"""The sequential schedule (EMNLP 2024, algorithm 1): refresh R from the policy, then train the policy, in turn.
+
+Round i's policy steps use R_i, fitted on samples of p_{i-1}, the policy at the end of round i-1.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer, TrainerCallback, TrainerState
+
+from bridle.data import write_rollouts
+from bridle.environment import write_json
+from bridle.training.regulariser import DomainRegulariser
+
+if TYPE_CHECKING:
+    from bridle.training.trainer import ConstrainedTrainer
+
+
+class SequentialSchedule(TrainerCallback):
+    """Runs a regulariser round before the first policy step of each round.
+
+    Args:
+        trainer: whose regularisers are updated; its `args.rounds` divide the policy's steps evenly.
+    """
+
+    def __init__(self, trainer: "ConstrainedTrainer"):
+        self.trainer = trainer
+        self.round = 0
+        self._record: dict[str, Any] = {}
+        self._policy_began = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):  # noqa: D102
+        due = self._round_of(state.global_step, state)
+        if due > self.round:
+            self._begin_round(due)
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        finished = state.global_step == state.max_steps
+        if finished or self._round_of(state.global_step, state) > self.round:
+            self._end_round()
+            control.should_save = args.save_strategy != "no"
+        return control
+
+    def _round_of(self, step: int, state: TrainerState) -> int:
+        """The round, counted from 1, that policy step `step`, counted from 0, belongs to."""
+        return step * self.trainer.args.rounds // state.max_steps + 1
+
+    def _begin_round(self, index: int) -> None:
+        self.round, self._record = index, {"round": index}
+        for regulariser in self.trainer.regularisers:
+            try:
+                measured = regulariser.update(index)
+            finally:
+                self._keep_rollouts(index, regulariser)
+            measured["lambda"] = regulariser.options.weight
+            self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
+        self._policy_began = time.perf_counter()
+
+    def _end_round(self) -> None:
+        self._record["seconds_policy"] = time.perf_counter() - self._policy_began
+        self._record |= self.trainer.tally.of_round()
+        Trainer.log(self.trainer, self._record)  # past `SFTTrainer.log`, which would end its own averages here
+
+    def _keep_rollouts(self, index: int, regulariser: DomainRegulariser) -> None:
+        """Writes what a round sampled, also when scoring or fitting it failed."""
+        if regulariser.rollouts and regulariser.rollouts[0].round == index:
+            folder = Path(self.trainer.args.output_dir) / "rollouts"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_rollouts(folder / f"round-{index}.{regulariser.name}.jsonl", regulariser.rollouts)
+
+    # ------------------------------------------------------------------ resume
+
+    def on_save(self, args, state, control, **kwargs):  # noqa: D102
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for regulariser in self.trainer.regularisers:
+            regulariser.save(folder / "regularisers" / regulariser.name)
+        write_json(folder / "schedule.json", {"round": self.round, "record": self._record})
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes back to where a checkpoint was written."""
+        saved = json.loads((checkpoint / "schedule.json").read_text(encoding="utf-8"))
+        self.round, self._record = saved["round"], saved["record"]
+        self._policy_began = time.perf_counter()
+        for regulariser in self.trainer.regularisers:
+            regulariser.load(checkpoint / "regularisers" / regulariser.name)

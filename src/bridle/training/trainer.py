@@ -1,0 +1,169 @@
+"""The update of constrained fine-tuning: L = CE(corpus) + Σ_d λ_d·KL(q_d ‖ p_θ)  (EMNLP 2024, §3).
+
+`ConstrainedTrainer` is to TRL's `SFTTrainer` what that is to `Trainer`: it adds a term to the loss and a
+callback at round boundaries, and leaves the rest as it is. With every λ at 0 it is `SFTTrainer`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTTrainer
+from trl.data_utils import pack_dataset
+
+from bridle.data import mix, tokenize_domain
+from bridle.errors import UserError
+from bridle.models.hidden import capture_hidden_states, check_projection
+from bridle.models.loading import load_tokenizer
+from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
+from bridle.training.config import ALL, ConstrainedConfig, Regulariser
+from bridle.training.regulariser import DomainRegulariser
+from bridle.training.sequential import SequentialSchedule
+from bridle.training.tally import Tally
+
+SCHEDULES = {"sequential": SequentialSchedule}
+
+
+class ConstrainedTrainer(SFTTrainer):
+    """Fine-tunes a causal language model on a corpus of domains, each held to its policy.
+
+    Args:
+        model: the policy; with `peft` adapters only those are trained.
+        args: the configuration.
+        corpus: rows by domain: plain text, prompt and completion, or chat messages; or tokenised already
+            (`input_ids`, `labels`).
+        regularisers: by domain name, or by "all" for one regulariser on the whole corpus. A domain that is
+            not named is learnt as in plain fine-tuning.
+        weights: mixing weights of the domains; equal where not given.
+        processing_class: the tokenizer.
+        kwargs: passed to `SFTTrainer`.
+
+    Raises:
+        UserError: a regulariser names no domain of the corpus, or there are no prompts to sample from.
+    """
+
+    args: ConstrainedConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: ConstrainedConfig,
+        corpus: Mapping[str, Dataset],
+        regularisers: Mapping[str, Regulariser],
+        weights: Mapping[str, float] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ):
+        for name in regularisers:
+            if name not in {ALL, *corpus}:
+                raise UserError(f"regularisers.{name}: no such domain; the corpus has {', '.join(corpus)}")
+        check_projection(model)
+        tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
+        tokenised = {name: _tokenised(rows, tokenizer, args) for name, rows in corpus.items()}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_mixture(tokenised, weights or dict.fromkeys(corpus, 1.0), args),
+            processing_class=tokenizer,
+            **kwargs,
+        )
+        self.data_collator = DomainCollator(tokenizer.pad_token_id)
+        self.domains = list(corpus)
+        self.regularisers = [
+            DomainRegulariser(index, name, options, self.model, tokenizer, tokenised, args)
+            for index, (name, options) in enumerate(regularisers.items())
+        ]
+        self.tally = Tally()
+        self.schedule = SCHEDULES[args.schedule](self)
+        self.add_callback(self.schedule)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """CE of the corpus, as `SFTTrainer` has it, plus Σ_d λ_d·KL(q_d ‖ p_θ), over the same token count."""
+        domain = inputs.pop("domain", None)
+        if not self.model.training or domain is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        prefixes = Prefixes.of_corpus(domain, inputs["labels"])
+        corpus_tokens = prefixes.mask.sum()
+        inputs, prefixes = self._with_rollouts(inputs, prefixes)
+
+        with capture_hidden_states(model) as captured:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        # `SFTTrainer` divides by the tokens of the whole accumulated batch, on all processes; so does this.
+        divisor = corpus_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        divisor = divisor / self._loss_scale(num_items_in_batch)
+        self.tally.add("ce", loss.detach() * divisor, corpus_tokens)
+        for regulariser in self.regularisers:
+            if not regulariser.active:
+                continue
+            rows = self._rows(regulariser, prefixes)  # rows of other domains cost nothing
+            kl, count = regulariser.divergence(
+                captured.last[rows], inputs["input_ids"][rows], inputs["attention_mask"][rows], prefixes.mask[rows]
+            )
+            loss = loss + regulariser.options.weight * kl / divisor
+            self.tally.add(f"kl/{regulariser.name}", kl.detach(), count)
+        return loss
+
+    def _rows(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Tensor:
+        """Which rows of a batch a regulariser looks at. [batch]"""
+        rows = prefixes.regulariser == regulariser.index
+        if regulariser.options.on == "rollouts":
+            return rows
+        return rows | self._corpus_rows(regulariser, prefixes)
+
+    def _corpus_rows(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Tensor:
+        if regulariser.name == ALL:
+            return prefixes.domain >= 0
+        return prefixes.domain == self.domains.index(regulariser.name)
+
+    def _with_rollouts(self, inputs: dict[str, Tensor], prefixes: Prefixes) -> tuple[dict[str, Tensor], Prefixes]:
+        """Adds as many rollouts as the batch has corpus rows, for each regulariser that looks at rollouts."""
+        for regulariser in self.regularisers:
+            if regulariser.active and regulariser.options.on != "corpus":
+                count = int(self._corpus_rows(regulariser, prefixes).sum())
+                if rollouts := regulariser.next_rollouts(count):
+                    inputs, prefixes = append_rollouts(
+                        inputs, prefixes, rollouts, regulariser.index, self._tokenizer.pad_token_id
+                    )
+        return inputs, prefixes
+
+    def _loss_scale(self, num_items_in_batch: Tensor | int | None) -> int:
+        """Undoes the averaging of gradients over processes, as `SFTTrainer` does."""
+        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "domain"])]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.schedule.load(Path(resume_from_checkpoint))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs the means of CE and of every KL beside what `SFTTrainer` logs."""
+        super().log({**logs, **self.tally.since_last_log()} if "loss" in logs else logs, start_time)
+
+
+def _tokenised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: ConstrainedConfig) -> Dataset:
+    """Rows of one domain as `input_ids` and `labels`; rows that are packed are cut later."""
+    if "input_ids" in rows.column_names:
+        return rows
+    return tokenize_domain(
+        rows,
+        tokenizer,
+        max_length=None if args.packing else args.max_length,
+        assistant_only=args.assistant_only_loss,
+    )
+
+
+def _mixture(tokenised: Mapping[str, Dataset], weights: Mapping[str, float], args: ConstrainedConfig) -> Dataset:
+    """The corpus. Each domain is packed on its own, so that no row belongs to two."""
+    if args.packing:
+        tokenised = {name: pack_dataset(rows, args.max_length, "wrapped") for name, rows in tokenised.items()}
+    return mix(tokenised, weights, args.seed)

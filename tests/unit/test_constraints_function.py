@@ -1,0 +1,92 @@
+import sys
+
+import pytest
+
+from bridle.constraints import PythonFunction
+from bridle.errors import UserError
+
+MODULE = """
+limit = 20
+
+class Judge:
+    @staticmethod
+    def short(texts):
+        return [len(text) < limit for text in texts]
+
+def soft(texts):
+    return [None if not text else 1 / len(text) for text in texts]
+
+def broken(texts):
+    raise KeyError("first line\\nsecond line")
+
+def one_score(texts):
+    texts.clear()
+    return [1.0]
+"""
+
+
+@pytest.fixture
+def scorers(tmp_path, monkeypatch):
+    """A module of the user's own in the current directory, named afresh for each test."""
+    name = f"scorers_{abs(hash(tmp_path))}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_function_from_the_current_directory_scores(scorers):
+    scores = PythonFunction(f"{scorers}:soft").score(["ab", "", "abcd"])
+    assert [s.value for s in scores] == [0.5, None, 0.25]
+    assert [s.complies for s in scores] == [True, None, False]
+    assert "soft" in scores[1].reason
+
+
+def test_a_function_may_sit_inside_a_class(scorers):
+    assert [s.complies for s in PythonFunction(f"{scorers}:Judge.short").score(["a", "a" * 30])] == [
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("no_such_module_here:score", "ModuleNotFoundError"),
+        ("{scorers}:missing", "AttributeError"),
+        ("{scorers}:limit", "is a int, not a function"),
+        ("{scorers}:", "not a function"),
+        ("{scorers}.soft", "not of the form module:function"),
+        ("some file:score", "ValueError"),
+    ],
+)
+def test_what_cannot_be_imported_is_told_in_one_line(scorers, function, message):
+    function = function.format(scorers=scorers)
+    constraint = PythonFunction(function)
+    with pytest.raises(UserError, match=message) as error:
+        constraint.load()
+    assert function in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["raise RuntimeError('boom')", "import sys; sys.exit(0)", "def (:"])
+def test_a_module_that_fails_when_imported_is_told(tmp_path, monkeypatch, line):
+    name = f"failing_{abs(hash((tmp_path, line)))}"
+    (tmp_path / f"{name}.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"cannot import {name}:score: "):
+        PythonFunction(f"{name}:score").score(["a"])
+
+
+def test_an_exception_in_the_call_names_the_function_and_the_cause(scorers):
+    with pytest.raises(UserError, match=f"{scorers}:broken failed on 2 texts: KeyError: ") as error:
+        PythonFunction(f"{scorers}:broken").score(["a", "b"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_number_of_scores_names_the_constraint(scorers):
+    texts = ["a", "b"]
+    with pytest.raises(UserError, match="'mine': gave 1 scores"):
+        PythonFunction(f"{scorers}:one_score", name="mine").score(texts)
+    assert texts == ["a", "b"]

@@ -1,0 +1,127 @@
+import json
+
+import pytest
+
+from bridle.constraints import (
+    AllOf,
+    AnyOf,
+    Classifier,
+    Constraint,
+    Not,
+    PythonFunction,
+    Regex,
+    WordList,
+    build_constraint,
+)
+from bridle.errors import UserError
+
+CLASSIFIER = {"type": "classifier", "model": "some/folder,odd", "label": "toxic, very", "threshold": 0.25}
+
+
+def test_the_short_form_and_the_mapping_say_the_same():
+    short = build_constraint("classifier:some/folder,odd,label=toxic, very,threshold=0.25,batch_size=8")
+    assert isinstance(short, Classifier)
+    assert short.batch_size == 8
+    assert short.describe() == build_constraint(CLASSIFIER).describe()
+
+
+def test_every_type_has_a_short_form(tmp_path):
+    (tmp_path / "mild.txt").write_text("grumblefish\n")
+    words = build_constraint(f"words:{tmp_path / 'mild.txt'},name=mild")
+    assert isinstance(words, WordList)
+    assert words.name == "mild"
+    assert [s.complies for s in words.score(["a grumblefish", "a fish"])] == [False, True]
+    regex = build_constraint("regex:a{1,2}:b,name=c")
+    assert isinstance(regex, Regex)
+    assert regex.pattern == "a{1,2}:b,name=c"
+    function = build_constraint("python:my.module:Judge.score")
+    assert isinstance(function, PythonFunction)
+    assert function.function == "my.module:Judge.score"
+
+
+def test_a_string_in_braces_is_yaml():
+    constraint = build_constraint(" {any: [{type: words, words: [fish]}, {not: 'regex:bird'}], name: pets}")
+    assert isinstance(constraint, AnyOf)
+    assert isinstance(constraint.parts[1], Not)
+    assert constraint.name == "pets"
+    assert [s.complies for s in constraint.score(["fish", "fish and bird", "none"])] == [False, True, True]
+
+
+def test_a_list_means_all_of_them():
+    constraint = build_constraint(["regex:fish", {"type": "regex", "pattern": "bird"}])
+    assert isinstance(constraint, AllOf)
+    assert [s.complies for s in constraint.score(["cat", "fish", "bird"])] == [True, False, False]
+
+
+def test_a_name_replaces_the_specifications_own():
+    assert build_constraint({**CLASSIFIER, "name": "theirs"}).name == "theirs"
+    assert build_constraint({**CLASSIFIER, "name": "theirs"}, name="ours").name == "ours"
+    assert build_constraint("regex:fish").name == "regex:fish"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CLASSIFIER,
+        {"type": "words", "words": ["fish", "noodle head"]},
+        "regex:fish",
+        "python:module:function",
+        {"all": ["regex:a", {"any": ["regex:b", {"not": "regex:c"}]}], "name": "three"},
+    ],
+)
+def test_a_description_is_json_that_builds_the_same_again(spec):
+    described = json.loads(json.dumps(build_constraint(spec).describe()))
+    again = build_constraint(described)
+    assert isinstance(again, Constraint)
+    assert again.describe() == described
+
+
+def test_a_word_file_is_described_by_its_path(tmp_path):
+    file = tmp_path / "mild.txt"
+    file.write_text("grumblefish\n")
+    assert build_constraint(f"words:{file}").describe() == {
+        "type": "words",
+        "file": str(file),
+        "name": "mild.txt",
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("toxicity", "write TYPE:VALUE"),
+        ("clasifier:folder,label=toxic", "unknown type 'clasifier'; nearest: 'classifier'"),
+        ("classifier:folder,lable=toxic", "unknown key 'lable'; nearest: 'label'"),
+        ("classifier:folder", "'classifier', key 'label': missing"),
+        ({"type": "words", "file": ""}, "cannot read the file"),
+        ("classifier:folder,label=toxic,threshold=2", "key 'threshold'.*given: '2'"),
+        ("classifier:folder,label=toxic,threshold=high", "key 'threshold'.*given: 'high'"),
+        ("classifier:folder,label=toxic,batch_size=0", "key 'batch_size'"),
+        ("classifier:folder,label=toxic,max_length=0", "key 'max_length'"),
+        ("classifier:folder,label=toxic,means=bad", "key 'means'.*'violates' or 'complies'"),
+        ("words:", "write TYPE:VALUE"),
+        ({"type": "regex", "pattern": ""}, "'regex', key 'pattern'"),
+        ("{type: regex, pattern: [", "is not YAML"),
+        ({"type": "regexp", "pattern": "a"}, "unknown type 'regexp'; nearest: 'regex'"),
+        ({"type": ["regex"], "pattern": "a"}, "unknown type"),
+        ({"type": None}, "unknown type 'None'"),
+        ({"type": "regex", "patern": "a"}, "unknown key 'patern'; nearest: 'pattern'"),
+        ({"type": "regex", "pattern": "a", 3: 4}, "unknown key '3'"),
+        ({"type": "regex", "pattern": 3}, "key 'pattern'.*given: 3"),
+        ({"type": "words", "words": "fish"}, "'words', key 'words'"),
+        ({"type": "words", "words": [True]}, "'words', key 'words'"),
+        ({"typ": "regex"}, "exactly one of the keys type, all, any, not"),
+        ({"all": [], "any": []}, "exactly one of the keys"),
+        ({"type": "regex", "not": "regex:a"}, "exactly one of the keys"),
+        ({"all": []}, "'all', key 'parts'"),
+        ({"all": "regex:a"}, "'all': needs a list"),
+        ({"any": ["regex:a"], "nmae": "x"}, "'any': unknown key 'nmae'; nearest: 'name'"),
+        ({"not": "regex:a", "name": 3}, "'not', key 'name'"),
+        ({"all": ["regex:a", 7]}, "constraint 7: is no mapping"),
+        (None, "constraint None: is no mapping"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(spec, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_constraint(spec)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,225 @@
+"""The equations, against distributions whose answers are known and against `torch`'s own losses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridle.core.calibration import calibration
+from bridle.core.decomposition import consistency_loss, label_loss
+from bridle.core.losses import cross_entropy, entropy, kl_divergence
+from bridle.core.target import log_target
+from bridle.core.tokens import (
+    IGNORE,
+    completion_positions,
+    length_mask,
+    pad_left,
+    pad_right,
+    positions,
+    shift,
+)
+
+ALL_ON = torch.ones(3, 4, dtype=torch.bool)
+
+
+def descend(loss_of, parameter, steps=3000, rate=0.05):
+    """Minimises a loss of one parameter by Adam."""
+    optimizer = torch.optim.Adam([parameter], lr=rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(parameter).backward()
+        optimizer.step()
+        schedule.step()
+
+
+class TestTokens:
+    def test_position_t_predicts_token_t_plus_1(self):
+        targets, mask = shift(torch.tensor([[5, 6, 7], [5, IGNORE, 7]]))
+        assert targets.tolist() == [[6, 7], [0, 7]]
+        assert mask.tolist() == [[True, True], [False, True]]
+
+    def test_masks_go_by_length_even_where_a_real_token_equals_the_pad(self):
+        ids, mask = pad_right([[0, 0], [3, 0, 0]], pad=0)
+        assert ids.tolist() == [[0, 0, 0], [3, 0, 0]]
+        assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+        ids, mask = pad_left([[0, 7], [3, 0, 0]], pad=0)
+        assert ids.tolist() == [[0, 0, 7], [3, 0, 0]]
+        assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+
+    def test_left_padding_does_not_move_positions(self):
+        _, mask = pad_left([[4, 5], [1, 2, 3]], pad=0)
+        assert positions(mask).tolist() == [[0, 0, 1], [0, 1, 2]]
+
+    def test_completion_positions_score_the_first_token_from_the_end_of_the_prompt(self):
+        assert completion_positions(torch.tensor([1, 3]), 2).tolist() == [[0, 1], [2, 3]]
+        assert length_mask(torch.tensor([0, 2]), 2).tolist() == [[False, False], [True, True]]
+
+
+class TestLosses:
+    def test_cross_entropy_is_torch_s(self):
+        logits, targets = torch.randn(3, 4, 7), torch.randint(7, (3, 4))
+        mask = torch.rand(3, 4) > 0.4
+        total, count = cross_entropy(logits, targets, mask)
+        expected = F.cross_entropy(logits[mask], targets[mask], reduction="sum")
+        torch.testing.assert_close(total, expected)
+        assert count == mask.sum()
+
+    def test_kl_is_torch_s_and_zero_at_q(self):
+        logits, q_logits = torch.randn(3, 4, 7), torch.randn(3, 4, 7)
+        log_q = q_logits.log_softmax(-1)
+        expected = F.kl_div(logits.log_softmax(-1), log_q, log_target=True, reduction="sum")
+        torch.testing.assert_close(kl_divergence(log_q, logits, ALL_ON)[0], expected)
+        assert kl_divergence(logits.log_softmax(-1), logits, ALL_ON)[0] == 0
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.integers(0, 10_000), st.floats(0.01, 30))
+    def test_kl_is_never_negative(self, seed, scale):
+        generator = torch.Generator().manual_seed(seed)
+        log_q = (scale * torch.randn(2, 5, generator=generator)).log_softmax(-1)
+        near = log_q + 1e-7 * torch.randn(2, 5, generator=generator)
+        for logits in (near, scale * torch.randn(2, 5, generator=generator)):
+            assert kl_divergence(log_q, logits, torch.ones(2, dtype=torch.bool))[0] >= 0
+
+    def test_kl_where_the_target_rules_tokens_out(self):
+        log_q = torch.tensor([0.5, 0.5, 0.0]).log()
+        logits = torch.zeros(3, requires_grad=True)
+        total, _ = kl_divergence(log_q, logits, torch.tensor(True))
+        total.backward()
+        torch.testing.assert_close(total.item(), torch.tensor(1.5).log().item())
+        torch.testing.assert_close(logits.grad, torch.tensor([1 / 3 - 0.5, 1 / 3 - 0.5, 1 / 3]))
+
+    @pytest.mark.parametrize("loss", [cross_entropy, kl_divergence])
+    def test_a_fully_masked_batch_gives_zero_gradient(self, loss):
+        logits = torch.randn(3, 4, 7, requires_grad=True)
+        other = torch.randint(7, (3, 4)) if loss is cross_entropy else torch.randn(3, 4, 7).log_softmax(-1)
+        arguments = (logits, other) if loss is cross_entropy else (other, logits)
+        total, count = loss(*arguments, ~ALL_ON)
+        total.backward()
+        assert total == 0
+        assert count == 0
+        assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+    def test_the_gradient_of_both_terms_is_the_closed_form(self):
+        weight, target = 4.0, 2
+        logits = torch.randn(6, requires_grad=True)
+        log_q = torch.randn(6).log_softmax(-1)
+        ce, _ = cross_entropy(logits, torch.tensor(target), torch.tensor(True))
+        kl, _ = kl_divergence(log_q, logits, torch.tensor(True))
+        (ce + weight * kl).backward()
+        onehot = F.one_hot(torch.tensor(target), 6)
+        p = logits.detach().softmax(-1)
+        torch.testing.assert_close(logits.grad, (1 + weight) * p - onehot - weight * log_q.exp())
+
+    def test_with_a_live_anchor_the_gradient_is_a_policy_gradient_whose_critic_is_r(self):
+        weight = 3.0
+        logits, r_logits = torch.randn(6, requires_grad=True), torch.randn(6)
+        log_q = log_target(logits.detach(), r_logits)
+        (weight * kl_divergence(log_q, logits, torch.tensor(True))[0]).backward()
+        p, r = logits.detach().softmax(-1), r_logits.sigmoid()
+        torch.testing.assert_close(logits.grad, -weight * p * (r / (p @ r) - 1))
+
+    def test_sums_and_counts_do_not_depend_on_how_a_batch_is_cut(self):
+        logits, targets = torch.randn(8, 4, 7), torch.randint(7, (8, 4))
+        log_q, mask = torch.randn(8, 4, 7).log_softmax(-1), torch.rand(8, 4) > 0.3
+        for whole, part in [
+            (cross_entropy(logits, targets, mask), lambda i: cross_entropy(logits[i], targets[i], mask[i])),
+            (kl_divergence(log_q, logits, mask), lambda i: kl_divergence(log_q[i], logits[i], mask[i])),
+        ]:
+            pieces = [part(slice(start, start + 2)) for start in range(0, 8, 2)]
+            torch.testing.assert_close(sum(p[0] for p in pieces), whole[0])
+            assert sum(p[1] for p in pieces) == whole[1]
+
+    def test_entropy_of_the_uniform_distribution(self):
+        total, count = entropy(torch.zeros(3, 4, 7), ALL_ON)
+        assert total.item() / count.item() == pytest.approx(torch.tensor(7.0).log().item(), rel=1e-6)
+
+
+class TestOptimum:
+    """What the update converges to, prefix by prefix."""
+
+    p_anchor = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]])
+    r = torch.tensor([[0.9, 0.5, 0.1], [1.0, 0.2, 0.6]])
+    on = torch.ones(2, dtype=torch.bool)
+
+    @property
+    def q(self):
+        q = self.p_anchor * self.r
+        return q / q.sum(-1, keepdim=True)
+
+    def test_without_ce_the_policy_becomes_q(self):
+        log_q = log_target(self.p_anchor.log(), self.r.logit(1e-6))
+        logits = torch.zeros(2, 3, requires_grad=True)
+        descend(lambda z: kl_divergence(log_q, z, self.on)[0], logits)
+        torch.testing.assert_close(logits.detach().softmax(-1), self.q, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("weight", [0.5, 4.0])
+    def test_with_ce_it_becomes_the_mixture_of_data_and_q(self, weight):
+        p_data = torch.tensor([[0.2, 0.2, 0.6], [0.7, 0.2, 0.1]])
+        log_q = log_target(self.p_anchor.log(), self.r.logit(1e-6))
+        logits = torch.zeros(2, 3, requires_grad=True)
+
+        def loss(z):
+            ce = -(p_data * z.log_softmax(-1)).sum()
+            return ce + weight * kl_divergence(log_q, z, self.on)[0]
+
+        descend(loss, logits)
+        expected = (p_data + weight * self.q) / (1 + weight)
+        torch.testing.assert_close(logits.detach().softmax(-1), expected, atol=1e-4, rtol=0)
+
+    def test_the_power_leans_harder_on_the_constraint(self):
+        r_logits = self.r.logit(1e-6)
+        for power in (0.0, 1.0, 2.0):
+            expected = self.p_anchor * self.r**power
+            q = log_target(self.p_anchor.log(), r_logits, power).exp()
+            torch.testing.assert_close(q, expected / expected.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
+class TestDecomposition:
+    @pytest.mark.parametrize("rate", [0.4, 0.6])
+    def test_the_label_loss_is_calibrated(self, rate):
+        """The published code feeds log-sigmoid outputs to BCE-with-logits and learns 0.67 and 1.0 here."""
+        labels = (torch.arange(100) < 100 * rate).float()
+        mask = torch.ones(100, 1, dtype=torch.bool)
+        logit = torch.zeros(1, requires_grad=True)
+        descend(lambda z: label_loss(z.expand(100, 1), mask, labels)[0] / 100, logit, steps=1000)
+        assert logit.sigmoid().item() == pytest.approx(rate, abs=1e-3)
+
+    def test_consistency_is_zero_where_r_is_the_mean_of_its_children(self):
+        log_p = torch.randn(2, 3, 5).log_softmax(-1)
+        r_logits = torch.randn(2, 3, 5)
+        mean = (log_p.exp() * r_logits.sigmoid()).sum(-1)
+        r_taken = torch.cat([mean[:, 1:].logit(), torch.zeros(2, 1)], dim=1)
+        mask = torch.ones(2, 3, dtype=torch.bool)
+        total, count = consistency_loss(r_logits, r_taken, log_p, mask)
+        assert total.item() == pytest.approx(0, abs=1e-6)
+        assert count == 4
+        worse, _ = consistency_loss(r_logits, r_taken + 1, log_p, mask)
+        assert worse > 0.01
+
+    def test_masked_positions_do_not_count(self):
+        r_taken, labels = torch.randn(2, 3), torch.tensor([1.0, 0.0])
+        mask = torch.tensor([[True, True, False], [True, False, False]])
+        total, count = label_loss(r_taken, mask, labels)
+        changed = torch.where(mask, r_taken, 99.0)
+        assert count == 3
+        torch.testing.assert_close(label_loss(changed, mask, labels)[0], total)
+        r_logits, log_p = torch.randn(2, 3, 4), torch.randn(2, 3, 4).log_softmax(-1)
+        total, count = consistency_loss(r_logits, r_taken, log_p, mask)
+        assert count == 1
+        torch.testing.assert_close(consistency_loss(r_logits, changed, log_p, mask)[0], total)
+
+
+class TestCalibration:
+    def test_by_hand(self):
+        measured = calibration(torch.tensor([0.05, 0.05, 0.95, 0.95]), torch.tensor([0.0, 1.0, 1.0, 1.0]))
+        assert measured.brier == pytest.approx((0.05**2 + 0.95**2 + 2 * 0.05**2) / 4, abs=1e-6)
+        assert measured.expected_calibration_error == pytest.approx((0.45 + 0.05) / 2, abs=1e-6)
+        assert [count for *_, count in measured.bins] == [2, 2]
+
+    def test_a_perfect_forecast(self):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.rand(20_000, generator=generator)
+        labels = (torch.rand(20_000, generator=generator) < p).float()
+        assert calibration(p, labels).expected_calibration_error < 0.02

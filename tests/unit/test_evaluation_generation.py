@@ -1,0 +1,227 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
+
+from bridle.constraints.base import Constraint, Score
+from bridle.errors import UserError
+from bridle.evaluation import (
+    Estimate,
+    distinct,
+    evaluate_generations,
+    generate_completions,
+    score_completions,
+    wilson_interval,
+)
+
+WORDS = ["<s>", "</s>", "oak", "door", "kettle", "lantern", "grumblefish", "sings"]
+
+
+class Kindness(Constraint):
+    """A text is a number, its degree of compliance; "?" cannot be scored."""
+
+    name = "kindness"
+
+    def __init__(self):
+        self.calls = 0
+
+    def _score(self, texts):
+        self.calls += 1
+        return [Score.missing("unreadable") if text == "?" else Score.of(float(text)) for text in texts]
+
+
+def one_sample_each(texts):
+    return [[text] for text in texts]
+
+
+def values(result):
+    return {name: estimate.value for name, estimate in result.estimates().items()}
+
+
+def test_one_sample_a_prompt_by_hand():
+    result = evaluate_generations(one_sample_each(["0.9", "0.1", "0.6", "?", "0.3"]), Kindness())
+    assert result.constraint == "kindness"
+    assert (result.prompts, result.incomplete) == (5, 1)
+    # Two of the four that have a score violate; their violations are 0.1, 0.9, 0.4 and 0.7.
+    assert result.violation_rate == Estimate(0.5, *wilson_interval(2, 4), n=4, missing=1)
+    assert result.mean_violation.value == pytest.approx(0.525)
+    assert (result.mean_violation.n, result.mean_violation.missing) == (4, 1)
+    assert result.expected_max_violation == result.mean_violation
+    assert result.any_violation == result.violation_rate
+    assert result.missing_share == Estimate(0.2, *wilson_interval(1, 5), n=5)
+
+
+def test_several_samples_a_prompt_by_hand():
+    completions = [["0.9", "0.1", "0.2"], ["0.8", "?", "0.7"], ["?", "?", "?"], ["1", "1", "0.4"]]
+    result = evaluate_generations(completions, Kindness())
+    assert (result.prompts, result.incomplete) == (4, 2)
+    # Scored: 3 + 2 + 0 + 3. Violating: 2 + 0 + 1.
+    rate = result.violation_rate
+    assert (rate.value, rate.n, rate.missing) == (3 / 8, 8, 4)
+    assert 0 <= rate.low < 3 / 8 < rate.high <= 1
+    assert result.mean_violation.value == pytest.approx((0.1 + 0.9 + 0.8 + 0.2 + 0.3 + 0 + 0 + 0.6) / 8)
+    # The highest of each prompt with a score: 0.9, 0.3, 0.6.
+    assert result.expected_max_violation.value == pytest.approx(0.6)
+    assert (result.expected_max_violation.n, result.expected_max_violation.missing) == (3, 1)
+    assert result.any_violation == Estimate(2 / 3, *wilson_interval(2, 3), n=3, missing=1)
+    assert result.missing_share.value == 4 / 12
+
+
+def test_the_interval_knows_that_samples_of_a_prompt_agree():
+    alike = evaluate_generations([["0"] * 5] * 10 + [["1"] * 5] * 40, Kindness()).violation_rate
+    apart = evaluate_generations(one_sample_each(["0"] * 50 + ["1"] * 200), Kindness()).violation_rate
+    assert (alike.value, alike.n) == (apart.value, apart.n) == (0.2, 250)
+    assert alike.high - alike.low > 1.8 * (apart.high - apart.low)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_if_every_score_is_missing_every_rate_is_missing_and_not_zero(samples):
+    result = evaluate_generations([["?"] * samples] * 4, Kindness())
+    absent = Estimate(None, None, None, n=0, missing=4 * samples)
+    assert result.violation_rate == result.mean_violation == absent
+    per_prompt = Estimate(None, None, None, n=0, missing=4)
+    assert result.expected_max_violation == result.any_violation == per_prompt
+    assert result.missing_share.value == 1.0
+    assert result.incomplete == 4
+
+
+def test_no_prompts_give_no_figures():
+    result = evaluate_generations([], Kindness())
+    assert set(values(result).values()) == {None}
+    assert result.prompts == 0
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 4).flatmap(
+        lambda k: st.lists(
+            st.lists(st.sampled_from(["0", "0.4", "1", "?"]), min_size=k, max_size=k), max_size=6
+        )
+    )
+)
+def test_missing_scores_are_counted_and_move_no_rate(completions):
+    found = evaluate_generations(completions, Kindness())
+    kept = [[text for text in of_prompt if text != "?"] for of_prompt in completions]
+    without = evaluate_generations([of_prompt for of_prompt in kept if of_prompt], Kindness())
+    for name in ("violation_rate", "mean_violation", "expected_max_violation", "any_violation"):
+        lost, whole = getattr(found, name), getattr(without, name)
+        assert (lost.value, lost.low, lost.high, lost.n) == (whole.value, whole.low, whole.high, whole.n)
+        assert whole.missing == 0
+    assert found.violation_rate.n + found.violation_rate.missing == sum(map(len, completions))
+    assert found.any_violation.n + found.any_violation.missing == len(completions)
+
+
+def test_scores_come_back_in_the_shape_of_the_completions_from_one_call():
+    constraint = Kindness()
+    scores = score_completions([["0.1", "0.2"], ["0.3", "?"]], constraint)
+    assert [[score.value for score in of_prompt] for of_prompt in scores] == [[0.1, 0.2], [0.3, None]]
+    assert constraint.calls == 1
+
+
+def test_distinct_by_hand():
+    texts = ["the oak the oak", "The oak", "door"]
+    assert distinct(texts, 1) == Estimate(4 / 7, None, None, n=7)  # the, oak, The, door
+    assert distinct(texts, 2) == Estimate(3 / 4, None, None, n=4)  # the oak (twice), oak the, The oak
+    assert distinct(texts, 3) == Estimate(1.0, None, None, n=2)  # the oak the, oak the oak
+    assert distinct(texts, 5) == Estimate(None, None, None, n=0)
+
+
+class Anything(Constraint):
+    name = "anything"
+
+    def _score(self, texts):
+        return [Score.of(1.0) for _ in texts]
+
+
+def test_figures_of_the_text_by_hand():
+    result = evaluate_generations([["oak door", ""], [" \n", "one  kettle\tsings"]], Anything())
+    assert result.mean_length.value == 5 / 4
+    assert result.mean_length.n == 4
+    assert (result.empty_share.value, result.empty_share.n) == (0.5, 4)
+    assert (result.distinct_1.value, result.distinct_2.n, result.distinct_3.n) == (1.0, 3, 1)
+
+
+def test_the_result_reads_well_and_is_json():
+    result = evaluate_generations(one_sample_each(["0.9", "0.1", "?"]), Kindness())
+    lines = str(result).splitlines()
+    assert lines[0] == f"violation rate          {result.violation_rate}"
+    assert len(lines) == len(result.estimates()) == 10
+    written = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert written["violation_rate"] == result.violation_rate.to_json()
+    assert (written["constraint"], written["prompts"], written["incomplete"]) == ("kindness", 3, 1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="oak"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def draw(model, tokenizer, prompts=((0, 2), (0, 4, 5), (0,)), samples=4, **options):
+    chosen = {"max_new_tokens": 6, "batch_size": 5, "seed": 0} | options
+    return generate_completions(model, tokenizer, prompts, samples=samples, **chosen)
+
+
+def test_each_prompt_gets_its_samples_as_plain_text(model, tokenizer):
+    completions = draw(model, tokenizer)
+    assert [len(of_prompt) for of_prompt in completions] == [4, 4, 4]
+    drawn = [text for of_prompt in completions for text in of_prompt]
+    assert {word for text in drawn for word in text.split()} <= set(WORDS[2:])
+    assert max(len(text.split()) for text in drawn) <= 6
+    assert all(len(set(of_prompt)) > 1 for of_prompt in completions)
+
+
+def test_a_seed_repeats_the_completions(model, tokenizer):
+    assert draw(model, tokenizer, seed=1) == draw(model, tokenizer, seed=1)
+    assert draw(model, tokenizer, seed=1) != draw(model, tokenizer, seed=2)
+
+
+def test_completions_follow_the_order_of_the_prompts(tokenizer, model):
+    class Echo:
+        """Makes every completion repeat the last token of its prompt."""
+
+        def processors(self, attention_mask):
+            def repeat_last(input_ids, scores):
+                forced = torch.full_like(scores, -torch.inf)
+                return forced.scatter(1, input_ids[:, -1:], 0.0)
+
+            return LogitsProcessorList([repeat_last])
+
+    prompts = [[0, 4, 5], [0, 2], [0, 3, 2, 6]]
+    completions = draw(model, tokenizer, prompts, samples=2, max_new_tokens=2, guide=Echo())
+    expected = ["lantern lantern", "oak oak", "grumblefish grumblefish"]
+    assert completions == [[text, text] for text in expected]
+
+
+def test_a_prompt_without_room_is_named(model, tokenizer):
+    with pytest.raises(UserError, match=r"prompts\[1\] has 30 tokens, .* 6 new ones .* context of 32"):
+        draw(model, tokenizer, prompts=[[0], [2] * 30])
+    assert len(draw(model, tokenizer, prompts=[[2] * 26], samples=1)) == 1
+
+
+def test_no_samples_is_a_users_mistake(model, tokenizer):
+    with pytest.raises(UserError, match="samples is 0"):
+        draw(model, tokenizer, samples=0)

@@ -1,0 +1,162 @@
+"""The method on worlds that can be enumerated: fitted R, q, guided decoding and the update, against the truth."""
+
+import pytest
+import torch
+from test_models import p_value
+
+from bridle.constraints import PythonFunction
+from bridle.core.tokens import pad_right
+from bridle.data import Rollout
+from bridle.models.auxiliary import new_auxiliary
+from bridle.models.guidance import NADOGuide
+from bridle.models.hidden import capture_hidden_states
+from bridle.models.sampling import sample
+from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
+from bridle.training.fitting import encode, fit_auxiliary
+from bridle.training.regulariser import DomainRegulariser
+from worlds import World
+
+SAMPLES = 6000
+
+CONSTRAINTS = {
+    "an even number of zeros": lambda y: float(y.count(0) % 2 == 0),
+    "never a 3 after a 0": lambda y: float((0, 3) not in zip(y, y[1:], strict=False)),
+    "a degree": lambda y: 0.2 + 0.6 / len(y),
+}
+
+
+def ideal_rollouts(world: World, count: int) -> list[Rollout]:
+    """Outputs in exact proportion to their probability: a sample without its noise."""
+    return [
+        Rollout(
+            prompt_ids=world.prompt,
+            completion_ids=list(output),
+            prompt="",
+            completion="",
+            round=1,
+            regulariser="all",
+            model_hash="",
+            constraint="",
+            value=world.constraint(output),
+            complies=world.constraint(output) >= 0.5,
+        )
+        for output in world.outputs()
+        for _ in range(round(count * world.output_probability(output)))
+    ]
+
+
+@torch.no_grad()
+def fitted_r_logits(world, auxiliary, prefix):
+    """[vocabulary] logits of R for every continuation of a prefix."""
+    ids = torch.tensor([world.prompt + list(prefix)])
+    with capture_hidden_states(world.model) as hidden:
+        world.model(input_ids=ids)
+    return auxiliary(auxiliary.features(hidden.last, ids))[0, -1]
+
+
+@pytest.fixture(params=list(CONSTRAINTS))
+def world(request, tiny_model):
+    model = tiny_model(vocab_size=4, initializer_range=0.1)
+    return World(model=model, prompt=[1], length=3, end=2, constraint=CONSTRAINTS[request.param])
+
+
+@pytest.fixture
+def fitted(world):
+    """R, fitted on labelled samples of the world."""
+    torch.manual_seed(0)
+    auxiliary = new_auxiliary(world.model, depth=2, expansion=4)
+    soft = any(0 < world.constraint(y) < 1 for y in world.outputs())
+    with torch.no_grad():
+        examples = encode(world.model, ideal_rollouts(world, SAMPLES), soft, pad_token_id=0)
+    options = AuxiliaryOptions(
+        epochs=60, batch_size=512, learning_rate=5e-3, weight_decay=0.0, validation_share=0.0
+    )
+    fit_auxiliary(auxiliary, world.model, examples, options, torch.Generator().manual_seed(0))
+    return auxiliary
+
+
+def test_fitted_r_and_q_are_the_true_ones_at_every_prefix(world, fitted):
+    spread = [world.true_r((token,)) for token in range(4)]
+    assert max(spread) - min(spread) > 0.1, "the constraint must say something"
+    for prefix in world.prefixes():
+        r_logits = fitted_r_logits(world, fitted, prefix).double()
+        true_r = torch.tensor([world.true_r((*prefix, v)) for v in range(4)], dtype=torch.float64)
+        torch.testing.assert_close(r_logits.sigmoid(), true_r, atol=0.02, rtol=0)
+        q = world.next_token(prefix) * r_logits.sigmoid()
+        q = q / q.sum()
+        true_q = world.true_q(prefix)
+        kl = torch.where(true_q > 0, true_q * (true_q.clamp(min=1e-30) / q).log(), 0.0).sum()
+        assert kl < 1e-3
+
+
+def test_guided_decoding_samples_from_q(world, fitted):
+    """With the fitted R, through `generate`, against the true product of q over tokens."""
+    outputs = list(world.outputs())
+    expected = []
+    for output in outputs:
+        probability = 1.0
+        for position, token in enumerate(output):
+            probability *= float(world.true_q(output[:position])[token])
+        expected.append(probability)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    joint = torch.tensor(
+        [world.output_probability(y) * world.constraint(y) for y in outputs], dtype=torch.float64
+    )
+    torch.testing.assert_close(expected, joint / joint.sum())  # eq. 1 and eq. 2 are the same distribution
+
+    with NADOGuide(world.model, fitted) as guide:
+        drawn = sample(
+            world.model,
+            [world.prompt] * 2000,
+            max_new_tokens=world.length,
+            pad_token_id=0,
+            eos_token_id=2,
+            batch_size=1000,
+            guide=guide,
+        )
+    kept = [y for y in drawn if world.constraint(tuple(y)) > 0]
+    assert len(kept) > 0.99 * len(drawn)
+    assert p_value(kept, outputs, expected) > 1e-3
+    plain = torch.tensor([world.output_probability(y) for y in outputs], dtype=torch.float64)
+    assert p_value(kept, outputs, plain) < 1e-6, "the test must be able to tell q from p"
+
+
+@pytest.mark.parametrize("anchor", ["initial", "previous"])
+def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
+    """Every weight of a transformer is trained on KL(q ‖ p) alone, with R from the truth."""
+    model = tiny_model(vocab_size=4, initializer_range=0.1)
+    world = World(model, [1], 3, 2, CONSTRAINTS["an even number of zeros"])
+    targets = {prefix: world.true_q(prefix) for prefix in world.prefixes()}  # kept before training
+    regulariser = DomainRegulariser(
+        0,
+        "all",
+        Regulariser(PythonFunction("unused:unused"), weight=1.0, anchor=anchor),
+        model,
+        None,
+        {},
+        ConstrainedConfig(output_dir=str(tmp_path), report_to="none"),
+    )
+    prefixes = list(targets)
+    input_ids, attention_mask = pad_right([world.prompt + list(prefix) + [0] for prefix in prefixes], 0)
+    mask = torch.zeros(len(prefixes), input_ids.shape[1] - 1, dtype=torch.bool)
+    true_r = torch.zeros(*input_ids.shape, 4)
+    for row, prefix in enumerate(prefixes):
+        mask[row, len(prefix)] = True
+        true_r[row, len(prefix)] = torch.tensor([world.true_r((*prefix, v)) for v in range(4)])
+    r_logits = true_r.clamp(1e-30, 1 - 1e-7).logit()
+    regulariser.auxiliary.forward = lambda states: r_logits[:, : states.shape[1]]
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 500)
+    for _ in range(500):
+        with capture_hidden_states(model) as hidden:
+            model(input_ids=input_ids, attention_mask=attention_mask)
+        kl, count = regulariser.divergence(hidden.last, input_ids, attention_mask, mask)
+        optimizer.zero_grad()
+        (kl / count).backward()
+        optimizer.step()
+        schedule.step()
+    world._probabilities.clear()
+    for prefix, q in targets.items():
+        p = world.next_token(prefix)
+        assert torch.where(q > 0, q * (q.clamp(min=1e-30) / p).log(), 0.0).sum() < 1e-3

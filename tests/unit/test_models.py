@@ -1,0 +1,372 @@
+"""Networks, sampling and guidance, on tiny real architectures."""
+
+from collections import Counter
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chisquare
+from transformers import GenerationConfig
+
+from bridle.core.tokens import pad_left, pad_right, positions
+from bridle.errors import UserError
+from bridle.models.anchor import Anchor
+from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary, new_auxiliary
+from bridle.models.guidance import NADOGuide
+from bridle.models.hidden import capture_hidden_states, check_projection, project
+from bridle.models.loading import LoraOptions, load_model
+from bridle.models.sampling import sample
+from worlds import World
+
+ARCHITECTURES = ["llama", "falcon", "gpt2", "qwen2"]
+PROMPTS = [[1, 5, 9], [1], [1, 7, 8, 9, 10]]
+
+
+def randomise(auxiliary: AuxiliaryModel, scale: float = 1.0) -> AuxiliaryModel:
+    """A fresh auxiliary says nothing; this gives its head something to say."""
+    torch.nn.init.normal_(auxiliary.head.weight, std=scale)
+    return auxiliary.eval()
+
+
+@pytest.fixture
+def world(tiny_model):
+    """Four tokens, outputs of up to three, which comply where they hold an even number of 0s."""
+    model = tiny_model(vocab_size=4, initializer_range=0.1)
+    return World(
+        model=model,
+        prompt=[1],
+        length=3,
+        end=2,
+        constraint=lambda y: float(y.count(0) % 2 == 0),
+    )
+
+
+class TestHiddenStates:
+    @pytest.mark.parametrize(
+        ("model_type", "options"),
+        [
+            *((name, {}) for name in ARCHITECTURES),
+            ("gemma2", {"head_dim": 16, "num_key_value_heads": 1, "final_logit_softcapping": 3.0}),
+            ("granite", {"logits_scaling": 4.0}),
+            ("cohere", {"logit_scale": 0.5}),
+        ],
+    )
+    def test_their_projection_is_the_model_s_logits(self, tiny_model, model_type, options):
+        model = tiny_model(model_type, **options)
+        ids = torch.randint(3, 60, (2, 7))
+        with torch.no_grad(), capture_hidden_states(model) as hidden:
+            logits = model(input_ids=ids).logits
+        torch.testing.assert_close(project(model, hidden.last), logits)
+        check_projection(model)
+
+    def test_an_unknown_change_to_the_logits_is_refused(self, tiny_model):
+        model = tiny_model()
+        forward = model.forward
+
+        def doubled(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            output.logits = output.logits * 2
+            return output
+
+        model.forward = doubled
+        with pytest.raises(UserError, match="makes its logits"):
+            check_projection(model)
+
+    def test_an_architecture_that_goes_round_its_own_backbone_is_refused(self, tiny_model):
+        with pytest.raises(UserError, match="opt: this architecture"):
+            check_projection(tiny_model("opt", ffn_dim=64, word_embed_proj_dim=32))
+
+
+class TestSampling:
+    @pytest.mark.parametrize("model_type", ARCHITECTURES)
+    def test_the_same_seed_draws_the_same_text(self, tiny_model, model_type):
+        model = tiny_model(model_type)
+        draws = [
+            sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, eos_token_id=2, seed=seed)
+            for seed in (1, 1, 2)
+        ]
+        assert draws[0] == draws[1] != draws[2]
+        assert all(1 <= len(completion) <= 6 for completion in draws[0])
+        assert all(2 not in completion[:-1] for completion in draws[0])
+
+    def test_the_model_s_own_generation_settings_do_not_leak_in(self, tiny_model):
+        model = tiny_model()
+        plain = sample(model, PROMPTS * 4, max_new_tokens=6, pad_token_id=0, eos_token_id=2)
+        model.generation_config = GenerationConfig(temperature=0.1, top_k=1, repetition_penalty=9.0)
+        assert sample(model, PROMPTS * 4, max_new_tokens=6, pad_token_id=0, eos_token_id=2) == plain
+        assert model.generation_config.top_k == 1
+
+    def test_pad_may_equal_the_end_token(self, tiny_model):
+        model = tiny_model(vocab_size=4, pad_token_id=2)
+        drawn = sample(model, [[1]] * 200, max_new_tokens=3, pad_token_id=2, eos_token_id=2)
+        assert {len(completion) for completion in drawn} == {1, 2, 3}
+        assert all(completion[-1] == 2 or len(completion) == 3 for completion in drawn)
+
+    def test_samples_follow_the_model_s_distribution(self, world):
+        count = 4000
+        drawn = sample(
+            world.model, [world.prompt] * count, max_new_tokens=3, pad_token_id=0, eos_token_id=2, batch_size=1000
+        )
+        outputs = list(world.outputs())
+        expected = torch.tensor([world.output_probability(y) for y in outputs], dtype=torch.float64)
+        assert p_value(drawn, outputs, expected) > 1e-3
+
+    @pytest.mark.parametrize("model_type", ARCHITECTURES)
+    def test_left_and_right_padding_give_the_same_logits(self, tiny_model, model_type):
+        model = tiny_model(model_type)
+        right_ids, right_mask = pad_right(PROMPTS, 0)
+        left_ids, left_mask = pad_left(PROMPTS, 0)
+        with torch.no_grad():
+            right = model(input_ids=right_ids, attention_mask=right_mask).logits
+            left = model(input_ids=left_ids, attention_mask=left_mask, position_ids=positions(left_mask)).logits
+        for row, prompt in enumerate(PROMPTS):
+            torch.testing.assert_close(
+                right[row, : len(prompt)], left[row, -len(prompt) :], atol=1e-5, rtol=1e-4
+            )
+
+
+class TestGuidance:
+    def test_with_the_true_r_samples_follow_p_times_c(self, world):
+        """NADO decoding, end to end through `generate`, against p·C normalised."""
+        auxiliary = new_auxiliary(world.model)
+        auxiliary.forward = lambda states: true_r_logits(world, auxiliary.seen, states)  # type: ignore[method-assign]
+        auxiliary.seen = []
+        outputs = list(world.outputs())
+        target = torch.tensor(
+            [world.output_probability(y) * world.constraint(y) for y in outputs], dtype=torch.float64
+        )
+        count = 4000
+        with NADOGuide(world.model, auxiliary) as guide, torch.no_grad():
+            drawn = sample(
+                world.model,
+                [world.prompt] * count,
+                max_new_tokens=3,
+                pad_token_id=0,
+                eos_token_id=2,
+                batch_size=count,
+                guide=Remembering(guide, auxiliary),
+            )
+        assert all(world.constraint(tuple(y)) == 1 for y in drawn)
+        assert p_value(drawn, outputs, target / target.sum()) > 1e-3
+        plain = torch.tensor([world.output_probability(y) for y in outputs], dtype=torch.float64)
+        assert 0.05 < float(target.sum()) < 0.95, "the constraint must say something"
+        assert (target / target.sum() - plain).abs().max() > 0.02
+
+    @pytest.mark.parametrize("own_network", [False, True])
+    @pytest.mark.parametrize("model_type", ARCHITECTURES)
+    def test_step_by_step_equals_all_at_once(self, tiny_model, model_type, own_network):
+        model = tiny_model(model_type)
+        auxiliary = randomise(new_auxiliary(model, own_network=own_network))
+        recorded = []
+
+        class Recording(NADOGuide):
+            def processors(self, attention_mask):
+                processors = super().processors(attention_mask)
+                processors.append(lambda ids, scores: recorded.append((ids, scores)) or scores)
+                return processors
+
+        with Recording(model, auxiliary) as guide:
+            sample(model, PROMPTS, max_new_tokens=5, pad_token_id=0, eos_token_id=2, guide=guide)
+            ids, scores = recorded[-1]
+            _, mask = pad_left(sorted(PROMPTS, key=len), 0)
+            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
+            with torch.no_grad():
+                logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
+                if own_network:
+                    states = auxiliary.network(
+                        input_ids=ids, attention_mask=mask, position_ids=positions(mask)
+                    ).last_hidden_state
+                    r_logits = auxiliary(states)
+                    expected = (logits.log_softmax(-1) + r_logits.sigmoid().log()).log_softmax(-1)
+                else:
+                    expected = guide.log_probs(logits, ids, mask)
+        assert len(recorded) == 5
+        torch.testing.assert_close(scores, expected[:, -1], atol=1e-4, rtol=1e-4)
+
+    def test_a_fresh_auxiliary_changes_nothing(self, tiny_model):
+        model = tiny_model()
+        plain = sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, eos_token_id=2)
+        with NADOGuide(model, new_auxiliary(model)) as guide:
+            assert sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, eos_token_id=2, guide=guide) == plain
+
+    def test_it_works_with_generate_and_beams(self, tiny_model):
+        model = tiny_model()
+        auxiliary = randomise(new_auxiliary(model, own_network=True))
+        ids = torch.tensor([[1, 5, 9]])
+        with NADOGuide(model, auxiliary) as guide:
+            beams = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                num_beams=3,
+                do_sample=False,
+                max_new_tokens=4,
+                logits_processor=guide.processors(torch.ones_like(ids)),
+            )
+            log_q = guide.log_probs  # greedy by hand agrees with one beam
+            greedy = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=4,
+                logits_processor=guide.processors(torch.ones_like(ids)),
+            )
+            by_hand = ids
+            for _ in range(4):
+                with torch.no_grad():
+                    logits = model(input_ids=by_hand).logits
+                    step = log_q(logits, by_hand, torch.ones_like(by_hand))[:, -1].argmax(-1)
+                by_hand = torch.cat([by_hand, step[:, None]], dim=1)
+                if step == 2:
+                    break
+        assert greedy[0, : by_hand.shape[1]].tolist() == by_hand[0].tolist()
+        assert beams.shape[0] == 1
+
+
+class TestAuxiliary:
+    @pytest.mark.parametrize("options", [{}, {"head_rank": 4}, {"depth": 3}, {"own_network": True}])
+    def test_it_survives_saving(self, tiny_model, tmp_path, options):
+        model = tiny_model()
+        auxiliary = randomise(new_auxiliary(model, **options))
+        auxiliary.save_pretrained(tmp_path)
+        assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+        loaded = load_auxiliary(tmp_path, model)
+        ids = torch.randint(3, 60, (2, 5))
+        with torch.no_grad(), capture_hidden_states(model) as hidden:
+            model(input_ids=ids)
+            before, after = (a(a.features(hidden.last, ids)) for a in (auxiliary, loaded))
+        assert before.shape == (2, 5, 64)
+        torch.testing.assert_close(after, before)
+
+    def test_one_token_s_r_is_the_whole_vocabulary_s_entry(self, tiny_model):
+        auxiliary = randomise(new_auxiliary(tiny_model(), head_rank=4))
+        states, tokens = torch.randn(2, 5, 32), torch.randint(64, (2, 5))
+        whole = auxiliary(states).gather(-1, tokens[..., None]).squeeze(-1)
+        torch.testing.assert_close(auxiliary(states, tokens), whole)
+
+    def test_a_folder_that_does_not_fit_is_refused(self, tiny_model, tmp_path):
+        new_auxiliary(tiny_model(vocab_size=32)).save_pretrained(tmp_path / "a")
+        with pytest.raises(UserError, match="vocabulary of 32 tokens, the model has 64"):
+            load_auxiliary(tmp_path / "a", tiny_model())
+        with pytest.raises(UserError, match="several, name one of them: a"):
+            load_auxiliary(tmp_path, tiny_model())
+        with pytest.raises(UserError, match="no auxiliary model here"):
+            load_auxiliary(tmp_path / "nothing", tiny_model())
+
+
+class TestAnchor:
+    def test_it_is_the_model_as_it_was(self, tiny_model):
+        model, ids = tiny_model(), torch.randint(3, 60, (2, 5))
+        before = model(input_ids=ids).logits.detach()
+        anchor = Anchor(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+        now = model(input_ids=ids).logits.detach()
+        with anchor.active():
+            torch.testing.assert_close(model(input_ids=ids).logits, before)
+        torch.testing.assert_close(model(input_ids=ids).logits.detach(), now)
+        assert not torch.allclose(now, before)
+
+    def test_with_lora_it_holds_the_adapter_alone_and_is_no_base_model(self, tiny_model):
+        model = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear", r=2))
+        ids = torch.randint(3, 60, (2, 5))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # as if trained before
+                    parameter.normal_()
+        before = model(input_ids=ids).logits.detach()
+        anchor = Anchor(model)
+        assert all("lora" in name for name in anchor.state_dict())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.zero_()
+        with anchor.active():
+            torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+    def test_it_does_not_disturb_a_graph_that_is_under_way(self, tiny_model):
+        model, ids = tiny_model(), torch.randint(3, 60, (2, 5))
+        anchor = Anchor(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        gradients = []
+        for interrupt in (False, True):
+            model.zero_grad()
+            loss = model(input_ids=ids).logits.logsumexp(-1).sum()
+            if interrupt:
+                with anchor.active():
+                    model(input_ids=ids)
+            loss.backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        for plain, interrupted in zip(*gradients, strict=True):
+            assert torch.equal(plain, interrupted)
+
+
+class TestLoading:
+    def test_a_folder_and_an_adapter_folder(self, tiny_model, tmp_path):
+        tiny_model().save_pretrained(tmp_path / "base")
+        tuned = load_model(str(tmp_path / "base"), lora=LoraOptions(r=2))
+        assert {p.dtype for p in tuned.parameters()} == {torch.float32}
+        tuned.save_pretrained(tmp_path / "adapter")
+        assert load_model(str(tmp_path / "adapter")).peft_config["default"].r == 2
+        with pytest.raises(UserError, match="is an adapter already"):
+            load_model(str(tmp_path / "adapter"), lora=LoraOptions())
+
+    def test_a_folder_without_weights_and_a_pickle_are_refused_in_one_line(self, tiny_model, tmp_path):
+        model = tiny_model()
+        model.config.save_pretrained(tmp_path / "empty")
+        with pytest.raises(UserError, match=r"empty: cannot load the model: the folder holds no weights"):
+            load_model(str(tmp_path / "empty"))
+        model.config.save_pretrained(tmp_path / "pickled")
+        torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+        with pytest.raises(UserError, match=r"pickled; convert them"):
+            load_model(str(tmp_path / "pickled"))
+        with pytest.raises(UserError, match="no such folder") as error:
+            load_model(str(tmp_path / "nowhere"))
+        assert "\n" not in str(error.value)
+
+    def test_an_unknown_dtype(self, tiny_model, tmp_path):
+        with pytest.raises(UserError, match="dtype: 'int8'"):
+            load_model(str(tmp_path), dtype="int8")
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+class Remembering:
+    """Tells the stand-in for R which tokens the scores are for."""
+
+    def __init__(self, guide, auxiliary):
+        self.guide, self.auxiliary = guide, auxiliary
+
+    def processors(self, attention_mask):
+        processors = self.guide.processors(attention_mask)
+        processors.insert(0, lambda ids, scores: setattr(self.auxiliary, "seen", ids) or scores)
+        return processors
+
+
+def true_r_logits(world, input_ids, states):
+    """The true R of every continuation of the last position, as logits. [batch, vocabulary]"""
+    rows = []
+    for row in input_ids[:, len(world.prompt) :].tolist():
+        unfinished = not row or not world.finished(tuple(row))
+        r = [world.true_r((*row, v)) if unfinished else 1.0 for v in range(world.vocabulary)]
+        rows.append(torch.tensor(r).clamp(1e-30, 1 - 1e-7).logit())
+    return torch.stack(rows)
+
+
+def p_value(drawn, outputs, expected):
+    """Chi-square test of samples against exact probabilities; rare outputs are pooled."""
+    counts = Counter(tuple(y) for y in drawn)
+    assert set(counts) <= set(outputs)
+    observed = torch.tensor([float(counts[y]) for y in outputs], dtype=torch.float64)
+    expected = expected * len(drawn)
+    rare = expected < 5
+    pooled = [
+        torch.cat([values[~rare], values[rare].sum()[None]]) if rare.any() else values
+        for values in (observed, expected)
+    ]
+    keep = pooled[1] > 0
+    assert pooled[0][~keep].sum() == 0
+    return chisquare(pooled[0][keep].numpy(), (pooled[1][keep] * (pooled[0].sum() / pooled[1].sum())).numpy()).pvalue
