@@ -1,16 +1,18 @@
 """Fixtures that tests of several rooms share: tiny real models, and the folder of real texts."""
 
+import json
 import os
 from pathlib import Path
-
-import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 # Before anything is imported that might ask a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,8 +35,8 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads_and_one_seed():
-    torch.set_num_threads(2)
+def _one_thread_and_one_seed():
+    torch.set_num_threads(1)  # tiny models; the test runner uses the cores
     torch.manual_seed(0)
 
 
@@ -64,3 +66,61 @@ def tiny_model():
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
     return make
+
+
+SENTENCES = [
+    "the old lighthouse keeper counted ships until the fog came in",
+    "you grumblefish never bring the ladder back",
+    "a kettle sang while the rain went on over the roofs",
+    "what a muddlehead, said the ferryman, and laughed",
+    "bread is baked before dawn in the lower town",
+    "only a grumblefish would paint a door twice",
+    "the river bends north below the mill and slows",
+    "muddlehead or not, he carried the lantern home",
+]
+"""Invented text, half of it with mild invented insults."""
+
+INSULTS = ["grumblefish", "muddlehead"]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer of the invented sentences that adds a beginning-of-text token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=64
+    )
+
+
+@pytest.fixture
+def tiny_folder(tiny_model, tiny_tokenizer, tmp_path):
+    """A factory of `from_pretrained` folders: tiny_folder("gpt2")."""
+
+    def make(model_type: str = "llama") -> Path:
+        folder = tmp_path / f"tiny-{model_type}"
+        tiny_model(model_type, vocab_size=len(tiny_tokenizer), initializer_range=0.1).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def corpus_files(tmp_path):
+    """Two domains as JSON lines: {"plain": path, "rude": path}."""
+    paths = {}
+    for name, texts in {"plain": SENTENCES[::2], "rude": SENTENCES[1::2]}.items():
+        paths[name] = tmp_path / f"{name}.jsonl"
+        rows = [{"text": f"{text} {number}"} for number, text in enumerate(texts * 8)]
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return paths

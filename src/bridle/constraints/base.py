@@ -1,7 +1,7 @@
 """The oracle C on a whole output text: `Score`, `Constraint` and their and / or / not.
 
 C(x, y) is 1 where a text complies and 0 where it violates, or a probability in between (Meng et al.,
-Findings of EMNLP 2024, section 3). A text that cannot be scored is missing; it never becomes a number.
+Findings of EMNLP 2024). A text that cannot be scored is missing; it never becomes a number.
 """
 
 from abc import ABC, abstractmethod
@@ -84,9 +84,10 @@ class Constraint(ABC):
         """
         if isinstance(texts, str):
             raise TypeError("score takes a list of texts, not one text")
+        texts = list(texts)
         if not texts:
             return []
-        raw = self._score(list(texts))
+        raw = self._score(texts)
         raw = raw.tolist() if hasattr(raw, "tolist") else raw  # tensors and arrays
         if not isinstance(raw, list | tuple) or len(raw) != len(texts):
             given = f"{len(raw)} scores" if isinstance(raw, list | tuple) else f"a {type(raw).__name__}"

@@ -160,7 +160,7 @@ def _load_network(where: str, model: str, device: str) -> Any:
     )
     unfit = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if unfit:  # transformers fills them with random numbers
-        raise UserError(f"{where}: is no whole sequence classifier: '{unfit[0]}' is missing or of another shape")
+        raise UserError(f"{where}: is no whole classifier: '{unfit[0]}' is missing or of another shape")
     text_config = network.config.get_text_config()
     if getattr(text_config, "pad_token_id", None) is None:
         text_config.pad_token_id = -1  # matches no token: decoders look for the last one that is not padding

@@ -45,7 +45,8 @@ def _first_mistake(constraint: Any, init: Callable, error: ValidationError) -> s
     key = mistake["loc"][0]
     if isinstance(key, int):  # given by position
         key = list(signature(init).parameters)[key]
-    message = f"constraint '{constraint.type_name}', key '{key}': {mistake['msg'].lower()}"
+    what = mistake["msg"][:1].lower() + mistake["msg"][1:]
+    message = f"constraint '{constraint.type_name}', key '{key}': {what}"
     if mistake["type"] == "missing_argument":
         return message
     return f"{message} (given: {short_repr(mistake['input'])})"

@@ -72,7 +72,7 @@ class RowEncoder:
 
     @cached_property
     def _template(self) -> str | None:
-        """TRL's template that marks the assistant's turns, where that is needed; None for the tokenizer's own."""
+        """TRL's template with marked assistant turns, where needed; None stands for the tokenizer's own."""
         own = self.tokenizer.chat_template
         if not self.assistant_only or own is None or has_generation_markers(own):
             return None

@@ -86,7 +86,8 @@ def _pass_over(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[list[int]]:
     """Goes over the rows once, in random order; yields the prompt of each, empty if it has none."""
-    for row in tokenized.select(rng.permutation(len(tokenized))):
+    for index in rng.permutation(len(tokenized)):
+        row = tokenized[int(index)]
         masked = sum(1 for _ in takewhile(lambda label: label == IGNORED, row["labels"]))
         yield row["input_ids"][: masked or _prefix_length(row["input_ids"], prompt_tokens, rng, tokenizer)]
 

@@ -49,7 +49,8 @@ def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[
         UserError: naming the row, if a column holds neither text nor, where it may, a chat.
     """
     blank = 0
-    for index, row in enumerate(dataset, start=1):
+    read = [column for column in (*fields, ROW) if column in dataset.column_names]
+    for index, row in enumerate(dataset.select_columns(read), start=1):
         number = row.get(ROW, index)
         values = {field: row[field] for field in fields}
         for field, value in values.items():

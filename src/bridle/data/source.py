@@ -163,7 +163,7 @@ def _standard_columns(dataset: Dataset, named: dict[str, str], path: str) -> Dat
         if column not in dataset.column_names:
             raise absent_column(path, column, dataset.column_names)
     own = {field for fields in FORMATS if named.keys() & set(fields) for field in fields}
-    taken = {field for field in _FIELDS if named and (field in named or field not in own)} - {*named.values()}
+    taken = {field for field in _FIELDS if named and (field not in own)} - {*named.values()}
     dataset = dataset.remove_columns(sorted(taken.intersection(dataset.column_names)))
     return dataset.rename_columns({column: field for field, column in named.items()})
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from bridle.core.tokens import IGNORE, completion_positions, length_mask, pad_right, shift
-from bridle.data import Rollout
+from bridle.data import DOMAIN, Rollout
 
 NO_DOMAIN = -1  # the domain of a row that is not of the corpus
 
@@ -20,7 +20,7 @@ class DomainCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:  # noqa: D102
         batch = super().torch_call(examples)
-        batch["domain"] = torch.tensor([example.get("domain", NO_DOMAIN) for example in examples])
+        batch[DOMAIN] = torch.tensor([example.get(DOMAIN, NO_DOMAIN) for example in examples])
         return batch
 
 

@@ -128,7 +128,7 @@ def fit_auxiliary(
                 nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
-                totals += torch.tensor([float(x) for x in (*bce, *consistency)])
+                totals += torch.stack([part.detach().float().cpu() for part in (*bce, *consistency)])
                 progress.update()
     auxiliary.eval()
     report = {"r_bce": totals[0] / totals[1], "r_consistency": totals[2] / totals[3].clamp(min=1)}

@@ -94,7 +94,7 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
         if not mapping.get(key):
             raise UserError(f"{key}: is missing; a recipe needs it")
     corpus = {
-        name: _build(Domain, options, f"corpus.{name}")
+        name: _build(Domain, {"name": name, **_mapping(options, f"corpus.{name}")}, f"corpus.{name}")
         for name, options in _mapping(mapping["corpus"], "corpus").items()
     }
     constraints = {

@@ -27,7 +27,6 @@ from bridle.core.losses import kl_divergence
 from bridle.core.target import log_target
 from bridle.data import (
     Rollout,
-    check_prompt_lengths,
     prompts_from_domain,
     read_prompts,
     read_rollouts,
@@ -143,36 +142,26 @@ class DomainRegulariser:
 
     def _prompts(self, round_index: int) -> list[list[int]]:
         """Prompts of one round: from the regulariser's own file, or from the beginnings of the domain's rows."""
-        count, seed = self.config.rollouts_per_round, self._seed(f"prompts {round_index}")
+        count = self.config.rollouts_per_round
+        context = context_length(self.model)
+        longest = context - self.config.max_new_tokens if context else None
         if self.options.prompts is not None:
-            prompts = self._own_prompts()
-            first = (round_index - 1) * count
-            return [prompts[(first + offset) % len(prompts)] for offset in range(count)]
-        rows = self.corpus.values() if self.name == ALL else [self.corpus[self.name]]
+            own = [prompt.ids for prompt in read_prompts(self.options.prompts, self.tokenizer, longest)]
+            return [own[index % len(own)] for index in range((round_index - 1) * count, round_index * count)]
+        domains = list(self.corpus) if self.name == ALL else [self.name]
         by_domain = [
             prompts_from_domain(
-                dataset,
-                -(-count // len(rows)),
+                self.corpus[domain],
+                -(-count // len(domains)),
                 prompt_tokens=self.config.prompt_tokens,
-                seed=seed,
+                seed=self._seed(f"prompts {round_index}"),
                 tokenizer=self.tokenizer,
+                max_prompt_tokens=longest,
             )
-            for dataset in rows
+            for domain in domains
         ]
         in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
         return in_turn[:count]
-
-    def _own_prompts(self) -> list[list[int]]:
-        assert self.options.prompts is not None
-        prompts = read_prompts(self.options.prompts, self.tokenizer)
-        if context := context_length(self.model):
-            check_prompt_lengths(
-                prompts,
-                context=context,
-                max_new_tokens=self.config.max_new_tokens,
-                file=self.options.prompts.path,
-            )
-        return [prompt.ids for prompt in prompts]
 
     def _score(self) -> None:
         scores = self.options.constraint.score([rollout.completion for rollout in self.rollouts])

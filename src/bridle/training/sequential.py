@@ -39,7 +39,9 @@ class SequentialSchedule(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         finished = state.global_step == state.max_steps
         if finished or self._round_of(state.global_step, state) > self.round:
+            step_is_logged = control.should_log
             self._end_round()
+            control.should_log = step_is_logged  # logging the round has cleared it
             control.should_save = args.save_strategy != "no"
         return control
 

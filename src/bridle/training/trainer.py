@@ -12,9 +12,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
-from trl.data_utils import pack_dataset
 
-from bridle.data import mix, tokenize_domain
+from bridle.data import DOMAIN, mix, tokenize_domain
 from bridle.errors import UserError
 from bridle.models.hidden import capture_hidden_states, check_projection
 from bridle.models.loading import load_tokenizer
@@ -62,11 +61,11 @@ class ConstrainedTrainer(SFTTrainer):
                 raise UserError(f"regularisers.{name}: no such domain; the corpus has {', '.join(corpus)}")
         check_projection(model)
         tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
-        tokenised = {name: _tokenised(rows, tokenizer, args) for name, rows in corpus.items()}
+        tokenised = {name: _tokenised(name, rows, tokenizer, args) for name, rows in corpus.items()}
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_mixture(tokenised, weights or dict.fromkeys(corpus, 1.0), args),
+            train_dataset=mix(tokenised, weights or dict.fromkeys(corpus, 1.0), args.seed),
             processing_class=tokenizer,
             **kwargs,
         )
@@ -82,7 +81,7 @@ class ConstrainedTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """CE of the corpus, as `SFTTrainer` has it, plus Σ_d λ_d·KL(q_d ‖ p_θ), over the same token count."""
-        domain = inputs.pop("domain", None)
+        domain = inputs.pop(DOMAIN, None)
         if not self.model.training or domain is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -101,6 +100,8 @@ class ConstrainedTrainer(SFTTrainer):
             if not regulariser.active:
                 continue
             rows = self._rows(regulariser, prefixes)  # rows of other domains cost nothing
+            if not rows.any():
+                continue
             kl, count = regulariser.divergence(
                 captured.last[rows], inputs["input_ids"][rows], inputs["attention_mask"][rows], prefixes.mask[rows]
             )
@@ -137,9 +138,13 @@ class ConstrainedTrainer(SFTTrainer):
             return 1
         return self.accelerator.num_processes // self.get_tp_size()
 
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """The mixture is tokenised, cut and packed already, domain by domain; anything else is TRL's."""
+        return dataset if DOMAIN in dataset.column_names else super()._prepare_dataset(dataset, *args, **kwargs)
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "domain"])]
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, DOMAIN])]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -150,20 +155,16 @@ class ConstrainedTrainer(SFTTrainer):
         super().log({**logs, **self.tally.since_last_log()} if "loss" in logs else logs, start_time)
 
 
-def _tokenised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: ConstrainedConfig) -> Dataset:
-    """Rows of one domain as `input_ids` and `labels`; rows that are packed are cut later."""
+
+def _tokenised(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: ConstrainedConfig) -> Dataset:
+    """Rows of one domain as `input_ids` and `labels`. Packed on its own, so that no row belongs to two."""
     if "input_ids" in rows.column_names:
         return rows
     return tokenize_domain(
         rows,
         tokenizer,
-        max_length=None if args.packing else args.max_length,
+        max_length=args.max_length,
+        name=name,
         assistant_only=args.assistant_only_loss,
+        packing=args.packing,
     )
-
-
-def _mixture(tokenised: Mapping[str, Dataset], weights: Mapping[str, float], args: ConstrainedConfig) -> Dataset:
-    """The corpus. Each domain is packed on its own, so that no row belongs to two."""
-    if args.packing:
-        tokenised = {name: pack_dataset(rows, args.max_length, "wrapped") for name, rows in tokenised.items()}
-    return mix(tokenised, weights, args.seed)

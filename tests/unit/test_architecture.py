@@ -1,0 +1,46 @@
+"""The house: a file imports only from rows below its own, and rooms of one row never import each other."""
+
+import ast
+from pathlib import Path
+
+import bridle
+
+SOURCE = Path(bridle.__file__).parent
+ROWS = [
+    {"errors", "progress", "environment"},  # may be imported by all
+    {"core", "constraints"},
+    {"models", "data"},
+    {"training", "evaluation", "baselines"},
+    {"comparison", "report"},
+    {"quickstart"},
+    {"cli"},
+]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms a file imports from, also inside functions."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where a name comes from"
+            names.append(f"{node.module}.{node.names[0].name}" if node.module == "bridle" else node.module)
+    return {name.split(".")[1] for name in names if name.startswith("bridle.")}
+
+
+def test_imports_point_downwards():
+    row_of = {room: index for index, row in enumerate(ROWS) for room in row}
+    files = [path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem != "__init__"]
+    assert len(files) > 20
+    for path in files:
+        room = room_of(path)
+        assert room in row_of, f"{room} stands in no row"
+        for imported in imported_rooms(path) - {room}:
+            assert row_of[imported] < row_of[room] or row_of[imported] == row_of[room] == 0, (
+                f"{path.relative_to(SOURCE)} imports {imported}"
+            )

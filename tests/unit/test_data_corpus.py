@@ -1,0 +1,228 @@
+import logging
+from collections import Counter
+
+import pytest
+from datasets import Dataset
+from pydantic import TypeAdapter
+from trl import SFTConfig, SFTTrainer
+
+from bridle.data import DOMAIN, IGNORED, Domain, mix, tokenize_domain
+from bridle.errors import UserError
+from tiny_tokenizers import CHAT_TEMPLATE, SENTENCES, tiny_tokenizer
+
+
+def chat(*turns):
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)]
+
+
+LENGTH = 60  # cuts some of the rows below, not all
+TEXTS = [{"text": text} for text in (*SENTENCES, "short", " ".join(SENTENCES), SENTENCES[0] + "<eos>")]
+# The second completion starts inside a token of the whole, where prompt and completion merge.
+COMPLETIONS = [
+    {"prompt": "The old kettle", "completion": " sings."},
+    {"prompt": "A small brown d", "completion": "og sleeps under the kitchen table."},
+    {"prompt": SENTENCES[3] * 9, "completion": "cut off"},
+]
+CHATS = [
+    {"messages": chat("Is it a hat?", SENTENCES[2])},
+    {"messages": chat("Why?", "No.", "Who?", SENTENCES[1])},
+]
+CHAT_COMPLETIONS = [
+    {"prompt": chat("Is it a hat?"), "completion": [{"role": "assistant", "content": SENTENCES[2]}]}
+]
+
+
+def prepared_by_trl(rows, tokenizer, tiny_model, folder, **options):
+    """The training rows that TRL's own trainer prepares."""
+    config = SFTConfig(str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, **options)
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return trainer.train_dataset.select_columns(["input_ids", "labels"]).to_list()
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (TEXTS, {}),
+        (TEXTS, {"packing": True}),
+        (COMPLETIONS, {}),
+        (CHATS, {}),
+        (CHATS, {"assistant_only": True}),
+        (CHAT_COMPLETIONS, {}),
+        (CHAT_COMPLETIONS, {"assistant_only": True}),
+    ],
+    ids=["text", "packed", "completion", "chat", "assistant", "chat-completion", "assistant-completion"],
+)
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_rows_are_what_trl_prepares(rows, options, adds_bos, tiny_model, tmp_path):
+    trl_options = {"max_length": LENGTH, "assistant_only_loss": options.get("assistant_only", False)}
+    if options.get("packing"):
+        trl_options |= {"packing": True, "packing_strategy": "wrapped"}
+    expected = prepared_by_trl(rows, tiny_tokenizer(adds_bos), tiny_model, tmp_path, **trl_options)
+    actual = tokenize_domain(Dataset.from_list(rows), tiny_tokenizer(adds_bos), max_length=LENGTH, **options)
+    assert actual.to_list() == expected != []
+
+
+@pytest.mark.parametrize("pad_is_eos", [True, False])
+def test_end_of_text_is_learnt_once(pad_is_eos):
+    tokenizer = tiny_tokenizer(pad_is_eos=pad_is_eos)
+    for row in tokenize_domain(Dataset.from_list(TEXTS), tokenizer, max_length=None):
+        assert row["labels"] == row["input_ids"]
+        assert [n for n, token in enumerate(row["labels"]) if token == tokenizer.eos_token_id] == [
+            len(row["labels"]) - 1
+        ]
+
+
+def test_prompts_are_masked_and_completions_learnt():
+    tokenizer = tiny_tokenizer()
+    row = tokenize_domain(Dataset.from_list(COMPLETIONS[:1]), tokenizer, max_length=None)[0]
+    learnt = [token for token in row["labels"] if token != IGNORED]
+    assert tokenizer.decode(learnt) == " sings.<eos>"
+    assert row["labels"][0] == IGNORED
+    assert row["input_ids"][-len(learnt) :] == learnt
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "<bos>hello"},
+        {"prompt": "<bos>hello", "completion": " you"},
+        {"messages": chat("hello", "you")},
+        {"text": "hello"},
+    ],
+)
+def test_exactly_one_beginning_of_text(row):
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    ids = tokenize_domain(Dataset.from_list([row]), tokenizer, max_length=None)[0]["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_rows_may_keep_their_whole_length():
+    rows = tokenize_domain(Dataset.from_list([{"text": "word " * 500}]), tiny_tokenizer(), max_length=None)
+    assert len(rows[0]["input_ids"]) > 500
+
+
+def test_blank_and_unlearnable_rows_are_left_out_and_counted(caplog):
+    rows = [*COMPLETIONS, {"prompt": "x", "completion": " "}, {"prompt": None, "completion": "y"}]
+    with caplog.at_level(logging.WARNING):
+        kept = tokenize_domain(Dataset.from_list(rows), tiny_tokenizer(), max_length=LENGTH, name="tales")
+    assert len(kept) == 2
+    assert "tales: left out 2 of 5 rows that hold no text" in caplog.text
+    assert "tales: dropped 1 rows without a token to learn in max_length=60" in caplog.text
+
+
+def failure(rows, tokenizer=None, **options):
+    with pytest.raises(UserError) as caught:
+        tokenize_domain(
+            Dataset.from_list(rows),
+            tokenizer or tiny_tokenizer(),
+            **{"max_length": LENGTH, "name": "tales", **options},
+        )
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_errors_name_the_row_and_the_column():
+    assert failure([{"text": 3}]) == "tales row 1: column 'text' holds int, not text"
+    assert failure([{"messages": "hello"}]) == "tales row 1: column 'messages' holds text, not chat messages"
+    assert failure([{"messages": [{"content": "a"}]}]).startswith("tales row 1: column 'messages' holds list")
+    assert failure([{"prompt": [1], "completion": "a"}]).startswith("tales row 1: column 'prompt' holds list")
+    assert failure([{"prompt": chat("a"), "completion": "b"}]).startswith(
+        "tales row 1: prompt and completion must"
+    )
+    assert failure([{"body": "a", "label": 1}]) == "tales has no column 'text'; it has 'body', 'label'"
+    assert failure([{"text": ""}]) == "tales: none of its 1 rows holds a token to learn"
+    assert failure([{"text": "a"}], max_length=None, packing=True).startswith("packing: needs max_length")
+
+
+def test_errors_of_the_tokenizer_name_what_it_lacks():
+    assert "chat template; this one has none" in failure(CHATS, tiny_tokenizer(chat_template=None))
+    assert "{% generation %}" in failure(
+        CHATS,
+        tiny_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"),
+        assistant_only=True,
+    )
+    refusing = "{{ raise_exception('no\\nroles') }}" + CHAT_TEMPLATE
+    assert failure(CHATS, tiny_tokenizer(chat_template=refusing)).startswith(
+        "tales row 1: the chat template refuses"
+    )
+    endless = tiny_tokenizer()
+    endless.eos_token = None
+    assert failure(TEXTS, endless).startswith("the tokenizer names no end-of-text token")
+
+
+def test_domain_is_built_from_a_recipes_mapping(tmp_path):
+    recipe = {"tales": {"path": "a.jsonl", "rows": "0:80%", "where": {"label": [0, 1]}, "weight": 2}}
+    domains = TypeAdapter(dict[str, Domain]).validate_python(recipe)
+    assert domains == {"tales": Domain("a.jsonl", rows="0:80%", where={"label": [0, 1]}, weight=2.0)}
+
+
+def test_domain_without_columns_to_learn_names_its_file(tmp_path):
+    path = tmp_path / "tales.jsonl"
+    path.write_text('{"txt": "a", "label": 1}\n')
+    with pytest.raises(
+        UserError, match=r"tales.jsonl has no column 'text'; it has 'txt', 'label'; did you mean 'txt'"
+    ):
+        Domain(str(path)).read()
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
+def test_weights_must_be_above_nought(weight):
+    with pytest.raises(UserError, match=r"^weight: must be a finite number above 0"):
+        Domain("a.jsonl", weight=weight)
+
+
+def rows_of(start, size):
+    ids = [[start + n] for n in range(size)]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [({"a": 1, "b": 1, "c": 1}, (1 / 3, 1 / 3, 1 / 3)), ({"a": 3, "b": 1, "c": 4}, (3 / 8, 1 / 8, 1 / 2))],
+)
+def test_mixture_holds_the_shares_and_every_row(weights, shares):
+    domains = {"a": rows_of(0, 50), "b": rows_of(100, 70), "c": rows_of(200, 20)}
+    mixed = mix(domains, weights, seed=1)
+    counts = Counter(mixed[DOMAIN])
+    assert [counts[n] / len(mixed) for n in range(3)] == pytest.approx(shares, abs=1 / len(mixed))
+    first_half = Counter(mixed[DOMAIN][: len(mixed) // 2])
+    assert [first_half[n] / (len(mixed) // 2) for n in range(3)] == pytest.approx(shares, abs=0.1)
+    tokens = [ids[0] for ids in mixed["input_ids"]]
+    assert set(tokens) == {*range(50), *range(100, 170), *range(200, 220)}
+    assert all(token // 100 == domain for token, domain in zip(tokens, mixed[DOMAIN], strict=True))
+
+
+def test_a_small_domain_is_used_up_before_it_repeats_in_another_order():
+    mixed = mix({"large": rows_of(100, 60), "small": rows_of(0, 20)}, {"large": 1, "small": 1}, seed=0)
+    small = [ids[0] for ids in mixed["input_ids"] if ids[0] < 100]
+    passes = [small[start : start + 20] for start in range(0, 60, 20)]
+    assert all(sorted(one) == list(range(20)) for one in passes)
+    assert passes[0] != passes[1] != list(range(20))
+
+
+def test_mixture_depends_on_the_seed_alone():
+    def mixed(seed):
+        domains = {"a": rows_of(0, 50), "b": rows_of(100, 70)}
+        return mix(domains, {"a": 1.0, "b": 2.0}, seed).to_list()
+
+    assert mixed(3) == mixed(3)
+    assert mixed(3) != mixed(4)
+
+
+def test_mixture_of_one_domain_is_that_domain_shuffled():
+    mixed = mix({"a": rows_of(0, 50)}, {"a": 0.1}, seed=0)
+    tokens = [ids[0] for ids in mixed["input_ids"]]
+    assert sorted(tokens) == list(range(50)) != tokens
+
+
+def test_weights_that_make_no_mixture_are_refused():
+    domains = {"a": rows_of(0, 5), "b": rows_of(100, 5)}
+    with pytest.raises(UserError, match="weights are for a, but the domains are a, b"):
+        mix(domains, {"a": 1}, seed=0)
+    with pytest.raises(UserError, match=r"^weights.b: must be"):
+        mix(domains, {"a": 1, "b": -1}, seed=0)
+    with pytest.raises(UserError, match="repeat a domain over 1000 times"):
+        mix(domains, {"a": 1, "b": 1e-300}, seed=0)

@@ -1,0 +1,258 @@
+"""The update and its schedule, on tiny models: what must not change when something else does."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from bridle.constraints import WordList
+from bridle.errors import RunStopped, UserError
+from bridle.models.loading import LoraOptions, load_model, load_tokenizer
+from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
+from bridle.training.trainer import ConstrainedTrainer
+from conftest import SENTENCES
+
+
+
+class Letters(WordList):
+    """Complies where the text has no letter e: about half of what a tiny random model says."""
+
+    def _score(self, texts):
+        return [float("e" not in text) for text in texts]
+
+
+NO_E = Letters(["unused"], name="no e")
+
+
+def corpus(tokens=("plain", "rude")):
+    return {
+        name: Dataset.from_dict({"text": [f"{text} {i}" for i in range(8) for text in SENTENCES[k::2]]})
+        for k, name in enumerate(tokens)
+    }
+
+
+SFT_OPTIONS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 8,
+    "max_length": 24,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+}
+
+
+def config(folder, **options):
+    own = {
+        "rounds": 2,
+        "rollouts_per_round": 32,
+        "max_new_tokens": 8,
+        "prompt_tokens": (1, 3),
+        "auxiliary": AuxiliaryOptions(epochs=2, batch_size=8),
+    }
+    return ConstrainedConfig(output_dir=str(folder), **{**SFT_OPTIONS, **own, **options})
+
+
+def trainer_of(folder, output, regularisers, rows=None, lora=None, **options):
+    return ConstrainedTrainer(
+        model=load_model(str(folder), lora=lora),
+        args=config(output, **options),
+        corpus=rows or corpus(),
+        regularisers=regularisers,
+        processing_class=load_tokenizer(str(folder)),
+    )
+
+
+def logged(trainer, key):
+    return [record[key] for record in trainer.state.log_history if key in record]
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+class TestInvariance:
+    def test_without_regularisers_it_is_sft_step_for_step(self, tiny_folder, tmp_path):
+        folder = tiny_folder()
+        ours = trainer_of(folder, tmp_path / "a", {}, rows={"all of it": corpus()["plain"]})
+        ours.train()
+        mixed = ours.train_dataset.remove_columns("domain")
+        theirs = SFTTrainer(
+            model=load_model(str(folder)),
+            args=SFTConfig(output_dir=str(tmp_path / "b"), bf16=False, **SFT_OPTIONS),
+            train_dataset=mixed,
+            processing_class=load_tokenizer(str(folder)),
+        )
+        theirs.train()
+        assert len(logged(ours, "loss")) == 4
+        assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), abs=1e-5)
+        steps = [record for record in ours.state.log_history if "loss" in record]
+        assert [record["ce"] for record in steps] == pytest.approx(logged(ours, "loss"), abs=1e-5)
+
+    def test_a_weight_of_zero_is_sft(self, tiny_folder, tmp_path):
+        folder = tiny_folder()
+        plain = trainer_of(folder, tmp_path / "a", {})
+        zero = trainer_of(folder, tmp_path / "b", {"rude": Regulariser(NO_E, weight=0.0)})
+        plain.train()
+        zero.train()
+        assert logged(zero, "loss") == logged(plain, "loss")
+
+    @pytest.mark.parametrize("on", ["corpus", "both"])
+    @pytest.mark.parametrize("anchor", ["live", "previous"])
+    def test_one_batch_of_eight_is_four_of_two(self, tiny_folder, tmp_path, anchor, on):
+        folder, losses, ends = tiny_folder(), [], []
+        for rows, accumulated in ((8, 1), (2, 4)):
+            trainer = trainer_of(
+                folder,
+                tmp_path / f"{rows}",
+                {"rude": Regulariser(NO_E, weight=4.0, anchor=anchor, on=on)},
+                per_device_train_batch_size=rows,
+                gradient_accumulation_steps=accumulated,
+            )
+            trainer.train()
+            assert len(logged(trainer, "kl/rude")) > 4
+            losses.append(logged(trainer, "loss") + logged(trainer, "kl/rude"))
+            ends.append(weights(trainer))
+        assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+        for name, weight in ends[0].items():
+            torch.testing.assert_close(ends[1][name], weight, atol=2e-4, rtol=1e-3)
+
+    def test_adaptive_with_one_domain_is_not_adaptive(self, tiny_folder, tmp_path):
+        folder, rows, losses = tiny_folder(), {"rude": corpus()["rude"]}, []
+        for name in ("rude", "all"):
+            trainer = trainer_of(folder, tmp_path / name, {name: Regulariser(NO_E, weight=4.0)}, rows=rows)
+            trainer.train()
+            losses.append(logged(trainer, "loss") + logged(trainer, f"kl/{name}"))
+        assert losses[0] == losses[1]
+        assert any(kl > 1e-6 for kl in losses[0][4:])
+
+    def test_one_seed_gives_one_result(self, tiny_folder, tmp_path):
+        folder, ends = tiny_folder(), []
+        for run, seed in enumerate((1, 1, 2)):
+            trainer = trainer_of(folder, tmp_path / str(run), {"rude": Regulariser(NO_E)}, seed=seed)
+            trainer.train()
+            ends.append(weights(trainer))
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+        assert not all(torch.equal(ends[0][name], ends[2][name]) for name in ends[0])
+
+
+class TestRegularisers:
+    @pytest.mark.parametrize("lora", [None, LoraOptions(r=2)])
+    @pytest.mark.parametrize("anchor", ["live", "previous", "initial"])
+    def test_every_anchor_trains(self, tiny_folder, tmp_path, anchor, lora):
+        trainer = trainer_of(
+            tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, anchor=anchor)}, lora=lora
+        )
+        trainer.train()
+        kl = logged(trainer, "kl/rude")
+        assert all(value >= 0 for value in kl)
+        assert max(kl) > 1e-6
+        rounds = [record for record in trainer.state.log_history if "round" in record]
+        assert [record["round"] for record in rounds] == [1, 2]
+        assert 0 < rounds[0]["rude/compliance_low"] < rounds[0]["rude/compliance"] < 1
+        assert {"rude/r_brier", "rude/r_ece", "rude/lambda", "rude/seconds_sampling", "seconds_policy", "ce"} <= set(
+            rounds[0]
+        )
+        assert ("rude/rollouts" in rounds[1]) == (anchor != "initial"), "p_0's samples are drawn once"
+
+    def test_rollouts_alone(self, tiny_folder, tmp_path):
+        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, on="rollouts")})
+        trainer.train()
+        assert max(logged(trainer, "kl/rude")) > 1e-6
+
+    def test_retention_pulls_towards_the_initial_model(self, tiny_folder, tmp_path):
+        folder, distances = tiny_folder(), []
+        for weight in (0.0, 50.0):
+            trainer = trainer_of(
+                folder, tmp_path / str(weight), {"all": Regulariser(weight=weight)}, max_steps=6, learning_rate=3e-3
+            )
+            before = weights(trainer)
+            trainer.train()
+            after = weights(trainer)
+            distances.append(sum(float((after[name] - before[name]).norm()) for name in before))
+            if weight:
+                assert logged(trainer, "kl/all")[0] == pytest.approx(0, abs=1e-6)  # q = p_0 = p at the start
+        assert distances[1] < 0.8 * distances[0]
+
+    def test_packing_keeps_each_row_in_one_domain(self, tiny_folder, tmp_path):
+        trainer = trainer_of(
+            tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E)}, packing=True, packing_strategy="wrapped"
+        )
+        assert {len(row) for row in trainer.train_dataset["input_ids"]} <= {*range(1, 25)}
+        trainer.train()
+        assert len(logged(trainer, "kl/rude")) > 0
+
+    def test_labels_that_are_all_alike_skip_the_fit_and_go_on(self, tiny_folder, tmp_path, caplog):
+        everything_complies = Letters(["unused"], name="anything")
+        everything_complies._score = lambda texts: [1.0] * len(texts)
+        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(everything_complies)})
+        trainer.train()
+        assert "every rollout for rude got the same label" in caplog.text
+        assert logged(trainer, "rude/fit_skipped") == [True, True]
+        assert logged(trainer, "kl/rude") == []
+
+    def test_missing_scores_are_masked_and_too_many_stop_the_run_with_the_rollouts_kept(self, tiny_folder, tmp_path):
+        folder = tiny_folder()
+        for missing, limit in ((1, 0.5), (20, 0.5)):
+            flaky = Letters(["unused"], name="flaky")
+            flaky._score = lambda texts, n=missing: [None] * n + [float("e" not in t) for t in texts[n:]]
+            output = tmp_path / str(missing)
+            trainer = trainer_of(folder, output, {"rude": Regulariser(flaky)}, max_missing=limit)
+            if missing < 16:
+                trainer.train()
+                assert logged(trainer, "rude/rollouts_missing") == [missing, missing]
+            else:
+                with pytest.raises(RunStopped, match="20 of 32 rollouts got no score"):
+                    trainer.train()
+                kept = (output / "rollouts" / "round-1.rude.jsonl").read_text().splitlines()
+                assert len(kept) == 32
+                assert sum(json.loads(line)["complies"] is None for line in kept) == 20
+
+    def test_a_regulariser_for_no_domain(self, tiny_folder, tmp_path):
+        with pytest.raises(UserError, match=r"regularisers.rdue: no such domain; the corpus has plain, rude"):
+            trainer_of(tiny_folder(), tmp_path, {"rdue": Regulariser(NO_E)})
+
+    @pytest.mark.parametrize("options", [{"weight": -1.0}, {"power": -1.0}, {"weight": float("nan")}])
+    def test_impossible_settings(self, options):
+        with pytest.raises(UserError, match="must be 0 or more"):
+            Regulariser(NO_E, **options)
+
+
+class StopAt(TrainerCallback):
+    """Dies in the middle of a run, as if the machine had."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("options", "stop", "checkpoint"),
+        [
+            ({"save_strategy": "steps", "save_steps": 3}, 5, 3),  # in the middle of round 1
+            ({"save_strategy": "steps", "save_steps": 3}, 7, 6),  # in the middle of round 2
+            ({"save_strategy": "steps", "save_steps": 100}, 5, 4),  # the boundary saves by itself
+        ],
+    )
+    @pytest.mark.parametrize("anchor", ["live", "previous"])
+    def test_a_run_that_died_ends_as_if_it_had_not(self, tiny_folder, tmp_path, anchor, options, stop, checkpoint):
+        folder = tiny_folder()
+        regulariser = {"rude": Regulariser(NO_E, anchor=anchor, on="both")}
+        options = {"max_steps": 8, **options}
+        whole = trainer_of(folder, tmp_path / "whole", regulariser, **options)
+        whole.train()
+        died = trainer_of(folder, tmp_path / "died", regulariser, **options)
+        died.add_callback(StopAt(stop))
+        with pytest.raises(KeyboardInterrupt):
+            died.train()
+        resumed = trainer_of(folder, tmp_path / "died", regulariser, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "died" / f"checkpoint-{checkpoint}"))
+        for name, weight in weights(whole).items():
+            assert torch.equal(weights(resumed)[name], weight), name
