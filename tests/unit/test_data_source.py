@@ -107,7 +107,7 @@ def test_percentages_part_the_rows(total, percent):
     assert [*first, *second] == list(range(total))
 
 
-@pytest.mark.parametrize("rows", ["", "3", "1:2:3", "a:b", "10%-20%", "1.5:2", 630])
+@pytest.mark.parametrize("rows", ["", "3", "1:2:3", "a:b", "10%-20%", "1.5:2", "9" * 5000 + ":", 630])
 def test_bad_slices_are_refused_at_once(rows):
     with pytest.raises(UserError, match=r"^rows: .* is no slice"):
         DataSource("rows.jsonl", rows=rows)
@@ -256,6 +256,19 @@ def test_csv_types_are_found_but_text_stays_text(tmp_path):
         {"text": 'a "b"\nc', "label": None, "score": 0.5, "flag": False, "note": "NA"},
     ]
     assert len(rows[2]["text"]) == 300_000
+
+
+def test_csv_text_that_looks_like_numbers_stays_text(tmp_path):
+    path = written(tmp_path / "a.csv", "completion,body,label\n007,1,1\n8,2,2\n")
+    rows = DataSource(path).read().remove_columns(ROW).to_list()
+    assert rows[0] == {"completion": "007", "body": 1, "label": 1}
+    assert DataSource(path, text="body").read()["text"][:] == ["1", "2"]
+
+
+def test_errors_name_the_row_of_the_file_and_not_of_the_selection(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", [{"text": "a", "n": n} for n in range(8)] + [{"text": 5, "n": 9}])
+    with pytest.raises(UserError, match=r"rows.jsonl row 9: column 'text' holds int"):
+        texts_of(DataSource(path, rows="50%:", where={"n": [7, 9]}))
 
 
 def test_texts_of_leaves_out_blank_rows(tmp_path, caplog):

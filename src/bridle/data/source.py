@@ -16,7 +16,7 @@ from bridle.errors import UserError
 
 _FIELDS = tuple(field for fields in FORMATS for field in fields)
 _OPTIONS = {"split", "rows", *_FIELDS}  # keys of `parse` that are no filter
-_BOUND = r"(-?\d+|-?\d+(?:\.\d+)?%)?"
+_BOUND = r"(-?\d{1,18}|-?\d{1,18}(?:\.\d{1,18})?%)?"
 _ROWS = re.compile(f"{_BOUND}:{_BOUND}")
 
 
@@ -163,7 +163,7 @@ def _standard_columns(dataset: Dataset, named: dict[str, str], path: str) -> Dat
         if column not in dataset.column_names:
             raise absent_column(path, column, dataset.column_names)
     own = {field for fields in FORMATS if named.keys() & set(fields) for field in fields}
-    taken = {field for field in _FIELDS if named and (field not in own)} - {*named.values()}
+    taken = {field for field in _FIELDS if named and (field in named or field not in own)} - {*named.values()}
     dataset = dataset.remove_columns(sorted(taken.intersection(dataset.column_names)))
     return dataset.rename_columns({column: field for field, column in named.items()})
 
