@@ -40,7 +40,7 @@ def _one_thread_and_one_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():
     """A factory of random causal language models: tiny_model("llama", vocab_size=5)."""
 
