@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ def train(
     from bridle.training.recipe import load_recipe, parse_overrides
     from bridle.training.run import train as run
 
+    _quiet_libraries()
     folder = output_dir or Path("runs") / recipe.stem
     run(load_recipe(recipe, parse_overrides(context.args)), folder, resume=resume)
     typer.echo(f"The model is in {folder / 'model'}, what was measured in {folder / 'metrics.jsonl'}.")
@@ -140,7 +142,7 @@ def evaluate(
             "--constraint",
             metavar="SPEC",
             help="classifier:MODEL,label=toxic,threshold=0.5 | words:FILE | regex:PATTERN | "
-            "python:module:function | a mapping in YAML, as in a recipe.",
+            "python:module:function | RECIPE.yaml:name | a mapping in YAML, as in a recipe.",
         ),
     ] = None,
     guide: Guide = None,
@@ -164,7 +166,6 @@ def evaluate(
 
     Every rate carries a 95% interval; texts that could not be scored are counted as missing.
     """
-    from bridle.constraints import build_constraint
     from bridle.data import DataSource, texts_of
     from bridle.environment import environment, write_json
     from bridle.evaluation import evaluate_generations, generate_completions
@@ -174,7 +175,7 @@ def evaluate(
         raise UserError("--prompts and --constraint go together: texts are drawn from one and scored by the other")
     if prompts is None and not perplexity:
         raise UserError("nothing to measure: give --prompts with --constraint, or --perplexity")
-    oracle = build_constraint(constraint) if constraint is not None else None
+    oracle = _oracle(constraint) if constraint is not None else None
     held_out = {name: texts_of(DataSource.parse(name)) for name in perplexity or []}
     lm, tokenizer = _load(model, device, dtype)
     results: dict[str, Any] = {"model": model, "guide": guide}
@@ -215,11 +216,21 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     try:
-        app()
+        app(prog_name="bridle")
     except (UserError, RunStopped) as error:
         print(f"bridle: {error}", file=sys.stderr)
         sys.exit(USER_ERROR if isinstance(error, UserError) else RUN_STOPPED)
+
+
+def _quiet_libraries() -> None:
+    """Bars of `transformers` and `datasets` for work of milliseconds; the phases that take long have ours."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _load(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
@@ -227,8 +238,19 @@ def _load(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
 
     from bridle.models.loading import load_model, load_tokenizer
 
+    _quiet_libraries()
     tokenizer = load_tokenizer(model)
     return load_model(model, dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def _oracle(spec: str) -> Any:
+    from bridle.constraints import build_constraint
+    from bridle.training.recipe import constraint_of
+
+    refers_to_recipe = re.fullmatch(r"[^{:]+\.ya?ml:[^:]+", spec)
+    oracle = constraint_of(spec) if refers_to_recipe else build_constraint(spec)
+    oracle.load()  # a mistake shows before any text is drawn
+    return oracle
 
 
 def _prompts(

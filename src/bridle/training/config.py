@@ -72,13 +72,13 @@ class AuxiliaryOptions:
     """
 
     depth: int = 1
-    head_rank: int | None = None
+    head_rank: int | None = 64
     own_network: bool = False
-    learning_rate: float = 2e-3
-    epochs: int = 6
+    learning_rate: float = 1e-3
+    epochs: int = 3
     batch_size: int = 64
     weight_decay: float = 0.01
-    consistency_weight: float = 0.1
+    consistency_weight: float = 1.0
     validation_share: float = 0.1
 
 

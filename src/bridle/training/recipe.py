@@ -114,6 +114,18 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     )
 
 
+def constraint_of(reference: str) -> Constraint:
+    """The constraint that "RECIPE.yaml:name" refers to.
+
+    Raises:
+        UserError: the recipe cannot be read, or has no constraint of that name.
+    """
+    path, _, name = reference.rpartition(":")
+    specs = _mapping(_read(Path(path)).get("constraints"), "constraints")
+    _known(name, specs, path, "constraint")
+    return build_constraint(specs[name], name)
+
+
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """`--key value` and `--key=value` pairs, as on the command line, with values read as YAML."""
     overrides, rest = {}, list(arguments)

@@ -21,8 +21,8 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Co
 
     Args:
         recipe: what to do.
-        output_dir: afterwards holds `model/` (a `from_pretrained` folder or adapter), `auxiliary/` (one folder
-            per regulariser where there are several), `rollouts/`, `metrics.jsonl`, `recipe.yaml`,
+        output_dir: afterwards holds `model/` (a `from_pretrained` folder or adapter), `auxiliary/` (the
+            last R, and each round's in `round-N/`; a folder per regulariser where there are several), `rollouts/`, `metrics.jsonl`, `recipe.yaml`,
             `environment.json` and the checkpoints.
         resume: go on from the last checkpoint in `output_dir`.
 
@@ -37,6 +37,9 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Co
     if (folder / RECIPE_FILE).exists() and not resume:
         raise UserError(f"{folder}: holds a run already; add --resume to go on with it, or name another --output_dir")
     config = recipe.config(folder)
+    for regulariser in recipe.regularisers.values():
+        if regulariser.constraint is not None:
+            regulariser.constraint.load()  # a mistake shows now and not after an hour
     rows = {name: domain.read() for name, domain in recipe.corpus.items()}
     set_seed(config.seed)  # adapters are drawn at random
     tokenizer = load_tokenizer(recipe.model)
@@ -59,17 +62,9 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Co
     trainer.train(resume_from_checkpoint=checkpoint)
     if guard.verdict:
         raise RunStopped(f"{folder}: {guard.verdict}; the last checkpoint is kept")
-    save(trainer, folder)
-    return trainer
-
-
-def save(trainer: ConstrainedTrainer, folder: Path) -> None:
-    """Writes the tuned model and the auxiliaries as ordinary `from_pretrained` folders."""
     trainer.save_model(str(folder / "model"))
-    guided = [regulariser for regulariser in trainer.regularisers if regulariser.auxiliary is not None]
-    for regulariser in guided:
-        target = folder / "auxiliary" if len(guided) == 1 else folder / "auxiliary" / regulariser.name
-        regulariser.auxiliary.save_pretrained(target)
+    (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+    return trainer
 
 
 def _replace_callbacks(trainer: ConstrainedTrainer, callbacks: list) -> None:

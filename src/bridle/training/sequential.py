@@ -56,6 +56,7 @@ class SequentialSchedule(TrainerCallback):
                 measured = regulariser.update(index)
             finally:
                 self._keep_rollouts(index, regulariser)
+            self._keep_auxiliary(index, regulariser)
             measured["lambda"] = regulariser.options.weight
             self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
         self._policy_began = time.perf_counter()
@@ -71,6 +72,15 @@ class SequentialSchedule(TrainerCallback):
             folder = Path(self.trainer.args.output_dir) / "rollouts"
             folder.mkdir(parents=True, exist_ok=True)
             write_rollouts(folder / f"round-{index}.{regulariser.name}.jsonl", regulariser.rollouts)
+
+    def _keep_auxiliary(self, index: int, regulariser: DomainRegulariser) -> None:
+        """Writes R twice: where the latest is found, and by round, since R_1 is what guides the base model."""
+        if regulariser.auxiliary is not None and regulariser.informed:
+            folder = Path(self.trainer.args.output_dir) / "auxiliary"
+            if sum(other.auxiliary is not None for other in self.trainer.regularisers) > 1:
+                folder = folder / regulariser.name
+            regulariser.auxiliary.save_pretrained(folder)
+            regulariser.auxiliary.save_pretrained(folder / f"round-{index}")
 
     # ------------------------------------------------------------------ resume
 

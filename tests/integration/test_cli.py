@@ -1,0 +1,283 @@
+"""The command line as a user meets it: whole runs on tiny models, and every mistake told in one line."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bridle.cli import main
+from conftest import ROOT, SENTENCES, TINY
+
+
+SHORT = ("--max_new_tokens", 8)  # the tiny models' context is small
+
+
+@pytest.fixture
+def bridle(capsys, monkeypatch):
+    """Runs the command line: bridle("train", recipe) -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bridle", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tiny_folder, corpus_files, tmp_path):
+    """A factory of recipe files over a tiny model: recipe("gpt2", key=value)."""
+
+    def make(model_type="llama", **changes):
+        mapping = {
+            "model": str(tiny_folder(model_type)),
+            "corpus": {name: {"path": str(path)} for name, path in corpus_files.items()},
+            "constraints": {"no e": {"type": "regex", "pattern": "e"}},
+            "regularisers": {"rude": {"constraint": "no e", "weight": 4.0}},
+            "rounds": 2,
+            "rollouts_per_round": 32,
+            "max_new_tokens": 8,
+            "prompt_tokens": [1, 3],
+            "auxiliary": {"epochs": 2, "batch_size": 8},
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "max_length": 24,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(mapping), encoding="utf-8")
+        return path
+
+    return make
+
+
+class TestWholeRuns:
+    @pytest.mark.parametrize("model_type", [*TINY])
+    def test_train_then_generate_and_evaluate_under_guidance(self, bridle, recipe, tmp_path, corpus_files, model_type):
+        folder = tmp_path / "run"
+        code, _, err = bridle("train", recipe(model_type), "--output_dir", folder)
+        assert code == 0, err
+        assert {"model", "auxiliary", "rollouts", "metrics.jsonl", "recipe.yaml", "environment.json"} <= {
+            path.name for path in folder.iterdir()
+        }
+        pickles = {".bin", ".pt", ".pth", ".pkl"}
+        assert not [path for path in (folder / "model").iterdir() if path.suffix in pickles]
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rounds = [record for record in records if "round" in record]
+        assert [record["round"] for record in rounds] == [1, 2]
+        for key in ("compliance", "compliance_low", "r_brier", "r_ece", "lambda", "tokens_sampled", "seconds_fitting"):
+            assert f"rude/{key}" in rounds[0]
+        assert {"ce", "kl/rude", "tokens_trained", "seconds_policy"} <= set(rounds[0])
+        assert {"versions", "git", "seed"} <= set(json.loads((folder / "environment.json").read_text()))
+        rollouts = (folder / "rollouts" / "round-1.rude.jsonl").read_text().splitlines()
+        assert len(rollouts) == 32
+        assert {"round", "model_hash", "constraint", "value"} <= set(json.loads(rollouts[0]))
+
+        code, out, err = bridle(
+            "generate", folder / "model", *("--prompt", "the old", "--guide", folder / "auxiliary"), *SHORT
+        )
+        assert code == 0, err
+        assert out.count("the old") == 1
+
+        code, out, err = bridle(
+            *("evaluate", folder / "model", "--guide", folder / "auxiliary", "--prompts", corpus_files["rude"]),
+            *("--prompt_tokens", 2, "--constraint", f"{tmp_path / 'recipe.yaml'}:no e", "--samples", 2),
+            *("--perplexity", f"{corpus_files['plain']},rows=0:5", "--max_new_tokens", 8),
+            *("--json", tmp_path / "result.json"),
+        )
+        assert code == 0, err
+        result = json.loads((tmp_path / "result.json").read_text())
+        rate = result["generation"]["violation_rate"]
+        assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
+        assert rate["n"] == 64
+        assert result["perplexity"][f"{corpus_files['plain']},rows=0:5"]["per_token"] > 1
+        assert "violation rate" in out
+
+    def test_an_adapter_is_trained_saved_and_used(self, bridle, recipe, tmp_path):
+        folder = tmp_path / "run"
+        changes = {"lora": {"r": 2}, "regularisers": {"rude": {"constraint": "no e", "anchor": "previous"}}}
+        code, _, err = bridle("train", recipe(**changes), "--output_dir", folder)
+        assert code == 0, err
+        assert (folder / "model" / "adapter_model.safetensors").is_file()
+        output = tmp_path / "text.jsonl"
+        code, _, err = bridle("generate", folder / "model", "--prompt", "a kettle", "--output", output, *SHORT)
+        assert code == 0, err
+        assert json.loads(output.read_text())["prompt"] == "a kettle"
+
+    def test_overrides_reach_the_run_and_the_saved_recipe(self, bridle, recipe, tmp_path):
+        folder = tmp_path / "run"
+        code, _, err = bridle(
+            *("train", recipe(), "--output_dir", folder, "--max_steps", 2, "--regularisers.rude.weight=1e1"),
+            *("--regularisers.plain", "{constraint: retention, weight: 2}"),
+        )
+        assert code == 0, err
+        saved = yaml.safe_load((folder / "recipe.yaml").read_text())
+        assert saved["max_steps"] == 2
+        assert saved["regularisers"]["rude"]["weight"] == 10
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert any("kl/plain" in record for record in records)
+        assert {record["rude/lambda"] for record in records if "round" in record} == {10.0}
+
+    def test_a_run_that_was_cut_off_goes_on(self, bridle, recipe, tmp_path):
+        folder = tmp_path / "run"
+        code, _, err = bridle("train", recipe(), "--output_dir", folder)
+        assert code == 0, err
+        whole = (folder / "model" / "model.safetensors").read_bytes()
+        shutil.rmtree(folder / "model")
+        shutil.rmtree(folder / "checkpoint-4")  # as if it had died in round 2
+        code, _, err = bridle("train", recipe(), "--output_dir", folder, "--resume")
+        assert code == 0, err
+        assert (folder / "model" / "model.safetensors").read_bytes() == whole
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(steps)
+
+    def test_a_policy_that_loses_its_entropy_stops_the_run(self, bridle, recipe, tmp_path):
+        code, _, err = bridle(
+            *("train", recipe(entropy_floor=0.99, learning_rate=0.1, max_steps=20), "--output_dir", tmp_path / "run")
+        )
+        assert code == 3
+        assert "entropy fell" in err.splitlines()[-1]
+        assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def edited(**changes):
+    return lambda mapping: {**mapping, **changes}
+
+
+def in_group(*keys, **changes):
+    def edit(mapping):
+        group = mapping
+        for key in keys:
+            group = group[key]
+        group.update(changes)
+        return mapping
+
+    return edit
+
+
+BAD_RECIPES = {
+    "missing data file": (in_group("corpus", "plain", path="nowhere.jsonl"), "nowhere.jsonl"),
+    "absent column": (in_group("corpus", "plain", text="txet"), "no column 'txet'"),
+    "unknown key": (edited(lerning_rate=1e-3), "there is no key 'lerning_rate'; did you mean learning_rate?"),
+    "unknown key in a group": (
+        in_group("regularisers", "rude", wieght=1),
+        "regularisers.rude.wieght: there is no key 'wieght'; did you mean weight?",
+    ),
+    "negative weight": (in_group("regularisers", "rude", weight=-1), "regularisers.rude.weight"),
+    "negative mixing weight": (in_group("corpus", "rude", weight=-1), "corpus.rude.weight"),
+    "a weight in words": (in_group("regularisers", "rude", weight="heavy"), "regularisers.rude.weight"),
+    "unknown domain": (
+        edited(regularisers={"rdue": {"constraint": "no e"}}),
+        "regularisers.rdue: there is no domain 'rdue'; did you mean rude?",
+    ),
+    "unknown constraint": (
+        edited(regularisers={"rude": {"constraint": "no f"}}),
+        "there is no constraint 'no f'; did you mean no e?",
+    ),
+    "a regulariser without a constraint": (edited(regularisers={"rude": {"weight": 1}}), "regularisers.rude.constraint"),
+    "unknown anchor": (in_group("regularisers", "rude", anchor="lively"), "regularisers.rude.anchor"),
+    "unknown constraint type": (edited(constraints={"no e": {"type": "regexp", "pattern": "e"}}), "regexp"),
+    "an import that fails": (
+        edited(constraints={"no e": {"type": "python", "function": "no_such_module:f"}}),
+        "cannot import no_such_module:f",
+    ),
+    "no model": (edited(model=None), "model: is missing"),
+    "no corpus": (edited(corpus={}), "corpus: is missing"),
+    "a model that is not there": (edited(model="no/such/folder"), "no/such/folder"),
+    "rounds of zero": (edited(rounds=0), "rounds"),
+    "max_steps in words": (edited(max_steps="many"), "max_steps"),
+    "an impossible packing": (edited(packing=True, packing_strategy="bfd"), "packing_strategy"),
+    "a group that is no mapping": (edited(corpus=["plain"]), "corpus: must be a mapping"),
+    "an optimiser that is misspelt": (edited(optim="adamm"), "adamm"),
+}
+
+
+class TestMistakes:
+    def assert_one_line(self, result, *parts):
+        code, _, err = result
+        lines = [line for line in err.splitlines() if line.startswith("bridle: ")]
+        assert code == 2, err
+        assert "Traceback" not in err
+        assert len(lines) == 1, err
+        for part in parts:
+            assert str(part) in lines[0]
+
+    @pytest.mark.parametrize("mistake", BAD_RECIPES)
+    def test_in_a_recipe(self, bridle, recipe, tmp_path, mistake):
+        edit, part = BAD_RECIPES[mistake]
+        path = recipe()
+        path.write_text(yaml.safe_dump(edit(yaml.safe_load(path.read_text()))))
+        self.assert_one_line(bridle("train", path, "--output_dir", tmp_path / "run"), part)
+        assert not (tmp_path / "run" / "recipe.yaml").exists(), "nothing is left that looks like a run"
+
+    def test_recipe_files(self, bridle, tmp_path):
+        (tmp_path / "broken.yaml").write_text("model: [")
+        (tmp_path / "list.yaml").write_text("- a\n- b\n")
+        (tmp_path / "unset.yaml").write_text("model: ${NO_SUCH_VARIABLE_HERE}\n")
+        self.assert_one_line(bridle("train", tmp_path / "nowhere.yaml"), "nowhere.yaml", "No such file")
+        self.assert_one_line(bridle("train", tmp_path / "broken.yaml"), "broken.yaml", "not valid YAML")
+        self.assert_one_line(bridle("train", tmp_path / "list.yaml"), "list.yaml", "mapping")
+        self.assert_one_line(bridle("train", tmp_path / "unset.yaml"), "NO_SUCH_VARIABLE_HERE")
+
+    def test_overrides(self, bridle, recipe, tmp_path):
+        path = recipe()
+        self.assert_one_line(bridle("train", path, "--max_setps", 3), "did you mean max_steps?")
+        self.assert_one_line(bridle("train", path, "--max_steps"), "needs a value")
+        self.assert_one_line(bridle("train", path, "stray"), "stray")
+
+    def test_a_folder_that_holds_a_run(self, bridle, recipe, tmp_path):
+        path = recipe(max_steps=2, rounds=1)
+        assert bridle("train", path, "--output_dir", tmp_path / "run")[0] == 0
+        self.assert_one_line(bridle("train", path, "--output_dir", tmp_path / "run"), tmp_path / "run", "--resume")
+
+    def test_empty_and_malformed_data(self, bridle, recipe, tmp_path, corpus_files):
+        path = recipe()
+        corpus_files["rude"].write_text("")
+        self.assert_one_line(bridle("train", path, "--output_dir", tmp_path / "a"), corpus_files["rude"])
+        corpus_files["rude"].write_text('{"text": "a"}\n{"text": \n')
+        self.assert_one_line(bridle("train", path, "--output_dir", tmp_path / "b"), corpus_files["rude"], "row 2")
+
+    def test_a_model_folder_without_weights(self, bridle, recipe, tmp_path):
+        path = recipe()
+        next(Path(yaml.safe_load(path.read_text())["model"]).glob("*.safetensors")).unlink()
+        self.assert_one_line(bridle("train", path, "--output_dir", tmp_path / "a"), "no weights")
+
+    def test_generate_and_evaluate(self, bridle, tiny_folder, tmp_path):
+        model = tiny_folder()
+        long = tmp_path / "long.jsonl"
+        long.write_text(json.dumps({"prompt": " ".join(SENTENCES)}) + "\n")
+        self.assert_one_line(bridle("generate", model, "--prompts", long), long, "row 1", "context")
+        self.assert_one_line(bridle("generate", model), "--prompts FILE or --prompt TEXT")
+        self.assert_one_line(bridle("generate", model, "--prompt", "a", "--guide", tmp_path), "no auxiliary model")
+        self.assert_one_line(bridle("generate", tmp_path / "none", "--prompt", "a"), tmp_path / "none")
+        self.assert_one_line(bridle("evaluate", model), "nothing to measure")
+        self.assert_one_line(bridle("evaluate", model, "--prompts", long), "go together")
+        self.assert_one_line(
+            bridle("evaluate", model, "--prompts", long, "--constraint", "regex:("), "regex"
+        )
+        self.assert_one_line(bridle("evaluate", model, "--perplexity", tmp_path / "no.jsonl"), "no.jsonl")
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+    def test_every_shipped_recipe_parses(self, path):
+        from bridle.training.recipe import load_recipe
+
+        recipe = load_recipe(path)
+        assert recipe.regularisers
+        config = recipe.config("unused") if "bf16" not in recipe.training else None
+        assert config is None or config.max_steps > 0
+
+    def test_help_is_there(self, bridle):
+        for command in ([], ["train"], ["generate"], ["evaluate"]):
+            code, out, _ = bridle(*command, "--help")
+            assert code == 0
+            assert "Usage: bridle" in out
