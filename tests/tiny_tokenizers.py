@@ -40,9 +40,7 @@ def tiny_tokenizer(
     """A tokenizer whose ids 0, 1 and 2 are <pad>, <bos> and <eos>."""
     tokenizer = Tokenizer.from_str(_trained())
     if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", 1)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",

@@ -82,7 +82,8 @@ def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="A single prompt.")] = None,
     guide: Guide = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write JSON lines here instead of printing.")
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Write JSON lines here instead of printing."),
     ] = None,
     prompt_tokens: PromptTokens = None,
     samples: Samples = 1,
@@ -151,9 +152,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--perplexity", metavar="FILE", help="Held-out text; may be given several times."),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here.")
-    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here.")] = None,
     prompt_tokens: PromptTokens = None,
     max_new_tokens: MaxNewTokens = 32,
     batch_size: BatchSize = 64,
@@ -194,7 +193,10 @@ def evaluate(
             )
             generation = evaluate_generations(drawn, oracle, seed=seed)
             typer.echo(str(generation))
-            results["generation"] = generation.to_json() | {"prompts_file": prompts, "oracle": oracle.describe()}
+            results["generation"] = generation.to_json() | {
+                "prompts_file": prompts,
+                "oracle": oracle.describe(),
+            }
         results["perplexity"] = {}
         for name, texts in held_out.items():
             measured = measure_perplexity(
@@ -254,7 +256,12 @@ def _oracle(spec: str) -> Any:
 
 
 def _prompts(
-    file: str | None, text: str | None, tokenizer: Any, model: Any, max_new_tokens: int, prompt_tokens: int | None
+    file: str | None,
+    text: str | None,
+    tokenizer: Any,
+    model: Any,
+    max_new_tokens: int,
+    prompt_tokens: int | None,
 ) -> list[Any]:
     from bridle.data import DataSource, Prompt, encode_prompt, read_prompts
     from bridle.models.loading import context_length

@@ -11,7 +11,6 @@ import yaml
 from bridle.cli import main
 from conftest import ROOT, SENTENCES, TINY
 
-
 SHORT = ("--max_new_tokens", 8)  # the tiny models' context is small
 
 
@@ -73,7 +72,15 @@ class TestWholeRuns:
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         rounds = [record for record in records if "round" in record]
         assert [record["round"] for record in rounds] == [1, 2]
-        for key in ("compliance", "compliance_low", "r_brier", "r_ece", "lambda", "tokens_sampled", "seconds_fitting"):
+        for key in (
+            "compliance",
+            "compliance_low",
+            "r_brier",
+            "r_ece",
+            "lambda",
+            "tokens_sampled",
+            "seconds_fitting",
+        ):
             assert f"rude/{key}" in rounds[0]
         assert {"ce", "kl/rude", "tokens_trained", "seconds_policy"} <= set(rounds[0])
         assert {"versions", "git", "seed"} <= set(json.loads((folder / "environment.json").read_text()))
@@ -88,7 +95,14 @@ class TestWholeRuns:
         assert out.count("the old") == 1
 
         code, out, err = bridle(
-            *("evaluate", folder / "model", "--guide", folder / "auxiliary", "--prompts", corpus_files["rude"]),
+            *(
+                "evaluate",
+                folder / "model",
+                "--guide",
+                folder / "auxiliary",
+                "--prompts",
+                corpus_files["rude"],
+            ),
             *("--prompt_tokens", 2, "--constraint", f"{tmp_path / 'recipe.yaml'}:no e", "--samples", 2),
             *("--perplexity", f"{corpus_files['plain']},rows=0:5", "--max_new_tokens", 8),
             *("--json", tmp_path / "result.json"),
@@ -141,7 +155,12 @@ class TestWholeRuns:
 
     def test_a_policy_that_loses_its_entropy_stops_the_run(self, bridle, recipe, tmp_path):
         code, _, err = bridle(
-            *("train", recipe(entropy_floor=0.99, learning_rate=0.1, max_steps=20), "--output_dir", tmp_path / "run")
+            *(
+                "train",
+                recipe(entropy_floor=0.99, learning_rate=0.1, max_steps=20),
+                "--output_dir",
+                tmp_path / "run",
+            )
         )
         assert code == 3
         assert "entropy fell" in err.splitlines()[-1]
@@ -182,7 +201,10 @@ BAD_RECIPES = {
         edited(regularisers={"rude": {"constraint": "no f"}}),
         "there is no constraint 'no f'; did you mean no e?",
     ),
-    "a regulariser without a constraint": (edited(regularisers={"rude": {"weight": 1}}), "regularisers.rude.constraint"),
+    "a regulariser without a constraint": (
+        edited(regularisers={"rude": {"weight": 1}}),
+        "regularisers.rude.constraint",
+    ),
     "unknown anchor": (in_group("regularisers", "rude", anchor="lively"), "regularisers.rude.anchor"),
     "unknown constraint type": (edited(constraints={"no e": {"type": "regexp", "pattern": "e"}}), "regexp"),
     "an import that fails": (
@@ -260,9 +282,7 @@ class TestMistakes:
         self.assert_one_line(bridle("generate", tmp_path / "none", "--prompt", "a"), tmp_path / "none")
         self.assert_one_line(bridle("evaluate", model), "nothing to measure")
         self.assert_one_line(bridle("evaluate", model, "--prompts", long), "go together")
-        self.assert_one_line(
-            bridle("evaluate", model, "--prompts", long, "--constraint", "regex:("), "regex"
-        )
+        self.assert_one_line(bridle("evaluate", model, "--prompts", long, "--constraint", "regex:("), "regex")
         self.assert_one_line(bridle("evaluate", model, "--perplexity", tmp_path / "no.jsonl"), "no.jsonl")
 
 

@@ -37,9 +37,7 @@ def test_arrays_and_tensors_are_taken(raw):
     assert all(type(s.value) is float and type(s.complies) is bool for s in scores)
 
 
-@pytest.mark.parametrize(
-    "bad", [nan, -0.01, 1.01, float("inf"), "0.5", [0.5], Score(nan, True), Score(2, True)]
-)
+@pytest.mark.parametrize("bad", [nan, -0.01, 1.01, float("inf"), "0.5", [0.5], Score(nan, True), Score(2, True)])
 def test_a_score_out_of_range_names_the_constraint_and_the_index(bad):
     with pytest.raises(UserError, match=r"'fixed', text 1: ") as error:
         Fixed([0.5, bad, 0.5]).score(["a", "b", "c"])

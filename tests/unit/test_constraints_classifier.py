@@ -30,9 +30,7 @@ POSITIONS = 12
 
 
 def word_tokenizer(**options):
-    tokenizer = Tokenizer(
-        models.WordPiece({token: i for i, token in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]")
-    )
+    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -154,9 +152,7 @@ def test_the_first_tokens_of_a_long_text_are_scored_and_counted(tmp_path, networ
     assert values(constraint, [" ".join(WORDS)]) == pytest.approx([cut], abs=1e-6)
     assert constraint.truncated == 3
     shorter = Classifier(folder, "grumpy", max_length=5)
-    assert values(shorter, [" ".join(WORDS)]) == pytest.approx(
-        values(constraint, [" ".join(WORDS[:3])]), abs=1e-6
-    )
+    assert values(shorter, [" ".join(WORDS)]) == pytest.approx(values(constraint, [" ".join(WORDS[:3])]), abs=1e-6)
 
 
 def test_the_tokenizers_own_limit_counts_too(tmp_path, network):
@@ -220,9 +216,7 @@ def test_a_text_without_tokens_is_missing(gpt2):
 
 def test_half_a_character_is_scored_as_a_replacement(folder, gpt2):
     for model, label in ((folder, "calm"), (gpt2, "LABEL_0")):
-        assert values(Classifier(model, label), ["sea \ud800"]) == values(
-            Classifier(model, label), ["sea \ufffd"]
-        )
+        assert values(Classifier(model, label), ["sea \ud800"]) == values(Classifier(model, label), ["sea \ufffd"])
 
 
 def test_weights_are_float32_on_the_cpu_whatever_the_checkpoint(tmp_path, network, texts):

@@ -28,9 +28,7 @@ CHATS = [
     {"messages": chat("Is it a hat?", SENTENCES[2])},
     {"messages": chat("Why?", "No.", "Who?", SENTENCES[1])},
 ]
-CHAT_COMPLETIONS = [
-    {"prompt": chat("Is it a hat?"), "completion": [{"role": "assistant", "content": SENTENCES[2]}]}
-]
+CHAT_COMPLETIONS = [{"prompt": chat("Is it a hat?"), "completion": [{"role": "assistant", "content": SENTENCES[2]}]}]
 
 
 def prepared_by_trl(rows, tokenizer, tiny_model, folder, **options):
@@ -129,9 +127,7 @@ def test_errors_name_the_row_and_the_column():
     assert failure([{"messages": "hello"}]) == "tales row 1: column 'messages' holds text, not chat messages"
     assert failure([{"messages": [{"content": "a"}]}]).startswith("tales row 1: column 'messages' holds list")
     assert failure([{"prompt": [1], "completion": "a"}]).startswith("tales row 1: column 'prompt' holds list")
-    assert failure([{"prompt": chat("a"), "completion": "b"}]).startswith(
-        "tales row 1: prompt and completion must"
-    )
+    assert failure([{"prompt": chat("a"), "completion": "b"}]).startswith("tales row 1: prompt and completion must")
     assert failure([{"body": "a", "label": 1}]) == "tales has no column 'text'; it has 'body', 'label'"
     assert failure([{"text": ""}]) == "tales: none of its 1 rows holds a token to learn"
     assert failure([{"text": "a"}], max_length=None, packing=True).startswith("packing: needs max_length")
@@ -145,9 +141,7 @@ def test_errors_of_the_tokenizer_name_what_it_lacks():
         assistant_only=True,
     )
     refusing = "{{ raise_exception('no\\nroles') }}" + CHAT_TEMPLATE
-    assert failure(CHATS, tiny_tokenizer(chat_template=refusing)).startswith(
-        "tales row 1: the chat template refuses"
-    )
+    assert failure(CHATS, tiny_tokenizer(chat_template=refusing)).startswith("tales row 1: the chat template refuses")
     endless = tiny_tokenizer()
     endless.eos_token = None
     assert failure(TEXTS, endless).startswith("the tokenizer names no end-of-text token")
@@ -162,9 +156,7 @@ def test_domain_is_built_from_a_recipes_mapping(tmp_path):
 def test_domain_without_columns_to_learn_names_its_file(tmp_path):
     path = tmp_path / "tales.jsonl"
     path.write_text('{"txt": "a", "label": 1}\n')
-    with pytest.raises(
-        UserError, match=r"tales.jsonl has no column 'text'; it has 'txt', 'label'; did you mean 'txt'"
-    ):
+    with pytest.raises(UserError, match=r"tales.jsonl has no column 'text'; it has 'txt', 'label'; did you mean 'txt'"):
         Domain(str(path)).read()
 
 

@@ -107,9 +107,7 @@ def test_rows_too_short_or_too_long_are_passed_over():
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
-@pytest.mark.parametrize(
-    "text", ["The kettle", "<bos>The kettle", "The kettle<eos>", "<bos>The kettle<eos><eos>"]
-)
+@pytest.mark.parametrize("text", ["The kettle", "<bos>The kettle", "The kettle<eos>", "<bos>The kettle<eos><eos>"])
 def test_text_prompts_have_one_beginning_and_no_end(adds_bos, text):
     tokenizer = tiny_tokenizer(adds_bos)
     ids = encode_prompt(text, tokenizer)
@@ -130,9 +128,7 @@ def test_a_lone_surrogate_from_a_shell_is_replaced():
 
 
 def test_a_chat_prompt_goes_on_with_an_open_turn():
-    tokenizer = tiny_tokenizer(
-        chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
-    )
+    tokenizer = tiny_tokenizer(chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}")
     messages = [{"role": "user", "content": "A hat?"}, {"role": "assistant", "content": "No, a"}]
     assert tokenizer.decode(encode_prompt(messages, tokenizer)).endswith("[assistant] No, a")
 

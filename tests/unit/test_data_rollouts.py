@@ -63,9 +63,7 @@ def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     path, steps = tmp_path / "rollouts.jsonl", []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (steps.append(("fsync", path.exists())), fsync(file)))
-    monkeypatch.setattr(
-        os, "replace", lambda *names: (steps.append(("replace", path.exists())), replace(*names))
-    )
+    monkeypatch.setattr(os, "replace", lambda *names: (steps.append(("replace", path.exists())), replace(*names)))
     write_rollouts(path, [SCORED])
     assert steps == [("fsync", False), ("replace", False)]
     assert path.exists()

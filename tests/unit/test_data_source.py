@@ -71,9 +71,7 @@ def test_text_file_has_a_row_for_each_line(tmp_path):
 
 
 def test_folder_with_splits(tmp_path):
-    DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:2])}).save_to_disk(
-        tmp_path / "d"
-    )
+    DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:2])}).save_to_disk(tmp_path / "d")
     assert len(DataSource(str(tmp_path / "d"), split="test").read()) == 2
     assert "no split 'dev'; it has 'train', 'test'" in fails(DataSource(str(tmp_path / "d"), split="dev"))
 
@@ -137,16 +135,12 @@ def test_nothing_left_names_rows_and_filter(tmp_path):
 
 def test_parse_reads_the_command_line_form():
     source = DataSource.parse("FILE.csv,rows=80%:90%,label=0,kind=plain,text=comment")
-    assert source == DataSource(
-        "FILE.csv", rows="80%:90%", where={"label": 0, "kind": "plain"}, text="comment"
-    )
+    assert source == DataSource("FILE.csv", rows="80%:90%", where={"label": 0, "kind": "plain"}, text="comment")
     assert DataSource.parse("name:config,split=test") == DataSource("name:config", split="test")
     assert DataSource.parse("FILE,label=0,label=2").where == {"label": [0, 2]}
 
 
-@pytest.mark.parametrize(
-    "text", ["FILE,label", "FILE,=3", "FILE,rows=x", "FILE,a=[", "FILE,a=2020-13-45", ""]
-)
+@pytest.mark.parametrize("text", ["FILE,label", "FILE,=3", "FILE,rows=x", "FILE,a=[", "FILE,a=2020-13-45", ""])
 def test_parse_refuses_what_is_no_source(text):
     with pytest.raises(UserError):
         DataSource.parse(text)
@@ -212,9 +206,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 def test_hub_name_without_a_network_is_one_line(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    assert fails("nobody/nothing:config").startswith(
-        "nobody/nothing:config: no such file or folder, and not read"
-    )
+    assert fails("nobody/nothing:config").startswith("nobody/nothing:config: no such file or folder, and not read")
 
 
 def test_json_columns_found_late_and_of_mixed_types_are_kept(tmp_path):
@@ -246,9 +238,7 @@ def test_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
 
 def test_csv_types_are_found_but_text_stays_text(tmp_path):
     content = (
-        'text,label,score,flag,note\n007,1,1,true,\n"a ""b""\nc",,0.5,false,NA\n'
-        + "x" * 300_000
-        + ",3,2,true,7\n"
+        'text,label,score,flag,note\n007,1,1,true,\n"a ""b""\nc",,0.5,false,NA\n' + "x" * 300_000 + ",3,2,true,7\n"
     )
     rows = DataSource(written(tmp_path / "a.csv", content)).read().remove_columns(ROW).to_list()
     assert rows[:2] == [

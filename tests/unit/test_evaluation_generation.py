@@ -98,9 +98,7 @@ def test_no_prompts_give_no_figures():
 @settings(max_examples=40)
 @given(
     st.integers(1, 4).flatmap(
-        lambda k: st.lists(
-            st.lists(st.sampled_from(["0", "0.4", "1", "?"]), min_size=k, max_size=k), max_size=6
-        )
+        lambda k: st.lists(st.lists(st.sampled_from(["0", "0.4", "1", "?"]), min_size=k, max_size=k), max_size=6)
     )
 )
 def test_missing_scores_are_counted_and_move_no_rate(completions):
@@ -159,9 +157,7 @@ def test_the_result_reads_well_and_is_json():
 def tokenizer():
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="oak"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 @pytest.fixture(scope="module")

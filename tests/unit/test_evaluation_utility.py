@@ -204,9 +204,7 @@ def test_the_size_of_a_chunk_changes_nothing(tokenizer, monkeypatch):
 def test_half_precision_is_measured_in_float32(tokenizer):
     model = tiny_llama()
     exact = perplexity(model, tokenizer, TEXTS).bits_per_byte
-    assert perplexity(model.to(torch.bfloat16), tokenizer, TEXTS).bits_per_byte == pytest.approx(
-        exact, rel=0.02
-    )
+    assert perplexity(model.to(torch.bfloat16), tokenizer, TEXTS).bits_per_byte == pytest.approx(exact, rel=0.02)
 
 
 def test_dropout_is_off_for_the_time_of_the_call(tokenizer):

@@ -83,9 +83,7 @@ def fitted(world):
     soft = any(0 < world.constraint(y) < 1 for y in world.outputs())
     with torch.no_grad():
         examples = encode(world.model, ideal_rollouts(world, SAMPLES), soft, pad_token_id=0)
-    options = AuxiliaryOptions(
-        epochs=50, batch_size=256, learning_rate=5e-3, weight_decay=0.0, validation_share=0.0
-    )
+    options = AuxiliaryOptions(epochs=50, batch_size=256, learning_rate=5e-3, weight_decay=0.0, validation_share=0.0)
     fit_auxiliary(auxiliary, world.model, examples, options, torch.Generator().manual_seed(0))
     return auxiliary
 
@@ -110,9 +108,7 @@ def test_guided_decoding_samples_from_q(world, fitted):
     """With the fitted R, through `generate`, against the true product of q over tokens."""
     outputs = list(world.outputs())
     expected = torch.tensor([q_of(world, output) for output in outputs], dtype=torch.float64)
-    joint = torch.tensor(
-        [world.output_probability(y) * world.constraint(y) for y in outputs], dtype=torch.float64
-    )
+    joint = torch.tensor([world.output_probability(y) * world.constraint(y) for y in outputs], dtype=torch.float64)
     torch.testing.assert_close(expected, joint / joint.sum())  # eq. 1 and eq. 2 are the same distribution
 
     with NADOGuide(world.model, fitted) as guide:

@@ -82,8 +82,7 @@ class TestSampling:
     def test_the_same_seed_draws_the_same_text(self, tiny_model, model_type):
         model = tiny_model(model_type)
         draws = [
-            sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, eos_token_id=2, seed=seed)
-            for seed in (1, 1, 2)
+            sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, eos_token_id=2, seed=seed) for seed in (1, 1, 2)
         ]
         assert draws[0] == draws[1] != draws[2]
         assert all(1 <= len(completion) <= 6 for completion in draws[0])
@@ -105,7 +104,12 @@ class TestSampling:
     def test_samples_follow_the_model_s_distribution(self, world):
         count = 4000
         drawn = sample(
-            world.model, [world.prompt] * count, max_new_tokens=3, pad_token_id=0, eos_token_id=2, batch_size=1000
+            world.model,
+            [world.prompt] * count,
+            max_new_tokens=3,
+            pad_token_id=0,
+            eos_token_id=2,
+            batch_size=1000,
         )
         outputs = list(world.outputs())
         expected = torch.tensor([world.output_probability(y) for y in outputs], dtype=torch.float64)
@@ -120,9 +124,7 @@ class TestSampling:
             right = model(input_ids=right_ids, attention_mask=right_mask).logits
             left = model(input_ids=left_ids, attention_mask=left_mask, position_ids=positions(left_mask)).logits
         for row, prompt in enumerate(PROMPTS):
-            torch.testing.assert_close(
-                right[row, : len(prompt)], left[row, -len(prompt) :], atol=1e-5, rtol=1e-4
-            )
+            torch.testing.assert_close(right[row, : len(prompt)], left[row, -len(prompt) :], atol=1e-5, rtol=1e-4)
 
 
 class TestGuidance:
@@ -132,9 +134,7 @@ class TestGuidance:
         auxiliary.forward = lambda states: true_r_logits(world, auxiliary.seen, states)  # type: ignore[method-assign]
         auxiliary.seen = []
         outputs = list(world.outputs())
-        target = torch.tensor(
-            [world.output_probability(y) * world.constraint(y) for y in outputs], dtype=torch.float64
-        )
+        target = torch.tensor([world.output_probability(y) * world.constraint(y) for y in outputs], dtype=torch.float64)
         count = 4000
         with NADOGuide(world.model, auxiliary) as guide, torch.no_grad():
             drawn = sample(

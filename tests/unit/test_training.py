@@ -16,7 +16,6 @@ from bridle.training.trainer import ConstrainedTrainer
 from conftest import SENTENCES
 
 
-
 class Letters(WordList):
     """Complies where the text has no letter e: about half of what a tiny random model says."""
 
@@ -143,9 +142,7 @@ class TestRegularisers:
     @pytest.mark.parametrize("lora", [None, LoraOptions(r=2)])
     @pytest.mark.parametrize("anchor", ["live", "previous", "initial"])
     def test_every_anchor_trains(self, tiny_folder, tmp_path, anchor, lora):
-        trainer = trainer_of(
-            tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, anchor=anchor)}, lora=lora
-        )
+        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, anchor=anchor)}, lora=lora)
         trainer.train()
         kl = logged(trainer, "kl/rude")
         assert all(value >= 0 for value in kl)
@@ -153,9 +150,14 @@ class TestRegularisers:
         rounds = [record for record in trainer.state.log_history if "round" in record]
         assert [record["round"] for record in rounds] == [1, 2]
         assert 0 < rounds[0]["rude/compliance_low"] < rounds[0]["rude/compliance"] < 1
-        assert {"rude/r_brier", "rude/r_ece", "rude/lambda", "rude/seconds_sampling", "seconds_policy", "ce"} <= set(
-            rounds[0]
-        )
+        assert {
+            "rude/r_brier",
+            "rude/r_ece",
+            "rude/lambda",
+            "rude/seconds_sampling",
+            "seconds_policy",
+            "ce",
+        } <= set(rounds[0])
         assert ("rude/rollouts" in rounds[1]) == (anchor != "initial"), "p_0's samples are drawn once"
 
     def test_rollouts_alone(self, tiny_folder, tmp_path):
@@ -167,7 +169,11 @@ class TestRegularisers:
         folder, distances = tiny_folder(), []
         for weight in (0.0, 50.0):
             trainer = trainer_of(
-                folder, tmp_path / str(weight), {"all": Regulariser(weight=weight)}, max_steps=6, learning_rate=3e-3
+                folder,
+                tmp_path / str(weight),
+                {"all": Regulariser(weight=weight)},
+                max_steps=6,
+                learning_rate=3e-3,
             )
             before = weights(trainer)
             trainer.train()
@@ -179,7 +185,11 @@ class TestRegularisers:
 
     def test_packing_keeps_each_row_in_one_domain(self, tiny_folder, tmp_path):
         trainer = trainer_of(
-            tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E)}, packing=True, packing_strategy="wrapped"
+            tiny_folder(),
+            tmp_path / "run",
+            {"rude": Regulariser(NO_E)},
+            packing=True,
+            packing_strategy="wrapped",
         )
         assert {len(row) for row in trainer.train_dataset["input_ids"]} <= {*range(1, 25)}
         trainer.train()

@@ -168,9 +168,7 @@ def _load_network(where: str, model: str, device: str) -> Any:
 
 
 def _load_tokenizer(where: str, model: str) -> Any:
-    tokenizer = _from_pretrained(
-        f"{where}: cannot load its tokenizer", AutoTokenizer, model, truncation_side="right"
-    )
+    tokenizer = _from_pretrained(f"{where}: cannot load its tokenizer", AutoTokenizer, model, truncation_side="right")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers, where there is no file
         raise UserError(f"{where}: cannot load its tokenizer: no vocabulary is saved beside the weights")
     return tokenizer

@@ -58,9 +58,7 @@ class WordList(Constraint):
     type_name = "words"
 
     @checked
-    def __init__(
-        self, words: list[str] | None = None, file: str | Path | None = None, name: str | None = None
-    ):
+    def __init__(self, words: list[str] | None = None, file: str | Path | None = None, name: str | None = None):
         if (words is None) == (file is None):
             raise UserError("constraint 'words': needs exactly one of the keys 'words' and 'file'")
         self.file = None if file is None else str(file)

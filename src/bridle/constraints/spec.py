@@ -16,9 +16,7 @@ from bridle.constraints.options import cause
 from bridle.constraints.rules import Regex, WordList
 from bridle.errors import UserError
 
-TYPES: dict[str, type[Constraint]] = {
-    cls.type_name: cls for cls in (Classifier, WordList, Regex, PythonFunction)
-}
+TYPES: dict[str, type[Constraint]] = {cls.type_name: cls for cls in (Classifier, WordList, Regex, PythonFunction)}
 # The key that VALUE sets in the short form TYPE:VALUE
 SHORT_KEYS = {"classifier": "model", "words": "file", "regex": "pattern", "python": "function"}
 OPERATORS = ("all", "any", "not")

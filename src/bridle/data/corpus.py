@@ -110,9 +110,7 @@ def _learnable(rows: Iterator[Encoded], max_length: int | None, name: str) -> It
         else:
             yield ids[:max_length], labels[:max_length]
     if dropped:
-        log.warning(
-            "%s: dropped %d rows without a token to learn in max_length=%s", name, dropped, max_length
-        )
+        log.warning("%s: dropped %d rows without a token to learn in max_length=%s", name, dropped, max_length)
 
 
 def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int) -> Dataset:
@@ -142,9 +140,7 @@ def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int)
     for index, rows in enumerate(domains.values()):
         chosen[order == index] = start + _passes(len(rows), counts[index], rng)
         start += len(rows)
-    parts = [
-        rows.add_column(DOMAIN, np.full(len(rows), index)) for index, rows in enumerate(domains.values())
-    ]
+    parts = [rows.add_column(DOMAIN, np.full(len(rows), index)) for index, rows in enumerate(domains.values())]
     return concatenate_datasets(parts).select(chosen)
 
 
@@ -156,9 +152,7 @@ def _row_counts(sizes: dict[str, int], weights: Mapping[str, float]) -> list[int
         check_weight(f"weights.{name}", weight)
     per_weight = max(size / weights[name] for name, size in sizes.items())
     if per_weight * sum(weights.values()) > MOST_REPEATS * sum(sizes.values()):
-        raise UserError(
-            f"weights {dict(weights)} repeat a domain over {MOST_REPEATS} times to use up the others"
-        )
+        raise UserError(f"weights {dict(weights)} repeat a domain over {MOST_REPEATS} times to use up the others")
     return [max(size, round(per_weight * weights[name])) for name, size in sizes.items()]
 
 

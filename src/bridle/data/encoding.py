@@ -89,9 +89,7 @@ class RowEncoder:
         return text if text.endswith(end) else text + end
 
 
-def encode_prompt(
-    prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, place: str = "prompt"
-) -> list[int]:
+def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, place: str = "prompt") -> list[int]:
     """The tokens of a prompt: one beginning-of-text token at most, and no end-of-text token after a text.
 
     A chat gets the template's opening of the assistant's turn, unless it ends in such a turn to go on with.
@@ -113,9 +111,7 @@ def encode_prompt(
     return list(ids[surplus_bos(ids, tokenizer) :])
 
 
-def render_chat(
-    messages: Messages, tokenizer: PreTrainedTokenizerBase, place: str, **options: Any
-) -> dict[str, Any]:
+def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, place: str, **options: Any) -> dict[str, Any]:
     """Applies the tokenizer's chat template; `place` names the row in the UserError if it cannot be."""
     if tokenizer.chat_template is None:
         raise UserError(f"{place}: chat messages need a tokenizer with a chat template; this one has none")

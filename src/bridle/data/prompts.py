@@ -68,9 +68,7 @@ def prompts_from_domain(
     prompts: list[list[int]] = []
     while len(prompts) < n:
         passed = _pass_over(tokenized, prompt_tokens, rng, tokenizer)
-        fitting = (
-            ids for ids in passed if ids and (max_prompt_tokens is None or len(ids) <= max_prompt_tokens)
-        )
+        fitting = (ids for ids in passed if ids and (max_prompt_tokens is None or len(ids) <= max_prompt_tokens))
         drawn = list(islice(fitting, n - len(prompts)))
         if not drawn:
             limit = f", or none of at most {max_prompt_tokens}" if max_prompt_tokens is not None else ""

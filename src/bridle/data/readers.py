@@ -75,8 +75,7 @@ def gather(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
     rows = iter(rows)
     batches = iter(lambda: list(islice(rows, BATCH)), [])
     tables = [
-        Dataset.from_dict({name: [row.get(name) for row in batch] for name in features}, features)
-        for batch in batches
+        Dataset.from_dict({name: [row.get(name) for row in batch] for name in features}, features) for batch in batches
     ]
     return concatenate_datasets(tables or [Dataset.from_dict({name: [] for name in features}, features)])
 

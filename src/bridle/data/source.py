@@ -54,9 +54,7 @@ class DataSource:
             row_range(self.rows, total=0)
         if not any(self._named.keys() <= set(fields) for fields in FORMATS):
             first, *others = self._named
-            raise UserError(
-                f"{first}: is of another format than {', '.join(others)}; name one format's columns"
-            )
+            raise UserError(f"{first}: is of another format than {', '.join(others)}; name one format's columns")
 
     @property
     def _named(self) -> dict[str, str]:

@@ -168,9 +168,7 @@ def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: in
 def _violation_figures(scores: Sequence[Sequence[Score]], seed: int) -> dict[str, Estimate]:
     absent = [[score.is_missing for score in of_prompt] for of_prompt in scores]
     flags = [[not score.complies for score in of_prompt if not score.is_missing] for of_prompt in scores]
-    degrees = [
-        [score.violation for score in of_prompt if score.violation is not None] for of_prompt in scores
-    ]
+    degrees = [[score.violation for score in of_prompt if score.violation is not None] for of_prompt in scores]
     samples_lost, prompts_lost = sum(map(sum, absent)), sum(not of_prompt for of_prompt in flags)
     highest = [[max(of_prompt)] for of_prompt in degrees if of_prompt]
     some = [[any(of_prompt)] for of_prompt in flags if of_prompt]

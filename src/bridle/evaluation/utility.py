@@ -137,11 +137,7 @@ def likelihoods(
     if not 0 < stride < max_length:
         raise UserError(f"stride is {stride}; it must lie between 1 and {max_length - 1} (max_length - 1).")
     encoded = [_encode(tokenizer, text) for text in texts]
-    windows = [
-        window
-        for index, (ids, _) in enumerate(encoded)
-        for window in _windows(index, ids, max_length, stride)
-    ]
+    windows = [window for index, (ids, _) in enumerate(encoded) for window in _windows(index, ids, max_length, stride)]
     nll = _nll_by_text(model, windows, len(encoded), batch_size, adjust_logits)
     _check_finite(nll)
     parts = Counter(window.text for window in windows)
@@ -197,9 +193,7 @@ def _nll_by_text(
 def _batch_nll(model: PreTrainedModel, batch: list[_Window], adjust_logits: AdjustLogits | None) -> Tensor:
     """[B] sums of −log p over the predicted tokens of each window."""
     input_ids, attention_mask = pad_right([window.ids for window in batch], pad=0)
-    labels, _ = pad_right(
-        [[IGNORE] * window.first + window.ids[window.first :] for window in batch], pad=IGNORE
-    )
+    labels, _ = pad_right([[IGNORE] * window.first + window.ids[window.first :] for window in batch], pad=IGNORE)
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     if adjust_logits is not None:
@@ -233,9 +227,7 @@ def _context(model: PreTrainedModel, max_length: int | None) -> int:
     if max_length is None:
         raise UserError("max_length must be given: the model's config does not say how long its context is.")
     if max_length < 2 or (limit and max_length > limit):
-        raise UserError(
-            f"max_length is {max_length}; it must lie between 2 and the model's context, {limit}."
-        )
+        raise UserError(f"max_length is {max_length}; it must lie between 2 and the model's context, {limit}.")
     return int(max_length)
 
 

@@ -79,9 +79,7 @@ class NADOGuide:
 
     def processors(self, attention_mask: Tensor) -> LogitsProcessorList:
         """Processors for one left-padded prompt batch, [batch, time]."""
-        return LogitsProcessorList(
-            [NADOLogitsProcessor(self.auxiliary, self._hidden, attention_mask, self.power)]
-        )
+        return LogitsProcessorList([NADOLogitsProcessor(self.auxiliary, self._hidden, attention_mask, self.power)])
 
     @torch.no_grad()
     def log_probs(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -83,7 +83,6 @@ def _stack(above: Tensor, below: Tensor, fill: int | bool) -> Tensor:
     """Stacks two batches of rows, the shorter one padded on the right to the other's length."""
     time = max(above.shape[1], below.shape[1])
     parts = [
-        torch.nn.functional.pad(part, (0, time - part.shape[1]), value=fill)
-        for part in (above, below.to(above.device))
+        torch.nn.functional.pad(part, (0, time - part.shape[1]), value=fill) for part in (above, below.to(above.device))
     ]
     return torch.cat(parts)

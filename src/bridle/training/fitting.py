@@ -109,9 +109,7 @@ def fit_auxiliary(
     order = torch.randperm(len(examples), generator=generator)
     held_back = min(len(examples) - 1, round(options.validation_share * len(examples)))
     validation, fitting = order[:held_back], order[held_back:]
-    optimizer = torch.optim.AdamW(
-        auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
-    )
+    optimizer = torch.optim.AdamW(auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     steps = options.epochs * -(-len(fitting) // options.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     auxiliary.train()

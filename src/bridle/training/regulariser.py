@@ -193,7 +193,12 @@ class DomainRegulariser:
             examples = encode(self.model, scored, self.options.soft_labels, self.tokenizer.pad_token_id)
         generator = torch.Generator().manual_seed(self._seed(f"fitting {round_index}"))
         report = fit_auxiliary(
-            self.auxiliary, self.model, examples, self.config.auxiliary, generator, f"round {round_index}: fitting R"
+            self.auxiliary,
+            self.model,
+            examples,
+            self.config.auxiliary,
+            generator,
+            f"round {round_index}: fitting R",
         )
         self.auxiliary.config.provenance = {
             "constraint": self.options.constraint.describe(),

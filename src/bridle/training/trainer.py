@@ -103,7 +103,10 @@ class ConstrainedTrainer(SFTTrainer):
             if not rows.any():
                 continue
             kl, count = regulariser.divergence(
-                captured.last[rows], inputs["input_ids"][rows], inputs["attention_mask"][rows], prefixes.mask[rows]
+                captured.last[rows],
+                inputs["input_ids"][rows],
+                inputs["attention_mask"][rows],
+                prefixes.mask[rows],
             )
             loss = loss + regulariser.options.weight * kl / divisor
             self.tally.add(f"kl/{regulariser.name}", kl.detach(), count)
@@ -153,7 +156,6 @@ class ConstrainedTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the means of CE and of every KL beside what `SFTTrainer` logs."""
         super().log({**logs, **self.tally.since_last_log()} if "loss" in logs else logs, start_time)
-
 
 
 def _tokenised(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: ConstrainedConfig) -> Dataset:
