@@ -9,7 +9,7 @@ class UserError(ValueError):
     """
 
 
-class RunStopped(RuntimeError):
+class RunStopped(RuntimeError):  # noqa: N818 - an event of the run, more than an error
     """A run that cannot go on usefully, with everything done so far kept on disk.
 
     The message is one line: what was seen, where the kept work is, what to try. The command line

@@ -1,0 +1,1 @@
+"""The equations, as pure torch functions on aligned tensors."""

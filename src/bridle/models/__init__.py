@@ -1,0 +1,1 @@
+"""Networks, sampling and guidance."""

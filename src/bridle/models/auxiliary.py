@@ -157,7 +157,7 @@ def new_auxiliary(
     return auxiliary.to(model.device)
 
 
-def load_auxiliary(folder: str | Path, model: torch.nn.Module) -> AuxiliaryModel:
+def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel:
     """The auxiliary saved in `folder`, checked against the causal language model that it is to guide.
 
     Raises:

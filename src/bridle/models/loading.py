@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -83,12 +84,12 @@ def load_model(
     return model.to(device) if device else model
 
 
-def context_length(model: torch.nn.Module) -> int | None:
+def context_length(model: PreTrainedModel | PeftModel) -> int | None:
     """How many tokens the model's context holds; None where its configuration does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _load(factory, name: str, what: str, **options):
+def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
     """`from_pretrained` that refuses pickles and remote code, and fails in one line."""
     if factory is AutoModelForCausalLM:
         options["use_safetensors"] = True

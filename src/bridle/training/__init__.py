@@ -1,0 +1,1 @@
+"""Constrained fine-tuning: the regulariser's rounds, the update, and the schedules."""

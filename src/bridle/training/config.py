@@ -1,7 +1,7 @@
 """What a constrained run can be told, beyond what TRL's `SFTConfig` already takes."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from trl import SFTConfig
@@ -98,7 +98,7 @@ class ConstrainedConfig(SFTConfig):
         auxiliary: shape and fit of R.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary"]
+    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary"]
 
     schedule: Literal["sequential"] = field(default="sequential", metadata={"help": "Order of updates."})
     rounds: int = field(default=2, metadata={"help": "How many times R is refreshed."})
@@ -111,6 +111,7 @@ class ConstrainedConfig(SFTConfig):
     auxiliary: AuxiliaryOptions = field(default_factory=AuxiliaryOptions, metadata={"help": "Shape and fit of R."})
 
     def __post_init__(self) -> None:
+        self.bf16: bool | None
         if self.bf16 is None:  # TRL says yes; a machine without such a GPU would stop there
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()

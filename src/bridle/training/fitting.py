@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bridle.core.calibration import calibration
 from bridle.core.decomposition import consistency_loss, label_loss
@@ -16,6 +17,8 @@ from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.hidden import capture_hidden_states, causal_lm, project
 from bridle.progress import Progress, track
 from bridle.training.config import AuxiliaryOptions
+
+SumAndCount = tuple[Tensor, Tensor]
 
 CONSISTENCY_SHARE = 4  # one row in so many pays for the whole vocabulary in a fitting step
 ENCODE_BATCH = 64  # rollouts in one forward of the guided model
@@ -53,7 +56,7 @@ class Examples:
         return Examples(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def encode(model: nn.Module, rollouts: Sequence[Rollout], soft_labels: bool, pad_token_id: int) -> Examples:
+def encode(model: PreTrainedModel, rollouts: Sequence[Rollout], soft_labels: bool, pad_token_id: int) -> Examples:
     """Runs the guided model over labelled rollouts once, and keeps what fitting R needs, on the CPU."""
     rows = [rollout.prompt_ids + rollout.completion_ids for rollout in rollouts]
     input_ids, attention_mask = pad_right(rows, pad_token_id)
@@ -72,14 +75,15 @@ def encode(model: nn.Module, rollouts: Sequence[Rollout], soft_labels: bool, pad
                 attention_mask=attention_mask[batch].to(model.device),
                 use_cache=False,
             )
+            assert captured.last is not None
             hidden.append(_gather(captured.last.cpu(), at[batch]))
     model.train(training)
-    values = [rollout.value if soft_labels else float(rollout.complies) for rollout in rollouts]
+    compliance = [rollout.value if soft_labels else rollout.complies for rollout in rollouts]
     return Examples(
         hidden=torch.cat(hidden),
         completion=input_ids.gather(1, at + 1).masked_fill(~mask, 0),
         mask=mask,
-        compliance=torch.tensor(values),
+        compliance=torch.tensor(compliance, dtype=torch.float32),  # a missing one raises
         input_ids=input_ids,
         attention_mask=attention_mask,
         positions=at,
@@ -88,7 +92,7 @@ def encode(model: nn.Module, rollouts: Sequence[Rollout], soft_labels: bool, pad
 
 def fit_auxiliary(
     auxiliary: AuxiliaryModel,
-    model: nn.Module,
+    model: PreTrainedModel,
     examples: Examples,
     options: AuxiliaryOptions,
     generator: torch.Generator,
@@ -109,7 +113,9 @@ def fit_auxiliary(
     order = torch.randperm(len(examples), generator=generator)
     held_back = min(len(examples) - 1, round(options.validation_share * len(examples)))
     validation, fitting = order[:held_back], order[held_back:]
-    optimizer = torch.optim.AdamW(auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(
+        auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
     steps = options.epochs * -(-len(fitting) // options.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     auxiliary.train()
@@ -129,14 +135,16 @@ def fit_auxiliary(
                 totals += torch.stack([part.detach().float().cpu() for part in (*bce, *consistency)])
                 progress.update()
     auxiliary.eval()
-    report = {"r_bce": totals[0] / totals[1], "r_consistency": totals[2] / totals[3].clamp(min=1)}
-    report = {key: value.item() for key, value in report.items()}
+    report: dict[str, Any] = {
+        "r_bce": (totals[0] / totals[1]).item(),
+        "r_consistency": (totals[2] / totals[3].clamp(min=1)).item(),
+    }
     if held_back:
         report |= measure_calibration(auxiliary, examples[validation])
     return report
 
 
-def _fit_losses(auxiliary: AuxiliaryModel, model: nn.Module, batch: Examples):
+def _fit_losses(auxiliary: AuxiliaryModel, model: PreTrainedModel, batch: Examples) -> tuple[SumAndCount, SumAndCount]:
     """Both terms of L_R on one batch, each as (sum, count)."""
     states = _states(auxiliary, batch)
     r_taken = auxiliary(states, batch.completion)

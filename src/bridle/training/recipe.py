@@ -20,6 +20,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from trl import SFTConfig
 
 from bridle.constraints import Constraint, build_constraint
 from bridle.data import Domain
@@ -29,6 +30,12 @@ from bridle.training.config import ALL, AuxiliaryOptions, ConstrainedConfig, Reg
 
 RETENTION = "retention"
 """In place of a constraint's name: hold the domain to the initial model."""
+
+CHECKED = {field.name for field in fields(ConstrainedConfig)} - {field.name for field in fields(SFTConfig)} | {
+    *("max_steps", "learning_rate", "seed", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_length", "logging_steps", "save_steps", "num_train_epochs", "warmup_steps"),
+}
+"""Fields of the configuration whose values are checked here; `SFTConfig` itself takes anything."""
 
 
 @dataclass
@@ -155,12 +162,10 @@ def _regulariser(
 
 def _training(options: dict[str, Any]) -> dict[str, Any]:
     if "auxiliary" in options:
-        options["auxiliary"] = _build(AuxiliaryOptions, options["auxiliary"], "auxiliary")
+        options = {**options, "auxiliary": _build(AuxiliaryOptions, options["auxiliary"], "auxiliary")}
     hints = get_type_hints(ConstrainedConfig)
-    for key in ("rounds", "rollouts_per_round", "max_new_tokens", "prompt_tokens", "max_missing", "entropy_floor",
-                "schedule", "max_steps", "learning_rate", "seed", "per_device_train_batch_size", "max_length"):  # fmt: skip
-        if key in options:
-            options[key] = _validated(hints[key], options[key], key)
+    for key in CHECKED & options.keys():
+        options[key] = _validated(hints[key], options[key], key)
     return options
 
 
@@ -176,7 +181,7 @@ def _build(cls: type, options: Any, where: str) -> Any:
     for f in fields(cls):
         if f.init and f.default is MISSING and f.default_factory is MISSING and f.name not in options:
             raise UserError(f"{where}.{f.name}: is missing")
-        inner = next((t for t in get_args(hints[f.name]) if is_dataclass(t)), None)
+        inner = next((t for t in get_args(hints[f.name]) if isinstance(t, type) and is_dataclass(t)), None)
         if inner is not None and isinstance(options.get(f.name), Mapping):
             options[f.name] = _build(inner, options[f.name], f"{where}.{f.name}")
         elif f.name in options:

@@ -21,8 +21,9 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bridle.constraints import Constraint
 from bridle.core.losses import kl_divergence
 from bridle.core.target import log_target
 from bridle.data import (
@@ -62,7 +63,7 @@ class DomainRegulariser:
     index: int
     name: str
     options: Regulariser
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     corpus: Mapping[str, Dataset]
     config: ConstrainedConfig
@@ -83,6 +84,11 @@ class DomainRegulariser:
     def active(self) -> bool:
         """Whether KL(q ‖ p_θ) says anything: λ is not 0, and q is known to differ from the anchor."""
         return self.options.weight > 0 and (self.options.is_retention or self.informed)
+
+    @property
+    def _constraint(self) -> Constraint:
+        assert self.options.constraint is not None, "retention asks no oracle"
+        return self.options.constraint
 
     # ------------------------------------------------------------------ a round
 
@@ -135,7 +141,7 @@ class DomainRegulariser:
                 round=round_index,
                 regulariser=self.name,
                 model_hash=model_hash,
-                constraint=self.options.constraint.name,
+                constraint=self._constraint.name,
             )
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
@@ -164,7 +170,7 @@ class DomainRegulariser:
         return in_turn[:count]
 
     def _score(self) -> None:
-        scores = self.options.constraint.score([rollout.completion for rollout in self.rollouts])
+        scores = self._constraint.score([rollout.completion for rollout in self.rollouts])
         for rollout, score in zip(self.rollouts, scores, strict=True):
             rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
 
@@ -201,7 +207,7 @@ class DomainRegulariser:
             f"round {round_index}: fitting R",
         )
         self.auxiliary.config.provenance = {
-            "constraint": self.options.constraint.describe(),
+            "constraint": self._constraint.describe(),
             "regulariser": self.name,
             "round": round_index,
             "model_hash": scored[0].model_hash,
@@ -232,6 +238,7 @@ class DomainRegulariser:
                     causal_lm(self.model).base_model(
                         input_ids=input_ids, attention_mask=attention_mask, use_cache=False
                     )
+                    assert captured.last is not None
                     states = captured.last
                     anchor_logits = project(self.model, states[:, :-1])
             log_q = self._log_q(states, anchor_logits, input_ids, attention_mask)

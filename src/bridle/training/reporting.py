@@ -38,8 +38,7 @@ class MetricsFile(TrainerCallback):
 class TrainingProgress(TrainerCallback):
     """Shows the policy's steps with rate and time left, and a line at the end of each round."""
 
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
+    _progress: Progress
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         self._progress = Progress("training the policy", state.max_steps, "steps")

@@ -22,8 +22,8 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Co
     Args:
         recipe: what to do.
         output_dir: afterwards holds `model/` (a `from_pretrained` folder or adapter), `auxiliary/` (the
-            last R, and each round's in `round-N/`; a folder per regulariser where there are several), `rollouts/`, `metrics.jsonl`, `recipe.yaml`,
-            `environment.json` and the checkpoints.
+            last R, and each round's in `round-N/`; a folder per regulariser where there are several),
+            `rollouts/`, `metrics.jsonl`, `recipe.yaml`, `environment.json` and the checkpoints.
         resume: go on from the last checkpoint in `output_dir`.
 
     Returns:

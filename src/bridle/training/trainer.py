@@ -91,6 +91,8 @@ class ConstrainedTrainer(SFTTrainer):
 
         with capture_hidden_states(model) as captured:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        hidden_states = captured.last
+        assert hidden_states is not None
 
         # `SFTTrainer` divides by the tokens of the whole accumulated batch, on all processes; so does this.
         divisor = corpus_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -103,7 +105,7 @@ class ConstrainedTrainer(SFTTrainer):
             if not rows.any():
                 continue
             kl, count = regulariser.divergence(
-                captured.last[rows],
+                hidden_states[rows],
                 inputs["input_ids"][rows],
                 inputs["attention_mask"][rows],
                 prefixes.mask[rows],
@@ -145,7 +147,7 @@ class ConstrainedTrainer(SFTTrainer):
         """The mixture is tokenised, cut and packed already, domain by domain; anything else is TRL's."""
         return dataset if DOMAIN in dataset.column_names else super()._prepare_dataset(dataset, *args, **kwargs)
 
-    def _set_signature_columns_if_needed(self) -> None:
+    def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, DOMAIN])]
 
