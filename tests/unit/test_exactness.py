@@ -68,7 +68,7 @@ def fitted_r_logits(world, auxiliary, prefix):
 def world_of(tiny_model, constraint) -> World:
     """Four tokens, outputs of up to three, from a random GPT-2: its positions are absolute, where rotary ones
     cannot tell the prefix 1 from the prefix 1 1."""
-    model = tiny_model("gpt2", vocab_size=4, initializer_range=0.15)
+    model = tiny_model("gpt2", vocab_size=4, initializer_range=0.1)
     return World(model=model, prompt=[1], length=3, end=2, constraint=constraint)
 
 
@@ -88,7 +88,7 @@ def fitted(world):
     options = AuxiliaryOptions(
         epochs=60,
         batch_size=512,
-        learning_rate=5e-3,
+        learning_rate=1.2e-2,
         weight_decay=0.0,
         consistency_weight=0.1,
         validation_share=0.0,
@@ -140,7 +140,7 @@ def test_guided_decoding_samples_from_q(world, fitted):
 @pytest.mark.parametrize("anchor", ["initial", "previous"])
 def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
     """Every weight of a transformer is trained on KL(q ‖ p) alone, with R from the truth."""
-    world = world_of(tiny_model, CONSTRAINTS["an even number of zeros"])
+    world = world_of(tiny_model, lambda y: 0.95 if y.count(0) % 2 == 0 else 0.1)
     model = world.model
     targets = {prefix: world.true_q(prefix) for prefix in world.prefixes()}  # kept before training
     regulariser = DomainRegulariser(
@@ -163,8 +163,8 @@ def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
     regulariser.auxiliary.forward = lambda states: r_logits[:, : states.shape[1]]
 
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 600)
-    for _ in range(600):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 300)
+    for _ in range(300):
         with capture_hidden_states(model) as hidden:
             model(input_ids=input_ids, attention_mask=attention_mask)
         kl, count = regulariser.divergence(hidden.last, input_ids, attention_mask, mask)
