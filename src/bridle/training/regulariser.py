@@ -40,7 +40,7 @@ from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary, new_auxiliar
 from bridle.models.hidden import capture_hidden_states, causal_lm, project
 from bridle.models.loading import context_length
 from bridle.models.sampling import sample
-from bridle.training.config import ALL, AuxiliaryOptions, ConstrainedConfig, Regulariser
+from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,13 @@ class DomainRegulariser:
             self.anchor = Anchor(self.model)
         if not self.options.is_retention:
             with self._seeded("auxiliary"):
-                self.auxiliary = new_auxiliary(causal_lm(self.model), **_shape(self.config.auxiliary))
+                shape = self.config.auxiliary
+                self.auxiliary = new_auxiliary(
+                    causal_lm(self.model),
+                    depth=shape.depth,
+                    head_rank=shape.head_rank,
+                    own_network=shape.own_network,
+                )
 
     @property
     def active(self) -> bool:
@@ -313,10 +319,6 @@ def _compliance(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "compliance_low": interval[0],
         "compliance_high": interval[1],
     }
-
-
-def _shape(options: AuxiliaryOptions) -> dict[str, Any]:
-    return {"depth": options.depth, "head_rank": options.head_rank, "own_network": options.own_network}
 
 
 @contextmanager
