@@ -22,7 +22,7 @@ RETENTION = "{constraint: retention, weight: 2}"
 
 TRAINED = {  # method: overrides of the recipe
     "plain SFT": ["--regularisers", "{}"],
-    "constrained, not adaptive": ["--regularisers", "{all: {constraint: non-toxic, weight: 4}}"],
+    "constrained, not adaptive": ["--regularisers", "{all: {constraint: non-toxic, weight: 10, on: both}}"],
     "constrained": [],
     "constrained, retention": ["--regularisers.wikitext", RETENTION],
 }
@@ -58,11 +58,12 @@ def evaluate(model: Path, guide: Path | None, rows: str, shared: Path, result: P
     perplexities = dict(
         zip(
             ("wikitext", "neutral", "hateful", "novels"),
-            (measured["perplexity"][name]["per_token"] for name in held_out),
+            (measured["perplexity"][name]["per_token"]["value"] for name in held_out),
             strict=True,
         )
     )
-    return {**measured["generation"], "perplexity": perplexities}
+    (prompts,) = measured["generation"]
+    return {**measured["generation"][prompts]["non-toxic"], **measured["text"][prompts], "perplexity": perplexities}
 
 
 def main() -> None:

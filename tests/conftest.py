@@ -11,8 +11,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tiny_tokenizers
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,34 +86,19 @@ INSULTS = ["grumblefish", "muddlehead"]
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """A byte-level BPE tokenizer of the invented sentences that adds a beginning-of-text token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        model_max_length=64,
-    )
+    """A byte-level BPE tokenizer that adds a beginning-of-text token; the tiny models' context is 64."""
+    tokenizer = tiny_tokenizers.tiny_tokenizer(chat_template=None)
+    tokenizer.model_max_length = 64
+    return tokenizer
 
 
 @pytest.fixture
 def tiny_folder(tiny_model, tiny_tokenizer, tmp_path):
     """A factory of `from_pretrained` folders: tiny_folder("gpt2")."""
 
-    def make(model_type: str = "llama") -> Path:
+    def make(model_type: str = "llama", **options) -> Path:
         folder = tmp_path / f"tiny-{model_type}"
-        tiny_model(model_type, vocab_size=len(tiny_tokenizer), initializer_range=0.1).save_pretrained(folder)
+        tiny_model(model_type, vocab_size=len(tiny_tokenizer), initializer_range=0.1, **options).save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
         return folder
 

@@ -1,4 +1,4 @@
-"""The command line: `bridle train`, `bridle generate`, `bridle evaluate`."""
+"""The command line: `bridle train`, `generate`, `evaluate` and `judge`."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,8 +82,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="A single prompt.")] = None,
     guide: Guide = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="FILE", help="Write JSON lines here instead of printing."),
+        Path | None, typer.Option("--output", metavar="FILE", help="Write JSON lines here instead of printing.")
     ] = None,
     prompt_tokens: PromptTokens = None,
     samples: Samples = 1,
@@ -95,26 +94,20 @@ def generate(
     dtype: Dtype = "float32",
 ) -> None:
     """Draw text from a model, guided or not, at temperature 1 from its whole distribution."""
-    from bridle.evaluation import generate_completions
+    from bridle.data import Prompt, encode_prompt
+    from bridle.evaluation import Evaluator, prompt_set
 
     if (prompts is None) == (prompt is None):
         raise UserError("give either --prompts FILE or --prompt TEXT")
     lm, tokenizer = _load(model, device, dtype)
-    asked = _prompts(prompts, prompt, tokenizer, lm, max_new_tokens, prompt_tokens)
     with _guided(lm, guide, guide_power) as guidance:
-        drawn = generate_completions(
-            lm,
-            tokenizer,
-            [item.ids for item in asked],
-            samples=samples,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            seed=seed,
-            guide=guidance,
-        )
-    rows = [
-        {"prompt": item.text, "completion": text} for item, texts in zip(asked, drawn, strict=True) for text in texts
-    ]
+        evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed)
+        if prompts is not None:
+            asked = evaluator.read(prompt_set(prompts), max_new_tokens, prompt_tokens)
+        else:
+            asked = [Prompt(prompt or "", encode_prompt(prompt or "", tokenizer))]
+        drawn = evaluator.draw([one.ids for one in asked], samples=samples, max_new_tokens=max_new_tokens)
+    rows = [{"prompt": one.text, "completion": text} for one, texts in zip(asked, drawn, strict=True) for text in texts]
     if output is None:
         for row in rows:
             typer.echo(row["prompt"] + row["completion"] + "\n")
@@ -125,25 +118,27 @@ def generate(
 
 @app.command(
     epilog="Example: bridle evaluate runs/detox-mini/model --prompts unseen.jsonl "
-    "--constraint classifier:oracle,label=toxic --perplexity heldout.jsonl --json result.json"
+    "--constraint classifier:oracle,label=toxic --perplexity heldout.jsonl --tasks piqa,mmlu --json results.json"
 )
 def evaluate(
     model: Model,
     prompts: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--prompts",
-            metavar="FILE",
-            help="Prompts to complete; FILE,rows=90%:,label=1 takes some of its rows.",
+            metavar="FILE|NAME",
+            help="Prompts to complete: a file, toxigen, or realtoxicityprompts; several times for several sets. "
+            "FILE,rows=90%:,label=1 takes some of the rows.",
         ),
     ] = None,
     constraint: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--constraint",
             metavar="SPEC",
             help="classifier:MODEL,label=toxic,threshold=0.5 | words:FILE | regex:PATTERN | "
-            "python:module:function | RECIPE.yaml:name | a mapping in YAML, as in a recipe.",
+            "python:module:function | RECIPE.yaml:name | a mapping in YAML, as in a recipe. Give it several times "
+            "to see the oracle that was trained on beside an independent one.",
         ),
     ] = None,
     guide: Guide = None,
@@ -152,7 +147,29 @@ def evaluate(
         list[str] | None,
         typer.Option("--perplexity", metavar="FILE", help="Held-out text; may be given several times."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks", metavar="NAMES", help="lm-eval tasks, by comma: mmlu, commonsense, or one of its eight."
+        ),
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option("--task_data", metavar="DIR", help="Read tasks from NAME.SPLIT.jsonl files here.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many documents of a task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option("--shots", help="Examples in front of a document. [default: 5 for mmlu, else 0]")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="Measure the completions' perplexity under this model."),
+    ] = None,
+    prompt_data: Annotated[
+        Path | None, typer.Option("--prompt_data", metavar="DIR", help="Where named prompt sets lie as local files.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here; see the schema.")
+    ] = None,
     prompt_tokens: PromptTokens = None,
     max_new_tokens: MaxNewTokens = 32,
     batch_size: BatchSize = 64,
@@ -161,55 +178,92 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Measure how often a model violates a constraint, and its perplexity on held-out text.
+    """Measure what a model says (violations), what it knows (perplexity, tasks), each figure with its interval.
 
-    Every rate carries a 95% interval; texts that could not be scored are counted as missing.
+    A figure's n counts what it is made from; texts that could not be scored are missing, never a number.
     """
     from bridle.data import DataSource, texts_of
-    from bridle.environment import environment, write_json
-    from bridle.evaluation import evaluate_generations, generate_completions
-    from bridle.evaluation import perplexity as measure_perplexity
+    from bridle.environment import environment
+    from bridle.evaluation import FORMAT, Evaluator, prompt_set, write_results
 
-    if (prompts is None) != (constraint is None):
+    if bool(prompts) != bool(constraint):
         raise UserError("--prompts and --constraint go together: texts are drawn from one and scored by the other")
-    if prompts is None and not perplexity:
-        raise UserError("nothing to measure: give --prompts with --constraint, or --perplexity")
-    oracle = _oracle(constraint) if constraint is not None else None
+    if not (prompts or perplexity or tasks):
+        raise UserError("nothing to measure: give --prompts with --constraint, --perplexity, or --tasks")
+    sets = [prompt_set(name, data_dir=prompt_data) for name in prompts or []]
+    oracles = _oracles(constraint or [])
     held_out = {name: texts_of(DataSource.parse(name)) for name in perplexity or []}
     lm, tokenizer = _load(model, device, dtype)
-    results: dict[str, Any] = {"model": model, "guide": guide}
+    base_model = _load(base, device, dtype) if base else None
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "model": model,
+        "guide": guide,
+        "settings": {"samples": samples, "max_new_tokens": max_new_tokens, "guide_power": guide_power},
+        "prompt_sets": {one.name: one.describe() for one in sets},
+        "constraints": {name: oracle.describe() for name, oracle in oracles.items()},
+    }
     with _guided(lm, guide, guide_power) as guidance:
-        if oracle is not None:
-            asked = _prompts(prompts, None, tokenizer, lm, max_new_tokens, prompt_tokens)
-            drawn = generate_completions(
-                lm,
-                tokenizer,
-                [item.ids for item in asked],
-                samples=samples,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                seed=seed,
-                guide=guidance,
-            )
-            generation = evaluate_generations(drawn, oracle, seed=seed)
-            typer.echo(str(generation))
-            results["generation"] = generation.to_json() | {
-                "prompts_file": prompts,
-                "oracle": oracle.describe(),
-            }
-        results["perplexity"] = {}
-        for name, texts in held_out.items():
-            measured = measure_perplexity(
-                lm,
-                tokenizer,
-                texts,
-                batch_size=batch_size,
-                adjust_logits=guidance.log_probs if guidance else None,
-            )
-            typer.echo(f"perplexity of {name}: {measured}")
-            results["perplexity"][name] = measured.to_json()
+        evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed, show=typer.echo)
+        results |= evaluator.generation(
+            sets,
+            oracles,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            prompt_tokens=prompt_tokens,
+            base=base_model,
+        )
+        results["perplexity"] = evaluator.perplexity(held_out)
+        if tasks:
+            results["tasks"] = evaluator.tasks(tasks.split(","), task_data=task_data, limit=limit, shots=shots)
     if json_file is not None:
-        write_json(json_file, results | {"environment": environment(seed)})
+        write_results(json_file, results | {"environment": environment(seed)})
+
+
+@app.command(epilog="Example: bridle judge base=base.jsonl tuned=tuned.jsonl --judge facebook/opt-30b --json wins.json")
+def judge(
+    completions: Annotated[
+        list[str], typer.Argument(metavar="NAME=FILE...", help="What `bridle generate --output` wrote, by method.")
+    ],
+    judge_model: Annotated[str, typer.Option("--judge", metavar="MODEL", help="The judge: a folder, or a name.")],
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url", help="Ask an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1, not a local model."
+        ),
+    ] = None,
+    api_key_env: Annotated[
+        str, typer.Option("--api_key_env", metavar="NAME", help="Environment variable that holds the endpoint's key.")
+    ] = "OPENAI_API_KEY",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here; see the schema.")
+    ] = None,
+    keep: Annotated[Path, typer.Option("--keep", metavar="FILE", help="Verdicts are kept here as they come.")] = Path(
+        "verdicts.jsonl"
+    ),
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Let a language model judge which method's completions are better, pair by pair and in both orders."""
+    from bridle.environment import environment
+    from bridle.evaluation import FORMAT, ChatJudge, LocalJudge, read_methods, win_rates, write_results
+
+    files = dict(part.partition("=")[::2] for part in completions)
+    if len(files) < 2 or not all(files.values()):
+        raise UserError("give at least two methods as NAME=FILE")
+    prompts, texts = read_methods(files)
+    arbiter = (
+        ChatJudge(url, judge_model, api_key_env)
+        if url
+        else LocalJudge(*_load(judge_model, device, dtype), batch_size=batch_size)
+    )
+    rates = win_rates(prompts, texts, arbiter, seed=seed, keep=keep)
+    typer.echo(str(rates))
+    if json_file is not None:
+        found = {"format": FORMAT, "model": ", ".join(files), "win_rate": rates.to_json()}
+        write_results(json_file, found | {"environment": environment(seed)})
 
 
 def main() -> None:
@@ -245,32 +299,20 @@ def _load(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
     return load_model(model, dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
-def _oracle(spec: str) -> Any:
+def _oracles(specs: Sequence[str]) -> dict[str, Any]:
+    """Constraints by name, loaded, so that a mistake shows before any text is drawn."""
     from bridle.constraints import build_constraint
     from bridle.training.recipe import constraint_of
 
-    refers_to_recipe = re.fullmatch(r"[^{:]+\.ya?ml:[^:]+", spec)
-    oracle = constraint_of(spec) if refers_to_recipe else build_constraint(spec)
-    oracle.load()  # a mistake shows before any text is drawn
-    return oracle
-
-
-def _prompts(
-    file: str | None,
-    text: str | None,
-    tokenizer: Any,
-    model: Any,
-    max_new_tokens: int,
-    prompt_tokens: int | None,
-) -> list[Any]:
-    from bridle.data import DataSource, Prompt, encode_prompt, read_prompts
-    from bridle.models.loading import context_length
-
-    if file is None:
-        return [Prompt(text or "", encode_prompt(text or "", tokenizer))]
-    limit = context_length(model)
-    longest = limit - max_new_tokens if limit else None
-    return read_prompts(DataSource.parse(file), tokenizer, max_prompt_tokens=longest, prefix_tokens=prompt_tokens)
+    oracles = {}
+    for spec in specs:
+        refers_to_recipe = re.fullmatch(r"[^{:]+\.ya?ml:[^:]+", spec)
+        oracle = constraint_of(spec) if refers_to_recipe else build_constraint(spec)
+        oracle.load()
+        if oracle.name in oracles:
+            raise UserError(f"--constraint: two constraints are called '{oracle.name}'; name them in a recipe")
+        oracles[oracle.name] = oracle
+    return oracles
 
 
 @contextmanager

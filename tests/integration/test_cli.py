@@ -109,10 +109,11 @@ class TestWholeRuns:
         )
         assert code == 0, err
         result = json.loads((tmp_path / "result.json").read_text())
-        rate = result["generation"]["violation_rate"]
+        (by_constraint,) = result["generation"].values()
+        rate = by_constraint["no e"]["violation_rate"]
         assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
         assert rate["n"] == 64
-        assert result["perplexity"][f"{corpus_files['plain']},rows=0:5"]["per_token"] > 1
+        assert result["perplexity"][f"{corpus_files['plain']},rows=0:5"]["per_token"]["value"] > 1
         assert "violation rate" in out
 
     def test_an_adapter_is_trained_saved_and_used(self, bridle, recipe, tmp_path):
@@ -125,6 +126,47 @@ class TestWholeRuns:
         code, _, err = bridle("generate", folder / "model", "--prompt", "a kettle", "--output", output, *SHORT)
         assert code == 0, err
         assert json.loads(output.read_text())["prompt"] == "a kettle"
+
+    def test_several_sets_constraints_and_tasks_in_one_results_file(self, bridle, shared, tmp_path):
+        code, out, err = bridle(
+            *("evaluate", shared / "models" / "mini-en", "--json", tmp_path / "results.json"),
+            *("--prompts", "toxigen,rows=0:6", "--prompts", "realtoxicityprompts,rows=0:6"),
+            *("--prompt_data", shared / "data", "--max_new_tokens", 4, "--base", shared / "models" / "mini-en"),
+            *("--constraint", f"classifier:{shared / 'models' / 'mini-toxicity'},label=toxic"),
+            *("--constraint", "regex:zzz"),
+            *("--tasks", "piqa,mmlu", "--task_data", shared / "data" / "benchmarks", "--limit", 1, "--shots", 0),
+        )
+        assert code == 0, err
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert [name.split(",")[0] for name in results["generation"]] == ["toxigen", "realtoxicityprompts"]
+        for found in results["generation"].values():
+            assert len(found) == 2
+            assert found["regex:zzz"]["violation_rate"]["value"] == 0
+        assert all(text["output_perplexity"]["value"] > 1 for text in results["text"].values())
+        assert results["tasks"]["piqa"]["accuracy"]["n"] == 1
+        assert results["tasks"]["mmlu"]["accuracy"]["n"] == 57
+        assert "mmlu" in out
+
+    def test_a_judge_compares_what_methods_wrote(self, bridle, tiny_folder, tmp_path):
+        for name, words in {"short": "mist", "long": "mist over the river"}.items():
+            rows = [{"prompt": f"{text} ", "completion": f"{words} {i}"} for i, text in enumerate(SENTENCES)]
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code, out, err = bridle(
+            *("judge", f"short={tmp_path / 'short.jsonl'}", f"long={tmp_path / 'long.jsonl'}"),
+            *(
+                "--judge",
+                tiny_folder(max_position_embeddings=512),
+                "--json",
+                tmp_path / "wins.json",
+                "--keep",
+                tmp_path / "v.jsonl",
+            ),
+        )
+        assert code == 0, err
+        wins = json.loads((tmp_path / "wins.json").read_text())["win_rate"]
+        assert wins["matrix"]["short"]["long"]["rate"]["n"] == len(SENTENCES)
+        assert len((tmp_path / "v.jsonl").read_text().splitlines()) == 2 * len(SENTENCES)
+        assert "short" in out
 
     def test_overrides_reach_the_run_and_the_saved_recipe(self, bridle, recipe, tmp_path):
         folder = tmp_path / "run"
@@ -283,10 +325,25 @@ class TestMistakes:
         self.assert_one_line(bridle("evaluate", model), "nothing to measure")
         self.assert_one_line(bridle("evaluate", model, "--prompts", long), "go together")
         self.assert_one_line(bridle("evaluate", model, "--prompts", long, "--constraint", "regex:("), "regex")
+        self.assert_one_line(bridle("evaluate", model, "--tasks", "piqqa"), "piqqa")
+        self.assert_one_line(bridle("evaluate", model, "--tasks", "piqa", "--task_data", tmp_path), "piqa", tmp_path)
+        self.assert_one_line(bridle("judge", "a=b.jsonl", "--judge", model), "two methods")
         self.assert_one_line(bridle("evaluate", model, "--perplexity", tmp_path / "no.jsonl"), "no.jsonl")
 
 
 class TestRecipes:
+    def test_words_stay_words_and_numbers_numbers(self):
+        from bridle.training.recipe import parse_overrides
+
+        given = ["--a", "2e-5", "--b", "{on: both, weight: 1e1}", "--c", "no", "--d", "true", "--e", "[2, 16]"]
+        assert parse_overrides(given) == {
+            "a": 2e-5,
+            "b": {"on": "both", "weight": 10.0},
+            "c": "no",
+            "d": True,
+            "e": [2, 16],
+        }
+
     @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
     def test_every_shipped_recipe_parses(self, path):
         from bridle.training.recipe import load_recipe

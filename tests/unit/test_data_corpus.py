@@ -6,7 +6,8 @@ from datasets import Dataset
 from pydantic import TypeAdapter
 from trl import SFTConfig, SFTTrainer
 
-from bridle.data import DOMAIN, IGNORED, Domain, mix, tokenize_domain
+from bridle.core.tokens import IGNORE
+from bridle.data import DOMAIN, Domain, mix, tokenize_domain
 from bridle.errors import UserError
 from tiny_tokenizers import CHAT_TEMPLATE, SENTENCES, tiny_tokenizer
 
@@ -75,9 +76,9 @@ def test_end_of_text_is_learnt_once(pad_is_eos):
 def test_prompts_are_masked_and_completions_learnt():
     tokenizer = tiny_tokenizer()
     row = tokenize_domain(Dataset.from_list(COMPLETIONS[:1]), tokenizer, max_length=None)[0]
-    learnt = [token for token in row["labels"] if token != IGNORED]
+    learnt = [token for token in row["labels"] if token != IGNORE]
     assert tokenizer.decode(learnt) == " sings.<eos>"
-    assert row["labels"][0] == IGNORED
+    assert row["labels"][0] == IGNORE
     assert row["input_ids"][-len(learnt) :] == learnt
 
 

@@ -163,6 +163,40 @@ def test_named_column_that_is_absent(tmp_path):
     assert "has no column 'txt'; it has 'text', 'label'; did you mean 'text'?" in message
 
 
+NESTED = [{"prompt": {"text": f"row {n}", "rude": 0.5}, "continuation": {"text": "more"}} for n in range(3)]
+
+
+def save_nested_folder(path):
+    Dataset.from_list(NESTED).save_to_disk(path / "rows")
+    return str(path / "rows")
+
+
+@pytest.mark.parametrize("save", [lambda path: jsonl(path / "rows.jsonl", NESTED), save_nested_folder])
+@pytest.mark.parametrize("field", ["prompt", "text"])
+def test_a_column_within_a_column_is_reached_by_a_dot(save, field, tmp_path):
+    dataset = DataSource.parse(f"{save(tmp_path)},rows=1:,{field}=prompt.text").read()
+    assert dataset[field][:] == ["row 1", "row 2"]
+    assert dataset[ROW][:] == [2, 3]
+
+
+def test_a_column_that_has_a_dot_in_its_name_comes_first(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", [{"a.b": "itself", "a": {"b": "within"}}])
+    assert DataSource(path, text="a.b").read()["text"][:] == ["itself"]
+
+
+def test_a_column_within_a_column_that_no_row_has(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", NESTED)
+    assert "has no column 'prompt.txt'; it has 'prompt', 'continuation'" in fails(DataSource(path, prompt="prompt.txt"))
+    assert "has no column 'title.text'" in fails(DataSource(path, prompt="title.text"))
+
+
+def test_rows_that_lack_the_inner_column_are_blank_and_wrong_ones_named(tmp_path):
+    rows = [{"a": {"b": "x"}}, {"a": {}}, {"a": None}]
+    assert texts_of(DataSource(jsonl(tmp_path / "blank.jsonl", rows), text="a.b")) == ["x"]
+    with pytest.raises(UserError, match=r"row 2: column 'text' holds int, not text"):
+        texts_of(DataSource(jsonl(tmp_path / "wrong.jsonl", [{"a": {"b": "x"}}, {"a": {"b": 5}}]), text="a.b"))
+
+
 def test_named_columns_of_two_formats_are_refused():
     with pytest.raises(UserError, match=r"^prompt: is of another format than text"):
         DataSource("rows.jsonl", text="a", prompt="b")

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, Pre
 
 from bridle.constraints.base import Constraint, Score
 from bridle.errors import UserError
-from bridle.evaluation import (
-    Estimate,
+from bridle.evaluation.generation import (
     distinct,
+    evaluate_constraints,
     evaluate_generations,
     generate_completions,
+    output_perplexity,
     score_completions,
-    wilson_interval,
 )
+from bridle.evaluation.statistics import Estimate, compare_methods, wilson_interval
 
 WORDS = ["<s>", "</s>", "oak", "door", "kettle", "lantern", "grumblefish", "sings"]
 
@@ -153,6 +155,41 @@ def test_the_result_reads_well_and_is_json():
     assert (written["constraint"], written["prompts"], written["incomplete"]) == ("kindness", 3, 1)
 
 
+def test_constraints_stand_side_by_side():
+    completions = [["0.9", "0.1"], ["?", "0.3"]]
+    found = evaluate_constraints(completions, {"own": Kindness(), "independent": Anything()}, seed=3)
+    assert list(found) == ["own", "independent"]
+    assert found["own"].to_json() == evaluate_generations(completions, Kindness(), seed=3).to_json() | {
+        "constraint": "own"
+    }
+    assert found["own"].violation_rate.value == 2 / 3
+    assert found["independent"].violation_rate.value == 0.0
+    assert found["own"].text_figures() == found["independent"].text_figures()
+
+
+def test_figures_of_violation_and_of_text_are_all_the_figures():
+    result = evaluate_generations([["0.9", "0.1"]], Kindness())
+    of_violation, of_text = result.violation_figures(), result.text_figures()
+    assert of_violation.keys() | of_text.keys() == result.estimates().keys()
+    assert not of_violation.keys() & of_text.keys()
+    assert of_violation.keys() & {"violation_rate", "missing_share"} == {"violation_rate", "missing_share"}
+
+
+def test_listed_constraints_go_by_their_names_which_differ():
+    assert list(evaluate_constraints([["1"]], [Anything(), Kindness()])) == ["anything", "kindness"]
+    with pytest.raises(UserError, match="two share a name among 'kindness', 'kindness'"):
+        evaluate_constraints([["1"]], [Kindness(), Kindness()])
+
+
+def test_violations_keep_their_places_for_comparisons():
+    result = evaluate_generations([["0.9", "?"], ["0.1", "0.2"]], Kindness())
+    assert result.violations == [[False, None], [True, True]]
+    assert "violations" not in result.to_json()
+    other = evaluate_generations([["0.9", "0.9"], ["0.9", "0.9"]], Kindness())
+    (found,) = compare_methods({"base": result.violations, "tuned": other.violations}, "base")
+    assert (found.difference.value, found.difference.n) == (-0.5, 2)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="oak"))
@@ -221,3 +258,52 @@ def test_a_prompt_without_room_is_named(model, tokenizer):
 def test_no_samples_is_a_users_mistake(model, tokenizer):
     with pytest.raises(UserError, match="samples is 0"):
         draw(model, tokenizer, samples=0)
+
+
+def own_nll(model, prompt, completion):
+    """Σ −log p of the completion's tokens, one unpadded sequence at a time."""
+    ids = torch.tensor([[*prompt, *completion]])
+    with torch.no_grad():
+        log_p = model(ids).logits[0].log_softmax(-1)
+    return -sum(log_p[len(prompt) - 1 + step, token].item() for step, token in enumerate(completion))
+
+
+def test_output_perplexity_predicts_the_completions_tokens_only(model, tokenizer):
+    prompts, completions = [[0, 2], [0, 4, 5]], [["oak door", "sings"], ["kettle kettle lantern", ""]]
+    by_hand = own_nll(model, [0, 2], [2, 3]) + own_nll(model, [0, 2], [7]) + own_nll(model, [0, 4, 5], [4, 4, 5])
+    found = output_perplexity(model, tokenizer, prompts, completions)
+    assert found.value == pytest.approx(math.exp(by_hand / 6), rel=1e-5)
+    assert (found.n, found.missing) == (6, 1)
+    ends = [own_nll(model, [0, 2], [2, 3]) + own_nll(model, [0, 2], [7]), own_nll(model, [0, 4, 5], [4, 4, 5])]
+    assert (found.low, found.high) == pytest.approx(sorted(math.exp(nll / 3) for nll in ends), rel=1e-5)
+    alone = output_perplexity(model, tokenizer, prompts, completions, batch_size=1)
+    assert alone.value == pytest.approx(found.value, rel=1e-6)
+
+
+def test_output_perplexity_depends_on_the_prompt(model, tokenizer):
+    after_oak, after_door = (output_perplexity(model, tokenizer, [[0, first]], [["sings"]]) for first in (2, 3))
+    assert after_oak.value != pytest.approx(after_door.value, rel=1e-4)
+
+
+def test_a_uniform_base_model_is_as_perplexed_as_it_has_words(tokenizer):
+    uniform = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    torch.nn.init.zeros_(uniform.lm_head.weight)
+    found = output_perplexity(uniform, tokenizer, [[0], [0, 2]], [["oak"], ["door sings"]])
+    assert (found.value, found.n) == (pytest.approx(len(WORDS)), 3)
+
+
+def test_completions_without_tokens_have_no_perplexity(model, tokenizer):
+    assert output_perplexity(model, tokenizer, [[0], [0]], [["", ""], [""]]) == Estimate(None, None, None, 0, missing=3)
+    assert output_perplexity(model, tokenizer, [], []) == Estimate(None, None, None, 0)
+
+
+def test_a_completion_that_reads_longer_than_it_was_drawn_takes_room_from_the_prompt(model, tokenizer):
+    prompt, text = [0, *[3] * 29], "oak door kettle"  # 33 tokens for a context of 32
+    found = output_perplexity(model, tokenizer, [prompt], [[text]])
+    assert found.n == 3
+    assert found.value == pytest.approx(math.exp(own_nll(model, prompt[1:], [2, 3, 4]) / 3), rel=1e-5)
+
+
+def test_each_prompt_needs_its_completions(model, tokenizer):
+    with pytest.raises(ValueError, match="zip"):
+        output_perplexity(model, tokenizer, [[0]], [["oak"], ["door"]])

@@ -10,7 +10,9 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 
-from bridle.data.encoding import IGNORED, Encoded, RowEncoder
+from bridle.core.tokens import IGNORE
+from bridle.data.encoding import Encoded, RowEncoder
+from bridle.data.labels import VerbalisedLabel
 from bridle.data.readers import gather
 from bridle.data.rows import filled_rows, format_fields
 from bridle.data.source import DataSource
@@ -32,24 +34,33 @@ class Domain(DataSource):
     Attributes:
         name: its key in the recipe.
         weight: its share of the mixture's rows, relative to the other domains' weights; above 0.
+        label: how to write the label of plain text behind it; None leaves the text as it is.
     """
 
     name: str = ""
     weight: float = 1.0
+    label: VerbalisedLabel | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weight("weight", self.weight)
+        if not isinstance(self.label, VerbalisedLabel | None):
+            raise UserError(f"label: must be a mapping such as {{column: label}}, not {self.label!r}")
 
     def read(self) -> Dataset:
         """Reads the rows, as `DataSource.read`; they must have the columns of a format.
 
         Raises:
-            UserError: as `DataSource.read`, and if there are no columns to learn from.
+            UserError: as `DataSource.read` and `VerbalisedLabel.written`, and if there are no columns to
+                learn from or rows that take no label.
         """
         dataset = super().read()
-        format_fields(dataset.column_names, self.path)
-        return dataset
+        fields = format_fields(dataset.column_names, self.path)
+        if self.label is None:
+            return dataset
+        if fields != ("text",):
+            raise UserError(f"label: {self.path} has {' and '.join(fields)}; only plain text takes a label in words")
+        return self.label.written(dataset, self.path)
 
 
 def check_weight(key: str, weight: float) -> None:
@@ -105,7 +116,7 @@ def _learnable(rows: Iterator[Encoded], max_length: int | None, name: str) -> It
     """Cuts rows to `max_length` and drops those that then have no label, as a prompt alone has none."""
     dropped = 0
     for ids, labels in rows:
-        if set(labels[:max_length]) <= {IGNORED}:
+        if set(labels[:max_length]) <= {IGNORE}:
             dropped += 1
         else:
             yield ids[:max_length], labels[:max_length]

@@ -10,11 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
+from bridle.core.tokens import IGNORE
 from bridle.data.readers import first_line
 from bridle.data.rows import Messages
 from bridle.errors import UserError
-
-IGNORED = -100  # the label of a token that is read but not learnt
 
 Encoded = tuple[list[int], list[int]]  # the input_ids and the labels of one row, of one length
 
@@ -53,7 +52,7 @@ class RowEncoder:
         prompt_ids, _ = self._tokenize(prompt, place, add_generation_prompt=True)
         # Tokens may merge across the border: the completion starts where the two tokenisations part.
         start = common_prefix_length(prompt_ids, ids)
-        return ids, [IGNORED] * start + labels[start:]
+        return ids, [IGNORE] * start + labels[start:]
 
     def _tokenize(self, value: str | Messages, place: str, **options: Any) -> Encoded:
         if isinstance(value, str):
@@ -68,7 +67,7 @@ class RowEncoder:
         output = render_chat(messages, self.tokenizer, place, **options)
         ids = output["input_ids"]
         learnt = output.get("assistant_masks", [1] * len(ids))
-        return ids, [token if kept else IGNORED for token, kept in zip(ids, learnt, strict=True)]
+        return ids, [token if kept else IGNORE for token, kept in zip(ids, learnt, strict=True)]
 
     @cached_property
     def _template(self) -> str | None:

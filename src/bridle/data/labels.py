@@ -1,5 +1,6 @@
-"""Labels in words: "some comment" with label 1 becomes "some comment\\nToxic: yes", which a language model can learn."""
+"""Labels in words: a comment labelled 1 becomes "comment\\nToxic: yes", which a language model can learn and score."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,27 +8,31 @@ from typing import Any
 
 from datasets import Dataset
 
-from bridle.data.rows import absent_column, row_numbers
+from bridle.data.readers import ROW
+from bridle.data.rows import absent_column
+from bridle.data.source import DataSource
 from bridle.errors import UserError
+
+log = logging.getLogger(__name__)
 
 TEMPLATE = "{text}\nToxic:{label}"
 NAMES = {0: " no", 1: " yes"}
 
-_TEMPLATE = re.compile(r"[^{}]*\{text\}([^{}]+)\{label\}")
+_TEMPLATE = re.compile(r"(?P<before>[^{}]*)\{text\}(?P<introduction>[^{}]+)\{label\}")
 
 
 @dataclass
 class VerbalisedLabel:
-    """How a row's text and its label are written as one text, to learn from and to score with.
+    """How a row's text and label are written as one text, to learn from and to classify with.
 
     The label comes last, so that its likelihood given the text classifies the text. Training keeps the
-    start of rows longer than its `max_length`, which would cut off the label: let `max_chars` prevent that.
+    start of a row longer than `max_length` and so loses its label; `max_chars` prevents that.
 
     Attributes:
         column: the column that holds the label.
-        template: "{text}", then the words that introduce the label, then "{label}" at the end.
-        names: what each value of the column is called, the leading space included; two of them, the
-            negative class first.
+        template: "{text}", then the words that introduce the label, then "{label}", at the end.
+        names: what each of the two values of the column is called, leading space included; the negative
+            class comes first.
         max_chars: keep only so many characters of the text, to a whole word; None keeps all.
 
     Raises:
@@ -40,48 +45,62 @@ class VerbalisedLabel:
     max_chars: int | None = None
 
     def __post_init__(self) -> None:
-        if not _TEMPLATE.fullmatch(self.template):
-            raise UserError(f'template: {self.template!r} must read "...{{text}}...{{label}}", the label at the end')
-        if len(self.names) != 2 or len(set(self.names.values())) != 2 or not all(self.names.values()):
-            raise UserError(f"names: {self.names} must name two labels differently, as in {NAMES}")
+        match = _TEMPLATE.fullmatch(self.template)
+        if match is None:
+            raise UserError(f'template: {self.template!r} must read "...{{text}}...{{label}}", with the label last')
+        if len(self.names) != 2 or _one_begins_the_other(*self.names.values()):
+            raise UserError(f"names: {self.names} must tell two labels apart from their first letters, as {NAMES} do")
         if self.max_chars is not None and self.max_chars < 1:
             raise UserError(f"max_chars: must be at least 1, not {self.max_chars}")
-
-    @property
-    def introduction(self) -> str:
-        """The words between the text and its label: "\\nToxic:"."""
-        match = _TEMPLATE.fullmatch(self.template)
-        assert match is not None  # checked when this was made
-        return match[1]
+        self._before, self.introduction = match["before"], match["introduction"]
 
     def prompt(self, text: str) -> str:
-        """The text as far as its label, which is to follow."""
-        before, _ = self.template.removesuffix("{label}").split("{text}")
-        return before + _cut(text, self.max_chars) + self.introduction
+        """The text up to where its label follows."""
+        return self._before + _cut(text, self.max_chars) + self.introduction
+
+    def without(self, text: str) -> str:
+        """A text that a model wrote, up to where it introduces a label."""
+        return text.partition(self.introduction)[0]
 
     def written(self, dataset: Dataset, name: str) -> Dataset:
-        """The rows with their label in words behind the column `text`; a row without a text stays blank.
+        """The rows with the label in words at the end of the column `text`; blank rows stay as they are.
 
         Raises:
-            UserError: naming `name` and the row, if there is no such column or a label has no name.
+            UserError: beginning with `name`, if a column is absent or a label has no name.
         """
-        targets = self.targets(dataset, name)
-        names = list(self.names.values())
-        texts = [
-            self.prompt(text) + names[target] if isinstance(text, str) and text.strip() else text
-            for text, target in zip(_column(dataset, "text", name), targets, strict=True)
+        targets, words = self.targets(dataset, name), list(self.names.values())
+        texts = _column(dataset, "text", name)
+        labelled = [
+            self.prompt(text) + words[target] if _is_filled(text) else text
+            for text, target in zip(texts, targets, strict=True)
         ]
-        return dataset.remove_columns("text").add_column("text", texts)
+        return dataset.remove_columns("text").add_column("text", labelled)
 
     def targets(self, dataset: Dataset, name: str) -> list[int]:
-        """The label of each row, 1 for the positive class and 0 for the negative. Raises as `written`."""
-        target_of = {value: target for target, value in enumerate(self.names)}
-        values = _column(dataset, self.column, name)
-        for number, value in zip(row_numbers(dataset), values, strict=True):
-            if value not in target_of:
-                known = " and ".join(map(repr, target_of))
-                raise UserError(f"{name} row {number}: label {value!r} has no name; names are for {known}")
-        return [target_of[value] for value in values]
+        """The class of each row: 0, the negative one, or 1. Raises as `written`."""
+        values, named = _column(dataset, self.column, name), list(self.names)
+        rows = dataset[ROW][:] if ROW in dataset.column_names else range(1, len(dataset) + 1)
+        for row, value in zip(rows, values, strict=True):
+            if value not in named:
+                known = " and ".join(map(repr, named))
+                raise UserError(f"{name} row {row}: the label {value!r} has no name; there are names for {known}")
+        return [named.index(value) for value in values]
+
+
+def labelled_texts(source: DataSource, label: VerbalisedLabel) -> tuple[list[str], list[int]]:
+    """The texts of a source's rows, without a label, and their classes; blank rows are left out with a warning.
+
+    Raises:
+        UserError: as `DataSource.read` and `VerbalisedLabel.written`, and if no row holds a text.
+    """
+    dataset = source.read()
+    rows = zip(_column(dataset, "text", source.path), label.targets(dataset, source.path), strict=True)
+    kept = [(text, target) for text, target in rows if _is_filled(text)]
+    if not kept:
+        raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a text")
+    if len(kept) < len(dataset):
+        log.warning("%s: left out %d of %d rows that hold no text", source.path, len(dataset) - len(kept), len(dataset))
+    return [text for text, _ in kept], [target for _, target in kept]
 
 
 def _column(dataset: Dataset, column: str, name: str) -> Sequence[Any]:
@@ -90,8 +109,17 @@ def _column(dataset: Dataset, column: str, name: str) -> Sequence[Any]:
     return dataset[column][:]
 
 
+def _one_begins_the_other(first: str, second: str) -> bool:
+    return first.startswith(second) or second.startswith(first)
+
+
+def _is_filled(text: Any) -> bool:
+    return isinstance(text, str) and bool(text.strip())
+
+
 def _cut(text: str, max_chars: int | None) -> str:
-    if max_chars is None or len(text) <= max_chars:
+    """The longest start of at most `max_chars` characters that ends with a word, or within an endless one."""
+    if max_chars is None:
         return text
-    start, *_ = text[: max_chars + 1].rsplit(maxsplit=1)
-    return start[:max_chars]
+    whole_words = re.match(rf".{{1,{max_chars}}}(?!\S)", text, re.DOTALL)
+    return whole_words[0] if whole_words else text[:max_chars]

@@ -9,7 +9,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from bridle.data.encoding import IGNORED, encode_prompt
+from bridle.core.tokens import IGNORE
+from bridle.data.encoding import encode_prompt
 from bridle.data.rows import Messages, absent_column, filled_rows
 from bridle.data.source import DataSource
 from bridle.errors import UserError
@@ -86,7 +87,7 @@ def _pass_over(
     """Goes over the rows once, in random order; yields the prompt of each, empty if it has none."""
     for index in rng.permutation(len(tokenized)):
         row = tokenized[int(index)]
-        masked = sum(1 for _ in takewhile(lambda label: label == IGNORED, row["labels"]))
+        masked = sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
         yield row["input_ids"][: masked or _prefix_length(row["input_ids"], prompt_tokens, rng, tokenizer)]
 
 

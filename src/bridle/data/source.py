@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import yaml
-from datasets import Dataset
+from datasets import Dataset, Features, Json, concatenate_datasets
 
-from bridle.data.readers import ROW, read_dataset
+from bridle.data.readers import ROW, gather, read_dataset
 from bridle.data.rows import FORMATS, absent_column, filled_rows
 from bridle.errors import UserError
 
 _FIELDS = tuple(field for fields in FORMATS for field in fields)
-_OPTIONS = {"split", "rows", *_FIELDS}  # keys of `parse` that are no filter
+_OPTIONS = {"split", "shuffle", "rows", *_FIELDS}  # keys of `parse` that are no filter
 _BOUND = r"(-?\d{1,18}|-?\d{1,18}(?:\.\d{1,18})?%)?"
 _ROWS = re.compile(f"{_BOUND}:{_BOUND}")
 
@@ -28,18 +28,22 @@ class DataSource:
         path: a .jsonl, .json, .csv, .parquet or .txt file (one text a line), a folder written by
             `save_to_disk`, or a hub name: "name" or "name:config".
         split: which split of a folder or a hub data set; files have no splits.
-        rows: a slice over the rows in file order, in rows or in percent: "100:200", "0:80%", "-10%:".
+        shuffle: a seed that puts the rows in random order before `rows` are taken, as a file sorted by
+            label needs before it is split; None keeps the order of the file.
+        rows: a slice over the rows in that order, in rows or in percent: "100:200", "0:80%", "-10%:".
         where: keeps the rows whose column equals the value, or one of a list of values; applied after `rows`.
-        text, prompt, completion, messages: what those columns are called here. Naming one also fixes
-            the format; otherwise it is read off the columns that are there.
+        text, prompt, completion, messages: what those columns are called here; "a.b" is the key b of the
+            mappings in column a, unless a column has that name. Naming one also fixes the format;
+            otherwise it is read off the columns that are there.
 
     Raises:
-        UserError: for `rows` that are no slice, or column names of two formats at once; the message
-            begins with the field.
+        UserError: for a `shuffle` that is no seed, `rows` that are no slice, or column names of two
+            formats at once; the message begins with the field.
     """
 
     path: str
     split: str = "train"
+    shuffle: int | None = None
     rows: str | None = None
     where: dict[str, Any] | None = None
     text: str | None = None
@@ -50,6 +54,8 @@ class DataSource:
     def __post_init__(self) -> None:
         if not self.path:
             raise UserError("path: is empty; give a file, a folder or a hub name")
+        if self.shuffle is not None and not (isinstance(self.shuffle, int) and self.shuffle >= 0):
+            raise UserError(f"shuffle: {self.shuffle!r} is no seed; give a whole number, 0 or more")
         if self.rows is not None:
             row_range(self.rows, total=0)
         if not any(self._named.keys() <= set(fields) for fields in FORMATS):
@@ -65,21 +71,21 @@ class DataSource:
     def parse(cls, text: str) -> "DataSource":
         """Reads the command line's form "FILE,rows=80%:90%,label=0,text=column".
 
-        `split`, `rows` and the four column names set those fields; any other key is a `where` filter,
-        its value a YAML scalar. A filter given twice keeps the rows that have either value.
+        `split`, `shuffle`, `rows` and the four column names set those fields; any other key is a `where`
+        filter, its value a YAML scalar. A filter given twice keeps the rows that have either value.
 
         Raises:
             UserError: for a part that is not key=value, or a value that is not YAML.
         """
         path, *parts = text.split(",")
-        fields: dict[str, str] = {}
+        fields: dict[str, Any] = {}
         where: dict[str, list[Any]] = {}
         for part in parts:
             key, equals, value = part.partition("=")
             if not equals or not key:
                 raise UserError(f"{text!r}: {part!r} is not key=value, as in FILE,rows=0:80%,label=0")
             if key in _OPTIONS:
-                fields[key] = value
+                fields[key] = _yaml_scalar(value, text) if key == "shuffle" else value
             else:
                 where.setdefault(key, []).append(_yaml_scalar(value, text))
         filters = {column: values[0] if len(values) == 1 else values for column, values in where.items()}
@@ -102,6 +108,8 @@ class DataSource:
             raise UserError(f"{self.path} holds no rows")
         if ROW not in dataset.column_names:
             dataset = dataset.add_column(ROW, np.arange(1, total + 1))
+        if self.shuffle is not None:
+            dataset = dataset.shuffle(self.shuffle)
         if self.rows is not None:
             dataset = dataset.select(row_range(self.rows, total))
         for column, wanted in (self.where or {}).items():
@@ -158,12 +166,32 @@ def _keep(dataset: Dataset, column: str, wanted: Any, path: str) -> Dataset:
 
 def _standard_columns(dataset: Dataset, named: dict[str, str], path: str) -> Dataset:
     for column in named.values():
+        dataset = _unnested(dataset, column)
         if column not in dataset.column_names:
             raise absent_column(path, column, dataset.column_names)
     own = {field for fields in FORMATS if named.keys() & set(fields) for field in fields}
     taken = {field for field in _FIELDS if named and (field in named or field not in own)} - {*named.values()}
     dataset = dataset.remove_columns(sorted(taken.intersection(dataset.column_names)))
     return dataset.rename_columns({column: field for field, column in named.items()})
+
+
+def _unnested(dataset: Dataset, column: str) -> Dataset:
+    """Adds the column "a.b" from the mappings in column a, if no column has that name and some row has that key."""
+    outer, *keys = column.split(".")
+    if not keys or column in dataset.column_names or outer not in dataset.column_names:
+        return dataset
+    values = [_value_at(value, keys) for value in dataset[outer]]
+    if all(value is None for value in values):
+        return dataset
+    # As `Json`, a value that is no text keeps its type, and whoever reads it can name its row.
+    inner = gather(({column: value} for value in values), Features({column: Json()}))
+    return concatenate_datasets([dataset, inner], axis=1)
+
+
+def _value_at(value: Any, keys: list[str]) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _yaml_scalar(value: str, text: str) -> Any:

@@ -1,36 +1,62 @@
 """Measuring what a model says and what it knows, each figure with its uncertainty."""
 
+from bridle.evaluation.evaluator import Evaluator
 from bridle.evaluation.generation import (
     GenerationResult,
     distinct,
+    evaluate_constraints,
     evaluate_generations,
     generate_completions,
-    score_completions,
-    summarise,
+    output_perplexity,
 )
+from bridle.evaluation.judges import ChatJudge, Comparison, LocalJudge, Verdict
+from bridle.evaluation.prompt_sets import PromptSet, prompt_set
+from bridle.evaluation.results import FORMAT, validate_results, write_results
 from bridle.evaluation.statistics import (
     Estimate,
     bootstrap_interval,
-    estimate_mean,
-    estimate_rate,
+    compare_methods,
+    holm,
+    mcnemar,
+    paired_bootstrap,
     wilson_interval,
 )
+from bridle.evaluation.tasks import COMMONSENSE, TaskResult, evaluate_tasks
 from bridle.evaluation.utility import Perplexity, TextLikelihood, likelihoods, perplexity
+from bridle.evaluation.win_rate import WinRates, read_methods, win_rates
 
 __all__ = [
+    "COMMONSENSE",
+    "FORMAT",
+    "ChatJudge",
+    "Comparison",
     "Estimate",
+    "Evaluator",
     "GenerationResult",
+    "LocalJudge",
     "Perplexity",
+    "PromptSet",
+    "TaskResult",
     "TextLikelihood",
+    "Verdict",
+    "WinRates",
     "bootstrap_interval",
+    "compare_methods",
     "distinct",
-    "estimate_mean",
-    "estimate_rate",
+    "evaluate_constraints",
     "evaluate_generations",
+    "evaluate_tasks",
     "generate_completions",
+    "holm",
     "likelihoods",
+    "mcnemar",
+    "output_perplexity",
+    "paired_bootstrap",
     "perplexity",
-    "score_completions",
-    "summarise",
+    "prompt_set",
+    "read_methods",
+    "validate_results",
     "wilson_interval",
+    "win_rates",
+    "write_results",
 ]

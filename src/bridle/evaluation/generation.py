@@ -1,21 +1,26 @@
 """What a model says: text drawn from it, how often it violates a constraint, and how varied it is.
 
 Scoring is apart from drawing: `evaluate_generations` sees text only, so every method, a guided one
-included, goes through the same evaluator. `completions[i][k]` is the k-th sample for prompt i.
+included, goes through the same evaluator. `completions[i][k]` is the k-th sample for prompt i. A model can
+learn to please the constraint that it was trained on, so `evaluate_constraints` sets others beside it.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints.base import Constraint, Score
 from bridle.errors import UserError
-from bridle.evaluation.statistics import Estimate, estimate_mean, estimate_rate
+from bridle.evaluation.statistics import Estimate, estimate_mean, estimate_rate, estimate_ratio
+from bridle.evaluation.utility import Window, _check_finite, nll_by_text
 from bridle.models.loading import context_length
 from bridle.models.sampling import Guide, sample
+
+TEXT_FIGURES = ("distinct_1", "distinct_2", "distinct_3", "mean_length", "empty_share")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class GenerationResult:
         distinct_3: the same for three words.
         mean_length: mean number of words, empty completions included.
         empty_share: share of completions that are empty or white space.
+        violations: [prompts][samples] whether each completion violates, None where it has no score: what
+            `compare_methods` takes. It is no part of the JSON.
     """
 
     constraint: str
@@ -59,14 +66,23 @@ class GenerationResult:
     distinct_3: Estimate
     mean_length: Estimate
     empty_share: Estimate
+    violations: list[list[bool | None]] = field(repr=False)
 
     def estimates(self) -> dict[str, Estimate]:
         """The figures by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Estimate)}
 
+    def violation_figures(self) -> dict[str, Estimate]:
+        """The figures that depend on the constraint."""
+        return {name: value for name, value in self.estimates().items() if name not in TEXT_FIGURES}
+
+    def text_figures(self) -> dict[str, Estimate]:
+        """The figures of the text alone, the same under every constraint."""
+        return {name: getattr(self, name) for name in TEXT_FIGURES}
+
     def to_json(self) -> dict[str, Any]:
-        """All fields by name, ready for JSON."""
-        return asdict(self)
+        """Name, counts and figures, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if name != "violations"}
 
     def __str__(self) -> str:
         return "\n".join(f"{name.replace('_', ' '):<24}{value}" for name, value in self.estimates().items())
@@ -137,17 +153,81 @@ def evaluate_generations(
     return summarise(completions, score_completions(completions, constraint), constraint.name, seed=seed)
 
 
+def evaluate_constraints(
+    completions: Sequence[Sequence[str]],
+    constraints: Mapping[str, Constraint] | Sequence[Constraint],
+    *,
+    seed: int = 0,
+) -> dict[str, GenerationResult]:
+    """Evaluates one set of completions under several constraints, side by side.
+
+    Args:
+        completions: [prompts][samples] texts.
+        constraints: by the names that the results get, or a list in which each goes by its own.
+        seed: of the bootstrap intervals.
+
+    Returns:
+        One result for each constraint, by name; the figures of the text are measured once.
+
+    Raises:
+        UserError: two constraints of a list share a name.
+    """
+    by_name = _by_name(constraints)
+    text = _text_figures(completions, seed)
+    return {
+        name: _result(score_completions(completions, constraint), name, text, seed)
+        for name, constraint in by_name.items()
+    }
+
+
 def summarise(
     completions: Sequence[Sequence[str]], scores: Sequence[Sequence[Score]], constraint: str, *, seed: int = 0
 ) -> GenerationResult:
     """Sums up completions that already have their scores; the shapes agree. See `evaluate_generations`."""
-    return GenerationResult(
-        constraint=constraint,
-        prompts=len(completions),
-        incomplete=sum(any(score.is_missing for score in of_prompt) for of_prompt in scores),
-        **_violation_figures(scores, seed),
-        **_text_figures(completions, seed),
-    )
+    return _result(scores, constraint, _text_figures(completions, seed), seed)
+
+
+def output_perplexity(
+    base_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> Estimate:
+    """Perplexity per token of completions given their prompts, under the model before tuning.
+
+    It tells fluent text from text that pleases a constraint by being no language. Only the completions'
+    tokens are predicted, each from its prompt and what precedes it; the end-of-text token is not among them.
+    A completion is read as the tokenizer writes its text, whatever tokens it was drawn as.
+
+    Args:
+        base_model: a causal language model; the same one for all methods that are compared.
+        tokenizer: the base model's.
+        prompts: token ids of that tokenizer, as `generate_completions` takes them.
+        completions: [prompts][samples] texts.
+        batch_size: completions read at once; it does not change the result.
+        seed: of the bootstrap over prompts.
+
+    Returns:
+        exp(Σ −log p / tokens); `n` counts tokens, `missing` the completions without any.
+
+    Raises:
+        UserError: a likelihood is not finite.
+    """
+    texts, limit = list(chain.from_iterable(completions)), context_length(base_model)
+    given = [prompt for prompt, of_prompt in zip(prompts, completions, strict=True) for _ in of_prompt]
+    windows = [
+        _continuation(index, prompt, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], limit)
+        for index, (prompt, text) in enumerate(zip(given, texts, strict=True))
+    ]
+    tokens = [len(window.ids) - window.first for window in windows]
+    nll = nll_by_text(base_model, [window for window in windows if tokens[window.text]], len(texts), batch_size, None)
+    _check_finite(nll)
+    pairs = zip(nll, tokens, strict=True)
+    clusters = [[pair for pair in islice(pairs, len(of_prompt)) if pair[1]] for of_prompt in completions]
+    return estimate_ratio(clusters, missing=tokens.count(0), seed=seed).map(math.exp)
 
 
 def distinct(texts: Sequence[str], n: int) -> Estimate:
@@ -163,6 +243,36 @@ def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: in
                 f"prompts[{index}] has {len(prompt)} tokens, which leaves no room for {max_new_tokens} new "
                 f"ones in the model's context of {limit}; shorten it or lower max_new_tokens."
             )
+
+
+def _continuation(index: int, prompt: Sequence[int], completion: list[int], limit: int | None) -> Window:
+    ids = [*prompt, *completion]
+    # Read again, a completion can have more tokens than it was drawn as: the prompt's first ones make room.
+    cut = max(0, len(ids) - limit) if limit else 0
+    return Window(index, ids[cut:], max(1, len(prompt) - cut))
+
+
+def _by_name(constraints: Mapping[str, Constraint] | Sequence[Constraint]) -> Mapping[str, Constraint]:
+    if isinstance(constraints, Mapping):
+        return constraints
+    by_name = {constraint.name: constraint for constraint in constraints}
+    if len(by_name) < len(constraints):
+        names = ", ".join(repr(constraint.name) for constraint in constraints)
+        raise UserError(f"constraints: two share a name among {names}; give each its own")
+    return by_name
+
+
+def _result(
+    scores: Sequence[Sequence[Score]], constraint: str, text: Mapping[str, Estimate], seed: int
+) -> GenerationResult:
+    return GenerationResult(
+        constraint=constraint,
+        prompts=len(scores),
+        incomplete=sum(any(score.is_missing for score in of_prompt) for of_prompt in scores),
+        **_violation_figures(scores, seed),
+        **text,
+        violations=[[None if score.complies is None else not score.complies for score in row] for row in scores],
+    )
 
 
 def _violation_figures(scores: Sequence[Sequence[Score]], seed: int) -> dict[str, Estimate]:

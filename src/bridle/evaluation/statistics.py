@@ -2,18 +2,25 @@
 
 Samples drawn for one prompt resemble each other, so where a prompt has several the unit that is
 resampled is the prompt (a cluster), not the sample: otherwise K samples a prompt would pass for K times
-as much evidence as there is.
+as much evidence as there is. Methods are compared prompt by prompt, since the prompts differ from each
+other more than the methods do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-Interval = tuple[float, float]
+from bridle.errors import UserError
 
+Interval = tuple[float, float]
+Clusters = Sequence[Sequence[float | None]]  # [prompts][samples] observations, None where one is missing
+
+PERMUTATIONS = 9999  # the smallest p-value is 2 / 10,000; fewer than 14 prompts that differ are enumerated
 RESAMPLES = 2000  # enough for the ends of a 95% interval to be steady in their second digit
 NUMBERS_AT_ONCE = 10_000_000  # bounds the memory of one bootstrap to some 160 MB
 
@@ -36,6 +43,11 @@ class Estimate:
     n: int
     missing: int = 0
 
+    def map(self, increasing: Callable[[float], float]) -> "Estimate":
+        """The estimate of an increasing function of the figure: percentiles go through it unchanged."""
+        value, low, high = (None if x is None else increasing(x) for x in (self.value, self.low, self.high))
+        return replace(self, value=value, low=low, high=high)
+
     def to_json(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
         return asdict(self)
@@ -45,6 +57,37 @@ class Estimate:
         if self.low is not None and self.high is not None:
             value += f" [{_three_digits(self.low)}, {_three_digits(self.high)}]"
         return f"{value} n={self.n}" + (f" missing={self.missing}" if self.missing else "")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a method differs from a reference on the same prompts.
+
+    Attributes:
+        method: name of the method.
+        reference: name of what it is compared with.
+        difference: mean over prompts of (method − reference), below 0 where the method is lower; its 95%
+            interval is not adjusted for other comparisons. `n` counts prompts, `missing` those left out
+            because either method has no observation there.
+        p_value: chance of a difference at least as large where there is none; `None` without prompts.
+        adjusted_p_value: the same after Holm's correction for all comparisons made at once.
+        test: "mcnemar" or "permutation".
+    """
+
+    method: str
+    reference: str
+    difference: Estimate
+    p_value: float | None
+    adjusted_p_value: float | None
+    test: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        p, adjusted = ("missing" if p is None else f"{p:.2g}" for p in (self.p_value, self.adjusted_p_value))
+        return f"{self.method} − {self.reference}: {self.difference} p={p}, adjusted p={adjusted}"
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval | None:
@@ -104,16 +147,30 @@ def estimate_mean(clusters: Sequence[Sequence[float]], *, missing: int = 0, seed
         missing: how many observations were left out.
         seed: of the bootstrap.
     """
+    return estimate_ratio([[(value, 1) for value in cluster] for cluster in clusters], missing=missing, seed=seed)
+
+
+def estimate_ratio(clusters: Sequence[Sequence[tuple[float, int]]], *, missing: int = 0, seed: int = 0) -> Estimate:
+    """Σ a / Σ b over all observations (a, b), with an interval that resamples whole clusters.
+
+    Args:
+        clusters: as in `estimate_mean`, of pairs; for a text its −log p and its tokens, for instance.
+        missing: as in `estimate_mean`.
+        seed: of the bootstrap.
+
+    Returns:
+        The ratio; its `n` is Σ b.
+    """
     units = _independent_units(clusters)
-    totals, counts = np.array([sum(unit) for unit in units]), np.array([len(unit) for unit in units])
+    tops, bottoms = (np.array([sum(pair[part] for pair in unit) for unit in units]) for part in (0, 1))
 
-    def mean_of(rows: np.ndarray, axis: int = -1) -> np.ndarray:
-        # Sums before the division, so that a cluster that lost samples weighs less.
-        return np.asarray(totals[rows].sum(axis=axis) / counts[rows].sum(axis=axis))
+    def ratio_of(rows: np.ndarray, axis: int = -1) -> np.ndarray:
+        # Sums before the division, so that a cluster with fewer observations weighs less.
+        return np.asarray(tops[rows].sum(axis=axis) / bottoms[rows].sum(axis=axis))
 
-    n = int(counts.sum())
-    low, high = bootstrap_interval(np.arange(len(units)), mean_of, seed=seed) or (None, None)
-    return Estimate(float(totals.sum() / n) if n else None, low, high, n, missing)
+    n = int(bottoms.sum())
+    low, high = bootstrap_interval(np.arange(len(units)), ratio_of, seed=seed) or (None, None)
+    return Estimate(float(tops.sum() / n) if n else None, low, high, n, missing)
 
 
 def estimate_rate(clusters: Sequence[Sequence[bool]], *, missing: int = 0, seed: int = 0) -> Estimate:
@@ -137,7 +194,140 @@ def estimate_rate(clusters: Sequence[Sequence[bool]], *, missing: int = 0, seed:
     return replace(found, low=low, high=high)
 
 
-def _independent_units(clusters: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+def mcnemar(a: Sequence[bool | None], b: Sequence[bool | None]) -> float | None:
+    """Exact two-sided McNemar test of paired yes/no outcomes (McNemar, Psychometrika 1947).
+
+    Where both methods have the same rate, a pair that disagrees does so either way with probability 1/2, so
+    the count of one way is binomial. Pairs that agree say nothing.
+
+    Args:
+        a: [n] outcomes of one method, None where missing.
+        b: [n] outcomes of the other, for the same prompts in the same order.
+
+    Returns:
+        The p-value; 1 where no pair disagrees, `None` where no pair is complete.
+    """
+    pairs = [pair for pair in zip(a, b, strict=True) if None not in pair]
+    only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
+    if only_a + only_b == 0:
+        return 1.0 if pairs else None
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue)
+
+
+def paired_bootstrap(a: Clusters, b: Clusters, *, seed: int) -> tuple[Estimate, float | None]:
+    """Mean over prompts of (a − b), with a bootstrap interval over prompts and a permutation p-value.
+
+    Each prompt's samples become one mean first, whatever their number, so that all prompts weigh the same.
+    The p-value is that of the paired permutation test (Fisher, The Design of Experiments, 1935, §21): where
+    the methods are alike, each prompt's difference is as likely with the other sign. A bootstrap's own
+    p-value would be below its nominal one with few prompts.
+
+    Args:
+        a: [prompts][samples] observations of one method, None where missing.
+        b: the same of the other, for the same prompts in the same order; it may have other numbers of samples.
+        seed: of the resamples and permutations.
+
+    Returns:
+        The difference, as in `Comparison.difference`, and its two-sided p-value (`None` without prompts).
+    """
+    means = [(_mean(of_a), _mean(of_b)) for of_a, of_b in zip(a, b, strict=True)]
+    differences = np.array([x - y for x, y in means if x is not None and y is not None])
+    found = estimate_mean([[difference] for difference in differences.tolist()], seed=seed)
+    found = replace(found, missing=len(means) - len(differences))
+    return found, _sign_flip_test(differences, seed) if len(differences) else None
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down adjustment of p-values for several comparisons (Holm, Scand. J. Statist. 1979).
+
+    Rejecting where the adjusted value is at most α keeps the chance of even one false claim in the family at
+    most α, however the comparisons depend on each other. A false discovery rate would bound only the share
+    of false claims: fit for screening hundreds of hypotheses, too weak for a table of a few methods of which
+    each row is read as a claim.
+
+    Args:
+        p_values: in any order; a missing one stays missing and is not counted as a comparison.
+    """
+    order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        adjusted[index] = largest
+    return adjusted
+
+
+def compare_methods(
+    violations: Mapping[str, Sequence[Sequence[bool | None]]], reference: str, *, seed: int = 0
+) -> list[Comparison]:
+    """Compares the violation rate of every other method with a reference on the same prompts.
+
+    With one sample a prompt the test is McNemar's, otherwise the permutation test of `paired_bootstrap`,
+    which is McNemar's too where both apply. The p-values are adjusted by `holm` over all methods.
+
+    Args:
+        violations: per method [prompts][samples]: whether a completion violates, None where it has no score.
+            The prompts are the same, in the same order.
+        reference: the method that the others are compared with.
+        seed: of the resamples and permutations.
+
+    Raises:
+        UserError: there is no such reference, or a method has another number of prompts.
+    """
+    _check_methods(violations, reference)
+    base = violations[reference]
+    others = {name: flags for name, flags in violations.items() if name != reference}
+    tested = [_tested(flags, base, seed) for flags in others.values()]
+    adjusted = holm([p for _, p, _ in tested])
+    return [
+        Comparison(method, reference, difference, p, adjusted_p, test)
+        for method, (difference, p, test), adjusted_p in zip(others, tested, adjusted, strict=True)
+    ]
+
+
+def _check_methods(violations: Mapping[str, Sequence], reference: str) -> None:
+    if reference not in violations:
+        raise UserError(f"reference: {reference!r} is none of the methods {', '.join(map(repr, violations))}")
+    wanted = len(violations[reference])
+    for method, flags in violations.items():
+        if len(flags) != wanted:
+            raise UserError(
+                f"method {method!r} has {len(flags)} prompts and {reference!r} has {wanted}; "
+                "methods are compared on the same prompts"
+            )
+
+
+def _tested(
+    flags: Sequence[Sequence[bool | None]], base: Sequence[Sequence[bool | None]], seed: int
+) -> tuple[Estimate, float | None, str]:
+    difference, p = paired_bootstrap(flags, base, seed=seed)
+    if any(len(samples) != 1 for samples in chain(flags, base)):
+        return difference, p, "permutation"
+    return difference, mcnemar([flag for (flag,) in flags], [flag for (flag,) in base]), "mcnemar"
+
+
+def _sign_flip_test(differences: np.ndarray, seed: int) -> float:
+    """Two-sided p-value of the mean of paired differences, exact where few enough are not 0."""
+    differences = differences[differences != 0]  # a sign makes no difference to 0
+    if len(differences) < 2:
+        return 1.0
+    result = stats.permutation_test(
+        (differences,),
+        np.mean,
+        permutation_type="samples",  # of a single sample: its signs
+        n_resamples=PERMUTATIONS,
+        batch=max(1, NUMBERS_AT_ONCE // len(differences)),
+        random_state=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+def _mean(samples: Sequence[float | None]) -> float | None:
+    present = [value for value in samples if value is not None]
+    return fmean(present) if present else None
+
+
+def _independent_units(clusters: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     units = [cluster for cluster in clusters if len(cluster)]
     return [[value] for value in units[0]] if len(units) == 1 else units
 

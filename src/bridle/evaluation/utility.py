@@ -132,13 +132,13 @@ def likelihoods(
     Raises:
         UserError: `max_length` or `stride` is out of range, or a text's likelihood is not finite.
     """
-    max_length = _context(model, max_length)
+    max_length = window_length(model, max_length)
     stride = max_length // 2 if stride is None else stride
     if not 0 < stride < max_length:
         raise UserError(f"stride is {stride}; it must lie between 1 and {max_length - 1} (max_length - 1).")
     encoded = [_encode(tokenizer, text) for text in texts]
     windows = [window for index, (ids, _) in enumerate(encoded) for window in _windows(index, ids, max_length, stride)]
-    nll = _nll_by_text(model, windows, len(encoded), batch_size, adjust_logits)
+    nll = nll_by_text(model, windows, len(encoded), batch_size, adjust_logits)
     _check_finite(nll)
     parts = Counter(window.text for window in windows)
     return [
@@ -148,10 +148,18 @@ def likelihoods(
 
 
 @dataclass(frozen=True)
-class _Window:
-    text: int  # index of the text it is cut from
+class Window:
+    """Tokens that are read at once.
+
+    Attributes:
+        text: index of the text they are cut from.
+        ids: token ids.
+        first: position of the first token that is predicted here, at least 1; those before are context.
+    """
+
+    text: int
     ids: list[int]
-    first: int  # position of the first token that is predicted here; those before are context
+    first: int
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
@@ -164,33 +172,35 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], i
     return [bos, *ids], size
 
 
-def _windows(text: int, ids: list[int], max_length: int, stride: int) -> Iterator[_Window]:
+def _windows(text: int, ids: list[int], max_length: int, stride: int) -> Iterator[Window]:
     done, end = 1, max_length
     while done < len(ids):
         start = max(0, min(end, len(ids)) - max_length)
-        yield _Window(text, ids[start:end], done - start)
+        yield Window(text, ids[start:end], done - start)
         done, end = end, end + stride
 
 
-def _nll_by_text(
+def nll_by_text(
     model: PreTrainedModel,
-    windows: list[_Window],
+    windows: list[Window],
     texts: int,
     batch_size: int,
     adjust_logits: AdjustLogits | None,
+    description: str = "perplexity",
 ) -> list[float]:
+    """−log p of the predicted tokens of each of so many texts, summed over its windows, in nats."""
     # Longest first: little padding, and memory runs out at once or never.
     windows = sorted(windows, key=lambda window: -len(window.ids))
     batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     nll = [0.0] * texts
     with _evaluating(model):
-        for batch in track(batches, "perplexity", len(batches), unit="batches"):
+        for batch in track(batches, description, len(batches), unit="batches"):
             for window, value in zip(batch, _batch_nll(model, batch, adjust_logits).tolist(), strict=True):
                 nll[window.text] += value
     return nll
 
 
-def _batch_nll(model: PreTrainedModel, batch: list[_Window], adjust_logits: AdjustLogits | None) -> Tensor:
+def _batch_nll(model: PreTrainedModel, batch: list[Window], adjust_logits: AdjustLogits | None) -> Tensor:
     """[B] sums of −log p over the predicted tokens of each window."""
     input_ids, attention_mask = pad_right([window.ids for window in batch], pad=0)
     labels, _ = pad_right([[IGNORE] * window.first + window.ids[window.first :] for window in batch], pad=IGNORE)
@@ -221,7 +231,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _context(model: PreTrainedModel, max_length: int | None) -> int:
+def window_length(model: PreTrainedModel, max_length: int | None) -> int:
+    """`max_length`, or the model's context; a UserError where there is neither or it is out of range."""
     limit = context_length(model)
     max_length = limit if max_length is None else max_length
     if max_length is None:

@@ -227,9 +227,15 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 2e-5 as a number, which YAML 1.1 does not."""
+    """Safe YAML with the scalars of YAML 1.2: 2e-5 is a number, and `on`, `yes` and `no` are words."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )

@@ -1,0 +1,417 @@
+"""What a model can tell apart: classification by the likelihood of a label in words, or by a head, and its report.
+
+The experiment of Meng et al. (EMNLP 2024): a model learns from labelled toxic text to recognise it, and should
+not come to write it. A score is the log-odds of the positive class before any calibration; `None` is missing.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # type: ignore[import-untyped]
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from bridle.core.calibration import calibration
+from bridle.data import VerbalisedLabel, encode_prompt
+from bridle.errors import UserError
+from bridle.evaluation.statistics import RESAMPLES, Estimate, bootstrap_interval, estimate_rate
+from bridle.evaluation.utility import AdjustLogits, Window, nll_by_text, window_length
+from bridle.models.loading import context_length
+from bridle.progress import track
+
+log = logging.getLogger(__name__)
+
+Scores = Sequence[float | None]
+Labelled = tuple[Sequence[str], Sequence[int]]  # texts and their classes, 0 or 1
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """How well scores tell the classes of test rows apart.
+
+    Rows without a finite score are left out of every figure and counted in `missing`. All intervals resample
+    rows, except the accuracy's and the share's, which are Wilson's.
+
+    Attributes:
+        roc_auc: chance that a positive row scores above a negative one; ties count half.
+        average_precision: mean precision over the recalls, without interpolation; `positive_share` by chance.
+        accuracy: at `threshold`.
+        brier: mean squared error of the calibrated probability (`platt_scaling`).
+        expected_calibration_error: of the same, in ten bins; never below 0, so above it by chance alone.
+        positive_share: share of the positive class.
+        threshold: the score from which a row counts as positive: the most accurate on the validation rows.
+        validation_n: how many validation rows chose the threshold and the calibration.
+        validation_missing: how many of them had no score.
+    """
+
+    roc_auc: Estimate
+    average_precision: Estimate
+    accuracy: Estimate
+    brier: Estimate
+    expected_calibration_error: Estimate
+    positive_share: Estimate
+    threshold: float
+    validation_n: int
+    validation_missing: int
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The figures by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Estimate)}
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields by name, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name.replace('_', ' '):<28}{value}" for name, value in self.estimates().items())
+
+
+# ---------------------------------------------------------------------- scores
+
+
+def classify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    label: VerbalisedLabel,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    adjust_logits: AdjustLogits | None = None,
+) -> list[float | None]:
+    """log p(positive label | text) − log p(negative label | text), both labels in words, for each text.
+
+    Each label is tokenised together with its text, as in training, and counts from the first token in
+    which the two differ. A text too long for the context loses its end, and a warning counts those.
+
+    Args:
+        model: a causal language model; it is put into evaluation mode for the time of the call.
+        tokenizer: the model's.
+        texts: without their labels.
+        label: how training wrote the labels.
+        batch_size: rows read at once, two for each text.
+        max_length: tokens of a row; the model's context by default.
+        adjust_logits: as in `bridle.evaluation.utility.likelihoods`, for a guided model.
+
+    Returns:
+        A score for each text, `None` where it is not finite.
+
+    Raises:
+        UserError: `max_length` is out of range, or leaves no room for the template.
+    """
+    limit = window_length(model, max_length)
+    pairs = [_fitting_pair(text, label, tokenizer, limit) for text in texts]
+    if cut := sum(was_cut for _, was_cut in pairs):
+        log.warning(
+            "cut the end off %d of %d texts to fit them and their labels into %d tokens", cut, len(texts), limit
+        )
+    windows = [window for index, (pair, _) in enumerate(pairs) for window in _windows(2 * index, pair)]
+    nll = nll_by_text(model, windows, 2 * len(texts), batch_size, adjust_logits, "classifying")
+    return [_finite(negative - positive) for negative, positive in zip(nll[::2], nll[1::2], strict=True)]
+
+
+def train_head(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Labelled,
+    validation: Labelled,
+    *,
+    epochs: int = 3,
+    learning_rate: float = 5e-5,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Trains a classification head and the model below it; the epoch of the lowest validation loss is kept.
+
+    Args:
+        model: folder or hub name of a causal language model.
+        tokenizer: the model's, with a pad token.
+        train: texts to learn from, and their classes.
+        validation: texts to choose the epoch by, and their classes.
+        epochs: passes over `train`.
+        learning_rate: of AdamW; it falls linearly to 0.
+        batch_size: texts a step.
+        max_length: tokens of a text; the start is kept. None: the model's context.
+        seed: of the new head and of the order of the texts.
+
+    Returns:
+        A model for `head_scores`, in evaluation mode.
+
+    Raises:
+        UserError: no such model can be loaded, or a class is not 0 or 1.
+    """
+    set_seed(seed)
+    network = _with_head(model, tokenizer)
+    max_length = max_length or context_length(network)
+    with TemporaryDirectory() as folder:
+        options = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_only_model=True,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            seed=seed,
+            disable_tqdm=True,
+            report_to="none",
+        )
+        trainer = Trainer(
+            network,
+            options,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=_examples(train, tokenizer, max_length),
+            eval_dataset=_examples(validation, tokenizer, max_length),
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints every record as a dictionary
+        trainer.train()
+    return network.eval()
+
+
+@torch.inference_mode()
+def head_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> list[float | None]:
+    """Scores from a classification head: the positive class's logit − the negative's, `None` if not finite.
+
+    Args:
+        model: what `train_head` returns.
+        tokenizer: the model's.
+        texts: to score.
+        batch_size: texts read at once.
+        max_length: as in `train_head`.
+    """
+    collate, scores = DataCollatorWithPadding(tokenizer), []
+    examples = _examples((texts, [0] * len(texts)), tokenizer, max_length or context_length(model))
+    starts = range(0, len(examples), batch_size)
+    for start in track(starts, "classifying", len(starts), unit="batches"):
+        batch = collate(examples[start : start + batch_size]).to(model.device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        scores += (logits[:, 1] - logits[:, 0]).tolist()
+    return [_finite(score) for score in scores]
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def classification_report(
+    scores_validation: Scores,
+    labels_validation: Sequence[int],
+    scores_test: Scores,
+    labels_test: Sequence[int],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> ClassificationResult:
+    """Figures of the test rows, with the threshold and the calibration that the validation rows choose.
+
+    Args:
+        scores_validation, labels_validation: [n] scores, higher for the positive class, and classes 0 or 1.
+        scores_test, labels_test: the same of the rows that the figures are for.
+        seed: of the bootstrap intervals.
+        resamples: of each bootstrap.
+
+    Raises:
+        UserError: a label is not 0 or 1, there are more or fewer of them than scores, or the rows do not
+            hold both classes.
+    """
+    fit_scores, fit_targets, fit_missing = _usable(scores_validation, labels_validation, "validation")
+    scores, targets, missing = _usable(scores_test, labels_test, "test")
+    threshold = best_threshold(fit_scores, fit_targets)
+    probabilities = platt_scaling(fit_scores, fit_targets)(scores)
+
+    def figure(statistic: Callable[[np.ndarray, np.ndarray], float], values: np.ndarray) -> Estimate:
+        return _figure(statistic, targets, values, missing, seed, resamples)
+
+    return ClassificationResult(
+        roc_auc=figure(_roc_auc, scores),
+        average_precision=figure(_average_precision, scores),
+        accuracy=estimate_rate([[flag] for flag in (scores >= threshold) == targets], missing=missing),
+        brier=figure(_brier, probabilities),
+        expected_calibration_error=figure(_calibration_error, probabilities),
+        positive_share=estimate_rate([[flag] for flag in targets == 1], missing=missing),
+        threshold=threshold,
+        validation_n=len(fit_scores),
+        validation_missing=fit_missing,
+    )
+
+
+def compare_auc(
+    scores: Scores, reference: Scores, labels: Sequence[int], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """ROC-AUC of `scores` − that of `reference` on the same rows; the interval resamples rows, in pairs.
+
+    A row without either score is missing. Raises as `classification_report`.
+    """
+    pairs = zip(scores, reference, strict=True)
+    complete = [pair if all(map(_is_finite, pair)) else None for pair in pairs]
+    first, targets, missing = _usable([pair and pair[0] for pair in complete], labels, "test")
+    second, _, _ = _usable([pair and pair[1] for pair in complete], labels, "test")
+
+    def difference(targets: np.ndarray, both: np.ndarray) -> float:
+        return _roc_auc(targets, both[:, 0]) - _roc_auc(targets, both[:, 1])
+
+    return _figure(difference, targets, np.stack([first, second], axis=1), missing, seed, resamples)
+
+
+def best_threshold(scores: np.ndarray, targets: np.ndarray) -> float:
+    """The score from which calling a row positive is right most often; [n] scores and classes of both kinds."""
+    false_rate, true_rate, thresholds = roc_curve(targets, scores, drop_intermediate=False)
+    right = true_rate * targets.sum() + (1 - false_rate) * (1 - targets).sum()
+    # The first threshold, "none is positive", is infinite, which JSON cannot hold.
+    return float(np.nan_to_num(thresholds[right.argmax()]))
+
+
+def platt_scaling(scores: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Fits P(positive) = sigmoid(a·score + b) to [n] scores and classes (Platt, 1999).
+
+    The classes are smoothed as in his equation (12), so that classes which the scores separate do not make
+    the probabilities 0 and 1: n₊ rows count as (n₊ + 1)/(n₊ + 2) positive, n₋ rows as 1/(n₋ + 2).
+    """
+    positive = np.where(targets == 1, (targets.sum() + 1) / (targets.sum() + 2), 1 / ((1 - targets).sum() + 2))
+    model = LogisticRegression(C=np.inf)  # no penalty
+    model.fit(
+        np.tile(scores, 2)[:, None],
+        np.repeat([1, 0], len(scores)),
+        sample_weight=np.concatenate([positive, 1 - positive]),
+    )
+    return lambda new: model.predict_proba(new[:, None])[:, 1]
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def _fitting_pair(
+    text: str, label: VerbalisedLabel, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[list[int]], bool]:
+    """The tokens of a text with the negative and with the positive label, and whether it lost its end to fit."""
+
+    def pair_of(text: str) -> list[list[int]]:
+        return [encode_prompt(label.prompt(text) + name, tokenizer) for name in label.names.values()]
+
+    pair = pair_of(text)
+    if max(map(len, pair)) <= limit:
+        return pair, False
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    while (surplus := max(map(len, pair)) - limit) > 0:  # again, since a cut text may tokenise anew
+        if surplus >= len(ids):
+            raise UserError(f"max_length: {limit} tokens leave no room for a text beside the label's template")
+        ids = ids[:-surplus]
+        pair = pair_of(tokenizer.decode(ids))
+    return pair, True
+
+
+def _windows(index: int, pair: list[list[int]]) -> list[Window]:
+    """A window for each of a pair, texts `index` and `index + 1`, that predict from where the two part."""
+    agreed = takewhile(lambda tokens: tokens[0] == tokens[1], zip(*pair, strict=False))
+    first = max(1, sum(1 for _ in agreed))
+    return [Window(index + offset, ids, first) for offset, ids in enumerate(pair)]
+
+
+def _with_head(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    try:
+        network = AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=2, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{model}: cannot load the model with a classification head: {reason}") from error
+    network.config.pad_token_id = tokenizer.pad_token_id  # where the last token of a padded text is looked for
+    return network
+
+
+def _examples(labelled: Labelled, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[dict[str, Any]]:
+    texts, classes = labelled
+    _check_classes(classes, "the labels")
+    return [
+        {**tokenizer(text, truncation=max_length is not None, max_length=max_length), "labels": int(target)}
+        for text, target in zip(texts, classes, strict=True)
+    ]
+
+
+def _usable(scores: Scores, labels: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """The scores that are there, their classes, and how many are missing."""
+    if len(scores) != len(labels):
+        raise UserError(f"the {name} rows have {len(scores)} scores, but {len(labels)} labels")
+    _check_classes(labels, f"the {name} labels")
+    kept = [(score, int(target)) for score, target in zip(scores, labels, strict=True) if _is_finite(score)]
+    if len({target for _, target in kept}) < 2:
+        raise UserError(
+            f"the {name} rows with a score are not of both classes; if the file is sorted by label, shuffle it"
+        )
+    values, targets = np.array(kept, dtype=float).T
+    return values, targets.astype(int), len(scores) - len(kept)
+
+
+def _check_classes(labels: Sequence[int], name: str) -> None:
+    for index, target in enumerate(labels):
+        if target not in (0, 1):
+            raise UserError(f"{name}: entry {index} is {target!r}; only two classes, 0 and 1, can be told apart")
+
+
+def _figure(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    targets: np.ndarray,
+    values: np.ndarray,
+    missing: int,
+    seed: int,
+    resamples: int,
+) -> Estimate:
+    """A statistic of (classes, values), with an interval that resamples rows."""
+
+    def of_rows(rows: np.ndarray) -> float:
+        return statistic(targets[rows], values[rows])
+
+    rows = np.arange(len(targets))
+    low, high = bootstrap_interval(rows, of_rows, seed=seed, resamples=resamples) or (None, None)
+    return Estimate(of_rows(rows), low, high, len(rows), missing)
+
+
+def _roc_auc(targets: np.ndarray, scores: np.ndarray) -> float:
+    # A resample of one class has no ROC curve; a figure with such resamples gets no interval.
+    return float(roc_auc_score(targets, scores)) if 0 < targets.sum() < len(targets) else math.nan
+
+
+def _average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
+    return float(average_precision_score(targets, scores)) if targets.any() else math.nan
+
+
+def _brier(targets: np.ndarray, probabilities: np.ndarray) -> float:
+    return calibration(torch.from_numpy(probabilities), torch.from_numpy(targets)).brier
+
+
+def _calibration_error(targets: np.ndarray, probabilities: np.ndarray) -> float:
+    return calibration(torch.from_numpy(probabilities), torch.from_numpy(targets)).expected_calibration_error
+
+
+def _finite(score: float) -> float | None:
+    return score if math.isfinite(score) else None
+
+
+def _is_finite(score: float | None) -> bool:
+    return score is not None and math.isfinite(score)

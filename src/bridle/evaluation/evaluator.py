@@ -1,0 +1,130 @@
+"""Everything that `bridle evaluate` measures of one model, through one path for every method, a guided one included."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bridle.constraints import Constraint
+from bridle.data import Prompt, read_prompts
+from bridle.evaluation.generation import evaluate_constraints, generate_completions, output_perplexity
+from bridle.evaluation.prompt_sets import PromptSet
+from bridle.evaluation.results import generation_parts, perplexity_part
+from bridle.evaluation.tasks import evaluate_tasks
+from bridle.evaluation.utility import likelihoods
+from bridle.models.guidance import NADOGuide
+from bridle.models.loading import context_length
+
+
+@dataclass
+class Evaluator:
+    """A model and how it is to be measured.
+
+    Attributes:
+        model: a causal language model.
+        tokenizer: the model's.
+        guide: measure the model as guided by this (entered) guide.
+        batch_size: rows in one forward.
+        seed: of sampling and of bootstraps.
+        show: is told each figure as it is made.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    guide: NADOGuide | None = None
+    batch_size: int = 64
+    seed: int = 0
+    show: Callable[[str], None] = field(default=lambda line: None)
+
+    def generation(
+        self,
+        sets: Sequence[PromptSet],
+        constraints: Mapping[str, Constraint],
+        *,
+        samples: int,
+        max_new_tokens: int,
+        prompt_tokens: int | None = None,
+        base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    ) -> dict[str, Any]:
+        """The parts `generation` and `text` of the results.
+
+        Args:
+            sets: prompts to complete.
+            constraints: by name; each judges the same completions.
+            samples: completions a prompt.
+            max_new_tokens: at which a completion is cut.
+            prompt_tokens: take only the first so many tokens of each row; None does as the set says.
+            base: model and tokenizer under which the perplexity of the completions is measured.
+        """
+        found, fluency = {}, {}
+        for prompts in sets:
+            asked = [prompt.ids for prompt in self.read(prompts, max_new_tokens, prompt_tokens)]
+            drawn = self.draw(asked, samples=samples, max_new_tokens=max_new_tokens)
+            found[prompts.name] = evaluate_constraints(drawn, constraints, seed=self.seed)
+            for name, result in found[prompts.name].items():
+                self.show(f"{prompts.name} under {name}\n{result}")
+            if base is not None:
+                fluency[prompts.name] = output_perplexity(*base, asked, drawn, seed=self.seed)
+                self.show(f"perplexity of the completions under the base: {fluency[prompts.name]}")
+        return generation_parts(found, fluency)
+
+    def read(self, prompts: PromptSet, max_new_tokens: int, prompt_tokens: int | None = None) -> list[Prompt]:
+        """The prompts of a set; one that leaves no room for the new tokens is a `UserError`."""
+        context = context_length(self.model)
+        return read_prompts(
+            prompts.source,
+            self.tokenizer,
+            max_prompt_tokens=context - max_new_tokens if context else None,
+            prefix_tokens=prompt_tokens or prompts.prompt_tokens,
+        )
+
+    def draw(self, prompts: Sequence[list[int]], *, samples: int, max_new_tokens: int) -> list[list[str]]:
+        """Completions, [prompts][samples], at temperature 1 from the whole distribution."""
+        return generate_completions(
+            self.model,
+            self.tokenizer,
+            prompts,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            guide=self.guide,
+        )
+
+    def perplexity(self, held_out: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        """The part `perplexity`: held-out texts by the name of their file."""
+        found = {}
+        for name, texts in held_out.items():
+            found[name] = likelihoods(
+                self.model,
+                self.tokenizer,
+                texts,
+                batch_size=self.batch_size,
+                adjust_logits=self.guide.log_probs if self.guide else None,
+            )
+        part = perplexity_part(found, seed=self.seed)
+        for name, figures in part.items():
+            per_token, per_byte = figures["per_token"]["value"], figures["bits_per_byte"]["value"]
+            self.show(f"perplexity of {name}: {per_token:.4g} per token, {per_byte:.4g} bits per byte")
+        return part
+
+    def tasks(
+        self, names: Sequence[str], *, task_data: Path | None, limit: int | None, shots: int | None
+    ) -> dict[str, Any]:
+        """The part `tasks`, through lm-eval."""
+        found = evaluate_tasks(
+            self.model,
+            self.tokenizer,
+            names,
+            task_data=task_data,
+            limit=limit,
+            shots=shots,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            guide=self.guide,
+        )
+        for name, result in found.items():
+            self.show(f"{name}: {result}")
+        return {name: result.to_json() for name, result in found.items()}
