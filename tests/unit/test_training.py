@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bridle.constraints import WordList
 from bridle.errors import RunStopped, UserError
+from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.trainer import ConstrainedTrainer
@@ -24,6 +25,16 @@ class Letters(WordList):
 
 
 NO_E = Letters(["unused"], name="no e")
+
+
+class ShareOfLetters(WordList):
+    """A degree: the share of the text's letters that are not e, which nearly always complies."""
+
+    def _score(self, texts):
+        return [1 - text.count("e") / max(1, len(text)) for text in texts]
+
+
+SHARE_OF_E = ShareOfLetters(["unused"], name="few e")
 
 
 def corpus(tokens=("plain", "rude")):
@@ -159,6 +170,26 @@ class TestRegularisers:
             "ce",
         } <= set(rounds[0])
         assert ("rude/rollouts" in rounds[1]) == (anchor != "initial"), "p_0's samples are drawn once"
+
+    def test_an_auxiliary_with_a_network_of_its_own(self, tiny_folder, tmp_path):
+        shape = AuxiliaryOptions(own_network=True, epochs=2, batch_size=8)
+        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E)}, auxiliary=shape)
+        trainer.train()
+        assert max(logged(trainer, "kl/rude")) > 1e-6
+        assert AuxiliaryModel.from_pretrained(tmp_path / "run" / "auxiliary").network is not None
+
+    def test_soft_labels_teach_r_the_degree_and_not_the_verdict(self, tiny_folder, tmp_path):
+        """Nearly every sample complies, so verdicts are all alike, while the degrees differ."""
+        folder, skipped = tiny_folder(), []
+        for soft in (False, True):
+            trainer = trainer_of(
+                folder, tmp_path / str(soft), {"rude": Regulariser(SHARE_OF_E, soft_labels=soft)}, rounds=1
+            )
+            trainer.train()
+            skipped.append(logged(trainer, "rude/fit_skipped"))
+            rates = [rate for bins in logged(trainer, "rude/r_reliability") for _, rate, _ in bins]
+        assert skipped == [[True], []]
+        assert any(0.5 < rate < 1 for rate in rates)
 
     def test_rollouts_alone(self, tiny_folder, tmp_path):
         trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, on="rollouts")})
