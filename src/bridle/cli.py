@@ -160,6 +160,18 @@ def evaluate(
     shots: Annotated[
         int | None, typer.Option("--shots", help="Examples in front of a document. [default: 5 for mmlu, else 0]")
     ] = None,
+    classify: Annotated[
+        str | None,
+        typer.Option(
+            "--classify",
+            metavar="FILE",
+            help="Labelled rows (text, label 0 or 1) to classify by the likelihood of the label in words.",
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option("--validation", metavar="FILE", help="Labelled rows that choose --classify's threshold."),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option("--base", metavar="MODEL", help="Measure the completions' perplexity under this model."),
@@ -182,14 +194,16 @@ def evaluate(
 
     A figure's n counts what it is made from; texts that could not be scored are missing, never a number.
     """
-    from bridle.data import DataSource, texts_of
+    from bridle.data import DataSource, VerbalisedLabel, texts_of
     from bridle.environment import environment
     from bridle.evaluation import FORMAT, Evaluator, prompt_set, write_results
 
     if bool(prompts) != bool(constraint):
         raise UserError("--prompts and --constraint go together: texts are drawn from one and scored by the other")
-    if not (prompts or perplexity or tasks):
-        raise UserError("nothing to measure: give --prompts with --constraint, --perplexity, or --tasks")
+    if bool(classify) != bool(validation):
+        raise UserError("--classify and --validation go together: the threshold is chosen on rows of its own")
+    if not (prompts or perplexity or tasks or classify):
+        raise UserError("nothing to measure: give --prompts with --constraint, --perplexity, --tasks or --classify")
     sets = [prompt_set(name, data_dir=prompt_data) for name in prompts or []]
     oracles = _oracles(constraint or [])
     held_out = {name: texts_of(DataSource.parse(name)) for name in perplexity or []}
@@ -214,6 +228,9 @@ def evaluate(
             base=base_model,
         )
         results["perplexity"] = evaluator.perplexity(held_out)
+        if classify and validation:
+            rows = DataSource.parse(classify), DataSource.parse(validation)
+            results["classification"] = evaluator.classification(*rows, VerbalisedLabel())
         if tasks:
             results["tasks"] = evaluator.tasks(tasks.split(","), task_data=task_data, limit=limit, shots=shots)
     if json_file is not None:

@@ -134,6 +134,8 @@ class TestWholeRuns:
             *("--prompt_data", shared / "data", "--max_new_tokens", 4, "--base", shared / "models" / "mini-en"),
             *("--constraint", f"classifier:{shared / 'models' / 'mini-toxicity'},label=toxic"),
             *("--constraint", "regex:zzz"),
+            *("--classify", f"{shared / 'data' / 'jigsaw.jsonl'},shuffle=0,rows=0:40"),
+            *("--validation", f"{shared / 'data' / 'jigsaw.jsonl'},shuffle=0,rows=40:80"),
             *("--tasks", "piqa,mmlu", "--task_data", shared / "data" / "benchmarks", "--limit", 1, "--shots", 0),
         )
         assert code == 0, err
@@ -145,6 +147,7 @@ class TestWholeRuns:
         assert all(text["output_perplexity"]["value"] > 1 for text in results["text"].values())
         assert results["tasks"]["piqa"]["accuracy"]["n"] == 1
         assert results["tasks"]["mmlu"]["accuracy"]["n"] == 57
+        assert 0 <= results["classification"]["roc_auc"]["value"] <= 1
         assert "mmlu" in out
 
     def test_a_judge_compares_what_methods_wrote(self, bridle, tiny_folder, tmp_path):

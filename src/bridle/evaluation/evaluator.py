@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint
-from bridle.data import Prompt, read_prompts
+from bridle.data import DataSource, Prompt, VerbalisedLabel, labelled_texts, read_prompts
 from bridle.evaluation.generation import evaluate_constraints, generate_completions, output_perplexity
 from bridle.evaluation.prompt_sets import PromptSet
 from bridle.evaluation.results import generation_parts, perplexity_part
@@ -109,6 +109,35 @@ class Evaluator:
             per_token, per_byte = figures["per_token"]["value"], figures["bits_per_byte"]["value"]
             self.show(f"perplexity of {name}: {per_token:.4g} per token, {per_byte:.4g} bits per byte")
         return part
+
+    def classification(self, test: DataSource, validation: DataSource, label: VerbalisedLabel) -> dict[str, Any]:
+        """The part `classification`: the model as a classifier by the likelihood of its labels in words.
+
+        Args:
+            test: rows that are measured.
+            validation: rows that choose the threshold and fit the calibration.
+            label: how text and label are written as one text; that of training.
+        """
+        from bridle.evaluation.classification import classification_report, classify  # scikit-learn takes a second
+
+        scored = {}
+        for name, source in (("validation", validation), ("test", test)):
+            texts, classes = labelled_texts(source, label)
+            adjust_logits = self.guide.log_probs if self.guide else None
+            scored[name] = (
+                classify(
+                    self.model,
+                    self.tokenizer,
+                    texts,
+                    label,
+                    batch_size=self.batch_size,
+                    adjust_logits=adjust_logits,
+                ),
+                classes,
+            )
+        result = classification_report(*scored["validation"], *scored["test"], seed=self.seed)
+        self.show(str(result))
+        return result.to_json()
 
     def tasks(
         self, names: Sequence[str], *, task_data: Path | None, limit: int | None, shots: int | None
