@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from bridle.environment import environment, write_json
+
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "detox-mini.yaml"
 RETENTION = "{constraint: retention, weight: 2}"
@@ -72,24 +74,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark", help="where models are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--methods", nargs="+", choices=TRAINED, default=list(TRAINED), help="those to train")
     options = parser.parse_args()
     shared = Path(os.environ.get("BRIDLE_SHARED", ROOT.parent / "shared")).resolve()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
 
-    folders = {method: train(method, work, options.seed) for method in TRAINED}
-    base, guide = shared / "models" / "mini-en", folders["constrained"] / "auxiliary" / "round-1"
-    models = {
-        "base": (base, None),
-        "base + NADO decoding": (base, guide),
-        **{method: (folder / "model", None) for method, folder in folders.items()},
-    }
+    folders = {method: train(method, work, options.seed) for method in options.methods}
+    base = shared / "models" / "mini-en"
+    models: dict[str, tuple[Path, Path | None]] = {"base": (base, None)}
+    if "constrained" in folders:  # its first R was fitted on the base
+        models["base + NADO decoding"] = (base, folders["constrained"] / "auxiliary" / "round-1")
+    models |= {method: (folder / "model", None) for method, folder in folders.items()}
     results = {}
     print("| | violation [95%] | distinct-2 | ppl wikitext | neutral | hateful | novels | train seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for method, (model, auxiliary) in models.items():
         found = evaluate(model, auxiliary, options.rows, shared, work / "result.json")
-        seconds = (folders[method] / "seconds").read_text() if method in folders else ""
+        timed = folders.get(method, work) / "seconds"
+        seconds = timed.read_text() if timed.is_file() else ""
         results[method] = {**found, "train_seconds": seconds}
         rate = found["violation_rate"]
         cells = [
@@ -100,10 +103,8 @@ def main() -> None:
         ]
         print(f"| {method} | {' | '.join(cells)} |", flush=True)
     if options.json:
-        environment = json.loads((folders["constrained"] / "environment.json").read_text())
-        options.json.write_text(
-            json.dumps({"rows": options.rows, "results": results, "environment": environment}, indent=2)
-        )
+        settings = {"rows": options.rows, "seed": options.seed}
+        write_json(options.json, {**settings, "results": results, "environment": environment(options.seed)})
 
 
 if __name__ == "__main__":
