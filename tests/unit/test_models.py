@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
-from transformers import GenerationConfig
+from transformers import AutoModel, GenerationConfig
 
 from bridle.core.tokens import pad_left, pad_right, positions
 from bridle.errors import UserError
@@ -230,6 +230,7 @@ class TestAuxiliary:
         auxiliary.save_pretrained(tmp_path)
         assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
         loaded = load_auxiliary(tmp_path, model)
+        assert isinstance(AutoModel.from_pretrained(tmp_path), AuxiliaryModel)
         ids = torch.randint(3, 60, (2, 5))
         with torch.no_grad(), capture_hidden_states(model) as hidden:
             model(input_ids=ids)

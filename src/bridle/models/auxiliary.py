@@ -132,6 +132,10 @@ class AuxiliaryModel(PreTrainedModel):
         return self.network(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
 
 
+AutoConfig.register(AuxiliaryConfig.model_type, AuxiliaryConfig)
+AutoModel.register(AuxiliaryConfig, AuxiliaryModel)
+
+
 def new_auxiliary(
     model: PreTrainedModel,
     *,
