@@ -1,7 +1,7 @@
 """Fitting R(s) = E[C | s]: what the constraint will say of the whole output, read off a prefix.
 
 R obeys R(s) = Σ_v p_a(v|s)·R(s∘v), and R of a finished output is C. It is fitted on samples y ~ p_a
-labelled by C (Meng et al., NeurIPS 2022, eq. 6 to 8):
+labelled by C (Meng et al., NeurIPS 2022):
 
     L_R = Σ_t BCE(R(s_t), C)  +  β·Σ_t KL_Bernoulli( Σ_v p_a(v|s_t)·R(s_t∘v) ‖ R(s_t) )
 

@@ -1,4 +1,4 @@
-"""The two terms of constrained fine-tuning, L = CE(corpus) + Σ_d λ_d·KL(q ‖ p_θ) (EMNLP 2024, §3).
+"""The two terms of constrained fine-tuning, L = CE(corpus) + Σ_d λ_d·KL(q ‖ p_θ) (Meng et al., EMNLP 2024).
 
 Each loss returns (sum, count), so that a batch can be split in any way and divided once, over the
 whole accumulated global batch. With q fixed, the gradient of both terms with respect to the logits

@@ -1,7 +1,7 @@
 """The target q: the distribution closest to the anchor that satisfies the constraint.
 
 Over whole outputs, q(y|x) ∝ p_a(y|x)·C(x, y). The auxiliary model's R(s) = E[C | prefix s] breaks it
-down into tokens (Meng et al., NeurIPS 2022, eq. 4; Meng et al., EMNLP 2024, §3):
+down into tokens (Meng et al., NeurIPS 2022; Meng et al., EMNLP 2024):
 
     q(v | s) = p_a(v | s) · R(s∘v) / R(s)
 

@@ -218,7 +218,7 @@ def paired_bootstrap(a: Clusters, b: Clusters, *, seed: int) -> tuple[Estimate, 
     """Mean over prompts of (a − b), with a bootstrap interval over prompts and a permutation p-value.
 
     Each prompt's samples become one mean first, whatever their number, so that all prompts weigh the same.
-    The p-value is that of the paired permutation test (Fisher, The Design of Experiments, 1935, §21): where
+    The p-value is that of the paired permutation test (Fisher, The Design of Experiments, 1935): where
     the methods are alike, each prompt's difference is as likely with the other sign. A bootstrap's own
     p-value would be below its nominal one with few prompts.
 

@@ -111,7 +111,7 @@ def evaluate_tasks(
 ) -> dict[str, TaskResult]:
     """Accuracy of a model on `boolq`, ..., `openbookqa`, `mmlu`, or the group `commonsense`.
 
-    The commonsense figures are those of Touvron et al. (LLaMA, 2023, §3.1) as far as lm-eval has them: the
+    The commonsense figures are those of Touvron et al. (LLaMA, 2023) as far as lm-eval has them: the
     choice of the highest likelihood per character, where the task reports it. LLaMA divides BoolQ's and
     OpenBookQA's by an unconditional likelihood; lm-eval does not, so those are comparable within lm-eval only.
     `commonsense` is the unweighted mean of the eight; its interval puts theirs together by MOVER (Zou and

@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class AuxiliaryModel(PreTrainedModel):
-    """R for every prefix and next token, as logits before the sigmoid (NADO, NeurIPS 2022, §3.2).
+    """R for every prefix and next token, as logits before the sigmoid (NADO, NeurIPS 2022).
 
     `r_logits[..., t, v]` scores the prefix up to t followed by v. It is the sum of what the prefix is worth
     (one number) and what the token changes (a vocabulary head that starts at zero, so that a fresh auxiliary

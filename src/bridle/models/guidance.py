@@ -1,4 +1,4 @@
-"""NADO decoding: at each step, sample from q(v|s) ∝ p(v|s)·R(s∘v)^η instead of p (NeurIPS 2022, eq. 4)."""
+"""NADO decoding: at each step, sample from q(v|s) ∝ p(v|s)·R(s∘v)^η instead of p (NeurIPS 2022)."""
 
 import torch
 from torch import Tensor

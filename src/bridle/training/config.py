@@ -16,7 +16,7 @@ ALL = "all"
 
 @dataclass
 class Regulariser:
-    """How one domain of the corpus is held to a policy (EMNLP 2024, §3.3: the adaptive regulariser).
+    """How one domain of the corpus is held to a policy (EMNLP 2024: the adaptive regulariser).
 
     Attributes:
         constraint: C, the oracle on a whole output. None is retention: R = 1, so that q is the initial
@@ -87,7 +87,7 @@ class ConstrainedConfig(SFTConfig):
     """Configuration of a `ConstrainedTrainer`: TRL's `SFTConfig` and the fields below.
 
     Attributes:
-        schedule: order of the policy's and the regularisers' updates (EMNLP 2024, algorithm 1).
+        schedule: order of the policy's and the regularisers' updates (EMNLP 2024).
         rounds: how many times R is refreshed; the policy's steps are divided evenly among them.
         rollouts_per_round: samples each regulariser draws from the policy in a round.
         max_new_tokens: length in tokens at which a sample is cut.

@@ -1,7 +1,7 @@
 """One regulariser at work on one domain: a round of sample → score → fit R, and the divergence KL(q ‖ p_θ).
 
 A round makes the policy's own samples, asks the constraint about each whole output, and teaches the
-auxiliary what that answer will be from any prefix (EMNLP 2024, algorithm 1, the regulariser's half).
+auxiliary what that answer will be from any prefix (EMNLP 2024, the regulariser's half).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The update of constrained fine-tuning: L = CE(corpus) + Σ_d λ_d·KL(q_d ‖ p_θ)  (EMNLP 2024, §3).
+"""The update of constrained fine-tuning: L = CE(corpus) + Σ_d λ_d·KL(q_d ‖ p_θ)  (EMNLP 2024).
 
 `ConstrainedTrainer` is to TRL's `SFTTrainer` what that is to `Trainer`: it adds a term to the loss and a
 callback at round boundaries, and leaves the rest as it is. With every λ at 0 it is `SFTTrainer`.
