@@ -1,4 +1,4 @@
-"""The sequential schedule (EMNLP 2024, the first of its two): refresh R from the policy, then train the policy, in turn.
+"""The sequential schedule (EMNLP 2024, the first of two): refresh R from the policy, then train the policy, in turn.
 
 Round i's policy steps use R_i, fitted on samples of p_{i-1}, the policy at the end of round i-1.
 """
