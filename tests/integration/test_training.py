@@ -121,14 +121,18 @@ class TestInvariance:
                 {"rude": Regulariser(NO_E, weight=4.0, anchor=anchor, on=on)},
                 per_device_train_batch_size=rows,
                 gradient_accumulation_steps=accumulated,
+                optim="sgd",  # AdamW makes whole steps out of gradients that are only rounding
+                learning_rate=0.5,
             )
+            start = weights(trainer)
             trainer.train()
+            assert max((moved - start[name]).abs().max() for name, moved in weights(trainer).items()) > 0.01
             assert len(logged(trainer, "kl/rude")) > 4
             losses.append(logged(trainer, "loss") + logged(trainer, "kl/rude"))
             ends.append(weights(trainer))
         assert losses[0] == pytest.approx(losses[1], abs=2e-5)
         for name, weight in ends[0].items():
-            torch.testing.assert_close(ends[1][name], weight, atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(ends[1][name], weight, atol=2e-5, rtol=1e-4)
 
     def test_adaptive_with_one_domain_is_not_adaptive(self, tiny_folder, tmp_path):
         folder, rows, losses = tiny_folder(), {"rude": corpus()["rude"]}, []

@@ -160,7 +160,7 @@ def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
         mask[row, len(prefix)] = True
         true_r[row, len(prefix)] = torch.tensor([world.true_r((*prefix, v)) for v in range(4)])
     r_logits = true_r.clamp(1e-30, 1 - 1e-7).logit()
-    regulariser.auxiliary.forward = lambda states: r_logits[:, : states.shape[1]]
+    regulariser.auxiliary.forward = lambda states: r_logits[:, :-1][mask]
 
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 300)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bridle.core.tokens import pad_left
 from bridle.models.hidden import causal_lm
@@ -18,9 +19,25 @@ from bridle.progress import Progress
 class Guide(Protocol):
     """Makes the logits processors of one batch of prompts; `NADOGuide` is one."""
 
-    def processors(self, attention_mask: torch.Tensor) -> LogitsProcessorList:
+    def processors(self, attention_mask: Tensor) -> LogitsProcessorList:
         """Processors for a left-padded batch with this attention mask, [batch, time]."""
         ...
+
+
+class InverseTransform(LogitsProcessor):
+    """Draws the next token by one uniform number a row, and leaves `generate` no other choice.
+
+    `generate` itself draws one exponential number for every token of the vocabulary, which takes a third of
+    the time of sampling from a small model on a CPU.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[batch, time], [batch, vocabulary] -> 0 at the token drawn and −∞ elsewhere, [batch, vocabulary]."""
+        # Summed in float64, so that a large vocabulary's rare tokens keep their probability.
+        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 @torch.no_grad()
@@ -53,10 +70,7 @@ def sample(
         Completions as token ids, in the order of the prompts.
     """
     config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,  # `InverseTransform` draws, from the whole distribution
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
@@ -73,11 +87,12 @@ def sample(
             batch = order[start : start + batch_size]
             input_ids, attention_mask = pad_left([list(prompts[index]) for index in batch], pad_token_id)
             input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+            guidance = guide.processors(attention_mask) if guide else []
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=config,
-                logits_processor=guide.processors(attention_mask) if guide else None,
+                logits_processor=LogitsProcessorList([*guidance, InverseTransform()]),
             )
             for index, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 completions[index] = _until_end(row, eos_token_id)

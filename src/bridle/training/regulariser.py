@@ -235,25 +235,29 @@ class DomainRegulariser:
         Returns:
             (sum, count); only the policy gets a gradient.
         """
-        logits = project(self.model, hidden_states[:, :-1])
+        # Only the prefixes that count go through the vocabulary. [prefixes, hidden] -> [prefixes, vocabulary]
+        logits = project(self.model, hidden_states[:, :-1][mask])
         with torch.no_grad():
-            if self.anchor is None:
-                states, anchor_logits = hidden_states.detach(), logits.detach()
-            else:
-                with self.anchor.active(), capture_hidden_states(self.model) as captured:
-                    causal_lm(self.model).base_model(
-                        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-                    )
-                    assert captured.last is not None
-                    states = captured.last
-                    anchor_logits = project(self.model, states[:, :-1])
-            log_q = self._log_q(states, anchor_logits, input_ids, attention_mask)
-        return kl_divergence(log_q, logits, mask)
+            states, anchor_logits = hidden_states.detach(), logits.detach()
+            if self.anchor is not None:
+                states = self._anchor_states(self.anchor, input_ids, attention_mask)
+                with self.anchor.active():
+                    anchor_logits = project(self.model, states[:, :-1][mask])
+            log_q = self._log_q(states, anchor_logits, input_ids, attention_mask, mask)
+        return kl_divergence(log_q, logits, torch.ones_like(log_q[:, 0], dtype=torch.bool))
 
-    def _log_q(self, states: Tensor, anchor_logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _anchor_states(self, anchor: Anchor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        with anchor.active(), capture_hidden_states(self.model) as captured:
+            causal_lm(self.model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        assert captured.last is not None
+        return captured.last
+
+    def _log_q(
+        self, states: Tensor, anchor_logits: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
+    ) -> Tensor:
         if self.auxiliary is None:
             return F.log_softmax(anchor_logits.float(), dim=-1)  # retention: R = 1
-        features = self.auxiliary.features(states, input_ids, attention_mask)[:, :-1]
+        features = self.auxiliary.features(states, input_ids, attention_mask)[:, :-1][mask]
         return log_target(anchor_logits, self.auxiliary(features), self.options.power)
 
     def next_rollouts(self, count: int) -> list[Rollout]:
