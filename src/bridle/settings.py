@@ -1,0 +1,156 @@
+"""Reading settings of people: YAML files, dotted overrides, and dataclasses built from them with every mistake told."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from bridle.errors import UserError
+
+
+def build(cls: type, options: Any, where: str) -> Any:
+    """An instance of a dataclass from a mapping, mappings within it included, with every mistake told by its key.
+
+    Args:
+        cls: the dataclass; its `__post_init__` may raise a `UserError` that begins with the field's name.
+        options: the mapping, as YAML gives it.
+        where: what stands before the keys in errors, e.g. "corpus.toxigen".
+
+    Raises:
+        UserError: an unknown key (with the nearest known one), a missing one, or a value of the wrong kind.
+    """
+    options = dict(as_mapping(options, where))
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls) if f.init]
+    check_keys(options, known, where)
+    for f in fields(cls):
+        if f.init and f.default is MISSING and f.default_factory is MISSING and f.name not in options:
+            raise UserError(f"{where}.{f.name}: is missing")
+        if f.name in options:
+            options[f.name] = validated(hints[f.name], options[f.name], f"{where}.{f.name}")
+    try:
+        return cls(**options)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from error
+
+
+def validated(kind: Any, value: Any, where: str) -> Any:
+    """`value` as a type hint wants it: "3" as 3, a mapping as the dataclass it describes.
+
+    Raises:
+        UserError: it cannot be one.
+    """
+    inner = next((option for option in (kind, *get_args(kind)) if is_dataclass(option)), None)
+    if inner is not None and isinstance(value, Mapping):
+        return build(inner, value, where)
+    if is_dataclass(value):
+        return value
+    try:
+        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{where}: {error.errors()[0]['msg'].lower()}, not {value!r}") from error
+
+
+def check_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raises a UserError that names the first unknown key and the nearest known one."""
+    for key in mapping:
+        known_name(key, known, f"{where}.{key}" if where else str(key), "key")
+
+
+def known_name(name: Any, known: Iterable[str], where: str, what: str) -> None:
+    """Raises a UserError if `name` is none of the known ones: "corpus.wiki: there is no `what` ..."."""
+    known = sorted(known)
+    if name in known:
+        return
+    near = get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known[:12])}"
+    raise UserError(f"{where}: there is no {what} '{name}'; {hint}")
+
+
+def as_mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """`value` if it is a mapping, an empty one for None.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: must be a mapping of keys to values, not {value!r}")
+    return value
+
+
+# ---------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2: 2e-5 is a number, and `on`, `yes` and `no` are words."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Reads YAML safely; a UserError that begins with `where` if it is none."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe's mapping, with `${NAME}` and `${NAME:-default}` replaced by environment variables.
+
+    Raises:
+        UserError: the file cannot be read, is no mapping, or a variable without a default is not set.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from error
+    mapping = parse_yaml(text, str(path))
+    if not isinstance(mapping, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    return _expand(mapping, str(path))
+
+
+def _expand(value: Any, where: str) -> Any:
+    """Puts environment variables in the place of ${NAME} and ${NAME:-default}."""
+    if isinstance(value, dict):
+        return {key: _expand(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise UserError(f"{where}: the environment variable {match[1]} is not set")
+        return found
+
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", variable, value)
+
+
+def set_dotted(mapping: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets `mapping[a][b][c]` for the key "a.b.c", making mappings on the way."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        mapping = mapping.setdefault(parent, {})
+        if not isinstance(mapping, dict):
+            raise UserError(f"--{dotted}: {parent} is not a mapping in the recipe")
+    mapping[last] = value
