@@ -9,6 +9,8 @@ the model still learns from violating text, at weight 1 / (1 + λ).
 import torch.nn.functional as F
 from torch import Tensor
 
+from bridle.core.target import FLOOR, SparseTarget, bucket_logits
+
 
 def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the corpus.
@@ -38,9 +40,29 @@ def kl_divergence(log_q: Tensor, logits: Tensor, mask: Tensor) -> tuple[Tensor, 
         A fully masked batch gives a zero that is still part of the graph.
     """
     log_p = F.log_softmax(logits.float(), dim=-1)
-    log_q = log_q.detach().clamp(min=-1e30)  # 0·log 0 = 0, where -inf would make NaN
+    log_q = log_q.detach().clamp(min=FLOOR)  # 0·log 0 = 0
     per_position = (log_q.exp() * (log_q - log_p)).sum(-1)
-    return _masked_sum(per_position.clamp(min=0), mask)  # rounding alone can make a KL negative
+    # Rounding alone can make a KL negative. Its gradient stays: a clamp would lose it just where p comes near q.
+    return _masked_sum(per_position - per_position.detach().clamp(max=0), mask)
+
+
+def sparse_kl_divergence(target: SparseTarget, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q ‖ p) over k tokens and the bucket of all others.
+
+    By the log-sum inequality no more than `kl_divergence`, and the same where the rest holds one token or
+    none. It is the exact KL to the target that divides its rest in the policy's own proportions, so the
+    gradient moves the rest's mass as a whole and says nothing about tokens within it.
+
+    Args:
+        target: over [..., k] tokens, carrying no gradient.
+        logits: [..., vocabulary] of the policy p.
+        mask: [...], true where the position counts.
+
+    Returns:
+        (sum over counted positions, number of counted positions), both scalars, in nats.
+        A fully masked batch gives a zero that is still part of the graph.
+    """
+    return kl_divergence(target.log_buckets, bucket_logits(logits, target.indices), mask)
 
 
 def entropy(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
