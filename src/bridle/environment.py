@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,8 +27,8 @@ def environment(seed: int) -> dict[str, Any]:
     Returns:
         `versions` of Python and the libraries (`None` where one is not installed), `git` (commit of the
         working directory's repository and whether tracked files differ from it; `None` outside a
-        repository), `platform`, `devices` (names of the accelerators), `threads`, `command` (the exact
-        argument list), `seed` and `time` (UTC, ISO 8601).
+        repository), `platform`, `devices` (names of the accelerators), `threads`, `command` (the
+        argument list, without the hub's token), `seed` and `time` (UTC, ISO 8601).
     """
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -35,10 +36,24 @@ def environment(seed: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
-        "command": sys.argv,
+        "command": redacted(sys.argv),
         "seed": seed,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def redacted(command: Sequence[str]) -> list[str]:
+    """An argument list with stars in the place of the hub's token."""
+    hidden = []
+    for before, argument in zip(["", *command], command, strict=False):
+        option, equals, _ = argument.partition("=")
+        value = "***" if _is_token(before) else argument
+        hidden.append(f"{option}=***" if equals and _is_token(option) else value)
+    return hidden
+
+
+def _is_token(option: str) -> bool:
+    return option.replace("-", "_") == "__hub_token"
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -50,14 +65,23 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
         ValueError: `obj` holds NaN or an infinity, which are not JSON. What was at `path` stays.
         UserError: the file cannot be written.
     """
-    path = Path(path)
     try:
         text = json.dumps(obj, indent=2, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path}: not written, since JSON cannot hold it: {error}") from error
+    write_text(path, text + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text, atomically, as `write_json` does; lone surrogates become "?".
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text + "\n")
+        _replace(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
 
@@ -66,7 +90,7 @@ def _replace(path: Path, text: str) -> None:
     # The temporary file lies in the same folder, since a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

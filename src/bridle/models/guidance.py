@@ -1,13 +1,16 @@
 """NADO decoding: at each step, sample from q(v|s) ∝ p(v|s)·R(s∘v)^η instead of p (NeurIPS 2022)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bridle.core.target import log_target
 from bridle.core.tokens import positions
-from bridle.models.auxiliary import AuxiliaryModel
-from bridle.models.hidden import HiddenStates, capture_hidden_states
+from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary
+from bridle.models.hidden import HiddenStates, capture_hidden_states, causal_lm
 
 
 class NADOLogitsProcessor(LogitsProcessor):
@@ -84,6 +87,27 @@ class NADOGuide:
     @torch.no_grad()
     def log_probs(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """log q at every position, right after the model ran on `input_ids`. All [batch, time, ...]."""
+        return log_target(logits, self._r_logits(input_ids, attention_mask), self.power)
+
+    @torch.no_grad()
+    def compliance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """R of every prefix followed by every token, right after the model ran. [batch, time] -> [.., vocabulary]."""
+        return self._r_logits(input_ids, attention_mask).float().sigmoid()
+
+    def _r_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         assert self._hidden.last is not None
-        states = self.auxiliary.features(self._hidden.last, input_ids, attention_mask)
-        return log_target(logits, self.auxiliary(states), self.power)
+        return self.auxiliary(self.auxiliary.features(self._hidden.last, input_ids, attention_mask))
+
+
+@contextmanager
+def guided(model: PreTrainedModel, auxiliary: str | None, power: float = 1.0) -> Iterator[NADOGuide | None]:
+    """The guide that an auxiliary's folder makes for a model; None where there is no folder.
+
+    Raises:
+        UserError: the folder holds no auxiliary, or one for another model.
+    """
+    if auxiliary is None:
+        yield None
+        return
+    with NADOGuide(model, load_auxiliary(auxiliary, causal_lm(model)), power) as guide:
+        yield guide

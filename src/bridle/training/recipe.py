@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from datasets import Dataset
 from trl import SFTConfig
 
 from bridle.constraints import Constraint, build_constraint
@@ -61,6 +62,10 @@ class Recipe:
     evaluation: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
+
+    def read_corpus(self) -> dict[str, Dataset]:
+        """The rows of every domain. Raises as `Domain.read`."""
+        return {name: domain.read() for name, domain in self.corpus.items()}
 
     def config(self, output_dir: str | Path) -> ConstrainedConfig:
         """The training configuration, writing to `output_dir`.
@@ -140,16 +145,14 @@ def constraint_of(reference: str) -> Constraint:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` pairs, as on the command line, with values read as YAML."""
+    """`--key value` and `--key=value`, as on the command line, with values read as YAML; `--key` alone is true."""
     overrides, rest = {}, list(arguments)
     while rest:
         key, equals, value = rest.pop(0).partition("=")
         if not key.startswith("--") or len(key) < 3:
             raise UserError(f"{key}: not an option; a recipe's keys are set by --key value")
         if not equals:
-            if not rest:
-                raise UserError(f"{key}: needs a value")
-            value = rest.pop(0)
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         overrides[key[2:].replace("-", "_") if "." not in key else key[2:]] = parse_yaml(value, key)
     return overrides
 

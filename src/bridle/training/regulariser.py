@@ -92,7 +92,8 @@ class DomainRegulariser:
         return self.options.weight > 0 and (self.options.is_retention or self.informed)
 
     @property
-    def _constraint(self) -> Constraint:
+    def constraint(self) -> Constraint:
+        """C; retention has none."""
         assert self.options.constraint is not None, "retention asks no oracle"
         return self.options.constraint
 
@@ -126,7 +127,7 @@ class DomainRegulariser:
         return {**_compliance(self.rollouts), **fitted, **{f"seconds_{k}": v for k, v in seconds.items()}}
 
     def _sample(self, round_index: int) -> list[Rollout]:
-        prompts = self._prompts(round_index)
+        prompts = self.prompts(round_index)
         completions = sample(
             self.model,
             prompts,
@@ -147,13 +148,13 @@ class DomainRegulariser:
                 round=round_index,
                 regulariser=self.name,
                 model_hash=model_hash,
-                constraint=self._constraint.name,
+                constraint=self.constraint.name,
             )
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
 
-    def _prompts(self, round_index: int) -> list[list[int]]:
-        """Prompts of one round: from the regulariser's own file, or from the beginnings of the domain's rows."""
+    def prompts(self, round_index: int) -> list[list[int]]:
+        """Prompts of one round, as token ids: its own file's, or the beginnings of its domain's rows."""
         count = self.config.rollouts_per_round
         context = context_length(self.model)
         longest = context - self.config.max_new_tokens if context else None
@@ -176,7 +177,7 @@ class DomainRegulariser:
         return in_turn[:count]
 
     def _score(self) -> None:
-        scores = self._constraint.score([rollout.completion for rollout in self.rollouts])
+        scores = self.constraint.score([rollout.completion for rollout in self.rollouts])
         for rollout, score in zip(self.rollouts, scores, strict=True):
             rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
 
@@ -213,7 +214,7 @@ class DomainRegulariser:
             f"round {round_index}: fitting R",
         )
         self.auxiliary.config.provenance = {
-            "constraint": self._constraint.describe(),
+            "constraint": self.constraint.describe(),
             "regulariser": self.name,
             "round": round_index,
             "model_hash": scored[0].model_hash,

@@ -1,22 +1,36 @@
 """Carrying out a recipe: from a YAML file to a folder with the model, its auxiliary, and how they came about."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from bridle.environment import environment, write_json
 from bridle.errors import RunStopped, UserError
-from bridle.models.loading import load_model, load_tokenizer
-from bridle.training.recipe import Recipe
+from bridle.models.card import write_card
+from bridle.models.hub import without_token
+from bridle.training.build import build_trainer
+from bridle.training.config import ConstrainedConfig, Regulariser
+from bridle.training.recipe import RETENTION, Recipe
 from bridle.training.reporting import EntropyGuard, MetricsFile, TrainingProgress
 from bridle.training.trainer import ConstrainedTrainer
 
 RECIPE_FILE = "recipe.yaml"
 
 
-def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> ConstrainedTrainer:
+def train(
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    corpus: Mapping[str, Dataset] | None = None,
+) -> ConstrainedTrainer:
     """Carries out a recipe.
 
     Args:
@@ -25,6 +39,7 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Co
             last R, and each round's in `round-N/`; a folder per regulariser where there are several),
             `rollouts/`, `metrics.jsonl`, `recipe.yaml`, `environment.json` and the checkpoints.
         resume: go on from the last checkpoint in `output_dir`.
+        corpus: rows by domain in place of those the recipe's domains read.
 
     Returns:
         The trainer, with the tuned model.
@@ -36,35 +51,101 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Co
     folder = Path(output_dir)
     if (folder / RECIPE_FILE).exists() and not resume:
         raise UserError(f"{folder}: holds a run already; add --resume to go on with it, or name another --output_dir")
-    config = recipe.config(folder)
-    for regulariser in recipe.regularisers.values():
-        if regulariser.constraint is not None:
-            regulariser.constraint.load()  # a mistake shows now and not after an hour
-    rows = {name: domain.read() for name, domain in recipe.corpus.items()}
-    set_seed(config.seed)  # adapters are drawn at random
-    tokenizer = load_tokenizer(recipe.model)
-    model = load_model(recipe.model, dtype=recipe.dtype, lora=recipe.lora)
-    trainer = ConstrainedTrainer(
-        model=model,
-        args=config,
-        corpus=rows,
-        regularisers=recipe.regularisers,
-        weights={name: domain.weight for name, domain in recipe.corpus.items()},
-        processing_class=tokenizer,
-    )
+    rows = corpus or recipe.read_corpus()
+    trainer = build_trainer(recipe, folder, rows)
+    config = trainer.args
     guard = EntropyGuard(config.entropy_floor)
     _replace_callbacks(trainer, [MetricsFile(folder / "metrics.jsonl"), TrainingProgress(), guard])
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe.resolved, sort_keys=False), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(without_token(recipe.resolved), sort_keys=False), encoding="utf-8")
     write_json(folder / "environment.json", environment(config.seed))
     checkpoint = get_last_checkpoint(str(folder)) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if guard.verdict:
         raise RunStopped(f"{folder}: {guard.verdict}; the last checkpoint is kept")
-    trainer.save_model(str(folder / "model"))
+    trainer.save_model(str(folder / "model"), _internal_call=True)  # it is pushed below, with its card
     (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+    if trainer.is_world_process_zero():
+        describe_run(recipe, folder, rows={name: len(domain) for name, domain in rows.items()})
+    if config.push_to_hub:
+        trainer.push_saved_model()
     return trainer
+
+
+def fit_guide(recipe: Recipe, output_dir: str | Path) -> dict[str, Any]:
+    """Fits the recipe's regularisers on the model as it is, without training it: what NADO decoding needs.
+
+    Args:
+        recipe: its model is sampled from, its constraints label the samples.
+        output_dir: afterwards holds `auxiliary/` and `rollouts/`.
+
+    Returns:
+        What the round measured; see `docs/metrics.md`.
+
+    Raises:
+        UserError: as `train`.
+        RunStopped: as `DomainRegulariser.update`, or every sample got the same label, so that R says nothing.
+    """
+    trainer = build_trainer(recipe, Path(output_dir), recipe.read_corpus())
+    measured = trainer.schedule.begin_round(1)
+    if not any(regulariser.informed for regulariser in trainer.regularisers):
+        raise RunStopped(f"{output_dir}: every sample got the same label, so there is nothing to guide by")
+    return measured
+
+
+def describe_run(
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    rows: Mapping[str, int] | None = None,
+    results: Mapping[str, Any] | None = None,
+    method: str | None = None,
+    description: str | None = None,
+) -> Path:
+    """Writes the card of the model that `train` left in `output_dir`, over an older one.
+
+    Args:
+        recipe: what was carried out.
+        output_dir: the run's folder.
+        rows: how many rows each domain gave.
+        results, method, description: as in `write_card`.
+
+    Returns:
+        The card.
+    """
+    folder = Path(output_dir)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return write_card(
+        folder / "model",
+        _carried_out(recipe, recipe.config(folder)),
+        metrics=[json.loads(line) for line in lines],
+        results=results,
+        method=method,
+        description=description,
+        rows=rows,
+        environment=json.loads((folder / "environment.json").read_text(encoding="utf-8")),
+    )
+
+
+def _carried_out(recipe: Recipe, config: ConstrainedConfig) -> dict[str, Any]:
+    """The recipe with its defaults written out, for the card."""
+    constraints = [options.constraint for options in recipe.regularisers.values() if options.constraint is not None]
+    return {
+        **config.to_dict(),
+        "auxiliary": asdict(config.auxiliary),
+        "model": recipe.model,
+        "dtype": recipe.dtype,
+        "lora": recipe.lora and asdict(recipe.lora),
+        "corpus": {name: vars(domain) for name, domain in recipe.corpus.items()},
+        "constraints": {constraint.name: constraint.describe() for constraint in constraints},
+        "regularisers": {name: _with_names(options) for name, options in recipe.regularisers.items()},
+    }
+
+
+def _with_names(options: Regulariser) -> dict[str, Any]:
+    constraint = RETENTION if options.constraint is None else options.constraint.name
+    return {**vars(options), "constraint": constraint, "prompts": options.prompts and options.prompts.path}
 
 
 def _replace_callbacks(trainer: ConstrainedTrainer, callbacks: list) -> None:

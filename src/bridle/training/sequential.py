@@ -34,7 +34,7 @@ class SequentialSchedule(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):  # noqa: D102
         due = self._round_of(state.global_step, state)
         if due > self.round:
-            self._begin_round(due)
+            self.begin_round(due)
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         finished = state.global_step == state.max_steps
@@ -49,7 +49,8 @@ class SequentialSchedule(TrainerCallback):
         """The round, counted from 1, that policy step `step`, counted from 0, belongs to."""
         return step * self.trainer.args.rounds // state.max_steps + 1
 
-    def _begin_round(self, index: int) -> None:
+    def begin_round(self, index: int) -> dict[str, Any]:
+        """Refreshes every R from the policy as it stands; returns what was measured, by regulariser."""
         self.round, self._record = index, {"round": index}
         for regulariser in self.trainer.regularisers:
             try:
@@ -60,6 +61,7 @@ class SequentialSchedule(TrainerCallback):
             measured["lambda"] = regulariser.options.weight
             self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
         self._policy_began = time.perf_counter()
+        return self._record
 
     def _end_round(self) -> None:
         self._record["seconds_policy"] = time.perf_counter() - self._policy_began

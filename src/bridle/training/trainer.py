@@ -16,6 +16,7 @@ from trl import SFTTrainer
 from bridle.data import DOMAIN, mix, tokenize_domain
 from bridle.errors import UserError
 from bridle.models.hidden import capture_hidden_states, check_projection
+from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
 from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
@@ -26,7 +27,7 @@ from bridle.training.tally import Tally
 SCHEDULES = {"sequential": SequentialSchedule}
 
 
-class ConstrainedTrainer(SFTTrainer):
+class ConstrainedTrainer(PushesModel, SFTTrainer):
     """Fine-tunes a causal language model on a corpus of domains, each held to its policy.
 
     Args:
@@ -150,6 +151,13 @@ class ConstrainedTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, DOMAIN])]  # type: ignore[has-type]
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """A run that is resumed where it had ended takes no further step, as it would in `transformers`."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
