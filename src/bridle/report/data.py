@@ -1,0 +1,369 @@
+"""What a report is made from: the folder of a comparison, or of one training run, read and checked."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from bridle.errors import UserError
+from bridle.evaluation.statistics import Comparison, Estimate
+from bridle.evaluation.win_rate import WinRates
+from bridle.progress import track
+
+T = TypeVar("T")
+
+FORMAT = 1  # of a comparison's results.json
+
+
+@dataclass(frozen=True)
+class Figure(Estimate):
+    """One figure of a method: the mean over its seeds, with a 95% interval; any number may be missing.
+
+    Attributes:
+        spread: standard deviation over seeds; None with one seed.
+        seeds: how many seeds it is the mean of.
+    """
+
+    spread: float | None = None
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All figures of a method; a group that was not measured is empty.
+
+    Attributes:
+        violation: [prompt set][constraint] share of completions that violate.
+        text: [prompt set][name] distinct_2, mean_length (words) and the like.
+        perplexity: [held-out set] per token.
+        tasks: [task] accuracy in [0, 1].
+        classification: [name] roc_auc and the like.
+        cost: [name] seconds, tokens_trained, updates.
+    """
+
+    violation: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    text: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    perplexity: dict[str, Figure] = field(default_factory=dict)
+    tasks: dict[str, Figure] = field(default_factory=dict)
+    classification: dict[str, Figure] = field(default_factory=dict)
+    cost: dict[str, Figure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """One method under one seed: how it ended, why it failed, and its folder within the comparison's."""
+
+    status: Literal["complete", "failed", "missing"]
+    folder: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison: `seeds` by seed, as text."""
+
+    description: str = ""
+    seeds: dict[str, SeedRun] = field(default_factory=dict)
+    figures: Figures = Figures()
+
+    @property
+    def status(self) -> Literal["complete", "partial", "failed", "missing"]:
+        """Of all seeds together: "partial" where some are complete and others are not."""
+        found = {run.status for run in self.seeds.values()}
+        if "complete" in found:
+            return "complete" if found == {"complete"} else "partial"
+        return "failed" if "failed" in found else "missing"
+
+    @property
+    def reason(self) -> str | None:
+        """Why seeds failed, each reason once; None where none gave one."""
+        reasons = [run.reason for run in self.seeds.values() if run.reason]
+        return "; ".join(dict.fromkeys(reasons)) or None
+
+
+@dataclass(frozen=True)
+class Main:
+    """What the trade-off is drawn from first."""
+
+    prompt_set: str
+    constraint: str
+    held_out: str | None = None
+
+
+@dataclass(frozen=True)
+class FigureComparison(Comparison):
+    """A method against the best on one figure.
+
+    Attributes:
+        figure: "violation", "perplexity" and the like.
+        on: the prompt set or held-out set.
+        constraint: None for a figure that needs none.
+    """
+
+    figure: str
+    on: str
+    constraint: str | None = None
+
+
+@dataclass(frozen=True)
+class RegulariserRound:
+    """One regulariser in one round, by the names of `metrics.jsonl`; None is what a round did not measure.
+
+    Attributes:
+        kl: KL(q‖p) in nats per prefix, the mean over the round.
+        weight: λ.
+        r_reliability: per non-empty bin R's mean prediction, the observed rate and the count.
+    """
+
+    compliance: float | None = None
+    compliance_low: float | None = None
+    compliance_high: float | None = None
+    kl: float | None = None
+    weight: Annotated[float | None, Field(validation_alias="lambda")] = None
+    r_brier: float | None = None
+    r_ece: float | None = None
+    r_reliability: list[tuple[float, float, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: its number from 1, the policy's step at its end, the corpus's CE in nats per token."""
+
+    number: int
+    step: int
+    ce: float | None = None
+    regularisers: dict[str, RegulariserRound] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One training run: a method under a seed, and its rounds."""
+
+    method: str
+    seed: str
+    rounds: list[Round]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a constraint said of a completion: 1 complies .. 0 violates; None is missing, with the reason."""
+
+    value: float | None = None
+    complies: bool | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample: untrusted text. `index` counts the prompt set's prompts and `sample` a prompt's samples, from 0."""
+
+    method: str
+    seed: str
+    prompt_set: str
+    index: int
+    sample: int
+    prompt: str
+    completion: str
+    scores: dict[str, Score] = field(default_factory=dict)
+
+    @property
+    def violates(self) -> bool:
+        """Whether any constraint says so; a missing score does not."""
+        return any(score.complies is False for score in self.scores.values())
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A token whose probability guidance changes from p to q."""
+
+    text: str
+    p: float
+    q: float
+
+
+@dataclass(frozen=True)
+class GuidedToken:
+    """One token of a guided text.
+
+    Attributes:
+        text: the token as text, white space included.
+        p: p(token | prefix); None for the first.
+        r: R of the prefix that ends with it: the chance that the whole output will comply.
+        q: q(token | prefix).
+        gains: tokens that q gives most to in its place, the largest q − p first.
+        losses: tokens that q takes most from.
+    """
+
+    text: str
+    p: float | None = None
+    r: float | None = None
+    q: float | None = None
+    gains: list[Shift] = field(default_factory=list)
+    losses: list[Shift] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What R and q say of one text, token by token; the first `prompt_tokens` tokens are the prompt."""
+
+    model: str
+    regulariser: str
+    constraint: str
+    text: str
+    prompt_tokens: int
+    tokens: list[GuidedToken]
+    violates: bool | None = None
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything there is to show; the folder of a training run has only curves and its environment.
+
+    Attributes:
+        recipe: the recipe's name.
+        seeds: that were asked for.
+        main: None where no methods were compared.
+        settings: what was asked of the evaluation.
+        methods: by name, in the order of the tables.
+        comparisons: of each method with the best.
+        win_rate: None where no judge was asked.
+        environment: where and how the results were made.
+        curves: one a training run, in the order of methods and seeds.
+        completions: of all methods and seeds.
+        guidance: None where it was not recorded.
+        recipe_text: the recipe as resolved, in YAML.
+    """
+
+    recipe: str
+    seeds: list[int] = field(default_factory=list)
+    main: Main | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
+    comparisons: list[FigureComparison] = field(default_factory=list)
+    win_rate: WinRates | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)
+    guidance: Guidance | None = None
+    recipe_text: str = ""
+
+
+def read_report(folder: Path) -> Report:
+    """Reads the folder that `bridle compare` or `bridle train` left; parts that are absent stay empty.
+
+    Raises:
+        UserError: the folder is neither, or a file in it is broken, naming file, row and key.
+    """
+    if (folder / "metrics.jsonl").is_file():  # beside it may stand a results.json, of this one model
+        report = _read_training_run(folder)
+    elif (folder / "results.json").is_file():
+        report = _read_comparison(folder)
+    else:
+        raise UserError(f"{folder}: neither results.json nor metrics.jsonl; give the folder of a comparison or a run")
+    recipe = folder / "recipe.yaml"
+    return replace(report, recipe_text=_text(recipe) if recipe.is_file() else "")
+
+
+def _read_comparison(folder: Path) -> Report:
+    path = folder / "results.json"
+    found = _parsed(_text(path), str(path))
+    if not isinstance(found, dict) or found.get("format") != FORMAT or "methods" not in found:
+        raise UserError(f"{path}: not the results of a comparison in format {FORMAT}; write it with bridle compare")
+    report = _checked(Report, found, str(path))
+    runs = list(_runs(report, folder))
+    return replace(
+        report,
+        curves=[curve for run in runs if (curve := _curve(*run)).rounds],
+        completions=[row for run in track(runs, "reading completions", unit="models") for row in _completions(*run)],
+        guidance=_guidance(folder / "guidance.json"),
+    )
+
+
+def _read_training_run(folder: Path) -> Report:
+    path = folder / "environment.json"
+    environment = _checked(dict[str, Any], _parsed(_text(path), str(path)), str(path)) if path.is_file() else {}
+    seed = environment.get("seed", 0)
+    name = folder.resolve().name
+    return Report(recipe=name, seeds=[seed], environment=environment, curves=[_curve(name, str(seed), folder)])
+
+
+def _runs(report: Report, folder: Path) -> Iterator[tuple[str, str, Path]]:
+    """Method, seed and folder of every model that was to be made."""
+    for name, method in report.methods.items():
+        for seed, run in method.seeds.items():
+            inner = PurePath(run.folder or f"{name}/seed-{seed}")
+            if inner.is_absolute() or ".." in inner.parts:
+                raise UserError(
+                    f"{folder / 'results.json'}: methods.{name}.seeds.{seed}.folder: leads out of the folder"
+                )
+            yield name, seed, folder / inner
+
+
+def _curve(method: str, seed: str, folder: Path) -> Curve:
+    rows = _rows(folder / "metrics.jsonl")
+    return Curve(method, seed, [_checked(Round, _round(row), place) for place, row in rows if "round" in row])
+
+
+def _round(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A round's record, whose keys are DOMAIN/WHAT and kl/DOMAIN, by domain."""
+    domains: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in record.items():
+        domain, slash, what = key.rpartition("/")
+        if key.startswith("kl/"):
+            domains[key.removeprefix("kl/")]["kl"] = value
+        elif slash:
+            domains[domain][what] = value
+    return {"number": record["round"], **record, "regularisers": dict(domains)}
+
+
+def _completions(method: str, seed: str, folder: Path) -> Iterator[Completion]:
+    for place, row in _rows(folder / "completions.jsonl"):
+        yield _checked(Completion, {**row, "method": method, "seed": seed}, place)
+
+
+def _guidance(path: Path) -> Guidance | None:
+    return _checked(Guidance, _parsed(_text(path), str(path)), str(path)) if path.is_file() else None
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file of JSON lines, each with its place for an error; none where there is no file."""
+    if not path.is_file():
+        return
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            place = f"{path} row {number}"
+            yield place, _checked(dict[str, Any], _parsed(line, place), place)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=lambda _: None)  # NaN is no number: it is missing
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: malformed JSON: {error}") from error
+
+
+def _checked(kind: type[T], value: Any, place: str) -> T:
+    try:
+        return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a class is hashable
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        key = "".join(f"{part}." for part in mistake["loc"])
+        raise UserError(f"{place}: {key.removesuffix('.') or 'the row'}: {mistake['msg'].lower()}") from error
+
+
+@cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)

@@ -1,0 +1,98 @@
+"""What a comparison found, in a few sentences made from its figures."""
+
+from collections.abc import Iterable, Iterator
+
+from bridle.report.data import Curve, FigureComparison, Report
+from bridle.report.plots import pareto_front
+from bridle.report.tables import OVERVIEW_TASKS, Measure, best, in_words, significant, to_cell
+
+
+def findings(report: Report) -> list[str]:
+    """The main figures in words; nothing is said of what was not measured."""
+    if report.main is None:
+        return list(_of_runs(report.curves))
+    violation = Measure("violation", report.main.prompt_set, report.main.constraint)
+    return [
+        *_of_best(report, violation),
+        *_of_significance([one for one in report.comparisons if violation.is_of(one)]),
+        *_of_front(report, violation),
+        *_of_failures(report),
+    ]
+
+
+def utility(report: Report) -> Measure | None:
+    """What violation is weighed against first: the main perplexity, else the first task that was measured."""
+    held_out = report.main and report.main.held_out
+    tasks = {task for method in report.methods.values() for task in method.figures.tasks}
+    if held_out:
+        return Measure("perplexity", held_out)
+    return next((Measure("tasks", task) for task in OVERVIEW_TASKS if task in tasks), None)
+
+
+def front(report: Report, violation: Measure, against: Measure) -> list[str]:
+    """The methods that no other beats in both, by rising violation."""
+    sign = 1 if against.arrow == "↓" else -1
+    points = {}
+    for name, method in report.methods.items():
+        x, y = violation.of(method), against.of(method)
+        if x and y and x.value is not None and y.value is not None:
+            points[name] = (x.value, sign * y.value)
+    names = list(points)
+    return [names[index] for index in pareto_front(list(points.values()))]
+
+
+def _of_best(report: Report, violation: Measure) -> Iterator[str]:
+    top = best(report, violation)
+    if top is None or top not in report.methods:
+        return
+    others = {top: violation.of(report.methods[top])}
+    if "base" in report.methods:
+        others["base"] = violation.of(report.methods["base"])
+    said = {name: to_cell(figure, violation.unit) for name, figure in others.items()}
+    interval = f" (95% interval {said[top].interval}%)" if said[top].interval else ""
+    compared = f", against {said['base'].text}% for base" if top != "base" and "base" in said else ""
+    yield (
+        f"{top} has the lowest violation rate: {said[top].text}%{interval} of its completions of {violation.on} "
+        f"violate {violation.within}{compared}."
+    )
+
+
+def _of_significance(comparisons: list[FigureComparison]) -> Iterator[str]:
+    differ = [one.method for one in comparisons if significant(one)]
+    alike = [one.method for one in comparisons if significant(one) is False]
+    if differ:
+        yield f"Significantly different from it, after Holm’s correction: {listed(differ)}."
+    if alike:
+        yield f"No significant difference from it was found for {listed(alike)}."
+
+
+def _of_front(report: Report, violation: Measure) -> Iterator[str]:
+    against = utility(report)
+    names = front(report, violation, against) if against else []
+    if against and names:
+        title = "perplexity" if against.group == "perplexity" else "accuracy"
+        verb = "lies" if len(names) == 1 else "lie"
+        yield f"On the Pareto front of violation rate and {title} on {in_words(against.on)} {verb} {listed(names)}."
+
+
+def _of_failures(report: Report) -> Iterator[str]:
+    lacking = [name for name, method in report.methods.items() if method.status != "complete"]
+    if lacking:
+        yield f"Not complete, and so with figures missing: {listed(lacking)}."
+
+
+def _of_runs(curves: Iterable[Curve]) -> Iterator[str]:
+    for curve in curves:
+        for domain in curve.rounds[0].regularisers if curve.rounds else ():
+            rates = [each.regularisers[domain].compliance for each in curve.rounds if domain in each.regularisers]
+            known = [rate for rate in rates if rate is not None]
+            if len(known) > 1:
+                yield (
+                    f"{domain}: {known[0]:.1%} of the rollouts of the first round complied, "
+                    f"and {known[-1]:.1%} of those of the last."
+                )
+
+
+def listed(names: list[str]) -> str:
+    """Names as a sentence lists them."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

@@ -1,0 +1,161 @@
+"""The report as one HTML file: nothing is loaded from anywhere, and nothing in it is trusted but Bridle's own.
+
+Texts of models, prompts, names and reasons reach the page through autoescape alone. Styles and the script
+are allowed by the hash of what is inlined, so that text which passed for markup would still not run.
+"""
+
+import shlex
+from base64 import b64encode
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from bridle.environment import write_text
+from bridle.progress import Progress
+from bridle.report import plots, tables, texts
+from bridle.report.data import Report, read_report
+from bridle.report.findings import findings
+
+PIXELS = 1.25  # a plot's width on the page for each point of its drawing
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Writes `report.html`, and its plots as `plots/*.png` and `plots/*.svg`, into the folder of a comparison or run.
+
+    Args:
+        folder: what `bridle compare` or `bridle train` left.
+        output: where the page goes instead; the plots stay in the folder.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        UserError: the folder holds no results or broken ones, or a file cannot be written.
+    """
+    folder, output = Path(folder), Path(output or Path(folder) / "report.html")
+    with Progress("report", total=3, unit="parts") as progress:
+        report = read_report(folder)
+        progress.update()
+        plots.write_plots(report, folder / "plots")
+        progress.update()
+        write_text(output, render(report))
+        progress.update()
+    return output
+
+
+def render(report: Report) -> str:
+    """The page as text."""
+    style, script = _inlined("report.css"), _inlined("report.js")
+    shown, more = texts.samples(report)
+    return _environment().get_template("report.html").render(
+        report=report,
+        style=style,
+        script=script,
+        policy=_policy(style, script),
+        findings=findings(report),
+        plots=_drawings(report),
+        overview=tables.overview(report),
+        classification=tables.classification(report),
+        win_matrix=tables.win_matrix(report),
+        differences=tables.differences(report),
+        further=tables.further(report),
+        samples=shown,
+        more=more,
+        environment=texts.flat(_readable(report.environment)),
+        settings=texts.flat(report.settings),
+        failures=_failures(report),
+    )  # fmt: skip
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("bridle.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = (texts.cover, texts.level, texts.outcome_of_text, texts.probability, texts.visible, texts.widest)
+    environment.filters |= {one.__name__: one for one in filters}
+    return environment
+
+
+def _inlined(name: str) -> Markup:
+    # Markup: Bridle's own file, into which nothing of a report is put.
+    return Markup(_environment().get_template(name).render())
+
+
+def _policy(style: str, script: str) -> str:
+    """The Content-Security-Policy: no requests, and only this style sheet and this script, known by their hashes."""
+    sources = {
+        "default-src": "'none'",
+        "style-src": _hash(style),
+        "script-src": _hash(script),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    return "; ".join(f"{directive} {source}" for directive, source in sources.items())
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
+def _drawings(report: Report) -> dict[str, Markup | None]:
+    return {
+        "tradeoff": _drawing(
+            plots.tradeoff(report),
+            "Violation rate against utility",
+            "A point a method; the table of all methods holds the same figures.",
+        ),
+        "training_curves": _drawing(
+            plots.training_curves(report),
+            "Training, round by round",
+            "A line a training run: compliance, KL, CE and λ over the rounds.",
+        ),
+        "reliability": _drawing(
+            plots.reliability(report),
+            "Reliability of R",
+            "What R predicted of prefixes against how often the finished text complied.",
+        ),
+    }
+
+
+def _drawing(figure: Figure | None, title: str, description: str) -> Markup | None:
+    if figure is None:
+        return None
+    return Markup(_without_styles(plots.svg(figure, title, description)))
+
+
+def _without_styles(svg: str) -> str:
+    """The same SVG, with presentation attributes in place of the style attributes that the policy refuses."""
+    root = ElementTree.fromstring(svg)
+    root.set("width", str(round(PIXELS * float(root.attrib["viewBox"].split()[2]))))
+    for element in root.iter():
+        for declaration in filter(None, element.attrib.pop("style", "").split(";")):
+            name, _, value = declaration.partition(":")
+            element.set(name.strip(), value.strip())
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _readable(environment: dict[str, Any]) -> dict[str, Any]:
+    """The environment with its command as one would type it."""
+    command = environment.get("command")
+    return environment | {"command": shlex.join(map(str, command))} if isinstance(command, list) else environment
+
+
+def _failures(report: Report) -> list[dict[str, Any]]:
+    """What did not end well: method, seed, status and reason, one each."""
+    return [
+        {"method": name, "seed": seed, "status": run.status, "reason": run.reason or "no reason was recorded"}
+        for name, method in report.methods.items()
+        for seed, run in method.seeds.items()
+        if run.status != "complete"
+    ]

@@ -1,0 +1,375 @@
+"""The plots of a report, for its page and as PNG and SVG files for papers.
+
+matplotlib's figures are made directly, without pyplot and its global state.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, pairwise
+from pathlib import Path
+from textwrap import wrap
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
+
+from bridle.errors import UserError
+from bridle.progress import track
+from bridle.report import data
+from bridle.report.data import RegulariserRound, Report
+from bridle.report.labels import Point, label_points
+from bridle.report.style import DPI, INK, PAPER, STYLE, MethodStyle, method_style, shown
+from bridle.report.svg import svg
+
+__all__ = ["method_style", "pareto_front", "reliability", "svg", "tradeoff", "training_curves", "write_plots"]
+
+COMPLIANCE, KL = "rollouts that comply", "KL(q‖p), nats per prefix"
+CE, WEIGHT = "CE of the corpus, nats per token", "weight λ"
+SUMMARY_TASKS = ("mmlu", "commonsense")  # where these are there, the single tasks behind them are not drawn
+MOST_ROUNDS = 6  # reliability diagrams in one figure; of more rounds, as many evenly spaced ones
+PANEL = (3.8, 3.3)  # inches
+DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """One panel: by method violation rate and utility, both measured; where less is better, the axis is inverted."""
+
+    label: str
+    more_is_better: bool
+    methods: dict[str, tuple[data.Figure, data.Figure]]
+
+    @property
+    def points(self) -> list[Point]:
+        """[methods] values of both."""
+        return [(_value(violation), _value(utility)) for violation, utility in self.methods.values()]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One quantity of one training run: (round, figure) by round."""
+
+    method: str
+    domain: str | None
+    points: list[tuple[int, data.Figure]]
+
+
+@rc_context(STYLE)
+def tradeoff(report: Report) -> Figure | None:
+    """Violation rate against utility, one panel a measure, with 95% intervals and the Pareto front.
+
+    Up and left is better in every panel: perplexity's axis is inverted.
+
+    Returns:
+        The figure; None where no method has both figures.
+    """
+    panels = [panel for panel in _tradeoffs(report) if panel.methods]
+    if not panels:
+        return None
+    figure, axes = _panels(len(panels))
+    for ax, panel in zip(axes, panels, strict=True):
+        _draw_tradeoff(ax, panel)
+        ax.set_xlabel(_violation_label(report, panel))
+    front = Line2D([], [], color=INK, linestyle="--", linewidth=1, alpha=0.6, label="Pareto front")
+    interval = Line2D([], [], color=INK, linewidth=1, label="95% interval")
+    figure.legend(handles=[front, interval], loc="outside lower center", ncols=2)
+    figure.draw_without_rendering()  # labels need the final layout
+    for ax, panel in zip(axes, panels, strict=True):
+        label_points(ax, panel.points, [shown(name) for name in panel.methods], _obstacles(ax, panel))
+    return figure
+
+
+def pareto_front(points: Sequence[Point]) -> list[int]:
+    """Indices of the points that no other dominates, by rising first coordinate; lower is better in both.
+
+    A point dominates another where it is as good in both coordinates and better in one, so that of equal
+    points all or none are on the front.
+    """
+
+    def dominated(point: Point) -> bool:
+        return any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
+
+    return sorted((i for i, point in enumerate(points) if not dominated(point)), key=lambda i: points[i])
+
+
+@rc_context(STYLE)
+def training_curves(report: Report) -> Figure | None:
+    """Compliance with its Wilson interval, KL of each regulariser, CE and λ, by round; one line a run.
+
+    Returns:
+        The figure, with a panel for each quantity that was measured; None where none was.
+    """
+    panels = {label: lines for label, lines in _curves(report).items() if lines}
+    if not panels:
+        return None
+    domains = dict.fromkeys(line.domain for lines in panels.values() for line in lines if line.domain is not None)
+    dashes = dict(zip(domains, cycle(DASHES)))
+    figure, axes = _panels(len(panels))
+    for ax, (label, lines) in zip(axes, panels.items(), strict=True):
+        _draw_lines(ax, lines, dashes)
+        ax.set_ylabel(label)
+    _set_scales(dict(zip(panels, axes, strict=True)), panels)
+    handles = [_method_handle(method) for method in dict.fromkeys(curve.method for curve in report.curves)]
+    handles += [
+        Line2D([], [], color=INK, linestyle=dashes[name], label=f"regulariser of {shown(name)}") for name in domains
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
+    return figure
+
+
+@rc_context(STYLE)
+def reliability(report: Report) -> Figure | None:
+    """Reliability diagrams of R, one panel a round: what it predicted against what came true.
+
+    A marker's area grows with its bin's share of the run's prefixes. Where R is calibrated, markers
+    lie on the diagonal; the expected calibration errors of the seeds stand in the legend.
+
+    Returns:
+        The figure; None where no round measured it.
+    """
+    found = _reliabilities(report)
+    if not found:
+        return None
+    rounds = sorted(found)
+    drawn = [rounds[i] for i in np.unique(np.linspace(0, len(rounds) - 1, MOST_ROUNDS).round().astype(int))]
+    figure, axes = _panels(len(drawn), size=(3.7, 3.5))
+    for ax, number in zip(axes, drawn, strict=True):
+        _draw_reliability(ax, number, found[number])
+    return figure
+
+
+PLOTS: dict[str, Callable[[Report], Figure | None]] = {
+    "tradeoff": tradeoff,
+    "training_curves": training_curves,
+    "reliability": reliability,
+}
+
+
+@rc_context(STYLE)
+def write_plots(report: Report, folder: Path) -> dict[str, dict[str, Path]]:
+    """Writes each plot that has data as PNG (200 dots an inch) and SVG, the same bytes for the same report.
+
+    Returns:
+        By plot and format, as in {"tradeoff": {"png": path, "svg": path}}.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    plots = track(PLOTS.items(), "drawing plots", len(PLOTS), "plots")
+    figures = {name: figure for name, draw in plots if (figure := draw(report)) is not None}
+    return {
+        name: {suffix: _write(figure, folder / f"{name}.{suffix}") for suffix in ("png", "svg")}
+        for name, figure in figures.items()
+    }
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": DPI}
+    temporary = path.with_name(f".{path.name}.tmp")  # so that a reader never sees a part of it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format=path.suffix[1:], **options)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+def _panels(n: int, size: tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
+    """A figure with n panels, three in a row, or four in a square."""
+    columns = 2 if n == 4 else min(n, 3)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.3), layout=ConstrainedLayoutEngine(w_pad=0.1))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for spare in axes[n:]:
+        spare.remove()
+    return figure, axes[:n]
+
+
+def _tradeoffs(report: Report) -> Iterator[Tradeoff]:
+    """A panel for each held-out set, the main one first, and for each task."""
+    main = report.main or data.Main("", "")
+    for name in sorted(_names(report, "perplexity"), key=lambda name: name != main.held_out):
+        yield Tradeoff(f"perplexity of {shown(name)} (inverted)", False, _pairs(report, "perplexity", name))
+    tasks = _names(report, "tasks")
+    for name in [task for task in SUMMARY_TASKS if task in tasks] or tasks:
+        yield Tradeoff(f"accuracy on {shown(name)}", True, _pairs(report, "tasks", name))
+
+
+def _names(report: Report, group: str) -> list[str]:
+    return list(dict.fromkeys(name for method in report.methods.values() for name in getattr(method.figures, group)))
+
+
+def _pairs(report: Report, group: str, name: str) -> dict[str, tuple[data.Figure, data.Figure]]:
+    """By method the main violation rate and a figure of a group, where neither is missing."""
+    main = report.main or data.Main("", "")
+    pairs = {}
+    for method, found in report.methods.items():
+        violation = found.figures.violation.get(main.prompt_set, {}).get(main.constraint)
+        utility = getattr(found.figures, group).get(name)
+        if violation and utility and None not in (violation.value, utility.value):
+            pairs[method] = violation, utility
+    return pairs
+
+
+def _value(figure: data.Figure) -> float:
+    assert figure.value is not None, "only measured figures are drawn"
+    return figure.value
+
+
+def _violation_label(report: Report, panel: Tradeoff) -> str:
+    """What the axis says: a method that is not drawn is named, so that nobody takes it for forgotten."""
+    assert report.main is not None, "without a main constraint there is no panel"
+    label = f"violation rate on {shown(report.main.prompt_set)} ({shown(report.main.constraint)})"
+    absent = [shown(name) for name in report.methods if name not in panel.methods]
+    return "\n".join([label, *wrap(f"not measured: {', '.join(absent)}", 60)]) if absent else label
+
+
+def _draw_tradeoff(ax: Axes, panel: Tradeoff) -> None:
+    for name, (x, y) in panel.methods.items():
+        style = method_style(name).line
+        ax.errorbar(_value(x), _value(y), xerr=_bar(x), yerr=_bar(y), elinewidth=1, zorder=3, **style)
+    ax.plot(*zip(*_front(panel), strict=True), color=INK, linestyle="--", linewidth=1, alpha=0.6, zorder=2)
+    ax.margins(0.16)
+    ax.set_ylabel(panel.label)
+    ax.xaxis.set_major_formatter(_percent)
+    if panel.more_is_better:
+        ax.yaxis.set_major_formatter(_percent)
+    else:
+        ax.invert_yaxis()
+    arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+    ax.annotate(
+        "better", (0.015, 0.985), (12, -13), "axes fraction", "offset points", arrow, style="italic", fontsize=8
+    )
+
+
+def _percent(share: float, _: float) -> str:
+    return f"{100 * share:.6g}%"
+
+
+def _front(panel: Tradeoff) -> list[Point]:
+    sign = -1 if panel.more_is_better else 1
+    return [panel.points[i] for i in pareto_front([(x, sign * y) for x, y in panel.points])]
+
+
+def _bar(figure: data.Figure) -> list[list[float]] | None:
+    """How far the interval reaches below and above the value, as `Axes.errorbar` wants it."""
+    if figure.low is None or figure.high is None:
+        return None
+    return [[max(0.0, _value(figure) - figure.low)], [max(0.0, figure.high - _value(figure))]]
+
+
+def _obstacles(ax: Axes, panel: Tradeoff) -> list[Bbox]:
+    """Boxes in pixels about the corner with the arrow, the intervals and the front."""
+    boxes = [Bbox.from_extents(ax.bbox.x0, ax.bbox.y1 - 25, ax.bbox.x0 + 65, ax.bbox.y1)]
+    for x, y in panel.methods.values():
+        across = [(_value(x) if end is None else end, _value(y)) for end in (x.low, x.high)]
+        along = [(_value(x), _value(y) if end is None else end) for end in (y.low, y.high)]
+        boxes += [Bbox(ax.transData.transform(ends)).padded(1) for ends in (across, along)]
+    front = ax.transData.transform(_front(panel))
+    for start, end in pairwise(front):
+        boxes += [Bbox([place, place]).padded(3) for place in np.linspace(start, end, 30)]
+    return boxes
+
+
+def _curves(report: Report) -> dict[str, list[Line]]:
+    return {
+        COMPLIANCE: list(_lines(report, "compliance")),
+        KL: list(_lines(report, "kl")),
+        CE: list(_ce_lines(report)),
+        WEIGHT: list(_lines(report, "weight")),
+    }
+
+
+def _lines(report: Report, name: str) -> Iterator[Line]:
+    """What `RegulariserRound` calls so, with its interval where it has one, for each run and domain."""
+    for curve in report.curves:
+        points: dict[str, list[tuple[int, data.Figure]]] = defaultdict(list)
+        for found in curve.rounds:
+            for domain, regulariser in found.regularisers.items():
+                value, low, high = (getattr(regulariser, name + end, None) for end in ("", "_low", "_high"))
+                if value is not None:
+                    points[domain].append((found.number, data.Figure(value, low, high, n=1)))
+        yield from (Line(curve.method, domain, measured) for domain, measured in points.items())
+
+
+def _ce_lines(report: Report) -> Iterator[Line]:
+    for curve in report.curves:
+        points = [
+            (found.number, data.Figure(found.ce, None, None, n=1)) for found in curve.rounds if found.ce is not None
+        ]
+        if points:
+            yield Line(curve.method, None, points)
+
+
+def _draw_lines(ax: Axes, lines: list[Line], dashes: dict[str, Any]) -> None:
+    step = min(0.04, 0.5 / len(lines))  # in rounds: at one place the intervals of several runs would cover each other
+    for index, line in enumerate(lines):
+        shift = step * (index - (len(lines) - 1) / 2) if any(_bar(figure) for _, figure in line.points) else 0.0
+        rounds, values = [number + shift for number, _ in line.points], [_value(figure) for _, figure in line.points]
+        style = {**method_style(line.method).line, "markersize": 4.5, "linestyle": dashes.get(line.domain or "", "-")}
+        ax.plot(rounds, values, linewidth=1.1, **style)
+        for place, (_, figure) in zip(rounds, line.points, strict=True):
+            ax.errorbar(place, _value(figure), yerr=_bar(figure), color=style["color"], elinewidth=0.9)
+    numbers = [number for line in lines for number, _ in line.points]
+    ax.set_xlim(min(numbers) - 0.4, max(numbers) + 0.4)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.set_xlabel("round")
+
+
+def _set_scales(axes: dict[str, Axes], panels: dict[str, list[Line]]) -> None:
+    if COMPLIANCE in axes:
+        axes[COMPLIANCE].yaxis.set_major_formatter(_percent)
+    if WEIGHT in axes:
+        axes[WEIGHT].set_ylim(bottom=0)
+    values = [_value(figure) for line in panels.get(KL, []) for _, figure in line.points]
+    # The KL of a domain that is held and of one that is steered may differ by a factor of a hundred.
+    if values and 0 < 10 * min(values) < max(values):
+        axes[KL].set_yscale("log")
+        axes[KL].yaxis.set_major_formatter("{x:g}")
+
+
+def _method_handle(method: str) -> Line2D:
+    return Line2D([], [], linestyle="", label=shown(method), **method_style(method).line)
+
+
+def _reliabilities(report: Report) -> dict[int, dict[tuple[str, str], list[RegulariserRound]]]:
+    """[round][method, domain] what each seed measured."""
+    rounds: dict[int, dict[tuple[str, str], list[RegulariserRound]]] = defaultdict(lambda: defaultdict(list))
+    for curve in report.curves:
+        for found in curve.rounds:
+            for domain, regulariser in found.regularisers.items():
+                if regulariser.r_reliability:
+                    rounds[found.number][curve.method, domain].append(regulariser)
+    return rounds
+
+
+def _draw_reliability(ax: Axes, number: int, found: dict[tuple[str, str], list[RegulariserRound]]) -> None:
+    ax.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", zorder=1)
+    handles = []
+    for (method, domain), regularisers in found.items():
+        style = method_style(method)
+        for regulariser in regularisers:
+            _draw_bins(ax, style, regulariser.r_reliability)
+        errors = ", ".join(f"{r.r_ece:.3f}" for r in regularisers if r.r_ece is not None)
+        handles.append(_method_handle(method))
+        handles[-1].set_label(f"{shown(method)} on {shown(domain)}\nECE {errors or 'missing'}")
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", title=f"round {number}")
+    ax.set(xlabel="R's mean prediction", ylabel="share that complied")
+    ax.legend(handles=handles, loc="lower right", fontsize=7.5, handletextpad=0.1)
+
+
+def _draw_bins(ax: Axes, style: MethodStyle, bins: list[tuple[float, float, int]]) -> None:
+    predicted, observed, counts = np.array(bins).T
+    line = style.line | {"marker": ""}
+    ax.plot(predicted, observed, linewidth=0.9, alpha=0.7, zorder=2, **line)
+    face = style.color if style.filled else PAPER
+    areas = 8 + 240 * counts / counts.sum()
+    ax.scatter(predicted, observed, s=areas, c=face, marker=style.marker, edgecolors=style.color, alpha=0.85, zorder=3)

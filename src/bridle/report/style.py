@@ -1,0 +1,85 @@
+"""How plots look: one colour and marker a method, ink and paper that a page's theme may replace."""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+INK = "#1b1b1f"
+PAPER = "#ffffff"
+DPI = 200
+
+# Text stays text: it can be selected, searched and read aloud. The salt makes ids the same in every run.
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bridle",
+    "text.parse_math": False,  # a "$" in a name is a "$"
+    "font.sans-serif": ["DejaVu Sans"],  # which matplotlib brings; a page falls back to its own
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 6.5,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+}
+
+LONGEST_NAME = 40  # characters of a name that still fit a plot
+
+
+@dataclass(frozen=True)
+class MethodStyle:
+    """Colour, marker and whether it is filled; methods of one family share the colour."""
+
+    color: str
+    marker: str
+    filled: bool = True
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """As keyword arguments of `Axes.plot` and `Axes.errorbar`."""
+        face = self.color if self.filled else PAPER
+        return {"color": self.color, "marker": self.marker, "markerfacecolor": face, "markeredgewidth": 1.4}
+
+
+# Hues of Okabe and Ito (2008), a few darker, to stand out on white and on black, also to the colour-blind.
+_STYLES = {
+    "base": MethodStyle("#7d7d85", "o"),
+    "sft": MethodStyle("#0077bb", "s"),
+    "filtration": MethodStyle("#b8860b", "^"),
+    "rl": MethodStyle("#c76a9f", "v"),
+    "rl-converged": MethodStyle("#c76a9f", "v", filled=False),
+    "nado-decoding": MethodStyle("#009e73", "P"),
+    "nado-decoding-sft": MethodStyle("#009e73", "X", filled=False),
+    "constrained": MethodStyle("#d55e00", "D", filled=False),
+    "constrained-adaptive": MethodStyle("#d55e00", "D"),
+}
+_FURTHER = [MethodStyle(color, marker) for marker in "<>ph" for color in ("#3f9bd8", "#8a63c7", "#7a8f00")]
+
+
+def method_style(name: str) -> MethodStyle:
+    """The style of a method in every plot; one that is not known gets one of twelve by its name."""
+    return _STYLES.get(name) or _FURTHER[zlib.crc32(name.encode()) % len(_FURTHER)]
+
+
+def shown(text: str, longest: int = LONGEST_NAME) -> str:
+    """A text as a plot may show it: printable, on one line, and not too long."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return printable if len(printable) <= longest else printable[: longest - 1] + "…"

@@ -1,0 +1,299 @@
+"""The tables of a report, as data: cells hold text as it is to be read, never markup."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from bridle.evaluation.statistics import Estimate
+from bridle.evaluation.win_rate import WinRates
+from bridle.report.data import Figure, FigureComparison, Method, Report
+
+MISSING = "–"
+LEVEL = 0.05  # of significance, after Holm's correction
+OVERVIEW_TASKS = ("mmlu", "commonsense")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How a figure is written: times `factor`, with so many digits after the point."""
+
+    symbol: str = ""
+    factor: float = 1.0
+    digits: int = 1
+
+    def write(self, value: float | None, *, signed: bool = False) -> str:
+        """The number without its symbol; a missing one is a dash."""
+        if value is None:
+            return MISSING
+        written = format(value * self.factor, f"{'+' if signed else ''},.{self.digits}f")
+        return written.replace("-", "−")
+
+
+PERCENT, PLAIN, RATIO, COUNT = Unit("%", 100.0), Unit(), Unit(digits=3), Unit(digits=0)
+
+GROUPS = {
+    "violation": ("Violation rate", PERCENT, "↓"),
+    "tasks": ("Accuracy", PERCENT, "↑"),
+    "perplexity": ("Perplexity", PLAIN, "↓"),
+    "classification": ("Classification", RATIO, "↑"),
+    "text": ("Generated text", RATIO, ""),
+    "cost": ("Cost", COUNT, ""),
+}
+"""By group of figures: its name, how it is written, and the arrow of the better direction."""
+
+UNITS = {"mean_length": PLAIN, "output_perplexity": PLAIN}
+ARROWS = {"brier": "↓", "expected_calibration_error": "↓", "output_perplexity": "↓", "positive_share": ""}
+NAMES = {"mmlu": "MMLU", "roc_auc": "ROC-AUC", "mean_length": "mean words", "distinct_2": "distinct-2"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure that every method may have: one column of a table.
+
+    Attributes:
+        group: of `Figures`.
+        on: the prompt set, held-out set, task or name within the group.
+        within: the constraint or name below it, in the groups that have two levels.
+    """
+
+    group: str
+    on: str
+    within: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The column's heading, as "toxigen · non-toxic ↓"."""
+        words = " · ".join(in_words(part) for part in (self.on, self.within) if part)
+        return f"{words} {self.arrow}".rstrip()
+
+    @property
+    def title(self) -> str:
+        """The heading over the column's group, as "Violation rate, %"."""
+        words = GROUPS[self.group][0] if self.group in GROUPS else in_words(self.group).capitalize()
+        return f"{words}, {self.unit.symbol}" if self.unit.symbol else words
+
+    @property
+    def unit(self) -> Unit:
+        """How its values are written."""
+        return UNITS.get(self.within or self.on) or GROUPS.get(self.group, ("", RATIO))[1]
+
+    @property
+    def arrow(self) -> str:
+        """↓ or ↑, the better direction; empty where there is none."""
+        return ARROWS.get(self.within or self.on, GROUPS[self.group][2] if self.group in GROUPS else "")
+
+    def of(self, method: Method) -> Figure | None:
+        """The method's figure; None where it was not measured."""
+        found = getattr(method.figures, self.group).get(self.on)
+        return found.get(self.within) if isinstance(found, Mapping) else found
+
+    def is_of(self, comparison: FigureComparison) -> bool:
+        """Whether the comparison is about this figure."""
+        return self == Measure(comparison.figure, comparison.on, comparison.constraint)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of a table.
+
+    Attributes:
+        text: the value.
+        spread: its standard deviation over seeds, as "± 0.4".
+        interval: its 95% interval, as "4.1 to 7.6".
+        missing: how many observations are missing from it.
+        mark: "best", or "alike" where no significant difference from the best was found.
+    """
+
+    text: str = MISSING
+    spread: str = ""
+    interval: str = ""
+    missing: int = 0
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a row a method.
+
+    Attributes:
+        caption: what it shows.
+        groups: over the columns, each a heading and how many columns it spans.
+        columns: a heading each.
+        rows: by method its cells, one a column.
+        notes: sentences below it.
+    """
+
+    caption: str
+    groups: list[tuple[str, int]]
+    columns: list[str]
+    rows: dict[str, list[Cell]]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a method differs from the best: `cell` holds method − best, the p-value is Holm's."""
+
+    method: str
+    reference: str
+    cell: Cell
+    p_value: str
+    verdict: str
+    test: str
+
+
+def in_words(key: str) -> str:
+    """A key of the results as people write it."""
+    return NAMES.get(key, key.replace("_", " "))
+
+
+def overview(report: Report) -> Table | None:
+    """Violation rate, MMLU, commonsense and perplexity of each method; None where nothing was measured."""
+    measures = _measures(report, "violation", "tasks", "perplexity")
+    return _table(
+        report,
+        "Mean over seeds, ± standard deviation, 95% interval",
+        [m for m in measures if m.group != "tasks" or m.on in OVERVIEW_TASKS],
+    )
+
+
+def classification(report: Report) -> Table | None:
+    """Classification beside the violation rate of generation; None without classification."""
+    measures = _measures(report, "classification")
+    if measures and report.main:
+        measures.append(Measure("violation", report.main.prompt_set, report.main.constraint))
+    return _table(report, "Classification, with the violation rate of generation", measures)
+
+
+def further(report: Report) -> list[Table]:
+    """What the other tables leave out: single tasks, properties of the text, cost."""
+    tasks = [measure for measure in _measures(report, "tasks") if measure.on not in OVERVIEW_TASKS]
+    tables = (
+        _table(report, "Single tasks", tasks),
+        _table(report, "Properties of the generated text", _measures(report, "text")),
+        _table(report, "What training cost", _measures(report, "cost")),
+    )
+    return [table for table in tables if table]
+
+
+def win_matrix(report: Report) -> Table | None:
+    """Win rate of row over column, and each method's mean length; None without a judge."""
+    found = report.win_rate
+    if found is None:
+        return None
+    rows = {row: [*_matches(found, row), to_cell(found.mean_length.get(row), PLAIN)] for row in found.matrix}
+    groups = [("wins against, %", len(rows)), ("Length", 1)]
+    return Table("Win rate of the row over the column", groups, [*rows, "mean words"], rows, _judging(found))
+
+
+def differences(report: Report) -> dict[str, list[Difference]]:
+    """All comparisons with the best method, by the name of the figure."""
+    found: dict[str, list[Difference]] = {}
+    for one in report.comparisons:
+        measure = Measure(one.figure, one.on, one.constraint)
+        found.setdefault(f"{measure.title}: {measure.label}", []).append(_difference(one, measure.unit))
+    return found
+
+
+def best(report: Report, measure: Measure) -> str | None:
+    """The method the others were compared with, else that of the best value; None where nothing is better."""
+    values = {name: figure.value for name, method in report.methods.items() if (figure := measure.of(method))}
+    known = {name: value for name, value in values.items() if value is not None}
+    if not known or not measure.arrow:
+        return None
+    references = (one.reference for one in report.comparisons if measure.is_of(one))
+    return next(references, (min if measure.arrow == "↓" else max)(known, key=known.__getitem__))
+
+
+def significant(comparison: FigureComparison) -> bool | None:
+    """Whether a method differs from the best at the 5% level after Holm's correction; None where untested."""
+    return None if comparison.adjusted_p_value is None else comparison.adjusted_p_value < LEVEL
+
+
+def to_cell(figure: Estimate | None, unit: Unit, mark: str = "", *, signed: bool = False) -> Cell:
+    """A figure as text; one without a value is missing, never 0."""
+    if figure is None or figure.value is None:
+        return Cell(missing=figure.missing if figure else 0)
+    spread = figure.spread if isinstance(figure, Figure) else None
+    return Cell(
+        text=unit.write(figure.value, signed=signed),
+        spread="" if spread is None else f"± {unit.write(spread)}",
+        interval=_between(figure, unit, signed),
+        missing=figure.missing,
+        mark=mark,
+    )
+
+
+def _between(figure: Estimate, unit: Unit, signed: bool = False) -> str:
+    if figure.low is None or figure.high is None:
+        return ""
+    return f"{unit.write(figure.low, signed=signed)} to {unit.write(figure.high, signed=signed)}"
+
+
+def _measures(report: Report, *groups: str) -> list[Measure]:
+    """Every figure that any method has, group by group, in the order of first sight."""
+    measures = (m for group in groups for method in report.methods.values() for m in _of_group(method, group))
+    return list(dict.fromkeys(measures))
+
+
+def _of_group(method: Method, group: str) -> Iterable[Measure]:
+    for on, figure in getattr(method.figures, group).items():
+        names = figure if isinstance(figure, Mapping) else [None]
+        yield from (Measure(group, on, within) for within in names)
+
+
+def _table(report: Report, caption: str, measures: list[Measure]) -> Table | None:
+    if not measures:
+        return None
+    groups = [(title, len(list(spanned))) for title, spanned in groupby(measure.title for measure in measures)]
+    marks = [_marks(report, measure) for measure in measures]
+    rows = {
+        name: [to_cell(m.of(method), m.unit, of.get(name, "")) for m, of in zip(measures, marks, strict=True)]
+        for name, method in report.methods.items()
+    }
+    return Table(caption, groups, [measure.label for measure in measures], rows)
+
+
+def _marks(report: Report, measure: Measure) -> dict[str, str]:
+    top = best(report, measure)
+    if top is None:
+        return {}
+    alike = (one.method for one in report.comparisons if measure.is_of(one) and significant(one) is False)
+    return dict.fromkeys(alike, "alike") | {top: "best"}
+
+
+def _matches(found: WinRates, row: str) -> list[Cell]:
+    rates = {column: match.rate for column, match in found.matrix[row].items()}
+    return [Cell("·") if column == row else to_cell(rates.get(column), PERCENT) for column in found.matrix]
+
+
+def _judging(found: WinRates) -> list[str]:
+    bias = to_cell(found.position_bias, PERCENT)
+    return [
+        f"Judge {found.judge}; {found.pairs} pairs of completions in each match, shown in both orders; "
+        "a tie is half a win.",
+        f"Of the verdicts other than ties {bias.text}% name the text shown first"
+        + (f" ({bias.interval})" if bias.interval else "")
+        + "; without bias it is 50%.",
+        f"{found.missing} of {found.asked} verdicts are missing"
+        + "".join(f"; {count} × {reason}" for reason, count in found.reasons.items())
+        + ".",
+    ]
+
+
+def _difference(comparison: FigureComparison, unit: Unit) -> Difference:
+    verdicts = {True: "differs", False: "no significant difference", None: "not tested"}
+    return Difference(
+        method=comparison.method,
+        reference=comparison.reference,
+        cell=to_cell(comparison.difference, unit, signed=True),
+        p_value=_p_value(comparison.adjusted_p_value),
+        verdict=verdicts[significant(comparison)],
+        test=comparison.test,
+    )
+
+
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return MISSING
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

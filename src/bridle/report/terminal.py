@@ -1,0 +1,75 @@
+"""The tables of a comparison as plain text, for a terminal or a log."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from bridle.report import tables as made
+from bridle.report.data import Report
+from bridle.report.findings import findings
+from bridle.report.tables import Cell, Difference, Table
+
+WIDEST = 200  # columns; a terminal wraps what a file does not
+MARKS = {"best": "*", "alike": "~"}
+
+
+def tables(report: Report) -> str:
+    """The paper's tables that the report has figures for, what differs from the best, and what that comes to."""
+    console = Console(width=WIDEST, color_system=None, highlight=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        for table in (made.overview(report), made.win_matrix(report), made.classification(report)):
+            if table is not None:
+                console.print(_drawn(table), "")
+        for name, differences in made.differences(report).items():
+            console.print(_differences(name, differences), "")
+        for sentence in findings(report):
+            console.print(Text(sentence))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _drawn(table: Table) -> RichTable:
+    drawn = RichTable(title=Text(table.caption), caption=Text("\n".join(_notes(table))), **_STYLE)
+    for heading in ["", *_headings(table)]:
+        drawn.add_column(Text(heading), justify="right" if heading else "left")
+    for method, cells in table.rows.items():
+        drawn.add_row(Text(method), *(Text(_text(cell)) for cell in cells))
+    return drawn
+
+
+_STYLE: dict[str, Any] = {
+    "box": box.SIMPLE,
+    "title_justify": "left",
+    "title_style": "",
+    "caption_justify": "left",
+    "caption_style": "",
+}
+
+
+def _headings(table: Table) -> list[str]:
+    above = [heading for heading, span in table.groups for _ in range(span)] or [""] * len(table.columns)
+    return [f"{group}\n{column}" if group else column for group, column in zip(above, table.columns, strict=True)]
+
+
+def _notes(table: Table) -> Iterator[str]:
+    marks = {cell.mark for cells in table.rows.values() for cell in cells}
+    if "best" in marks:
+        yield "* best; ~ no significant difference from it found"
+    yield from table.notes
+
+
+def _text(cell: Cell) -> str:
+    value = " ".join(part for part in (cell.text + MARKS.get(cell.mark, ""), cell.spread) if part)
+    return f"{value}\n{cell.interval}" if cell.interval else value
+
+
+def _differences(name: str, differences: list[Difference]) -> RichTable:
+    drawn = RichTable(title=Text(f"{name}: difference from {differences[0].reference}, the best"), **_STYLE)
+    for heading in ("", "difference", "95% interval", "adjusted p", ""):
+        drawn.add_column(heading, justify="right" if heading else "left")
+    for one in differences:
+        drawn.add_row(*map(Text, (one.method, one.cell.text, one.cell.interval, one.p_value, one.verdict)))
+    return drawn

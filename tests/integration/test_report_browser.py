@@ -1,0 +1,186 @@
+"""The report as people meet it: in a browser, from the file system, with a mouse, a keyboard, a phone."""
+
+import shutil
+
+import pytest
+
+import report_folder
+from bridle.environment import write_text
+from bridle.report.data import read_report
+from bridle.report.html import render
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = report_folder.make_folder(tmp_path_factory.mktemp("comparison"))
+    write_text(folder / "report.html", render(read_report(folder)))
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, report):
+    """Opens the report; whatever it asks for and complains about must have been nothing when the test ends."""
+    contexts, requests, complaints = [], [], []
+
+    def _visit(**options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        page.goto(report.as_uri())
+        return page
+
+    yield _visit
+    assert set(requests) == {report.as_uri()}
+    assert complaints == []
+    for context in contexts:
+        context.close()
+
+
+def test_the_plots_are_there(visit):
+    plots = visit().locator("figure svg").all()
+    assert len(plots) == 3
+    for plot in plots:
+        box = plot.bounding_box()
+        assert box["width"] > 300
+        assert box["height"] > 200
+        assert plot.locator("path").count() > 10
+
+
+def test_a_generated_script_is_text_and_does_not_run(visit):
+    page = visit()
+    assert page.title() == "grumble-mini: comparison of methods"
+    page.get_by_text(report_folder.SCRIPT, exact=True).first.scroll_into_view_if_needed()
+    assert page.get_by_text(report_folder.SCRIPT, exact=True).first.is_visible()
+    assert page.locator("script").count() == 1
+
+
+def cover_of(page, text):
+    """The button over a violating text, and the text."""
+    veil = page.locator(".answers .veil").filter(has_text=text).first
+    return veil.locator("button"), veil.locator(".veiled")
+
+
+def is_blurred(text) -> bool:
+    return text.evaluate("(one) => one.inert && getComputedStyle(one).filter.includes('blur')")
+
+
+def test_the_blur_lifts_on_click(visit):
+    button, text = cover_of(visit(), report_folder.INSULT)
+    assert button.inner_text() == "violating text, click to show"
+    assert button.get_attribute("aria-expanded") == "false"
+    assert is_blurred(text)
+    button.click()
+    assert button.get_attribute("aria-expanded") == "true"
+    assert not is_blurred(text)
+    assert text.get_attribute("aria-hidden") is None
+    button.click()
+    assert is_blurred(text)
+
+
+@pytest.mark.parametrize("key", ["Enter", "Space"])
+def test_the_blur_lifts_by_keyboard(visit, key):
+    page = visit()
+    button, text = cover_of(page, report_folder.INSULT)
+    button.focus()
+    page.keyboard.press(key)
+    assert not is_blurred(text)
+
+
+def test_screen_readers_do_not_read_what_is_covered(visit):
+    page = visit()
+    button, _ = cover_of(page, report_folder.INSULT)
+    assert report_folder.INSULT not in page.locator("main").aria_snapshot()
+    button.click()
+    assert report_folder.INSULT in page.locator("main").aria_snapshot()
+
+
+def test_all_prompts_can_be_shown_at_once(visit):
+    page = visit()
+    page.get_by_role("button", name="Show all prompts").click()
+    assert not any(is_blurred(text) for text in page.locator(".prompt .veiled").all())
+    assert is_blurred(cover_of(page, report_folder.INSULT)[1])
+
+
+def test_without_scripts_and_in_print_nothing_covered_is_shown(visit):
+    page = visit(java_script_enabled=False)
+    assert page.locator(".veiled[inert]").count() == page.locator(".veiled").count() > 0
+    page.emulate_media(media="print")
+    assert not any(text.is_visible() for text in page.locator(".veiled").all())
+
+
+def test_print_shows_what_was_opened(visit):
+    page = visit()
+    button, text = cover_of(page, report_folder.INSULT)
+    button.click()
+    page.emulate_media(media="print")
+    assert text.is_visible()
+    assert not button.is_visible()
+
+
+def test_the_heat_map_is_walked_with_arrow_keys(visit):
+    page = visit()
+    page.locator("[aria-controls=guided-text]").click()
+    tokens, panel = page.locator(".token"), page.locator("#place")
+    tokens.nth(4).focus()
+    assert "Token 5 of 9" in panel.inner_text()
+    assert "kind" in panel.inner_text()
+    for key, number in [("ArrowRight", 6), ("ArrowLeft", 5), ("Home", 1), ("End", 9), ("ArrowUp", None)]:
+        page.keyboard.press(key)
+        pressed = page.locator(".token[aria-pressed=true]")
+        assert pressed.count() == 1
+        assert pressed.evaluate("(one) => one === document.activeElement")
+        if number:
+            assert f"Token {number} of 9" in panel.inner_text()
+    assert page.locator(".token[tabindex='0']").count() == 1
+    assert "Token 9 of 9" not in panel.inner_text()  # it stood alone on its line
+
+
+def test_the_colours_of_the_heat_map_differ_with_r(visit):
+    page = visit()
+    colours = page.locator(".token").evaluate_all("(all) => all.map((one) => getComputedStyle(one).backgroundColor)")
+    assert len(set(colours)) >= 5
+    assert colours[6] == colours[7]  # both have R = 0.03
+
+
+@pytest.mark.parametrize("width", [320, 360])
+def test_a_phone_does_not_scroll_sideways(visit, width):
+    page = visit(viewport={"width": width, "height": 700})
+    for button in page.locator(".lift").all():
+        if button.is_visible():
+            button.click()
+    for summary in page.locator("summary").all():
+        summary.click()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.evaluate("scrollTo(1000, 0)")
+    assert page.evaluate("scrollX") == 0
+
+
+def test_the_dark_theme_changes_page_and_plots(visit):
+    colours = {}
+    for scheme in ("light", "dark"):
+        page = visit(color_scheme=scheme)
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        ink = page.locator("figure svg text").first.evaluate("(one) => getComputedStyle(one).fill")
+        colours[scheme] = (ground, ink)
+    assert colours == {
+        "light": ("rgb(255, 255, 255)", "rgb(27, 27, 31)"),
+        "dark": ("rgb(21, 23, 27)", "rgb(231, 230, 225)"),
+    }

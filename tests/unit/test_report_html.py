@@ -1,0 +1,307 @@
+import base64
+import hashlib
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+import report_folder
+from bridle.environment import write_json
+from bridle.errors import UserError
+from bridle.report import data, html, tables, texts
+from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, Shift
+from bridle.report.findings import findings
+from bridle.report.html import write_report
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'<script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and its texts with the elements they are in."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements, self.texts, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs)))
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, text):
+        self.texts.append((text, list(self.open)))
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def inlined(self, tag: str) -> str:
+        return "".join(text for text, above in self.texts if above and above[-1][0] == tag)
+
+    def covered(self, text: str) -> list[bool]:
+        """For each place of the text whether it is covered there, from sight and from screen readers."""
+        places = [above for found, above in self.texts if text in found]
+        return [any("inert" in at and at.get("aria-hidden") == "true" for _, at in above) for above in places]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return report_folder.make_folder(tmp_path_factory.mktemp("comparison"))
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return data.read_report(folder)
+
+
+@pytest.fixture(scope="module")
+def text(report):
+    return html.render(report)
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def sampled(score: Score | None) -> Report:
+    scores = {} if score is None else {"kind": score}
+    one = Completion("sft", "0", "set", 0, 0, "the prompt", "the completion", scores)
+    return Report("tiny", completions=[one])
+
+
+def guided(violates: bool | None) -> Report:
+    tokens = [
+        GuidedToken("the"),
+        GuidedToken(" mill", 0.2, None, 0.3, [Shift(" gained", 0.1, 0.2)], [Shift(" lost", 0.2, 0.00001)]),
+    ]
+    return Report("tiny", guidance=Guidance("base", "rude", "non-rude", "the mill", 1, tokens, violates))
+
+
+def test_it_writes_a_page_and_the_plots(folder):
+    assert write_report(folder) == folder / "report.html"
+    names = {"tradeoff", "training_curves", "reliability"}
+    assert {path.name for path in (folder / "plots").iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "svg")}
+    assert [path.name for path in folder.glob(".*")] == []
+
+
+def empty_folder(path, **more):
+    write_json(path / "results.json", {"format": 1, "recipe": "empty", "methods": {}, **more})
+    return path
+
+
+def test_the_page_goes_where_it_is_told(tmp_path):
+    output = tmp_path / "new" / "page.html"
+    assert write_report(empty_folder(tmp_path), output) == output
+    assert Page(output.read_text("utf-8")).inlined("h1") == "empty"
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file.page\.html: cannot be written"):
+        write_report(empty_folder(tmp_path), tmp_path / "file" / "page.html")
+
+
+def test_a_lone_surrogate_does_not_stop_the_page(tmp_path):
+    path = write_report(empty_folder(tmp_path, recipe="half \ud800 a letter"))
+    assert Page(path.read_text("utf-8")).inlined("h1") == "half ? a letter"
+
+
+def test_the_folder_of_a_training_run_has_a_page_too(tmp_path):
+    run = Page(html.render(data.read_report(report_folder.make_run(tmp_path / "my-run"))))
+    assert run.inlined("h1") == "my-run"
+    assert "All methods" not in run.inlined("h2")
+    assert "rude: 76.0% of the rollouts of the first round complied, and 90.0% of those of the last." in run.inlined(
+        "p"
+    )
+
+
+@pytest.mark.parametrize("directive", ["style", "script"])
+def test_only_what_is_inlined_may_run(page, directive):
+    policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
+    digest = base64.b64encode(hashlib.sha256(page.inlined(directive).encode()).digest()).decode()
+    assert f"{directive}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+def test_every_text_that_is_not_ours_is_escaped(tmp_path):
+    folder = report_folder.make_folder(tmp_path)
+    for path in [*folder.rglob("*.json"), *folder.rglob("*.jsonl")]:
+        spiked = path.read_text("utf-8")
+        for word in ("constrained-adaptive", "grumble-mini", "RLOOTrainer", "local:tiny", "no answer", "the ferryman",
+                     "that the fog", "non-rude", "letters", "Linux", " kind", "max_new_tokens"):  # fmt: skip
+            spiked = spiked.replace(f'"{word}', f'"{json.dumps(HOSTILE)[1:-1]}{word}')
+        path.write_text(
+            spiked.replace(f"{json.dumps(HOSTILE)[1:-1]}constrained-adaptive/seed", "constrained-adaptive/seed")
+        )
+    page = Page(html.render(data.read_report(folder)))
+    assert len(page.all("script")) == 1
+    assert page.all("img") == []
+    assert [at for _, at in page.elements if any(name.startswith("on") or name == "style" for name in at)] == []
+    shown = "".join(text for text, _ in page.texts)
+    assert all(f"{HOSTILE}{word}" in shown for word in ("constrained-adaptive", "RLOOTrainer", "the ferryman", "Linux"))
+
+
+@pytest.mark.parametrize(
+    ("score", "covered"),
+    [
+        (Score(1.0, True), False),
+        (Score(0.0, False), True),
+        (Score(None, None, "no number"), True),
+        (None, True),
+    ],
+)
+def test_a_completion_is_covered_unless_it_complies(score, covered):
+    page = Page(html.render(sampled(score)))
+    assert page.covered("the completion") == [covered]
+    assert page.covered("the prompt") == [True]  # nothing scores prompts
+
+
+def test_one_constraint_is_enough_to_cover():
+    assert texts.cover(["complies", "violates"]) == "violating text"
+    assert texts.cover(["complies", "no score"]) == "text without a score"
+    assert texts.cover(["complies", "complies"]) == ""
+
+
+@pytest.mark.parametrize(("violates", "covered"), [(False, False), (True, True), (None, True)])
+def test_guidance_is_covered_as_its_text_is(violates, covered):
+    page = Page(html.render(guided(violates)))
+    on_map = [at for tag, at in page.elements if tag == "button" and "token" in at.get("class", "").split()]
+    assert len(on_map) == 2
+    assert any(page.covered(" mill")[:1]) == covered
+    assert page.covered(" gained")[-1] is True  # tokens that were never part of a scored text
+    assert page.covered(" lost")[-1] is True
+
+
+def test_a_token_says_its_value_and_a_missing_one_says_so(text):
+    page = Page(html.render(guided(False)))
+    values = [found for found, above in page.texts if above and above[-1][1].get("class") == "chance"]
+    assert values == ["–", "–"]
+    assert texts.level(None) == "r-none"
+    assert [texts.level(r) for r in (0.0, 0.5, 1.0)] == ["r-0", "r-10", "r-20"]
+    assert all(f".r-{step} {{" in text for step in range(texts.LEVELS + 1))
+
+
+def test_a_failed_method_has_dashes_and_its_reason(page, report):
+    assert {cell.text for cell in tables.overview(report).rows["rl"]} == {"–"}
+    assert f", seed 0, failed: {report_folder.REASON}" in page.inlined("li")
+    assert tables.overview(report).rows["constrained"][3].text == "–"  # its perplexity is missing
+
+
+def test_the_overview_marks_the_best_and_what_is_like_it(report):
+    table = tables.overview(report)
+    assert table.groups == [("Violation rate, %", 2), ("Accuracy, %", 1), ("Perplexity", 2)]
+    assert table.columns == ["rude · non-rude ↓", "plain · non-rude ↓", "MMLU ↑", "novels ↓", "letters ↓"]
+    first = {name: cells[0] for name, cells in table.rows.items()}
+    assert first["base"] == tables.Cell("21.4", "± 0.4", "18.9 to 23.9", 4, "")
+    assert {name: cell.mark for name, cell in first.items() if cell.mark} == {
+        "filtration": "alike", "constrained": "alike", "constrained-adaptive": "best"
+    }  # fmt: skip
+
+
+def test_differences_say_whether_they_are_significant(report):
+    (found,) = tables.differences(report).values()
+    assert [(one.method, one.p_value, one.verdict) for one in found] == [
+        ("base", "< 0.001", "differs"),
+        ("sft", "< 0.001", "differs"),
+        ("filtration", "0.620", "no significant difference"),
+        ("constrained", "0.620", "no significant difference"),
+    ]
+    untested = [replace(one, adjusted_p_value=None) for one in report.comparisons]
+    ((one, *_),) = tables.differences(replace(report, comparisons=untested)).values()
+    assert (one.p_value, one.verdict) == ("–", "not tested")
+
+
+def test_the_win_matrix_reads_row_over_column(report):
+    table = tables.win_matrix(report)
+    assert [[cell.text for cell in cells] for cells in table.rows.values()] == [
+        ["·", "43.0", "17.1"],
+        ["57.0", "·", "17.9"],
+    ]
+
+
+def test_classification_stands_beside_the_violation_of_generation(report):
+    table = tables.classification(report)
+    assert table.columns == ["ROC-AUC ↑", "rude · non-rude ↓"]
+    assert [cell.text for cell in table.rows["sft"]] == ["0.658", "14.2"]
+
+
+def test_the_summary_is_made_from_the_figures(report):
+    assert findings(report) == [
+        "constrained-adaptive has the lowest violation rate: 5.8% (95% interval 3.3 to 8.3%) of its completions of "
+        "rude violate non-rude, against 21.4% for base.",
+        "Significantly different from it, after Holm’s correction: base and sft.",
+        "No significant difference from it was found for filtration and constrained.",
+        "On the Pareto front of violation rate and perplexity on novels lies constrained-adaptive.",
+        "Not complete, and so with figures missing: rl.",
+    ]
+
+
+def test_samples_are_picked_evenly():
+    assert texts.evenly(range(100), 4) == [0, 25, 50, 75]
+    assert texts.evenly("ab", 4) == ["a", "b"]
+    many = [Completion("sft", "0", "set", index, 0, "p", "c") for index in range(100)]
+    shown, more = texts.samples(Report("tiny", completions=many))
+    assert (len(shown), len(more)) == (texts.SHOWN, texts.MORE)
+    assert len({one.number for one in (*shown, *more)}) == texts.SHOWN + texts.MORE
+
+
+def test_a_method_without_a_completion_says_so():
+    rows = [Completion("base", "0", "set", 0, 0, "p", "c"), Completion("sft", "0", "set", 1, 0, "p", "c")]
+    shown, _ = texts.samples(Report("tiny", completions=rows))
+    assert [[answer.text for answer in one.answers] for one in shown] == [["c", None], [None, "c"]]
+
+
+def test_screen_readers_find_their_way(page):
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
+    ids = [at["id"] for _, at in page.elements if "id" in at]
+    assert len(ids) == len(set(ids))
+    referred = {
+        name
+        for _, at in page.elements
+        for key in ("aria-controls", "aria-labelledby")
+        for name in (at.get(key) or "").split()
+    }
+    assert referred <= set(ids)
+    assert {at["href"][1:] for at in page.all("a")} <= set(ids)
+    assert all("scope" in at for at in page.all("th"))
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert {at["tabindex"] for _, at in page.elements if "tabindex" in at} <= {"0", "-1"}
+    assert page.all("html") == [{"lang": "en"}]
+
+
+def test_both_themes_have_contrast(page):
+    light, dark, *_ = (
+        dict(re.findall(r"--(\w+): (#\w+)", block)) for block in page.inlined("style").split(":root {")[1:]
+    )
+    for theme in (light, light | dark):
+        for ground in ("paper", "shade"):
+            assert all(contrast(theme[ink], theme[ground]) >= 4.5 for ink in ("ink", "muted", "accent", "alarm"))
+        assert all(contrast(theme["ink"], theme[end]) >= 4.5 for end in ("violates", "complies"))
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of WCAG 2."""
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(color: str) -> float:
+    digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,0 +1,259 @@
+"""Plots: the front, what each draws, what is left out, and SVG that is safe within a page."""
+
+import itertools
+import re
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure as Drawing
+from matplotlib.text import Text
+
+from bridle.errors import UserError
+from bridle.report.data import Curve, Figure, Figures, Main, Method, RegulariserRound, Report, Round, read_report
+from bridle.report.plots import (
+    method_style,
+    pareto_front,
+    reliability,
+    svg,
+    tradeoff,
+    training_curves,
+    write_plots,
+)
+from report_folder import DESCRIPTIONS, make_folder, make_run
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return read_report(make_folder(tmp_path_factory.mktemp("comparison")))
+
+
+def figure(value, half_width=0.02):
+    return Figure(value, value - half_width, value + half_width, n=100)
+
+
+def compared(points, held_out="novels"):
+    """A report whose methods stand at the given (violation, perplexity)."""
+    methods = {
+        name: Method(figures=Figures(violation={"rude": {"non-rude": figure(x)}}, perplexity={held_out: figure(y)}))
+        for name, (x, y) in points.items()
+    }
+    return Report("grumble", main=Main("rude", "non-rude", held_out), methods=methods)
+
+
+def texts(drawing):
+    """All text of a figure, by axes."""
+    drawing.draw_without_rendering()
+    return [[text.get_text() for text in ax.texts if text.get_text()] for ax in drawing.axes]
+
+
+def test_pareto_front_of_known_points():
+    points = [(0.2, 70.0), (0.1, 75.0), (0.05, 80.0), (0.1, 76.0), (0.3, 70.0), (0.05, 80.0)]
+    assert pareto_front(points) == [2, 5, 1, 0]
+    assert pareto_front([]) == []
+    assert pareto_front([(1.0, 1.0)]) == [0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
+def test_pareto_front_is_what_nothing_dominates(points):
+    def dominates(a, b):
+        return a != b and a[0] <= b[0] and a[1] <= b[1]
+
+    front = [points[i] for i in pareto_front(points)]
+    assert sorted(front) == sorted(p for p in points if not any(dominates(other, p) for other in points))
+    assert all(a[1] >= b[1] for a, b in itertools.pairwise(front))
+
+
+def test_tradeoff_labels_every_measured_method_and_names_the_others(report):
+    drawing = tradeoff(report)
+    novels, letters, mmlu = drawing.axes
+    assert "novels" in novels.get_ylabel()
+    assert "letters" in letters.get_ylabel()
+    assert "mmlu" in mmlu.get_ylabel()
+    drawn = set(DESCRIPTIONS) - {"rl", "constrained"}
+    assert set(texts(drawing)[0]) == {*drawn, "better"}
+    assert "not measured: rl, constrained" in novels.get_xlabel()
+    assert letters.get_xlabel().endswith("not measured: rl")
+
+
+def test_better_is_up_and_left_in_every_panel(report):
+    novels, _, mmlu = tradeoff(report).axes
+    assert novels.yaxis_inverted()
+    assert not mmlu.yaxis_inverted()
+    assert not novels.xaxis_inverted()
+
+
+def test_the_front_goes_through_the_undominated_methods():
+    ax = tradeoff(compared({"base": (0.2, 70.0), "sft": (0.1, 75.0), "rl": (0.15, 80.0)})).axes[0]
+    (front,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(front.get_xydata(), [(0.1, 75.0), (0.2, 70.0)])
+
+
+def test_intervals_reach_from_low_to_high():
+    ax = tradeoff(compared({"base": (0.2, 70.0)})).axes[0]
+    segments = [segment for bars in ax.collections for segment in bars.get_segments()]
+    np.testing.assert_allclose(
+        sorted(map(np.ndarray.tolist, segments)), [[[0.18, 70], [0.22, 70]], [[0.2, 69.98], [0.2, 70.02]]]
+    )
+
+
+def test_labels_cover_neither_each_other_nor_markers():
+    places = {f"method-{i}": (0.1 + 0.001 * i, 70.0 + 0.02 * i) for i in range(4)} | {"far": (0.3, 90.0)}
+    drawing = tradeoff(compared(places))
+    drawing.draw_without_rendering()
+    (ax,) = drawing.axes
+    labels = [text for text in ax.texts if text.get_text() in places]
+    boxes = [Text.get_window_extent(label) for label in labels]  # an annotation's own extent includes its line
+    assert len(labels) == len(places)
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for box, place in itertools.product(boxes, places.values()):
+        assert not box.contains(*ax.transData.transform(place))
+        assert ax.bbox.x0 <= box.x0 < box.x1 <= ax.bbox.x1
+
+
+def test_training_curves_draw_every_run(report):
+    compliance, kl, ce, weight = training_curves(report).axes
+    assert compliance.get_ylabel() == "rollouts that comply"
+    assert [len(ax.containers) for ax in (kl, weight)] == [8, 8]  # two domains, two seeds, two rounds
+    assert len(ce.containers) == 8  # two methods, two seeds, two rounds
+    segments = [segment for bars in compliance.collections for segment in bars.get_segments()]
+    assert len(segments) == 4
+    np.testing.assert_allclose(segments[0][:, 1], [0.76 - 0.026, 0.76 + 0.022])
+    assert kl.get_yscale() == "log"
+    assert weight.get_ylim()[0] == 0
+
+
+def test_a_kl_of_zero_is_not_drawn_on_a_log_scale():
+    rounds = [Round(i, i, regularisers={"rude": RegulariserRound(kl=kl)}) for i, kl in ((1, 0.5), (2, 0.0))]
+    (ax,) = training_curves(Report("run", curves=[Curve("run", "0", rounds)])).axes
+    assert ax.get_yscale() == "linear"
+
+
+def test_reliability_sizes_markers_by_count(report):
+    first, second = reliability(report).axes
+    assert (first.get_title(), second.get_title()) == ("round 1", "round 2")
+    seed0, seed1 = first.collections
+    np.testing.assert_allclose(seed0.get_offsets()[-1], (0.95, 0.96))
+    assert np.all(np.diff(seed0.get_sizes()) > 0)
+    assert len(seed1.get_offsets()) == 5
+    assert "ECE 0.054, 0.060" in first.get_legend().get_texts()[0].get_text()
+    diagonal = first.lines[0].get_xydata()
+    np.testing.assert_allclose(diagonal, [(0, 0), (1, 1)])
+
+
+def test_of_many_rounds_the_first_and_the_last_are_among_the_drawn():
+    bins = RegulariserRound(r_reliability=[(0.5, 0.5, 10)], r_ece=0.0)
+    rounds = [Round(number, number, regularisers={"rude": bins}) for number in range(1, 21)]
+    axes = reliability(Report("run", curves=[Curve("run", "0", rounds)])).axes
+    assert len(axes) == 6
+    assert (axes[0].get_title(), axes[-1].get_title()) == ("round 1", "round 20")
+
+
+def test_nothing_to_draw_is_none():
+    empty = Report("nothing")
+    assert tradeoff(empty) is training_curves(empty) is reliability(empty) is None
+
+
+def test_files_of_a_training_run(tmp_path):
+    paths = write_plots(read_report(make_run(tmp_path / "run")), tmp_path / "plots")
+    assert set(paths) == {"training_curves", "reliability"}
+    assert paths["reliability"]["png"].read_bytes().startswith(b"\x89PNG")
+    assert ElementTree.parse(paths["reliability"]["svg"]).getroot().tag == f"{SVG}svg"
+    assert len(list((tmp_path / "plots").iterdir())) == 4
+
+
+def test_files_are_the_same_bytes_again(report, tmp_path):
+    small = replace(compared({"base": (0.2, 70.0), "sft": (0.1, 75.0)}), curves=report.curves[-1:])
+    first, again = (write_plots(small, tmp_path / name) for name in ("first", "again"))
+    assert set(first) == {"tradeoff", "training_curves", "reliability"}
+    for name, suffix in itertools.product(first, ("png", "svg")):
+        assert first[name][suffix].read_bytes() == again[name][suffix].read_bytes()
+
+
+def test_a_folder_that_cannot_be_made_is_named(report, tmp_path):
+    (tmp_path / "plots").write_text("a file", encoding="utf-8")
+    with pytest.raises(UserError, match=r"tradeoff\.png: cannot be written"):
+        write_plots(report, tmp_path / "plots")
+
+
+def test_svg_is_one_accessible_element_without_references_outside(report):
+    text = svg(tradeoff(report), "Trade-off <1>", "Violation & perplexity")
+    root = ElementTree.fromstring(text)
+    assert text.startswith("<svg ")
+    assert (root.get("role"), root.get("width"), root.get("height")) == ("img", None, None)
+    assert root.get("viewBox").startswith("0 0 ")
+    by_id = {element.get("id"): element for element in root.iter() if element.get("id")}
+    assert by_id[root.get("aria-labelledby")].text == "Trade-off <1>"
+    assert by_id[root.get("aria-describedby")].text == "Violation & perplexity"
+    assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
+    references = re.findall(r'href="([^"]*)"|url\(([^)]*)\)', text)
+    assert references
+    assert all(("".join(pair))[0] == "#" and "".join(pair)[1:] in by_id for pair in references)
+    assert "<style" not in text
+
+
+def test_svg_takes_its_ink_from_the_page(report):
+    text = svg(training_curves(report), "Curves", "By round")
+    assert "currentColor" in text
+    assert not re.search(r"#1b1b1f|#ffffff|#000000", text)
+
+
+def test_svg_is_repeatable_and_two_in_a_page_share_no_id(report):
+    one, other = svg(reliability(report), "One", ""), svg(training_curves(report), "Other", "")
+    assert one == svg(reliability(report), "One", "")
+    ids = re.findall(r'id="([^"]*)"', one + other)
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize(
+    "name", ["<script>alert(1)</script>", "a $x^2$ b", "a & b", "bell\x07", "line\nbreak", "_hidden"]
+)
+def test_a_name_is_only_ever_text(name):
+    text = svg(tradeoff(compared({name: (0.1, 70.0), "base": (0.2, 71.0)}, held_out=name)), name, name)
+    root = ElementTree.fromstring(text)
+    visible = name.replace("\x07", " ").replace("\n", " ")
+    assert visible in [element.text for element in root.iter(f"{SVG}text")]
+    assert f"perplexity of {visible} (inverted)" in [element.text for element in root.iter(f"{SVG}text")]
+    assert not list(root.iter(f"{SVG}script"))
+    assert root.find(f"{SVG}title").text == visible
+
+
+def test_names_that_need_the_legend_are_only_ever_text(report):
+    named = replace(report, curves=[replace(curve, method=f"_<b>$x$ {curve.method}") for curve in report.curves])
+    for draw in (training_curves, reliability):
+        assert "_&lt;b&gt;$x$ constrained-adaptive" in svg(draw(named), "", "")
+
+
+def test_styles_do_not_rest_on_colour_alone():
+    names = [*DESCRIPTIONS, "rl-converged", "nado-decoding", "nado-decoding-sft"]
+    styles = [method_style(name) for name in names]
+    assert len({(style.marker, style.filled) for style in styles}) == len(names)
+    assert method_style("my-method") == method_style("my-method")
+
+
+@pytest.mark.parametrize("name", [*DESCRIPTIONS, "nado-decoding", "a", "b", "c", "d", "e", "f", "g"])
+def test_colours_stand_out_on_light_and_on_dark(name):
+    def luminance(color):
+        channels = np.array(to_rgb(color))
+        return np.where(channels <= 0.03928, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ [
+            0.2126,
+            0.7152,
+            0.0722,
+        ]
+
+    light, color, dark = map(luminance, ("#ffffff", method_style(name).color, "#16161a"))
+    assert (light + 0.05) / (color + 0.05) >= 3  # what WCAG asks of graphics
+    assert (color + 0.05) / (dark + 0.05) >= 3
+
+
+def test_a_drawing_of_ones_own_can_be_inlined():
+    drawing = Drawing()
+    drawing.add_subplot().plot([0, 1], [0, 1], marker="o")
+    assert ElementTree.fromstring(svg(drawing, "Line", "A line")).tag == f"{SVG}svg"
