@@ -1,4 +1,4 @@
-"""The command line: `bridle train`, `generate`, `evaluate` and `judge`."""
+"""The command line: `bridle train`, `generate`, `evaluate`, `judge`, `compare` and `report`."""
 
 import json
 import logging
@@ -6,8 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,11 +95,12 @@ def generate(
     """Draw text from a model, guided or not, at temperature 1 from its whole distribution."""
     from bridle.data import Prompt, encode_prompt
     from bridle.evaluation import Evaluator, prompt_set
+    from bridle.models.guidance import guided
 
     if (prompts is None) == (prompt is None):
         raise UserError("give either --prompts FILE or --prompt TEXT")
     lm, tokenizer = _load(model, device, dtype)
-    with _guided(lm, guide, guide_power) as guidance:
+    with guided(lm, guide, guide_power) as guidance:
         evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed)
         if prompts is not None:
             asked = evaluator.read(prompt_set(prompts), max_new_tokens, prompt_tokens)
@@ -197,6 +197,7 @@ def evaluate(
     from bridle.data import DataSource, VerbalisedLabel, texts_of
     from bridle.environment import environment
     from bridle.evaluation import FORMAT, Evaluator, prompt_set, write_results
+    from bridle.models.guidance import guided
 
     if bool(prompts) != bool(constraint):
         raise UserError("--prompts and --constraint go together: texts are drawn from one and scored by the other")
@@ -217,7 +218,7 @@ def evaluate(
         "prompt_sets": {one.name: one.describe() for one in sets},
         "constraints": {name: oracle.describe() for name, oracle in oracles.items()},
     }
-    with _guided(lm, guide, guide_power) as guidance:
+    with guided(lm, guide, guide_power) as guidance:
         evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed, show=typer.echo)
         results |= evaluator.generation(
             sets,
@@ -283,6 +284,72 @@ def judge(
         write_results(json_file, found | {"environment": environment(seed)})
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: bridle compare recipes/detox-mini.yaml --methods base,sft,constrained-adaptive --seeds 3",
+)
+def compare(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="YAML file, with a section `evaluation` that says what is measured.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            metavar="NAMES",
+            help="By comma: base, sft, filtration, rl, rl-converged, nado-decoding, nado-decoding-sft, constrained, "
+            "constrained-adaptive, or one of an installed package. [default: all]",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds, from the recipe's own on.")] = 1,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output_dir", help="Where everything goes. [default: runs/compare-NAME OF RECIPE]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Make only what is missing or failed.")] = False,
+) -> None:
+    """Train and measure several methods on a recipe's corpus and constraint, and show the trade-off.
+
+    Any key of the recipe can be set here, as in `bridle train`. The folder then holds results.json, a report to
+    open in a browser, and for each method and seed its model, figures and completions.
+    """
+    from bridle.comparison.compare import Comparison
+    from bridle.report.data import read_report
+    from bridle.report.html import write_report
+    from bridle.report.terminal import tables
+    from bridle.training.recipe import load_recipe, parse_overrides
+
+    _quiet_libraries()
+    loaded = load_recipe(recipe, parse_overrides(context.args))
+    folder = output_dir or Path("runs") / f"compare-{recipe.stem}"
+    first = loaded.training.get("seed", 0)
+    Comparison(
+        loaded,
+        folder,
+        names=[name.strip() for name in methods.split(",")] if methods else (),
+        seeds=range(first, first + seeds),
+        title=recipe.stem,
+        resume=resume,
+        show=lambda line: typer.echo(line, err=True),
+    ).run()
+    typer.echo(tables(read_report(folder)))
+    typer.echo(f"Every figure is in {folder / 'results.json'}; look at {write_report(folder)} in a browser.")
+
+
+@app.command(epilog="Example: bridle report runs/compare-detox-mini")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `bridle compare` or `bridle train` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The page. [default: DIR/report.html]")
+    ] = None,
+) -> None:
+    """Write one HTML page with tables, plots and texts, and every plot as PNG and SVG.
+
+    The page needs no network and opens from the file system.
+    """
+    from bridle.report.html import write_report
+
+    typer.echo(f"The report is {write_report(folder, output)}.")
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2, a stopped run exit code 3."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -330,20 +397,6 @@ def _oracles(specs: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--constraint: two constraints are called '{oracle.name}'; name them in a recipe")
         oracles[oracle.name] = oracle
     return oracles
-
-
-@contextmanager
-def _guided(model: Any, auxiliary: str | None, power: float) -> Iterator[Any]:
-    """The guide that an auxiliary folder makes for a model; None without one."""
-    from bridle.models.auxiliary import load_auxiliary
-    from bridle.models.guidance import NADOGuide
-    from bridle.models.hidden import causal_lm
-
-    if auxiliary is None:
-        yield None
-        return
-    with NADOGuide(model, load_auxiliary(auxiliary, causal_lm(model)), power) as guide:
-        yield guide
 
 
 def _write(path: Path, text: str) -> None:

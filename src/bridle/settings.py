@@ -46,7 +46,7 @@ def validated(kind: Any, value: Any, where: str) -> Any:
     Raises:
         UserError: it cannot be one.
     """
-    inner = next((option for option in (kind, *get_args(kind)) if is_dataclass(option)), None)
+    inner: Any = next((option for option in (kind, *get_args(kind)) if is_dataclass(option)), None)
     if inner is not None and isinstance(value, Mapping):
         return build(inner, value, where)
     if is_dataclass(value):

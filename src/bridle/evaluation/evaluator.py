@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridle.constraints import Constraint
 from bridle.data import DataSource, Prompt, VerbalisedLabel, labelled_texts, read_prompts
 from bridle.evaluation.generation import evaluate_constraints, generate_completions, output_perplexity
+from bridle.evaluation.observations import Observations
 from bridle.evaluation.prompt_sets import PromptSet
 from bridle.evaluation.results import generation_parts, perplexity_part
 from bridle.evaluation.tasks import evaluate_tasks
@@ -29,6 +30,7 @@ class Evaluator:
         batch_size: rows in one forward.
         seed: of sampling and of bootstraps.
         show: is told each figure as it is made.
+        observations: what the figures were made from, item by item.
     """
 
     model: PreTrainedModel
@@ -37,6 +39,7 @@ class Evaluator:
     batch_size: int = 64
     seed: int = 0
     show: Callable[[str], None] = field(default=lambda line: None)
+    observations: Observations = field(default_factory=Observations)
 
     def generation(
         self,
@@ -60,9 +63,13 @@ class Evaluator:
         """
         found, fluency = {}, {}
         for prompts in sets:
-            asked = [prompt.ids for prompt in self.read(prompts, max_new_tokens, prompt_tokens)]
+            read = self.read(prompts, max_new_tokens, prompt_tokens)
+            asked = [prompt.ids for prompt in read]
             drawn = self.draw(asked, samples=samples, max_new_tokens=max_new_tokens)
             found[prompts.name] = evaluate_constraints(drawn, constraints, seed=self.seed)
+            self.observations.add_completions(
+                prompts.name, [prompt.text for prompt in read], drawn, found[prompts.name]
+            )
             for name, result in found[prompts.name].items():
                 self.show(f"{prompts.name} under {name}\n{result}")
             if base is not None:
@@ -104,6 +111,7 @@ class Evaluator:
                 batch_size=self.batch_size,
                 adjust_logits=self.guide.log_probs if self.guide else None,
             )
+            self.observations.add_likelihoods(name, found[name])
         part = perplexity_part(found, seed=self.seed)
         for name, figures in part.items():
             per_token, per_byte = figures["per_token"]["value"], figures["bits_per_byte"]["value"]
@@ -136,6 +144,7 @@ class Evaluator:
                 classes,
             )
         result = classification_report(*scored["validation"], *scored["test"], seed=self.seed)
+        self.observations.add_classified(*scored["test"])
         self.show(str(result))
         return result.to_json()
 
@@ -155,5 +164,6 @@ class Evaluator:
             guide=self.guide,
         )
         for name, result in found.items():
+            self.observations.add_answers(name, result)
             self.show(f"{name}: {result}")
         return {name: result.to_json() for name, result in found.items()}

@@ -49,8 +49,7 @@ class GenerationResult:
         distinct_3: the same for three words.
         mean_length: mean number of words, empty completions included.
         empty_share: share of completions that are empty or white space.
-        violations: [prompts][samples] whether each completion violates, None where it has no score: what
-            `compare_methods` takes. It is no part of the JSON.
+        scores: [prompts][samples], what the figures are made from. They are no part of the JSON.
     """
 
     constraint: str
@@ -66,7 +65,12 @@ class GenerationResult:
     distinct_3: Estimate
     mean_length: Estimate
     empty_share: Estimate
-    violations: list[list[bool | None]] = field(repr=False)
+    scores: Sequence[Sequence[Score]] = field(repr=False)
+
+    @property
+    def violations(self) -> list[list[bool | None]]:
+        """[prompts][samples] whether each completion violates, None where it has no score."""
+        return [[None if score.complies is None else not score.complies for score in row] for row in self.scores]
 
     def estimates(self) -> dict[str, Estimate]:
         """The figures by name."""
@@ -82,7 +86,7 @@ class GenerationResult:
 
     def to_json(self) -> dict[str, Any]:
         """Name, counts and figures, ready for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "violations"}
+        return {name: value for name, value in asdict(self).items() if name != "scores"}
 
     def __str__(self) -> str:
         return "\n".join(f"{name.replace('_', ' '):<24}{value}" for name, value in self.estimates().items())
@@ -271,7 +275,7 @@ def _result(
         incomplete=sum(any(score.is_missing for score in of_prompt) for of_prompt in scores),
         **_violation_figures(scores, seed),
         **text,
-        violations=[[None if score.complies is None else not score.complies for score in row] for row in scores],
+        scores=scores,
     )
 
 

@@ -257,27 +257,25 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def compare_methods(
-    violations: Mapping[str, Sequence[Sequence[bool | None]]], reference: str, *, seed: int = 0
-) -> list[Comparison]:
-    """Compares the violation rate of every other method with a reference on the same prompts.
+def compare_methods(observations: Mapping[str, Clusters], reference: str, *, seed: int = 0) -> list[Comparison]:
+    """Compares the mean of every other method, a violation rate for instance, with a reference on the same prompts.
 
-    With one sample a prompt the test is McNemar's, otherwise the permutation test of `paired_bootstrap`,
+    With one yes or no a prompt the test is McNemar's, otherwise the permutation test of `paired_bootstrap`,
     which is McNemar's too where both apply. The p-values are adjusted by `holm` over all methods.
 
     Args:
-        violations: per method [prompts][samples]: whether a completion violates, None where it has no score.
-            The prompts are the same, in the same order.
+        observations: per method [prompts][samples]: whether a completion violates, for instance, None where it
+            has no score. The prompts are the same, in the same order.
         reference: the method that the others are compared with.
         seed: of the resamples and permutations.
 
     Raises:
         UserError: there is no such reference, or a method has another number of prompts.
     """
-    _check_methods(violations, reference)
-    base = violations[reference]
-    others = {name: flags for name, flags in violations.items() if name != reference}
-    tested = [_tested(flags, base, seed) for flags in others.values()]
+    _check_methods(observations, reference)
+    base = observations[reference]
+    others = {name: values for name, values in observations.items() if name != reference}
+    tested = [_tested(values, base, seed) for values in others.values()]
     adjusted = holm([p for _, p, _ in tested])
     return [
         Comparison(method, reference, difference, p, adjusted_p, test)
@@ -285,25 +283,24 @@ def compare_methods(
     ]
 
 
-def _check_methods(violations: Mapping[str, Sequence], reference: str) -> None:
-    if reference not in violations:
-        raise UserError(f"reference: {reference!r} is none of the methods {', '.join(map(repr, violations))}")
-    wanted = len(violations[reference])
-    for method, flags in violations.items():
-        if len(flags) != wanted:
+def _check_methods(observations: Mapping[str, Clusters], reference: str) -> None:
+    if reference not in observations:
+        raise UserError(f"reference: {reference!r} is none of the methods {', '.join(map(repr, observations))}")
+    wanted = len(observations[reference])
+    for method, values in observations.items():
+        if len(values) != wanted:
             raise UserError(
-                f"method {method!r} has {len(flags)} prompts and {reference!r} has {wanted}; "
+                f"method {method!r} has {len(values)} prompts and {reference!r} has {wanted}; "
                 "methods are compared on the same prompts"
             )
 
 
-def _tested(
-    flags: Sequence[Sequence[bool | None]], base: Sequence[Sequence[bool | None]], seed: int
-) -> tuple[Estimate, float | None, str]:
-    difference, p = paired_bootstrap(flags, base, seed=seed)
-    if any(len(samples) != 1 for samples in chain(flags, base)):
+def _tested(values: Clusters, base: Clusters, seed: int) -> tuple[Estimate, float | None, str]:
+    difference, p = paired_bootstrap(values, base, seed=seed)
+    every = [*chain(values, base)]
+    if any(len(samples) != 1 or not isinstance(samples[0], bool | None) for samples in every):
         return difference, p, "permutation"
-    return difference, mcnemar([flag for (flag,) in flags], [flag for (flag,) in base]), "mcnemar"
+    return difference, mcnemar([flag for (flag,) in values], [flag for (flag,) in base]), "mcnemar"  # type: ignore[misc]
 
 
 def _sign_flip_test(differences: np.ndarray, seed: int) -> float:

@@ -1,0 +1,1 @@
+"""Comparing methods: the same corpus, budget and evaluator for each, and tests of what differs."""

@@ -1,0 +1,214 @@
+"""`bridle compare`: every method with every seed, made and measured one after the other, and summed up.
+
+    DIR/recipe.yaml, results.json, verdicts.jsonl, guidance.json
+    DIR/METHOD/seed-N/   candidate.json, results.json, completions.jsonl, likelihoods.jsonl, answers.jsonl,
+                         the method's own files, or failed.json
+
+A run that has a `candidate.json` is not made again, and one with a `results.json` is not measured again.
+"""
+
+import json
+import logging
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bridle.comparison.measure import measure
+from bridle.comparison.methods import Candidate, Cell, description, free_memory, method_named, methods
+from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
+from bridle.comparison.summary import comparisons, figures_of, first_completions, over_seeds
+from bridle.comparison.tracing import trace_guidance
+from bridle.environment import environment, write_json, write_text
+from bridle.errors import RunStopped, UserError
+from bridle.evaluation import ChatJudge, LocalJudge, win_rates
+from bridle.evaluation.judges import Judge
+from bridle.evaluation.observations import Observations
+from bridle.models.card import write_card
+from bridle.models.hub import without_token
+from bridle.models.loading import load_model, load_tokenizer
+from bridle.progress import Progress
+from bridle.training.recipe import Recipe, load_recipe
+from bridle.training.run import RECIPE_FILE, describe_run
+
+FORMAT = 1
+RESULTS, CANDIDATE, FAILED = "results.json", "candidate.json", "failed.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Comparison:
+    """All methods on one recipe.
+
+    Attributes:
+        recipe: what they have in common.
+        folder: where everything goes.
+        names: methods, in the order in which they are made and shown.
+        seeds: each method is made with each of them.
+        title: what the results call the recipe.
+        resume: keep what `folder` holds already, and make only what is missing or failed.
+        show: is told what is being done, a line at a time.
+    """
+
+    recipe: Recipe
+    folder: Path
+    names: Sequence[str] = ()
+    seeds: Sequence[int] = (0,)
+    title: str = "recipe"
+    resume: bool = False
+    show: Callable[[str], None] = field(default=lambda line: None)
+    _failed: set[tuple[str, int]] = field(init=False, default_factory=set)  # in this call; not tried twice
+
+    def __post_init__(self) -> None:
+        self.plan: Evaluation = evaluation_of(self.recipe)
+        self.names = list(self.names or methods())
+        for name in self.names:
+            method_named(name)
+        if not self.seeds:
+            raise UserError("seeds: give at least one")
+        if (self.folder / RESULTS).exists() and not self.resume:
+            raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")
+
+    def run(self) -> dict[str, Any]:
+        """Makes and measures what is missing; returns what it wrote to `results.json`.
+
+        Raises:
+            UserError: the recipe, a constraint or a file of the plan cannot be used at all.
+            RunStopped: no method could be carried out.
+        """
+        for constraint in self.plan.constraints.values():
+            constraint.load()  # a mistake shows now and not after an hour
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resolved = without_token(self.recipe.resolved)
+        write_text(self.folder / RECIPE_FILE, yaml.safe_dump(resolved, sort_keys=False))
+        runs = [(name, seed) for seed in self.seeds for name in self.names]
+        with Progress("comparing", len(runs), "runs") as progress:
+            for name, seed in runs:
+                self._carry_out(name, seed)
+                progress.update()
+        return self._sum_up()
+
+    # ------------------------------------------------------------------ one method, one seed
+
+    def _carry_out(self, name: str, seed: int) -> None:
+        """Makes and measures one method with one seed; what goes wrong is written down and stops no other."""
+        folder = self._folder(name, seed)
+        if (folder / RESULTS).exists():
+            return
+        try:
+            candidate = self._candidate(name, seed)
+            self.show(f"{name}, seed {seed}: measuring")
+            measure(candidate, self.plan, self.recipe, folder, seed)
+            self._write_card(name, seed, candidate)
+        except Exception as error:
+            self._note_failure(name, seed, error)
+        finally:
+            free_memory()
+
+    def _candidate(self, name: str, seed: int) -> Candidate:
+        """A method's model, made if it was not yet. Methods that build on others ask for theirs in the same way."""
+        folder = self._folder(name, seed)
+        if (folder / CANDIDATE).exists():
+            return Candidate(**_read(folder / CANDIDATE))
+        if (failed := folder / FAILED).exists() and (name, seed) in self._failed:
+            raise UserError(f"it needs {name}, which failed: {_read(failed)['reason']}")
+        self.show(f"{name}, seed {seed}: making")
+        folder.mkdir(parents=True, exist_ok=True)
+        cell = Cell(name, self.recipe, seed, folder, lambda other: self._candidate(other, seed), self.resume)
+        try:
+            candidate = method_named(name)(cell)
+        except Exception as error:
+            self._note_failure(name, seed, error)
+            raise
+        write_json(folder / CANDIDATE, asdict(candidate))
+        (folder / FAILED).unlink(missing_ok=True)
+        return candidate
+
+    def _note_failure(self, name: str, seed: int, error: Exception) -> None:
+        reason = str(error) if isinstance(error, UserError | RunStopped) else f"{type(error).__name__}: {error}"
+        self._failed.add((name, seed))
+        details = "".join(traceback.format_exception(error))
+        write_json(self._folder(name, seed) / FAILED, {"reason": reason, "traceback": details})
+        self.show(f"{name}, seed {seed}: failed: {reason}")
+
+    def _write_card(self, name: str, seed: int, candidate: Candidate) -> None:
+        """The model card anew, now with what was measured."""
+        folder = self._folder(name, seed)
+        about: dict[str, Any] = {"method": name, "description": description(method_named(name))}
+        results = _read(folder / RESULTS)
+        if (folder / RECIPE_FILE).exists():  # it is a training run
+            describe_run(load_recipe(folder / RECIPE_FILE), folder, rows=candidate.rows, results=results, **about)
+        elif (folder / "model").is_dir():
+            recipe = {key: value for key, value in self.recipe.resolved.items() if key != "regularisers"}
+            write_card(folder / "model", recipe, results=results, environment=environment(seed), **about)
+
+    def _folder(self, name: str, seed: int) -> Path:
+        return self.folder / name / f"seed-{seed}"
+
+    # ------------------------------------------------------------------ all together
+
+    def _sum_up(self) -> dict[str, Any]:
+        measured = {name: [s for s in self.seeds if (self._folder(name, s) / RESULTS).exists()] for name in self.names}
+        if not any(measured.values()):
+            reason = _read(self._folder(self.names[0], self.seeds[0]) / FAILED)["reason"]
+            raise RunStopped(f"{self.folder}: no method could be carried out; the first: {reason}")
+        observed = {
+            name: {seed: Observations.read(self._folder(name, seed)) for seed in seeds}
+            for name, seeds in measured.items()
+            if seeds
+        }
+        figures = {name: over_seeds([self._figures(name, seed) for seed in measured[name]]) for name in observed}
+        results = {
+            "format": FORMAT,
+            "recipe": self.title,
+            "seeds": list(self.seeds),
+            "main": self.plan.main,
+            "settings": self.recipe.evaluation,
+            "methods": {
+                name: {
+                    "description": description(method_named(name)),
+                    "seeds": {str(seed): self._status(name, seed) for seed in self.seeds},
+                    "figures": figures.get(name, {}),
+                }
+                for name in self.names
+            },
+            "comparisons": comparisons(observed, figures),
+            "environment": environment(self.seeds[0]),
+        }
+        if self.plan.judge and len(observed) > 1:
+            results["win_rate"] = self._judged(self.plan.judge, observed)
+        write_json(self.folder / RESULTS, results)
+        trace_guidance(self.folder, self.recipe, observed, self.plan)
+        return results
+
+    def _figures(self, name: str, seed: int) -> dict[str, Any]:
+        folder = self._folder(name, seed)
+        return figures_of(_read(folder / RESULTS), _read(folder / CANDIDATE)["cost"])
+
+    def _status(self, name: str, seed: int) -> dict[str, Any]:
+        folder = self._folder(name, seed)
+        where = {"folder": str(folder.relative_to(self.folder))}
+        if (folder / RESULTS).exists():
+            return {"status": "complete", **where}
+        return {"status": "failed", "reason": _read(folder / FAILED)["reason"], **where}
+
+    def _judged(self, options: JudgeOptions, observed: dict[str, dict[int, Observations]]) -> dict[str, Any]:
+        prompts, said = first_completions(observed, next(iter(self.plan.prompts)), options.prompts)
+        verdicts = self.folder / "verdicts.jsonl"
+        verdicts.unlink(missing_ok=True)  # they are added to
+        rates = win_rates(prompts, said, _judge(options, self.recipe.dtype), seed=self.seeds[0], keep=verdicts)
+        return rates.to_json()
+
+
+def _judge(options: JudgeOptions, dtype: str) -> Judge:
+    if options.url is not None:
+        return ChatJudge(options.url, options.model, options.api_key_env)
+    return LocalJudge(load_model(options.model, dtype=dtype), load_tokenizer(options.model))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))

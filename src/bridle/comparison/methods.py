@@ -1,0 +1,249 @@
+"""The methods that are compared, each a few lines over what exists. Others join by the entry point `bridle.methods`.
+
+A method is a function of a `Cell` that makes a `Candidate`; the first line of its docstring describes it.
+Every method sees the same corpus for the same number of updates, except reinforcement learning, which
+gets the wall-clock time of `constrained-adaptive` on top of the plain fine-tuning that it starts from.
+"""
+
+import gc
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from bridle.baselines.filtration import compliant_rows
+from bridle.baselines.reinforcement import ReinforcementOptions, reinforce
+from bridle.environment import write_json
+from bridle.errors import UserError
+from bridle.models.loading import load_model, load_tokenizer
+from bridle.settings import build, known_name
+from bridle.training.build import build_trainer
+from bridle.training.config import ALL
+from bridle.training.recipe import Recipe, build_recipe
+from bridle.training.run import fit_guide, train
+
+ENTRY_POINTS = "bridle.methods"
+REPORT = "reinforcement.json"
+
+
+@dataclass
+class Candidate:
+    """A model that is measured.
+
+    Attributes:
+        model: folder or hub name.
+        guide: folder of the auxiliary that guides its decoding; None for plain sampling.
+        cost: what making it took: `seconds` of training, sampling, scoring and fitting, without loading;
+            `updates` of the policy; `tokens_trained` and `tokens_sampled`. What is unknown is left out.
+        rows: how many rows each domain of the corpus gave.
+    """
+
+    model: str
+    guide: str | None = None
+    cost: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Cell:
+    """One method with one seed: what its function works with.
+
+    Attributes:
+        method: its name.
+        recipe: what all methods have in common; `constrained-adaptive` as it stands.
+        seed: of this run; the recipe's own is replaced by it.
+        folder: the method's own, for whatever it makes.
+        candidate: what another method made with the same seed, by name; made now if it was not yet.
+        resume: whether to go on from checkpoints in `folder`.
+    """
+
+    method: str
+    recipe: Recipe
+    seed: int
+    folder: Path
+    candidate: Callable[[str], Candidate]
+    resume: bool = False
+
+    def variant(self, **changes: Any) -> Recipe:
+        """The recipe with this cell's seed and with other values for some of its keys."""
+        return build_recipe({**self.recipe.resolved, "seed": self.seed, **changes})
+
+    def train(self, recipe: Recipe, corpus: Mapping[str, Dataset] | None = None) -> Candidate:
+        """Carries a recipe out in this cell's folder, on other rows than its own if `corpus` has them."""
+        rows = corpus or recipe.read_corpus()
+        train(recipe, self.folder, resume=self.resume, corpus=rows)
+        counts = {name: len(domain) for name, domain in rows.items()}
+        return Candidate(str(self.folder / "model"), cost=training_cost(self.folder), rows=counts)
+
+    def guided(self, model: str) -> Candidate:
+        """A model guided by an R that is fitted on its own samples."""
+        recipe = self.variant(model=model, lora=None, regularisers=one_regulariser(self.recipe))
+        measured = fit_guide(recipe, self.folder)
+        cost = {"seconds": _total(measured, "seconds_"), "tokens_sampled": _total(measured, "tokens_sampled")}
+        return Candidate(model, str(self.folder / "auxiliary"), cost)
+
+
+Method = Callable[[Cell], Candidate]
+
+
+def base(cell: Cell) -> Candidate:
+    """The model before tuning."""
+    return Candidate(cell.recipe.model)
+
+
+def sft(cell: Cell) -> Candidate:
+    """Plain fine-tuning on the whole corpus."""
+    return cell.train(cell.variant(regularisers={}))
+
+
+def filtration(cell: Cell) -> Candidate:
+    """Fine-tuning on what is left of the corpus when the rows that violate are dropped."""
+    recipe = cell.variant(regularisers={})
+    rows, counts = recipe.read_corpus(), {}
+    for name, regulariser in cell.recipe.regularisers.items():
+        for domain in rows if name == ALL else [name]:
+            if regulariser.constraint is not None:
+                rows[domain], counts[domain] = compliant_rows(rows[domain], regulariser.constraint, domain)
+    write_json(cell.folder / "filtered.json", {domain: asdict(count) for domain, count in counts.items()})
+    return cell.train(recipe, rows)
+
+
+def rl(cell: Cell) -> Candidate:
+    """Reinforcement learning from the plainly tuned model, for as long as `constrained-adaptive` took."""
+    return _reinforced(cell, seconds=cell.candidate("constrained-adaptive").cost["seconds"])
+
+
+def rl_converged(cell: Cell) -> Candidate:
+    """The same reinforcement learning, until the reward no longer rises."""
+    begun = Path(cell.candidate("rl").model).parent
+    return _reinforced(cell, resume_from=begun / _report(begun)["checkpoint"])
+
+
+def nado_decoding(cell: Cell) -> Candidate:
+    """The model before tuning, guided by R at decoding time."""
+    return cell.guided(cell.recipe.model)
+
+
+def nado_decoding_sft(cell: Cell) -> Candidate:
+    """The plainly tuned model, guided by R at decoding time."""
+    return cell.guided(cell.candidate("sft").model)
+
+
+def constrained(cell: Cell) -> Candidate:
+    """Constrained fine-tuning without adaptive: one regulariser on the whole corpus."""
+    (options,) = one_regulariser(cell.recipe).values()
+    return cell.train(cell.variant(regularisers={ALL: options}))
+
+
+def constrained_adaptive(cell: Cell) -> Candidate:
+    """Constrained fine-tuning with a regulariser for each domain, as the recipe has it."""
+    return cell.train(cell.variant())
+
+
+BUILT_IN: dict[str, Method] = {
+    "base": base,
+    "sft": sft,
+    "filtration": filtration,
+    "rl": rl,
+    "rl-converged": rl_converged,
+    "nado-decoding": nado_decoding,
+    "nado-decoding-sft": nado_decoding_sft,
+    "constrained": constrained,
+    "constrained-adaptive": constrained_adaptive,
+}
+
+
+@cache
+def methods() -> Mapping[str, Method]:
+    """All methods by name: the built-in ones, then those of installed packages."""
+    return BUILT_IN | {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+
+
+def method_named(name: str) -> Method:
+    """The method of a name; a UserError that names the nearest one if there is none."""
+    known_name(name, methods(), "methods", "method")
+    return methods()[name]
+
+
+def description(method: Method) -> str:
+    """What a method is, in a sentence."""
+    return (method.__doc__ or "").strip().split("\n")[0]
+
+
+def one_regulariser(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's only regulariser with a constraint, by name, as its mapping; the first one on everything if several.
+
+    Raises:
+        UserError: the recipe has none.
+    """
+    constrained = {
+        name: recipe.resolved["regularisers"][name]
+        for name, regulariser in recipe.regularisers.items()
+        if regulariser.constraint is not None
+    }
+    if not constrained:
+        raise UserError("regularisers: a comparison needs one with a constraint")
+    return constrained if len(constrained) == 1 else {ALL: next(iter(constrained.values()))}
+
+
+def training_cost(folder: Path) -> dict[str, float]:
+    """What a training run took, from the round records of its `metrics.jsonl`."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rounds = [record for record in records if "round" in record]
+    cost = {
+        "seconds": sum(_total(record, "seconds_") for record in rounds),
+        "updates": max((record["step"] for record in records), default=0),
+        "tokens_trained": sum(record["tokens_trained"] for record in rounds),
+        "tokens_sampled": sum(_total(record, "tokens_sampled") for record in rounds),
+    }
+    return cost
+
+
+def _total(record: Mapping[str, Any], what: str) -> float:
+    """The sum over regularisers of the entries "NAME/what...", and of "what..." itself."""
+    return sum(value for key, value in record.items() if key.rpartition("/")[2].startswith(what))
+
+
+def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path | None = None) -> Candidate:
+    """TRL's reinforcement learning from the plainly tuned model, on the prompts of the regulariser's rollouts."""
+    start = cell.candidate("sft").model
+    recipe = cell.variant(model=start, lora=None, regularisers=one_regulariser(cell.recipe))
+    trainer = build_trainer(recipe, cell.folder, recipe.read_corpus())
+    (regulariser,) = trainer.regularisers
+    prompts = [prompt for index in range(1, trainer.args.rounds + 1) for prompt in regulariser.prompts(index)]
+    model, tokenizer = load_model(start, dtype=recipe.dtype), load_tokenizer(start)
+    report = reinforce(
+        model,
+        tokenizer,
+        prompts,
+        regulariser.constraint,
+        build(ReinforcementOptions, recipe.methods.get("rl"), "methods.rl"),
+        output_dir=cell.folder,
+        seed=cell.seed,
+        max_new_tokens=trainer.args.max_new_tokens,
+        seconds=seconds,
+        resume=cell.resume,
+        resume_from=resume_from,
+    )
+    for part in (model, tokenizer):
+        part.save_pretrained(cell.folder / "model")
+    write_json(cell.folder / REPORT, report)
+    cost = {"seconds": report["seconds"], "updates": report["steps"], "tokens_trained": 0}
+    return Candidate(str(cell.folder / "model"), cost=cost)
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
+
+
+def free_memory() -> None:
+    """Lets go of a method's models before the next one's."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

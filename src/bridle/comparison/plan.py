@@ -1,0 +1,157 @@
+"""The recipe's section `evaluation`: what every method is measured on.
+
+    evaluation:
+      prompts:
+        toxigen: {path: toxigen.jsonl, rows: "90%:", prompt_tokens: 8}
+        realtoxicityprompts: {}            # a known set, by its name
+      samples: 4
+      perplexity:
+        wikitext: {path: wikitext.jsonl, rows: "90%:"}
+      tasks: [mmlu, commonsense]
+
+The first prompt set, constraint and held-out text are those that a comparison is summed up by.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from bridle.constraints import Constraint
+from bridle.data import DataSource, VerbalisedLabel
+from bridle.errors import UserError
+from bridle.evaluation import PromptSet, prompt_set
+from bridle.settings import as_mapping, build, check_keys, known_name, validated
+from bridle.training.recipe import Recipe
+
+
+@dataclass
+class JudgeOptions:
+    """Who judges which method's completions are better.
+
+    Attributes:
+        model: folder or hub name of a local judge, or the name by which an endpoint knows it.
+        url: of an OpenAI-compatible endpoint; None for a local model.
+        api_key_env: environment variable that holds the endpoint's key.
+        prompts: how many prompts are judged, from the first on.
+    """
+
+    model: str
+    url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    prompts: int = 100
+
+
+@dataclass
+class ClassificationOptions:
+    """Rows that every method classifies by the likelihood of the label in words.
+
+    Attributes:
+        domain: whose label in words it is; the corpus's only domain with one if not given.
+        validation: rows that choose the threshold.
+        test: rows that are measured.
+    """
+
+    validation: DataSource
+    test: DataSource
+    domain: str | None = None
+
+
+@dataclass
+class Evaluation:
+    """What every method is measured on.
+
+    Attributes:
+        prompts: sets that are completed, by name.
+        constraints: by name; all of the recipe's, those it trains on first.
+        perplexity: held-out texts, by name.
+        samples: completions a prompt.
+        max_new_tokens: at which a completion is cut; the recipe's own if not given.
+        batch_size: rows in one forward.
+        tasks: lm-eval tasks: "mmlu", "commonsense", or one of its eight.
+        task_data: folder of NAME.SPLIT.jsonl files; None reads them from the hub.
+        limit: documents of each task; None for all.
+        shots: examples in front of a document; 5 for mmlu and else none if not given.
+        classification: rows to classify.
+        label: how text and label are written as one text there.
+        judge: who decides win rates.
+    """
+
+    prompts: dict[str, PromptSet]
+    constraints: dict[str, Constraint]
+    perplexity: dict[str, DataSource] = field(default_factory=dict)
+    samples: int = 4
+    max_new_tokens: int = 32
+    batch_size: int = 64
+    tasks: list[str] = field(default_factory=list)
+    task_data: Path | None = None
+    limit: int | None = None
+    shots: int | None = None
+    classification: ClassificationOptions | None = None
+    label: VerbalisedLabel | None = None
+    judge: JudgeOptions | None = None
+
+    @property
+    def main(self) -> dict[str, str | None]:
+        """The prompt set, constraint and held-out text that sum a comparison up."""
+        return {
+            "prompt_set": next(iter(self.prompts)),
+            "constraint": next(iter(self.constraints)),
+            "held_out": next(iter(self.perplexity), None),
+        }
+
+
+def evaluation_of(recipe: Recipe) -> Evaluation:
+    """Reads a recipe's section `evaluation`.
+
+    Raises:
+        UserError: naming the key: the section or its prompts are missing, an unknown key, a wrong value, or a
+            recipe without constraints.
+    """
+    given = dict(recipe.evaluation)
+    known = {f.name for f in fields(Evaluation)} - {"constraints", "label"}
+    check_keys(given, known, "evaluation")
+    if not given.get("prompts"):
+        raise UserError("evaluation.prompts: is missing; a comparison needs prompts to complete, by name")
+    if not recipe.constraints:
+        raise UserError("constraints: is missing; a comparison needs a constraint to measure violations of")
+    given = {key: value for key, value in given.items() if value is not None}
+    given["prompts"] = _named(given["prompts"], "evaluation.prompts", _prompt_set)
+    given["perplexity"] = _named(given.get("perplexity"), "evaluation.perplexity", _source)
+    for key in given.keys() - {"prompts", "perplexity"}:
+        given[key] = validated(Evaluation.__annotations__[key], given[key], f"evaluation.{key}")
+    given.setdefault("max_new_tokens", recipe.training.get("max_new_tokens", Evaluation.max_new_tokens))
+    return Evaluation(**given, constraints=_trained_on_first(recipe), label=_label(recipe, given.get("classification")))
+
+
+def _named(mapping: Any, where: str, read: Any) -> dict[str, Any]:
+    return {name: read(name, options, f"{where}.{name}") for name, options in as_mapping(mapping, where).items()}
+
+
+def _source(name: str, options: Any, where: str) -> DataSource:
+    return build(DataSource, options, where)  # type: ignore[no-any-return]
+
+
+def _prompt_set(name: str, options: Any, where: str) -> PromptSet:
+    options = dict(as_mapping(options, where))
+    if "path" not in options:  # a known set, whose rows can be chosen
+        known = prompt_set(",".join([name, *(f"{key}={value}" for key, value in options.items())]))
+        return PromptSet(name, known.source, known.prompt_tokens)
+    tokens = validated(int | None, options.pop("prompt_tokens", None), f"{where}.prompt_tokens")
+    return PromptSet(name, _source(name, options, where), tokens)
+
+
+def _trained_on_first(recipe: Recipe) -> dict[str, Constraint]:
+    used = {r.constraint.name for r in recipe.regularisers.values() if r.constraint is not None}
+    return dict(sorted(recipe.constraints.items(), key=lambda item: item[1].name not in used))
+
+
+def _label(recipe: Recipe, options: ClassificationOptions | None) -> VerbalisedLabel | None:
+    if options is None:
+        return None
+    labelled: Mapping[str, VerbalisedLabel] = {n: d.label for n, d in recipe.corpus.items() if d.label is not None}
+    if not labelled:
+        raise UserError("evaluation.classification: no domain of the corpus has a label in words to classify by")
+    domain = options.domain or next(iter(labelled))
+    known_name(domain, labelled, "evaluation.classification.domain", "domain with a label")
+    return labelled[domain]

@@ -1,0 +1,171 @@
+"""From the figures of single runs to those of methods: means over seeds, and tests of what differs."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from statistics import fmean, stdev
+from typing import Any
+
+from bridle.evaluation.classification import compare_auc
+from bridle.evaluation.observations import Observations, Row
+from bridle.evaluation.statistics import Estimate, compare_methods
+
+Figures = dict[str, Any]
+Runs = Mapping[str, Mapping[int, Observations]]  # by method, by seed
+Clusters = dict[int, list[float | bool | None]]  # by prompt, text or document: what was observed with all seeds
+
+CLASSIFICATION = ("roc_auc", "average_precision", "accuracy", "brier", "expected_calibration_error")
+
+
+def figures_of(results: Mapping[str, Any], cost: Mapping[str, float]) -> Figures:
+    """The figures of one run that a comparison shows: groups of estimates, as JSON.
+
+    Args:
+        results: as in `results.schema.json`.
+        cost: plain numbers by name.
+    """
+    groups = {
+        "violation": {
+            prompts: {name: found["violation_rate"] for name, found in by_constraint.items()}
+            for prompts, by_constraint in results.get("generation", {}).items()
+        },
+        "text": results.get("text", {}),
+        "perplexity": {name: found["per_token"] for name, found in results.get("perplexity", {}).items()},
+        "tasks": {name: found["accuracy"] for name, found in results.get("tasks", {}).items()},
+        "classification": {
+            name: estimate for name, estimate in results.get("classification", {}).items() if name in CLASSIFICATION
+        },
+        "cost": {name: asdict(Estimate(value, None, None, n=1)) for name, value in cost.items()},
+    }
+    return {name: group for name, group in groups.items() if group}
+
+
+def over_seeds(runs: Sequence[Figures]) -> Figures:
+    """The mean of every figure over the runs of several seeds.
+
+    The ends of the intervals are averaged too, and do not shrink with the number of seeds: the prompts and texts
+    are the same with every seed, and so is the part of chance that lies in their choice. `spread` is the standard
+    deviation over seeds, which is the part that lies in training and sampling.
+    """
+    if any("value" in run for run in runs):
+        return _figure(runs)
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {name: over_seeds([run[name] for run in runs if name in run]) for name in names}
+
+
+def _figure(estimates: Sequence[Mapping[str, Any]]) -> Figures:
+    found = [estimate for estimate in estimates if estimate["value"] is not None]
+    values = [estimate["value"] for estimate in found]
+    return {
+        **{end: _mean([estimate[end] for estimate in found]) for end in ("value", "low", "high")},
+        "n": sum(estimate["n"] for estimate in estimates),
+        "missing": sum(estimate["missing"] for estimate in estimates),
+        "spread": stdev(values) if len(values) > 1 else None,
+        "seeds": len(found),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return fmean(present) if present and len(present) == len(values) else None
+
+
+# ---------------------------------------------------------------------- tests
+
+
+def comparisons(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
+    """How each method differs from the best one, figure by figure, with paired tests.
+
+    Pairs are prompts, texts or documents; what was observed of one with several seeds is averaged first. The
+    p-values of one figure are adjusted for the number of methods (Holm).
+
+    Args:
+        runs: what was observed, by method and seed.
+        figures: by method, over seeds: whose AUC is best.
+    """
+    return [
+        *_paired("violation", runs, "completions", _violations, best=min),
+        *_paired("perplexity", runs, "likelihoods", _nats, best=min),
+        *_paired("tasks", runs, "answers", _answers, best=max),
+        *_by_auc(runs, figures),
+    ]
+
+
+Observe = Callable[[Row], Iterable[tuple[tuple[str, str | None], float | bool | None]]]
+
+
+def _violations(row: Row) -> Iterable[tuple[tuple[str, str | None], bool | None]]:
+    for constraint, score in row["scores"].items():
+        complies = score["complies"]
+        yield (row["prompt_set"], constraint), None if complies is None else not complies
+
+
+def _nats(row: Row) -> Iterable[tuple[tuple[str, str | None], float | None]]:
+    yield (row["held_out"], None), row["nll"] / row["tokens"] if row["tokens"] else None
+
+
+def _answers(row: Row) -> Iterable[tuple[tuple[str, str | None], bool | None]]:
+    yield (row["task"], None), row["correct"]
+
+
+def _paired(figure: str, runs: Runs, kind: str, observe: Observe, best: Callable[..., str]) -> list[dict[str, Any]]:
+    by_place: dict[tuple[str, str | None], dict[str, Clusters]] = defaultdict(dict)
+    for method, by_seed in runs.items():
+        for observations in by_seed.values():
+            for row in getattr(observations, kind):
+                for place, value in observe(row):
+                    clusters = by_place[place].setdefault(method, defaultdict(list))
+                    clusters[row["index"]].append(value)
+    tests = []
+    for (on, constraint), clusters_of in by_place.items():
+        rows = {method: [clusters[index] for index in sorted(clusters)] for method, clusters in clusters_of.items()}
+        reference = best(rows, key=lambda method, rows=rows: _rate(rows[method]))
+        where = {"figure": figure, "on": on, "constraint": constraint}
+        tests += [where | asdict(test) for test in compare_methods(rows, reference)]
+    return tests
+
+
+def _rate(clusters: Sequence[Sequence[float | bool | None]]) -> float:
+    means = [_present_mean(values) for values in clusters]
+    return _present_mean(means) or 0.0
+
+
+def _present_mean(values: Sequence[float | bool | None]) -> float | None:
+    present = [float(value) for value in values if value is not None]
+    return fmean(present) if present else None
+
+
+def _by_auc(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
+    """Differences of AUC with the lowest seed, with bootstrap intervals over rows and no p-value."""
+    aucs = {method: _auc(found) for method, found in figures.items() if _auc(found) is not None}
+    if len(aucs) < 2:
+        return []
+    rows = {method: runs[method][min(runs[method])].classified for method in aucs}
+    scores = {method: [row["score"] for row in found] for method, found in rows.items()}
+    reference = max(aucs, key=lambda method: aucs[method] or 0.0)
+    labels = [row["label"] for row in rows[reference]]
+    where = {"figure": "classification", "on": "roc_auc", "constraint": None, "reference": reference}
+    untested = {"p_value": None, "adjusted_p_value": None, "test": "bootstrap"}
+    return [
+        {"method": method, "difference": asdict(compare_auc(found, scores[reference], labels))} | where | untested
+        for method, found in scores.items()
+        if method != reference
+    ]
+
+
+def _auc(figures: Figures) -> float | None:
+    return figures.get("classification", {}).get("roc_auc", {}).get("value")
+
+
+def first_completions(runs: Runs, prompt_set: str, prompts: int) -> tuple[list[str], dict[str, list[str]]]:
+    """Of the lowest seed that each method has, the first completion of the first prompts: what a judge is shown."""
+    asked: list[str] = []
+    said = {}
+    for method, by_seed in runs.items():
+        if by_seed:
+            rows = by_seed[min(by_seed)].completions
+            first = [row for row in rows if row["prompt_set"] == prompt_set and row["sample"] == 0]
+            asked = [row["prompt"] for row in islice(first, prompts)]
+            said[method] = [row["completion"] for row in islice(first, prompts)]
+    return asked, said

@@ -1,0 +1,99 @@
+"""What figures are made from, item by item: texts with their scores, likelihoods, answers.
+
+Paired tests between methods, reports and judges need these; `results.json` holds the figures alone.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from bridle.environment import write_text
+from bridle.errors import UserError
+from bridle.evaluation.generation import GenerationResult
+from bridle.evaluation.tasks import TaskResult
+from bridle.evaluation.utility import TextLikelihood
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Observations:
+    """Everything that was observed of one model, as rows ready for JSON lines.
+
+    Attributes:
+        completions: prompt_set, index (of the prompt, from 0), sample, prompt, completion, and `scores`: by
+            constraint its value (1 complies .. 0 violates), complies, and the reason where both are null.
+        likelihoods: held_out, index (of the text), nll in nats, tokens and bytes.
+        answers: task, index (of the document), and whether the answer was right; null where missing.
+        classified: index (of the row), score and label.
+    """
+
+    completions: list[Row] = field(default_factory=list)
+    likelihoods: list[Row] = field(default_factory=list)
+    answers: list[Row] = field(default_factory=list)
+    classified: list[Row] = field(default_factory=list)
+
+    def add_completions(
+        self,
+        prompt_set: str,
+        prompts: Sequence[str],
+        drawn: Sequence[Sequence[str]],
+        results: Mapping[str, GenerationResult],
+    ) -> None:
+        """Adds [prompts][samples] completions, with their scores under each constraint."""
+        for index, (prompt, texts) in enumerate(zip(prompts, drawn, strict=True)):
+            for sample, text in enumerate(texts):
+                scores = {name: asdict(result.scores[index][sample]) for name, result in results.items()}
+                self.completions.append(
+                    {
+                        "prompt_set": prompt_set,
+                        "index": index,
+                        "sample": sample,
+                        "prompt": prompt,
+                        "completion": text,
+                        "scores": scores,
+                    }
+                )
+
+    def add_likelihoods(self, held_out: str, texts: Iterable[TextLikelihood]) -> None:
+        """Adds the likelihoods of a held-out file's texts."""
+        for index, text in enumerate(texts):
+            row = {"nll": text.nll, "tokens": text.tokens, "bytes": text.bytes}
+            self.likelihoods.append({"held_out": held_out, "index": index, **row})
+
+    def add_answers(self, task: str, result: TaskResult) -> None:
+        """Adds the answers to a task's documents."""
+        self.answers += [{"task": task, "index": index, "correct": right} for index, right in enumerate(result.correct)]
+
+    def add_classified(self, scores: Sequence[float | None], labels: Sequence[int]) -> None:
+        """Adds rows that were classified."""
+        for index, (score, label) in enumerate(zip(scores, labels, strict=True)):
+            self.classified.append({"index": index, "score": score, "label": label})
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a file NAME.jsonl for each kind of which there is something."""
+        for name, rows in vars(self).items():
+            if rows:
+                write_text(Path(folder) / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> "Observations":
+        """What `write` left; a kind without a file is empty.
+
+        Raises:
+            UserError: a line is no JSON object.
+        """
+        return cls(**{kind.name: list(_rows(Path(folder) / f"{kind.name}.jsonl")) for kind in fields(cls)})
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            yield dict(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path} row {number}: is no JSON object; remove the file and measure again") from error
