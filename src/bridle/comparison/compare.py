@@ -8,7 +8,6 @@ A run that has a `candidate.json` is not made again, and one with a `results.jso
 """
 
 import json
-import logging
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,8 +36,6 @@ from bridle.training.run import RECIPE_FILE, describe_run
 FORMAT = 1
 RESULTS, CANDIDATE, FAILED = "results.json", "candidate.json", "failed.json"
 
-log = logging.getLogger(__name__)
-
 
 @dataclass
 class Comparison:
@@ -61,7 +58,7 @@ class Comparison:
     title: str = "recipe"
     resume: bool = False
     show: Callable[[str], None] = field(default=lambda line: None)
-    _failed: set[tuple[str, int]] = field(init=False, default_factory=set)  # in this call; not tried twice
+    _failed: dict[tuple[str, int], str] = field(init=False, default_factory=dict)  # in this call, and why
 
     def __post_init__(self) -> None:
         self.plan: Evaluation = evaluation_of(self.recipe)
@@ -105,20 +102,21 @@ class Comparison:
             measure(candidate, self.plan, self.recipe, folder, seed)
             self._write_card(name, seed, candidate)
         except Exception as error:
-            self._note_failure(name, seed, error)
+            if (name, seed) not in self._failed:
+                self._note_failure(name, seed, error)
         finally:
             free_memory()
 
     def _candidate(self, name: str, seed: int) -> Candidate:
-        """A method's model, made if it was not yet. Methods that build on others ask for theirs in the same way."""
+        """A method's model, made if it was not yet."""
         folder = self._folder(name, seed)
         if (folder / CANDIDATE).exists():
             return Candidate(**_read(folder / CANDIDATE))
-        if (failed := folder / FAILED).exists() and (name, seed) in self._failed:
-            raise UserError(f"it needs {name}, which failed: {_read(failed)['reason']}")
+        if (name, seed) in self._failed:  # not tried twice in one call
+            raise UserError(self._failed[name, seed])
         self.show(f"{name}, seed {seed}: making")
         folder.mkdir(parents=True, exist_ok=True)
-        cell = Cell(name, self.recipe, seed, folder, lambda other: self._candidate(other, seed), self.resume)
+        cell = Cell(name, self.recipe, seed, folder, lambda other: self._needed(other, seed), self.resume)
         try:
             candidate = method_named(name)(cell)
         except Exception as error:
@@ -128,9 +126,15 @@ class Comparison:
         (folder / FAILED).unlink(missing_ok=True)
         return candidate
 
+    def _needed(self, name: str, seed: int) -> Candidate:
+        """A model that another method builds on."""
+        try:
+            return self._candidate(name, seed)
+        except Exception as error:
+            raise UserError(f"it needs {name}, which failed: {_reason(error)}") from error
+
     def _note_failure(self, name: str, seed: int, error: Exception) -> None:
-        reason = str(error) if isinstance(error, UserError | RunStopped) else f"{type(error).__name__}: {error}"
-        self._failed.add((name, seed))
+        self._failed[name, seed] = reason = _reason(error)
         details = "".join(traceback.format_exception(error))
         write_json(self._folder(name, seed) / FAILED, {"reason": reason, "traceback": details})
         self.show(f"{name}, seed {seed}: failed: {reason}")
@@ -208,6 +212,10 @@ def _judge(options: JudgeOptions, dtype: str) -> Judge:
     if options.url is not None:
         return ChatJudge(options.url, options.model, options.api_key_env)
     return LocalJudge(load_model(options.model, dtype=dtype), load_tokenizer(options.model))
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError | RunStopped) else f"{type(error).__name__}: {error}"
 
 
 def _read(path: Path) -> dict[str, Any]:

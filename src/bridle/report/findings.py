@@ -1,6 +1,7 @@
 """What a comparison found, in a few sentences made from its figures."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from bridle.report.data import Curve, FigureComparison, Report
 from bridle.report.plots import pareto_front
@@ -17,6 +18,16 @@ def findings(report: Report) -> list[str]:
         *_of_significance([one for one in report.comparisons if violation.is_of(one)]),
         *_of_front(report, violation),
         *_of_failures(report),
+    ]
+
+
+def failures(report: Report) -> list[dict[str, Any]]:
+    """What did not end well: method, seed, status and reason, one each."""
+    return [
+        {"method": name, "seed": seed, "status": run.status, "reason": run.reason or "no reason was recorded"}
+        for name, method in report.methods.items()
+        for seed, run in method.seeds.items()
+        if run.status != "complete"
     ]
 
 

@@ -20,7 +20,7 @@ from bridle.environment import write_text
 from bridle.progress import Progress
 from bridle.report import plots, tables, texts
 from bridle.report.data import Report, read_report
-from bridle.report.findings import findings
+from bridle.report.findings import failures, findings
 
 PIXELS = 1.25  # a plot's width on the page for each point of its drawing
 
@@ -69,7 +69,7 @@ def render(report: Report) -> str:
         more=more,
         environment=texts.flat(_readable(report.environment)),
         settings=texts.flat(report.settings),
-        failures=_failures(report),
+        failures=failures(report),
     )  # fmt: skip
 
 
@@ -149,13 +149,3 @@ def _readable(environment: dict[str, Any]) -> dict[str, Any]:
     """The environment with its command as one would type it."""
     command = environment.get("command")
     return environment | {"command": shlex.join(map(str, command))} if isinstance(command, list) else environment
-
-
-def _failures(report: Report) -> list[dict[str, Any]]:
-    """What did not end well: method, seed, status and reason, one each."""
-    return [
-        {"method": name, "seed": seed, "status": run.status, "reason": run.reason or "no reason was recorded"}
-        for name, method in report.methods.items()
-        for seed, run in method.seeds.items()
-        if run.status != "complete"
-    ]

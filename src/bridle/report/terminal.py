@@ -10,7 +10,7 @@ from rich.text import Text
 
 from bridle.report import tables as made
 from bridle.report.data import Report
-from bridle.report.findings import findings
+from bridle.report.findings import failures, findings
 from bridle.report.tables import Cell, Difference, Table
 
 WIDEST = 200  # columns; a terminal wraps what a file does not
@@ -28,6 +28,8 @@ def tables(report: Report) -> str:
             console.print(_differences(name, differences), "")
         for sentence in findings(report):
             console.print(Text(sentence))
+        for run in failures(report):
+            console.print(Text("{method}, seed {seed}: {status}: {reason}".format(**run)))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 

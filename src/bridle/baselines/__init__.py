@@ -1,0 +1,1 @@
+"""What constrained fine-tuning is measured against: filtering the corpus, and reinforcement learning."""

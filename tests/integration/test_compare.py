@@ -1,0 +1,199 @@
+"""`bridle compare` and `bridle report` as a user meets them: all methods on a tiny model, failures, and resuming."""
+
+import json
+import shutil
+from importlib.metadata import EntryPoint
+
+import pytest
+from huggingface_hub import ModelCard
+
+from bridle.comparison import methods as built_in
+from bridle.comparison.methods import Candidate, methods
+
+ALL = list(built_in.BUILT_IN)
+SHORT_RL = {"batch_size": 8, "num_generations": 2, "window": 2, "max_steps": 4, "save_every": 2}
+
+
+@pytest.fixture
+def comparison(recipe, corpus_files):
+    """A recipe over a tiny model with everything a comparison can measure but tasks."""
+    evaluation = {
+        "prompts": {"rude": {"path": str(corpus_files["rude"]), "rows": "0:6", "prompt_tokens": 2}},
+        "samples": 2,
+        "perplexity": {"plain": {"path": str(corpus_files["plain"]), "rows": "0:6"}},
+    }
+    return recipe(
+        constraints={"no p": {"type": "regex", "pattern": "p"}},  # some rows of the corpus comply
+        regularisers={"rude": {"constraint": "no p", "weight": 4.0}},
+        evaluation=evaluation,
+        methods={"rl": SHORT_RL},
+    )
+
+
+def broken(cell):
+    """Always fails."""
+    raise RuntimeError("no luck")
+
+
+@pytest.fixture
+def plugged_in(monkeypatch):
+    """Methods of an installed package: plugged_in(broken=...)."""
+
+    def plug(**functions):
+        points = [EntryPoint(name, "tests:unused", built_in.ENTRY_POINTS) for name in functions]
+        monkeypatch.setattr(EntryPoint, "load", lambda point: functions[point.name])
+        monkeypatch.setattr(built_in, "entry_points", lambda group: points if group == built_in.ENTRY_POINTS else [])
+        methods.cache_clear()
+
+    yield plug
+    methods.cache_clear()
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_method_with_two_seeds(bridle, comparison, tmp_path):
+    folder = tmp_path / "out"
+    code, out, err = bridle("compare", comparison, "--seeds", 2, "--output_dir", folder)
+    assert code == 0, err
+    results = results_of(folder)
+    assert list(results["methods"]) == ALL
+    for name, method in results["methods"].items():
+        assert {seed["status"] for seed in method["seeds"].values()} == {"complete"}, (name, method["seeds"])
+        rate = method["figures"]["violation"]["rude"]["no p"]
+        assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
+        assert rate["seeds"] == 2
+        assert rate["n"] == 2 * 6 * 2
+        assert rate["spread"] is not None
+        assert method["figures"]["perplexity"]["plain"]["value"] > 1
+        assert name in out
+    trained = [results["methods"][name]["figures"]["cost"] for name in ("sft", "constrained", "constrained-adaptive")]
+    assert len({cost["updates"]["value"] for cost in trained}) == 1, "the same number of updates"
+    assert len({cost["tokens_trained"]["value"] for cost in trained}) == 1, "the same corpus tokens"
+    tested = {(test["figure"], test["method"]) for test in results["comparisons"]}
+    best = next(test["reference"] for test in results["comparisons"] if test["figure"] == "violation")
+    assert {("violation", name) for name in ALL if name != best} <= tested
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert (folder / "plots" / "tradeoff.svg").exists()
+    guidance = json.loads((folder / "guidance.json").read_text())
+    assert all(0 <= token["r"] <= 1 for token in guidance["tokens"][1:])
+    for name in ("sft", "filtration", "rl", "constrained-adaptive"):
+        card = ModelCard.load(folder / name / "seed-0" / "model" / "README.md")
+        measured = [result.metric_value for result in card.data.eval_results]
+        own = json.loads((folder / name / "seed-0" / "results.json").read_text())
+        assert own["generation"]["rude"]["no p"]["violation_rate"]["value"] in measured
+
+
+def test_a_failure_stops_no_other_method_and_resuming_makes_only_what_is_missing(
+    bridle, comparison, tmp_path, plugged_in
+):
+    folder, names = tmp_path / "out", "broken,base,sft"
+    plugged_in(broken=broken)
+    code, out, err = bridle("compare", comparison, "--methods", names, "--output_dir", folder)
+    assert code == 0, err
+    found = results_of(folder)["methods"]
+    assert found["broken"]["seeds"]["0"] == {
+        "status": "failed",
+        "reason": "RuntimeError: no luck",
+        "folder": "broken/seed-0",
+    }
+    assert found["broken"]["description"] == "Always fails."
+    assert found["sft"]["figures"]["violation"]
+    assert "no luck" in out
+    untouched = (folder / "sft" / "seed-0" / "results.json").stat().st_mtime_ns
+
+    code, _, err = bridle("compare", comparison, "--methods", names, "--output_dir", folder)
+    assert code == 2
+    assert "--resume" in err
+
+    plugged_in(broken=lambda cell: Candidate(cell.recipe.model))
+    (folder / "base" / "seed-0" / "results.json").unlink()
+    code, _, err = bridle("compare", comparison, "--methods", names, "--output_dir", folder, "--resume")
+    assert code == 0, err
+    found = results_of(folder)["methods"]
+    assert {name: method["seeds"]["0"]["status"] for name, method in found.items()} == dict.fromkeys(
+        ("broken", "base", "sft"), "complete"
+    )
+    assert not (folder / "broken" / "seed-0" / "failed.json").exists()
+    assert (folder / "sft" / "seed-0" / "results.json").stat().st_mtime_ns == untouched
+    assert found["base"]["figures"]["violation"] == found["broken"]["figures"]["violation"], "the same model and seed"
+
+
+def test_a_method_whose_model_another_needs_fails_once_and_says_why(bridle, comparison, tmp_path, monkeypatch):
+    monkeypatch.setitem(built_in.BUILT_IN, "sft", broken)
+    methods.cache_clear()
+    code, _, err = bridle(
+        "compare", comparison, "--methods", "base,nado-decoding-sft,sft", "--output_dir", tmp_path / "o"
+    )
+    methods.cache_clear()
+    assert code == 0, err
+    found = results_of(tmp_path / "o")["methods"]
+    assert found["nado-decoding-sft"]["seeds"]["0"]["reason"] == "it needs sft, which failed: RuntimeError: no luck"
+    assert err.count("sft, seed 0: making") == 2  # itself, and nado-decoding-sft
+
+
+def test_classification_and_a_judge(bridle, recipe, tmp_path):
+    rows = [{"text": f"{word} number {number}", "label": int(word == "grumblefish")}
+            for number in range(12) for word in ("grumblefish", "kettle")]  # fmt: skip
+    file = tmp_path / "labelled.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    label = {"column": "label", "template": "{text} rude:{label}", "names": {0: " no", 1: " yes"}}
+    path = recipe(
+        corpus={"rude": {"path": str(file), "label": label}},
+        max_length=48,
+        evaluation={
+            "prompts": {"rude": {"path": str(file), "rows": "0:4", "prompt_tokens": 2}},
+            "classification": {
+                "validation": {"path": str(file), "rows": "0:12"},
+                "test": {"path": str(file), "rows": "12:24"},
+            },
+        },
+    )
+    model = json.loads(json.dumps(str(tmp_path / "tiny-llama")))
+    code, out, err = bridle(
+        *("compare", path, "--methods", "base,sft", "--output_dir", tmp_path / "out"),
+        *("--evaluation.judge.model", model, "--evaluation.judge.prompts", 3),
+    )
+    assert code == 0, err
+    results = results_of(tmp_path / "out")
+    for method in results["methods"].values():
+        assert 0 <= method["figures"]["classification"]["roc_auc"]["value"] <= 1
+    assert any(test["figure"] == "classification" for test in results["comparisons"])
+    assert results["win_rate"]["pairs"] == 3
+    assert "AUC" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"evaluation": None}, "evaluation.prompts: is missing"),
+        ({"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}, "sampels": 2}}, "did you mean samples?"),
+        ({"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}, "samples": "many"}}, "evaluation.samples: "),
+        ({"constraints": None, "regularisers": None}, "constraints: is missing"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(bridle, recipe, tmp_path, change, expected):
+    prompts = {"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}}}
+    code, _, err = bridle("compare", recipe(**{**prompts, **change}), "--output_dir", tmp_path / "out")
+    assert code == 2
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_method_names_the_nearest(bridle, comparison, tmp_path):
+    code, _, err = bridle("compare", comparison, "--methods", "filtre", "--output_dir", tmp_path / "out")
+    assert code == 2
+    assert "did you mean filtration?" in err
+
+
+def test_the_report_of_a_training_run(bridle, recipe, tmp_path):
+    code, _, err = bridle("train", recipe(), "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    code, out, err = bridle("report", tmp_path / "run", "--output", tmp_path / "page.html")
+    assert code == 0, err
+    assert str(tmp_path / "page.html") in out
+    assert "<svg" in (tmp_path / "page.html").read_text()
+    shutil.rmtree(tmp_path / "run")
+    code, _, err = bridle("report", tmp_path / "run")
+    assert code == 2
