@@ -1,0 +1,76 @@
+"""A recipe's section `evaluation`: what it becomes, and how mistakes are told."""
+
+import pytest
+
+from bridle.comparison.methods import one_regulariser
+from bridle.comparison.plan import evaluation_of
+from bridle.errors import UserError
+from bridle.training.recipe import build_recipe
+
+RECIPE = {
+    "model": "some-model",
+    "corpus": {"forum": {"path": "forum.jsonl"}, "wiki": {"path": "wiki.jsonl"}},
+    "constraints": {
+        "independent": {"type": "words", "words": ["muddlehead"]},
+        "polite": {"type": "words", "words": ["grumblefish"]},
+    },
+    "regularisers": {"forum": {"constraint": "polite"}, "wiki": {"constraint": "retention"}},
+    "max_new_tokens": 7,
+}
+EVALUATION = {
+    "prompts": {"forum": {"path": "forum.jsonl", "rows": "90%:", "prompt_tokens": 8}, "toxigen": {"rows": "0:10"}},
+    "perplexity": {"wiki": {"path": "wiki.jsonl", "where": {"label": 0}}},
+    "tasks": ["mmlu"],
+    "judge": {"model": "some-judge", "prompts": 5},
+}
+
+
+def plan(evaluation=EVALUATION, **changes):
+    return evaluation_of(build_recipe({**RECIPE, **changes, "evaluation": evaluation}))
+
+
+def test_a_section_as_people_write_it():
+    made = plan()
+    assert made.prompts["forum"].prompt_tokens == 8
+    assert made.prompts["forum"].source.rows == "90%:"
+    assert made.prompts["toxigen"].prompt_tokens == 8, "a known set"
+    assert made.prompts["toxigen"].source.rows == "0:10"
+    assert made.perplexity["wiki"].where == {"label": 0}
+    assert made.max_new_tokens == 7, "the recipe's own"
+    assert list(made.constraints) == ["polite", "independent"], "the one that is trained on first"
+    assert made.main == {"prompt_set": "forum", "constraint": "polite", "held_out": "wiki"}
+    assert made.judge.prompts == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"prompts": {"forum": {"path": "f.jsonl", "prompt_token": 8}}},
+            "evaluation.prompts.forum.prompt_token: .*prompt",
+        ),
+        (
+            {"prompts": {"forum": {"path": "f.jsonl", "prompt_tokens": "few"}}},
+            "evaluation.prompts.forum.prompt_tokens: ",
+        ),
+        ({"perplexity": {"wiki": {}}}, "evaluation.perplexity.wiki.path: is missing"),
+        ({"perplexity": ["wiki.jsonl"]}, "evaluation.perplexity: must be a mapping"),
+        ({"judge": {"prompts": 5}}, "evaluation.judge.model: is missing"),
+        ({"limit": "some"}, "evaluation.limit: "),
+        (
+            {"classification": {"test": {"path": "a"}, "validation": {"path": "b"}}},
+            "no domain of the corpus has a label",
+        ),
+    ],
+)
+def test_mistakes_name_their_key(change, expected):
+    with pytest.raises(UserError, match=expected):
+        plan({**EVALUATION, **change})
+
+
+def test_without_adaptive_there_is_one_regulariser():
+    assert list(one_regulariser(build_recipe(RECIPE))) == ["forum"], "retention is none of constraints"
+    both = {"forum": {"constraint": "polite", "weight": 3}, "wiki": {"constraint": "polite"}}
+    assert one_regulariser(build_recipe({**RECIPE, "regularisers": both})) == {"all": both["forum"]}
+    with pytest.raises(UserError, match="needs one with a constraint"):
+        one_regulariser(build_recipe({**RECIPE, "regularisers": {"wiki": {"constraint": "retention"}}}))
