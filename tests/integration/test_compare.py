@@ -164,6 +164,19 @@ def test_classification_and_a_judge(bridle, recipe, tmp_path):
     assert "AUC" in out
 
 
+def test_a_judge_that_fails_takes_nothing_else_with_it(bridle, comparison, tmp_path):
+    code, out, err = bridle(
+        *("compare", comparison, "--methods", "base,nado-decoding", "--output_dir", tmp_path / "out"),
+        *("--evaluation.judge.model", tmp_path / "nowhere"),
+    )
+    assert code == 0, err
+    assert "no win rates: " in err
+    results = results_of(tmp_path / "out")
+    assert "win_rate" not in results
+    assert results["methods"]["base"]["figures"]["violation"]
+    assert "nado-decoding" in out
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

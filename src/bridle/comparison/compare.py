@@ -67,11 +67,11 @@ class Comparison:
             method_named(name)
         if not self.seeds:
             raise UserError("seeds: give at least one")
-        if (self.folder / RESULTS).exists() and not self.resume:
+        if (self.folder / RECIPE_FILE).exists() and not self.resume:
             raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")
 
-    def run(self) -> dict[str, Any]:
-        """Makes and measures what is missing; returns what it wrote to `results.json`.
+    def run(self) -> None:
+        """Makes and measures what is missing, and writes `results.json`.
 
         Raises:
             UserError: the recipe, a constraint or a file of the plan cannot be used at all.
@@ -87,7 +87,7 @@ class Comparison:
             for name, seed in runs:
                 self._carry_out(name, seed)
                 progress.update()
-        return self._sum_up()
+        self._sum_up()
 
     # ------------------------------------------------------------------ one method, one seed
 
@@ -155,7 +155,7 @@ class Comparison:
 
     # ------------------------------------------------------------------ all together
 
-    def _sum_up(self) -> dict[str, Any]:
+    def _sum_up(self) -> None:
         measured = {name: [s for s in self.seeds if (self._folder(name, s) / RESULTS).exists()] for name in self.names}
         if not any(measured.values()):
             reason = _read(self._folder(self.names[0], self.seeds[0]) / FAILED)["reason"]
@@ -183,11 +183,10 @@ class Comparison:
             "comparisons": comparisons(observed, figures),
             "environment": environment(self.seeds[0]),
         }
-        if self.plan.judge and len(observed) > 1:
-            results["win_rate"] = self._judged(self.plan.judge, observed)
         write_json(self.folder / RESULTS, results)
+        if self.plan.judge and len(observed) > 1 and (judged := self._judged(self.plan.judge, observed)):
+            write_json(self.folder / RESULTS, results | {"win_rate": judged})
         trace_guidance(self.folder, self.recipe, observed, self.plan)
-        return results
 
     def _figures(self, name: str, seed: int) -> dict[str, Any]:
         folder = self._folder(name, seed)
@@ -200,12 +199,17 @@ class Comparison:
             return {"status": "complete", **where}
         return {"status": "failed", "reason": _read(folder / FAILED)["reason"], **where}
 
-    def _judged(self, options: JudgeOptions, observed: dict[str, dict[int, Observations]]) -> dict[str, Any]:
+    def _judged(self, options: JudgeOptions, observed: dict[str, dict[int, Observations]]) -> dict[str, Any] | None:
+        """Win rates; None, and a line that says why, where the judge cannot give them."""
         prompts, said = first_completions(observed, next(iter(self.plan.prompts)), options.prompts)
         verdicts = self.folder / "verdicts.jsonl"
         verdicts.unlink(missing_ok=True)  # they are added to
-        rates = win_rates(prompts, said, _judge(options, self.recipe.dtype), seed=self.seeds[0], keep=verdicts)
-        return rates.to_json()
+        try:
+            judge = _judge(options, self.recipe.dtype)
+            return win_rates(prompts, said, judge, seed=self.seeds[0], keep=verdicts).to_json()
+        except (UserError, RunStopped) as error:
+            self.show(f"no win rates: {error}")
+            return None
 
 
 def _judge(options: JudgeOptions, dtype: str) -> Judge:

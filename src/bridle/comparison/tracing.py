@@ -36,12 +36,12 @@ def trace_guidance(
     ids = prompt + tokenizer(text["completion"], add_special_tokens=False)["input_ids"]
     with guided(model, str(found)) as guide:
         assert guide is not None
-        tokens = trace(guide, tokenizer, ids)
+        tokens, fitted = trace(guide, tokenizer, ids), guide.auxiliary.config.provenance
     write_json(
         folder / "guidance.json",
         {
             "model": "base",
-            "regulariser": found.parent.name,
+            "regulariser": fitted.get("regulariser", "R"),
             "constraint": constraint,
             "violates": not text["scores"][constraint]["complies"],
             "value": text["scores"][constraint]["value"],
