@@ -67,7 +67,13 @@ def train(
 
     _quiet_libraries()
     folder = output_dir or Path("runs") / recipe.stem
-    run(load_recipe(recipe, parse_overrides(context.args)), folder, resume=resume)
+    loaded = load_recipe(recipe, parse_overrides(context.args))
+    if loaded.training.get("schedule") == "parallel":
+        from bridle.training.roles import train_in_roles
+
+        train_in_roles(loaded, folder, resume=resume)
+    else:
+        run(loaded, folder, resume=resume)
     typer.echo(f"The model is in {folder / 'model'}, what was measured in {folder / 'metrics.jsonl'}.")
 
 

@@ -83,11 +83,32 @@ class AuxiliaryOptions:
 
 
 @dataclass
+class ParallelOptions:
+    """Where the regularisers of the parallel schedule work, beside the policy.
+
+    Attributes:
+        address: of a running Ray cluster, or "auto"; None starts one on this machine.
+        num_cpus: that each of the two roles asks for.
+        num_gpus: that each asks for; None for one each where the cluster has two, and else none.
+        patience: seconds to wait for the cluster to give a role what it asks for.
+        largest_message: MiB of weights above which they pass through a file in the output folder, which all roles
+            must then share.
+    """
+
+    address: str | None = None
+    num_cpus: float = 1.0
+    num_gpus: float | None = None
+    patience: float = 60.0
+    largest_message: float = 512.0
+
+
+@dataclass
 class ConstrainedConfig(SFTConfig):
     """Configuration of a `ConstrainedTrainer`: TRL's `SFTConfig` and the fields below.
 
     Attributes:
-        schedule: order of the policy's and the regularisers' updates (EMNLP 2024).
+        schedule: order of the policy's and the regularisers' updates (EMNLP 2024). `sequential` refreshes R, then
+            trains the policy, in turn; `parallel` does both at the same time, each from the other's last round.
         rounds: how many times R is refreshed; the policy's steps are divided evenly among them.
         rollouts_per_round: samples each regulariser draws from the policy in a round.
         max_new_tokens: length in tokens at which a sample is cut.
@@ -96,11 +117,12 @@ class ConstrainedConfig(SFTConfig):
         max_missing: share of rollouts without a score above which the run stops.
         entropy_floor: share of the first logged entropy below which the run stops; 0 turns the guard off.
         auxiliary: shape and fit of R.
+        parallel: where the parallel schedule's regularisers work.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary"]
+    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]
 
-    schedule: Literal["sequential"] = field(default="sequential", metadata={"help": "Order of updates."})
+    schedule: Literal["sequential", "parallel"] = field(default="sequential", metadata={"help": "Order of updates."})
     rounds: int = field(default=2, metadata={"help": "How many times R is refreshed."})
     rollouts_per_round: int = field(default=1024, metadata={"help": "Samples per regulariser and round."})
     max_new_tokens: int = field(default=32, metadata={"help": "Tokens at which a sample is cut."})
@@ -109,6 +131,7 @@ class ConstrainedConfig(SFTConfig):
     max_missing: float = field(default=0.1, metadata={"help": "Share of unscored rollouts that stops a run."})
     entropy_floor: float = field(default=0.5, metadata={"help": "Share of the first entropy that stops a run."})
     auxiliary: AuxiliaryOptions = field(default_factory=AuxiliaryOptions, metadata={"help": "Shape and fit of R."})
+    parallel: ParallelOptions = field(default_factory=ParallelOptions, metadata={"help": "The roles' resources."})
 
     def __post_init__(self) -> None:
         self.bf16: bool | None

@@ -23,7 +23,7 @@ from bridle.data import Domain
 from bridle.errors import UserError
 from bridle.models.loading import LoraOptions
 from bridle.settings import as_mapping, build, check_keys, known_name, parse_yaml, read_yaml, set_dotted, validated
-from bridle.training.config import ALL, AuxiliaryOptions, ConstrainedConfig, Regulariser
+from bridle.training.config import ALL, AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
 
 RETENTION = "retention"
 """In place of a constraint's name: hold the domain to the initial model."""
@@ -170,8 +170,9 @@ def _regulariser(
 
 
 def _training(options: dict[str, Any]) -> dict[str, Any]:
-    if "auxiliary" in options:
-        options = {**options, "auxiliary": build(AuxiliaryOptions, options["auxiliary"], "auxiliary")}
+    for key, cls in (("auxiliary", AuxiliaryOptions), ("parallel", ParallelOptions)):
+        if key in options:
+            options = {**options, key: build(cls, options[key], key)}
     hints = get_type_hints(ConstrainedConfig)
     for key in CHECKED & options.keys():
         options[key] = validated(hints[key], options[key], key)

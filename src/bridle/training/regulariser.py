@@ -4,7 +4,6 @@ A round makes the policy's own samples, asks the constraint about each whole out
 auxiliary what that answer will be from any prefix (EMNLP 2024, the regulariser's half).
 """
 
-import json
 import logging
 import time
 import zlib
@@ -12,13 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,18 +27,16 @@ from bridle.data import (
     Rollout,
     prompts_from_domain,
     read_prompts,
-    read_rollouts,
-    write_rollouts,
 )
-from bridle.environment import write_json
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
-from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary, new_auxiliary
+from bridle.models.auxiliary import AuxiliaryModel, new_auxiliary
 from bridle.models.hidden import capture_hidden_states, causal_lm, project
 from bridle.models.loading import context_length
 from bridle.models.sampling import sample
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
-from bridle.training.fitting import encode, fit_auxiliary
+from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
+from bridle.training.state import RegulariserState, Weights, on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +187,7 @@ class DomainRegulariser:
                 f"mend the constraint and resume, or raise max_missing above {self.config.max_missing}"
             )
         labels = {rollout.value if self.options.soft_labels else rollout.complies for rollout in scored}
-        self.informed = len(labels) > 1
+        knew, self.informed = self.informed, len(labels) > 1
         if not self.informed:
             logger.warning(
                 "round %d: every rollout for %s got the same label, so R is constant and q is the anchor; "
@@ -204,6 +199,7 @@ class DomainRegulariser:
         assert self.auxiliary is not None
         with torch.no_grad():
             examples = encode(self.model, scored, self.options.soft_labels, self.tokenizer.pad_token_id)
+        stale = measure_calibration(self.auxiliary, examples) if knew else {}
         generator = torch.Generator().manual_seed(self._seed(f"fitting {round_index}"))
         report = fit_auxiliary(
             self.auxiliary,
@@ -219,7 +215,8 @@ class DomainRegulariser:
             "round": round_index,
             "model_hash": scored[0].model_hash,
         }
-        return report
+        # How the last round's R does on samples of a policy that is one round newer.
+        return report | {f"{key}_before": stale[key] for key in ("r_brier", "r_ece") if key in stale}
 
     # ------------------------------------------------------------------ the update
 
@@ -266,27 +263,41 @@ class DomainRegulariser:
         first, self.drawn = self.drawn, self.drawn + count
         return [self.rollouts[(first + offset) % len(self.rollouts)] for offset in range(count)]
 
-    # ------------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------------ state
 
-    def save(self, folder: Path) -> None:
-        """Writes everything that the next rounds depend on."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.auxiliary is not None:
-            self.auxiliary.save_pretrained(folder / "auxiliary")
-        if self.anchor is not None:
-            save_file(self.anchor.state_dict(), folder / "anchor.safetensors")
-        write_rollouts(folder / "rollouts.jsonl", self.rollouts)
-        write_json(folder / "state.json", {"informed": self.informed, "drawn": self.drawn})
+    def state(self, measured: dict[str, Any] | None = None) -> RegulariserState:
+        """Everything that the next updates and rounds depend on, and what the last round measured."""
+        auxiliary = self.auxiliary
+        return RegulariserState(
+            informed=self.informed,
+            drawn=self.drawn,
+            rollouts=self.rollouts,
+            auxiliary=on_cpu(auxiliary.state_dict()) if auxiliary is not None else {},
+            anchor=on_cpu(self.anchor.state_dict()) if self.anchor is not None else {},
+            provenance=auxiliary.config.provenance if auxiliary is not None else None,
+            measured=measured or {},
+        )
 
-    def load(self, folder: Path) -> None:
-        """Goes back to what `save` wrote."""
+    def set_policy(self, weights: Weights) -> None:
+        """Gives this regulariser's model the policy's trainable weights."""
+        for name, parameter in self.model.named_parameters():
+            if name in weights:
+                parameter.data.copy_(weights[name])
+
+    def to(self, device: str) -> None:
+        """Moves model and R to a device."""
+        self.model.to(device)
         if self.auxiliary is not None:
-            self.auxiliary = load_auxiliary(folder / "auxiliary", causal_lm(self.model))
+            self.auxiliary.to(device)
+
+    def adopt(self, state: RegulariserState) -> None:
+        """Goes on from a state, of this process or another."""
+        self.informed, self.drawn, self.rollouts = state.informed, state.drawn, state.rollouts
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(state.auxiliary)
+            self.auxiliary.config.provenance = state.provenance or {}
         if self.anchor is not None:
-            self.anchor.load_state_dict(load_file(folder / "anchor.safetensors"))
-        self.rollouts = read_rollouts(folder / "rollouts.jsonl")
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self.informed, self.drawn = state["informed"], state["drawn"]
+            self.anchor.load_state_dict(state.anchor)
 
     # ------------------------------------------------------------------ seeds
 

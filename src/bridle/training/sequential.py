@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from bridle.data import write_rollouts
 from bridle.environment import write_json
 from bridle.training.regulariser import DomainRegulariser
+from bridle.training.state import RegulariserState
 
 if TYPE_CHECKING:
     from bridle.training.trainer import ConstrainedTrainer
@@ -52,16 +53,23 @@ class SequentialSchedule(TrainerCallback):
     def begin_round(self, index: int) -> dict[str, Any]:
         """Refreshes every R from the policy as it stands; returns what was measured, by regulariser."""
         self.round, self._record = index, {"round": index}
+        self._refresh(index)
+        self._policy_began = time.perf_counter()
+        return self._record
+
+    def _refresh(self, index: int) -> None:
         for regulariser in self.trainer.regularisers:
             try:
                 measured = regulariser.update(index)
             finally:
                 self._keep_rollouts(index, regulariser)
-            self._keep_auxiliary(index, regulariser)
-            measured["lambda"] = regulariser.options.weight
-            self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
-        self._policy_began = time.perf_counter()
-        return self._record
+            self._note(index, regulariser, measured)
+
+    def _note(self, index: int, regulariser: DomainRegulariser, measured: dict[str, Any]) -> None:
+        """Keeps R of round `index` and writes down what was measured."""
+        self._keep_auxiliary(index, regulariser)
+        measured = measured | {"lambda": regulariser.options.weight}
+        self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
 
     def _end_round(self) -> None:
         self._record["seconds_policy"] = time.perf_counter() - self._policy_began
@@ -89,7 +97,7 @@ class SequentialSchedule(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):  # noqa: D102
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for regulariser in self.trainer.regularisers:
-            regulariser.save(folder / "regularisers" / regulariser.name)
+            regulariser.state().save(folder / "regularisers" / regulariser.name)
         write_json(folder / "schedule.json", {"round": self.round, "record": self._record})
 
     def load(self, checkpoint: Path) -> None:
@@ -98,4 +106,4 @@ class SequentialSchedule(TrainerCallback):
         self.round, self._record = saved["round"], saved["record"]
         self._policy_began = time.perf_counter()
         for regulariser in self.trainer.regularisers:
-            regulariser.load(checkpoint / "regularisers" / regulariser.name)
+            regulariser.adopt(RegulariserState.load(checkpoint / "regularisers" / regulariser.name))

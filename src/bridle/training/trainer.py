@@ -20,11 +20,12 @@ from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
 from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
+from bridle.training.parallel import ParallelSchedule
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.sequential import SequentialSchedule
 from bridle.training.tally import Tally
 
-SCHEDULES = {"sequential": SequentialSchedule}
+SCHEDULES = {"sequential": SequentialSchedule, "parallel": ParallelSchedule}
 
 
 class ConstrainedTrainer(PushesModel, SFTTrainer):

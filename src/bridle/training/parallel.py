@@ -1,0 +1,173 @@
+"""The parallel schedule (EMNLP 2024, the second of two): the policy and R are updated at the same time.
+
+Both start from the states of the last round. Round i's policy steps use R_{i-1}, fitted on samples of p_{i-2},
+while R_i is being fitted on samples of p_{i-1}. There is no R yet in the first round, whose policy steps are plain CE;
+and none is fitted in the last one, since nobody would use it.
+
+Who fits R is a `Worker`: `RayWorker` in another process, on whatever a Ray cluster gives it, or `LocalWorker`, which
+takes turns with the policy and gives the same result, bit for bit.
+"""
+
+import time
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bridle.models.hidden import causal_lm
+from bridle.training.regulariser import DomainRegulariser
+from bridle.training.sequential import SequentialSchedule
+from bridle.training.state import RegulariserState, Weights, trainable_weights
+
+if TYPE_CHECKING:
+    from bridle.training.trainer import ConstrainedTrainer
+
+
+class Pending(Protocol):
+    """The states of all regularisers after a round, on their way."""
+
+    def check(self) -> None:
+        """Raises `RunStopped` if whoever makes them is known to have failed."""
+        ...
+
+    def result(self) -> list[RegulariserState]:
+        """Waits for them. Raises `RunStopped` if they will never come."""
+        ...
+
+
+class Worker(Protocol):
+    """Where the regulariser's role is played."""
+
+    def submit(self, round_index: int, weights: Weights) -> Pending:
+        """Begins a round of every regulariser, on samples of the policy with these weights."""
+        ...
+
+    def restore(self, states: list[RegulariserState]) -> None:
+        """Goes on from the states that an earlier run's worker had reached."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of what the worker holds."""
+        ...
+
+
+class RegulariserRole:
+    """What a worker does, wherever it runs: refreshes R from the policies that it is sent.
+
+    Args:
+        regularisers: with a model of their own, the same one for all.
+    """
+
+    def __init__(self, regularisers: list[DomainRegulariser]):
+        self.regularisers = regularisers
+        if regularisers:  # the trainer's patches of `forward` lead to the trainer's own model
+            vars(causal_lm(regularisers[0].model)).pop("forward", None)
+
+    def update(self, round_index: int, weights: Weights) -> list[RegulariserState]:
+        """Sample → score → fit R_i from the policy as it stood when round i began."""
+        states = []
+        for regulariser in self.regularisers:
+            regulariser.set_policy(weights)
+            measured = regulariser.update(round_index)
+            states.append(regulariser.state(measured))
+        return states
+
+    def restore(self, states: list[RegulariserState]) -> None:
+        """Goes on from these states."""
+        for regulariser, state in zip(self.regularisers, states, strict=True):
+            regulariser.adopt(state)
+
+
+class Done:
+    """States that are there already."""
+
+    def __init__(self, states: list[RegulariserState]):
+        self.states = states
+
+    def check(self) -> None:  # noqa: D102
+        pass
+
+    def result(self) -> list[RegulariserState]:  # noqa: D102
+        return self.states
+
+
+class LocalWorker:
+    """Fits R in this process while the policy waits: the plain loop of the same recurrence."""
+
+    def __init__(self, regularisers: list[DomainRegulariser]):
+        self.role = RegulariserRole(deepcopy(regularisers))
+
+    def submit(self, round_index: int, weights: Weights) -> Pending:  # noqa: D102
+        return Done(self.role.update(round_index, weights))
+
+    def restore(self, states: list[RegulariserState]) -> None:  # noqa: D102
+        self.role.restore(states)
+
+    def close(self) -> None:  # noqa: D102
+        pass
+
+
+class ParallelSchedule(SequentialSchedule):
+    """Sends the policy to the worker at the beginning of each round, and takes what it made of the last one.
+
+    Args:
+        trainer: whose regularisers are updated; its `args.rounds` divide the policy's steps evenly.
+    """
+
+    def __init__(self, trainer: "ConstrainedTrainer"):
+        super().__init__(trainer)
+        self.worker: Worker | None = None  # a `RayWorker`, unless one is put here before training
+        self.pending: Pending | None = None  # R_i, during round i
+
+    def _refresh(self, index: int) -> None:
+        """Takes R_{i-1}, and has R_i fitted from here on."""
+        if self.pending is not None:
+            began = time.perf_counter()
+            states = self.pending.result()
+            self._record["seconds_waiting"] = time.perf_counter() - began
+            for regulariser, state in zip(self.trainer.regularisers, states, strict=True):
+                regulariser.adopt(state)
+                self._keep_rollouts(index - 1, regulariser)
+                self._note(index - 1, regulariser, _of_worker(state.measured))
+        self.pending = None
+        if index < self.trainer.args.rounds:
+            self.worker = self.worker or self._ray_worker()
+            self.pending = self.worker.submit(index, trainable_weights(self.trainer.model))
+
+    def _ray_worker(self) -> Worker:
+        from bridle.training.ray_worker import RayWorker  # Ray is optional
+
+        return RayWorker(self.trainer.regularisers, self.trainer.args.parallel, Path(self.trainer.args.output_dir))
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        if self.pending is not None:
+            self.pending.check()  # a dead worker stops the policy at its next step, and not at the round's end
+        return super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+        if self.worker is not None:
+            self.worker.close()
+
+    # ------------------------------------------------------------------ resume
+
+    def on_save(self, args, state, control, **kwargs):
+        """Waits for R_i, which a resumed run could not fit again: its policy p_{i-1} is gone."""
+        super().on_save(args, state, control, **kwargs)
+        if self.pending is not None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "pending"
+            states = self.pending.result()
+            self.pending = Done(states)
+            for regulariser, made in zip(self.trainer.regularisers, states, strict=True):
+                made.save(folder / regulariser.name)
+
+    def load(self, checkpoint: Path) -> None:  # noqa: D102
+        super().load(checkpoint)
+        if (folder := checkpoint / "pending").is_dir():
+            states = [RegulariserState.load(folder / regulariser.name) for regulariser in self.trainer.regularisers]
+            self.pending = Done(states)
+            self.worker = self.worker or self._ray_worker()
+            self.worker.restore(states)
+
+
+def _of_worker(measured: dict[str, Any]) -> dict[str, Any]:
+    """Times of the worker lie beside those of the policy and must not be added to them."""
+    return {f"worker_{key}" if key.startswith("seconds") else key: value for key, value in measured.items()}

@@ -1,0 +1,65 @@
+"""What a regulariser keeps between rounds: written into checkpoints, and handed over between processes."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bridle.data import Rollout, read_rollouts, write_rollouts
+from bridle.environment import write_json
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class RegulariserState:
+    """Everything the next updates and rounds depend on, on the CPU.
+
+    Attributes:
+        informed: whether R says something.
+        drawn: rollouts handed to the update since the round began.
+        rollouts: of the last round.
+        auxiliary: R's weights by name; empty for retention.
+        anchor: the snapshot p_a by name; empty for `live`.
+        provenance: what R was fitted on.
+        measured: what the round measured.
+    """
+
+    informed: bool = False
+    drawn: int = 0
+    rollouts: list[Rollout] = field(default_factory=list)
+    auxiliary: Weights = field(default_factory=dict)
+    anchor: Weights = field(default_factory=dict)
+    provenance: dict[str, Any] | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Writes it, without pickles."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("auxiliary", "anchor"):
+            if weights := getattr(self, name):
+                save_file(weights, folder / f"{name}.safetensors")
+        write_rollouts(folder / "rollouts.jsonl", self.rollouts)
+        plain = ("informed", "drawn", "provenance", "measured")
+        write_json(folder / "state.json", {name: getattr(self, name) for name in plain})
+
+    @classmethod
+    def load(cls, folder: Path) -> "RegulariserState":
+        """What `save` wrote."""
+        files = {name: folder / f"{name}.safetensors" for name in ("auxiliary", "anchor")}
+        weights = {name: load_file(file) for name, file in files.items() if file.exists()}
+        plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return cls(rollouts=read_rollouts(folder / "rollouts.jsonl"), **weights, **plain)
+
+
+def on_cpu(weights: Weights) -> Weights:
+    """A copy that neither training nor another process changes."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
+
+
+def trainable_weights(model: nn.Module) -> Weights:
+    """A copy of what training changes: with LoRA, the adapter alone."""
+    return on_cpu({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})

@@ -1,0 +1,183 @@
+"""The parallel schedule: the same recurrence wherever R is fitted, and what happens when a role dies."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from test_training import NO_E, logged, trainer_of, weights
+
+from bridle.errors import RunStopped, UserError
+from bridle.training.config import ParallelOptions, Regulariser
+from bridle.training.parallel import LocalWorker
+from bridle.training.state import RegulariserState
+
+ROUNDS = {"schedule": "parallel", "rounds": 4, "max_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """Ray with two CPUs, for all tests of this file."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+def in_turns(trainer):
+    """A trainer whose worker fits R while the policy waits."""
+    trainer.schedule.worker = LocalWorker(trainer.regularisers)
+    return trainer
+
+
+@pytest.mark.parametrize("options", [{"anchor": "live", "on": "both"}, {"anchor": "previous", "on": "corpus"}])
+def test_ray_gives_what_a_plain_loop_gives_bit_for_bit(ray, tiny_folder, tmp_path, options):
+    folder, ends, losses = tiny_folder(), [], []
+    for name in ("plain", "ray"):
+        trainer = trainer_of(folder, tmp_path / name, {"rude": Regulariser(NO_E, weight=4.0, **options)}, **ROUNDS)
+        (in_turns(trainer) if name == "plain" else trainer).train()
+        ends.append(weights(trainer))
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1]
+    assert all(torch.equal(ends[1][name], weight) for name, weight in ends[0].items())
+
+
+def test_each_round_uses_the_last_rounds_regulariser(tiny_folder, tmp_path):
+    trainer = in_turns(trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **ROUNDS))
+    used, submitted = {}, []
+    worker, begin = trainer.schedule.worker, trainer.schedule.begin_round
+    submit = worker.submit
+    worker.submit = lambda index, policy: submitted.append((index, policy)) or submit(index, policy)
+    trainer.schedule.begin_round = lambda index: (begin(index), used.update({index: trainer.regularisers[0].state()}))[
+        0
+    ]
+    start = weights(trainer)
+    trainer.train()
+    assert [index for index, _ in submitted] == [1, 2, 3], "R_4 would be of no use to anybody"
+    assert not used[1].informed
+    assert [state.rollouts[0].round for state in list(used.values())[1:]] == [1, 2, 3]
+    for name, weight in submitted[0][1].items():
+        torch.testing.assert_close(weight, start[name])
+    assert "kl/rude" not in trainer.state.log_history[0], "the first round is plain CE"
+    assert len({state.rollouts[0].model_hash for state in list(used.values())[1:]}) == 3
+
+
+def test_a_parallel_run_resumes_to_the_same_weights(tiny_folder, tmp_path):
+    folder = tiny_folder()
+    options = {**ROUNDS, "save_strategy": "steps", "save_steps": 3}
+    regularisers = {"rude": Regulariser(NO_E, weight=4.0, anchor="previous", on="both")}
+    whole = in_turns(trainer_of(folder, tmp_path / "whole", regularisers, **options))
+    whole.train()
+    for step in (3, 4, 6):  # within a round, at its end, and at both
+        again = in_turns(trainer_of(folder, tmp_path / f"again-{step}", regularisers, **options))
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        for name, weight in weights(whole).items():
+            assert torch.equal(weights(again)[name], weight), (step, name)
+
+
+def test_a_killed_worker_stops_the_policy_and_says_so(ray, tiny_folder, tmp_path):
+    trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **ROUNDS)
+    refresh = trainer.schedule._refresh
+
+    def kill_in_round_two(index):
+        refresh(index)
+        if index == 2:
+            os.kill(ray.get(trainer.schedule.worker.actor.pid.remote()), signal.SIGKILL)
+
+    trainer.schedule._refresh = kill_in_round_two
+    with pytest.raises(RunStopped, match=r"the process of the regulariser, in round \d, died .*--resume"):
+        trainer.train()
+    assert trainer.state.global_step <= 4, "no later than the end of the round"
+
+
+def test_the_command_line_runs_both_roles(ray, bridle, recipe, tmp_path):
+    code, _, err = bridle("train", recipe(), "--output_dir", tmp_path / "run", "--schedule", "parallel")
+    assert code == 0, err
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, second = (record for record in records if "round" in record)
+    assert "rude/compliance" not in first
+    assert second["rude/rollouts"] == 32
+    assert second["seconds_waiting"] >= 0
+    assert second["rude/worker_seconds_sampling"] > 0
+    assert (tmp_path / "run" / "model" / "README.md").exists()
+    assert (tmp_path / "run" / "auxiliary" / "round-1" / "model.safetensors").exists()
+
+
+def test_a_killed_policy_is_named_and_its_regulariser_ends_with_it(ray, bridle, recipe, tmp_path):
+    def kill_the_policy():
+        wait_until((tmp_path / "run" / "metrics.jsonl").exists, seconds=60)
+        (policy,) = processes("_policy")
+        os.kill(policy.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_policy)
+    killer.start()
+    path = recipe(max_steps=2000, rounds=3)
+    code, _, err = bridle("train", path, "--output_dir", tmp_path / "run", "--schedule", "parallel")
+    killer.join()
+    assert code == 3
+    assert "the process of the policy died" in err
+    wait_until(lambda: not processes("RegulariserActor"), seconds=30)
+
+
+def processes(role):
+    """Ray's processes that play a role; Ray puts it into their titles."""
+    return [found for found in psutil.process_iter() if f"ray::{role}" in " ".join(found.cmdline())]
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_what_the_cluster_cannot_give_is_refused(ray, tiny_folder, tmp_path):
+    options = {**ROUNDS, "parallel": ParallelOptions(num_cpus=64)}
+    trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **options)
+    with pytest.raises(UserError, match="64 CPU each, but the Ray cluster has 2"):
+        trainer.train()
+
+
+def test_what_is_in_use_is_waited_for_so_long(ray, tiny_folder, tmp_path):
+    @ray.remote(num_cpus=2)
+    class Busy:
+        def stand(self):
+            return True
+
+    busy = Busy.remote()
+    ray.get(busy.stand.remote())
+    options = {**ROUNDS, "parallel": ParallelOptions(patience=1.0)}
+    trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **options)
+    with pytest.raises(UserError, match="nothing within 1 seconds"):
+        trainer.train()
+    ray.kill(busy)
+
+
+def test_large_weights_pass_through_a_file(tmp_path):
+    ray_worker = pytest.importorskip("bridle.training.ray_worker", reason="Ray is not installed", exc_type=UserError)
+    policy = {"weight": torch.randn(300, 1000)}
+    small = ray_worker.pack(policy, tmp_path / "p.safetensors", largest_message=2.0)
+    assert small is policy
+    large = ray_worker.pack(policy, tmp_path / "p.safetensors", largest_message=1.0)
+    assert large == tmp_path / "p.safetensors"
+    assert torch.equal(ray_worker.unpack(large)["weight"], policy["weight"])
+    assert not large.exists()
+
+
+def test_a_state_is_the_same_after_a_checkpoint(tiny_folder, tmp_path):
+    trainer = in_turns(trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, anchor="previous")}, **ROUNDS))
+    trainer.train()
+    state = trainer.regularisers[0].state({"compliance": 0.5})
+    state.save(tmp_path / "state")
+    loaded = RegulariserState.load(tmp_path / "state")
+    assert loaded.rollouts == state.rollouts
+    assert (loaded.informed, loaded.drawn, loaded.measured) == (state.informed, state.drawn, {"compliance": 0.5})
+    for weights_of in ("auxiliary", "anchor"):
+        for name, weight in getattr(state, weights_of).items():
+            assert torch.equal(getattr(loaded, weights_of)[name], weight)
+    assert not [path for path in (tmp_path / "state").iterdir() if path.suffix in {".bin", ".pt", ".pkl"}]
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["provenance"]["regulariser"] == "rude"

@@ -1,0 +1,76 @@
+"""Trainers of tiny models on the invented corpus, for tests of the update and its schedules."""
+
+from datasets import Dataset
+
+from bridle.constraints import WordList
+from bridle.models.loading import load_model, load_tokenizer
+from bridle.training.config import AuxiliaryOptions, ConstrainedConfig
+from bridle.training.trainer import ConstrainedTrainer
+from conftest import SENTENCES
+
+
+class Letters(WordList):
+    """Complies where the text has no letter e: about half of what a tiny random model says."""
+
+    def _score(self, texts):
+        return [float("e" not in text) for text in texts]
+
+
+NO_E = Letters(["unused"], name="no e")
+
+
+class ShareOfLetters(WordList):
+    """A degree: the share of the text's letters that are not e, which nearly always complies."""
+
+    def _score(self, texts):
+        return [1 - text.count("e") / max(1, len(text)) for text in texts]
+
+
+SHARE_OF_E = ShareOfLetters(["unused"], name="few e")
+
+
+def corpus(tokens=("plain", "rude")):
+    return {
+        name: Dataset.from_dict({"text": [f"{text} {i}" for i in range(8) for text in SENTENCES[k::2]]})
+        for k, name in enumerate(tokens)
+    }
+
+
+SFT_OPTIONS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 8,
+    "max_length": 24,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+}
+
+
+def config(folder, **options):
+    own = {
+        "rounds": 2,
+        "rollouts_per_round": 32,
+        "max_new_tokens": 8,
+        "prompt_tokens": (1, 3),
+        "auxiliary": AuxiliaryOptions(epochs=2, batch_size=8),
+    }
+    return ConstrainedConfig(output_dir=str(folder), **{**SFT_OPTIONS, **own, **options})
+
+
+def trainer_of(folder, output, regularisers, rows=None, lora=None, **options):
+    return ConstrainedTrainer(
+        model=load_model(str(folder), lora=lora),
+        args=config(output, **options),
+        corpus=rows or corpus(),
+        regularisers=regularisers,
+        processing_class=load_tokenizer(str(folder)),
+    )
+
+
+def logged(trainer, key):
+    return [record[key] for record in trainer.state.log_history if key in record]
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
