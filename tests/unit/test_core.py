@@ -1,5 +1,8 @@
 """The equations, against distributions whose answers are known and against `torch`'s own losses."""
 
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridle.core.calibration import calibration
-from bridle.core.decomposition import consistency_loss, label_loss
+from bridle.core.decomposition import consistency_loss, future_weights, label_loss
 from bridle.core.losses import cross_entropy, entropy, kl_divergence
 from bridle.core.target import log_target
 from bridle.core.tokens import (
@@ -223,3 +226,53 @@ class TestCalibration:
         p = torch.rand(20_000, generator=generator)
         labels = (torch.rand(20_000, generator=generator) < p).float()
         assert calibration(p, labels).expected_calibration_error < 0.02
+
+
+class TestFutureWeights:
+    """Labels of samples of another model, as those of this one."""
+
+    def test_weighted_labels_average_to_r_of_every_prefix(self):
+        length, sequences = 3, torch.tensor(list(itertools.product(range(2), repeat=3)))
+        compliance = torch.rand(8, generator=torch.Generator().manual_seed(1))
+        log_probs, drawn = (_path_log_probs(sequences, seed) for seed in (2, 3))
+        mask = torch.ones_like(sequences, dtype=torch.bool)
+        weights = future_weights(log_probs, drawn, mask, most=1e9)
+        p, p_drawn = log_probs.sum(-1).exp(), drawn.sum(-1).exp()
+        for prefix_length in range(1, length + 1):
+            for prefix in itertools.product(range(2), repeat=prefix_length):
+                inside = (sequences[:, :prefix_length] == torch.tensor(prefix)).all(-1)
+                true_r = (p * compliance)[inside].sum() / p[inside].sum()
+                counted = (p_drawn * weights[:, prefix_length - 1])[inside]
+                torch.testing.assert_close((counted * compliance[inside]).sum() / counted.sum(), true_r)
+
+    def test_a_model_weighs_its_own_samples_as_they_are(self):
+        log_probs = -torch.rand(4, 5)
+        mask = torch.arange(5) < torch.tensor([[5], [3], [1], [5]])
+        assert (future_weights(log_probs, log_probs.clone(), mask)[mask] == 1).all()
+
+    def test_the_last_token_weighs_one_and_no_weight_exceeds_the_most(self):
+        log_probs, drawn = torch.full((1, 4), -1.0), torch.full((1, 4), -3.0)
+        mask = torch.tensor([[True, True, True, False]])
+        assert future_weights(log_probs, drawn, mask)[0, :3].tolist() == pytest.approx([4.0, 4.0, 1.0])
+        assert future_weights(drawn, log_probs, mask)[0, 0].item() == pytest.approx(math.exp(-4))
+
+    def test_a_weight_counts_like_so_many_samples(self):
+        r_taken, mask, compliance = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.tensor([0.0, 1.0])
+        twice = label_loss(r_taken[[0, 0, 1]], mask[[0, 0, 1]], compliance[[0, 0, 1]])
+        weighted = label_loss(r_taken, mask, compliance, torch.tensor([[2.0], [1.0]]).expand(2, 3))
+        torch.testing.assert_close(torch.stack(weighted), torch.stack([part.float() for part in twice]))
+
+
+def _path_log_probs(sequences, seed):
+    """log p of each token of each sequence under a random table of next-token probabilities for every prefix."""
+    generator, table = torch.Generator().manual_seed(seed), {}
+    rows = []
+    for sequence in sequences.tolist():
+        row = []
+        for at, token in enumerate(sequence):
+            prefix = tuple(sequence[:at])
+            if prefix not in table:
+                table[prefix] = torch.randn(2, generator=generator).log_softmax(-1)
+            row.append(table[prefix][token])
+        rows.append(torch.stack(row))
+    return torch.stack(rows)

@@ -14,7 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def label_loss(r_taken: Tensor, mask: Tensor, compliance: Tensor) -> tuple[Tensor, Tensor]:
+def future_weights(log_probs: Tensor, drawn_log_probs: Tensor, mask: Tensor, most: float = 4.0) -> Tensor:
+    """How much the label of a sample of another model counts at each prefix.
+
+    R(s_t) averages C over what p_a says after s_t. Where the sample was drawn from another model p', the label counts
+    by Π_{u>t} p_a(y_u|s_{u-1}) / p'(y_u|s_{u-1}): what came before does not matter, since R is conditional on it, so
+    that late prefixes weigh about 1.
+
+    Args:
+        log_probs: [batch, time] of the sample's tokens under p_a.
+        drawn_log_probs: [batch, time] under the model that drew them.
+        mask: [batch, time], true where the sample has a token.
+        most: weights above this are cut to it, for less variance at the price of a little bias.
+
+    Returns:
+        [batch, time] weights, all 1 where both models are the same.
+    """
+    ratios = (log_probs - drawn_log_probs).masked_fill(~mask, 0)
+    after = ratios.sum(-1, keepdim=True) - ratios.cumsum(-1)
+    return after.exp().clamp(max=most)
+
+
+def label_loss(
+    r_taken: Tensor, mask: Tensor, compliance: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy of R on every prefix of a labelled sample.
 
     Args:
@@ -22,13 +45,15 @@ def label_loss(r_taken: Tensor, mask: Tensor, compliance: Tensor) -> tuple[Tenso
             first j + 1 completion tokens.
         mask: [batch, time], true where the sample has a token.
         compliance: [batch], C of the whole sample in [0, 1].
+        weights: [batch, time], from `future_weights`; None counts every prefix once.
 
     Returns:
-        (sum over prefixes, number of prefixes), in nats.
+        (weighted sum over prefixes, their total weight), in nats.
     """
     labels = compliance[:, None].expand_as(r_taken).to(r_taken.dtype)
+    counted = mask.to(r_taken.dtype) if weights is None else weights.masked_fill(~mask, 0)
     losses = F.binary_cross_entropy_with_logits(r_taken, labels, reduction="none")
-    return losses.masked_fill(~mask, 0).sum(), mask.sum()
+    return (losses.masked_fill(~mask, 0) * counted).sum(), counted.sum()
 
 
 def consistency_loss(

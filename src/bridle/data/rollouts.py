@@ -22,6 +22,7 @@ _TYPES: dict[str, type | UnionType] = {
     "value": float | int | None,
     "complies": bool | None,
     "reason": str,
+    "log_probs": list | None,
 }
 
 
@@ -39,6 +40,7 @@ class Rollout:
         value: the score in [0, 1], 1 where it complies; None if missing.
         complies: the thresholded score; None if missing.
         reason: why the score is missing.
+        log_probs: of the completion's tokens under the model that drew them, in nats; None if not known.
 
     Raises:
         UserError: if a field has another type, or the value is neither None nor in [0, 1].
@@ -55,6 +57,7 @@ class Rollout:
     value: float | None = None
     complies: bool | None = None
     reason: str = ""
+    log_probs: list[float] | None = None
 
     def __post_init__(self) -> None:
         for name, kind in _TYPES.items():

@@ -69,6 +69,8 @@ class AuxiliaryOptions:
         weight_decay: of AdamW.
         consistency_weight: β of the forward-consistency term.
         validation_share: share of the rollouts kept back to measure R's calibration.
+        replay: earlier rounds whose rollouts R is fitted on as well, each label weighted by how likely the policy
+            now is to say what came after the prefix. A policy that complies shows a fresh R few violations.
     """
 
     depth: int = 1
@@ -80,6 +82,7 @@ class AuxiliaryOptions:
     weight_decay: float = 0.01
     consistency_weight: float = 1.0
     validation_share: float = 0.1
+    replay: int = 0
 
 
 @dataclass

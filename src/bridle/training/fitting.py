@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bridle.core.calibration import calibration
-from bridle.core.decomposition import consistency_loss, label_loss
+from bridle.core.decomposition import consistency_loss, future_weights, label_loss
 from bridle.core.tokens import completion_positions, length_mask, pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import AuxiliaryModel
@@ -22,6 +22,7 @@ SumAndCount = tuple[Tensor, Tensor]
 
 CONSISTENCY_SHARE = 4  # one row in so many pays for the whole vocabulary in a fitting step
 ENCODE_BATCH = 64  # rollouts in one forward of the guided model
+PREFIXES_AT_ONCE = 1024  # that go through the vocabulary together when rollouts are read
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Examples:
         completion: [n, time] token ids.
         mask: [n, time], true where the completion has a token.
         compliance: [n] labels in [0, 1].
+        weights: [n, time], how much the label counts at each prefix: 1 but for replayed samples.
         input_ids, attention_mask: [n, longer time] of prompt and completion.
         positions: [n, time], where in `input_ids` each completion token is predicted.
     """
@@ -41,6 +43,7 @@ class Examples:
     completion: Tensor
     mask: Tensor
     compliance: Tensor
+    weights: Tensor
     input_ids: Tensor
     attention_mask: Tensor
     positions: Tensor
@@ -48,7 +51,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.compliance)
 
-    def __getitem__(self, rows: Tensor) -> "Examples":
+    def __getitem__(self, rows: Tensor | slice) -> "Examples":
         return Examples(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
     def to(self, device: torch.device) -> "Examples":
@@ -57,14 +60,18 @@ class Examples:
 
 
 def encode(model: PreTrainedModel, rollouts: Sequence[Rollout], soft_labels: bool, pad_token_id: int) -> Examples:
-    """Runs the guided model over labelled rollouts once, and keeps what fitting R needs, on the CPU."""
+    """Runs the guided model over labelled rollouts once, and keeps what fitting R needs, on the CPU.
+
+    A rollout that does not know yet how likely its tokens were is taken to be drawn from this model, and is told.
+    """
     rows = [rollout.prompt_ids + rollout.completion_ids for rollout in rollouts]
     input_ids, attention_mask = pad_right(rows, pad_token_id)
     lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
     prompt_lengths = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
     mask = length_mask(lengths, int(lengths.max()))
     at = completion_positions(prompt_lengths, mask.shape[1]).clamp(max=input_ids.shape[1] - 2)
-    hidden = []
+    completion = input_ids.gather(1, at + 1).masked_fill(~mask, 0)
+    hidden, log_probs = [], []
     training = model.training
     model.eval()
     with capture_hidden_states(model) as captured:
@@ -76,18 +83,38 @@ def encode(model: PreTrainedModel, rollouts: Sequence[Rollout], soft_labels: boo
                 use_cache=False,
             )
             assert captured.last is not None
-            hidden.append(_gather(captured.last.cpu(), at[batch]))
+            states = _gather(captured.last, at[batch].to(model.device))
+            log_probs.append(_log_probs(model, states, completion[batch], mask[batch]))
+            hidden.append(states.cpu())
     model.train(training)
     compliance = [rollout.value if soft_labels else rollout.complies for rollout in rollouts]
     return Examples(
         hidden=torch.cat(hidden),
-        completion=input_ids.gather(1, at + 1).masked_fill(~mask, 0),
+        completion=completion,
         mask=mask,
         compliance=torch.tensor(compliance, dtype=torch.float32),  # a missing one raises
+        weights=_weights(rollouts, torch.cat(log_probs), mask),
         input_ids=input_ids,
         attention_mask=attention_mask,
         positions=at,
     )
+
+
+def _log_probs(model: PreTrainedModel, states: Tensor, completion: Tensor, mask: Tensor) -> Tensor:
+    """log p of completion tokens, 0 where there is none. [batch, time, hidden], [batch, time] -> [batch, time]."""
+    inside = mask.to(states.device)
+    pairs = zip(states[inside].split(PREFIXES_AT_ONCE), completion[mask].split(PREFIXES_AT_ONCE), strict=True)
+    found = [-F.cross_entropy(project(model, s).float(), t.to(s.device), reduction="none") for s, t in pairs]
+    return torch.zeros(mask.shape).masked_scatter(mask, torch.cat(found).cpu())
+
+
+def _weights(rollouts: Sequence[Rollout], log_probs: Tensor, mask: Tensor) -> Tensor:
+    drawn = log_probs.clone()
+    for row, rollout in enumerate(rollouts):
+        if rollout.log_probs is None:
+            rollout.log_probs = log_probs[row, mask[row]].tolist()
+        drawn[row, mask[row]] = torch.tensor(rollout.log_probs)
+    return future_weights(log_probs, drawn, mask)
 
 
 def fit_auxiliary(
@@ -97,22 +124,25 @@ def fit_auxiliary(
     options: AuxiliaryOptions,
     generator: torch.Generator,
     description: str = "fitting R",
+    fresh: int | None = None,
 ) -> dict[str, Any]:
     """Minimises L_R = BCE + β·consistency on labelled samples (`core.decomposition`).
 
     Args:
         auxiliary: R, changed in place.
         model: the guided model p_a, whose next-token distribution the consistency term averages over.
-        examples: from `encode`; a share of them is kept back to measure calibration.
+        examples: from `encode`; a share of the fresh ones is kept back to measure calibration.
         options: length and rates of the fit.
         generator: orders the examples.
+        fresh: how many, the first ones, were drawn from p_a itself; all if not given.
 
     Returns:
         Losses of the last epoch, and R's calibration on the examples kept back.
     """
-    order = torch.randperm(len(examples), generator=generator)
-    held_back = min(len(examples) - 1, round(options.validation_share * len(examples)))
-    validation, fitting = order[:held_back], order[held_back:]
+    fresh = len(examples) if fresh is None else fresh
+    order = torch.randperm(fresh, generator=generator)
+    held_back = min(fresh - 1, round(options.validation_share * fresh))
+    validation, fitting = order[:held_back], torch.cat([order[held_back:], torch.arange(fresh, len(examples))])
     optimizer = torch.optim.AdamW(
         auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
     )
@@ -148,7 +178,7 @@ def _fit_losses(auxiliary: AuxiliaryModel, model: PreTrainedModel, batch: Exampl
     """Both terms of L_R on one batch, each as (sum, count)."""
     states = _states(auxiliary, batch)
     r_taken = auxiliary(states, batch.completion)
-    bce = label_loss(r_taken, batch.mask, batch.compliance)
+    bce = label_loss(r_taken, batch.mask, batch.compliance, batch.weights)
     # The whole vocabulary is the dear part, and a mean over some of the rows serves as well.
     some = slice(0, -(-len(batch) // CONSISTENCY_SHARE))
     with torch.no_grad():

@@ -65,6 +65,7 @@ class DomainRegulariser:
     anchor: Anchor | None = field(init=False, default=None)
     auxiliary: AuxiliaryModel | None = field(init=False, default=None)
     rollouts: list[Rollout] = field(init=False, default_factory=list)
+    replayed: list[Rollout] = field(init=False, default_factory=list)  # scored, of rounds before the last
     informed: bool = field(init=False, default=False)  # R says something: its last labels were not all alike
     drawn: int = field(init=False, default=0)  # rollouts handed to the update since the round began
 
@@ -113,6 +114,8 @@ class DomainRegulariser:
         if self.anchor is not None:
             self.anchor.refresh()
         seconds: dict[str, float] = {}
+        earlier = [rollout for rollout in self.replayed + self.rollouts if rollout.complies is not None]
+        self.replayed = [r for r in earlier if r.round >= round_index - self.config.auxiliary.replay]
         with _timed(seconds, "sampling"):
             self.rollouts, self.drawn = self._sample(round_index), 0
         with _timed(seconds, "scoring"):
@@ -198,8 +201,9 @@ class DomainRegulariser:
             return {"fit_skipped": True}
         assert self.auxiliary is not None
         with torch.no_grad():
-            examples = encode(self.model, scored, self.options.soft_labels, self.tokenizer.pad_token_id)
-        stale = measure_calibration(self.auxiliary, examples) if knew else {}
+            pad = self.tokenizer.pad_token_id
+            examples = encode(self.model, scored + self.replayed, self.options.soft_labels, pad)
+        stale = measure_calibration(self.auxiliary, examples[: len(scored)]) if knew else {}
         generator = torch.Generator().manual_seed(self._seed(f"fitting {round_index}"))
         report = fit_auxiliary(
             self.auxiliary,
@@ -208,6 +212,7 @@ class DomainRegulariser:
             self.config.auxiliary,
             generator,
             f"round {round_index}: fitting R",
+            fresh=len(scored),
         )
         self.auxiliary.config.provenance = {
             "constraint": self.constraint.describe(),
@@ -272,6 +277,7 @@ class DomainRegulariser:
             informed=self.informed,
             drawn=self.drawn,
             rollouts=self.rollouts,
+            replayed=self.replayed,
             auxiliary=on_cpu(auxiliary.state_dict()) if auxiliary is not None else {},
             anchor=on_cpu(self.anchor.state_dict()) if self.anchor is not None else {},
             provenance=auxiliary.config.provenance if auxiliary is not None else None,
@@ -292,7 +298,8 @@ class DomainRegulariser:
 
     def adopt(self, state: RegulariserState) -> None:
         """Goes on from a state, of this process or another."""
-        self.informed, self.drawn, self.rollouts = state.informed, state.drawn, state.rollouts
+        self.informed, self.drawn = state.informed, state.drawn
+        self.rollouts, self.replayed = state.rollouts, state.replayed
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(state.auxiliary)
             self.auxiliary.config.provenance = state.provenance or {}

@@ -22,6 +22,7 @@ class RegulariserState:
         informed: whether R says something.
         drawn: rollouts handed to the update since the round began.
         rollouts: of the last round.
+        replayed: of rounds before it.
         auxiliary: R's weights by name; empty for retention.
         anchor: the snapshot p_a by name; empty for `live`.
         provenance: what R was fitted on.
@@ -31,6 +32,7 @@ class RegulariserState:
     informed: bool = False
     drawn: int = 0
     rollouts: list[Rollout] = field(default_factory=list)
+    replayed: list[Rollout] = field(default_factory=list)
     auxiliary: Weights = field(default_factory=dict)
     anchor: Weights = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
@@ -42,7 +44,8 @@ class RegulariserState:
         for name in ("auxiliary", "anchor"):
             if weights := getattr(self, name):
                 save_file(weights, folder / f"{name}.safetensors")
-        write_rollouts(folder / "rollouts.jsonl", self.rollouts)
+        for name in ("rollouts", "replayed"):
+            write_rollouts(folder / f"{name}.jsonl", getattr(self, name))
         plain = ("informed", "drawn", "provenance", "measured")
         write_json(folder / "state.json", {name: getattr(self, name) for name in plain})
 
@@ -52,7 +55,8 @@ class RegulariserState:
         files = {name: folder / f"{name}.safetensors" for name in ("auxiliary", "anchor")}
         weights = {name: load_file(file) for name, file in files.items() if file.exists()}
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return cls(rollouts=read_rollouts(folder / "rollouts.jsonl"), **weights, **plain)
+        rollouts = {name: read_rollouts(folder / f"{name}.jsonl") for name in ("rollouts", "replayed")}
+        return cls(**rollouts, **weights, **plain)
 
 
 def on_cpu(weights: Weights) -> Weights:
