@@ -380,13 +380,10 @@ def _quiet_libraries() -> None:
 
 
 def _load(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    import torch
-
-    from bridle.models.loading import load_model, load_tokenizer
+    from bridle.models.loading import load_for_inference
 
     _quiet_libraries()
-    tokenizer = load_tokenizer(model)
-    return load_model(model, dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    return load_for_inference(model, dtype, device)
 
 
 def _oracles(specs: Sequence[str]) -> dict[str, Any]:

@@ -86,6 +86,18 @@ def as_mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
+def different_keys(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> list[str]:
+    """The dotted keys, the outermost where one is missing, whose values differ."""
+    found = []
+    for key in sorted({*one, *other}):
+        mine, theirs = one.get(key), other.get(key)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            found += different_keys(mine, theirs, f"{above}{key}.")
+        elif mine != theirs:
+            found.append(f"{above}{key}")
+    return found
+
+
 # ---------------------------------------------------------------------- YAML
 
 

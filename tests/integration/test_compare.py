@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from bridle.comparison import methods as built_in
-from bridle.comparison.methods import Candidate, methods
+from bridle.comparison.methods import Candidate
 
 ALL = list(built_in.BUILT_IN)
-SHORT_RL = {"batch_size": 8, "num_generations": 2, "window": 2, "max_steps": 4, "save_every": 2}
+SHORT_RL = {"batch_size": 8, "num_generations": 2, "window": 2, "tolerance": 1.0, "max_steps": 300, "save_every": 2}
 
 
 @pytest.fixture
@@ -43,10 +43,8 @@ def plugged_in(monkeypatch):
         points = [EntryPoint(name, "tests:unused", built_in.ENTRY_POINTS) for name in functions]
         monkeypatch.setattr(EntryPoint, "load", lambda point: functions[point.name])
         monkeypatch.setattr(built_in, "entry_points", lambda group: points if group == built_in.ENTRY_POINTS else [])
-        methods.cache_clear()
 
-    yield plug
-    methods.cache_clear()
+    return plug
 
 
 def results_of(folder):
@@ -71,6 +69,8 @@ def test_every_method_with_two_seeds(bridle, comparison, tmp_path):
     trained = [results["methods"][name]["figures"]["cost"] for name in ("sft", "constrained", "constrained-adaptive")]
     assert len({cost["updates"]["value"] for cost in trained}) == 1, "the same number of updates"
     assert len({cost["tokens_trained"]["value"] for cost in trained}) == 1, "the same corpus tokens"
+    budget = results["methods"]["constrained-adaptive"]["figures"]["cost"]["seconds"]["value"]
+    assert results["methods"]["rl"]["figures"]["cost"]["seconds"]["value"] >= budget
     tested = {(test["figure"], test["method"]) for test in results["comparisons"]}
     best = next(test["reference"] for test in results["comparisons"] if test["figure"] == "violation")
     assert {("violation", name) for name in ALL if name != best} <= tested
@@ -106,10 +106,13 @@ def test_a_failure_stops_no_other_method_and_resuming_makes_only_what_is_missing
     code, _, err = bridle("compare", comparison, "--methods", names, "--output_dir", folder)
     assert code == 2
     assert "--resume" in err
+    code, _, err = bridle("compare", comparison, "--output_dir", folder, "--resume", "--evaluation.samples", 3)
+    assert code == 2
+    assert "evaluation.samples differ" in err
 
     plugged_in(broken=lambda cell: Candidate(cell.recipe.model))
     (folder / "base" / "seed-0" / "results.json").unlink()
-    code, _, err = bridle("compare", comparison, "--methods", names, "--output_dir", folder, "--resume")
+    code, _, err = bridle("compare", comparison, "--methods", "broken", "--output_dir", folder, "--resume")
     assert code == 0, err
     found = results_of(folder)["methods"]
     assert {name: method["seeds"]["0"]["status"] for name, method in found.items()} == dict.fromkeys(
@@ -122,11 +125,9 @@ def test_a_failure_stops_no_other_method_and_resuming_makes_only_what_is_missing
 
 def test_a_method_whose_model_another_needs_fails_once_and_says_why(bridle, comparison, tmp_path, monkeypatch):
     monkeypatch.setitem(built_in.BUILT_IN, "sft", broken)
-    methods.cache_clear()
     code, _, err = bridle(
         "compare", comparison, "--methods", "base,nado-decoding-sft,sft", "--output_dir", tmp_path / "o"
     )
-    methods.cache_clear()
     assert code == 0, err
     found = results_of(tmp_path / "o")["methods"]
     assert found["nado-decoding-sft"]["seeds"]["0"]["reason"] == "it needs sft, which failed: RuntimeError: no luck"
@@ -150,7 +151,7 @@ def test_classification_and_a_judge(bridle, recipe, tmp_path):
             },
         },
     )
-    model = json.loads(json.dumps(str(tmp_path / "tiny-llama")))
+    model = str(tmp_path / "tiny-llama")
     code, out, err = bridle(
         *("compare", path, "--methods", "base,sft", "--output_dir", tmp_path / "out"),
         *("--evaluation.judge.model", model, "--evaluation.judge.prompts", 3),
@@ -184,6 +185,8 @@ def test_a_judge_that_fails_takes_nothing_else_with_it(bridle, comparison, tmp_p
         ({"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}, "sampels": 2}}, "did you mean samples?"),
         ({"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}, "samples": "many"}}, "evaluation.samples: "),
         ({"constraints": None, "regularisers": None}, "constraints: is missing"),
+        ({"methods": {"r1": {}}}, "methods.r1: there is no key 'r1'; did you mean rl?"),
+        ({"methods": {"rl": {"betaa": 1}}}, "did you mean beta?"),
     ],
 )
 def test_mistakes_are_told_in_one_line(bridle, recipe, tmp_path, change, expected):

@@ -16,6 +16,7 @@ RECIPE = {
     },
     "regularisers": {"forum": {"constraint": "polite"}, "wiki": {"constraint": "retention"}},
     "max_new_tokens": 7,
+    "max_steps": 10,
 }
 EVALUATION = {
     "prompts": {"forum": {"path": "forum.jsonl", "rows": "90%:", "prompt_tokens": 8}, "toxigen": {"rows": "0:10"}},
@@ -66,6 +67,16 @@ def test_a_section_as_people_write_it():
 def test_mistakes_name_their_key(change, expected):
     with pytest.raises(UserError, match=expected):
         plan({**EVALUATION, **change})
+
+
+def test_every_method_needs_as_many_updates():
+    with pytest.raises(UserError, match="max_steps: is missing"):
+        plan(max_steps=-1)
+
+
+def test_a_mistyped_file_shows_before_anything_is_made(tmp_path):
+    with pytest.raises(UserError, match=r"forum\.jsonl"):
+        plan({"prompts": {"forum": {"path": str(tmp_path / "forum.jsonl")}}}).check()
 
 
 def test_without_adaptive_there_is_one_regulariser():

@@ -12,8 +12,17 @@ def estimate(value, low=None, high=None, n=10, missing=0):
     return {"value": value, "low": low, "high": high, "n": n, "missing": missing}
 
 
-def observed(violations, nats=()):
-    """One run: violations[prompt][sample], None where unscored; nats per text of four tokens."""
+def figures(**methods):
+    """figures(base=(violation rate, perplexity)), as far as tests of what differs need them."""
+    return {
+        name: {"violation": {"forum": {"polite": {"value": rate}}}, "perplexity": {"wiki": {"value": perplexity}}}
+        for name, (rate, perplexity) in methods.items()
+    }
+
+
+def observed(violations, nats=(), tokens=4):
+    """One run: violations[prompt][sample], None where unscored; nats a token of texts of so many tokens each."""
+    lengths = tokens if isinstance(tokens, list) else [tokens] * len(nats)
     completions = [
         {
             "prompt_set": "forum",
@@ -29,8 +38,8 @@ def observed(violations, nats=()):
         for sample, v in enumerate(row)
     ]
     likelihoods = [
-        {"held_out": "wiki", "index": index, "nll": 4 * value, "tokens": 4, "bytes": 16}
-        for index, value in enumerate(nats)
+        {"held_out": "wiki", "index": index, "nll": length * value, "tokens": length, "bytes": 16}
+        for index, (value, length) in enumerate(zip(nats, lengths, strict=True))
     ]
     return Observations(completions=completions, likelihoods=likelihoods)
 
@@ -76,7 +85,8 @@ def test_methods_are_compared_with_the_best_on_the_same_prompts():
         "tuned": {0: observed([[False, False]] * prompts, [2.0] * prompts)},
         "same": {0: observed([[False, False]] * prompts, [2.0] * prompts)},
     }
-    tests = {(test["figure"], test["method"]): test for test in comparisons(runs, {})}
+    found = comparisons(runs, figures(base=(1.0, 20.1), tuned=(0.0, 7.4), same=(0.0, 7.4)))
+    tests = {(test["figure"], test["method"]): test for test in found}
     assert set(tests) == {(figure, name) for figure in ("violation", "perplexity") for name in ("base", "same")}
     worse = tests["violation", "base"]
     assert (worse["reference"], worse["on"], worse["constraint"]) == ("tuned", "forum", "polite")
@@ -93,15 +103,52 @@ def test_seeds_of_one_prompt_are_one_observation():
         "base": dict.fromkeys(range(10), observed([[True], [True]])),
         "tuned": dict.fromkeys(range(10), observed([[False], [False]])),
     }
-    (test,) = comparisons(runs, {})
+    (test,) = comparisons(runs, figures(base=(1.0, None), tuned=(0.0, None)))
     assert test["difference"]["n"] == 2
     assert test["p_value"] == pytest.approx(0.5)
 
 
 def test_unscored_completions_are_left_out():
     runs = {"base": {0: observed([[None], [True]])}, "tuned": {0: observed([[False], [False]])}}
-    (test,) = comparisons(runs, {})
+    (test,) = comparisons(runs, figures(base=(1.0, None), tuned=(0.0, None)))
     assert (test["difference"]["value"], test["difference"]["n"], test["difference"]["missing"]) == (1.0, 1, 1)
+
+
+def test_perplexities_differ_by_what_the_table_says_however_long_the_texts_are():
+    # The long text decides the perplexity; a plain mean over texts would prefer the other method.
+    runs = {
+        "long": {0: observed([], [2.0, 2.0], tokens=[90, 10])},
+        "short": {0: observed([], [2.5, 1.0], tokens=[90, 10])},
+    }
+    (test,) = comparisons(runs, figures(long=(None, math.exp(2.0)), short=(None, math.exp(2.35))))
+    assert (test["method"], test["reference"]) == ("short", "long")
+    assert test["difference"]["value"] == pytest.approx(0.35), "the difference of log perplexities"
+
+
+def test_a_method_without_any_score_is_never_the_best():
+    runs = {
+        "broken": {0: observed([[None], [None]])},
+        "base": {0: observed([[True], [True]])},
+        "tuned": {0: observed([[False], [True]])},
+    }
+    found = comparisons(runs, figures(broken=(None, None), base=(1.0, None), tuned=(0.5, None)))
+    assert [(test["method"], test["reference"]) for test in found] == [("base", "tuned")]
+
+
+def test_the_tasks_of_a_group_count_alike():
+    def answers(small, large):
+        rows = [(right, 2.5) for right in small] + [(right, 0.625) for right in large]
+        return Observations(
+            answers=[
+                {"task": "group", "index": index, "correct": right, "weight": weight}
+                for index, (right, weight) in enumerate(rows)
+            ]
+        )
+
+    runs = {"a": {0: answers([True, True], [False] * 8)}, "b": {0: answers([False, False], [True] * 8)}}
+    values = {"a": {"tasks": {"group": {"value": 0.5}}}, "b": {"tasks": {"group": {"value": 0.5}}}}
+    (test,) = comparisons(runs, values)
+    assert test["difference"]["value"] == pytest.approx(0.0), "2 of 10 right against 8 of 10, but one task each"
 
 
 def test_a_judge_is_shown_the_first_sample_of_the_first_prompts():

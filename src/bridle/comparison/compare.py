@@ -17,19 +17,28 @@ from typing import Any
 import yaml
 
 from bridle.comparison.measure import measure
-from bridle.comparison.methods import Candidate, Cell, description, free_memory, method_named, methods
+from bridle.comparison.methods import (
+    Candidate,
+    Cell,
+    description,
+    free_memory,
+    method_named,
+    methods,
+    rl_options,
+)
 from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
 from bridle.comparison.summary import comparisons, figures_of, first_completions, over_seeds
 from bridle.comparison.tracing import trace_guidance
 from bridle.environment import environment, write_json, write_text
 from bridle.errors import RunStopped, UserError
-from bridle.evaluation import ChatJudge, LocalJudge, win_rates
+from bridle.evaluation import ChatJudge, LocalJudge, win_rates, write_results
 from bridle.evaluation.judges import Judge
 from bridle.evaluation.observations import Observations
 from bridle.models.card import write_card
 from bridle.models.hub import without_token
-from bridle.models.loading import load_model, load_tokenizer
+from bridle.models.loading import load_for_inference
 from bridle.progress import Progress
+from bridle.settings import check_keys, different_keys, read_yaml
 from bridle.training.recipe import Recipe, load_recipe
 from bridle.training.run import RECIPE_FILE, describe_run
 
@@ -59,16 +68,30 @@ class Comparison:
     resume: bool = False
     show: Callable[[str], None] = field(default=lambda line: None)
     _failed: dict[tuple[str, int], str] = field(init=False, default_factory=dict)  # in this call, and why
+    _measured_now: bool = field(init=False, default=False)  # in this call
 
     def __post_init__(self) -> None:
         self.plan: Evaluation = evaluation_of(self.recipe)
         self.names = list(self.names or methods())
         for name in self.names:
             method_named(name)
-        if not self.seeds:
-            raise UserError("seeds: give at least one")
-        if (self.folder / RECIPE_FILE).exists() and not self.resume:
+        check_keys(self.recipe.methods, methods(), "methods")
+        rl_options(self.recipe)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Goes on with what `folder` holds: the same recipe, and at least the same methods and seeds."""
+        path = self.folder / RECIPE_FILE
+        if not path.exists():
+            return
+        if not self.resume:
             raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")
+        if changed := different_keys(read_yaml(path), without_token(self.recipe.resolved)):
+            raise UserError(f"{path}: was another recipe: {', '.join(changed)} differ; name another --output_dir")
+        if (self.folder / RESULTS).exists():
+            before = _read(self.folder / RESULTS)
+            self.names = list(dict.fromkeys([*before["methods"], *self.names]))
+            self.seeds = sorted({*before["seeds"], *self.seeds})
 
     def run(self) -> None:
         """Makes and measures what is missing, and writes `results.json`.
@@ -77,8 +100,7 @@ class Comparison:
             UserError: the recipe, a constraint or a file of the plan cannot be used at all.
             RunStopped: no method could be carried out.
         """
-        for constraint in self.plan.constraints.values():
-            constraint.load()  # a mistake shows now and not after an hour
+        self.plan.check()  # a mistake shows now and not after an hour
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = without_token(self.recipe.resolved)
         write_text(self.folder / RECIPE_FILE, yaml.safe_dump(resolved, sort_keys=False))
@@ -99,8 +121,11 @@ class Comparison:
         try:
             candidate = self._candidate(name, seed)
             self.show(f"{name}, seed {seed}: measuring")
-            measure(candidate, self.plan, self.recipe, folder, seed)
-            self._write_card(name, seed, candidate)
+            results = measure(candidate, self.plan, self.recipe, folder, seed)
+            self._write_card(name, seed, candidate, results)
+            write_results(folder / RESULTS, results)  # last: it says that the run is complete
+            (folder / FAILED).unlink(missing_ok=True)
+            self._measured_now = True
         except Exception as error:
             if (name, seed) not in self._failed:
                 self._note_failure(name, seed, error)
@@ -123,7 +148,6 @@ class Comparison:
             self._note_failure(name, seed, error)
             raise
         write_json(folder / CANDIDATE, asdict(candidate))
-        (folder / FAILED).unlink(missing_ok=True)
         return candidate
 
     def _needed(self, name: str, seed: int) -> Candidate:
@@ -139,16 +163,15 @@ class Comparison:
         write_json(self._folder(name, seed) / FAILED, {"reason": reason, "traceback": details})
         self.show(f"{name}, seed {seed}: failed: {reason}")
 
-    def _write_card(self, name: str, seed: int, candidate: Candidate) -> None:
+    def _write_card(self, name: str, seed: int, candidate: Candidate, results: dict[str, Any]) -> None:
         """The model card anew, now with what was measured."""
         folder = self._folder(name, seed)
-        about: dict[str, Any] = {"method": name, "description": description(method_named(name))}
-        results = _read(folder / RESULTS)
+        about: dict[str, Any] = {"method": name, "description": description(method_named(name)), "results": results}
         if (folder / RECIPE_FILE).exists():  # it is a training run
-            describe_run(load_recipe(folder / RECIPE_FILE), folder, rows=candidate.rows, results=results, **about)
+            recipe = load_recipe(folder / RECIPE_FILE)
+            describe_run(recipe, folder, rows=candidate.rows, about=candidate.about, **about)
         elif (folder / "model").is_dir():
-            recipe = {key: value for key, value in self.recipe.resolved.items() if key != "regularisers"}
-            write_card(folder / "model", recipe, results=results, environment=environment(seed), **about)
+            write_card(folder / "model", candidate.about, environment=environment(seed), **about)
 
     def _folder(self, name: str, seed: int) -> Path:
         return self.folder / name / f"seed-{seed}"
@@ -183,9 +206,8 @@ class Comparison:
             "comparisons": comparisons(observed, figures),
             "environment": environment(self.seeds[0]),
         }
-        write_json(self.folder / RESULTS, results)
-        if self.plan.judge and len(observed) > 1 and (judged := self._judged(self.plan.judge, observed)):
-            write_json(self.folder / RESULTS, results | {"win_rate": judged})
+        judged = self._judged(observed)  # before the file that may hold older win rates is written over
+        write_json(self.folder / RESULTS, results | ({"win_rate": judged} if judged else {}))
         trace_guidance(self.folder, self.recipe, observed, self.plan)
 
     def _figures(self, name: str, seed: int) -> dict[str, Any]:
@@ -199,23 +221,29 @@ class Comparison:
             return {"status": "complete", **where}
         return {"status": "failed", "reason": _read(folder / FAILED)["reason"], **where}
 
-    def _judged(self, options: JudgeOptions, observed: dict[str, dict[int, Observations]]) -> dict[str, Any] | None:
-        """Win rates; None, and a line that says why, where the judge cannot give them."""
+    def _judged(self, observed: dict[str, dict[int, Observations]]) -> dict[str, Any] | None:
+        """Win rates; those known where nothing is new; None, and a line that says why, where the judge fails."""
+        options, results = self.plan.judge, self.folder / RESULTS
+        if options is None or len(observed) < 2:
+            return None
+        known = _read(results).get("win_rate") if results.exists() else None
+        if known and not self._measured_now:
+            return dict(known)
         prompts, said = first_completions(observed, next(iter(self.plan.prompts)), options.prompts)
         verdicts = self.folder / "verdicts.jsonl"
         verdicts.unlink(missing_ok=True)  # they are added to
         try:
             judge = _judge(options, self.recipe.dtype)
             return win_rates(prompts, said, judge, seed=self.seeds[0], keep=verdicts).to_json()
-        except (UserError, RunStopped) as error:
-            self.show(f"no win rates: {error}")
+        except Exception as error:
+            self.show(f"no win rates: {_reason(error)}")
             return None
 
 
 def _judge(options: JudgeOptions, dtype: str) -> Judge:
     if options.url is not None:
         return ChatJudge(options.url, options.model, options.api_key_env)
-    return LocalJudge(load_model(options.model, dtype=dtype), load_tokenizer(options.model))
+    return LocalJudge(*load_for_inference(options.model, dtype))
 
 
 def _reason(error: Exception) -> str:

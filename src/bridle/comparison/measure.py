@@ -1,35 +1,33 @@
 """Measuring one candidate on everything a plan names, through the same evaluator as `bridle evaluate`."""
 
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from bridle.comparison.methods import Candidate
 from bridle.comparison.plan import Evaluation
 from bridle.data import texts_of
 from bridle.environment import environment
-from bridle.evaluation import FORMAT, Evaluator, write_results
-from bridle.evaluation.observations import Observations
+from bridle.evaluation import FORMAT, Evaluator
 from bridle.models.guidance import guided
-from bridle.models.loading import load_model, load_tokenizer
+from bridle.models.loading import load_for_inference
 from bridle.training.recipe import Recipe
 
 
-def measure(candidate: Candidate, plan: Evaluation, recipe: Recipe, folder: Path, seed: int) -> Observations:
-    """Writes a candidate's `results.json`, and beside it what the figures were made from.
+def measure(candidate: Candidate, plan: Evaluation, recipe: Recipe, folder: Path, seed: int) -> dict[str, Any]:
+    """A candidate's figures, in the format of `results.json`; what they were made from is written to `folder`.
 
     Args:
         candidate: what is measured.
         plan: on what.
         recipe: its base model reads the completions, for their perplexity.
-        folder: where the files go.
+        folder: where the observations go.
         seed: of sampling and bootstraps.
     """
-    model, tokenizer = _load(candidate.model, recipe.dtype)
-    base = _load(recipe.model, recipe.dtype)
+    model, tokenizer = load_for_inference(candidate.model, recipe.dtype)
+    base = load_for_inference(recipe.model, recipe.dtype)
     with guided(model, candidate.guide) as guide:
         evaluator = Evaluator(model, tokenizer, guide, plan.batch_size, seed)
-        results = {
+        results: dict[str, Any] = {
             "format": FORMAT,
             "model": candidate.model,
             "guide": candidate.guide,
@@ -52,10 +50,4 @@ def measure(candidate: Candidate, plan: Evaluation, recipe: Recipe, folder: Path
         if plan.tasks:
             results["tasks"] = evaluator.tasks(plan.tasks, task_data=plan.task_data, limit=plan.limit, shots=plan.shots)
     evaluator.observations.write(folder)
-    write_results(folder / "results.json", results | {"environment": environment(seed)})
-    return evaluator.observations
-
-
-def _load(name: str, dtype: str):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(name, dtype=dtype, device=device), load_tokenizer(name)
+    return results | {"environment": environment(seed)}

@@ -8,9 +8,8 @@ gets the wall-clock time of `constrained-adaptive` on top of the plain fine-tuni
 import gc
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib.metadata import entry_points
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from datasets import Dataset
 
 from bridle.baselines.filtration import compliant_rows
 from bridle.baselines.reinforcement import ReinforcementOptions, reinforce
+from bridle.constraints import Constraint
 from bridle.environment import write_json
-from bridle.errors import UserError
+from bridle.errors import RunStopped, UserError
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.settings import build, known_name
 from bridle.training.build import build_trainer
@@ -42,12 +42,14 @@ class Candidate:
         cost: what making it took: `seconds` of training, sampling, scoring and fitting, without loading;
             `updates` of the policy; `tokens_trained` and `tokens_sampled`. What is unknown is left out.
         rows: how many rows each domain of the corpus gave.
+        about: what its model card tells besides the recipe that was carried out, or where none was.
     """
 
     model: str
     guide: str | None = None
     cost: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,8 +73,8 @@ class Cell:
     resume: bool = False
 
     def variant(self, **changes: Any) -> Recipe:
-        """The recipe with this cell's seed and with other values for some of its keys."""
-        return build_recipe({**self.recipe.resolved, "seed": self.seed, **changes})
+        """The recipe with this cell's seed and with other values for some of its keys; nothing of it is pushed."""
+        return build_recipe({**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes})
 
     def train(self, recipe: Recipe, corpus: Mapping[str, Dataset] | None = None) -> Candidate:
         """Carries a recipe out in this cell's folder, on other rows than its own if `corpus` has them."""
@@ -81,10 +83,14 @@ class Cell:
         counts = {name: len(domain) for name, domain in rows.items()}
         return Candidate(str(self.folder / "model"), cost=training_cost(self.folder), rows=counts)
 
+    def sampling_from(self, model: str) -> Recipe:
+        """The recipe with another model, and one regulariser to sample and judge for."""
+        regularisers = one_regulariser(self.recipe)
+        return self.variant(model=model, lora=None, schedule="sequential", regularisers=regularisers)
+
     def guided(self, model: str) -> Candidate:
         """A model guided by an R that is fitted on its own samples."""
-        recipe = self.variant(model=model, lora=None, regularisers=one_regulariser(self.recipe))
-        measured = fit_guide(recipe, self.folder)
+        measured = fit_guide(self.sampling_from(model), self.folder)
         cost = {"seconds": _total(measured, "seconds_"), "tokens_sampled": _total(measured, "tokens_sampled")}
         return Candidate(model, str(self.folder / "auxiliary"), cost)
 
@@ -111,7 +117,7 @@ def filtration(cell: Cell) -> Candidate:
             if regulariser.constraint is not None:
                 rows[domain], counts[domain] = compliant_rows(rows[domain], regulariser.constraint, domain)
     write_json(cell.folder / "filtered.json", {domain: asdict(count) for domain, count in counts.items()})
-    return cell.train(recipe, rows)
+    return replace(cell.train(recipe, rows), about={"constraints": _used_constraints(cell.recipe)})
 
 
 def rl(cell: Cell) -> Candidate:
@@ -159,16 +165,25 @@ BUILT_IN: dict[str, Method] = {
 }
 
 
-@cache
-def methods() -> Mapping[str, Method]:
-    """All methods by name: the built-in ones, then those of installed packages."""
-    return BUILT_IN | {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+def methods() -> list[str]:
+    """The names of all methods: the built-in ones, then those of installed packages."""
+    return [*BUILT_IN, *sorted(_plugged_in())]
 
 
 def method_named(name: str) -> Method:
-    """The method of a name; a UserError that names the nearest one if there is none."""
+    """The method of a name; a UserError that names the nearest one if there is none, or says why it does not load."""
     known_name(name, methods(), "methods", "method")
-    return methods()[name]
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    try:
+        method: Method = _plugged_in()[name].load()
+    except Exception as error:
+        raise UserError(f"methods: {name}: its package does not load: {error}") from error
+    return method
+
+
+def _plugged_in() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in BUILT_IN}
 
 
 def description(method: Method) -> str:
@@ -196,13 +211,12 @@ def training_cost(folder: Path) -> dict[str, float]:
     """What a training run took, from the round records of its `metrics.jsonl`."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rounds = [record for record in records if "round" in record]
-    cost = {
+    return {
         "seconds": sum(_total(record, "seconds_") for record in rounds),
         "updates": max((record["step"] for record in records), default=0),
         "tokens_trained": sum(record["tokens_trained"] for record in rounds),
         "tokens_sampled": sum(_total(record, "tokens_sampled") for record in rounds),
     }
-    return cost
 
 
 def _total(record: Mapping[str, Any], what: str) -> float:
@@ -212,30 +226,52 @@ def _total(record: Mapping[str, Any], what: str) -> float:
 
 def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path | None = None) -> Candidate:
     """TRL's reinforcement learning from the plainly tuned model, on the prompts of the regulariser's rollouts."""
-    start = cell.candidate("sft").model
-    recipe = cell.variant(model=start, lora=None, regularisers=one_regulariser(cell.recipe))
-    trainer = build_trainer(recipe, cell.folder, recipe.read_corpus())
-    (regulariser,) = trainer.regularisers
-    prompts = [prompt for index in range(1, trainer.args.rounds + 1) for prompt in regulariser.prompts(index)]
+    start, options = cell.candidate("sft").model, rl_options(cell.recipe)
+    recipe = cell.sampling_from(start)
+    prompts, constraint, max_new_tokens = _rollout_prompts(recipe, cell.folder)
     model, tokenizer = load_model(start, dtype=recipe.dtype), load_tokenizer(start)
     report = reinforce(
         model,
         tokenizer,
         prompts,
-        regulariser.constraint,
-        build(ReinforcementOptions, recipe.methods.get("rl"), "methods.rl"),
+        constraint,
+        options,
         output_dir=cell.folder,
         seed=cell.seed,
-        max_new_tokens=trainer.args.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         seconds=seconds,
         resume=cell.resume,
         resume_from=resume_from,
     )
+    if report["stopped_because"] == "steps":
+        wanted = "the reward stopped rising" if seconds is None else "the time was up"
+        raise RunStopped(f"methods.rl.max_steps: {report['steps']} updates were made before {wanted}; raise it")
     for part in (model, tokenizer):
         part.save_pretrained(cell.folder / "model")
     write_json(cell.folder / REPORT, report)
-    cost = {"seconds": report["seconds"], "updates": report["steps"], "tokens_trained": 0}
-    return Candidate(str(cell.folder / "model"), cost=cost)
+    told = {key: cell.recipe.resolved[key] for key in ("model", "corpus")} | asdict(options)
+    told |= {"constraints": _used_constraints(recipe), "seed": cell.seed, "max_steps": report["steps"]}
+    cost = {"seconds": report["seconds"], "updates": report["steps"]}
+    return Candidate(str(cell.folder / "model"), cost=cost, about=told)
+
+
+def rl_options(recipe: Recipe) -> ReinforcementOptions:
+    """The recipe's `methods.rl`."""
+    options: ReinforcementOptions = build(ReinforcementOptions, recipe.methods.get("rl"), "methods.rl")
+    return options
+
+
+def _rollout_prompts(recipe: Recipe, folder: Path) -> tuple[list[list[int]], Constraint, int]:
+    """What the recipe's regulariser would sample from in all its rounds, its constraint, and how long it samples."""
+    trainer = build_trainer(recipe, folder, recipe.read_corpus())
+    (regulariser,), args = trainer.regularisers, trainer.args
+    prompts = [prompt for index in range(1, args.rounds + 1) for prompt in regulariser.prompts(index)]
+    return prompts, regulariser.constraint, args.max_new_tokens
+
+
+def _used_constraints(recipe: Recipe) -> dict[str, Any]:
+    used = (regulariser.constraint for regulariser in recipe.regularisers.values())
+    return {constraint.name: constraint.describe() for constraint in used if constraint is not None}
 
 
 def _report(folder: Path) -> dict[str, Any]:

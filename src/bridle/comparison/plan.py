@@ -47,7 +47,7 @@ class ClassificationOptions:
     """Rows that every method classifies by the likelihood of the label in words.
 
     Attributes:
-        domain: whose label in words it is; the corpus's only domain with one if not given.
+        domain: whose label in words it is; the first one with a label if not given.
         validation: rows that choose the threshold.
         test: rows that are measured.
     """
@@ -91,6 +91,20 @@ class Evaluation:
     label: VerbalisedLabel | None = None
     judge: JudgeOptions | None = None
 
+    def check(self) -> None:
+        """Loads every constraint and reads every file once, so that a mistake shows before any model is made.
+
+        Raises:
+            UserError: one of them cannot be used.
+        """
+        for constraint in self.constraints.values():
+            constraint.load()
+        rows = [*self.perplexity.values(), *(prompts.source for prompts in self.prompts.values())]
+        if self.classification:
+            rows += [self.classification.validation, self.classification.test]
+        for source in rows:
+            source.read()
+
     @property
     def main(self) -> dict[str, str | None]:
         """The prompt set, constraint and held-out text that sum a comparison up."""
@@ -115,6 +129,8 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
         raise UserError("evaluation.prompts: is missing; a comparison needs prompts to complete, by name")
     if not recipe.constraints:
         raise UserError("constraints: is missing; a comparison needs a constraint to measure violations of")
+    if int(recipe.training.get("max_steps", 0)) < 1:
+        raise UserError("max_steps: is missing; a comparison needs it, so that all methods get as many updates")
     given = {key: value for key, value in given.items() if value is not None}
     given["prompts"] = _named(given["prompts"], "evaluation.prompts", _prompt_set)
     given["perplexity"] = _named(given.get("perplexity"), "evaluation.perplexity", _source)

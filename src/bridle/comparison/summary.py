@@ -78,72 +78,89 @@ def comparisons(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, An
     """How each method differs from the best one, figure by figure, with paired tests.
 
     Pairs are prompts, texts or documents; what was observed of one with several seeds is averaged first. The
-    p-values of one figure are adjusted for the number of methods (Holm).
+    p-values of one figure are adjusted for the number of methods (Holm). Perplexities are compared as what they are
+    the exponential of, nats a token.
 
     Args:
         runs: what was observed, by method and seed.
-        figures: by method, over seeds: whose AUC is best.
+        figures: by method, over seeds: they say which method is best.
     """
     return [
-        *_paired("violation", runs, "completions", _violations, best=min),
-        *_paired("perplexity", runs, "likelihoods", _nats, best=min),
-        *_paired("tasks", runs, "answers", _answers, best=max),
+        *_paired("violation", runs, figures, "completions", _violations, best=min),
+        *_paired("perplexity", runs, figures, "likelihoods", _nats(runs), best=min),
+        *_paired("tasks", runs, figures, "answers", _answers, best=max),
         *_by_auc(runs, figures),
     ]
 
 
-Observe = Callable[[Row], Iterable[tuple[tuple[str, str | None], float | bool | None]]]
+Place = tuple[str, str | None]  # a prompt set and constraint; a held-out text; a task
+Observe = Callable[[Row], Iterable[tuple[Place, float | bool | None]]]
 
 
-def _violations(row: Row) -> Iterable[tuple[tuple[str, str | None], bool | None]]:
+def _violations(row: Row) -> Iterable[tuple[Place, bool | None]]:
     for constraint, score in row["scores"].items():
         complies = score["complies"]
         yield (row["prompt_set"], constraint), None if complies is None else not complies
 
 
-def _nats(row: Row) -> Iterable[tuple[tuple[str, str | None], float | None]]:
-    yield (row["held_out"], None), row["nll"] / row["tokens"] if row["tokens"] else None
+def _nats(runs: Runs) -> Observe:
+    """−log p of a text over the mean length of all texts, whose mean over texts is the log of the perplexity."""
+    lengths: dict[str, list[int]] = defaultdict(list)
+    for row in next((o.likelihoods for by_seed in runs.values() for o in by_seed.values()), []):
+        if row["tokens"]:
+            lengths[row["held_out"]].append(row["tokens"])
+
+    def observe(row: Row) -> Iterable[tuple[Place, float | None]]:
+        yield (row["held_out"], None), row["nll"] / fmean(lengths[row["held_out"]]) if row["tokens"] else None
+
+    return observe
 
 
-def _answers(row: Row) -> Iterable[tuple[tuple[str, str | None], bool | None]]:
-    yield (row["task"], None), row["correct"]
+def _answers(row: Row) -> Iterable[tuple[Place, float | bool | None]]:
+    correct, weight = row["correct"], row["weight"]
+    yield (row["task"], None), correct if correct is None or weight == 1 else weight * correct
 
 
-def _paired(figure: str, runs: Runs, kind: str, observe: Observe, best: Callable[..., str]) -> list[dict[str, Any]]:
-    by_place: dict[tuple[str, str | None], dict[str, Clusters]] = defaultdict(dict)
+def _paired(
+    figure: str, runs: Runs, figures: Mapping[str, Figures], kind: str, observe: Observe, best: Callable[..., str]
+) -> list[dict[str, Any]]:
+    tests = []
+    for (on, constraint), clusters_of in _by_place(runs, kind, observe).items():
+        values = {method: _value(figures[method], figure, on, constraint) for method in clusters_of}
+        known = {method: value for method, value in values.items() if value is not None}
+        if len(known) > 1:
+            rows = {method: [clusters_of[method][index] for index in sorted(clusters_of[method])] for method in known}
+            where = {"figure": figure, "on": on, "constraint": constraint}
+            tests += [where | asdict(test) for test in compare_methods(rows, best(known, key=known.__getitem__))]
+    return tests
+
+
+def _by_place(runs: Runs, kind: str, observe: Observe) -> dict[Place, dict[str, Clusters]]:
+    """Observations of all seeds, by place, method, and index of the prompt, text or document."""
+    found: dict[Place, dict[str, Clusters]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for method, by_seed in runs.items():
         for observations in by_seed.values():
             for row in getattr(observations, kind):
                 for place, value in observe(row):
-                    clusters = by_place[place].setdefault(method, defaultdict(list))
-                    clusters[row["index"]].append(value)
-    tests = []
-    for (on, constraint), clusters_of in by_place.items():
-        rows = {method: [clusters[index] for index in sorted(clusters)] for method, clusters in clusters_of.items()}
-        reference = best(rows, key=lambda method, rows=rows: _rate(rows[method]))
-        where = {"figure": figure, "on": on, "constraint": constraint}
-        tests += [where | asdict(test) for test in compare_methods(rows, reference)]
-    return tests
+                    found[place][method][row["index"]].append(value)
+    return found
 
 
-def _rate(clusters: Sequence[Sequence[float | bool | None]]) -> float:
-    means = [_present_mean(values) for values in clusters]
-    return _present_mean(means) or 0.0
-
-
-def _present_mean(values: Sequence[float | bool | None]) -> float | None:
-    present = [float(value) for value in values if value is not None]
-    return fmean(present) if present else None
+def _value(figures: Figures, group: str, on: str, within: str | None) -> float | None:
+    figure = figures.get(group, {}).get(on, {})
+    value: float | None = (figure if within is None else figure.get(within, {})).get("value")
+    return value
 
 
 def _by_auc(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
     """Differences of AUC with the lowest seed, with bootstrap intervals over rows and no p-value."""
-    aucs = {method: _auc(found) for method, found in figures.items() if _auc(found) is not None}
+    values = {method: _value(found, "classification", "roc_auc", None) for method, found in figures.items()}
+    aucs = {method: value for method, value in values.items() if value is not None}
     if len(aucs) < 2:
         return []
     rows = {method: runs[method][min(runs[method])].classified for method in aucs}
     scores = {method: [row["score"] for row in found] for method, found in rows.items()}
-    reference = max(aucs, key=lambda method: aucs[method] or 0.0)
+    reference = max(aucs, key=aucs.__getitem__)
     labels = [row["label"] for row in rows[reference]]
     where = {"figure": "classification", "on": "roc_auc", "constraint": None, "reference": reference}
     untested = {"p_value": None, "adjusted_p_value": None, "test": "bootstrap"}
@@ -152,10 +169,6 @@ def _by_auc(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
         for method, found in scores.items()
         if method != reference
     ]
-
-
-def _auc(figures: Figures) -> float | None:
-    return figures.get("classification", {}).get("roc_auc", {}).get("value")
 
 
 def first_completions(runs: Runs, prompt_set: str, prompts: int) -> tuple[list[str], dict[str, list[str]]]:

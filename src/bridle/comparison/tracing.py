@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from bridle.comparison.plan import Evaluation
+from bridle.data import encode_prompt
 from bridle.environment import write_json
 from bridle.evaluation.observations import Observations, Row
 from bridle.models.guidance import NADOGuide, guided
-from bridle.models.loading import load_model, load_tokenizer
+from bridle.models.loading import load_for_inference
 from bridle.training.recipe import Recipe
 
+FILE = "guidance.json"
 SHOWN = 5  # tokens that q gives most to, and takes most from, at each place
 GUIDED = ("nado-decoding", "constrained-adaptive", "constrained")  # whose R was fitted on the model before tuning
 
@@ -21,31 +23,36 @@ GUIDED = ("nado-decoding", "constrained-adaptive", "constrained")  # whose R was
 def trace_guidance(
     folder: Path, recipe: Recipe, observed: Mapping[str, Mapping[int, Observations]], plan: Evaluation
 ) -> None:
-    """Writes `guidance.json`: token-level guidance on the violating text that R foretells best.
+    """Writes `guidance.json`: token-level guidance on the text that R's constraint likes least.
 
-    The guided model is the one before tuning, with an R that was fitted on its samples; where no method fitted
-    one, or the model wrote nothing that can be shown, nothing is written.
+    The guided model is the one before tuning, with an R that was fitted on its samples; where no method fitted one, or
+    nothing was scored, there is no file.
     """
-    found = _auxiliary(folder, observed)
-    text = _violating_text(observed, plan)
-    if found is None or text is None:
+    (folder / FILE).unlink(missing_ok=True)
+    auxiliary = _auxiliary(folder, observed)
+    if auxiliary is None:
         return
-    constraint = next(iter(plan.constraints))
-    model, tokenizer = load_model(recipe.model, dtype=recipe.dtype).eval(), load_tokenizer(recipe.model)
-    prompt = tokenizer(text["prompt"])["input_ids"]
-    ids = prompt + tokenizer(text["completion"], add_special_tokens=False)["input_ids"]
-    with guided(model, str(found)) as guide:
+    model, tokenizer = load_for_inference(recipe.model, recipe.dtype)
+    with guided(model, str(auxiliary)) as guide:
         assert guide is not None
-        tokens, fitted = trace(guide, tokenizer, ids), guide.auxiliary.config.provenance
+        fitted = guide.auxiliary.config.provenance
+        constraint = next((name for name in plan.constraints if name == fitted.get("constraint", {}).get("name")), None)
+        text = _least_compliant(observed, constraint or next(iter(plan.constraints)))
+        if text is None:
+            return
+        method, row, score = text
+        prompt = encode_prompt(row["prompt"], tokenizer)
+        ids = prompt + tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        tokens = trace(guide, tokenizer, ids)
     write_json(
-        folder / "guidance.json",
+        folder / FILE,
         {
-            "model": "base",
+            "model": method,
             "regulariser": fitted.get("regulariser", "R"),
-            "constraint": constraint,
-            "violates": not text["scores"][constraint]["complies"],
-            "value": text["scores"][constraint]["value"],
-            "text": text["prompt"] + text["completion"],
+            "constraint": constraint or next(iter(plan.constraints)),
+            "violates": not score["complies"],
+            "value": score["value"],
+            "text": row["prompt"] + row["completion"],
             "prompt_tokens": len(prompt),
             "tokens": tokens,
         },
@@ -97,13 +104,12 @@ def _auxiliary(folder: Path, observed: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def _violating_text(observed: Mapping[str, Mapping[int, Observations]], plan: Evaluation) -> Row | None:
-    """The completion of the model before tuning, or else of the first method, that the constraint likes least."""
-    by_seed = observed.get("base") or next(iter(observed.values()))
-    constraint = next(iter(plan.constraints))
-    scored = [
-        row
-        for row in by_seed[min(by_seed)].completions
-        if row["scores"][constraint]["value"] is not None and row["completion"].strip()
-    ]
-    return min(scored, key=lambda row: row["scores"][constraint]["value"], default=None)
+def _least_compliant(
+    observed: Mapping[str, Mapping[int, Observations]], constraint: str
+) -> tuple[str, Row, dict[str, Any]] | None:
+    """A completion of the model before tuning, or else of the first method, with that method and its score."""
+    method = "base" if "base" in observed else next(iter(observed))
+    rows = observed[method][min(observed[method])].completions
+    scored = [(method, row, row["scores"][constraint]) for row in rows if row["completion"].strip()]
+    known = [found for found in scored if found[2]["value"] is not None]
+    return min(known, key=lambda found: found[2]["value"], default=None)

@@ -27,7 +27,8 @@ class Observations:
         completions: prompt_set, index (of the prompt, from 0), sample, prompt, completion, and `scores`: by
             constraint its value (1 complies .. 0 violates), complies, and the reason where both are null.
         likelihoods: held_out, index (of the text), nll in nats, tokens and bytes.
-        answers: task, index (of the document), and whether the answer was right; null where missing.
+        answers: task, index (of the document), whether the answer was correct, null where missing, and the weight
+            of the document in the task's figure, 1 on average.
         classified: index (of the row), score and label.
     """
 
@@ -66,7 +67,8 @@ class Observations:
 
     def add_answers(self, task: str, result: TaskResult) -> None:
         """Adds the answers to a task's documents."""
-        self.answers += [{"task": task, "index": index, "correct": right} for index, right in enumerate(result.correct)]
+        for index, (right, weight) in enumerate(zip(result.correct, result.weights, strict=True)):
+            self.answers.append({"task": task, "index": index, "correct": right, "weight": weight})
 
     def add_classified(self, scores: Sequence[float | None], labels: Sequence[int]) -> None:
         """Adds rows that were classified."""
@@ -95,5 +97,5 @@ def _rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             yield dict(json.loads(line))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path} row {number}: is no JSON object; remove the file and measure again") from error

@@ -86,6 +86,14 @@ class TaskResult:
     version: str | None
     correct: list[bool | None] = field(repr=False)
 
+    @property
+    def weights(self) -> list[float]:
+        """How much each document counts in the figure, 1 on average: a group's tasks count alike, small or large."""
+        if self.metric != "mean":
+            return [1.0] * len(self.correct)
+        sizes = [part.n + part.missing for part in self.parts.values()]
+        return [len(self.correct) / (len(sizes) * size) for size in sizes for _ in range(size)]
+
     def to_json(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
         fields = asdict(self)

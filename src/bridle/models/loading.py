@@ -84,6 +84,14 @@ def load_model(
     return model.to(device) if device else model
 
 
+def load_for_inference(
+    name: str, dtype: str | torch.dtype = "float32", device: str | None = None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A model on `device`, the GPU where there is one if not given, and its tokenizer. Raises as `load_model`."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(name, dtype=dtype, device=device).eval(), load_tokenizer(name)
+
+
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:
     """How many tokens the model's context holds; None where its configuration does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -102,6 +102,7 @@ def describe_run(
     results: Mapping[str, Any] | None = None,
     method: str | None = None,
     description: str | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the card of the model that `train` left in `output_dir`, over an older one.
 
@@ -110,6 +111,7 @@ def describe_run(
         output_dir: the run's folder.
         rows: how many rows each domain gave.
         results, method, description: as in `write_card`.
+        about: what else is told, by a recipe's keys.
 
     Returns:
         The card.
@@ -118,7 +120,7 @@ def describe_run(
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return write_card(
         folder / "model",
-        _carried_out(recipe, recipe.config(folder)),
+        {**_carried_out(recipe, recipe.config(folder)), **(about or {})},
         metrics=[json.loads(line) for line in lines],
         results=results,
         method=method,

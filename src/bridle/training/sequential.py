@@ -98,12 +98,14 @@ class SequentialSchedule(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for regulariser in self.trainer.regularisers:
             regulariser.state().save(folder / "regularisers" / regulariser.name)
-        write_json(folder / "schedule.json", {"round": self.round, "record": self._record})
+        begun = {"seconds_policy": time.perf_counter() - self._policy_began, "tally": self.trainer.tally.round}
+        write_json(folder / "schedule.json", {"round": self.round, "record": self._record, **begun})
 
     def load(self, checkpoint: Path) -> None:
         """Goes back to where a checkpoint was written."""
         saved = json.loads((checkpoint / "schedule.json").read_text(encoding="utf-8"))
         self.round, self._record = saved["round"], saved["record"]
-        self._policy_began = time.perf_counter()
+        self._policy_began = time.perf_counter() - saved["seconds_policy"]
+        self.trainer.tally.round.update(saved["tally"])
         for regulariser in self.trainer.regularisers:
             regulariser.adopt(RegulariserState.load(checkpoint / "regularisers" / regulariser.name))

@@ -53,9 +53,9 @@ class RegulariserState:
     def load(cls, folder: Path) -> "RegulariserState":
         """What `save` wrote."""
         files = {name: folder / f"{name}.safetensors" for name in ("auxiliary", "anchor")}
-        weights = {name: load_file(file) for name, file in files.items() if file.exists()}
+        weights: dict[str, Any] = {name: load_file(file) for name, file in files.items() if file.exists()}
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        rollouts = {name: read_rollouts(folder / f"{name}.jsonl") for name in ("rollouts", "replayed")}
+        rollouts: dict[str, Any] = {name: read_rollouts(folder / f"{name}.jsonl") for name in ("rollouts", "replayed")}
         return cls(**rollouts, **weights, **plain)
 
 

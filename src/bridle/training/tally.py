@@ -6,15 +6,19 @@ from torch import Tensor
 
 
 class Tally:
-    """Sums and counts by name, kept since the last log and since the round began."""
+    """Sums and counts by name, kept since the last log and since the round began.
+
+    Attributes:
+        round: since the round began, for a checkpoint.
+    """
 
     def __init__(self) -> None:
         self._log: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self._round: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.round: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def add(self, name: str, total: Tensor, count: Tensor) -> None:
         """Adds a sum over `count` items."""
-        for sums in (self._log[name], self._round[name]):
+        for sums in (self._log[name], self.round[name]):
             sums[0] += float(total)
             sums[1] += float(count)
 
@@ -25,8 +29,8 @@ class Tally:
 
     def of_round(self) -> dict[str, float]:
         """Means by name, and the corpus tokens trained on, since the round began; begins the next."""
-        means = _means(self._round) | {"tokens_trained": int(self._round["ce"][1])}
-        self._round = defaultdict(lambda: [0.0, 0.0])
+        means = _means(self.round) | {"tokens_trained": int(self.round["ce"][1])}
+        self.round = defaultdict(lambda: [0.0, 0.0])
         return means
 
 
