@@ -146,8 +146,24 @@ def hub():
 
 
 @pytest.fixture
-def train(hub, tiny_folder, corpus_files, tmp_path):
-    """Runs `bridle train` in a process of its own, since the hub's address is read at import."""
+def execute(hub, tmp_path):
+    """Runs Python in a process of its own, since the hub's address is read at import."""
+    surroundings = {
+        **{key: value for key, value in os.environ.items() if key != "HF_TOKEN"},
+        **{"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
+        **{"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"},
+    }
+
+    def run(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+@pytest.fixture
+def train(execute, tiny_folder, corpus_files, tmp_path):
+    """Runs `bridle train` on a tiny model, and pushes what comes of it."""
     recipe = {
         "model": str(tiny_folder()),
         "corpus": {name: {"path": str(path)} for name, path in corpus_files.items()},
@@ -157,16 +173,10 @@ def train(hub, tiny_folder, corpus_files, tmp_path):
         **{"per_device_train_batch_size": 4, "max_length": 24, "gradient_checkpointing": False, "save_steps": 2},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    surroundings = {
-        **{key: value for key, value in os.environ.items() if key != "HF_TOKEN"},
-        **{"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
-        **{"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"},
-    }
 
     def run(*options, token=TOKEN):
-        command = [sys.executable, "-m", "bridle.cli", "train", str(tmp_path / "recipe.yaml")]
-        command += ["--output_dir", str(tmp_path / "run"), "--push_to_hub", "true", "--hub_token", token, *options]
-        return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=240)
+        pushed = ["--output_dir", tmp_path / "run", "--push_to_hub", "true", "--hub_token", token]
+        return execute("-m", "bridle.cli", "train", tmp_path / "recipe.yaml", *pushed, *options)
 
     return run
 
@@ -227,6 +237,57 @@ def test_an_adapter_is_pushed_once_without_the_folder_of_its_base(train, hub, tm
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny-llama"
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
     assert b"library_name: peft" in files["README.md"]
+
+
+FROM_PYTHON = """
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from bridle.constraints import build_constraint
+from bridle.training.config import ConstrainedConfig, Regulariser
+from bridle.training.trainer import ConstrainedTrainer
+
+model, folder, token = sys.argv[1:]
+args = ConstrainedConfig(
+    output_dir=folder, hub_model_id="me/own", hub_token=token, rounds=1, rollouts_per_round=32, max_new_tokens=8,
+    prompt_tokens=(1, 3), max_steps=2, per_device_train_batch_size=4, max_length=24, gradient_checkpointing=False,
+    seed=0, report_to="none", push_to_hub=True,
+)
+trainer = ConstrainedTrainer(
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2, target_modules="all-linear")),
+    args,
+    {"plain": Dataset.from_dict({"text": ["the rain went on over the roofs", "bread is baked before dawn"] * 8})},
+    {"plain": Regulariser(build_constraint("regex:e", "no e"))},
+)
+trainer.train()
+trainer.push_to_hub()
+assert not [*Path(folder).glob("checkpoint-*/README.md")], "peft drafts no card"
+card = Path(folder, "model", "README.md")
+card.write_text(card.read_text(encoding="utf-8") + "A word of the author's.", encoding="utf-8")
+trainer.push_to_hub(revision="second")
+"""
+
+
+def test_a_trainer_of_ones_own_pushes_a_card_of_what_it_knows(execute, hub, tiny_folder, tmp_path):
+    hub.branches["me/own", "second"] = {}
+    done = execute("-c", FROM_PYTHON, tiny_folder(), tmp_path / "run", TOKEN)
+    assert done.returncode == 0, done.stderr
+    files = hub.branches["me/own", "main"]
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "peft"
+    assert "This is tiny-llama after constrained fine-tuning on plain." in card.text
+    assert "| no e | type: regex; pattern: e" in card.text
+    assert "| plain | no e | 4.0 | live | corpus |" in card.text
+    assert "| seed | 0 |" in card.text
+    assert "| 1 | plain | 0." in card.text, "the compliance of the rollouts"
+    assert "Where its rows came from was not recorded." in card.text
+    second = hub.branches["me/own", "second"]["README.md"]
+    assert second == files["README.md"] + b"A word of the author's.", "a card that stands there stays"
 
 
 def test_a_refused_token_shows_before_training(train, hub, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -23,7 +24,14 @@ ROUNDS = {"schedule": "parallel", "rounds": 4, "max_steps": 8}
 def ray():
     """Ray with two CPUs, for all tests of this file."""
     ray = pytest.importorskip("ray", reason="Ray is not installed")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    here = {"PYTHONPATH": os.pathsep.join(sys.path)}  # the tests' own constraints are found there
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": here},
+    )
     yield ray
     ray.shutdown()
 
@@ -152,7 +160,7 @@ def test_what_is_in_use_is_waited_for_so_long(ray, tiny_folder, tmp_path):
     ray.get(busy.stand.remote())
     options = {**ROUNDS, "parallel": ParallelOptions(patience=1.0)}
     trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **options)
-    with pytest.raises(UserError, match="nothing within 1 seconds"):
+    with pytest.raises(UserError, match="nothing free for the regulariser within 1 seconds"):
         trainer.train()
     ray.kill(busy)
 

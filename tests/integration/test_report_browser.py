@@ -5,9 +5,7 @@ import shutil
 import pytest
 
 import report_folder
-from bridle.environment import write_text
-from bridle.report.data import read_report
-from bridle.report.html import render
+from bridle.report.html import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
 
@@ -20,8 +18,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = report_folder.make_folder(tmp_path_factory.mktemp("comparison"))
-    write_text(folder / "report.html", render(read_report(folder)))
-    return folder / "report.html"
+    return write_report(folder)
 
 
 @pytest.fixture(scope="module")

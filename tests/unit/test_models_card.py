@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
+from bridle.baselines.reinforcement import ReinforcementOptions
+from bridle.constraints import Constraint
 from bridle.models.card import public_name, told, write_card
 
 RECIPE = {
@@ -131,6 +134,14 @@ class TestText:
         settings = dict(table(text, "| Setting |"))
         assert settings == {"rounds": "2", r"max\_steps": "200", r"learning\_rate": "0.0003", "seed": "7"}
 
+    def test_zero_is_a_setting_and_off_is_none(self, card):
+        zeros = {"seed": 0, "weight_decay": 0.0, "warmup_steps": 0}
+        text = card({**zeros, "rounds": None, "max_steps": -1, "num_train_epochs": 3, "bf16": False}).text
+        assert dict(table(text, "| Setting |")) == {
+            **{r"num\_train\_epochs": "3", r"learning\_rate": "0.0003", "seed": "0"},
+            **{r"weight\_decay": "0.0", r"warmup\_steps": "0"},
+        }
+
     def test_data_by_name_rows_and_share(self, card):
         assert table(card(rows={"rude": 80}).text, "## Data") == [
             ["rude", "rude.jsonl", "rows: 0:80%", "80", "75.0%"],
@@ -152,7 +163,7 @@ class TestText:
 
     def test_what_was_not_measured_is_said_to_be_missing(self, card):
         text = card().text
-        assert "No compliance was measured during training." in text
+        assert "No compliance was recorded during training." in text
         assert "Not measured: neither a violation rate on unseen prompts nor any utility." in text
         assert "The environment was not recorded." in text
 
@@ -175,9 +186,41 @@ class TestText:
         assert "mini-en after fine-tuning on rude, plain. Nothing held its outputs" in plain
         assert "no oracle was asked" in plain
         assert "rounds" not in dict(table(plain, "| Setting |"))
-        filtered = card({"regularisers": {}}, method="filtration", description="Rows that violate were dropped.").text
-        assert "mini-en after filtration on rude, plain. Rows that violate were dropped." in filtered
-        assert "oracle; label: toxic" in filtered
+
+    def test_filtration(self, card):
+        text = card({"regularisers": {}}, method="filtration", description="Rows that violate were dropped.").text
+        assert "mini-en after filtration on rude, plain. Rows that violate were dropped." in text
+        ((name, settings),) = table(text, "## Constraint")
+        assert name == "kind"
+        assert "oracle; label: toxic" in settings
+        assert "no oracle was asked" not in text
+        assert "Nothing held its outputs" not in card({"regularisers": {}}).text
+
+    def test_reinforcement_learning_tells_its_own_settings_and_no_others(self, tmp_path):
+        recipe = {key: RECIPE[key] for key in ("model", "corpus", "constraints")}
+        options = asdict(ReinforcementOptions(beta=0.0, soft_reward=True, max_steps=90))
+        text = write_card(tmp_path, recipe | options | {"seed": 0}, method="rl", description="By reward.").read_text()
+        assert "mini-en after rl on rude, plain. By reward." in text
+        assert [name for name, _ in table(text, "## Constraint")] == ["kind"]
+        assert dict(table(text, "| Setting |")) == {
+            **{r"max\_steps": "90", r"learning\_rate": "0.0003", "seed": "0", "algorithm": "rloo", "beta": "0.0"},
+            **{r"num\_generations": "4", r"batch\_size": "64", r"soft\_reward": "True"},
+        }
+        assert "Weight λ" not in text
+
+    def test_a_constraint_of_ones_own_and_rows_from_nowhere_known(self, card):
+        class Short(Constraint):
+            type_name = "short"
+
+            def _score(self, texts):
+                return [len(text) < 9 for text in texts]
+
+        written = card({"corpus": {"rude": {}, "plain": {}}, "constraints": {"kind": Short()}})
+        assert "after constrained fine-tuning on rude, plain." in written.text
+        assert table(written.text, "## Constraint") == [["kind", "type: short"]]
+        assert "Where its rows came from was not recorded." in written.text
+        assert "mixture" not in written.text
+        assert written.data.datasets is None
 
     def test_the_code_it_shows_loads_the_model(self, card, tiny_folder, tmp_path, capsys):
         folder = tiny_folder()
@@ -185,6 +228,13 @@ class TestText:
         (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
         exec(code.replace('"MODEL"', repr(str(folder))), {})
         assert "The weather in" in capsys.readouterr().out
+
+    def test_code_is_not_escaped_for_markdown(self, card, tmp_path):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        text = card({"model": "me/gpt_neo"}).text
+        assert 'AutoModelForCausalLM.from_pretrained("me/gpt_neo"), name)' in text
+        assert r"This is me/gpt\_neo after" in text
+        assert 'from_pretrained("BASE MODEL")' in card().text
 
 
 class TestSecrets:

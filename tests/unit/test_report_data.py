@@ -34,10 +34,11 @@ def test_methods_keep_their_order_and_figures(folder):
 
 def test_failed_and_missing_are_told_apart(folder):
     report = read_report(folder)
-    assert (report.methods["rl"].status, report.methods["rl"].reason) == ("failed", REASON)
+    assert report.methods["rl"].status == "failed"
+    assert report.methods["rl"].seeds["1"] == SeedRun("failed", "rl/seed-1", REASON)
     assert report.methods["rl"].figures.violation == {}
     assert report.methods["sft"].status == "complete"
-    assert report.methods["sft"].reason is None
+    assert report.methods["sft"].seeds["0"].reason is None
     assert report.methods["constrained"].figures.perplexity["novels"].value is None
 
 
@@ -82,8 +83,7 @@ def test_curves_come_from_the_round_records(folder):
 def test_completions_are_the_very_text(folder):
     rows = [row for row in read_report(folder).completions if row.method == "base" and row.seed == "1"]
     assert [row.completion for row in rows[:2]] == [INSULT, SCRIPT]
-    assert [row.violates for row in rows] == [True, False, False]
-    assert rows[2].scores["non-rude"].complies is None
+    assert [row.scores["non-rude"].complies for row in rows] == [False, True, None]
 
 
 def test_guidance(folder):
@@ -153,6 +153,10 @@ def a_later_format(folder):
     edit(folder, lambda results: results.update(format=2))
 
 
+def a_figure_that_is_none(folder):
+    edit(folder, lambda results: results["comparisons"][0].update(figure="charm"))
+
+
 def a_folder_elsewhere(folder):
     edit(folder, lambda results: results["methods"]["sft"]["seeds"]["0"].update(folder="../elsewhere"))
 
@@ -171,6 +175,7 @@ def nothing(folder):
         (a_word_for_a_number, "methods.sft.figures.tasks.mmlu.value: input should be a valid number"),
         (one_models_results, "not the results of a comparison"),
         (a_later_format, "not the results of a comparison in format 1"),
+        (a_figure_that_is_none, "comparisons.0.figure: input should be 'violation'"),
         (a_folder_elsewhere, "methods.sft.seeds.0.folder: leads out of the folder"),
         (nothing, "neither results.json nor metrics.jsonl"),
     ],

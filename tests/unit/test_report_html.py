@@ -15,6 +15,7 @@ from bridle.report import data, html, tables, texts
 from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, Shift
 from bridle.report.findings import findings
 from bridle.report.html import write_report
+from bridle.report.plots import draw_plots
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'<script>alert(1)</script>"
@@ -54,6 +55,10 @@ class Page(HTMLParser):
         return [any("inert" in at and at.get("aria-hidden") == "true" for _, at in above) for above in places]
 
 
+def rendered(report: Report) -> str:
+    return html.render(report, draw_plots(report))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return report_folder.make_folder(tmp_path_factory.mktemp("comparison"))
@@ -66,7 +71,7 @@ def report(folder):
 
 @pytest.fixture(scope="module")
 def text(report):
-    return html.render(report)
+    return rendered(report)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +124,7 @@ def test_a_lone_surrogate_does_not_stop_the_page(tmp_path):
 
 
 def test_the_folder_of_a_training_run_has_a_page_too(tmp_path):
-    run = Page(html.render(data.read_report(report_folder.make_run(tmp_path / "my-run"))))
+    run = Page(rendered(data.read_report(report_folder.make_run(tmp_path / "my-run"))))
     assert run.inlined("h1") == "my-run"
     assert "All methods" not in run.inlined("h2")
     assert "rude: 76.0% of the rollouts of the first round complied, and 90.0% of those of the last." in run.inlined(
@@ -146,7 +151,7 @@ def test_every_text_that_is_not_ours_is_escaped(tmp_path):
         path.write_text(
             spiked.replace(f"{json.dumps(HOSTILE)[1:-1]}constrained-adaptive/seed", "constrained-adaptive/seed")
         )
-    page = Page(html.render(data.read_report(folder)))
+    page = Page(rendered(data.read_report(folder)))
     assert len(page.all("script")) == 1
     assert page.all("img") == []
     assert [at for _, at in page.elements if any(name.startswith("on") or name == "style" for name in at)] == []
@@ -164,7 +169,7 @@ def test_every_text_that_is_not_ours_is_escaped(tmp_path):
     ],
 )
 def test_a_completion_is_covered_unless_it_complies(score, covered):
-    page = Page(html.render(sampled(score)))
+    page = Page(rendered(sampled(score)))
     assert page.covered("the completion") == [covered]
     assert page.covered("the prompt") == [True]  # nothing scores prompts
 
@@ -177,7 +182,7 @@ def test_one_constraint_is_enough_to_cover():
 
 @pytest.mark.parametrize(("violates", "covered"), [(False, False), (True, True), (None, True)])
 def test_guidance_is_covered_as_its_text_is(violates, covered):
-    page = Page(html.render(guided(violates)))
+    page = Page(rendered(guided(violates)))
     on_map = [at for tag, at in page.elements if tag == "button" and "token" in at.get("class", "").split()]
     assert len(on_map) == 2
     assert any(page.covered(" mill")[:1]) == covered
@@ -186,7 +191,7 @@ def test_guidance_is_covered_as_its_text_is(violates, covered):
 
 
 def test_a_token_says_its_value_and_a_missing_one_says_so(text):
-    page = Page(html.render(guided(False)))
+    page = Page(rendered(guided(False)))
     values = [found for found, above in page.texts if above and above[-1][1].get("class") == "chance"]
     assert values == ["–", "–"]
     assert texts.level(None) == "r-none"
@@ -212,16 +217,44 @@ def test_the_overview_marks_the_best_and_what_is_like_it(report):
 
 
 def test_differences_say_whether_they_are_significant(report):
-    (found,) = tables.differences(report).values()
+    found = tables.differences(report)["Violation rate, %: rude · non-rude ↓"]
     assert [(one.method, one.p_value, one.verdict) for one in found] == [
         ("base", "< 0.001", "differs"),
         ("sft", "< 0.001", "differs"),
-        ("filtration", "0.620", "no significant difference"),
-        ("constrained", "0.620", "no significant difference"),
+        ("filtration", "0.620", "no difference shown"),
+        ("constrained", "0.620", "no difference shown"),
     ]
-    untested = [replace(one, adjusted_p_value=None) for one in report.comparisons]
-    ((one, *_),) = tables.differences(replace(report, comparisons=untested)).values()
-    assert (one.p_value, one.verdict) == ("–", "not tested")
+
+
+def test_without_a_p_value_the_interval_decides(report):
+    found = tables.differences(report)["Classification: ROC-AUC ↑"]
+    assert [(one.method, one.cell.interval, one.p_value, one.verdict) for one in found] == [
+        ("sft", "−0.124 to −0.044", "–", "differs (interval)"),
+        ("filtration", "−0.070 to +0.010", "–", "no difference shown (interval)"),
+        ("constrained", "−0.046 to +0.034", "–", "no difference shown (interval)"),
+    ]
+    marks = {name: cells[0].mark for name, cells in tables.classification(report).rows.items() if cells[0].mark}
+    assert marks == {"filtration": "alike", "constrained": "alike", "constrained-adaptive": "best"}
+
+
+def test_without_p_value_and_interval_nothing_is_claimed(report):
+    bare = data.Estimate(0.01, None, None, n=3)
+    untested = replace(report.comparisons[0], difference=bare, adjusted_p_value=None)
+    ((one,),) = tables.differences(replace(report, comparisons=[untested])).values()
+    assert (one.cell.text, one.p_value, one.verdict) == ("+1.0", "–", "not tested")
+
+
+def test_perplexities_differ_by_nats_a_token(report):
+    found = tables.differences(report)["Log perplexity, nats a token: novels ↓"]
+    assert [(one.method, one.cell.text, one.cell.interval, one.verdict) for one in found] == [
+        ("base", "+0.035", "+0.025 to +0.045", "differs"),
+        ("sft", "+0.007", "−0.003 to +0.017", "no difference shown"),
+        ("filtration", "+0.016", "+0.006 to +0.026", "differs"),
+    ]
+
+
+def test_the_page_says_how_far_its_tests_reach(page):
+    assert any(tables.DIFFERENCES_IN_WORDS in found for found, _ in page.texts)
 
 
 def test_the_win_matrix_reads_row_over_column(report):

@@ -15,9 +15,10 @@ from matplotlib.text import Text
 
 from bridle.errors import UserError
 from bridle.report.data import Curve, Figure, Figures, Main, Method, RegulariserRound, Report, Round, read_report
+from bridle.report.pareto import pareto_front, tradeoffs
 from bridle.report.plots import (
+    draw_plots,
     method_style,
-    pareto_front,
     reliability,
     svg,
     tradeoff,
@@ -68,6 +69,28 @@ def test_pareto_front_is_what_nothing_dominates(points):
     front = [points[i] for i in pareto_front(points)]
     assert sorted(front) == sorted(p for p in points if not any(dominates(other, p) for other in points))
     assert all(a[1] >= b[1] for a, b in itertools.pairwise(front))
+
+
+def test_the_main_held_out_set_comes_first(report):
+    assert [one.utility.on for one in tradeoffs(report)] == ["novels", "letters", "mmlu"]
+    later = replace(report, main=Main("rude", "non-rude", "letters"))
+    assert [one.utility.on for one in tradeoffs(later)] == ["letters", "novels", "mmlu"]
+    assert tradeoffs(replace(report, main=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("tasks", "drawn"), [(["piqa", "mmlu", "commonsense"], ["mmlu", "commonsense"]), (["piqa"], ["piqa"])]
+)
+def test_single_tasks_are_left_out_beside_their_summary(tasks, drawn):
+    figures = Figures(violation={"rude": {"non-rude": figure(0.1)}}, tasks={task: figure(0.5) for task in tasks})
+    found = tradeoffs(Report("grumble", main=Main("rude", "non-rude"), methods={"sft": Method(figures=figures)}))
+    assert [one.utility.on for one in found] == drawn
+    assert all(one.more_is_better for one in found)
+
+
+def test_of_accuracy_the_front_is_where_more_is(report):
+    mmlu = tradeoffs(report)[2]
+    assert mmlu.front == {"constrained-adaptive": (0.058, 0.271)}
 
 
 def test_tradeoff_labels_every_measured_method_and_names_the_others(report):
@@ -162,7 +185,7 @@ def test_nothing_to_draw_is_none():
 
 
 def test_files_of_a_training_run(tmp_path):
-    paths = write_plots(read_report(make_run(tmp_path / "run")), tmp_path / "plots")
+    paths = write_plots(draw_plots(read_report(make_run(tmp_path / "run"))), tmp_path / "plots")
     assert set(paths) == {"training_curves", "reliability"}
     assert paths["reliability"]["png"].read_bytes().startswith(b"\x89PNG")
     assert ElementTree.parse(paths["reliability"]["svg"]).getroot().tag == f"{SVG}svg"
@@ -171,16 +194,16 @@ def test_files_of_a_training_run(tmp_path):
 
 def test_files_are_the_same_bytes_again(report, tmp_path):
     small = replace(compared({"base": (0.2, 70.0), "sft": (0.1, 75.0)}), curves=report.curves[-1:])
-    first, again = (write_plots(small, tmp_path / name) for name in ("first", "again"))
+    first, again = (write_plots(draw_plots(small), tmp_path / name) for name in ("first", "again"))
     assert set(first) == {"tradeoff", "training_curves", "reliability"}
     for name, suffix in itertools.product(first, ("png", "svg")):
         assert first[name][suffix].read_bytes() == again[name][suffix].read_bytes()
 
 
-def test_a_folder_that_cannot_be_made_is_named(report, tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "plots").write_text("a file", encoding="utf-8")
     with pytest.raises(UserError, match=r"tradeoff\.png: cannot be written"):
-        write_plots(report, tmp_path / "plots")
+        write_plots({"tradeoff": Drawing()}, tmp_path / "plots")
 
 
 def test_svg_is_one_accessible_element_without_references_outside(report):

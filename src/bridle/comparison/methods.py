@@ -250,7 +250,8 @@ def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path |
         part.save_pretrained(cell.folder / "model")
     write_json(cell.folder / REPORT, report)
     told = {key: cell.recipe.resolved[key] for key in ("model", "corpus")} | asdict(options)
-    told |= {"constraints": _used_constraints(recipe), "seed": cell.seed, "max_steps": report["steps"]}
+    told |= {"constraints": _used_constraints(recipe), "seed": cell.seed}
+    told |= {"max_steps": report["steps"], "max_completion_length": max_new_tokens}
     cost = {"seconds": report["seconds"], "updates": report["steps"]}
     return Candidate(str(cell.folder / "model"), cost=cost, about=told)
 

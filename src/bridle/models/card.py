@@ -17,11 +17,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from bridle.constraints import build_constraint
+from bridle.constraints import Constraint, build_constraint
 from bridle.environment import write_text
 
 CARD_FILE = "README.md"
 MISSING = "missing"
+RETENTION = "retention"  # the place of a constraint, in a regulariser that has none
 DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt"}  # "data/rows.jsonl" looks like a hub name
 
 ROUND_SETTINGS = (
@@ -32,7 +33,8 @@ SETTINGS = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"),
     *("packing", "optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("dtype", "bf16", "fp16", "lora", "seed"),
-    *("beta", "num_generations", "num_iterations", "max_completion_length", "temperature"),  # reinforcement learning
+    # Of reinforcement learning:
+    *("algorithm", "beta", "num_generations", "batch_size", "soft_reward", "max_completion_length"),
 )
 """Keys of a recipe that a card tells, where they are set. What is not named here, a token say, is never told."""
 
@@ -62,8 +64,9 @@ def write_card(
 
     Args:
         model_folder: what `save_pretrained` wrote: a whole model or an adapter.
-        recipe: what was done, as in a recipe file, with only what the method used: a method without regularisers
-            leaves them out. Defaults that should be told must be written out.
+        recipe: what was done, as in a recipe file, with only what the method used: its constraints, say, but no
+            regularisers. A constraint may be one already. A domain without a `path` is named, and no more is told
+            of the data. Defaults that should be told must be written out.
         metrics: records of `metrics.jsonl`; those of rounds are read.
         results: what was measured afterwards, in the format of `results.schema.json`.
         method: what was done to the model, as a noun: "filtration and fine-tuning". If not given, constrained
@@ -123,13 +126,19 @@ def told(value: Any, key: str = "") -> str:
     return _line(value)
 
 
+def with_names(options: Any) -> dict[str, Any]:
+    """A regulariser's options as a recipe has them: constraint and prompts by name."""
+    constraint = RETENTION if options.constraint is None else options.constraint.name
+    return {**vars(options), "constraint": constraint, "prompts": options.prompts and options.prompts.path}
+
+
 # ---------------------------------------------------------------------- the header
 
 
 def _header(
     recipe: Mapping[str, Any], method: str, adapter: bool, license: str | None, figures: Sequence[Figure]
 ) -> ModelCardData:
-    datasets = [_hub_dataset(str(domain["path"])) for domain in recipe["corpus"].values()]
+    datasets = [_hub_dataset(str(domain["path"])) for domain in _recorded(recipe).values()]
     kinds = [method, *_mapping(recipe, "constraints"), *(["lora"] if adapter else [])]
     return ModelCardData(
         base_model=_hub_name(recipe["model"]),
@@ -170,6 +179,8 @@ def _title(recipe: Mapping[str, Any], method: str) -> str:
 
 def _description(recipe: Mapping[str, Any]) -> str:
     regularisers = _mapping(recipe, "regularisers").values()
+    if not regularisers and recipe.get("constraints"):
+        return "The constraint below had a part in its training."
     if not regularisers:
         return "Nothing held its outputs to a constraint while it learnt."
     nearest = "the distribution nearest to the anchor whose outputs comply with the constraint"
@@ -178,12 +189,16 @@ def _description(recipe: Mapping[str, Any]) -> str:
 
 
 def _constraints(recipe: Mapping[str, Any]) -> list[tuple]:
-    specs = _mapping(recipe, "constraints")
-    return [(name, told(build_constraint(spec, name).describe())) for name, spec in specs.items()]
+    return [(name, told(_built(spec, name).describe())) for name, spec in _mapping(recipe, "constraints").items()]
+
+
+def _built(spec: Any, name: str) -> Constraint:
+    return spec if isinstance(spec, Constraint) else build_constraint(spec, name)
 
 
 def _data(recipe: Mapping[str, Any], rows: Mapping[str, int]) -> list[tuple]:
-    weights = {name: float(domain.get("weight", 1.0)) for name, domain in recipe["corpus"].items()}
+    corpus = _recorded(recipe)
+    weights = {name: float(domain.get("weight", 1.0)) for name, domain in corpus.items()}
     return [
         (
             name,
@@ -192,8 +207,13 @@ def _data(recipe: Mapping[str, Any], rows: Mapping[str, int]) -> list[tuple]:
             rows.get(name, "not recorded"),
             f"{weights[name] / sum(weights.values()):.1%}",
         )
-        for name, domain in recipe["corpus"].items()
+        for name, domain in corpus.items()
     ]
+
+
+def _recorded(recipe: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The domains of which it is known where their rows came from."""
+    return {name: domain for name, domain in recipe["corpus"].items() if "path" in domain}
 
 
 def _regularisers(recipe: Mapping[str, Any]) -> list[tuple]:
@@ -217,7 +237,11 @@ def _settings(recipe: Mapping[str, Any]) -> list[tuple]:
     named = [*(ROUND_SETTINGS if recipe.get("regularisers") else ()), *SETTINGS]
     if (recipe.get("max_steps") or -1) > 0:
         named.remove("num_train_epochs")  # which then decides nothing
-    return [(key, told(recipe[key])) for key in named if recipe.get(key) not in (None, False, -1)]
+    return [(key, told(recipe[key])) for key in named if _is_set(recipe.get(key))]
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value != -1  # 0 is a setting, though it equals False
 
 
 def _made(environment: Mapping[str, Any]) -> list[tuple]:
@@ -281,7 +305,7 @@ def _set_name(name: str) -> str:
 
 
 def _is_retention(options: Mapping[str, Any]) -> bool:
-    return options.get("constraint") == "retention"
+    return options.get("constraint") == RETENTION
 
 
 def _interval(value: Any, low: Any, high: Any) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from transformers.utils import PushInProgress
 
+from bridle.environment import environment, write_text
 from bridle.errors import RunStopped, UserError
-from bridle.models.card import CARD_FILE, public_name, told
+from bridle.models.card import CARD_FILE, public_name, told, with_names, write_card
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,14 @@ class PushesModel:
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
-        """Saves the model to `model/` in the output folder and pushes it, as in `transformers`."""
-        self.save_model(str(Path(self.args.output_dir) / "model"), _internal_call=True)  # type: ignore[attr-defined]
+        """Saves the model to `model/` in the output folder and pushes it, as in `transformers`.
+
+        A card that stands there stays; otherwise it gets one of what the trainer knows.
+        """
+        folder = Path(self.args.output_dir) / "model"
+        self.save_model(str(folder), _internal_call=True)  # type: ignore[attr-defined]
+        if self.is_world_process_zero() and not (folder / CARD_FILE).exists():  # type: ignore[attr-defined]
+            _describe(self, folder)
         return self.push_saved_model(commit_message, blocking, token=token, revision=revision, private=private)
 
     def push_saved_model(
@@ -136,6 +143,16 @@ class PushesModel:
             run_as_future=run_as_future,
         )
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As in `transformers`, but `peft` drafts no card, nor writes the base model's path into one that is there."""
+        card = Path(output_dir or self.args.output_dir) / CARD_FILE
+        before = card.read_text(encoding="utf-8") if card.is_file() else None
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if before is not None and self.args.should_save:
+            write_text(card, before)
+        elif self.args.should_save:
+            card.unlink(missing_ok=True)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the card is `bridle.models.card.write_card`'s, and a library's draft would stand beside it."""
 
@@ -168,6 +185,21 @@ def auxiliary_files(folder: Path) -> dict[str, str | bytes]:
 def without_token(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe that may be kept in a file."""
     return {key: value for key, value in recipe.items() if key != "hub_token"}
+
+
+def _describe(trainer: Any, folder: Path) -> None:
+    """Writes the card of what a trainer knows of its run, which is not where its rows came from."""
+    args, options = trainer.args, {regulariser.name: regulariser.options for regulariser in trainer.regularisers}
+    constraints = [one.constraint for one in options.values() if one.constraint is not None]
+    recipe = {
+        **args.to_dict(),
+        "auxiliary": vars(args.auxiliary),
+        "model": trainer.model.config._name_or_path or "an unnamed model",
+        "corpus": {name: {} for name in trainer.domains},
+        "constraints": {constraint.name: constraint for constraint in constraints},
+        "regularisers": {name: with_names(one) for name, one in options.items()},
+    }
+    write_card(folder, recipe, metrics=trainer.state.log_history, environment=environment(args.seed))
 
 
 def _public(path: Path) -> str | bytes:

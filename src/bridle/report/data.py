@@ -16,6 +16,7 @@ from bridle.evaluation.win_rate import WinRates
 from bridle.progress import track
 
 T = TypeVar("T")
+Group = Literal["violation", "text", "perplexity", "tasks", "classification", "cost"]  # of `Figures`
 
 FORMAT = 1  # of a comparison's results.json
 
@@ -31,6 +32,12 @@ class Figure(Estimate):
 
     spread: float | None = None
     seeds: int = 1
+
+    @property
+    def known(self) -> float:
+        """The value, where a missing figure has been ruled out."""
+        assert self.value is not None, "a missing figure is not drawn"
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,6 @@ class Method:
             return "complete" if found == {"complete"} else "partial"
         return "failed" if "failed" in found else "missing"
 
-    @property
-    def reason(self) -> str | None:
-        """Why seeds failed, each reason once; None where none gave one."""
-        reasons = [run.reason for run in self.seeds.values() if run.reason]
-        return "; ".join(dict.fromkeys(reasons)) or None
-
 
 @dataclass(frozen=True)
 class Main:
@@ -100,12 +101,12 @@ class FigureComparison(Comparison):
     """A method against the best on one figure.
 
     Attributes:
-        figure: "violation", "perplexity" and the like.
-        on: the prompt set or held-out set.
+        figure: its group; a `difference` of "perplexity" is one of its logarithm, in nats per token.
+        on: the prompt set, held-out set, task or name.
         constraint: None for a figure that needs none.
     """
 
-    figure: str
+    figure: Group
     on: str
     constraint: str | None = None
 
@@ -170,11 +171,6 @@ class Completion:
     prompt: str
     completion: str
     scores: dict[str, Score] = field(default_factory=dict)
-
-    @property
-    def violates(self) -> bool:
-        """Whether any constraint says so; a missing score does not."""
-        return any(score.complies is False for score in self.scores.values())
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bridle.report.data import Curve, FigureComparison, Report
-from bridle.report.plots import pareto_front
-from bridle.report.tables import OVERVIEW_TASKS, Measure, best, in_words, significant, to_cell
+from bridle.report.pareto import tradeoffs
+from bridle.report.tables import Measure, best, in_words, main_violation, significant, to_cell
 
 
 def findings(report: Report) -> list[str]:
     """The main figures in words; nothing is said of what was not measured."""
     if report.main is None:
         return list(_of_runs(report.curves))
-    violation = Measure("violation", report.main.prompt_set, report.main.constraint)
+    violation = main_violation(report.main)
     return [
         *_of_best(report, violation),
         *_of_significance([one for one in report.comparisons if violation.is_of(one)]),
-        *_of_front(report, violation),
+        *_of_front(report),
         *_of_failures(report),
     ]
 
@@ -29,27 +29,6 @@ def failures(report: Report) -> list[dict[str, Any]]:
         for seed, run in method.seeds.items()
         if run.status != "complete"
     ]
-
-
-def utility(report: Report) -> Measure | None:
-    """What violation is weighed against first: the main perplexity, else the first task that was measured."""
-    held_out = report.main and report.main.held_out
-    tasks = {task for method in report.methods.values() for task in method.figures.tasks}
-    if held_out:
-        return Measure("perplexity", held_out)
-    return next((Measure("tasks", task) for task in OVERVIEW_TASKS if task in tasks), None)
-
-
-def front(report: Report, violation: Measure, against: Measure) -> list[str]:
-    """The methods that no other beats in both, by rising violation."""
-    sign = 1 if against.arrow == "↓" else -1
-    points = {}
-    for name, method in report.methods.items():
-        x, y = violation.of(method), against.of(method)
-        if x and y and x.value is not None and y.value is not None:
-            points[name] = (x.value, sign * y.value)
-    names = list(points)
-    return [names[index] for index in pareto_front(list(points.values()))]
 
 
 def _of_best(report: Report, violation: Measure) -> Iterator[str]:
@@ -77,13 +56,13 @@ def _of_significance(comparisons: list[FigureComparison]) -> Iterator[str]:
         yield f"No significant difference from it was found for {listed(alike)}."
 
 
-def _of_front(report: Report, violation: Measure) -> Iterator[str]:
-    against = utility(report)
-    names = front(report, violation, against) if against else []
-    if against and names:
-        title = "perplexity" if against.group == "perplexity" else "accuracy"
+def _of_front(report: Report) -> Iterator[str]:
+    for first in tradeoffs(report)[:1]:
+        names = list(first.front)
+        title = "accuracy" if first.more_is_better else "perplexity"
         verb = "lies" if len(names) == 1 else "lie"
-        yield f"On the Pareto front of violation rate and {title} on {in_words(against.on)} {verb} {listed(names)}."
+        on = in_words(first.utility.on)
+        yield f"On the Pareto front of violation rate and {title} on {on} {verb} {listed(names)}."
 
 
 def _of_failures(report: Report) -> Iterator[str]:

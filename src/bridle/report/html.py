@@ -6,6 +6,7 @@ are allowed by the hash of what is inlined, so that text which passed for markup
 
 import shlex
 from base64 import b64encode
+from collections.abc import Mapping
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +24,21 @@ from bridle.report.data import Report, read_report
 from bridle.report.findings import failures, findings
 
 PIXELS = 1.25  # a plot's width on the page for each point of its drawing
+PLOTS_IN_WORDS = {
+    "tradeoff": (
+        "Violation rate against utility",
+        "A point a method; the table of all methods holds the same figures.",
+    ),
+    "training_curves": (
+        "Training, round by round",
+        "A line a training run: compliance, KL, CE and λ over the rounds.",
+    ),
+    "reliability": (
+        "Reliability of R",
+        "What R predicted of prefixes against how often the finished text complied.",
+    ),
+}
+"""By plot its title and its description, for those who cannot see it."""
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -42,15 +58,16 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     with Progress("report", total=3, unit="parts") as progress:
         report = read_report(folder)
         progress.update()
-        plots.write_plots(report, folder / "plots")
+        figures = plots.draw_plots(report)
+        plots.write_plots(figures, folder / "plots")
         progress.update()
-        write_text(output, render(report))
+        write_text(output, render(report, figures))
         progress.update()
     return output
 
 
-def render(report: Report) -> str:
-    """The page as text."""
+def render(report: Report, figures: Mapping[str, Figure]) -> str:
+    """The page as text, with the plots that `draw_plots` made of the report."""
     style, script = _inlined("report.css"), _inlined("report.js")
     shown, more = texts.samples(report)
     return _environment().get_template("report.html").render(
@@ -59,11 +76,12 @@ def render(report: Report) -> str:
         script=script,
         policy=_policy(style, script),
         findings=findings(report),
-        plots=_drawings(report),
+        plots=_drawings(figures),
         overview=tables.overview(report),
         classification=tables.classification(report),
         win_matrix=tables.win_matrix(report),
         differences=tables.differences(report),
+        differences_in_words=tables.DIFFERENCES_IN_WORDS,
         further=tables.further(report),
         samples=shown,
         more=more,
@@ -108,29 +126,15 @@ def _hash(text: str) -> str:
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
-def _drawings(report: Report) -> dict[str, Markup | None]:
+def _drawings(figures: Mapping[str, Figure]) -> dict[str, Markup | None]:
+    """By plot its SVG; None where there is none."""
     return {
-        "tradeoff": _drawing(
-            plots.tradeoff(report),
-            "Violation rate against utility",
-            "A point a method; the table of all methods holds the same figures.",
-        ),
-        "training_curves": _drawing(
-            plots.training_curves(report),
-            "Training, round by round",
-            "A line a training run: compliance, KL, CE and λ over the rounds.",
-        ),
-        "reliability": _drawing(
-            plots.reliability(report),
-            "Reliability of R",
-            "What R predicted of prefixes against how often the finished text complied.",
-        ),
+        name: _drawing(figures[name], title, description) if name in figures else None
+        for name, (title, description) in PLOTS_IN_WORDS.items()
     }
 
 
-def _drawing(figure: Figure | None, title: str, description: str) -> Markup | None:
-    if figure is None:
-        return None
+def _drawing(figure: Figure, title: str, description: str) -> Markup:
     return Markup(_without_styles(plots.svg(figure, title, description)))
 
 

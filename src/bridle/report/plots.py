@@ -4,7 +4,7 @@ matplotlib's figures are made directly, without pyplot and its global state.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -24,32 +24,18 @@ from bridle.errors import UserError
 from bridle.progress import track
 from bridle.report import data
 from bridle.report.data import RegulariserRound, Report
-from bridle.report.labels import Point, label_points
+from bridle.report.labels import label_points
+from bridle.report.pareto import Tradeoff, tradeoffs
 from bridle.report.style import DPI, INK, PAPER, STYLE, MethodStyle, method_style, shown
 from bridle.report.svg import svg
 
-__all__ = ["method_style", "pareto_front", "reliability", "svg", "tradeoff", "training_curves", "write_plots"]
+__all__ = ["draw_plots", "method_style", "reliability", "svg", "tradeoff", "training_curves", "write_plots"]
 
 COMPLIANCE, KL = "rollouts that comply", "KL(q‖p), nats per prefix"
 CE, WEIGHT = "CE of the corpus, nats per token", "weight λ"
-SUMMARY_TASKS = ("mmlu", "commonsense")  # where these are there, the single tasks behind them are not drawn
 MOST_ROUNDS = 6  # reliability diagrams in one figure; of more rounds, as many evenly spaced ones
 PANEL = (3.8, 3.3)  # inches
 DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
-
-
-@dataclass(frozen=True)
-class Tradeoff:
-    """One panel: by method violation rate and utility, both measured; where less is better, the axis is inverted."""
-
-    label: str
-    more_is_better: bool
-    methods: dict[str, tuple[data.Figure, data.Figure]]
-
-    @property
-    def points(self) -> list[Point]:
-        """[methods] values of both."""
-        return [(_value(violation), _value(utility)) for violation, utility in self.methods.values()]
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ def tradeoff(report: Report) -> Figure | None:
     Returns:
         The figure; None where no method has both figures.
     """
-    panels = [panel for panel in _tradeoffs(report) if panel.methods]
+    panels = tradeoffs(report)
     if not panels:
         return None
     figure, axes = _panels(len(panels))
@@ -82,21 +68,9 @@ def tradeoff(report: Report) -> Figure | None:
     figure.legend(handles=[front, interval], loc="outside lower center", ncols=2)
     figure.draw_without_rendering()  # labels need the final layout
     for ax, panel in zip(axes, panels, strict=True):
-        label_points(ax, panel.points, [shown(name) for name in panel.methods], _obstacles(ax, panel))
+        points = panel.points
+        label_points(ax, list(points.values()), [shown(name) for name in points], _obstacles(ax, panel))
     return figure
-
-
-def pareto_front(points: Sequence[Point]) -> list[int]:
-    """Indices of the points that no other dominates, by rising first coordinate; lower is better in both.
-
-    A point dominates another where it is as good in both coordinates and better in one, so that of equal
-    points all or none are on the front.
-    """
-
-    def dominated(point: Point) -> bool:
-        return any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
-
-    return sorted((i for i, point in enumerate(points) if not dominated(point)), key=lambda i: points[i])
 
 
 @rc_context(STYLE)
@@ -152,9 +126,15 @@ PLOTS: dict[str, Callable[[Report], Figure | None]] = {
 }
 
 
+def draw_plots(report: Report) -> dict[str, Figure]:
+    """Each plot that there is data for, by name."""
+    plots = track(PLOTS.items(), "drawing plots", len(PLOTS), "plots")
+    return {name: figure for name, draw in plots if (figure := draw(report)) is not None}
+
+
 @rc_context(STYLE)
-def write_plots(report: Report, folder: Path) -> dict[str, dict[str, Path]]:
-    """Writes each plot that has data as PNG (200 dots an inch) and SVG, the same bytes for the same report.
+def write_plots(figures: Mapping[str, Figure], folder: Path) -> dict[str, dict[str, Path]]:
+    """Writes each plot as PNG (200 dots an inch) and SVG, the same bytes for the same report.
 
     Returns:
         By plot and format, as in {"tradeoff": {"png": path, "svg": path}}.
@@ -162,11 +142,9 @@ def write_plots(report: Report, folder: Path) -> dict[str, dict[str, Path]]:
     Raises:
         UserError: a file cannot be written.
     """
-    plots = track(PLOTS.items(), "drawing plots", len(PLOTS), "plots")
-    figures = {name: figure for name, draw in plots if (figure := draw(report)) is not None}
     return {
         name: {suffix: _write(figure, folder / f"{name}.{suffix}") for suffix in ("png", "svg")}
-        for name, figure in figures.items()
+        for name, figure in track(figures.items(), "writing plots", len(figures), "plots")
     }
 
 
@@ -193,37 +171,6 @@ def _panels(n: int, size: tuple[float, float] = PANEL) -> tuple[Figure, list[Axe
     return figure, axes[:n]
 
 
-def _tradeoffs(report: Report) -> Iterator[Tradeoff]:
-    """A panel for each held-out set, the main one first, and for each task."""
-    main = report.main or data.Main("", "")
-    for name in sorted(_names(report, "perplexity"), key=lambda name: name != main.held_out):
-        yield Tradeoff(f"perplexity of {shown(name)} (inverted)", False, _pairs(report, "perplexity", name))
-    tasks = _names(report, "tasks")
-    for name in [task for task in SUMMARY_TASKS if task in tasks] or tasks:
-        yield Tradeoff(f"accuracy on {shown(name)}", True, _pairs(report, "tasks", name))
-
-
-def _names(report: Report, group: str) -> list[str]:
-    return list(dict.fromkeys(name for method in report.methods.values() for name in getattr(method.figures, group)))
-
-
-def _pairs(report: Report, group: str, name: str) -> dict[str, tuple[data.Figure, data.Figure]]:
-    """By method the main violation rate and a figure of a group, where neither is missing."""
-    main = report.main or data.Main("", "")
-    pairs = {}
-    for method, found in report.methods.items():
-        violation = found.figures.violation.get(main.prompt_set, {}).get(main.constraint)
-        utility = getattr(found.figures, group).get(name)
-        if violation and utility and None not in (violation.value, utility.value):
-            pairs[method] = violation, utility
-    return pairs
-
-
-def _value(figure: data.Figure) -> float:
-    assert figure.value is not None, "only measured figures are drawn"
-    return figure.value
-
-
 def _violation_label(report: Report, panel: Tradeoff) -> str:
     """What the axis says: a method that is not drawn is named, so that nobody takes it for forgotten."""
     assert report.main is not None, "without a main constraint there is no panel"
@@ -232,13 +179,18 @@ def _violation_label(report: Report, panel: Tradeoff) -> str:
     return "\n".join([label, *wrap(f"not measured: {', '.join(absent)}", 60)]) if absent else label
 
 
+def _utility_label(panel: Tradeoff) -> str:
+    name = shown(panel.utility.on)
+    return f"accuracy on {name}" if panel.more_is_better else f"perplexity of {name} (inverted)"
+
+
 def _draw_tradeoff(ax: Axes, panel: Tradeoff) -> None:
     for name, (x, y) in panel.methods.items():
         style = method_style(name).line
-        ax.errorbar(_value(x), _value(y), xerr=_bar(x), yerr=_bar(y), elinewidth=1, zorder=3, **style)
-    ax.plot(*zip(*_front(panel), strict=True), color=INK, linestyle="--", linewidth=1, alpha=0.6, zorder=2)
+        ax.errorbar(x.known, y.known, xerr=_bar(x), yerr=_bar(y), elinewidth=1, zorder=3, **style)
+    ax.plot(*zip(*panel.front.values(), strict=True), color=INK, linestyle="--", linewidth=1, alpha=0.6, zorder=2)
     ax.margins(0.16)
-    ax.set_ylabel(panel.label)
+    ax.set_ylabel(_utility_label(panel))
     ax.xaxis.set_major_formatter(_percent)
     if panel.more_is_better:
         ax.yaxis.set_major_formatter(_percent)
@@ -254,26 +206,21 @@ def _percent(share: float, _: float) -> str:
     return f"{100 * share:.6g}%"
 
 
-def _front(panel: Tradeoff) -> list[Point]:
-    sign = -1 if panel.more_is_better else 1
-    return [panel.points[i] for i in pareto_front([(x, sign * y) for x, y in panel.points])]
-
-
 def _bar(figure: data.Figure) -> list[list[float]] | None:
     """How far the interval reaches below and above the value, as `Axes.errorbar` wants it."""
     if figure.low is None or figure.high is None:
         return None
-    return [[max(0.0, _value(figure) - figure.low)], [max(0.0, figure.high - _value(figure))]]
+    return [[max(0.0, figure.known - figure.low)], [max(0.0, figure.high - figure.known)]]
 
 
 def _obstacles(ax: Axes, panel: Tradeoff) -> list[Bbox]:
     """Boxes in pixels about the corner with the arrow, the intervals and the front."""
     boxes = [Bbox.from_extents(ax.bbox.x0, ax.bbox.y1 - 25, ax.bbox.x0 + 65, ax.bbox.y1)]
     for x, y in panel.methods.values():
-        across = [(_value(x) if end is None else end, _value(y)) for end in (x.low, x.high)]
-        along = [(_value(x), _value(y) if end is None else end) for end in (y.low, y.high)]
+        across = [(x.known if end is None else end, y.known) for end in (x.low, x.high)]
+        along = [(x.known, y.known if end is None else end) for end in (y.low, y.high)]
         boxes += [Bbox(ax.transData.transform(ends)).padded(1) for ends in (across, along)]
-    front = ax.transData.transform(_front(panel))
+    front = ax.transData.transform(list(panel.front.values()))
     for start, end in pairwise(front):
         boxes += [Bbox([place, place]).padded(3) for place in np.linspace(start, end, 30)]
     return boxes
@@ -313,11 +260,11 @@ def _draw_lines(ax: Axes, lines: list[Line], dashes: dict[str, Any]) -> None:
     step = min(0.04, 0.5 / len(lines))  # in rounds: at one place the intervals of several runs would cover each other
     for index, line in enumerate(lines):
         shift = step * (index - (len(lines) - 1) / 2) if any(_bar(figure) for _, figure in line.points) else 0.0
-        rounds, values = [number + shift for number, _ in line.points], [_value(figure) for _, figure in line.points]
+        rounds, values = [number + shift for number, _ in line.points], [figure.known for _, figure in line.points]
         style = {**method_style(line.method).line, "markersize": 4.5, "linestyle": dashes.get(line.domain or "", "-")}
         ax.plot(rounds, values, linewidth=1.1, **style)
         for place, (_, figure) in zip(rounds, line.points, strict=True):
-            ax.errorbar(place, _value(figure), yerr=_bar(figure), color=style["color"], elinewidth=0.9)
+            ax.errorbar(place, figure.known, yerr=_bar(figure), color=style["color"], elinewidth=0.9)
     numbers = [number for line in lines for number, _ in line.points]
     ax.set_xlim(min(numbers) - 0.4, max(numbers) + 0.4)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -329,7 +276,7 @@ def _set_scales(axes: dict[str, Axes], panels: dict[str, list[Line]]) -> None:
         axes[COMPLIANCE].yaxis.set_major_formatter(_percent)
     if WEIGHT in axes:
         axes[WEIGHT].set_ylim(bottom=0)
-    values = [_value(figure) for line in panels.get(KL, []) for _, figure in line.points]
+    values = [figure.known for line in panels.get(KL, []) for _, figure in line.points]
     # The KL of a domain that is held and of one that is steered may differ by a factor of a hundred.
     if values and 0 < 10 * min(values) < max(values):
         axes[KL].set_yscale("log")

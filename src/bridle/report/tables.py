@@ -6,7 +6,7 @@ from itertools import groupby
 
 from bridle.evaluation.statistics import Estimate
 from bridle.evaluation.win_rate import WinRates
-from bridle.report.data import Figure, FigureComparison, Method, Report
+from bridle.report.data import Figure, FigureComparison, Group, Main, Method, Report
 
 MISSING = "–"
 LEVEL = 0.05  # of significance, after Holm's correction
@@ -31,7 +31,7 @@ class Unit:
 
 PERCENT, PLAIN, RATIO, COUNT = Unit("%", 100.0), Unit(), Unit(digits=3), Unit(digits=0)
 
-GROUPS = {
+GROUPS: dict[Group, tuple[str, Unit, str]] = {
     "violation": ("Violation rate", PERCENT, "↓"),
     "tasks": ("Accuracy", PERCENT, "↑"),
     "perplexity": ("Perplexity", PLAIN, "↓"),
@@ -40,6 +40,17 @@ GROUPS = {
     "cost": ("Cost", COUNT, ""),
 }
 """By group of figures: its name, how it is written, and the arrow of the better direction."""
+
+DIFFERENCES = {"perplexity": ("Log perplexity, nats a token", RATIO)}
+"""By group whose differences are not in the unit of its figures: the differences' name, and how they are written."""
+
+DIFFERENCES_IN_WORDS = (
+    "A difference is method minus best, prompt by prompt (or text by text, question by question). p is adjusted by "
+    "Holm’s method over the methods compared on one figure, not over the figures; intervals are not adjusted. The best "
+    "was chosen on the same data, which p does not allow for. Prompts were resampled, not trainings, so neither p nor "
+    "interval says what another training run would bring. “Differs” means p below 0.05 or, without a p, an interval "
+    "that excludes 0; “no difference shown” does not mean that there is none."
+)
 
 UNITS = {"mean_length": PLAIN, "output_perplexity": PLAIN}
 ARROWS = {"brier": "↓", "expected_calibration_error": "↓", "output_perplexity": "↓", "positive_share": ""}
@@ -56,7 +67,7 @@ class Measure:
         within: the constraint or name below it, in the groups that have two levels.
     """
 
-    group: str
+    group: Group
     on: str
     within: str | None = None
 
@@ -69,18 +80,18 @@ class Measure:
     @property
     def title(self) -> str:
         """The heading over the column's group, as "Violation rate, %"."""
-        words = GROUPS[self.group][0] if self.group in GROUPS else in_words(self.group).capitalize()
-        return f"{words}, {self.unit.symbol}" if self.unit.symbol else words
+        name, symbol = GROUPS[self.group][0], self.unit.symbol
+        return f"{name}, {symbol}" if symbol else name
 
     @property
     def unit(self) -> Unit:
         """How its values are written."""
-        return UNITS.get(self.within or self.on) or GROUPS.get(self.group, ("", RATIO))[1]
+        return UNITS.get(self.within or self.on) or GROUPS[self.group][1]
 
     @property
     def arrow(self) -> str:
         """↓ or ↑, the better direction; empty where there is none."""
-        return ARROWS.get(self.within or self.on, GROUPS[self.group][2] if self.group in GROUPS else "")
+        return ARROWS.get(self.within or self.on, GROUPS[self.group][2])
 
     def of(self, method: Method) -> Figure | None:
         """The method's figure; None where it was not measured."""
@@ -110,6 +121,11 @@ class Cell:
     missing: int = 0
     mark: str = ""
 
+    @property
+    def below(self) -> str:
+        """Interval and missing observations, as "4.1 to 7.6, 4 missing"."""
+        return ", ".join(part for part in (self.interval, f"{self.missing:,} missing" if self.missing else "") if part)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -132,7 +148,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a method differs from the best: `cell` holds method − best, the p-value is Holm's."""
+    """How a method differs from the best: `cell` holds method − best, the p-value is Holm's.
+
+    The verdict ends in "(interval)" where there is no p-value, and the interval had to decide.
+    """
 
     method: str
     reference: str
@@ -147,31 +166,33 @@ def in_words(key: str) -> str:
     return NAMES.get(key, key.replace("_", " "))
 
 
+def main_violation(main: Main) -> Measure:
+    """The violation rate that a report leads with."""
+    return Measure("violation", main.prompt_set, main.constraint)
+
+
 def overview(report: Report) -> Table | None:
     """Violation rate, MMLU, commonsense and perplexity of each method; None where nothing was measured."""
-    measures = _measures(report, "violation", "tasks", "perplexity")
-    return _table(
-        report,
-        "Mean over seeds, ± standard deviation, 95% interval",
-        [m for m in measures if m.group != "tasks" or m.on in OVERVIEW_TASKS],
-    )
+    found = measures(report, "violation", "tasks", "perplexity")
+    columns = [measure for measure in found if measure.group != "tasks" or measure.on in OVERVIEW_TASKS]
+    return _table(report, "Mean over seeds, ± standard deviation, 95% interval", columns)
 
 
 def classification(report: Report) -> Table | None:
     """Classification beside the violation rate of generation; None without classification."""
-    measures = _measures(report, "classification")
-    if measures and report.main:
-        measures.append(Measure("violation", report.main.prompt_set, report.main.constraint))
-    return _table(report, "Classification, with the violation rate of generation", measures)
+    columns = measures(report, "classification")
+    if columns and report.main:
+        columns.append(main_violation(report.main))
+    return _table(report, "Classification, with the violation rate of generation", columns)
 
 
 def further(report: Report) -> list[Table]:
     """What the other tables leave out: single tasks, properties of the text, cost."""
-    tasks = [measure for measure in _measures(report, "tasks") if measure.on not in OVERVIEW_TASKS]
+    tasks = [measure for measure in measures(report, "tasks") if measure.on not in OVERVIEW_TASKS]
     tables = (
         _table(report, "Single tasks", tasks),
-        _table(report, "Properties of the generated text", _measures(report, "text")),
-        _table(report, "What training cost", _measures(report, "cost")),
+        _table(report, "Properties of the generated text", measures(report, "text")),
+        _table(report, "What training cost", measures(report, "cost")),
     )
     return [table for table in tables if table]
 
@@ -187,11 +208,12 @@ def win_matrix(report: Report) -> Table | None:
 
 
 def differences(report: Report) -> dict[str, list[Difference]]:
-    """All comparisons with the best method, by the name of the figure."""
+    """All comparisons with the best method, by the name of the figure and the unit of its differences."""
     found: dict[str, list[Difference]] = {}
     for one in report.comparisons:
         measure = Measure(one.figure, one.on, one.constraint)
-        found.setdefault(f"{measure.title}: {measure.label}", []).append(_difference(one, measure.unit))
+        title, unit = DIFFERENCES.get(one.figure, (measure.title, measure.unit))
+        found.setdefault(f"{title}: {measure.label}", []).append(_difference(one, unit))
     return found
 
 
@@ -206,8 +228,14 @@ def best(report: Report, measure: Measure) -> str | None:
 
 
 def significant(comparison: FigureComparison) -> bool | None:
-    """Whether a method differs from the best at the 5% level after Holm's correction; None where untested."""
-    return None if comparison.adjusted_p_value is None else comparison.adjusted_p_value < LEVEL
+    """Whether a method differs from the best: Holm's p is below 5% or, without a p-value, the interval excludes 0.
+
+    None where there is neither.
+    """
+    if comparison.adjusted_p_value is not None:
+        return comparison.adjusted_p_value < LEVEL
+    low, high = comparison.difference.low, comparison.difference.high
+    return None if low is None or high is None else not low <= 0 <= high
 
 
 def to_cell(figure: Estimate | None, unit: Unit, mark: str = "", *, signed: bool = False) -> Cell:
@@ -230,28 +258,28 @@ def _between(figure: Estimate, unit: Unit, signed: bool = False) -> str:
     return f"{unit.write(figure.low, signed=signed)} to {unit.write(figure.high, signed=signed)}"
 
 
-def _measures(report: Report, *groups: str) -> list[Measure]:
+def measures(report: Report, *groups: Group) -> list[Measure]:
     """Every figure that any method has, group by group, in the order of first sight."""
-    measures = (m for group in groups for method in report.methods.values() for m in _of_group(method, group))
-    return list(dict.fromkeys(measures))
+    found = (measure for group in groups for method in report.methods.values() for measure in _of_group(method, group))
+    return list(dict.fromkeys(found))
 
 
-def _of_group(method: Method, group: str) -> Iterable[Measure]:
+def _of_group(method: Method, group: Group) -> Iterable[Measure]:
     for on, figure in getattr(method.figures, group).items():
         names = figure if isinstance(figure, Mapping) else [None]
         yield from (Measure(group, on, within) for within in names)
 
 
-def _table(report: Report, caption: str, measures: list[Measure]) -> Table | None:
-    if not measures:
+def _table(report: Report, caption: str, columns: list[Measure]) -> Table | None:
+    if not columns:
         return None
-    groups = [(title, len(list(spanned))) for title, spanned in groupby(measure.title for measure in measures)]
-    marks = [_marks(report, measure) for measure in measures]
+    groups = [(title, len(list(spanned))) for title, spanned in groupby(measure.title for measure in columns)]
+    marks = [_marks(report, measure) for measure in columns]
     rows = {
-        name: [to_cell(m.of(method), m.unit, of.get(name, "")) for m, of in zip(measures, marks, strict=True)]
+        name: [to_cell(m.of(method), m.unit, of.get(name, "")) for m, of in zip(columns, marks, strict=True)]
         for name, method in report.methods.items()
     }
-    return Table(caption, groups, [measure.label for measure in measures], rows)
+    return Table(caption, groups, [measure.label for measure in columns], rows)
 
 
 def _marks(report: Report, measure: Measure) -> dict[str, str]:
@@ -282,15 +310,22 @@ def _judging(found: WinRates) -> list[str]:
 
 
 def _difference(comparison: FigureComparison, unit: Unit) -> Difference:
-    verdicts = {True: "differs", False: "no significant difference", None: "not tested"}
     return Difference(
         method=comparison.method,
         reference=comparison.reference,
         cell=to_cell(comparison.difference, unit, signed=True),
         p_value=_p_value(comparison.adjusted_p_value),
-        verdict=verdicts[significant(comparison)],
+        verdict=_verdict(comparison),
         test=comparison.test,
     )
+
+
+def _verdict(comparison: FigureComparison) -> str:
+    differs = significant(comparison)
+    if differs is None:
+        return "not tested"
+    verdict = "differs" if differs else "no difference shown"
+    return verdict if comparison.adjusted_p_value is not None else f"{verdict} (interval)"
 
 
 def _p_value(p: float | None) -> str:

@@ -26,6 +26,8 @@ def tables(report: Report) -> str:
                 console.print(_drawn(table), "")
         for name, differences in made.differences(report).items():
             console.print(_differences(name, differences), "")
+        if report.comparisons:
+            console.print(Text(made.DIFFERENCES_IN_WORDS), end="\n\n")
         for sentence in findings(report):
             console.print(Text(sentence))
         for run in failures(report):
@@ -59,19 +61,19 @@ def _headings(table: Table) -> list[str]:
 def _notes(table: Table) -> Iterator[str]:
     marks = {cell.mark for cells in table.rows.values() for cell in cells}
     if "best" in marks:
-        yield "* best; ~ no significant difference from it found"
+        yield "* best; ~ no difference from it shown"
     yield from table.notes
 
 
 def _text(cell: Cell) -> str:
     value = " ".join(part for part in (cell.text + MARKS.get(cell.mark, ""), cell.spread) if part)
-    return f"{value}\n{cell.interval}" if cell.interval else value
+    return f"{value}\n{cell.below}".rstrip()
 
 
 def _differences(name: str, differences: list[Difference]) -> RichTable:
-    drawn = RichTable(title=Text(f"{name}: difference from {differences[0].reference}, the best"), **_STYLE)
-    for heading in ("", "difference", "95% interval", "adjusted p", ""):
-        drawn.add_column(heading, justify="right" if heading else "left")
+    drawn = RichTable(title=Text(name), **_STYLE)
+    for heading in ("", f"minus the best,\n{differences[0].reference}", "95% interval", "adjusted p", ""):
+        drawn.add_column(Text(heading), justify="right" if heading else "left")
     for one in differences:
-        drawn.add_row(*map(Text, (one.method, one.cell.text, one.cell.interval, one.p_value, one.verdict)))
+        drawn.add_row(*map(Text, (one.method, one.cell.text, one.cell.below, one.p_value, one.verdict)))
     return drawn

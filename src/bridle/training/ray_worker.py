@@ -1,6 +1,7 @@
 """The regulariser's role in another process, placed by Ray: on this machine's cores, another GPU, or another node."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bridle.training.state import RegulariserState, Weights
 
 try:
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
 except ImportError as error:
     raise UserError("schedule: parallel needs Ray; install it with: pip install 'bridle[parallel]'") from error
 
@@ -59,6 +60,23 @@ def check_resources(options: ParallelOptions, roles: int) -> None:
             )
 
 
+def wait_for_resources(options: ParallelOptions, who: str) -> None:
+    """Waits until the cluster has free what one role asks for.
+
+    Raises:
+        UserError: it has not, after `options.patience` seconds.
+    """
+    deadline = time.monotonic() + options.patience
+    wanted = {"CPU": options.num_cpus, "GPU": gpus_of_a_role(options)}
+    while any(each > ray.available_resources().get(resource, 0) for resource, each in wanted.items()):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"parallel: the Ray cluster had nothing free for {who} within {options.patience:g} seconds; "
+                "try again later, or lower parallel.num_cpus or num_gpus"
+            )
+        time.sleep(0.2)
+
+
 class RayWorker:
     """A `Worker` in a Ray actor.
 
@@ -74,11 +92,12 @@ class RayWorker:
     def __init__(self, regularisers: list[DomainRegulariser], options: ParallelOptions, folder: Path):
         connect(options)
         check_resources(options, roles=1)
+        wait_for_resources(options, "the regulariser")
         self.options, self.folder = options, folder / "exchange"
         gpus = gpus_of_a_role(options)
         actor = ray.remote(num_cpus=options.num_cpus, num_gpus=gpus, max_restarts=0)(RegulariserActor)
         self.actor = actor.remote(regularisers, torch.get_num_threads(), "cuda" if gpus else "cpu")
-        outcome(self.actor.pid.remote(), "the regulariser", timeout=options.patience)
+        outcome(self.actor.pid.remote(), "the regulariser")
 
     def submit(self, round_index: int, weights: Weights) -> Pending:  # noqa: D102
         parcel = pack(weights, self.folder / f"policy-{round_index}.safetensors", self.options.largest_message)
@@ -146,33 +165,33 @@ def unpack(parcel: Weights | Path) -> Weights:
     return weights
 
 
-def outcome(reference: Any, who: str, timeout: float | None = None) -> Any:
+def outcome(reference: Any, who: str) -> Any:
     """What another process returns; its errors as they are, and its death in one line.
 
     Args:
         reference: of Ray.
         who: the role and what it is at, e.g. "the policy".
-        timeout: seconds to wait for the cluster to give it resources.
 
     Raises:
-        UserError: as the role raised it, or the time is up.
+        UserError: as the role raised it.
         RunStopped: as the role raised it, or it failed or died.
     """
     try:
-        return ray.get(reference, timeout=timeout)
+        return ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, UserError | RunStopped):
             raise error.cause from None
         raise RunStopped(f"{who} failed: {_first_line(error.cause)}") from error
-    except GetTimeoutError as error:
-        raise UserError(
-            f"parallel: the Ray cluster gave {who} nothing within {timeout:g} seconds; "
-            "its resources are in use; try again later or lower parallel.num_cpus"
-        ) from error
     except (RayActorError, WorkerCrashedError) as error:
         raise RunStopped(
-            f"the process of {who} died ({_first_line(error)}); --resume goes on from the last checkpoint"
+            f"the process of {who} died ({_cause_of_death(error)}); --resume goes on from the last checkpoint"
         ) from error
+
+
+def _cause_of_death(error: BaseException) -> str:
+    """Ray's first line; its last one where the process could not be set up, as when a module is not found there."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "creation task" in lines[0] else 0].strip()[:300]
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 import torch
 
-from bridle.training.ray_worker import check_resources, connect, gpus_of_a_role, outcome
+from bridle.training.ray_worker import check_resources, connect, gpus_of_a_role, outcome, wait_for_resources
 from bridle.training.recipe import Recipe, build_recipe
 from bridle.training.run import train
 
@@ -28,6 +28,7 @@ def train_in_roles(recipe: Recipe, output_dir: str | Path, *, resume: bool = Fal
     options = recipe.config(output_dir).parallel
     connect(options)
     check_resources(options, roles=2)
+    wait_for_resources(options, "the policy")
     resources: dict[str, Any] = {"num_cpus": options.num_cpus, "num_gpus": gpus_of_a_role(options)}
     policy = ray.remote(**resources, max_retries=0)(_policy)
     folder = str(Path(output_dir).resolve())

@@ -13,11 +13,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from bridle.environment import environment, write_json
 from bridle.errors import RunStopped, UserError
-from bridle.models.card import write_card
+from bridle.models.card import with_names, write_card
 from bridle.models.hub import without_token
 from bridle.training.build import build_trainer
-from bridle.training.config import ConstrainedConfig, Regulariser
-from bridle.training.recipe import RETENTION, Recipe
+from bridle.training.config import ConstrainedConfig
+from bridle.training.recipe import Recipe
 from bridle.training.reporting import EntropyGuard, MetricsFile, TrainingProgress
 from bridle.training.trainer import ConstrainedTrainer
 
@@ -141,13 +141,8 @@ def _carried_out(recipe: Recipe, config: ConstrainedConfig) -> dict[str, Any]:
         "lora": recipe.lora and asdict(recipe.lora),
         "corpus": {name: vars(domain) for name, domain in recipe.corpus.items()},
         "constraints": {constraint.name: constraint.describe() for constraint in constraints},
-        "regularisers": {name: _with_names(options) for name, options in recipe.regularisers.items()},
+        "regularisers": {name: with_names(options) for name, options in recipe.regularisers.items()},
     }
-
-
-def _with_names(options: Regulariser) -> dict[str, Any]:
-    constraint = RETENTION if options.constraint is None else options.constraint.name
-    return {**vars(options), "constraint": constraint, "prompts": options.prompts and options.prompts.path}
 
 
 def _replace_callbacks(trainer: ConstrainedTrainer, callbacks: list) -> None:

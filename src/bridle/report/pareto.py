@@ -1,0 +1,75 @@
+"""What compliance costs: the violation rate against every other figure, and the methods on the Pareto front."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bridle.report.data import Figure, Report
+from bridle.report.tables import OVERVIEW_TASKS, Measure, main_violation, measures
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """The main violation rate against one figure.
+
+    Attributes:
+        utility: what the violation rate is weighed against.
+        methods: by name both figures, neither of them missing.
+    """
+
+    utility: Measure
+    methods: dict[str, tuple[Figure, Figure]]
+
+    @property
+    def more_is_better(self) -> bool:
+        """Of the utility; of perplexity less is."""
+        return self.utility.arrow == "↑"
+
+    @property
+    def points(self) -> dict[str, tuple[float, float]]:
+        """By method both values."""
+        return {name: (violation.known, utility.known) for name, (violation, utility) in self.methods.items()}
+
+    @property
+    def front(self) -> dict[str, tuple[float, float]]:
+        """The points of the methods that no other beats in both, by rising violation rate."""
+        sign = -1 if self.more_is_better else 1
+        points = list(self.points.items())
+        return dict(points[index] for index in pareto_front([(x, sign * y) for _, (x, y) in points]))
+
+
+def tradeoffs(report: Report) -> list[Tradeoff]:
+    """One for each held-out set's perplexity, the main one first, and for each task, where any method has both figures.
+
+    Where the overview's tasks were measured, the single tasks behind them are left out.
+    """
+    main = report.main
+    if main is None:
+        return []
+    held_out = sorted(measures(report, "perplexity"), key=lambda measure: measure.on != main.held_out)
+    tasks = measures(report, "tasks")
+    summary = [task for task in tasks if task.on in OVERVIEW_TASKS]
+    violation = main_violation(main)
+    found = [Tradeoff(utility, _pairs(report, violation, utility)) for utility in [*held_out, *(summary or tasks)]]
+    return [one for one in found if one.methods]
+
+
+def _pairs(report: Report, first: Measure, second: Measure) -> dict[str, tuple[Figure, Figure]]:
+    pairs = {}
+    for name, method in report.methods.items():
+        one, other = first.of(method), second.of(method)
+        if one and other and None not in (one.value, other.value):
+            pairs[name] = one, other
+    return pairs
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other dominates, by rising first coordinate; lower is better in both.
+
+    A point dominates another where it is as good in both coordinates and better in one, so that of equal
+    points all or none are on the front.
+    """
+
+    def dominated(point: tuple[float, float]) -> bool:
+        return any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
+
+    return sorted((i for i, point in enumerate(points) if not dominated(point)), key=lambda i: points[i])

@@ -1,0 +1,115 @@
+"""The tables of a comparison as text: what a terminal shows is what the figures say."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from bridle.report.data import Report, read_report
+from bridle.report.tables import DIFFERENCES_IN_WORDS
+from bridle.report.terminal import tables
+from report_folder import DESCRIPTIONS, REASON, make_folder
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return read_report(make_folder(tmp_path_factory.mktemp("comparison")))
+
+
+@pytest.fixture(scope="module")
+def text(report):
+    return tables(report)
+
+
+def rows(text: str, title: str) -> list[list[str]]:
+    """The cells of each line of the table under a title; what stands below a value is a line of its own."""
+    body = re.search(rf"^{re.escape(title)}\n.*?─\n(.*?)\n\n", text, re.DOTALL | re.MULTILINE)
+    assert body is not None, f"no table {title!r}"
+    return [re.split(r"\s{2,}", line.strip()) for line in body[1].splitlines()]
+
+
+def by_method(found: list[list[str]]) -> dict[str, str]:
+    """The first value of each method."""
+    return {line[0]: line[1] for line in found if line[0] in DESCRIPTIONS}
+
+
+def test_the_overview_has_every_method_with_its_marks(text):
+    found = rows(text, "Mean over seeds, ± standard deviation, 95% interval")
+    assert by_method(found) == {
+        "base": "21.4 ± 0.4",
+        "sft": "14.2 ± 0.3",
+        "filtration": "8.8~ ± 0.2",
+        "rl": "–",
+        "constrained": "6.4~ ± 0.1",
+        "constrained-adaptive": "5.8* ± 0.1",
+    }
+    assert "* best; ~ no difference from it shown" in text
+
+
+def test_intervals_and_missing_observations_stand_below_their_value(text):
+    found = rows(text, "Mean over seeds, ± standard deviation, 95% interval")
+    assert found[1] == ["18.9 to 23.9, 4 missing", "5.9 to 8.3", "24.7 to 27.7", "75.1 to 76.9", "55.5 to 57.1"]
+    below = found[[line[0] for line in found].index("constrained") + 1]
+    assert below[3] == "52,000 missing"  # a perplexity without a value is a dash, and says of how much
+
+
+def test_the_win_matrix_reads_row_over_column(text):
+    assert rows(text, "Win rate of the row over the column") == [
+        ["sft", "·", "43.0", "17.1"],
+        ["35.0 to 51.0", "16.6 to 17.6"],
+        ["constrained-adaptive", "57.0", "·", "17.9"],
+        ["49.0 to 65.0", "17.4 to 18.4"],
+    ]
+    assert "Judge local:tiny; 100 pairs" in text
+
+
+def test_classification_is_marked_by_its_intervals(text):
+    found = rows(text, "Classification, with the violation rate of generation")
+    assert by_method(found) == {
+        "base": "–",
+        "sft": "0.658 ± 0.013",
+        "filtration": "0.712~ ± 0.014",
+        "rl": "–",
+        "constrained": "0.736~ ± 0.015",
+        "constrained-adaptive": "0.742* ± 0.015",
+    }
+
+
+def test_differences_are_in_their_unit_with_verdicts(text):
+    assert rows(text, "Violation rate, %: rude · non-rude ↓") == [
+        ["base", "+15.6", "+12.5 to +18.7", "< 0.001", "differs"],
+        ["sft", "+8.4", "+5.3 to +11.5", "< 0.001", "differs"],
+        ["filtration", "+3.0", "−0.1 to +6.1", "0.620", "no difference shown"],
+        ["constrained", "+0.6", "−2.5 to +3.7", "0.620", "no difference shown"],
+    ]
+    assert rows(text, "Log perplexity, nats a token: novels ↓")[1] == [
+        "sft", "+0.007", "−0.003 to +0.017", "0.620", "no difference shown"
+    ]  # fmt: skip
+    assert rows(text, "Classification: ROC-AUC ↑")[0] == [
+        "sft", "−0.084", "−0.124 to −0.044", "–", "differs (interval)"
+    ]  # fmt: skip
+    assert text.count("minus the best,") == 3
+
+
+def test_what_the_tests_do_not_cover_is_said_once(text, report):
+    assert " ".join(text.split()).count(DIFFERENCES_IN_WORDS) == 1
+    assert "Holm’s method" not in tables(replace(report, comparisons=[]))
+
+
+def test_prompts_without_a_score_are_counted_beside_a_difference(report):
+    first = report.comparisons[0]
+    lacking = replace(first, difference=replace(first.difference, missing=7))
+    text = tables(replace(report, comparisons=[lacking]))
+    assert rows(text, "Violation rate, %: rude · non-rude ↓")[0][2] == "+12.5 to +18.7, 7 missing"
+
+
+def test_findings_and_failures_end_the_text(text):
+    assert text.splitlines()[-3:] == [
+        "Not complete, and so with figures missing: rl.",
+        f"rl, seed 0: failed: {REASON}",
+        f"rl, seed 1: failed: {REASON}",
+    ]
+
+
+def test_without_figures_there_is_no_table():
+    assert tables(Report("nothing")).strip() == ""
