@@ -46,7 +46,10 @@ def validated(kind: Any, value: Any, where: str) -> Any:
     Raises:
         UserError: it cannot be one.
     """
-    inner: Any = next((option for option in (kind, *get_args(kind)) if is_dataclass(option)), None)
+    options = (kind, *get_args(kind))
+    if isinstance(value, bool) and bool not in options and Any not in options:
+        raise UserError(f"{where}: needs a value, not {str(value).lower()}")  # pydantic would take true for 1
+    inner: Any = next((option for option in options if is_dataclass(option)), None)
     if inner is not None and isinstance(value, Mapping):
         return build(inner, value, where)
     if is_dataclass(value):
