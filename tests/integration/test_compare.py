@@ -1,14 +1,19 @@
 """`bridle compare` and `bridle report` as a user meets them: all methods on a tiny model, failures, and resuming."""
 
 import json
+import re
 import shutil
 from importlib.metadata import EntryPoint
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from bridle.comparison import methods as built_in
 from bridle.comparison.methods import Candidate
+from bridle.comparison.plan import evaluation_of
+from bridle.training.recipe import build_recipe
+from conftest import ROOT
 
 ALL = list(built_in.BUILT_IN)
 SHORT_RL = {"batch_size": 8, "num_generations": 2, "window": 2, "tolerance": 1.0, "max_steps": 300, "save_every": 2}
@@ -132,6 +137,34 @@ def test_a_method_whose_model_another_needs_fails_once_and_says_why(bridle, comp
     found = results_of(tmp_path / "o")["methods"]
     assert found["nado-decoding-sft"]["seeds"]["0"]["reason"] == "it needs sft, which failed: RuntimeError: no luck"
     assert err.count("sft, seed 0: making") == 2  # itself, and nado-decoding-sft
+
+
+def test_the_documented_method_and_section(bridle, comparison, tmp_path, plugged_in):
+    """The code and the section `evaluation` of docs/compare.md."""
+    text = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    (code,), (section,) = (re.findall(rf"```{language}\n(.*?)```", text, re.S) for language in ("python", "yaml"))
+    names: dict = {}
+    exec(code, names)
+    plugged_in(gentle=names["gentle"])
+    code, _, err = bridle("compare", comparison, "--methods", "base,gentle", "--output_dir", tmp_path / "out")
+    assert code == 0, err
+    found = results_of(tmp_path / "out")["methods"]["gentle"]
+    assert found["description"] == "Constrained tuning at a tenth of the learning rate."
+    assert found["figures"]["cost"]["updates"]["value"] == 4
+    made = yaml.safe_load((tmp_path / "out" / "gentle" / "seed-0" / "recipe.yaml").read_text())
+    assert made["learning_rate"] == 1e-5
+
+    labelled = {"forum": {"path": "forum.jsonl", "label": {"column": "label"}}}
+    mapping = {
+        **yaml.safe_load(comparison.read_text()),
+        "corpus": labelled,
+        "regularisers": {},
+        **yaml.safe_load(section),
+    }
+    plan = evaluation_of(build_recipe(mapping))
+    assert list(plan.prompts) == ["forum", "realtoxicityprompts"]
+    assert plan.judge.prompts == 200
+    assert plan.classification.test.rows == "90%:"
 
 
 def test_classification_and_a_judge(bridle, recipe, tmp_path):
