@@ -11,6 +11,7 @@ plain tuning, as where it ends. A minute and a half on one thread.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ DEFAULT = 128  # k at which what float16 adds is measured
 BATCH, TIME, ROLLOUTS = 24, 48, 600
 
 Batch = tuple[Tensor, Tensor]  # input_ids and attention_mask, [batch, time]
-Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of logits [prefixes, vocabulary], and which count
 
 
 def read(recipe: Recipe, rows: str) -> list[list[int]]:
@@ -75,14 +76,19 @@ def tuned(recipe: Recipe, rows: list[list[int]], steps: int) -> PreTrainedModel:
     return model.eval()
 
 
+def prefixes(batch: Batch) -> Tensor:
+    """Where a batch has a prefix and a token after it. [batch, time - 1]"""
+    return batch[1][:, 1:].bool()
+
+
 @torch.no_grad()
 def targets(model: PreTrainedModel, auxiliary: AuxiliaryModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """log p_a and log q, [batch, time - 1, vocabulary]."""
+    """log p_a and log q, [prefixes, vocabulary]."""
     ids, mask = batch
     with capture_hidden_states(model) as captured:
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-    r_logits = auxiliary(auxiliary.features(captured.last, ids, mask))[:, :-1]
-    return logits.log_softmax(-1), log_target(logits, r_logits)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][prefixes(batch)]
+    features = auxiliary.features(captured.last, ids, mask)[:, :-1][prefixes(batch)]
+    return logits.log_softmax(-1), log_target(logits, auxiliary(features))
 
 
 def gradients(policy: PreTrainedModel, batch: Batch, loss: Loss) -> dict[str, Tensor]:
@@ -92,17 +98,18 @@ def gradients(policy: PreTrainedModel, batch: Batch, loss: Loss) -> dict[str, Te
     with capture_hidden_states(policy) as captured:
         policy.base_model(input_ids=ids, attention_mask=mask)
     hidden = captured.last
-    logits = project(policy, hidden[:, :-1])
+    logits = project(policy, hidden[:, :-1][prefixes(batch)])
     hidden.retain_grad()
     logits.retain_grad()
-    total, count = loss(logits)
+    total, count = loss(logits, torch.ones(len(logits), dtype=torch.bool))
     total.backward()
     parameters = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
     return {"value": total.detach() / count, "logits": logits.grad, "hidden": hidden.grad, "parameters": parameters}
 
 
-def cached(target: SparseTarget, batch: Batch, mask: Tensor, vocabulary: int) -> SparseTarget:
-    writer, keys = TargetWriter(None, target.indices.shape[-1], vocabulary), row_keys(*batch)
+def cached(target: SparseTarget, batch: Batch, vocabulary: int) -> SparseTarget:
+    mask = prefixes(batch)
+    writer, keys = TargetWriter(None, target.indices.shape[-1], vocabulary), row_keys(*batch, mask)
     writer.add(keys, target, mask)
     return writer.close().gather(keys, mask)
 
@@ -114,29 +121,29 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 
 def measure(policy: PreTrainedModel, batch: Batch, log_anchor: Tensor, log_q: Tensor) -> dict:
     """Errors at every k, for both ways to choose tokens, and what float16 adds to them."""
-    mask, vocabulary = batch[1][:, 1:].bool(), log_q.shape[-1]
+    vocabulary = log_q.shape[-1]
 
     def through(target: SparseTarget) -> dict[str, Tensor]:
-        return gradients(policy, batch, lambda logits: sparse_kl_divergence(target, logits, mask))
+        return gradients(policy, batch, partial(sparse_kl_divergence, target))
 
-    exact = gradients(policy, batch, lambda logits: kl_divergence(log_q, logits, mask))
+    exact = gradients(policy, batch, partial(kl_divergence, log_q))
     rows = []
     for k in track(SIZES, "measuring", unit="sizes"):
         row = {"k": k, "bytes_per_token": bytes_per_token(k, vocabulary)}
         for choice, anchor in (("q", None), ("anchor", log_anchor)):
             target = sparse_target(log_q, k, anchor)
-            kept = through(cached(target, batch, mask, vocabulary))
+            kept = through(cached(target, batch, vocabulary))
             row[choice] = errors(kept, exact)
         if k == DEFAULT:
             float16 = errors(kept, through(target))
         rows.append(row)
-    return {"kl": exact["value"].item(), "tokens": int(mask.sum()), "errors": rows, "float16": float16}
+    return {"kl": exact["value"].item(), "tokens": len(log_q), "errors": rows, "float16": float16}
 
 
 def sampling_noise(policy: PreTrainedModel, first: tuple[Batch, Tensor], second: tuple[Batch, Tensor]) -> float:
     """How far the parameters' gradients of two batches lie apart, over their length: what k is to be judged by."""
     one, other = (
-        gradients(policy, batch, lambda z, b=batch, q=log_q: kl_divergence(q, z, b[1][:, 1:].bool()))["parameters"]
+        gradients(policy, batch, partial(kl_divergence, log_q))["parameters"]
         for batch, log_q in (first, second)
     )
     return ((one - other).norm() / torch.stack([one.norm(), other.norm()]).mean()).item()

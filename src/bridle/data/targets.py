@@ -25,14 +25,16 @@ from bridle.errors import UserError
 FORMAT = b"bridle.targets.1"  # the key in the schema's metadata that makes an Arrow file a cache
 
 
-def row_keys(input_ids: Tensor, attention_mask: Tensor) -> list[int]:
-    """What rows are found by: a 64-bit hash of each row's tokens without its padding.
+def row_keys(input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> list[int]:
+    """What rows are found by: a 64-bit hash of each row's tokens and counted prefixes, without its padding.
 
     Args:
-        input_ids, attention_mask: [batch, time].
+        input_ids, attention_mask: [batch, time], padded on the right.
+        mask: [batch, time - 1], true at the prefixes that count.
     """
-    rows = zip(input_ids.cpu().to(torch.int32), attention_mask.cpu().bool(), strict=True)
-    return [_hash(ids[inside].numpy()) for ids, inside in rows]
+    lengths = attention_mask.sum(-1).tolist()
+    rows = zip(input_ids.cpu().to(torch.int32).numpy(), mask.cpu().numpy(), lengths, strict=True)
+    return [_hash(ids[:length], counted[: length - 1]) for ids, counted, length in rows]
 
 
 def bytes_per_token(k: int, vocabulary: int) -> int:
@@ -70,11 +72,11 @@ class TargetWriter:
 
         Args:
             keys: [batch] of `row_keys`. Of rows that come twice, either is read.
-            target: over [batch, time, k] tokens.
-            mask: [batch, time], true at the prefixes to keep; `TargetCache.gather` asks for the same ones.
+            target: over [prefixes, k] tokens, those of one row after those of the other.
+            mask: [batch, time], true at these prefixes; `TargetCache.gather` asks for the same ones.
         """
         prefixes = mask.sum(-1).cpu().numpy()
-        kept, k = target[mask].to("cpu"), target.indices.shape[-1]
+        kept, k = target.to("cpu"), target.indices.shape[-1]
         columns = {
             "indices": _lists(kept.indices, prefixes * k),
             "log_probs": _lists(kept.log_probs.half(), prefixes * k),
@@ -120,6 +122,7 @@ class TargetCache:
         name: what errors call it.
 
     Attributes:
+        path: the file it is mapped from, if it is. Pickled, such a cache is its path, and any other its bytes.
         buffer: these bytes, to ship: `TargetCache(cache.buffer)` is the same cache.
         k, vocabulary, provenance: as given to `TargetWriter`.
 
@@ -129,6 +132,7 @@ class TargetCache:
 
     def __init__(self, buffer: Any, name: str = "targets"):
         self.name = name
+        self.path: Path | None = None
         self.buffer = pa.py_buffer(buffer)
         try:
             self.table, about = _table(self.buffer)
@@ -154,10 +158,14 @@ class TargetCache:
             cache = cls(pa.memory_map(str(path)).read_buffer(), str(path))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        cache.path = Path(path).resolve()
         for key, expected in (provenance or {}).items():
             if (found := cache.provenance.get(key)) != expected:
                 raise UserError(f"{path}: made for {key} {found!r}, not {expected!r}; delete it to make it anew")
         return cache
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (TargetCache, (self.buffer,)) if self.path is None else (TargetCache.open, (self.path,))
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -173,7 +181,7 @@ class TargetCache:
             mask: [batch, time], true at the prefixes that were kept of each row.
 
         Returns:
-            Over [batch, time, k] tokens, on the mask's device. Where the mask is false all mass lies in the rest.
+            Over [prefixes, k] tokens, on the mask's device: those of one row after those of the other.
 
         Raises:
             UserError: a row is not in the cache, or has another number of prefixes there.
@@ -184,8 +192,7 @@ class TargetCache:
             [self._read("log_probs", rows).reshape(-1, self.k), self._read("log_rest", rows)[:, None]], dim=-1
         )
         log_buckets = F.log_softmax(log_buckets.float(), dim=-1)  # float16 left their sum a little off 1
-        target = SparseTarget(indices.long(), log_buckets[:, :-1], log_buckets[:, -1])
-        return _spread(target.to(mask.device), mask)
+        return SparseTarget(indices.long(), log_buckets[:, :-1], log_buckets[:, -1]).to(mask.device)
 
     def _row(self, key: int, prefixes: int) -> int:
         """The row of a key, which must have so many prefixes."""
@@ -237,18 +244,8 @@ def _lists(values: Tensor, lengths: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values.flatten().numpy()))
 
 
-def _spread(target: SparseTarget, mask: Tensor) -> SparseTarget:
-    """Puts targets of [n] prefixes where a mask of [batch, time] with n of them is true."""
-    shape = (*mask.shape, target.indices.shape[-1])
-    # Other places hold a distribution too, so that nothing that is masked later is NaN.
-    indices, log_probs = target.indices.new_zeros(shape), target.log_probs.new_full(shape, -torch.inf)
-    log_rest = target.log_rest.new_zeros(mask.shape)
-    indices[mask], log_probs[mask], log_rest[mask] = target.indices, target.log_probs, target.log_rest
-    return SparseTarget(indices, log_probs, log_rest)
-
-
-def _hash(ids: np.ndarray) -> int:
-    return int.from_bytes(blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+def _hash(ids: np.ndarray, counted: np.ndarray) -> int:
+    return int.from_bytes(blake2b(ids.tobytes() + counted.tobytes(), digest_size=8).digest(), "little")
 
 
 def _create(path: Path) -> Any:

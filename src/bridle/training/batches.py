@@ -56,14 +56,7 @@ def append_rollouts(
         regulariser: index of the regulariser they were drawn for.
         pad: token id that fills rows.
     """
-    rows = [rollout.prompt_ids + rollout.completion_ids for rollout in rollouts]
-    ids, attention_mask = pad_right(rows, pad)
-    lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
-    starts = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
-    mask = torch.zeros(len(rows), ids.shape[1], dtype=torch.bool)
-    inside = length_mask(lengths, int(lengths.max()))
-    at = completion_positions(starts, inside.shape[1])
-    mask[torch.arange(len(rows))[:, None].expand_as(at)[inside], at[inside]] = True
+    ids, attention_mask, mask = rollout_rows(rollouts, pad)
     added = {
         "input_ids": (ids, pad),
         "attention_mask": (attention_mask, 0),
@@ -71,12 +64,32 @@ def append_rollouts(
     }
     joined = {key: _stack(inputs[key], new, fill) for key, (new, fill) in added.items()}
     device = prefixes.domain.device
-    full = torch.full((len(rows),), NO_DOMAIN, device=device)
+    full = torch.full((len(ids),), NO_DOMAIN, device=device)
     return {**inputs, **joined}, Prefixes(
         domain=torch.cat([prefixes.domain, full]),
         regulariser=torch.cat([prefixes.regulariser, torch.full_like(full, regulariser)]),
-        mask=_stack(prefixes.mask, mask[:, :-1], False),
+        mask=_stack(prefixes.mask, mask, False),
     )
+
+
+def rollout_rows(rollouts: Sequence[Rollout], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rollouts as rows.
+
+    Args:
+        rollouts: at least one.
+        pad: token id that fills rows.
+
+    Returns:
+        input_ids and attention_mask, [batch, time]; and [batch, time - 1], true at the prefixes before a sampled token.
+    """
+    ids, attention_mask = pad_right([rollout.prompt_ids + rollout.completion_ids for rollout in rollouts], pad)
+    lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+    starts = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
+    mask = torch.zeros(len(rollouts), ids.shape[1], dtype=torch.bool)
+    inside = length_mask(lengths, int(lengths.max()))
+    at = completion_positions(starts, inside.shape[1])
+    mask[torch.arange(len(rollouts))[:, None].expand_as(at)[inside], at[inside]] = True
+    return ids, attention_mask, mask[:, :-1]
 
 
 def _stack(above: Tensor, below: Tensor, fill: int | bool) -> Tensor:

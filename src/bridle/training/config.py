@@ -94,8 +94,8 @@ class ParallelOptions:
         num_cpus: that each of the two roles asks for.
         num_gpus: that each asks for; None for one each where the cluster has two, and else none.
         patience: seconds to wait for the cluster to give a role what it asks for.
-        largest_message: MiB of weights above which they pass through a file in the output folder, which all roles
-            must then share.
+        largest_message: MiB of weights or targets above which they pass through a file in the output folder, which
+            all roles must then share.
     """
 
     address: str | None = None
@@ -103,6 +103,11 @@ class ParallelOptions:
     num_gpus: float | None = None
     patience: float = 60.0
     largest_message: float = 512.0
+
+    @property
+    def largest_bytes(self) -> float:
+        """`largest_message` in bytes."""
+        return self.largest_message * 2**20
 
 
 @dataclass
@@ -117,6 +122,10 @@ class ConstrainedConfig(SFTConfig):
         max_new_tokens: length in tokens at which a sample is cut.
         prompt_tokens: shortest and longest prompt taken from plain text, in tokens.
         rollout_batch_size: samples drawn at a time.
+        targets: when q is built. `computed`: in the update, over the whole vocabulary; `shipped`: ahead of a round's
+            updates, by the regulariser's role, and kept sparsely, so that the update runs no forward but its own. A
+            row that comes in several epochs of a round is worked on once. Needs a frozen anchor.
+        target_tokens: k, how many tokens a shipped target keeps; all others are one bucket.
         max_missing: share of rollouts without a score above which the run stops.
         entropy_floor: share of the first logged entropy below which the run stops; 0 turns the guard off.
         auxiliary: shape and fit of R.
@@ -131,6 +140,8 @@ class ConstrainedConfig(SFTConfig):
     max_new_tokens: int = field(default=32, metadata={"help": "Tokens at which a sample is cut."})
     prompt_tokens: tuple[int, int] = field(default=(2, 16), metadata={"help": "Prompt length, in tokens."})
     rollout_batch_size: int = field(default=64, metadata={"help": "Samples drawn at a time."})
+    targets: Literal["computed", "shipped"] = field(default="computed", metadata={"help": "When q is built."})
+    target_tokens: int = field(default=128, metadata={"help": "Tokens that a shipped target keeps."})
     max_missing: float = field(default=0.1, metadata={"help": "Share of unscored rollouts that stops a run."})
     entropy_floor: float = field(default=0.5, metadata={"help": "Share of the first entropy that stops a run."})
     auxiliary: AuxiliaryOptions = field(default_factory=AuxiliaryOptions, metadata={"help": "Shape and fit of R."})
@@ -143,6 +154,8 @@ class ConstrainedConfig(SFTConfig):
         super().__post_init__()
         if self.rounds < 1:
             raise UserError(f"rounds: must be at least 1, not {self.rounds}")
+        if self.target_tokens < 1:
+            raise UserError(f"target_tokens: must be at least 1, not {self.target_tokens}")
         if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
             raise UserError(
                 "packing_strategy: only `wrapped` keeps each row within one domain, which λ_d needs; "

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bridle.models.hidden import causal_lm
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.sequential import SequentialSchedule
+from bridle.training.shipping import Upcoming, make_targets, upcoming
 from bridle.training.state import RegulariserState, Weights, trainable_weights
 
 if TYPE_CHECKING:
@@ -37,8 +38,14 @@ class Pending(Protocol):
 class Worker(Protocol):
     """Where the regulariser's role is played."""
 
-    def submit(self, round_index: int, weights: Weights) -> Pending:
-        """Begins a round of every regulariser, on samples of the policy with these weights."""
+    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:
+        """Begins a round of every regulariser, on samples of the policy with these weights.
+
+        Args:
+            round_index: 1 for the first round.
+            weights: the policy's, those that are trained.
+            rows: what each regulariser will look at in the next round, where targets are to be made for it.
+        """
         ...
 
     def restore(self, states: list[RegulariserState]) -> None:
@@ -62,12 +69,16 @@ class RegulariserRole:
         if regularisers:  # the trainer's patches of `forward` lead to the trainer's own model
             vars(causal_lm(regularisers[0].model)).pop("forward", None)
 
-    def update(self, round_index: int, weights: Weights) -> list[RegulariserState]:
-        """Sample → score → fit R_i from the policy as it stood when round i began."""
+    def update(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> list[RegulariserState]:
+        """Sample → score → fit R_i from the policy as it stood when round i began → targets for round i + 1."""
         states = []
         for regulariser in self.regularisers:
             regulariser.set_policy(weights)
             measured = regulariser.update(round_index)
+            if rows is not None and regulariser.informed and regulariser.targets is None:
+                began = time.perf_counter()
+                regulariser.targets = make_targets(regulariser, rows[regulariser.index], round_index)
+                measured["seconds_targets"] = time.perf_counter() - began
             states.append(regulariser.state(measured))
         return states
 
@@ -96,8 +107,8 @@ class LocalWorker:
     def __init__(self, regularisers: list[DomainRegulariser]):
         self.role = RegulariserRole(deepcopy(regularisers))
 
-    def submit(self, round_index: int, weights: Weights) -> Pending:  # noqa: D102
-        return Done(self.role.update(round_index, weights))
+    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:  # noqa: D102
+        return Done(self.role.update(round_index, weights, rows))
 
     def restore(self, states: list[RegulariserState]) -> None:  # noqa: D102
         self.role.restore(states)
@@ -129,9 +140,11 @@ class ParallelSchedule(SequentialSchedule):
                 self._keep_rollouts(index - 1, regulariser)
                 self._note(index - 1, regulariser, _of_worker(state.measured))
         self.pending = None
+        self._drop_old_targets()
         if index < self.trainer.args.rounds:
             self.worker = self.worker or self._ray_worker()
-            self.pending = self.worker.submit(index, trainable_weights(self.trainer.model))
+            rows = upcoming(self.trainer, index + 1) if self.trainer.args.targets == "shipped" else None
+            self.pending = self.worker.submit(index, trainable_weights(self.trainer.model), rows)
 
     def _ray_worker(self) -> Worker:
         from bridle.training.ray_worker import RayWorker  # Ray is optional
@@ -144,6 +157,7 @@ class ParallelSchedule(SequentialSchedule):
         return super().on_step_end(args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+        super().on_train_end(args, state, control, **kwargs)
         if self.worker is not None:
             self.worker.close()
 

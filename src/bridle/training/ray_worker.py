@@ -12,6 +12,7 @@ from bridle.errors import RunStopped, UserError
 from bridle.training.config import ParallelOptions
 from bridle.training.parallel import Pending, RegulariserRole
 from bridle.training.regulariser import DomainRegulariser
+from bridle.training.shipping import Upcoming
 from bridle.training.state import RegulariserState, Weights
 
 try:
@@ -19,8 +20,6 @@ try:
     from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
 except ImportError as error:
     raise UserError("schedule: parallel needs Ray; install it with: pip install 'bridle[parallel]'") from error
-
-MEBIBYTE = 2**20
 
 
 def connect(options: ParallelOptions) -> None:
@@ -99,9 +98,10 @@ class RayWorker:
         self.actor = actor.remote(regularisers, torch.get_num_threads(), "cuda" if gpus else "cpu")
         outcome(self.actor.pid.remote(), "the regulariser")
 
-    def submit(self, round_index: int, weights: Weights) -> Pending:  # noqa: D102
-        parcel = pack(weights, self.folder / f"policy-{round_index}.safetensors", self.options.largest_message)
-        return RayPending(self.actor.update.remote(round_index, parcel), f"the regulariser, in round {round_index},")
+    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:  # noqa: D102
+        parcel = pack(weights, self.folder / f"policy-{round_index}.safetensors", self.options.largest_bytes)
+        at_work = self.actor.update.remote(round_index, parcel, rows)
+        return RayPending(at_work, f"the regulariser, in round {round_index},")
 
     def restore(self, states: list[RegulariserState]) -> None:  # noqa: D102
         outcome(self.actor.restore.remote(states), "the regulariser, taking up its states,")
@@ -123,9 +123,11 @@ class RegulariserActor:
         """Of the actor's process; it answers as soon as it stands."""
         return os.getpid()
 
-    def update(self, round_index: int, parcel: "Weights | Path") -> list[RegulariserState]:
+    def update(
+        self, round_index: int, parcel: "Weights | Path", rows: list[Upcoming] | None = None
+    ) -> list[RegulariserState]:
         """As `RegulariserRole.update`, from packed weights."""
-        return self.role.update(round_index, unpack(parcel))
+        return self.role.update(round_index, unpack(parcel), rows)
 
     def restore(self, states: list[RegulariserState]) -> None:
         """As `RegulariserRole.restore`."""
@@ -147,9 +149,9 @@ class RayPending:
         return list(outcome(self.reference, self.who))
 
 
-def pack(weights: Weights, path: Path, largest_message: float) -> Weights | Path:
-    """Weights as they travel: themselves, or the path of a file that holds them where they exceed so many MiB."""
-    if sum(tensor.nbytes for tensor in weights.values()) <= largest_message * MEBIBYTE:
+def pack(weights: Weights, path: Path, largest_bytes: float) -> Weights | Path:
+    """Weights as they travel: themselves, or the path of a file that holds them where they exceed so many bytes."""
+    if sum(tensor.nbytes for tensor in weights.values()) <= largest_bytes:
         return weights
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, path)

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint
-from bridle.core.losses import kl_divergence
+from bridle.core.losses import kl_divergence, sparse_kl_divergence
 from bridle.core.target import log_target
 from bridle.data import (
     Rollout,
     prompts_from_domain,
     read_prompts,
 )
+from bridle.data.targets import TargetCache, row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, new_auxiliary
@@ -68,6 +69,7 @@ class DomainRegulariser:
     replayed: list[Rollout] = field(init=False, default_factory=list)  # scored, of rounds before the last
     informed: bool = field(init=False, default=False)  # R says something: its last labels were not all alike
     drawn: int = field(init=False, default=0)  # rollouts handed to the update since the round began
+    targets: TargetCache | None = field(init=False, default=None)  # made ahead, see `shipping`
 
     def __post_init__(self) -> None:
         if self.options.anchor != "live":
@@ -113,6 +115,7 @@ class DomainRegulariser:
             return {}  # p_a has not moved since R was fitted
         if self.anchor is not None:
             self.anchor.refresh()
+        self.targets = None
         seconds: dict[str, float] = {}
         earlier = [rollout for rollout in self.replayed + self.rollouts if rollout.complies is not None]
         self.replayed = [r for r in earlier if r.round >= round_index - self.config.auxiliary.replay]
@@ -240,20 +243,29 @@ class DomainRegulariser:
         """
         # Only the prefixes that count go through the vocabulary. [prefixes, hidden] -> [prefixes, vocabulary]
         logits = project(self.model, hidden_states[:, :-1][mask])
-        with torch.no_grad():
-            states, anchor_logits = hidden_states.detach(), logits.detach()
-            if self.anchor is not None:
-                states = self._anchor_states(self.anchor, input_ids, attention_mask)
-                with self.anchor.active():
-                    anchor_logits = project(self.model, states[:, :-1][mask])
-            log_q = self._log_q(states, anchor_logits, input_ids, attention_mask, mask)
-        return kl_divergence(log_q, logits, torch.ones_like(log_q[:, 0], dtype=torch.bool))
+        counted = torch.ones_like(logits[:, 0], dtype=torch.bool)
+        if self.targets is not None:
+            keys = row_keys(input_ids, attention_mask, mask)
+            # An epoch's last batch may be filled up with rows of its first, which belong to another round.
+            if all(key in self.targets for key in keys):
+                return sparse_kl_divergence(self.targets.gather(keys, mask), logits, counted)
+        if self.anchor is None:
+            with torch.no_grad():
+                log_q = self._log_q(hidden_states.detach(), logits.detach(), input_ids, attention_mask, mask)
+        else:
+            _, log_q = self.target(input_ids, attention_mask, mask)
+        return kl_divergence(log_q, logits, counted)
 
-    def _anchor_states(self, anchor: Anchor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        with anchor.active(), capture_hidden_states(self.model) as captured:
+    @torch.no_grad()
+    def target(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """log p_a and log q, built on the frozen anchor. Shapes as in `divergence`; [prefixes, vocabulary]."""
+        assert self.anchor is not None
+        with self.anchor.active(), capture_hidden_states(self.model) as captured:
             causal_lm(self.model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        assert captured.last is not None
-        return captured.last
+            assert captured.last is not None
+            anchor_logits = project(self.model, captured.last[:, :-1][mask])
+        log_q = self._log_q(captured.last, anchor_logits, input_ids, attention_mask, mask)
+        return F.log_softmax(anchor_logits.float(), dim=-1), log_q
 
     def _log_q(
         self, states: Tensor, anchor_logits: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
@@ -281,6 +293,7 @@ class DomainRegulariser:
             auxiliary=on_cpu(auxiliary.state_dict()) if auxiliary is not None else {},
             anchor=on_cpu(self.anchor.state_dict()) if self.anchor is not None else {},
             provenance=auxiliary.config.provenance if auxiliary is not None else None,
+            targets=self.targets,
             measured=measured or {},
         )
 
@@ -299,7 +312,7 @@ class DomainRegulariser:
     def adopt(self, state: RegulariserState) -> None:
         """Goes on from a state, of this process or another."""
         self.informed, self.drawn = state.informed, state.drawn
-        self.rollouts, self.replayed = state.rollouts, state.replayed
+        self.rollouts, self.replayed, self.targets = state.rollouts, state.replayed, state.targets
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(state.auxiliary)
             self.auxiliary.config.provenance = state.provenance or {}

@@ -5,6 +5,7 @@ Round i's policy steps use R_i, fitted on samples of p_{i-1}, the policy at the 
 
 import json
 import time
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from bridle.data import write_rollouts
 from bridle.environment import write_json
 from bridle.training.regulariser import DomainRegulariser
+from bridle.training.shipping import make_targets, upcoming
 from bridle.training.state import RegulariserState
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class SequentialSchedule(TrainerCallback):
         due = self._round_of(state.global_step, state)
         if due > self.round:
             self.begin_round(due)
+        self._make_targets()
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         finished = state.global_step == state.max_steps
@@ -49,6 +52,18 @@ class SequentialSchedule(TrainerCallback):
     def _round_of(self, step: int, state: TrainerState) -> int:
         """The round, counted from 1, that policy step `step`, counted from 0, belongs to."""
         return step * self.trainer.args.rounds // state.max_steps + 1
+
+    def _make_targets(self) -> None:
+        """Makes the targets that this round's updates lack: all of them, or after a resume."""
+        if self.trainer.args.targets == "shipped":
+            lacking = [regulariser.active and regulariser.targets is None for regulariser in self.trainer.regularisers]
+            if any(lacking):
+                began = time.perf_counter()
+                rows = upcoming(self.trainer, self.round)
+                for regulariser in compress(self.trainer.regularisers, lacking):
+                    regulariser.targets = make_targets(regulariser, rows[regulariser.index], self.round)
+                self._record["seconds_targets"] = time.perf_counter() - began
+                self._policy_began += self._record["seconds_targets"]
 
     def begin_round(self, index: int) -> dict[str, Any]:
         """Refreshes every R from the policy as it stands; returns what was measured, by regulariser."""
@@ -64,6 +79,21 @@ class SequentialSchedule(TrainerCallback):
             finally:
                 self._keep_rollouts(index, regulariser)
             self._note(index, regulariser, measured)
+        self._drop_old_targets()
+
+    def _drop_old_targets(self) -> None:
+        """Removes files of targets that no regulariser reads any more."""
+        read = {
+            regulariser.targets.path for regulariser in self.trainer.regularisers if regulariser.targets is not None
+        }
+        for file in (Path(self.trainer.args.output_dir).resolve() / "targets").glob("*.arrow"):
+            if file not in read:
+                file.unlink()
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+        for regulariser in self.trainer.regularisers:
+            regulariser.targets = None
+        self._drop_old_targets()
 
     def _note(self, index: int, regulariser: DomainRegulariser, measured: dict[str, Any]) -> None:
         """Keeps R of round `index` and writes down what was measured."""

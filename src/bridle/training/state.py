@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bridle.data import Rollout, read_rollouts, write_rollouts
+from bridle.data.targets import TargetCache
 from bridle.environment import write_json
 
 Weights = dict[str, Tensor]
@@ -26,6 +27,7 @@ class RegulariserState:
         auxiliary: R's weights by name; empty for retention.
         anchor: the snapshot p_a by name; empty for `live`.
         provenance: what R was fitted on.
+        targets: made ahead of the next updates. Not saved: they are made again from R and the anchor.
         measured: what the round measured.
     """
 
@@ -36,6 +38,7 @@ class RegulariserState:
     auxiliary: Weights = field(default_factory=dict)
     anchor: Weights = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
+    targets: TargetCache | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:

@@ -61,6 +61,11 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         for name in regularisers:
             if name not in {ALL, *corpus}:
                 raise UserError(f"regularisers.{name}: no such domain; the corpus has {', '.join(corpus)}")
+            if args.targets == "shipped" and regularisers[name].anchor == "live":
+                raise UserError(
+                    f"regularisers.{name}.anchor: targets are shipped ahead, and `live` moves with every update; "
+                    "set anchor: previous or initial, or targets: computed"
+                )
         check_projection(model)
         tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
         tokenised = {name: _tokenised(name, rows, tokenizer, args) for name, rows in corpus.items()}
@@ -121,9 +126,10 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         rows = prefixes.regulariser == regulariser.index
         if regulariser.options.on == "rollouts":
             return rows
-        return rows | self._corpus_rows(regulariser, prefixes)
+        return rows | self.corpus_rows(regulariser, prefixes)
 
-    def _corpus_rows(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Tensor:
+    def corpus_rows(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Tensor:
+        """Which rows of a batch are of a regulariser's domain. [batch]"""
         if regulariser.name == ALL:
             return prefixes.domain >= 0
         return prefixes.domain == self.domains.index(regulariser.name)
@@ -132,7 +138,7 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         """Adds as many rollouts as the batch has corpus rows, for each regulariser that looks at rollouts."""
         for regulariser in self.regularisers:
             if regulariser.active and regulariser.options.on != "corpus":
-                count = int(self._corpus_rows(regulariser, prefixes).sum())
+                count = int(self.corpus_rows(regulariser, prefixes).sum())
                 if rollouts := regulariser.next_rollouts(count):
                     inputs, prefixes = append_rollouts(
                         inputs, prefixes, rollouts, regulariser.index, self._tokenizer.pad_token_id

@@ -1,0 +1,128 @@
+"""Targets made ahead of the updates that use them (`targets: shipped`), so that the update runs no forward but its own.
+
+The order of the corpus is known, so the rows of a round's updates are too. Whoever plays the regulariser's role
+builds q for each of them once, keeps it sparsely, and hands it to the policy: a row that comes again, in a later
+epoch of the round, costs nothing more.
+"""
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+
+from bridle.core.target import sparse_target
+from bridle.data import DOMAIN
+from bridle.data.targets import TargetCache, TargetWriter, bytes_per_token, row_keys
+from bridle.errors import UserError
+from bridle.progress import track
+from bridle.training.batches import Prefixes, rollout_rows
+from bridle.training.regulariser import DomainRegulariser
+
+if TYPE_CHECKING:
+    from bridle.training.trainer import ConstrainedTrainer
+
+Rows = tuple[Tensor, Tensor, Tensor]  # input_ids and attention_mask, [batch, time]; prefixes' mask, [batch, time - 1]
+
+
+@dataclass
+class Upcoming:
+    """What one regulariser will look at in the updates to come.
+
+    Attributes:
+        corpus: rows of the corpus, each once.
+        rollouts: how many rollouts will be asked for.
+    """
+
+    corpus: list[Rows] = field(default_factory=list)
+    rollouts: int = 0
+
+
+def upcoming(trainer: "ConstrainedTrainer", round_index: int) -> list[Upcoming]:
+    """What each regulariser will look at in a round's updates; in those of the whole run where its anchor never moves.
+
+    Raises:
+        UserError: the order of the corpus is not known before it is drawn.
+    """
+    steps, rounds = trainer.state.max_steps, trainer.args.rounds
+    of_round = range(-(-(round_index - 1) * steps // rounds), -(-round_index * steps // rounds))
+    return [
+        _rows(trainer, regulariser, range(steps) if regulariser.options.anchor == "initial" else of_round)
+        for regulariser in trainer.regularisers
+    ]
+
+
+def _rows(trainer: "ConstrainedTrainer", regulariser: DomainRegulariser, steps: range) -> Upcoming:
+    found, seen = Upcoming(), set[int]()
+    for batch in _batches(trainer, steps):
+        prefixes = Prefixes.of_corpus(batch[DOMAIN], batch["labels"])
+        mine = trainer.corpus_rows(regulariser, prefixes)
+        if regulariser.options.on != "corpus":
+            found.rollouts += int(mine.sum())
+        if regulariser.options.on != "rollouts" and mine.any():
+            ids, attention_mask, mask = batch["input_ids"][mine], batch["attention_mask"][mine], prefixes.mask[mine]
+            keys = row_keys(ids, attention_mask, mask)
+            new = torch.tensor([key not in seen for key in keys])
+            seen.update(keys)
+            if new.any():
+                found.corpus.append((ids[new], attention_mask[new], mask[new]))
+    return found
+
+
+def _batches(trainer: "ConstrainedTrainer", steps: range) -> Iterator[dict[str, Tensor]]:
+    """The micro-batches of some policy steps, of all processes, in the order the trainer will draw them."""
+    processes = trainer.accelerator.num_processes
+    sampler = trainer.callback_handler.train_dataloader.batch_sampler
+    sampler = copy(getattr(sampler, "batch_sampler", sampler))  # of all processes
+    sampler.sampler = copy(sampler.sampler)
+    if isinstance(sampler.sampler, SeedableRandomSampler):
+        sampler.sampler.generator = None  # it makes another one, with the same seed
+    elif not isinstance(sampler.sampler, SequentialSampler):
+        raise UserError(
+            "targets: shipped needs to know the order of the corpus beforehand; leave train_sampling_strategy at "
+            "random and accelerator_config.use_seedable_sampler at true, or set targets: computed"
+        )
+    of_step = trainer.args.gradient_accumulation_steps * processes
+    of_epoch = max(1, -(-(-(-len(sampler) // processes) * processes) // of_step))  # steps; the last may be a short one
+    for epoch in range(steps.start // of_epoch, (steps.stop - 1) // of_epoch + 1):
+        if isinstance(sampler.sampler, SeedableRandomSampler):
+            sampler.sampler.set_epoch(epoch)
+        first, last = max(steps.start - epoch * of_epoch, 0), min(steps.stop - epoch * of_epoch, of_epoch)
+        for indices in islice(sampler, first * of_step, last * of_step):
+            yield trainer.data_collator([trainer.train_dataset[index] for index in indices])
+
+
+@torch.no_grad()
+def make_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: int) -> TargetCache:
+    """Builds the targets of upcoming rows on the regulariser's anchor.
+
+    Args:
+        regulariser: with R fitted, and an anchor.
+        rows: what it will look at.
+        round_index: the round they are made in.
+
+    Returns:
+        The targets: in memory, or above `parallel.largest_message` mapped from a file in the output folder.
+    """
+    config, model = regulariser.config, regulariser.model
+    vocabulary, pad = model.get_output_embeddings().weight.shape[0], regulariser.tokenizer.pad_token_id
+    rollouts = regulariser.rollouts[: rows.rollouts]
+    starts = range(0, len(rollouts), config.rollout_batch_size)
+    batches = rows.corpus + [rollout_rows(rollouts[at : at + config.rollout_batch_size], pad) for at in starts]
+    prefixes = sum(int(mask.sum()) for *_, mask in batches)
+    large = prefixes * bytes_per_token(config.target_tokens, vocabulary) > config.parallel.largest_bytes
+    path = Path(config.output_dir) / "targets" / f"round-{round_index}.{regulariser.name}.arrow" if large else None
+    with TargetWriter(path, config.target_tokens, vocabulary) as writer:
+        for ids, attention_mask, mask in track(batches, f"targets for {regulariser.name}", unit="batches"):
+            on_device = (part.to(model.device) for part in (ids, attention_mask, mask))
+            log_anchor, log_q = regulariser.target(*on_device)
+            writer.add(
+                row_keys(ids, attention_mask, mask), sparse_target(log_q, config.target_tokens, log_anchor), mask
+            )
+        return writer.close()

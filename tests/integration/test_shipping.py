@@ -1,0 +1,152 @@
+"""Targets made ahead of the updates: the same training, at no forward but the policy's own."""
+
+import pytest
+import torch
+from test_training import NO_E, logged, trainer_of, weights
+
+from bridle.errors import UserError
+from bridle.training.config import ParallelOptions, Regulariser
+from bridle.training.parallel import LocalWorker
+from bridle.training.regulariser import DomainRegulariser
+
+# 80 rows of two domains in batches of 8: ten updates an epoch.
+SHIPPED = {"targets": "shipped", "max_steps": 8, "rounds": 2}
+WHOLE_VOCABULARY = 10_000
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many batches a target was built for, by when: ahead, or in the update."""
+    counted = {"ahead": 0, "update": 0}
+    build, diverge = DomainRegulariser.target, DomainRegulariser.divergence
+    inside = []
+
+    def target(self, *args):
+        counted["update" if inside else "ahead"] += 1
+        return build(self, *args)
+
+    def divergence(self, *args):
+        inside.append(True)
+        try:
+            return diverge(self, *args)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(DomainRegulariser, "target", target)
+    monkeypatch.setattr(DomainRegulariser, "divergence", divergence)
+    return counted
+
+
+def regularisers(anchor="previous", on="both"):
+    return {"rude": Regulariser(NO_E, weight=4.0, anchor=anchor, on=on)}
+
+
+def trained(folder, output, schedule="sequential", **options):
+    held = options.pop("regularisers", None) or regularisers()
+    trainer = trainer_of(folder, output, held, schedule=schedule, **options)
+    if schedule == "parallel":
+        trainer.schedule.worker = LocalWorker(trainer.regularisers)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+@pytest.mark.parametrize("anchor", ["previous", "initial"])
+def test_with_every_token_kept_it_is_the_same_training(tiny_folder, tmp_path, calls, schedule, anchor):
+    options = {**SHIPPED, "target_tokens": WHOLE_VOCABULARY, "regularisers": regularisers(anchor)}
+    shipped = trained(tiny_folder(), tmp_path / "shipped", schedule, **options)
+    assert calls["ahead"] > 0
+    assert calls["update"] == 0, "the update ran the anchor"
+    computed = trained(tiny_folder(), tmp_path / "computed", schedule, **{**options, "targets": "computed"})
+    assert calls["update"] > 0
+    # Targets are kept in float16.
+    assert logged(shipped, "loss") == pytest.approx(logged(computed, "loss"), abs=2e-3)
+
+
+def test_what_is_kept_decides_how_near_it_comes(tiny_folder, tmp_path):
+    folder = tiny_folder()
+    (exact, *_), *sparse = (
+        logged(trained(folder, tmp_path / str(k), targets=targets, target_tokens=k, max_steps=2, rounds=1), "kl/rude")
+        for targets, k in (("computed", 1), ("shipped", 2), ("shipped", 20), ("shipped", WHOLE_VOCABULARY))
+    )
+    values = [first for first, *_ in sparse]
+    assert values == sorted(values), "fewer tokens make the bound looser"
+    assert values[0] < 0.9 * exact
+    assert values[-1] == pytest.approx(exact, rel=0.02)
+
+
+def test_a_row_that_comes_in_several_epochs_is_worked_on_once(tiny_folder, tmp_path, calls):
+    trained(
+        tiny_folder(),
+        tmp_path / "one",
+        **{**SHIPPED, "max_steps": 10, "rounds": 1},
+        regularisers=regularisers(on="corpus"),
+    )
+    once = calls["ahead"]
+    trained(
+        tiny_folder(),
+        tmp_path / "three",
+        **{**SHIPPED, "max_steps": 30, "rounds": 1},
+        regularisers=regularisers(on="corpus"),
+    )
+    assert calls == {"ahead": 2 * once, "update": 0}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_order_is_foreseen_over_epochs_and_accumulation(tiny_folder, tmp_path, calls, accumulation):
+    options = {**SHIPPED, "max_steps": 9, "rounds": 3, "gradient_accumulation_steps": accumulation}
+    trained(tiny_folder(), tmp_path, **options)
+    assert calls["update"] == 0
+    assert calls["ahead"] > 0
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+def test_a_resumed_run_makes_its_targets_again_and_ends_alike(tiny_folder, tmp_path, calls, schedule):
+    folder = tiny_folder()
+    options = {**SHIPPED, "rounds": 4, "save_strategy": "steps", "save_steps": 3}
+    whole = trained(folder, tmp_path / "whole", schedule, **options)
+    for step in (3, 4, 6):
+        again = trainer_of(folder, tmp_path / str(step), regularisers(), schedule=schedule, **options)
+        if schedule == "parallel":
+            again.schedule.worker = LocalWorker(again.regularisers)
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        for name, weight in weights(whole).items():
+            assert torch.equal(weights(again)[name], weight), (step, name)
+    assert calls["update"] == 0
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+def test_large_targets_are_mapped_from_a_file_that_goes_in_time(tiny_folder, tmp_path, monkeypatch, schedule):
+    folder, losses, files = tiny_folder(), [], []
+
+    def divergence(self, *args, plain=DomainRegulariser.divergence):
+        files.append({path.name for path in tmp_path.glob("0.0/targets/*")})
+        return plain(self, *args)
+
+    monkeypatch.setattr(DomainRegulariser, "divergence", divergence)
+    for size in (512.0, 0.0):
+        files.clear()
+        options = {**SHIPPED, "rounds": 4, "parallel": ParallelOptions(largest_message=size)}
+        losses.append(logged(trained(folder, tmp_path / str(size), schedule, **options), "loss"))
+    assert losses[0] == losses[1]
+    assert any("round-2.rude.arrow" in names for names in files)
+    assert max(len(names) for names in files) == (1 if schedule == "sequential" else 2), "a worker is a round ahead"
+    assert not list(tmp_path.glob("0.0/targets/*"))
+
+
+def test_retention_is_shipped_too(tiny_folder, tmp_path, calls):
+    held = {"plain": Regulariser(weight=2.0), **regularisers()}
+    trainer = trained(tiny_folder(), tmp_path, **SHIPPED, regularisers=held)
+    assert calls["update"] == 0
+    assert all(value > 0 for value in logged(trainer, "kl/plain")[1:])
+
+
+def test_a_live_anchor_and_an_unknown_order_are_refused(tiny_folder, tmp_path):
+    folder = tiny_folder()
+    with pytest.raises(UserError, match=r"regularisers\.rude\.anchor: .* set anchor: previous or initial"):
+        trainer_of(folder, tmp_path, regularisers("live"), **SHIPPED)
+    with pytest.raises(UserError, match="target_tokens: must be at least 1"):
+        trainer_of(folder, tmp_path, regularisers(), **SHIPPED, target_tokens=0)
+    by_length = trainer_of(folder, tmp_path, regularisers(), **SHIPPED, train_sampling_strategy="group_by_length")
+    with pytest.raises(UserError, match="needs to know the order of the corpus beforehand"):
+        by_length.train()
