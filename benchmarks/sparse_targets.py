@@ -143,8 +143,7 @@ def measure(policy: PreTrainedModel, batch: Batch, log_anchor: Tensor, log_q: Te
 def sampling_noise(policy: PreTrainedModel, first: tuple[Batch, Tensor], second: tuple[Batch, Tensor]) -> float:
     """How far the parameters' gradients of two batches lie apart, over their length: what k is to be judged by."""
     one, other = (
-        gradients(policy, batch, partial(kl_divergence, log_q))["parameters"]
-        for batch, log_q in (first, second)
+        gradients(policy, batch, partial(kl_divergence, log_q))["parameters"] for batch, log_q in (first, second)
     )
     return ((one - other).norm() / torch.stack([one.norm(), other.norm()]).mean()).item()
 
