@@ -12,6 +12,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from bridle.errors import UserError
 
@@ -41,6 +42,29 @@ def capture_hidden_states(model: torch.nn.Module) -> Iterator[HiddenStates]:
     handle = causal_lm(model).base_model.register_forward_hook(hidden._keep)
     try:
         yield hidden
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def project_only(model: torch.nn.Module, mask: Tensor) -> Iterator[None]:
+    """Inside the block only some positions go through the output layer, as one row.
+
+    Where there is no Triton, TRL's fused head sends every position through the vocabulary: padding, prompts and
+    rollouts too, which carry no label.
+
+    Args:
+        model: a causal language model whose forwards inside the block are of one batch.
+        mask: [batch, time - 1], true at the positions to keep. The last position predicts nothing.
+    """
+
+    def keep(module: torch.nn.Module, inputs: object, output: ModelOutput) -> ModelOutput:
+        output["last_hidden_state"] = output["last_hidden_state"][:, :-1][mask][None]
+        return output
+
+    handle = causal_lm(model).base_model.register_forward_hook(keep)
+    try:
+        yield
     finally:
         handle.remove()
 

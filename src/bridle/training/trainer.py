@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from bridle.core.tokens import shift
 from bridle.data import DOMAIN, mix, tokenize_domain
 from bridle.errors import UserError
-from bridle.models.hidden import capture_hidden_states, check_projection
+from bridle.models.hidden import capture_hidden_states, check_projection, project_only
 from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
 from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
@@ -95,14 +97,16 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         prefixes = Prefixes.of_corpus(domain, inputs["labels"])
         corpus_tokens = prefixes.mask.sum()
         inputs, prefixes = self._with_rollouts(inputs, prefixes)
+        targets, trained_on = shift(inputs.pop("labels"))
 
-        with capture_hidden_states(model) as captured:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with capture_hidden_states(model) as captured, project_only(model, trained_on):
+            labelled = {**inputs, "shift_labels": targets[trained_on][None]}
+            loss = super().compute_loss(model, labelled, return_outputs, num_items_in_batch)
         hidden_states = captured.last
         assert hidden_states is not None
 
         # `SFTTrainer` divides by the tokens of the whole accumulated batch, on all processes; so does this.
-        divisor = corpus_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        divisor = torch.as_tensor(corpus_tokens if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         divisor = divisor / self._loss_scale(num_items_in_batch)
         self.tally.add("ce", loss.detach() * divisor, corpus_tokens)
         for regulariser in self.regularisers:
