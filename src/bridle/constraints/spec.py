@@ -20,6 +20,8 @@ TYPES: dict[str, type[Constraint]] = {cls.type_name: cls for cls in (Classifier,
 # The key that VALUE sets in the short form TYPE:VALUE
 SHORT_KEYS = {"classifier": "model", "words": "file", "regex": "pattern", "python": "function"}
 OPERATORS = ("all", "any", "not")
+RETENTION = "retention"
+"""Stands in the place of a constraint's name where a domain is only to be held to the initial model."""
 
 
 def build_constraint(spec: str | Mapping | list, name: str | None = None) -> Constraint:

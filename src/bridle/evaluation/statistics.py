@@ -70,7 +70,7 @@ class Comparison:
             interval is not adjusted for other comparisons. `n` counts prompts, `missing` those left out
             because either method has no observation there.
         p_value: chance of a difference at least as large where there is none; `None` without prompts.
-        adjusted_p_value: the same after Holm's correction for all comparisons made at once.
+        adjusted_p_value: the same after Holm's correction over all methods compared on this figure.
         test: "mcnemar" or "permutation".
     """
 

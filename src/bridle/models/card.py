@@ -18,11 +18,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bridle.constraints import Constraint, build_constraint
+from bridle.constraints.spec import RETENTION
 from bridle.environment import write_text
 
 CARD_FILE = "README.md"
 MISSING = "missing"
-RETENTION = "retention"  # the place of a constraint, in a regulariser that has none
 DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt"}  # "data/rows.jsonl" looks like a hub name
 
 ROUND_SETTINGS = (

@@ -19,14 +19,12 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from bridle.constraints import Constraint, build_constraint
+from bridle.constraints.spec import RETENTION
 from bridle.data import Domain
 from bridle.errors import UserError
 from bridle.models.loading import LoraOptions
 from bridle.settings import as_mapping, build, check_keys, known_name, parse_yaml, read_yaml, set_dotted, validated
 from bridle.training.config import ALL, AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
-
-RETENTION = "retention"
-"""In place of a constraint's name: hold the domain to the initial model."""
 
 CHECKED = {field.name for field in fields(ConstrainedConfig)} - {field.name for field in fields(SFTConfig)} | {
     *("max_steps", "learning_rate", "seed", "per_device_train_batch_size", "gradient_accumulation_steps"),
