@@ -31,6 +31,7 @@ from bridle.comparison.summary import comparisons, figures_of, first_completions
 from bridle.comparison.tracing import trace_guidance
 from bridle.environment import environment, write_json, write_text
 from bridle.errors import RunStopped, UserError
+from bridle.lock import only_writer
 from bridle.evaluation import ChatJudge, LocalJudge, win_rates, write_results
 from bridle.evaluation.judges import Judge
 from bridle.evaluation.observations import Observations
@@ -97,11 +98,16 @@ class Comparison:
         """Makes and measures what is missing, and writes `results.json`.
 
         Raises:
-            UserError: the recipe, a constraint or a file of the plan cannot be used at all.
+            UserError: the recipe, a constraint or a file of the plan cannot be used at all; or another process is
+                writing to the folder.
             RunStopped: no method could be carried out.
         """
         self.plan.check()  # a mistake shows now and not after an hour
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with only_writer(self.folder):
+            self._carry_out_all()
+            self._sum_up()
+
+    def _carry_out_all(self) -> None:
         resolved = without_token(self.recipe.resolved)
         write_text(self.folder / RECIPE_FILE, yaml.safe_dump(resolved, sort_keys=False))
         runs = [(name, seed) for seed in self.seeds for name in self.names]
@@ -109,7 +115,6 @@ class Comparison:
             for name, seed in runs:
                 self._carry_out(name, seed)
                 progress.update()
-        self._sum_up()
 
     # ------------------------------------------------------------------ one method, one seed
 

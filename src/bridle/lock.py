@@ -1,0 +1,31 @@
+"""One writer for a folder: a second run on it is refused, and a dead one holds nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from bridle.errors import UserError
+
+
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Holds a folder, which is made if it is not there, for the process that runs the block.
+
+    The lock is the operating system's: it ends with its process, however that ends. The file it is held on stays.
+
+    Raises:
+        UserError: another process holds the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: another run is writing here; wait for it, or name another --output_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
