@@ -31,10 +31,10 @@ from bridle.comparison.summary import comparisons, figures_of, first_completions
 from bridle.comparison.tracing import trace_guidance
 from bridle.environment import environment, write_json, write_text
 from bridle.errors import RunStopped, UserError
-from bridle.lock import only_writer
 from bridle.evaluation import ChatJudge, LocalJudge, win_rates, write_results
 from bridle.evaluation.judges import Judge
 from bridle.evaluation.observations import Observations
+from bridle.lock import only_writer
 from bridle.models.card import write_card
 from bridle.models.hub import without_token
 from bridle.models.loading import load_for_inference
