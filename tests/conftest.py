@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import loopback
 import tiny_tokenizers
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +106,17 @@ def tiny_folder(tiny_model, tiny_tokenizer, tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """An HTTP server on the loopback interface; keys and labels of the user's own are out of reach."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("BRIDLE_CACHE", str(tmp_path / "cache"))
+    for key in ("OPENAI_API_KEY", "PERSPECTIVE_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    with loopback.serving() as server:
+        yield server
 
 
 @pytest.fixture

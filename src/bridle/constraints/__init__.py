@@ -1,20 +1,25 @@
 """Policies on whole texts: text in, score out. No model under training is known here."""
 
 from bridle.constraints.base import AllOf, AnyOf, Constraint, Not, Score
+from bridle.constraints.cache import Cached, ScoreCache
 from bridle.constraints.classifier import Classifier
 from bridle.constraints.function import PythonFunction
+from bridle.constraints.remote import Remote
 from bridle.constraints.rules import Regex, WordList
 from bridle.constraints.spec import build_constraint
 
 __all__ = [
     "AllOf",
     "AnyOf",
+    "Cached",
     "Classifier",
     "Constraint",
     "Not",
     "PythonFunction",
     "Regex",
+    "Remote",
     "Score",
+    "ScoreCache",
     "WordList",
     "build_constraint",
 ]

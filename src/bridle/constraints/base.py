@@ -106,6 +106,10 @@ class Constraint(ABC):
         """Returns what decides the scores, as JSON values that `build_constraint` takes back."""
         return self._settings() | {"name": self.name}
 
+    def identity(self) -> dict[str, Any]:
+        """Returns what decides the scores, as JSON values, for a cache: no names, and files by their content."""
+        return self._settings()
+
     @abstractmethod
     def _score(self, texts: list[str]) -> Sequence[Score | float | None]:
         """Returns for each text a `Score`, a number in [0, 1] (1 complies), or None where it is missing."""
@@ -158,6 +162,9 @@ class _Combination(Constraint):
     def load(self) -> None:
         for part in self.parts:
             part.load()
+
+    def identity(self) -> dict[str, Any]:
+        return {self.type_name: [part.identity() for part in self.parts]}
 
     def _settings(self) -> dict[str, Any]:
         return {self.type_name: [part.describe() for part in self.parts]}

@@ -80,6 +80,12 @@ class Classifier(Constraint):
         self._limit = _token_limit(where, self._tokenizer, network, self.max_length)
         self._network = network
 
+    def identity(self) -> dict[str, Any]:
+        """With the time and size of each of the model's files, where it is a folder."""
+        files = {path.name: path.stat() for path in sorted(Path(self.model).glob("*"))}
+        stamps = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files.items()]
+        return self._settings() | {"model": str(Path(self.model).absolute()) if files else self.model, "files": stamps}
+
     def _settings(self) -> dict[str, Any]:
         keys = ("model", "label", "means", "threshold", "max_length")
         return super()._settings() | {key: getattr(self, key) for key in keys}

@@ -3,6 +3,8 @@
 import pkgutil
 import sys
 from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any, cast
 
 from bridle.constraints.base import Constraint
@@ -31,6 +33,12 @@ class PythonFunction(Constraint):
         """Imports the function."""
         if self._call is None:
             self._call = _import(self.function)
+
+    def identity(self) -> dict[str, Any]:
+        """As the function's module is written; what that imports is not looked at."""
+        self.load()
+        source = getattr(sys.modules[self.function.partition(":")[0]], "__file__", None)
+        return self._settings() | {"module": blake2b(Path(source).read_bytes()).hexdigest() if source else None}
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"function": self.function}

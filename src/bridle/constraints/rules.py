@@ -68,6 +68,9 @@ class WordList(Constraint):
             raise UserError(f"constraint 'words': {self.file or 'the list'} holds no word; give at least one")
         self._regex = _whole_words(self.words)
 
+    def identity(self) -> dict[str, Any]:  # noqa: D102
+        return super()._settings() | {"words": self.words}
+
     def _settings(self) -> dict[str, Any]:
         source = {"words": self.words} if self.file is None else {"file": self.file}
         return super()._settings() | source

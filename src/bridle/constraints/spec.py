@@ -10,18 +10,23 @@ from typing import Any
 import yaml
 
 from bridle.constraints.base import AllOf, AnyOf, Constraint, Not
+from bridle.constraints.cache import Cached
 from bridle.constraints.classifier import Classifier
 from bridle.constraints.function import PythonFunction
 from bridle.constraints.options import cause
+from bridle.constraints.remote import Remote
 from bridle.constraints.rules import Regex, WordList
 from bridle.errors import UserError
 
-TYPES: dict[str, type[Constraint]] = {cls.type_name: cls for cls in (Classifier, WordList, Regex, PythonFunction)}
+TYPES: dict[str, type[Constraint]] = {
+    cls.type_name: cls for cls in (Classifier, WordList, Regex, PythonFunction, Remote)
+}
 # The key that VALUE sets in the short form TYPE:VALUE
-SHORT_KEYS = {"classifier": "model", "words": "file", "regex": "pattern", "python": "function"}
+SHORT_KEYS = {"classifier": "model", "words": "file", "regex": "pattern", "python": "function", "remote": "preset"}
 OPERATORS = ("all", "any", "not")
 RETENTION = "retention"
 """Stands in the place of a constraint's name where a domain is only to be held to the initial model."""
+CACHE_KEYS = ("cache", "version")  # of any constraint; a remote one has its own
 
 
 def build_constraint(spec: str | Mapping | list, name: str | None = None) -> Constraint:
@@ -29,8 +34,9 @@ def build_constraint(spec: str | Mapping | list, name: str | None = None) -> Con
 
     Args:
         spec: one of
-            a mapping with the key `type` (classifier, words, regex, python) and that class's arguments;
+            a mapping with the key `type` (classifier, words, regex, python, remote) and that class's arguments;
             a mapping `{all: [..]}`, `{any: [..]}` or `{not: ..}` of further specifications;
+            either of them with `cache: FILE`, and `version` beside it: see `Cached`;
             a list, which means all of them;
             a string `TYPE:VALUE[,key=value ...]`, e.g. "classifier:FOLDER,label=toxic,threshold=0.5",
             "words:FILE", "python:module:function" or "regex:PATTERN" (no options: the rest is the pattern);
@@ -58,7 +64,10 @@ def _build(spec: object) -> Constraint:
         raise UserError(f"constraint {short_repr(spec)}: needs exactly one of the keys type, all, any, not")
     head, options = heads[0], dict(spec)
     value = options.pop(head)
-    return _build_type(value, options) if head == "type" else _build_operator(head, value, options)
+    keys = CACHE_KEYS if "cache" in options and value != Remote.type_name else ()
+    kept = {key: options.pop(key) for key in keys if key in options}
+    constraint = _build_type(value, options) if head == "type" else _build_operator(head, value, options)
+    return Cached(constraint, **kept) if kept else constraint
 
 
 def _build_type(kind: object, options: dict[Any, Any]) -> Constraint:

@@ -5,25 +5,21 @@ A judge that fails gives a missing verdict with its reason, never a tie and neve
 
 import json
 import math
-import os
-import random
 import re
 import string
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException
 from typing import Any, Literal, Protocol
-from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
+import jmespath
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.core.tokens import pad_right
+from bridle.endpoint import Endpoint, Reply
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm, check_projection, project
 from bridle.models.loading import context_length
@@ -63,11 +59,9 @@ Answer with JSON alone: {{"winner": "A"}}, {{"winner": "B"}} or, if neither is b
 """What `ChatJudge` sends as the user's message."""
 
 TIE_MARGIN = 0.1  # nats: the odds of A against B lie within some 10% of even
-LONGEST_BACKOFF, LONGEST_WAIT = 60.0, 600.0  # seconds: of our own accord, and because a server asked for it
 
 _LETTERS = (" A", " B")
 _WINNERS: dict[str, Winner] = {"a": "first", "b": "second", "tie": "tie"}
-_WRONG_SETTINGS = {401: "refuses the key", 404: "does not know this address or model"}
 
 
 @dataclass(frozen=True)
@@ -224,20 +218,15 @@ class LocalJudge:
 class ChatJudge:
     """A model behind an OpenAI-compatible chat endpoint (`POST {url}/chat/completions`), at temperature 0.
 
-    Answers 429 and 5xx, and failures of the connection, are asked again with exponential back-off and
-    jitter, no sooner than `Retry-After` says. What still fails, and a reply that names no verdict or
-    several, is a missing verdict. Redirects are not followed. Proxies are taken from the environment.
+    What still fails after the retries of `bridle.endpoint`, and a reply that names no verdict or several, is a missing
+    verdict.
 
     Args:
         url: of the interface, e.g. "http://localhost:8000/v1".
         model: the name by which the endpoint knows the judge.
         api_key_env: environment variable that holds the key; no key is sent where it is not set.
         template: with {prompt}, {first} and {second}.
-        timeout: seconds to wait for a connection, and for each part of an answer.
-        retries: how often a failed request is sent again.
-        concurrency: requests under way at a time.
-        backoff: seconds before the first retry; they double with each, up to a minute.
-        sleep: how to wait; tests need not.
+        timeout, retries, backoff, concurrency, sleep: as in `Endpoint`.
 
     Raises:
         UserError: the URL is none, the template lacks a field, the key cannot be sent; from `compare`, the
@@ -253,72 +242,41 @@ class ChatJudge:
         template: str = CHAT_PROMPT,
         timeout: float = 60.0,
         retries: int = 5,
-        concurrency: int = 8,
         backoff: float = 1.0,
-        sleep: Callable[[float], object] = time.sleep,
+        concurrency: int = 8,
+        sleep: Callable[[float], object] | None = None,
     ):
-        # No @, ? or #: what follows them may be a secret, and errors show the URL.
-        if not re.fullmatch(r"https?://[!-~]+", url) or re.search("[@?#]", url):
-            raise UserError("the judge's URL must look like https://host/v1, without a password or query")
         _template_pieces(template)
-        self.url, self.name, self.template, self.api_key_env = url.rstrip("/"), model, template, api_key_env
-        self.timeout, self.retries, self.concurrency = timeout, retries, concurrency
-        self.backoff, self.sleep = backoff, sleep
-        self._opener = _opener()
-        self._key()
+        self.name, self.template = model, template
+        try:
+            self.endpoint = Endpoint(
+                f"{url.rstrip('/')}/chat/completions",
+                api_key_env,
+                timeout=timeout,
+                retries=retries,
+                backoff=backoff,
+                concurrency=concurrency,
+                sleep=sleep,
+            )
+        except UserError as error:
+            raise UserError(f"judge {model}: {error}") from error
 
     def compare(self, items: Sequence[Comparison]) -> list[Verdict]:
         """One verdict for each comparison, in their order."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._judge, items))
+        replies = dict(self.endpoint.ask([self._question(item) for item in items]))
+        return [self._read(replies[index]) for index in range(len(items))]
 
-    def _judge(self, item: Comparison) -> Verdict:
-        question = self.template.format(**asdict(item))
-        messages = [{"role": "user", "content": question}]
-        body = json.dumps({"model": self.name, "messages": messages, "temperature": 0}).encode()
-        answer = self._post(body)
-        for attempt in range(self.retries):
-            wait = self._wait(attempt, answer.retry_after)
-            if not answer.may_pass or wait > LONGEST_WAIT:
-                break
-            self.sleep(wait)
-            answer = self._post(body)
-        return self._read(answer)
+    def _question(self, item: Comparison) -> dict[str, Any]:
+        messages = [{"role": "user", "content": self.template.format(**asdict(item))}]
+        return {"model": self.name, "messages": messages, "temperature": 0}
 
-    def _post(self, body: bytes) -> "_Answer":
-        key = self._key()
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        request = Request(f"{self.url}/chat/completions", body, headers)
-        try:
-            with self._opener.open(request, timeout=self.timeout) as response:
-                return _Answer(response.status, response.read(), response.headers.get("Retry-After"))
-        except (OSError, HTTPException) as error:
-            cause = getattr(error, "reason", error)  # urllib wraps what went wrong in a URLError
-            return _Answer(fault=f"no answer: {type(cause).__name__}")
-
-    def _wait(self, attempt: int, retry_after: str | None) -> float:
-        own = min(self.backoff * 2**attempt, LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
-        return max(own, _seconds(retry_after))
-
-    def _read(self, answer: "_Answer") -> Verdict:
-        if answer.status in _WRONG_SETTINGS:
-            raise UserError(
-                f"{self.url} {_WRONG_SETTINGS[answer.status]} (HTTP {answer.status}); "
-                f"check the URL, the model {self.name!r} and the variable {self.api_key_env}"
-            )
-        if answer.status == 200:
-            reply = _content(answer.body)
-            return Verdict.missing("no chat completion in the answer") if reply is None else read_verdict(reply)
-        key = self._key()
-        reason = answer.fault or f"HTTP {answer.status} {_error_message(answer.body)}".strip()
-        return Verdict.missing(reason.replace(key, "***") if key else reason)
-
-    def _key(self) -> str:
-        """Read anew each time, so that no attribute holds it."""
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not (key.isascii() and key.isprintable()):  # the HTTP client's own error would quote it
-            raise UserError(f"{self.api_key_env} holds characters that no key has; set it again")
-        return key
+    def _read(self, reply: Reply) -> Verdict:
+        if reply.fault:
+            return Verdict.missing(reply.fault)
+        content = jmespath.search("choices[0].message.content", reply.value)
+        return (
+            read_verdict(content) if isinstance(content, str) else Verdict.missing("no chat completion in the answer")
+        )
 
 
 def read_verdict(reply: str) -> Verdict:
@@ -333,67 +291,11 @@ def read_verdict(reply: str) -> Verdict:
     return Verdict(_WINNERS[found.pop()])
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What came back over HTTP; status 0 where nothing did."""
-
-    status: int = 0
-    body: bytes = b""
-    retry_after: str | None = None
-    fault: str = ""
-
-    @property
-    def may_pass(self) -> bool:
-        """Whether asking again may help."""
-        return self.status in (0, 429) or self.status >= 500
-
-
-def _opener() -> OpenerDirector:
-    """`urllib`'s opener without redirects, which would carry the key elsewhere; any status is an answer."""
-    opener = OpenerDirector()
-    for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
-        opener.add_handler(handler)
-    return opener
-
-
-def _seconds(retry_after: str | None) -> float:
-    """How long a `Retry-After` header asks to wait: a number of seconds or a date (RFC 9110, 10.2.3)."""
-    if retry_after is None:
-        return 0.0
-    if retry_after.strip().isdecimal():
-        return float(retry_after)
-    try:
-        return parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except (ValueError, OverflowError):
-        return 0.0
-
-
-def _content(body: bytes) -> str | None:
-    content = _dig(body, "choices", 0, "message", "content")
-    return content if isinstance(content, str) else None
-
-
-def _error_message(body: bytes) -> str:
-    """What the endpoint says went wrong, on one line of 200 characters at most."""
-    message = _dig(body, "error", "message")
-    return " ".join(message.split())[:200] if isinstance(message, str) else ""
-
-
-def _dig(body: bytes, *path: str | int) -> Any:
-    """The value at a path inside a JSON text; None where there is no such value or no JSON."""
-    try:
-        value = json.loads(body)
-        for key in path:
-            value = value[key]
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return None
-    return value
-
-
 def _json_winners(reply: str) -> Iterator[str]:
     for text in re.findall(r"\{[^{}]*\}", reply):
-        if isinstance(winner := _dig(text.encode(errors="replace"), "winner"), str):
-            yield winner
+        with suppress(ValueError, RecursionError):
+            if isinstance(winner := json.loads(text).get("winner"), str):
+                yield winner
 
 
 def _template_pieces(template: str) -> list[tuple[str, str | None]]:

@@ -1,0 +1,212 @@
+"""Labels on disk, so that what was paid for once is not paid for again: an SQLite file that processes share."""
+
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from hashlib import blake2b
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any
+
+from filelock import FileLock
+from pydantic import Field
+
+from bridle.constraints.base import Constraint, Score
+from bridle.constraints.options import checked
+from bridle.errors import UserError
+
+Label = tuple[float, ...]
+"""The numbers that a scorer gave a text."""
+
+Outcome = Label | str
+"""A label, or the reason why there is none."""
+
+Ask = Callable[[list[str]], Iterable[tuple[str, Outcome]]]
+"""Asks a scorer about texts; gives (text, outcome) for each, in any order and as they come."""
+
+CacheFile = Annotated[bool | Path, Field(union_mode="left_to_right")]
+"""An option that says where labels are kept: a file, true for the default one, or false for nowhere."""
+
+APPLICATION_ID = 0x42524C43  # says in the file's header that it is ours
+
+
+class ScoreCache:
+    """Labels by scorer and text, of which only a hash is stored.
+
+    A label is written as soon as it is there. Where several processes ask one scorer, they take turns, so that the
+    next one finds what the last one learnt. The file must lie on a disk of this machine.
+
+    Args:
+        path: of the file; by default `scores.sqlite` in $BRIDLE_CACHE, or else in `bridle` in the user's cache folder.
+    """
+
+    def __init__(self, path: str | Path | None = None):
+        self.path = Path(path if path is not None else _default_folder() / "scores.sqlite").expanduser()
+
+    @classmethod
+    def of(cls, cache: bool | Path) -> "ScoreCache | None":
+        """The cache that an option asks for."""
+        return (cls() if cache is True else cls(cache)) if cache else None
+
+    def check(self) -> None:
+        """Opens the file, and makes it where there is none.
+
+        Raises:
+            UserError: it is damaged, somebody else's, or cannot be written.
+        """
+        with self._open() as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+
+    def through(self, scorer: Mapping[str, Any], texts: Iterable[str], ask: Ask) -> Iterator[tuple[str, Outcome]]:
+        """Looks texts up, and asks about those that have no label.
+
+        Args:
+            scorer: what decides its numbers, as JSON values.
+            texts: each once.
+            ask: called with the texts that are not known.
+
+        Yields:
+            (text, outcome) for each text, in any order; reasons are not kept.
+
+        Raises:
+            UserError: as `check`, or from `ask`.
+        """
+        scorer_hash = blake2b(json.dumps(scorer, sort_keys=True).encode("ascii"), digest_size=32)
+        with self._open() as database:
+            known = _look_up(database, scorer_hash, texts)
+            yield from known.items()
+            unknown = [text for text in texts if text not in known]
+            if not unknown:
+                return
+            with self._alone(f".{scorer_hash.hexdigest()[:16]}"):
+                known = _look_up(database, scorer_hash, unknown)  # while we waited
+                yield from known.items()
+                for text, outcome in ask([text for text in unknown if text not in known]):
+                    if not isinstance(outcome, str):
+                        row = (_key(scorer_hash, text), json.dumps(outcome, allow_nan=False))
+                        database.execute("INSERT OR IGNORE INTO labels VALUES (?, ?)", row)
+                    yield text, outcome
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._alone():  # SQLite does not wait for a change of its journal's mode
+                database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+                _prepare(database)
+            with closing(database):
+                yield database
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    @contextmanager
+    def _alone(self, part: str = "") -> Iterator[None]:
+        """Keeps other processes out of a part of the work."""
+        lock = FileLock(f"{self.path}{part}.lock")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise self._unusable(error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            f"cache {self.path}: cannot be used ({error}); move it away, or name another file with the key 'cache'"
+        )
+
+
+class Cached(Constraint):
+    """Another constraint, whose scores are kept in a `ScoreCache`.
+
+    Args:
+        constraint: asked about texts that have no score yet; what it cannot score is asked again the next time.
+        cache: a file for `ScoreCache`; true for the default one, false for none.
+        version: anything; another version is another scorer.
+    """
+
+    type_name = "cached"
+
+    @checked
+    def __init__(self, constraint: Constraint, cache: CacheFile = True, version: str | int = ""):
+        self.constraint, self.cache, self.version = constraint, ScoreCache.of(cache), version
+        self.name = constraint.name
+
+    def load(self) -> None:
+        """Loads the constraint, and opens the file."""
+        self.constraint.load()
+        if self.cache is not None:
+            self.cache.check()
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the constraint's own description: the cache decides no score."""
+        return self.constraint.describe() | {"name": self.name}
+
+    def identity(self) -> dict[str, Any]:  # noqa: D102
+        return {self.type_name: self.constraint.identity(), "version": self.version}
+
+    def _score(self, texts: list[str]) -> list[Score]:
+        if self.cache is None:
+            return self.constraint.score(texts)
+        outcomes = dict(self.cache.through(self.identity(), dict.fromkeys(texts), self._ask))
+        return [_as_score(outcomes[text]) for text in texts]
+
+    def _ask(self, texts: list[str]) -> Iterator[tuple[str, Outcome]]:
+        for text, score in zip(texts, self.constraint.score(texts), strict=True):
+            if score.value is None or score.complies is None:
+                yield text, score.reason
+            else:
+                yield text, (score.value, float(score.complies))
+
+
+def _prepare(database: sqlite3.Connection) -> None:
+    """Makes the table in a new file, and refuses one that is not ours."""
+    (found,) = database.execute("PRAGMA application_id").fetchone()
+    if found == APPLICATION_ID:
+        return
+    if found or database.execute("SELECT 1 FROM sqlite_master").fetchone():
+        raise sqlite3.DatabaseError("it is another program's")
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("CREATE TABLE labels (key BLOB PRIMARY KEY, label TEXT NOT NULL) WITHOUT ROWID")
+    database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+def _as_score(outcome: Outcome) -> Score:
+    if isinstance(outcome, str):
+        return Score.missing(outcome)
+    value, complies = outcome
+    return Score(value, complies == 1.0)
+
+
+def _look_up(database: sqlite3.Connection, scorer_hash: "blake2b", texts: Iterable[str]) -> dict[str, Label]:
+    known = {}
+    for text in texts:
+        row = database.execute("SELECT label FROM labels WHERE key = ?", (_key(scorer_hash, text),)).fetchone()
+        if row is not None:
+            known[text] = _label(row[0])
+    return known
+
+
+def _label(stored: str) -> Label:
+    try:
+        label = tuple(float(number) for number in json.loads(stored))
+    except (ValueError, TypeError):
+        label = ()
+    if not label or not all(map(isfinite, label)):
+        raise sqlite3.DatabaseError(f"it holds {stored!r:.40} for a label")
+    return label
+
+
+def _key(scorer_hash: "blake2b", text: str) -> bytes:
+    key = scorer_hash.copy()
+    key.update(text.encode("utf-8", "surrogatepass"))
+    return key.digest()
+
+
+def _default_folder() -> Path:
+    return Path(os.environ.get("BRIDLE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bridle"))

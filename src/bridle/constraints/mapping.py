@@ -1,0 +1,188 @@
+"""Between texts and an endpoint's JSON: a request from a template, and numbers from a reply."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from reprlib import repr as short_repr
+from typing import Any
+
+import jmespath
+from jmespath.exceptions import ArityError, JMESPathError, UnknownFunctionError
+
+from bridle.constraints.base import Score
+from bridle.constraints.cache import Label, Outcome
+from bridle.constraints.options import cause
+from bridle.errors import UserError
+
+PLACEHOLDERS = ("{text}", "{texts}", "{prompt}", "{model}")
+YES_NO = {"yes": 1.0, "no": 0.0}
+
+
+@dataclass(frozen=True)
+class JsonMapping:
+    """From texts to a request, and from a reply to numbers. The attributes are options of `Remote`.
+
+    Raises:
+        UserError: naming the option: one is missing, or they do not fit each other.
+    """
+
+    body: dict[str, Any]
+    score: str
+    items: str | None = None
+    answer: str = "number"
+    model: str | None = None
+    prompt: str | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check_expression("score", self.score)
+        if self.items is not None:
+            _check_expression("items", self.items)
+        strings = set(_strings(self.body))
+        for string in strings - {*PLACEHOLDERS}:
+            if any(placeholder in string for placeholder in PLACEHOLDERS):
+                raise UserError(f"body: {string!r} pastes text together; a placeholder stands alone, wording in prompt")
+        texts = strings & {"{text}", "{texts}", "{prompt}"}
+        if not texts:
+            raise UserError("body: holds no text; write '{text}', '{texts}' or '{prompt}' where it belongs")
+        if "{model}" in strings and self.model is None:
+            raise UserError("model: is missing")
+        if ("{prompt}" in strings) != (self.prompt is not None):
+            raise UserError("prompt: is missing" if self.prompt is None else "prompt: the body has no '{prompt}'")
+        if self.prompt is not None and "{text}" not in self.prompt:
+            raise UserError("prompt: must hold {text}, where the text belongs")
+        if self.batch_size > 1 and texts != {"{texts}"}:
+            raise UserError("batch_size: only a body with '{texts}' takes more than 1")
+        if self.batch_size > 1 and self.items is None:
+            raise UserError("items: is missing; it finds the list with an entry for each text of a batch")
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers; options that are not set are left out."""
+        return {key: value for key, value in vars(self).items() if value is not None and key != "batch_size"}
+
+    def request(self, texts: list[str]) -> Any:
+        """The body for a batch of texts, as a JSON value."""
+        values = {"{text}": texts[0], "{texts}": texts, "{model}": self.model}
+        if self.prompt is not None:
+            values["{prompt}"] = self.prompt.replace("{text}", texts[0])
+        return _filled(self.body, values)
+
+    def read(self, reply: Any, count: int) -> list[Outcome]:
+        """What a reply to `count` texts says of each: a label, or the reason why it is none."""
+        entries = _search(self.items, reply) if self.items else [reply]
+        if not isinstance(entries, list) or len(entries) != count:
+            found = f"{len(entries)} entries" if isinstance(entries, list) else "no list of entries"
+            return [f"the reply holds {found} for {count} texts"] * count
+        return [self._label(_search(self.score, entry)) for entry in entries]
+
+    def _label(self, found: Any) -> Outcome:
+        numbers = [_number(answer, self.answer) for answer in (found if isinstance(found, list) else [found])]
+        label = tuple(number for number in numbers if number is not None)
+        if not label or len(label) < len(numbers):
+            return f"the reply's score is {short_repr(found)}, which is no {self.answer}"
+        return label
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What an endpoint's numbers mean. The attributes are options of `Remote`.
+
+    Raises:
+        UserError: the range is none, or the threshold lies outside.
+    """
+
+    range: tuple[float, float] = (0.0, 1.0)
+    violates: str = "high"
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.range
+        if not (isfinite(low) and isfinite(high) and low < high):
+            raise UserError(f"range: must be two numbers, the smaller first, not {[low, high]}")
+        if not low <= self.limit <= high:
+            raise UserError(f"threshold: must lie in the range {[low, high]}, not {self.threshold}")
+
+    @property
+    def limit(self) -> float:
+        """The threshold, or the middle of the range."""
+        return sum(self.range) / 2 if self.threshold is None else self.threshold
+
+    def settings(self) -> dict[str, Any]:
+        """All options, as JSON values."""
+        return {"range": list(self.range), "violates": self.violates, "threshold": self.limit}
+
+    def checked(self, outcome: Outcome) -> Outcome:
+        """The outcome, or the reason why a label is none on this scale."""
+        low, high = self.range
+        if isinstance(outcome, str) or all(low <= number <= high for number in outcome):
+            return outcome
+        return f"the reply's score is {short_repr(list(outcome))}, not in [{low:g}, {high:g}]"
+
+    def score(self, label: Label) -> Score:
+        """The number nearest to a violation, as a degree of compliance."""
+        low, high = self.range
+        if self.violates == "high":
+            worst = max(label)
+            return Score((high - worst) / (high - low), not worst > self.limit)
+        worst = min(label)
+        return Score((worst - low) / (high - low), not worst < self.limit)
+
+
+def _check_expression(key: str, expression: str) -> None:
+    try:
+        compiled = jmespath.compile(expression)
+    except JMESPathError as error:
+        raise UserError(f"{key}: is no JMESPath expression: {cause(error)}") from error
+    try:
+        compiled.search({})
+    except (ArityError, UnknownFunctionError) as error:
+        raise UserError(f"{key}: {cause(error)}") from error
+    except JMESPathError:
+        return  # an empty reply is no reply
+
+
+def _search(expression: str, value: Any) -> Any:
+    try:
+        return jmespath.search(expression, value)
+    except (JMESPathError, ArithmeticError, TypeError, RecursionError):
+        return None  # the reply has another shape
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _filled(template: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(template, str):
+        return values.get(template, template)
+    if isinstance(template, Mapping):
+        return {key: _filled(inner, values) for key, inner in template.items()}
+    if isinstance(template, list):
+        return [_filled(inner, values) for inner in template]
+    return template
+
+
+def _number(answer: Any, kind: str) -> float | None:
+    """The number that an answer says, strictly; None where it says none."""
+    said = answer.strip(" \t\r\n*`\"'").removesuffix(".").lower() if isinstance(answer, str) else answer
+    if kind == "yes-no":
+        return YES_NO.get(said) if isinstance(said, str) else None
+    if kind == "boolean":
+        return float(said) if isinstance(said, bool) else None
+    if isinstance(said, str) and not re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?", said):
+        return None
+    if isinstance(said, bool) or not isinstance(said, str | int | float):
+        return None
+    try:
+        number = float(said)
+    except OverflowError:
+        return None
+    return number if isfinite(number) else None

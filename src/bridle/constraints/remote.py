@@ -1,0 +1,204 @@
+"""A constraint that asks any HTTP scorer, by a small declarative mapping from texts to requests and back to numbers."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from bridle.constraints.base import Constraint, Score
+from bridle.constraints.cache import CacheFile, Outcome, ScoreCache
+from bridle.constraints.mapping import JsonMapping, Scale
+from bridle.constraints.options import Text, checked
+from bridle.endpoint import Endpoint, Reply
+from bridle.errors import UserError
+from bridle.progress import Progress
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "openai-moderation": {
+        "url": "https://api.openai.com/v1/moderations",
+        "model": "omni-moderation-latest",
+        "body": {"model": "{model}", "input": "{texts}"},
+        "items": "results",
+        "score": "values(category_scores)",
+        "batch_size": 32,
+    },
+    "openai-chat": {
+        "url": "https://api.openai.com/v1/chat/completions",
+        "body": {"model": "{model}", "messages": [{"role": "user", "content": "{prompt}"}], "temperature": 0},
+        "score": "choices[0].message.content",
+        "answer": "yes-no",
+    },
+    "perspective": {
+        "url": "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze",
+        "body": {"comment": {"text": "{text}"}, "requestedAttributes": {"TOXICITY": {}}, "doNotStore": True},
+        "score": "attributeScores.TOXICITY.summaryScore.value",
+        "api_key_env": "PERSPECTIVE_API_KEY",
+        "api_key_header": "X-Goog-Api-Key",
+        "requests_per_minute": 60.0,
+    },
+}
+"""What each preset sets; every key can be set otherwise beside it."""
+
+DEFAULTS: dict[str, Any] = {
+    "answer": "number",
+    "batch_size": 1,
+    "api_key_env": "OPENAI_API_KEY",
+    "api_key_header": "Authorization",
+}
+
+
+class Remote(Constraint):
+    """Scores texts by what an HTTP endpoint answers.
+
+    `body` is sent with its placeholders replaced: "{text}" by a text, "{texts}" by a list of `batch_size` texts,
+    "{prompt}" by `prompt` with the text in it, "{model}" by `model`. A placeholder is a whole string of its own, and
+    what replaces it is a JSON value; nothing is pasted. `items` and `score` are JMESPath expressions: `items` finds
+    the list in the reply that has one entry for each text, in their order, and `score` the number in each entry, or
+    the list of numbers of which the one nearest to a violation counts.
+
+    What is not a finite number in `range`, in a list as long as the batch, is missing: nothing else becomes a label.
+    A batch that the endpoint refuses is asked again text by text. Labels are kept in a `ScoreCache` as they come,
+    by text, body, `model`, `prompt`, `items`, `score`, `answer`, `url` and `version`.
+
+    Args:
+        preset: openai-moderation, openai-chat or perspective: sets what is not given; see `PRESETS`.
+        url: where requests are posted.
+        model: as the endpoint calls it.
+        prompt: what a chat model is asked, with {text} in it.
+        body: the request.
+        items: where the entries are; the reply itself is the only one by default.
+        score: where the number is in an entry.
+        answer: what stands there: a JSON "number", or text that is one and nothing else; a "boolean"; or "yes-no",
+            text that is one of these words and nothing else. True and yes are 1.
+        range: the least and greatest possible score.
+        violates: whether a "high" or a "low" score means a violation.
+        threshold: on the endpoint's scale; a text violates beyond it. The middle of `range` by default.
+        batch_size: texts in one request, where the body holds "{texts}".
+        version: anything; another version is another scorer to the cache.
+        cache: a file for `ScoreCache`; false for none, true for the default one.
+        name: how errors and tables call it; the preset or the URL if not given.
+        api_key_env, api_key_header, headers, timeout, retries, backoff, concurrency, requests_per_minute:
+            as in `bridle.endpoint.Endpoint`.
+
+    Raises:
+        UserError: an option is missing or wrong, or holds a key; from `load`, the key is not set where `api_key_env`
+            is given or the preset's own address is used, or the cache cannot be used; from `score`, the endpoint
+            refuses the key or does not know the address.
+    """
+
+    type_name = "remote"
+
+    @checked
+    def __init__(
+        self,
+        preset: Literal["openai-moderation", "openai-chat", "perspective"] | None = None,
+        url: Text | None = None,
+        model: Text | None = None,
+        prompt: Text | None = None,
+        body: dict[str, Any] | None = None,
+        items: Text | None = None,
+        score: Text | None = None,
+        answer: Literal["number", "boolean", "yes-no"] | None = None,
+        range: tuple[float, float] = (0.0, 1.0),
+        violates: Literal["high", "low"] = "high",
+        threshold: float | None = None,
+        batch_size: PositiveInt | None = None,
+        version: str | int = "",
+        cache: CacheFile = True,
+        name: str | None = None,
+        api_key_env: Text | None = None,
+        api_key_header: Text | None = None,
+        headers: dict[str, str] | None = None,
+        timeout: PositiveFloat = 60.0,
+        retries: NonNegativeInt = 5,
+        backoff: PositiveFloat = 1.0,
+        concurrency: PositiveInt = 8,
+        requests_per_minute: PositiveFloat | None = None,
+    ):
+        own: dict[str, Any] = {
+            **{"url": url, "model": model, "prompt": prompt, "body": body, "items": items, "score": score},
+            **{"answer": answer, "batch_size": batch_size, "requests_per_minute": requests_per_minute},
+            **{"api_key_env": api_key_env, "api_key_header": api_key_header},
+        }
+        preset_own = PRESETS[preset] if preset else {}
+        chosen = DEFAULTS | preset_own | {key: value for key, value in own.items() if value is not None}
+        try:
+            for key in ("url", "body", "score"):
+                if key not in chosen:
+                    raise UserError(f"{key}: is missing")
+            self._endpoint = Endpoint(
+                chosen["url"],
+                chosen["api_key_env"],
+                api_key_header=chosen["api_key_header"],
+                headers=headers,
+                timeout=timeout,
+                retries=retries,
+                backoff=backoff,
+                concurrency=concurrency,
+                requests_per_minute=chosen.get("requests_per_minute"),
+            )
+            self._endpoint.refuse_secrets(chosen | {"version": version, "name": name})
+            self._mapping = JsonMapping(**{f.name: chosen[f.name] for f in fields(JsonMapping) if f.name in chosen})
+            self._scale = Scale(range, violates, threshold)
+        except UserError as error:
+            raise UserError(f"constraint 'remote': {error}") from error
+        self.preset, self.version, self.name = preset, version, name or preset or self._endpoint.url
+        self.cache = ScoreCache.of(cache)
+        self._names_key = api_key_env is not None
+        self._needs_key = self._names_key or self._endpoint.url == preset_own.get("url")
+
+    def load(self) -> None:
+        """Makes sure that the key is set, where one is needed, and opens the cache."""
+        if self._needs_key and not self._endpoint.has_key:
+            raise UserError(
+                f"constraint '{self.name}': the environment variable {self._endpoint.api_key_env} is not set; "
+                "put the endpoint's key there"
+            )
+        if self.cache is not None:
+            self.cache.check()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers. Range, direction and threshold only say what is made of them."""
+        asked = {"type": self.type_name, "url": self._endpoint.url, "headers": self._endpoint.headers}
+        return asked | self._mapping.settings() | {"version": self.version}
+
+    def _settings(self) -> dict[str, Any]:
+        own = {"batch_size": self._mapping.batch_size, "api_key_header": self._endpoint.api_key_header}
+        optional = {"preset": self.preset, "api_key_env": self._endpoint.api_key_env if self._names_key else None}
+        return self.identity() | self._scale.settings() | own | {k: v for k, v in optional.items() if v is not None}
+
+    def _score(self, texts: list[str]) -> list[Score]:
+        distinct, outcomes = list(dict.fromkeys(texts)), {}
+        with Progress(f"scoring ({self.name})", len(distinct), unit="texts") as progress:
+            found = self.cache.through(self.identity(), distinct, self._ask) if self.cache else self._ask(distinct)
+            for text, outcome in found:
+                outcomes[text] = outcome
+                progress.update()
+        return [self._as_score(outcomes[text]) for text in texts]
+
+    def _as_score(self, outcome: Outcome) -> Score:
+        outcome = self._scale.checked(outcome)  # it may be from a cache, and of a time with another range
+        if isinstance(outcome, str):
+            return Score.missing(self._endpoint.redacted(outcome))
+        return self._scale.score(outcome)
+
+    def _ask(self, texts: list[str]) -> Iterator[tuple[str, Outcome]]:
+        size = self._mapping.batch_size
+        yield from self._ask_batches([texts[start : start + size] for start in range(0, len(texts), size)])
+
+    def _ask_batches(self, batches: list[list[str]]) -> Iterator[tuple[str, Outcome]]:
+        alone = []  # one text that the endpoint will not have takes no others with it
+        for index, reply in self._endpoint.ask([self._mapping.request(batch) for batch in batches]):
+            batch = batches[index]
+            if reply.is_refused and len(batch) > 1:
+                alone += [[text] for text in batch]
+            else:
+                yield from zip(batch, self._outcomes(reply, len(batch)), strict=True)
+        if alone:
+            yield from self._ask_batches(alone)
+
+    def _outcomes(self, reply: Reply, count: int) -> list[Outcome]:
+        """[count] labels or reasons; a label out of range is none, so that it is not kept."""
+        found = [reply.fault] * count if reply.fault else self._mapping.read(reply.value, count)
+        return [self._scale.checked(outcome) for outcome in found]

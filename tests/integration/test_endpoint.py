@@ -1,0 +1,240 @@
+"""JSON over HTTP against a real server that fails in every way."""
+
+import logging
+import pickle
+import socket
+import threading
+import time
+from email.utils import formatdate
+
+import pytest
+
+from bridle.endpoint import GIVE_UP_AFTER, Endpoint, Reply
+from bridle.errors import UserError
+from loopback import cut_short, error, ok, reset, silent, trickle
+
+KEY = "sk-invented-0123456789"
+GOOD = {"answer": 1}
+
+
+@pytest.fixture
+def endpoint(server):
+    """A factory of endpoints at the server; what they would have slept is in `endpoint.slept`."""
+    server.answer = lambda request: ok(GOOD)
+
+    def make(**options):
+        slept = []
+        made = Endpoint(server.url, sleep=slept.append, **{"timeout": 5.0, **options})
+        made.slept = slept
+        return made
+
+    return make
+
+
+def ask(endpoint, *bodies):
+    replies = dict(endpoint.ask(bodies or [{}]))
+    return [replies[index] for index in range(len(replies))]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [error(429), error(408), error(500), error(503), ok(b'{"answer"'), ok(b"\xff\xfe"), ok(b""), reset, cut_short],
+    ids=["429", "408", "500", "503", "broken", "no UTF-8", "empty", "reset", "cut short"],
+)
+def test_a_passing_fault_is_asked_again(server, endpoint, fault):
+    server.script.extend([fault, fault])
+    endpoint = endpoint(backoff=4.0)
+    assert ask(endpoint) == [Reply(GOOD, status=200)]
+    assert len(server.requests) == 3
+    first, second = endpoint.slept
+    assert 2 <= first <= 4 <= second <= 8  # doubled, with jitter
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (error(500, "out of\norder"), "HTTP 500 out of order"),
+        (error(503), "HTTP 503"),
+        (reset, "no answer: [Errno 104] Connection reset by peer"),
+        (silent, "no answer: timed out"),
+        (trickle, "no answer: it came too slowly or was too large"),
+        (ok(b"{"), "the answer is not JSON"),
+        (ok(b'{"answer": NaN}'), "the answer is not JSON"),
+        (ok(b"[Infinity]"), "the answer is not JSON"),
+        (ok(b"[1e999]"), "the answer is not JSON"),
+        (ok(b"[" * 100_000), "the answer is not JSON"),
+    ],
+)
+def test_a_lasting_fault_says_why_and_has_no_value(server, endpoint, fault, said):
+    server.script.extend([fault] * 2)
+    assert [(reply.value, reply.fault) for reply in ask(endpoint(retries=1, timeout=0.2))] == [(None, said)]
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (error(400, "unsupported"), "HTTP 400 unsupported"),
+        (({"detail": "too long"}, 422, {}), "HTTP 422 too long"),
+        ((b"<html>", 413, {}), "HTTP 413"),
+        ((b"", 307, {"Location": "/elsewhere"}), "HTTP 307"),
+    ],
+)
+def test_what_is_refused_is_not_asked_again(server, endpoint, answer, said):
+    server.script.append(answer)
+    (reply,) = ask(endpoint())
+    assert (reply.value, reply.fault) == (None, said)
+    assert reply.is_refused
+    assert len(server.requests) == 1
+
+
+def test_nobody_there_is_a_fault():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    (reply,) = ask(Endpoint(url, retries=1, sleep=lambda seconds: None))
+    assert (reply.value, reply.fault) == (None, "no answer: [Errno 111] Connection refused")
+
+
+def test_back_off_differs_from_request_to_request(server, endpoint):
+    server.script.extend([error(500)] * 6)
+    endpoint = endpoint(retries=1, concurrency=1)
+    assert all(reply.fault for reply in ask(endpoint, 1, 2, 3))
+    assert len(set(endpoint.slept)) == 3
+
+
+@pytest.mark.parametrize(("header", "least", "most"), [("7", 6.9, 7), ("date", 290, 300), ("soon", 0, 1), ("-3", 0, 1)])
+def test_it_obeys_retry_after(server, endpoint, header, least, most):
+    header = formatdate(time.time() + 300, usegmt=True) if header == "date" else header
+    server.script.append(error(429, headers={"Retry-After": header}))
+    endpoint = endpoint()
+    assert ask(endpoint) == [Reply(GOOD, status=200)]
+    (slept,) = endpoint.slept
+    assert least <= slept <= most
+
+
+def test_others_wait_too_when_one_is_told_to(server, endpoint):
+    server.script.append(error(429, headers={"Retry-After": "7"}))
+    endpoint = endpoint(concurrency=1, retries=0)
+    told, other = ask(endpoint, 1, 2)
+    assert (told.fault, other.value) == ("HTTP 429", GOOD)
+    assert endpoint.slept == [pytest.approx(7, abs=0.2)]
+
+
+def test_a_server_that_asks_for_a_day_is_given_up(server, endpoint):
+    server.script.append(error(429, "come back tomorrow", headers={"Retry-After": "86400"}))
+    endpoint = endpoint(concurrency=1)
+    told, other = ask(endpoint, 1, 2)
+    assert told.fault == "HTTP 429 come back tomorrow"
+    assert other.fault == "not asked, since the endpoint wants to be left alone for 86400 seconds"
+    assert endpoint.slept == []
+    assert len(server.requests) == 1
+
+
+def test_it_keeps_to_a_rate(server, endpoint):
+    times = []
+    server.answer = lambda request: times.append(time.monotonic()) or ok(GOOD)
+    endpoint = Endpoint(server.url, requests_per_minute=60 / 0.05)
+    ask(endpoint, *range(4))
+    assert 0.14 < times[-1] - times[0] < 1.0
+
+
+def test_so_many_are_under_way_at_a_time(server, endpoint):
+    now, most, lock = 0, 0, threading.Lock()
+
+    def answer(request):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return ok({"answer": request})
+
+    server.answer = answer
+    assert [reply.value["answer"] for reply in ask(endpoint(concurrency=3), *range(9))] == list(range(9))
+    assert most == 3
+
+
+def test_a_server_that_only_fails_is_left_alone(server, endpoint):
+    server.answer = lambda request: error(500, "down")
+    replies = ask(endpoint(retries=0, concurrency=1), *range(GIVE_UP_AFTER + 30))
+    assert all(reply.fault for reply in replies)
+    assert (
+        replies[-1].fault == f"not asked, since {GIVE_UP_AFTER} requests in a row had failed; the last: HTTP 500 down"
+    )
+    assert GIVE_UP_AFTER <= len(server.requests) <= GIVE_UP_AFTER + 2  # one may have been on its way
+
+
+@pytest.mark.parametrize(
+    ("status", "word"), [(401, "refuses the key"), (403, "refuses the key"), (404, "does not know")]
+)
+def test_wrong_settings_stop_after_what_is_under_way(server, endpoint, monkeypatch, status, word):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.script.extend([ok(GOOD), error(status, f"bad key {KEY}")])
+    replies = []
+    with pytest.raises(UserError, match=f"{word} .*HTTP {status}.*OPENAI_API_KEY") as caught:
+        replies.extend(endpoint(concurrency=1).ask(range(9)))
+    assert (0, Reply(GOOD, status=200)) in replies
+    assert len(replies) == 9
+    assert len(server.requests) < 5
+    assert KEY not in f"{caught.value} {replies}"
+
+
+def test_who_stops_listening_stops_the_asking(server, endpoint):
+    server.answer = lambda request: error(500)
+    asking = endpoint(retries=0, concurrency=1, backoff=60.0).ask(range(500))
+    next(asking)
+    asking.close()
+    assert len(server.requests) < 10
+
+
+def test_the_key_shows_nowhere(server, endpoint, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("OTHER_KEY", f" {KEY}\n")
+    endpoint = endpoint(api_key_env="OTHER_KEY", api_key_header="X-Api-Key", headers={"X-Version": "3"})
+    server.script.append(error(400, f"{KEY} has no credit"))
+    (reply,) = ask(endpoint)
+    sent = server.requests[0][1]
+    assert (sent["X-Api-Key"], sent["X-Version"], sent["Content-Type"]) == (KEY, "3", "application/json")
+    assert reply.fault == "HTTP 400 *** has no credit"
+    assert KEY not in repr(vars(endpoint)) + caplog.text
+
+
+def test_without_a_key_none_is_sent(server, endpoint):
+    ask(endpoint())
+    assert "Authorization" not in server.requests[0][1]
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/hosts", "localhost:80", "https://me:word@host", "http://a b", "http://a:b"]
+)
+def test_a_url_that_is_none_is_refused(url):
+    with pytest.raises(UserError, match="url: must look like https://host/path") as caught:
+        Endpoint(url)
+    assert "word@" not in str(caught.value)
+
+
+def test_a_key_that_is_written_down_is_refused_unseen(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for options in (
+        {"url": f"https://host/v1?key={KEY}"},
+        {"url": f"https://host/{KEY}"},
+        {"url": "https://host", "headers": {"X-Auth-Token": KEY[::-1]}},
+        {"url": "https://host", "headers": {"X-Other": KEY}},
+        {"url": "https://host", "api_key_env": KEY},
+        {"url": "https://host", "api_key_env": "AIzaInvented"},
+    ):
+        with pytest.raises(UserError, match="environment variable") as caught:
+            endpoint = Endpoint(**options)
+            endpoint.refuse_secrets(options)
+        assert KEY not in str(caught.value)
+        assert KEY[::-1] not in str(caught.value)
+    assert Endpoint("https://host/openai?api-version=2024-02-01", headers={"X-Tokens": "3"})
+
+
+def test_it_travels_to_other_processes(server, endpoint):
+    made = Endpoint(server.url, requests_per_minute=600)
+    endpoint()
+    assert ask(pickle.loads(pickle.dumps(made))) == [Reply(GOOD, status=200)]  # noqa: S301

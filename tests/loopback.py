@@ -1,0 +1,115 @@
+"""A real HTTP server on the loopback interface that gives the answers, and makes the faults, it is told."""
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Server(ThreadingHTTPServer):
+    """Gives its scripted answers in turn, and then what `answer` makes of a request's JSON.
+
+    An answer is (content, status, headers), or a function of the handler that does something else.
+
+    Attributes:
+        requests: (path, headers, body) of every request so far.
+    """
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.requests = deque(), []
+        self.answer = lambda request: ({}, 200, {})
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def bodies(self):
+        return [json.loads(body) for _, _, body in self.requests]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections are kept open, as real endpoints do
+    disable_nagle_algorithm = True
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, dict(self.headers), body))
+        answer = self.server.script.popleft() if self.server.script else self.server.answer(json.loads(body))
+        if callable(answer):
+            answer(self)
+            self.close_connection = True
+        else:
+            self.reply(*answer)
+
+    def reply(self, content, status, headers):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def serving():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def ok(content):
+    return content, 200, {}
+
+
+def error(status, message="", headers=()):
+    return {"error": {"message": message}}, status, dict(headers)
+
+
+def completion(content, status=200, headers=()):
+    """An answer that holds a chat completion."""
+    return {"choices": [{"message": {"role": "assistant", "content": content}}]}, status, dict(headers)
+
+
+def reset(handler):
+    """Ends the connection with a TCP reset."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+def cut_short(handler):
+    """Promises more bytes than it sends."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+
+
+def silent(handler):
+    """Takes the request and says nothing."""
+    time.sleep(0.6)
+
+
+def trickle(handler):
+    """Sends a byte at a time, each within the time-out."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    try:
+        for _ in range(20):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+    except OSError:
+        pass  # the client has had enough
