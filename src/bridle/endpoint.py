@@ -113,7 +113,7 @@ class Endpoint:
         self.sleep = sleep
         self._gate = _Gate(60 / requests_per_minute if requests_per_minute else 0.0)
         self._key()  # which may be none
-        self.refuse_secrets({"url": dict(parse_qsl(urlsplit(url).query)), "headers": self.headers})
+        self.refuse_secrets({"url": [url, dict(parse_qsl(urlsplit(url).query))], "headers": self.headers})
 
     @property
     def has_key(self) -> bool:
