@@ -160,7 +160,6 @@ class Endpoint:
                         asking.stop(f"not asked, since {failed} requests in a row had failed; the last: {reply.fault}")
                     if reply.status in DENIED:
                         denied = reply.status
-                        asking.stop(reply.fault)
                     yield futures[future], reply
             finally:
                 asking.stop("interrupted")
@@ -190,6 +189,8 @@ class Endpoint:
             if wait > 0:
                 (self.sleep or asking.stopped.wait)(wait)
             reply = self._post(client, body)
+            if reply.status in DENIED:
+                asking.stop(reply.fault)
             if not reply.may_pass:
                 break
         assert reply is not None

@@ -16,6 +16,7 @@ from bridle.constraints.options import cause
 from bridle.errors import UserError
 
 PLACEHOLDERS = ("{text}", "{texts}", "{prompt}", "{model}")
+MARKS = " \t\r\n*`\"'"  # what chat models put around an answer
 YES_NO = {"yes": 1.0, "no": 0.0}
 
 
@@ -172,7 +173,9 @@ def _filled(template: Any, values: Mapping[str, Any]) -> Any:
 
 def _number(answer: Any, kind: str) -> float | None:
     """The number that an answer says, strictly; None where it says none."""
-    said = answer.strip(" \t\r\n*`\"'").removesuffix(".").lower() if isinstance(answer, str) else answer
+    said = answer
+    if isinstance(answer, str):
+        said = answer.strip(MARKS).removesuffix(".").strip(MARKS).lower()
     if kind == "yes-no":
         return YES_NO.get(said) if isinstance(said, str) else None
     if kind == "boolean":
