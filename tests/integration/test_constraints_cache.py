@@ -1,0 +1,257 @@
+"""Labels on disk: paid for once, by however many processes, and never wrong."""
+
+import multiprocessing
+import os
+import re
+import signal
+import sqlite3
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from bridle.constraints import Cached, ScoreCache, WordList, build_constraint
+from bridle.errors import UserError
+from loopback import error, ok
+
+TEXTS = [f"text {number}" for number in range(40)]
+FORK = multiprocessing.get_context("fork")  # the packages are there already
+
+
+@pytest.fixture
+def remote(server, tmp_path):
+    """A factory of constraints that ask the server and share one cache."""
+    server.answer = lambda request: ok({"rude": 0.3})
+    spec = {"type": "remote", "url": server.url, "body": {"t": "{text}"}, "score": "rude", "retries": 0}
+    return lambda **options: build_constraint({**spec, "cache": str(tmp_path / "labels.sqlite"), **options})
+
+
+def asked(server):
+    return Counter(body["t"] for body in server.bodies)
+
+
+def values(constraint, texts=TEXTS):
+    return [score.value for score in constraint.score(texts)]
+
+
+def test_what_is_known_is_not_asked_again(server, remote):
+    assert values(remote()) == [0.7] * 40
+    assert values(remote(name="the same scorer", timeout=3, concurrency=2), [*TEXTS, "new"]) == [0.7] * 41
+    assert asked(server) == Counter([*TEXTS, "new"])
+
+
+def test_what_a_number_means_can_be_changed_for_nothing(server, remote):
+    (strict,) = remote(threshold=0.2).score(["x"])
+    (mild,) = remote(threshold=0.4).score(["x"])
+    (reverse,) = remote(violates="low", range=[0, 3]).score(["x"])
+    (outside,) = remote(range=[1, 5]).score(["x"])
+    assert (strict.complies, mild.complies) == (False, True)
+    assert reverse.value == pytest.approx(0.1)
+    assert outside.is_missing
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": 2}, {"body": {"t": "{text}", "x": 1}}, {"score": "rude || other"}, {"headers": {"V": "2"}}]
+)
+def test_another_scorer_is_asked_itself(server, remote, change):
+    remote().score(["x"])
+    remote(**change).score(["x"])
+    assert len(server.requests) == 2
+
+
+def test_what_has_no_label_is_asked_again(server, remote):
+    server.script.append(error(500))
+    server.script.append(ok({"rude": 7}))
+    assert values(remote(), ["x"]) == [None]
+    assert values(remote(), ["x"]) == [None]
+    assert values(remote(), ["x"]) == [0.7]
+    assert len(server.requests) == 3
+
+
+def test_any_text_has_a_key(remote, server):
+    texts = ["", "\ud800", "x\0y", "é", "e\u0301", "x" * 100_000]
+    assert values(remote(), texts) == [0.7] * 6
+    assert values(remote(), texts) == [0.7] * 6
+    assert len(server.requests) == 6
+
+
+def test_texts_are_not_stored(remote, tmp_path):
+    remote().score(["you grumblefish"])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not any(b"grumblefish" in path.read_bytes() for path in files)
+
+
+def test_the_default_file_is_in_the_cache_folder(remote, tmp_path, monkeypatch):
+    remote(cache=True).score(["x"])
+    assert (tmp_path / "cache" / "scores.sqlite").is_file()
+    assert remote(cache=False).cache is None
+    monkeypatch.delenv("BRIDLE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert ScoreCache().path == tmp_path / "xdg" / "bridle" / "scores.sqlite"
+
+
+def score_in_a_process(constraint, results):
+    results.put(values(constraint))
+
+
+def run(processes):
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def test_four_processes_at_once_pay_once(server, remote):
+    """Two scorers, each asked by two processes: both turns and simultaneous writes."""
+    results = FORK.SimpleQueue()
+    constraints = [remote(version=number % 2) for number in range(4)]
+    run([FORK.Process(target=score_in_a_process, args=(constraint, results)) for constraint in constraints])
+    assert [results.get() for _ in constraints] == [[0.7] * 40] * 4
+    assert asked(server) == Counter(dict.fromkeys(TEXTS, 2)), "once for each scorer"
+
+
+def label_of(text, number):
+    yield text, (float(number), float(text.split()[1]))
+
+
+def write_in_a_process(path, number):
+    for text in TEXTS:
+        assert dict(ScoreCache(path).through({"number": number}, [text], lambda texts: label_of(texts[0], number)))
+
+
+def test_simultaneous_writers_lose_nothing(tmp_path):
+    path = tmp_path / "new" / "labels.sqlite"
+    run([FORK.Process(target=write_in_a_process, args=(path, number)) for number in range(4)])
+    for number in range(4):
+        found = dict(ScoreCache(path).through({"number": number}, TEXTS, lambda texts: pytest.fail(f"lost {texts}")))
+        assert found == {text: (number, float(text.split()[1])) for text in TEXTS}
+
+
+def test_a_killed_process_keeps_what_it_paid_for(server, remote):
+    server.answer = lambda request: time.sleep(0.02) or ok({"rude": 0.3})
+    process = FORK.Process(target=values, args=(remote(concurrency=1),))
+    process.start()
+    while len(server.requests) < 10:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert values(remote()) == [0.7] * 40
+    twice = [text for text, times in asked(server).items() if times > 1]
+    assert len(twice) <= 1, "at most the one that was under way"
+
+
+class TestAFileThatIsNone:
+    def refused(self, constraint, path, match):
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=f"cache {re.escape(str(path))}: cannot be used .*{match}.*move it away"):
+            constraint.load()
+        with pytest.raises(UserError, match="cannot be used"):
+            constraint.score(["x"])
+        assert path.read_bytes() == before
+
+    def test_no_database(self, remote, tmp_path):
+        path = tmp_path / "labels.sqlite"
+        path.write_text("notes of somebody's\n" * 100)
+        self.refused(remote(), path, "not a database")
+
+    def test_another_programs_database(self, remote, tmp_path):
+        path = tmp_path / "labels.sqlite"
+        with sqlite3.connect(path) as database:
+            database.execute("CREATE TABLE labels (id)")
+        database.close()
+        self.refused(remote(), path, "another program's")
+
+    def test_a_damaged_database(self, server, remote, tmp_path):
+        path = tmp_path / "labels.sqlite"
+        remote().score(TEXTS)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+        with pytest.raises(UserError, match=r"labels.sqlite: cannot be used .*malformed"):
+            remote().score(TEXTS)
+
+    def test_no_possible_place(self, remote, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match=r"file/labels\.sqlite: cannot be used"):
+            remote(cache=str(tmp_path / "file" / "labels.sqlite")).load()
+
+    @pytest.mark.parametrize("stored", ["[NaN]", "[]", "0.5", '["high"]', "no JSON"])
+    def test_a_label_that_is_none(self, remote, tmp_path, stored):
+        remote().score(["x"])
+        with sqlite3.connect(tmp_path / "labels.sqlite") as database:
+            database.execute("UPDATE labels SET label = ?", (stored,))
+        database.close()
+        with pytest.raises(UserError, match=f"holds .{re.escape(stored)}. for a label"):
+            remote().score(["x"])
+
+
+class TestAnyConstraint:
+    """`cache:` beside any type."""
+
+    @pytest.fixture
+    def module(self, tmp_path, monkeypatch):
+        """A function that scores by length and counts its calls in a file."""
+        monkeypatch.syspath_prepend(tmp_path)
+        source = "def score(texts):\n    open(__file__ + '.log', 'a').write('x' * len(texts))\n"
+        (tmp_path / "lengthy.py").write_text(source + "    return [None if not t else len(t) / 10 for t in texts]\n")
+        yield tmp_path / "lengthy.py"
+        sys.modules.pop("lengthy", None)
+
+    def calls(self, module):
+        return len((module.parent / "lengthy.py.log").read_text())
+
+    def test_it_is_asked_once_a_text(self, module, tmp_path):
+        spec = {"type": "python", "function": "lengthy:score", "cache": str(tmp_path / "labels.sqlite")}
+        constraint = build_constraint(spec, name="short")
+        assert isinstance(constraint, Cached)
+        scores = constraint.score(["aaaaaaa", "aaa", "", "aaa"])
+        assert [(score.value, score.complies) for score in scores] == [
+            (0.7, True),
+            (0.3, False),
+            (None, None),
+            (0.3, False),
+        ]
+        assert scores[2].reason == "constraint 'python:lengthy:score' gave no score"
+        assert build_constraint(spec).score(["aaaaaaa", "aaa", "", "aaa"]) == scores
+        assert self.calls(module) == 4, "three texts, and the missing one again"
+        assert constraint.describe() == {"type": "python", "function": "lengthy:score", "name": "short"}
+        build_constraint({**spec, "version": 2}).score(["aaa"])
+        assert self.calls(module) == 5
+
+    def test_a_function_that_was_edited_is_another(self, module, tmp_path):
+        spec = {"type": "python", "function": "lengthy:score", "cache": str(tmp_path / "labels.sqlite")}
+        assert values(build_constraint(spec), ["aaa"]) == [0.3]
+        module.write_text(module.read_text().replace("/ 10", "/ 100"))
+        del sys.modules["lengthy"]
+        assert values(build_constraint(spec), ["aaa"]) == [0.03]
+
+    def test_a_list_of_words_that_was_edited_is_another(self, tmp_path):
+        words = tmp_path / "mild.txt"
+        spec = {"not": {"type": "words", "file": str(words)}, "cache": str(tmp_path / "labels.sqlite")}
+        found = []
+        for word in ("grumblefish", "muddlehead"):
+            words.write_text(word)
+            found += values(build_constraint(spec), ["you grumblefish"])
+        assert found == [1, 0]
+
+    def test_a_classifier_that_was_trained_anew_is_another(self, tmp_path):
+        (tmp_path / "weights").write_text("a")
+        classifier = build_constraint({"type": "classifier", "model": str(tmp_path), "label": "toxic", "cache": True})
+        before = classifier.identity()
+        assert classifier.identity() == before
+        (tmp_path / "weights").write_text("ab")
+        assert classifier.identity() != before
+
+    def test_combinations_know_their_parts(self, tmp_path):
+        one, other = WordList(["grumblefish"]), WordList(["muddlehead"])
+        assert (one & other).identity() != (one & one).identity()
+        constraint = Cached(one | ~other, str(tmp_path / "labels.sqlite"))
+        for _ in range(2):
+            assert [score.complies for score in constraint.score(["muddlehead", "grumblefish"])] == [True, False]
+
+    def test_a_version_needs_a_cache(self):
+        with pytest.raises(UserError, match="unknown key 'version'"):
+            build_constraint({"type": "regex", "pattern": "x", "version": 1})
