@@ -57,7 +57,7 @@ class Reply:
     @property
     def is_refused(self) -> bool:
         """Whether the endpoint will not have this request, and may well have others."""
-        return bool(self.fault) and not self.may_pass and self.status not in DENIED
+        return 400 <= self.status < 500 and not self.may_pass and self.status not in DENIED
 
 
 class Endpoint:

@@ -1,10 +1,12 @@
 import json
+import re
 
 import pytest
 
 from bridle.constraints import (
     AllOf,
     AnyOf,
+    Cached,
     Classifier,
     Constraint,
     Not,
@@ -13,7 +15,11 @@ from bridle.constraints import (
     WordList,
     build_constraint,
 )
+from bridle.constraints.spec import TYPES
 from bridle.errors import UserError
+from bridle.settings import parse_yaml
+from bridle.training.recipe import build_recipe
+from conftest import ROOT
 
 CLASSIFIER = {"type": "classifier", "model": "some/folder,odd", "label": "toxic, very", "threshold": 0.25}
 
@@ -84,6 +90,18 @@ def test_a_word_file_is_described_by_its_path(tmp_path):
         "file": str(file),
         "name": "mild.txt",
     }
+
+
+def test_the_examples_of_the_page_are_constraints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mild.txt").write_text("grumblefish")
+    page = (ROOT / "docs" / "constraints.md").read_text(encoding="utf-8")
+    recipe, *examples = (parse_yaml(block, "page") for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    assert build_recipe(recipe).constraints["polite"].score(["you grumblefish"])[0].complies is False
+    built = {name: build_constraint(spec, name) for example in examples for name, spec in example.items()}
+    assert len(built) > 12
+    assert {type(constraint) for constraint in built.values()} >= {*TYPES.values(), AllOf, AnyOf, Not, Cached}
+    assert not list(tmp_path.glob("*sqlite*")), "nothing is made before it is needed"
 
 
 @pytest.mark.parametrize(
