@@ -31,7 +31,9 @@ GIVE_UP_AFTER = 20  # requests in a row that failed with all their retries: nobo
 DENIED = {401: "refuses the key", 403: "refuses the key", 404: "does not know this address or model"}
 """Answers that no retry will change and that every other request would get too."""
 
-SECRET_NAME = re.compile(r"(?i)(.*[-_.])?(api_?key|key|token|secret|password|authorization|auth|sig|signature)")
+SECRET_NAME = re.compile(
+    r"(?i)(.*[-_.])?(key|apikey|secret|password|authorization|signature)|((x|api|access|auth|session)[-_.]?)*(token|auth)"
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Endpoint:
         retries: how often a failed request is sent again.
         backoff: seconds before the first retry; they double with each, up to a minute.
         concurrency: requests under way at a time.
-        requests_per_minute: sent by this process, retries included; None for no limit.
+        requests_per_minute: sent through this object, retries included; None for no limit.
         sleep: how to wait; tests need not.
 
     Raises:
@@ -112,6 +114,9 @@ class Endpoint:
         self.timeout, self.retries, self.backoff, self.concurrency = timeout, retries, backoff, concurrency
         self.sleep = sleep
         self._gate = _Gate(60 / requests_per_minute if requests_per_minute else 0.0)
+        named = self.headers | {api_key_header: ""}
+        if not all(re.fullmatch("[!-9;-~]+: [ -~]*", f"{name}: {value}") for name, value in named.items()):
+            raise UserError("headers: must be names and values in printable ASCII")
         self._key()  # which may be none
         self.refuse_secrets({"url": [url, dict(parse_qsl(urlsplit(url).query))], "headers": self.headers})
 
@@ -181,13 +186,12 @@ class Endpoint:
     def _ask(self, client: httpx2.Client, body: Any, asking: "_Asking") -> Reply:
         reply = None
         for attempt in range(self.retries + 1):
-            closed = self._gate.closed_for()
-            if asking.stopped.is_set() or closed > LONGEST_WAIT:
-                reason = asking.why or f"not asked, since the endpoint wants to be left alone for {closed:.0f} seconds"
-                return reply or Reply(fault=reason)
-            wait = max(self._backoff(attempt), self._gate.wait())
-            if wait > 0:
+            if (closed := self._gate.closed_for()) > LONGEST_WAIT:
+                asking.stop(f"not asked, since the endpoint wants to be left alone for {closed:.0f} seconds")
+            if not asking.stopped.is_set() and (wait := max(self._backoff(attempt), self._gate.wait())) > 0:
                 (self.sleep or asking.stopped.wait)(wait)
+            if asking.stopped.is_set():
+                return reply or Reply(fault=asking.why)
             reply = self._post(client, body)
             if reply.status in DENIED:
                 asking.stop(reply.fault)

@@ -214,8 +214,8 @@ class TestAnyConstraint:
             (None, None),
             (0.3, False),
         ]
-        assert scores[2].reason == "constraint 'python:lengthy:score' gave no score"
-        assert build_constraint(spec).score(["aaaaaaa", "aaa", "", "aaa"]) == scores
+        assert scores[2].reason == "constraint 'short' gave no score"
+        assert build_constraint(spec, name="short").score(["aaaaaaa", "aaa", "", "aaa"]) == scores
         assert self.calls(module) == 4, "three texts, and the missing one again"
         assert constraint.describe() == {"type": "python", "function": "lengthy:score", "name": "short"}
         build_constraint({**spec, "version": 2}).score(["aaa"])

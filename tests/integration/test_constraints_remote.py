@@ -2,7 +2,9 @@
 
 import json
 import logging
+import pickle
 import re
+from datetime import date
 
 import pytest
 
@@ -12,7 +14,7 @@ from loopback import completion, cut_short, error, ok, reset, silent, trickle
 
 KEY = "sk-invented-0123456789"
 TEXTS = ["the kettle sings", "you grumblefish", "très {text} \ud800 {model}", "", "you grumblefish"]
-FAST = {"timeout": 0.2, "retries": 1, "backoff": 0.01, "concurrency": 2, "cache": False}
+FAST = {"retries": 1, "backoff": 0.01, "concurrency": 2, "cache": False}
 PLAIN = {"type": "remote", "body": {"input": "{text}"}, "score": "rude", **FAST}
 LISTS = {**PLAIN, "body": {"inputs": "{texts}"}, "items": "all", "batch_size": 2}
 
@@ -117,12 +119,14 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_no_fault_becomes_a_label(server, remote, fault, tmp_path):
     server.answer = lambda request: fault
-    constraint = remote(cache=str(tmp_path / "labels.sqlite"))
+    timeout = 0.2 if fault in (silent, trickle) else 5
+    constraint = remote(cache=str(tmp_path / "labels.sqlite"), timeout=timeout)
     (score,) = constraint.score(["you grumblefish"])
     assert (score.value, score.complies) == (None, None)
     assert score.reason
     server.answer = lambda request: ok({"rude": "0.9"})
-    assert values(constraint, ["you grumblefish"]) == pytest.approx([0.1]), "and none is kept as one"
+    again = remote(cache=str(tmp_path / "labels.sqlite"))
+    assert values(again, ["you grumblefish"]) == pytest.approx([0.1]), "and none is kept as one"
 
 
 WRONG_LISTS = {
@@ -247,6 +251,11 @@ class TestPresets:
             constraint.load()
 
 
+def test_it_travels_to_other_processes(server, remote):
+    there = pickle.loads(pickle.dumps(remote(requests_per_minute=6000)))  # noqa: S301
+    assert values(there, ["you grumblefish"]) == pytest.approx([0.1])
+
+
 def test_a_description_builds_the_same_again(remote):
     for spec in (
         PLAIN,
@@ -272,6 +281,8 @@ def test_a_description_builds_the_same_again(remote):
         ({"body": {"t": "{prompt}"}}, "prompt: is missing"),
         ({"prompt": "{text}"}, "prompt: the body has no '{prompt}'"),
         ({"body": {"t": "{prompt}"}, "prompt": "Rude?"}, "prompt: must hold {text}"),
+        ({"body": {"input": "{text}", "day": date(2024, 1, 1)}}, "body: is not JSON"),
+        ({"headers": {"X-Name": "é"}}, "headers: must be names and values"),
         ({"batch_size": 2}, "batch_size: only a body with '{texts}'"),
         ({"body": {"t": "{texts}"}, "batch_size": 2}, "items: is missing"),
         ({"score": "a..b"}, "score: is no JMESPath expression"),

@@ -135,7 +135,15 @@ class Cached(Constraint):
     @checked
     def __init__(self, constraint: Constraint, cache: CacheFile = True, version: str | int = ""):
         self.constraint, self.cache, self.version = constraint, ScoreCache.of(cache), version
-        self.name = constraint.name
+
+    @property
+    def name(self) -> str:
+        """The constraint's own name."""
+        return self.constraint.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self.constraint.name = name
 
     def load(self) -> None:
         """Loads the constraint, and opens the file."""
@@ -145,7 +153,7 @@ class Cached(Constraint):
 
     def describe(self) -> dict[str, Any]:
         """Returns the constraint's own description: the cache decides no score."""
-        return self.constraint.describe() | {"name": self.name}
+        return self.constraint.describe()
 
     def identity(self) -> dict[str, Any]:  # noqa: D102
         return {self.type_name: self.constraint.identity(), "version": self.version}
@@ -166,6 +174,7 @@ class Cached(Constraint):
 
 def _prepare(database: sqlite3.Connection) -> None:
     """Makes the table in a new file, and refuses one that is not ours."""
+    database.execute("PRAGMA synchronous = NORMAL")  # a label outlives this process, if not a failure of the power
     (found,) = database.execute("PRAGMA application_id").fetchone()
     if found == APPLICATION_ID:
         return

@@ -1,5 +1,6 @@
 """Between texts and an endpoint's JSON: a request from a template, and numbers from a reply."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ class JsonMapping:
         _check_expression("score", self.score)
         if self.items is not None:
             _check_expression("items", self.items)
+        try:
+            json.dumps(self.body, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"body: is not JSON ({error}); put dates and the like in quotes") from error
         strings = set(_strings(self.body))
         for string in strings - {*PLACEHOLDERS}:
             if any(placeholder in string for placeholder in PLACEHOLDERS):
