@@ -236,6 +236,11 @@ def test_a_key_that_is_written_down_is_refused_unseen(monkeypatch):
     allowed.refuse_secrets({"body": {"eos_token": "</s>", "max_tokens": 3, "key": "{text}", "keyword": "x"}})
 
 
+def test_a_word_for_a_server_that_needs_no_key_is_no_secret(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    assert Endpoint("https://example/x").has_key
+
+
 def test_it_travels_to_other_processes(server, endpoint):
     made = Endpoint(server.url, requests_per_minute=600)
     endpoint()
