@@ -24,9 +24,9 @@ TYPES: dict[str, type[Constraint]] = {
 # The key that VALUE sets in the short form TYPE:VALUE
 SHORT_KEYS = {"classifier": "model", "words": "file", "regex": "pattern", "python": "function", "remote": "preset"}
 OPERATORS = ("all", "any", "not")
+CACHE_KEYS = ("cache", "version")  # of any constraint; a remote one has its own
 RETENTION = "retention"
 """Stands in the place of a constraint's name where a domain is only to be held to the initial model."""
-CACHE_KEYS = ("cache", "version")  # of any constraint; a remote one has its own
 
 
 def build_constraint(spec: str | Mapping | list, name: str | None = None) -> Constraint:
