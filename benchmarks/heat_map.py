@@ -2,7 +2,7 @@
 
     python benchmarks/heat_map.py docs/images/heat-map.png
 
-A model of 0.2 M parameters learns sentences in which people who shout call others names. R is fitted on its samples
+A model of 0.13 M parameters learns sentences in which people who shout call others names. R is fitted on its samples
 under a word list, and `bridle compare` traces one sentence. Takes a minute or two; needs playwright and chromium.
 """
 

@@ -3,13 +3,16 @@
 A page says where: `<!-- fields: module.Dataclass -->`, `<!-- commands -->`, `<!-- modules: room -->`.
 """
 
-import ast
+import json
 import re
 from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import griffe
+import yaml
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -31,8 +34,7 @@ def fields_table(name: str) -> str:
     """
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for field, meaning in _fields(_package()[name.removeprefix("bridle.")]):
-        kind = str(field.annotation).replace("|", "\\|")
-        lines.append(f"| `{field.name}` | `{kind}` | {_default(field)} | {' '.join(meaning.split())} |")
+        lines.append(f"| `{field.name}` | `{field.annotation}` | {_default(field)} | {' '.join(meaning.split())} |")
     return "\n".join(lines)
 
 
@@ -80,12 +82,15 @@ def entries(docstring: str, section: str) -> dict[str, str]:
     return {name.strip(): meaning.strip() for names, meaning in told for name in names.split(",")}
 
 
-def _default(field: griffe.Attribute) -> str:
-    """The default as one would write it; a mapping of its own for a dataclass, nothing where one must be given."""
-    if field.value is None:
+def _default(attribute: griffe.Attribute) -> str:
+    """The default as a recipe would have it."""
+    cls = getattr(import_module(attribute.module.path), attribute.parent.name)
+    field = next(field for field in fields(cls) if field.name == attribute.name)
+    if field.default is MISSING and field.default_factory is MISSING:
         return "required"
-    call = ast.parse(str(field.value), mode="eval").body
-    if isinstance(call, ast.Call) and ast.unparse(call.func) == "field":
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        return f"`{given['default']}`" if "default" in given else "see below"
-    return f"`{ast.unparse(call)}`"
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    if is_dataclass(default):
+        return "its own, below"
+    if isinstance(default, str):
+        return f"`{json.dumps(default)}`"  # in YAML a line break would be one
+    return f"`{yaml.safe_dump(default, default_flow_style=True).partition(chr(10))[0]}`"

@@ -9,8 +9,12 @@ from dataclasses import fields
 import pytest
 from trl import SFTConfig
 
+from bridle.baselines.reinforcement import ReinforcementOptions
+from bridle.data import Domain, VerbalisedLabel
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
 from conftest import ROOT
+
+SECTIONS = (Domain, VerbalisedLabel, Regulariser, AuxiliaryOptions, ParallelOptions, ReinforcementOptions)
 
 pytest.importorskip("material", reason="the extra `docs` is not installed")
 pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed")
@@ -52,10 +56,11 @@ def test_nothing_is_fetched_from_elsewhere(site):
 def test_every_option_of_a_recipe_is_told(site):
     text = (site / "reference" / "recipe.html").read_text(encoding="utf-8")
     trl = {field.name for field in fields(SFTConfig)}
-    for cls in (Regulariser, AuxiliaryOptions, ParallelOptions, ConstrainedConfig):
+    for cls in (*SECTIONS, ConstrainedConfig):
         for field in fields(cls):
             if field.name not in trl or cls is not ConstrainedConfig:
-                assert f"<code>{field.name}</code>" in text, f"{cls.__name__}.{field.name}"
+                assert f"<td><code>{field.name}</code></td>" in text, f"{cls.__name__}.{field.name}"
+    assert "<td><code>{0: ' no', 1: ' yes'}</code></td>" in text  # a default that is made by a factory
 
 
 def test_commands_and_classes_are_told(site):
