@@ -54,6 +54,14 @@ def test_the_index_names_what_is_there():
     assert checked > 30
 
 
+def test_the_reference_has_every_room():
+    page = (DOCS / "reference" / "modules.md").read_text(encoding="utf-8")
+    found = (ROOT / "src" / "bridle").iterdir()
+    rooms = {path.stem for path in found if path.suffix == ".py" or (path / "__init__.py").exists()}
+    for room in rooms - {"__init__", "cli"}:
+        assert f"<!-- modules: {room} -->" in page, f"docs/reference/modules.md has no {room}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files(page):
     """MkDocs checks links between its pages, and their anchors; README and CONTRIBUTING are none of them."""
