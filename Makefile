@@ -1,6 +1,7 @@
 # make setup   the virtual environment .venv, with everything in it
 # make test    lint, types and all tests; sets up first where that is missing
 # make unit    the fast tests only
+# make docs    the documentation as HTML in site/, with warnings as errors
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -10,7 +11,7 @@ ifeq ($(shell command -v $(PYTHON)),)
 PYTHON := python3
 endif
 
-.PHONY: setup test unit lint format clean
+.PHONY: setup test unit lint format docs clean
 
 setup: $(VENV)/.ready
 
@@ -36,5 +37,8 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

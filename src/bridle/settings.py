@@ -162,7 +162,11 @@ def _expand(value: Any, where: str) -> Any:
 
 
 def set_dotted(mapping: dict[str, Any], dotted: str, value: Any) -> None:
-    """Sets `mapping[a][b][c]` for the key "a.b.c", making mappings on the way."""
+    """Sets `mapping[a][b][c]` for the key "a.b.c", making mappings on the way.
+
+    Raises:
+        UserError: something on the way is there and no mapping.
+    """
     *parents, last = dotted.split(".")
     for parent in parents:
         mapping = mapping.setdefault(parent, {})

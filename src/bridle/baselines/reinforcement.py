@@ -60,6 +60,9 @@ class ReinforcementOptions:
             by no more than this.
         max_steps: updates at which a run ends in any case.
         save_every: updates between two checkpoints, of which the last is kept.
+
+    Raises:
+        UserError: an unknown algorithm, or batches that do not divide evenly; the message begins with the field.
     """
 
     algorithm: Literal["rloo", "grpo"] = "rloo"

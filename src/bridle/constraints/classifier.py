@@ -68,7 +68,11 @@ class Classifier(Constraint):
         self._network: Any = None
 
     def load(self) -> None:
-        """Loads tokenizer and network."""
+        """Loads tokenizer and network.
+
+        Raises:
+            UserError: there is no such model, weight, label or device, or it is no classifier.
+        """
         if self._network is not None:
             return
         where = f"constraint '{self.name}', model '{self.model}'"

@@ -3,7 +3,7 @@
 R obeys R(s) = Σ_v p_a(v|s)·R(s∘v), and R of a finished output is C. It is fitted on samples y ~ p_a
 labelled by C (Meng et al., NeurIPS 2022):
 
-    L_R = Σ_t BCE(R(s_t), C)  +  β·Σ_t KL_Bernoulli( Σ_v p_a(v|s_t)·R(s_t∘v) ‖ R(s_t) )
+    L_R = Σ_t BCE(R(s_t), C)  +  β·Σ_t KL_Bernoulli( Σ_v p_a(v|s_t)·R(s_t∘v) ‖ R(s_t) )  (docs: concepts/method, eq. 3)
 
 All tensors are aligned on the completion: position j scores completion token j, so `r_logits[b, j, v]`
 is the logit of R for the prompt, the first j completion tokens, and then v. The sigmoid is applied once,

@@ -3,7 +3,7 @@
 Each loss returns (sum, count), so that a batch can be split in any way and divided once, over the
 whole accumulated global batch. With q fixed, the gradient of both terms with respect to the logits
 at one position is (1 + λ)·p − onehot(target) − λ·q, and the optimum is (p_data + λ·q) / (1 + λ):
-the model still learns from violating text, at weight 1 / (1 + λ).
+the model still learns from violating text, at weight 1 / (1 + λ). (docs: concepts/method, eq. 4 and 5)
 """
 
 import torch.nn.functional as F

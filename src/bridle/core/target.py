@@ -5,7 +5,7 @@ down into tokens (Meng et al., NeurIPS 2022; Meng et al., EMNLP 2024):
 
     q(v | s) = p_a(v | s) · R(s∘v) / R(s)
 
-R(s) is the same for every v, so normalising over the vocabulary gives it for free.
+R(s) is the same for every v, so normalising over the vocabulary gives it for free. (docs: concepts/method, eq. 1 and 2)
 
 A target may be kept sparsely: k of its tokens, and all the others as one bucket.
 """

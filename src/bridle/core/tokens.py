@@ -41,7 +41,7 @@ def pad_right(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def pad_left(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """As `pad_right`, padded on the left: the last position of every row is its last token."""
+    """As `pad_right`, padded on the left: the last position of every row is its last token. Both [batch, time]."""
     ids, mask = pad_right([sequence[::-1] for sequence in sequences], pad)
     return ids.flip(1), mask.flip(1)
 

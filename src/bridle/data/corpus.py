@@ -35,6 +35,9 @@ class Domain(DataSource):
         name: its key in the recipe.
         weight: its share of the mixture's rows, relative to the other domains' weights; above 0.
         label: how to write the label of plain text behind it; None leaves the text as it is.
+
+    Raises:
+        UserError: as `DataSource`, for a weight that is not above 0, or a label that is none.
     """
 
     name: str = ""

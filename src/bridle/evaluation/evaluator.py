@@ -88,7 +88,7 @@ class Evaluator:
         )
 
     def draw(self, prompts: Sequence[list[int]], *, samples: int, max_new_tokens: int) -> list[list[str]]:
-        """Completions, [prompts][samples], at temperature 1 from the whole distribution."""
+        """Completions, [prompts, samples], at temperature 1 from the whole distribution."""
         return generate_completions(
             self.model,
             self.tokenizer,

@@ -49,7 +49,7 @@ class GenerationResult:
         distinct_3: the same for three words.
         mean_length: mean number of words, empty completions included.
         empty_share: share of completions that are empty or white space.
-        scores: [prompts][samples], what the figures are made from. They are no part of the JSON.
+        scores: [prompts, samples], what the figures are made from. They are no part of the JSON.
     """
 
     constraint: str
@@ -69,7 +69,7 @@ class GenerationResult:
 
     @property
     def violations(self) -> list[list[bool | None]]:
-        """[prompts][samples] whether each completion violates, None where it has no score."""
+        """[prompts, samples] whether each completion violates, None where it has no score."""
         return [[None if score.complies is None else not score.complies for score in row] for row in self.scores]
 
     def estimates(self) -> dict[str, Estimate]:
@@ -116,7 +116,7 @@ def generate_completions(
         guide: changes the distribution at each step (NADO decoding).
 
     Returns:
-        [prompts][samples] completions, without their prompts, in the order of the prompts.
+        [prompts, samples] completions, without their prompts, in the order of the prompts.
 
     Raises:
         UserError: `samples` is below 1, or a prompt and its completion do not fit into the context.
@@ -150,7 +150,7 @@ def evaluate_generations(
     """Scores completions and sums them up.
 
     Args:
-        completions: [prompts][samples] texts.
+        completions: [prompts, samples] texts.
         constraint: says which of them violate.
         seed: of the bootstrap intervals.
     """
@@ -166,7 +166,7 @@ def evaluate_constraints(
     """Evaluates one set of completions under several constraints, side by side.
 
     Args:
-        completions: [prompts][samples] texts.
+        completions: [prompts, samples] texts.
         constraints: by the names that the results get, or a list in which each goes by its own.
         seed: of the bootstrap intervals.
 
@@ -210,7 +210,7 @@ def output_perplexity(
         base_model: a causal language model; the same one for all methods that are compared.
         tokenizer: the base model's.
         prompts: token ids of that tokenizer, as `generate_completions` takes them.
-        completions: [prompts][samples] texts.
+        completions: [prompts, samples] texts.
         batch_size: completions read at once; it does not change the result.
         seed: of the bootstrap over prompts.
 

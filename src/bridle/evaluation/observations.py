@@ -44,7 +44,7 @@ class Observations:
         drawn: Sequence[Sequence[str]],
         results: Mapping[str, GenerationResult],
     ) -> None:
-        """Adds [prompts][samples] completions, with their scores under each constraint."""
+        """Adds [prompts, samples] completions, with their scores under each constraint."""
         for index, (prompt, texts) in enumerate(zip(prompts, drawn, strict=True)):
             for sample, text in enumerate(texts):
                 scores = {name: asdict(result.scores[index][sample]) for name, result in results.items()}

@@ -18,7 +18,7 @@ from scipy import stats
 from bridle.errors import UserError
 
 Interval = tuple[float, float]
-Clusters = Sequence[Sequence[float | None]]  # [prompts][samples] observations, None where one is missing
+Clusters = Sequence[Sequence[float | None]]  # [prompts, samples] observations, None where one is missing
 
 PERMUTATIONS = 9999  # the smallest p-value is 2 / 10,000; fewer than 14 prompts that differ are enumerated
 RESAMPLES = 2000  # enough for the ends of a 95% interval to be steady in their second digit
@@ -223,7 +223,7 @@ def paired_bootstrap(a: Clusters, b: Clusters, *, seed: int) -> tuple[Estimate, 
     p-value would be below its nominal one with few prompts.
 
     Args:
-        a: [prompts][samples] observations of one method, None where missing.
+        a: [prompts, samples] observations of one method, None where missing.
         b: the same of the other, for the same prompts in the same order; it may have other numbers of samples.
         seed: of the resamples and permutations.
 
@@ -264,7 +264,7 @@ def compare_methods(observations: Mapping[str, Clusters], reference: str, *, see
     which is McNemar's too where both apply. The p-values are adjusted by `holm` over all methods.
 
     Args:
-        observations: per method [prompts][samples]: whether a completion violates, for instance, None where it
+        observations: per method [prompts, samples]: whether a completion violates, for instance, None where it
             has no score. The prompts are the same, in the same order.
         reference: the method that the others are compared with.
         seed: of the resamples and permutations.

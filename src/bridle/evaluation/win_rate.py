@@ -67,7 +67,7 @@ class WinRates:
     Attributes:
         judge: the judge's name.
         pairs: completions of each method, and so pairs of completions in each match.
-        matrix: matrix[row][column] is the match of method `row` against method `column`.
+        matrix: `matrix[row][column]` is the match of method `row` against method `column`.
         mean_length: of each method's completions, in words: judges tend to favour length.
         position_bias: share of the verdicts other than ties that name the text shown first. Without bias
             it is 0.5 whichever method is better, since each pair is shown in both orders. Wilson's

@@ -45,12 +45,12 @@ class Figures:
     """All figures of a method; a group that was not measured is empty.
 
     Attributes:
-        violation: [prompt set][constraint] share of completions that violate.
-        text: [prompt set][name] distinct_2, mean_length (words) and the like.
-        perplexity: [held-out set] per token.
-        tasks: [task] accuracy in [0, 1].
-        classification: [name] roc_auc and the like.
-        cost: [name] seconds, tokens_trained, updates.
+        violation: by prompt set and constraint, the share of completions that violate.
+        text: by prompt set and name, distinct_2, mean_length (words) and the like.
+        perplexity: by held-out set, per token.
+        tasks: by name, accuracy in [0, 1].
+        classification: by name, roc_auc and the like.
+        cost: by name, seconds, tokens_trained, updates.
     """
 
     violation: dict[str, dict[str, Figure]] = field(default_factory=dict)

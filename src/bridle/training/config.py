@@ -29,6 +29,9 @@ class Regulariser:
         power: η in q ∝ p_a·R^η.
         soft_labels: fit R to the constraint's value itself and not to its yes or no. Iterating a soft C
             gives p·C^k after k rounds, so that more rounds lean harder.
+
+    Raises:
+        UserError: a weight or power below 0, or retention on rollouts; the message begins with the field.
     """
 
     constraint: Constraint | None = None
@@ -130,6 +133,9 @@ class ConstrainedConfig(SFTConfig):
         entropy_floor: share of the first logged entropy below which the run stops; 0 turns the guard off.
         auxiliary: shape and fit of R.
         parallel: where the parallel schedule's regularisers work.
+
+    Raises:
+        UserError: no round, or a packing that mixes domains within a row.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]

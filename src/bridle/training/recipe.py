@@ -143,7 +143,11 @@ def constraint_of(reference: str) -> Constraint:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value`, as on the command line, with values read as YAML; `--key` alone is true."""
+    """`--key value` and `--key=value`, as on the command line, with values read as YAML; `--key` alone is true.
+
+    Raises:
+        UserError: something is no option, or its value no YAML.
+    """
     overrides, rest = {}, list(arguments)
     while rest:
         key, equals, value = rest.pop(0).partition("=")

@@ -17,7 +17,7 @@ class Tally:
         self.round: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def add(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Adds a sum over `count` items."""
+        """Adds a sum over `count` items; both are scalars."""
         for sums in (self._log[name], self.round[name]):
             sums[0] += float(total)
             sums[1] += float(count)
