@@ -35,6 +35,7 @@ from bridle.models.auxiliary import AuxiliaryModel, new_auxiliary
 from bridle.models.hidden import capture_hidden_states, causal_lm, project
 from bridle.models.loading import context_length
 from bridle.models.sampling import sample
+from bridle.ranks import align, gathered, joined, rank, share
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
 from bridle.training.state import RegulariserState, Weights, on_cpu
@@ -138,6 +139,7 @@ class DomainRegulariser:
             batch_size=self.config.rollout_batch_size,
             seed=self._seed(f"sampling {round_index}"),
             description=f"round {round_index}: sampling for {self.name}",
+            share=True,
         )
         model_hash = weights_hash(self.model)
         return [
@@ -178,7 +180,8 @@ class DomainRegulariser:
         return in_turn[:count]
 
     def _score(self) -> None:
-        scores = self.constraint.score([rollout.completion for rollout in self.rollouts])
+        mine = self.constraint.score([rollout.completion for rollout in share(self.rollouts)])
+        scores = joined(mine, len(self.rollouts))
         for rollout, score in zip(self.rollouts, scores, strict=True):
             rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
 
@@ -217,6 +220,7 @@ class DomainRegulariser:
             f"round {round_index}: fitting R",
             fresh=len(scored),
         )
+        align(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
         self.auxiliary.config.provenance = {
             "constraint": self.constraint.describe(),
             "regulariser": self.name,
@@ -276,8 +280,9 @@ class DomainRegulariser:
         return log_target(anchor_logits, self.auxiliary(features), self.options.power)
 
     def next_rollouts(self, count: int) -> list[Rollout]:
-        """The next `count` rollouts of this round, in turn."""
-        first, self.drawn = self.drawn, self.drawn + count
+        """The next `count` rollouts of this round, in turn, after those that processes of lower rank take."""
+        counts = gathered(count)
+        first, self.drawn = self.drawn + sum(counts[: rank()]), self.drawn + sum(counts)
         return [self.rollouts[(first + offset) % len(self.rollouts)] for offset in range(count)]
 
     # ------------------------------------------------------------------ state
