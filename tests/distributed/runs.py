@@ -4,18 +4,24 @@ accelerate launch --cpu --num_processes 2 runs.py MODEL FOLDER NAME...
 """
 
 import json
+import os
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.state import DistributedType, PartialState
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from bridle.models.loading import LoraOptions
+from bridle.models.sharding import is_sharded
 from bridle.ranks import is_main, world
 from bridle.training.config import Regulariser
 from bridle.training.parallel import LocalWorker
 from bridle.training.state import trainable_weights
+from bridle.training.trainer import ConstrainedTrainer
 from trainers import NO_E, trainer_of
 
 GLOBAL_BATCH = 8  # rows in a forward of all processes together
@@ -23,6 +29,10 @@ RUNS = {
     "live": {"anchor": "live", "on": "both"},
     "previous": {"anchor": "previous", "lora": LoraOptions(r=2)},
     "parallel": {"anchor": "previous", "on": "rollouts", "schedule": "parallel", "rounds": 3, "max_steps": 6},
+    "sharded live": {"anchor": "live", "on": "both"},
+    "sharded previous": {"anchor": "previous", "on": "both"},
+    "sharded initial lora": {"anchor": "initial", "lora": LoraOptions(r=2)},
+    "sharded resumed": {"anchor": "previous", "save_strategy": "steps", "save_steps": 3},
     "resumed": {"anchor": "live", "on": "both", "save_strategy": "steps", "save_steps": 3},
 }
 
@@ -38,6 +48,34 @@ class StopAfter(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise Stop
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+"""What `accelerate launch --use_fsdp --fsdp_version 2` sets."""
+
+
+@contextmanager
+def sharding():
+    """Has `accelerate` shard, which on CPUs it leaves out without a word; it takes them for GPUs here."""
+    create = ConstrainedTrainer.create_accelerator_and_postprocess
+
+    def create_sharding(trainer):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        create(trainer)
+
+    ConstrainedTrainer.create_accelerator_and_postprocess = create_sharding
+    os.environ |= FSDP2
+    try:
+        yield
+    finally:
+        ConstrainedTrainer.create_accelerator_and_postprocess = create
+        for key in FSDP2:
+            del os.environ[key]
 
 
 def make(name, model, folder):
@@ -65,9 +103,13 @@ def make(name, model, folder):
 
 def carry_out(name, model, folder):
     """Trains, and writes what was logged and the weights it ended with."""
-    folder = Path(folder) / name
+    with sharding() if "sharded" in name and world() > 1 else nullcontext():
+        _carry_out(name, model, Path(folder) / name)
+
+
+def _carry_out(name, model, folder):
     trainer = make(name, model, folder)
-    if name == "resumed" and world() > 1:
+    if "resumed" in name and world() > 1:
         trainer.add_callback(StopAfter(step=3))
         try:
             trainer.train()
@@ -76,6 +118,9 @@ def carry_out(name, model, folder):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     else:
         trainer.train()
+    assert is_sharded(trainer.model) == ("sharded" in folder.name and world() > 1)
+    if is_sharded(trainer.model) and (anchor := trainer.regularisers[0].anchor):
+        assert all(isinstance(weight, DTensor) for weight in anchor.weights.values())
     weights = trainable_weights(trainer.model)
     if is_main():
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history))

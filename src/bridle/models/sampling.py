@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from bridle.core.tokens import pad_left
 from bridle.models.hidden import causal_lm
+from bridle.models.sharding import is_sharded
 from bridle.progress import Progress
 from bridle.ranks import gathered, turns
 
@@ -99,6 +100,7 @@ def sample(
                 attention_mask=attention_mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([*guidance, InverseTransform()]),
+                synced_gpus=is_sharded(model) or None,  # all go on until all have ended
             )
             for index, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 completions[index] = _until_end(row, eos_token_id)

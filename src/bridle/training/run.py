@@ -69,6 +69,8 @@ def train(
     trainer.train(resume_from_checkpoint=checkpoint)
     if guard.verdict:
         raise RunStopped(f"{folder}: {guard.verdict}; the last checkpoint is kept")
+    if trainer.is_fsdp_enabled:  # a model in shards would be no `from_pretrained` folder
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder / "model"), _internal_call=True)  # it is pushed below, with its card
     if is_main():
         (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
