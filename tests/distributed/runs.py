@@ -1,6 +1,6 @@
 """Runs of tiny models that a test carries out in one process and, as a script, in several.
 
-accelerate launch --cpu --num_processes 2 runs.py MODEL FOLDER NAME...
+accelerate launch --multi_gpu --num_processes 2 runs.py MODEL FOLDER NAME...
 """
 
 import json
@@ -9,32 +9,36 @@ import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import DistributedType, PartialState
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from bridle.errors import UserError
 from bridle.models.loading import LoraOptions
 from bridle.models.sharding import is_sharded
 from bridle.ranks import is_main, world
 from bridle.training.config import Regulariser
 from bridle.training.parallel import LocalWorker
+from bridle.training.recipe import build_recipe
+from bridle.training.run import train
 from bridle.training.state import trainable_weights
 from bridle.training.trainer import ConstrainedTrainer
-from trainers import NO_E, trainer_of
+from trainers import NO_E, corpus, trainer_of
 
 GLOBAL_BATCH = 8  # rows in a forward of all processes together
+SAVING = {"save_strategy": "steps", "save_steps": 3}
 RUNS = {
-    "live": {"anchor": "live", "on": "both"},
-    "previous": {"anchor": "previous", "lora": LoraOptions(r=2)},
+    "live, resumed": {"anchor": "live", "on": "both", **SAVING},
+    "previous, LoRA": {"anchor": "previous", "lora": LoraOptions(r=2)},
     "parallel": {"anchor": "previous", "on": "rollouts", "schedule": "parallel", "rounds": 3, "max_steps": 6},
-    "sharded live": {"anchor": "live", "on": "both"},
-    "sharded previous": {"anchor": "previous", "on": "both"},
-    "sharded initial lora": {"anchor": "initial", "lora": LoraOptions(r=2)},
-    "sharded resumed": {"anchor": "previous", "save_strategy": "steps", "save_steps": 3},
-    "resumed": {"anchor": "live", "on": "both", "save_strategy": "steps", "save_steps": 3},
+    "sharded, live": {"anchor": "live", "on": "rollouts"},
+    "sharded, previous": {"anchor": "previous", "on": "both"},
+    "sharded, initial, LoRA, resumed": {"anchor": "initial", "lora": LoraOptions(r=2), **SAVING},
 }
+"""What several processes do as one does. Those called resumed are stopped after their third step and go on from it."""
 
 
 class Stop(Exception):  # noqa: N818
@@ -101,6 +105,35 @@ def make(name, model, folder):
     return trainer
 
 
+def carry_out_recipe(model, folder):
+    """A recipe's run, sharded where there are several processes."""
+    recipe = build_recipe(
+        {
+            "model": str(model),
+            "corpus": {name: {"path": "not read"} for name in corpus()},
+            "constraints": {"no e": {"type": "regex", "pattern": "e"}},
+            "regularisers": {"rude": {"constraint": "no e"}},
+            "rounds": 2,
+            "rollouts_per_round": 32,
+            "max_new_tokens": 8,
+            "prompt_tokens": [1, 3],
+            "auxiliary": {"epochs": 2, "batch_size": 8},
+            "per_device_train_batch_size": GLOBAL_BATCH // world(),
+            "max_length": 24,
+            "max_steps": 4,
+            "learning_rate": 0.5,
+            "optim": "sgd",
+            "logging_steps": 1,
+            "gradient_checkpointing": True,
+            "use_cpu": True,
+        }
+    )
+    with sharding() if world() > 1 else nullcontext():
+        train(recipe, Path(folder) / "recipe", corpus=corpus())
+        with pytest.raises(UserError, match="holds a run already"):
+            train(recipe, Path(folder) / "recipe", corpus=corpus())
+
+
 def carry_out(name, model, folder):
     """Trains, and writes what was logged and the weights it ended with."""
     with sharding() if "sharded" in name and world() > 1 else nullcontext():
@@ -118,7 +151,7 @@ def _carry_out(name, model, folder):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     else:
         trainer.train()
-    assert is_sharded(trainer.model) == ("sharded" in folder.name and world() > 1)
+    assert is_sharded(trainer.model) == ("sharded" in folder.name and world() == 2)
     if is_sharded(trainer.model) and (anchor := trainer.regularisers[0].anchor):
         assert all(isinstance(weight, DTensor) for weight in anchor.weights.values())
     weights = trainable_weights(trainer.model)
@@ -128,5 +161,7 @@ def _carry_out(name, model, folder):
 
 
 if __name__ == "__main__":
+    assert PartialState(cpu=True).num_processes == 2
     for run in sys.argv[3:]:
         carry_out(run, *sys.argv[1:3])
+    carry_out_recipe(*sys.argv[1:3])
