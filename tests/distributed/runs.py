@@ -32,7 +32,7 @@ GLOBAL_BATCH = 8  # rows in a forward of all processes together
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 RUNS = {
     "live, resumed": {"anchor": "live", "on": "both", **SAVING},
-    "previous, LoRA": {"anchor": "previous", "lora": LoraOptions(r=2)},
+    "previous, LoRA, shipped": {"anchor": "previous", "lora": LoraOptions(r=2), "targets": "shipped"},
     "parallel": {"anchor": "previous", "on": "rollouts", "schedule": "parallel", "rounds": 3, "max_steps": 6},
     "sharded, live": {"anchor": "live", "on": "rollouts"},
     "sharded, previous": {"anchor": "previous", "on": "both"},

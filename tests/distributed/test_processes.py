@@ -34,7 +34,7 @@ def of_two(model, tmp_path_factory):
 
 
 def launch(*command):
-    """`accelerate launch` with two processes on a free port; `--multi_gpu` because `--cpu` starts one, whatever is asked."""
+    """`accelerate launch` with two processes on a free port; with `--cpu` it would start one, whatever it is asked."""
     here = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -56,7 +56,8 @@ def test_two_processes_do_what_one_does(model, of_two, tmp_path, name):
             if key in EXACT:
                 assert found[key] == value, key
             elif isinstance(value, float) and not any(part in key for part in APART):
-                assert found[key] == pytest.approx(value, abs=TOLERANCE), (key, expected)
+                relative = TOLERANCE if key == "grad_norm" else 0
+                assert found[key] == pytest.approx(value, abs=TOLERANCE, rel=relative), (key, expected)
     assert max(record.get("kl/rude", 0) for record in one) > 1e-4
     weights = [load_file(folder / name / "weights.safetensors") for folder in (tmp_path, of_two)]
     for key, weight in weights[0].items():
@@ -70,11 +71,12 @@ def test_a_recipe_leaves_the_same_files(model, of_two, tmp_path):
     one, two = (folder / "recipe" for folder in (tmp_path, of_two))
     kinds = ("*.safetensors", "*.jsonl", "*.json", "*.yaml", "*.md")
     assert _files(one, kinds) == _files(two, kinds)
-    for name in ("model", "auxiliary", "auxiliary/round-1"):
+    # AdamW, which fits R, makes whole steps out of gradients that are only rounding.
+    for name, tolerance in {"model": TOLERANCE, "auxiliary": 1e-3, "auxiliary/round-1": 1e-3}.items():
         weights = [load_file(folder / name / "model.safetensors") for folder in (one, two)]
         assert weights[0].keys() == weights[1].keys()
         for key, weight in weights[0].items():
-            torch.testing.assert_close(weights[1][key], weight, atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(weights[1][key], weight, atol=tolerance, rtol=0)
     steps = [[json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] for folder in (one, two)]
     assert steps[0] == steps[1]
 

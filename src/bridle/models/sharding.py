@@ -42,7 +42,8 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, without a graph: writing to it writes to the tensor."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

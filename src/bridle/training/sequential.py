@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from bridle.data import write_rollouts
 from bridle.environment import write_json
-from bridle.ranks import is_main
+from bridle.ranks import is_main, rank
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.shipping import make_targets, upcoming
 from bridle.training.state import RegulariserState
@@ -83,11 +83,11 @@ class SequentialSchedule(TrainerCallback):
         self._drop_old_targets()
 
     def _drop_old_targets(self) -> None:
-        """Removes files of targets that no regulariser reads any more."""
+        """Removes files of targets that no regulariser reads any more; each process its own."""
         read = {
             regulariser.targets.path for regulariser in self.trainer.regularisers if regulariser.targets is not None
         }
-        for file in (Path(self.trainer.args.output_dir).resolve() / "targets").glob("*.arrow"):
+        for file in (Path(self.trainer.args.output_dir).resolve() / "targets").glob(f"*.{rank()}.arrow"):
             if file not in read:
                 file.unlink()
 
