@@ -71,9 +71,8 @@ def _policy(run: dict[str, Any]) -> None:
 
 def _train_together(run: dict[str, Any], config: ConstrainedConfig) -> None:
     """Has several processes play the policy's role, which Ray Train makes a group of `torch.distributed`."""
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     options = config.parallel
     each = {"CPU": options.num_cpus} | ({"GPU": run["gpus"]} if run["gpus"] else {})
