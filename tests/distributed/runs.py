@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,9 @@ def carry_out_recipe(model, folder):
     )
     with sharding() if world() > 1 else nullcontext():
         train(recipe, Path(folder) / "recipe", corpus=corpus())
+        if world() > 1:
+            with pytest.raises(UserError, match="parallel needs the whole model in each process"):
+                train(replace(recipe, training=recipe.training | {"schedule": "parallel"}), folder, corpus=corpus())
         with pytest.raises(UserError, match="holds a run already"):
             train(recipe, Path(folder) / "recipe", corpus=corpus())
 

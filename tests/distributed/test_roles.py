@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bridle.errors import RunStopped
+from bridle.errors import RunStopped, UserError
 from bridle.training.build import build_trainer
 from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.parallel import LocalWorker
@@ -57,6 +57,19 @@ def test_two_workers_for_each_role_do_what_one_process_does(ray, recipe, tmp_pat
     weights = load_file(tmp_path / "two" / "model" / "model.safetensors")
     for name, weight in trainable_weights(trainer.model).items():
         torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=0)
+
+
+def test_processes_that_were_started_already_are_refused(recipe, tmp_path, monkeypatch):
+    from bridle.training.roles import train_in_roles
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"starts its processes itself.*parallel\.policy_workers"):
+        train_in_roles(load_recipe(recipe(**PARALLEL)), tmp_path)
+
+
+def test_a_role_without_workers():
+    with pytest.raises(UserError, match="regulariser_workers: must be at least 1, not 0"):
+        ParallelOptions(regulariser_workers=0)
 
 
 def test_one_of_two_workers_is_killed(ray, tiny_folder, tmp_path):

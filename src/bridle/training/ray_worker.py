@@ -25,6 +25,7 @@ try:
 except ImportError as error:
     raise UserError("schedule: parallel needs Ray; install it with: pip install 'bridle[parallel]'") from error
 
+RESUME = "--resume goes on from the last checkpoint"
 GRACE = 5.0  # seconds in which one failure may show itself as another's consequence
 
 
@@ -40,7 +41,7 @@ def connect(options: ParallelOptions) -> None:
     try:
         ray.init(address=options.address, include_dashboard=False, log_to_driver=True, logging_level="WARNING")
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        raise UserError(f"parallel.address: {options.address}: {_first_line(error)}") from error
+        raise UserError(f"parallel.address: {options.address}: {first_line(error)}") from error
 
 
 def gpus_of_each(options: ParallelOptions) -> float:
@@ -236,18 +237,17 @@ def outcome(reference: Any, who: str) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, UserError | RunStopped):
             raise error.cause from None
-        raise Failed(f"{who} failed: {_first_line(error.cause)}") from error
+        raise Failed(f"{who} failed: {first_line(error.cause)}") from error
     except (RayActorError, WorkerCrashedError) as error:
-        raise Died(
-            f"the process of {who} died ({_cause_of_death(error)}); --resume goes on from the last checkpoint"
-        ) from error
+        raise Died(f"the process of {who} died ({cause_of_death(error)}); {RESUME}") from error
 
 
-def _cause_of_death(error: BaseException) -> str:
+def cause_of_death(error: BaseException) -> str:
     """Ray's first line; its last one where the process could not be set up, as when a module is not found there."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "creation task" in lines[0] else 0].strip()[:300]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -10,10 +10,13 @@ import torch
 from bridle.errors import RunStopped, UserError
 from bridle.training.config import ConstrainedConfig
 from bridle.training.ray_worker import (
+    RESUME,
     Died,
     Failed,
+    cause_of_death,
     check_resources,
     connect,
+    first_line,
     gpus_of_each,
     outcome,
     wait_for_resources,
@@ -99,5 +102,5 @@ def _told(error: Any) -> UserError | RunStopped:
             return failure
     for failure in failures:
         if (death := getattr(failure, "health_check_failure", None)) is not None:
-            return Died(f"the process of the policy died ({death}); --resume goes on from the last checkpoint")
-    return Failed(f"the policy failed: {failures[0] if failures else error}")
+            return Died(f"the process of the policy died ({cause_of_death(death)}); {RESUME}")
+    return Failed(f"the policy failed: {first_line(failures[0] if failures else error)}")
