@@ -62,6 +62,7 @@ def train(
     The folder then holds model/ and auxiliary/ (both loadable by from_pretrained), rollouts/, metrics.jsonl,
     recipe.yaml (as resolved) and environment.json (versions, git hash, seed).
     """
+    from bridle.ranks import is_main
     from bridle.training.recipe import load_recipe, parse_overrides
     from bridle.training.run import train as run
 
@@ -74,7 +75,8 @@ def train(
         train_in_roles(loaded, folder, resume=resume)
     else:
         run(loaded, folder, resume=resume)
-    typer.echo(f"The model is in {folder / 'model'}, what was measured in {folder / 'metrics.jsonl'}.")
+    if is_main():
+        typer.echo(f"The model is in {folder / 'model'}, what was measured in {folder / 'metrics.jsonl'}.")
 
 
 @app.command(epilog="Example: bridle generate runs/detox-mini/model --prompt 'The weather in' --samples 3")

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from bridle.ranks import is_main
+
 T = TypeVar("T")
 
 PLAIN_LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
@@ -15,7 +17,8 @@ PLAIN_LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 class Progress:
     """Counts work done, with its rate and the time left.
 
-    Use it as a context manager and call `update(n)`, or iterate over `track(...)`.
+    Use it as a context manager and call `update(n)`, or iterate over `track(...)`. Of several processes that work on
+    one run only the main one shows anything.
 
     Args:
         description: what is being done, e.g. "sampling".
@@ -28,7 +31,8 @@ class Progress:
         self.done, self.started = 0, time.monotonic()
         self._last_line = self.started
         self._bar = None
-        if sys.stderr.isatty():
+        self._shown = is_main()
+        if self._shown and sys.stderr.isatty():
             self._bar = tqdm(desc=description, total=total, unit=unit, leave=False, dynamic_ncols=True)
 
     def update(self, n: int = 1) -> None:
@@ -36,7 +40,7 @@ class Progress:
         self.done += n
         if self._bar is not None:
             self._bar.update(n)
-        elif time.monotonic() - self._last_line >= PLAIN_LINE_EVERY:
+        elif self._shown and time.monotonic() - self._last_line >= PLAIN_LINE_EVERY:
             self._last_line = time.monotonic()
             self._print_line()
 
@@ -44,14 +48,14 @@ class Progress:
         """Prints a line without breaking the bar."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
-        else:
+        elif self._shown:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the display; a phase long enough to have shown a line shows its last one."""
         if self._bar is not None:
             self._bar.close()
-        elif time.monotonic() - self.started >= PLAIN_LINE_EVERY:
+        elif self._shown and time.monotonic() - self.started >= PLAIN_LINE_EVERY:
             self._print_line()
 
     def _print_line(self) -> None:

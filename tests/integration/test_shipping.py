@@ -129,7 +129,7 @@ def test_large_targets_are_mapped_from_a_file_that_goes_in_time(tiny_folder, tmp
         options = {**SHIPPED, "rounds": 4, "parallel": ParallelOptions(largest_message=size)}
         losses.append(logged(trained(folder, tmp_path / str(size), schedule, **options), "loss"))
     assert losses[0] == losses[1]
-    assert any("round-2.rude.arrow" in names for names in files)
+    assert any("round-2.rude.0.arrow" in names for names in files)
     assert max(len(names) for names in files) == (1 if schedule == "sequential" else 2), "a worker is a round ahead"
     assert not list(tmp_path.glob("0.0/targets/*"))
 

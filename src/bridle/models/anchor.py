@@ -2,6 +2,8 @@
 
 Only trainable parameters are kept, so with LoRA the anchor is a copy of the adapter and nothing else. A
 snapshot, and not the base model with its adapter switched off: training may begin from a trained adapter.
+
+Where the policy is sharded (FSDP2) so is the snapshot: each process keeps and exchanges its own shards.
 """
 
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from bridle.models.sharding import in_shards, is_sharded, local, reshard, shard_like, trainable, whole
 
 
 class Anchor:
@@ -26,7 +30,8 @@ class Anchor:
     @torch.no_grad()
     def refresh(self) -> None:
         """Takes the snapshot anew."""
-        self.weights = {name: parameter.detach().clone() for name, parameter in self._trainable()}
+        with in_shards(self.model):
+            self.weights = {name: parameter.detach().clone() for name, parameter in trainable(self.model)}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -36,26 +41,33 @@ class Anchor:
         """
         training = self.model.training
         self.model.eval()
-        self._swap()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
+        with in_shards(self.model):
             self._swap()
-            self.model.train(training)
+            try:
+                with torch.no_grad():
+                    yield
+            finally:
+                self._swap()
+                self.model.train(training)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The snapshot, for a checkpoint."""
-        return self.weights
+        """The snapshot, for a checkpoint: whole, on every process."""
+        return {name: whole(weight) for name, weight in self.weights.items()}
 
     def load_state_dict(self, weights: dict[str, Tensor]) -> None:
         """Puts a saved snapshot back."""
-        device = {name: parameter.device for name, parameter in self._trainable()}
-        self.weights = {name: weights[name].to(device[name]) for name in device}
+        with in_shards(self.model):
+            self.weights = {name: shard_like(weights[name], parameter) for name, parameter in trainable(self.model)}
 
     def _swap(self) -> None:
-        for name, parameter in self._trainable():
-            parameter.data, self.weights[name] = self.weights[name], parameter.data
-
-    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        """Exchanges what the model has and what the snapshot has."""
+        reshard(self.model)
+        for name, parameter in trainable(self.model):
+            if is_sharded(self.model):  # FSDP2 gathers from the memory that it laid out, which therefore must stay
+                kept = self.weights[name] = shard_like(self.weights[name], parameter)
+                mine, others = local(parameter), local(kept)
+                before = mine.clone()
+                mine.copy_(others)
+                others.copy_(before)
+            else:
+                parameter.data, self.weights[name] = self.weights[name], parameter.data

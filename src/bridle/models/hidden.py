@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from bridle.errors import UserError
+from bridle.models.sharding import is_sharded, whole
+from bridle.ranks import from_main
 
 
 def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
@@ -69,11 +71,26 @@ def project_only(model: torch.nn.Module, mask: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def run(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The last hidden states of a batch, without its logits. [batch, time] -> [batch, time, hidden]."""
+    # A sharded model runs as a whole, or its outermost parameters would not be gathered: at the price of one logit.
+    body, options = (model, {"logits_to_keep": 1}) if is_sharded(model) else (causal_lm(model).base_model, {})
+    with capture_hidden_states(model) as hidden:
+        body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+    assert hidden.last is not None
+    return hidden.last
+
+
 def project(model: torch.nn.Module, hidden_states: Tensor) -> Tensor:
     """Logits of hidden states: output layer, scale and soft cap. [..., hidden] -> [..., vocabulary]."""
     lm = causal_lm(model)
     config = lm.config.get_text_config()
-    logits = lm.get_output_embeddings()(hidden_states)
+    head = lm.get_output_embeddings()
+    if is_sharded(model):  # not by calling it, which FSDP2 would take for a part of the next forward
+        bias = None if head.bias is None else whole(head.bias)
+        logits = torch.nn.functional.linear(hidden_states, whole(head.weight), bias)
+    else:
+        logits = head(hidden_states)
     if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
         logits = logits / scaling
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
@@ -100,7 +117,7 @@ def check_projection(model: torch.nn.Module) -> None:
     known = hidden.last is not None and torch.allclose(
         project(lm, hidden.last).float(), logits.float(), rtol=1e-2, atol=1e-2
     )
-    if not known:
+    if not from_main(known):  # the others may have been given no weights yet
         raise UserError(
             f"{lm.config.model_type}: this architecture makes its logits in a way Bridle does not know; "
             "please report it with the model's name"

@@ -3,6 +3,7 @@
 R is fitted on these samples, and anything but the model's own distribution would bias it.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -13,7 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from bridle.core.tokens import pad_left
 from bridle.models.hidden import causal_lm
+from bridle.models.sharding import is_sharded
 from bridle.progress import Progress
+from bridle.ranks import gathered, turns
 
 
 class Guide(Protocol):
@@ -52,6 +55,7 @@ def sample(
     seed: int = 0,
     guide: Guide | None = None,
     description: str = "sampling",
+    share: bool = False,
 ) -> list[list[int]]:
     """Draws one completion for each prompt.
 
@@ -65,6 +69,7 @@ def sample(
         seed: the same seed, prompts and batch size draw the same completions.
         guide: changes the distribution at each step (NADO decoding).
         description: for the progress display.
+        share: among all processes of the run, which must then all call this, draw the same completions as one would.
 
     Returns:
         Completions as token ids, in the order of the prompts.
@@ -76,15 +81,17 @@ def sample(
         eos_token_id=eos_token_id,
     )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    completions: list[list[int]] = [[] for _ in prompts]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    mine = turns(len(batches)) if share else range(len(batches))
+    completions: dict[int, list[int]] = {}
     with (
         _plain_generation(model),
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
-        Progress(description, len(prompts), "texts") as progress,
+        Progress(description, sum(len(batches[index]) for index in mine), "texts") as progress,
     ):
-        torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for number in mine:
+            batch = batches[number]
+            torch.manual_seed(zlib.crc32(f"{seed}/{number}".encode()))  # whoever draws it, it is the same
             input_ids, attention_mask = pad_left([list(prompts[index]) for index in batch], pad_token_id)
             input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
             guidance = guide.processors(attention_mask) if guide else []
@@ -93,11 +100,14 @@ def sample(
                 attention_mask=attention_mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([*guidance, InverseTransform()]),
+                synced_gpus=is_sharded(model) or None,  # all go on until all have ended
             )
             for index, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 completions[index] = _until_end(row, eos_token_id)
             progress.update(len(batch))
-    return completions
+    for part in gathered(completions) if share else []:
+        completions |= part
+    return [completions[index] for index in range(len(prompts))]
 
 
 def _until_end(tokens: list[int], eos_token_id: int) -> list[int]:

@@ -90,22 +90,32 @@ class AuxiliaryOptions:
 
 @dataclass
 class ParallelOptions:
-    """Where the regularisers of the parallel schedule work, beside the policy.
+    """Where the two roles of the parallel schedule are played.
 
     Attributes:
         address: of a running Ray cluster, or "auto"; None starts one on this machine.
-        num_cpus: that each of the two roles asks for.
-        num_gpus: that each asks for; None for one each where the cluster has two, and else none.
+        policy_workers: processes that train the policy together, by Ray Train, when `bridle train` starts them; the
+            batch of an update is `per_device_train_batch_size` of each.
+        regulariser_workers: processes that share out the sampling and scoring of a round.
+        num_cpus: that each process asks for.
+        num_gpus: that each asks for; None for one each where the cluster has so many, and else none.
         patience: seconds to wait for the cluster to give a role what it asks for.
         largest_message: MiB of weights or targets above which they pass through a file in the output folder, which
             all roles must then share.
     """
 
     address: str | None = None
+    policy_workers: int = 1
+    regulariser_workers: int = 1
     num_cpus: float = 1.0
     num_gpus: float | None = None
     patience: float = 60.0
     largest_message: float = 512.0
+
+    def __post_init__(self) -> None:
+        for role in ("policy_workers", "regulariser_workers"):
+            if getattr(self, role) < 1:
+                raise UserError(f"{role}: must be at least 1, not {getattr(self, role)}")
 
     @property
     def largest_bytes(self) -> float:

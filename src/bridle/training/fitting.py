@@ -14,7 +14,7 @@ from bridle.core.decomposition import consistency_loss, future_weights, label_lo
 from bridle.core.tokens import completion_positions, length_mask, pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import AuxiliaryModel
-from bridle.models.hidden import capture_hidden_states, causal_lm, project
+from bridle.models.hidden import project, run
 from bridle.progress import Progress, track
 from bridle.training.config import AuxiliaryOptions
 
@@ -74,18 +74,12 @@ def encode(model: PreTrainedModel, rollouts: Sequence[Rollout], soft_labels: boo
     hidden, log_probs = [], []
     training = model.training
     model.eval()
-    with capture_hidden_states(model) as captured:
-        for start in track(range(0, len(rows), ENCODE_BATCH), "reading the rollouts", unit="batches"):
-            batch = slice(start, start + ENCODE_BATCH)
-            causal_lm(model).base_model(
-                input_ids=input_ids[batch].to(model.device),
-                attention_mask=attention_mask[batch].to(model.device),
-                use_cache=False,
-            )
-            assert captured.last is not None
-            states = _gather(captured.last, at[batch].to(model.device))
-            log_probs.append(_log_probs(model, states, completion[batch], mask[batch]))
-            hidden.append(states.cpu())
+    for start in track(range(0, len(rows), ENCODE_BATCH), "reading the rollouts", unit="batches"):
+        batch = slice(start, start + ENCODE_BATCH)
+        states = run(model, input_ids[batch].to(model.device), attention_mask[batch].to(model.device))
+        states = _gather(states, at[batch].to(model.device))
+        log_probs.append(_log_probs(model, states, completion[batch], mask[batch]))
+        hidden.append(states.cpu())
     model.train(training)
     compliance = [rollout.value if soft_labels else rollout.complies for rollout in rollouts]
     return Examples(

@@ -9,11 +9,13 @@ takes turns with the policy and gives the same result, bit for bit.
 """
 
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bridle.models.hidden import causal_lm
+from bridle.ranks import from_main, is_main
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.sequential import SequentialSchedule
 from bridle.training.shipping import Upcoming, make_targets, upcoming
@@ -117,6 +119,42 @@ class LocalWorker:
         pass
 
 
+class SharedWorker:
+    """A worker that the main one of several processes talks to, for all of them.
+
+    Args:
+        make: makes it; called in the main process.
+    """
+
+    def __init__(self, make: Callable[[], Worker]):
+        self.worker = make() if is_main() else None
+
+    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:  # noqa: D102
+        return SharedPending(None if self.worker is None else self.worker.submit(round_index, weights, rows))
+
+    def restore(self, states: list[RegulariserState]) -> None:  # noqa: D102
+        if self.worker is not None:
+            self.worker.restore(states)
+
+    def close(self) -> None:  # noqa: D102
+        if self.worker is not None:
+            self.worker.close()
+
+
+class SharedPending:
+    """What the main process waits for, for all of them."""
+
+    def __init__(self, pending: Pending | None):
+        self.pending = pending
+
+    def check(self) -> None:  # noqa: D102
+        if self.pending is not None:
+            self.pending.check()
+
+    def result(self) -> list[RegulariserState]:  # noqa: D102
+        return from_main(self.pending.result() if self.pending is not None else [])
+
+
 class ParallelSchedule(SequentialSchedule):
     """Sends the policy to the worker at the beginning of each round, and takes what it made of the last one.
 
@@ -149,7 +187,8 @@ class ParallelSchedule(SequentialSchedule):
     def _ray_worker(self) -> Worker:
         from bridle.training.ray_worker import RayWorker  # Ray is optional
 
-        return RayWorker(self.trainer.regularisers, self.trainer.args.parallel, Path(self.trainer.args.output_dir))
+        trainer, args = self.trainer, self.trainer.args
+        return SharedWorker(lambda: RayWorker(trainer.regularisers, args.parallel, Path(args.output_dir)))
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         if self.pending is not None:
@@ -171,7 +210,8 @@ class ParallelSchedule(SequentialSchedule):
             states = self.pending.result()
             self.pending = Done(states)
             for regulariser, made in zip(self.trainer.regularisers, states, strict=True):
-                made.save(folder / regulariser.name)
+                if is_main():
+                    made.save(folder / regulariser.name)
 
     def load(self, checkpoint: Path) -> None:  # noqa: D102
         super().load(checkpoint)

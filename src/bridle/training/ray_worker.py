@@ -1,14 +1,18 @@
-"""The regulariser's role in another process, placed by Ray: on this machine's cores, another GPU, or another node."""
+"""The regulariser's role in other processes, placed by Ray: on this machine's cores, other GPUs, or other nodes."""
 
 import os
+import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from bridle.errors import RunStopped, UserError
+from bridle.ranks import is_main, wait
 from bridle.training.config import ParallelOptions
 from bridle.training.parallel import Pending, RegulariserRole
 from bridle.training.regulariser import DomainRegulariser
@@ -20,6 +24,9 @@ try:
     from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
 except ImportError as error:
     raise UserError("schedule: parallel needs Ray; install it with: pip install 'bridle[parallel]'") from error
+
+RESUME = "--resume goes on from the last checkpoint"
+GRACE = 5.0  # seconds in which one failure may show itself as another's consequence
 
 
 def connect(options: ParallelOptions) -> None:
@@ -34,40 +41,41 @@ def connect(options: ParallelOptions) -> None:
     try:
         ray.init(address=options.address, include_dashboard=False, log_to_driver=True, logging_level="WARNING")
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        raise UserError(f"parallel.address: {options.address}: {_first_line(error)}") from error
+        raise UserError(f"parallel.address: {options.address}: {first_line(error)}") from error
 
 
-def gpus_of_a_role(options: ParallelOptions) -> float:
-    """GPUs that each role asks for: what the options say, or one each where the cluster has two."""
+def gpus_of_each(options: ParallelOptions) -> float:
+    """GPUs that each process asks for: what the options say, or one each where the cluster has one for all."""
     if options.num_gpus is not None:
         return options.num_gpus
-    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 2 else 0.0
+    processes = options.policy_workers + options.regulariser_workers
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= processes else 0.0
 
 
-def check_resources(options: ParallelOptions, roles: int) -> None:
+def check_resources(options: ParallelOptions, processes: int) -> None:
     """Refuses what the cluster could never give, instead of waiting for it.
 
     Raises:
-        UserError: the cluster has fewer CPUs or GPUs than so many roles ask for.
+        UserError: the cluster has fewer CPUs or GPUs than so many processes ask for.
     """
     has = ray.cluster_resources()
-    for resource, each in (("CPU", options.num_cpus), ("GPU", gpus_of_a_role(options))):
-        if roles * each > has.get(resource, 0):
+    for resource, each in (("CPU", options.num_cpus), ("GPU", gpus_of_each(options))):
+        if processes * each > has.get(resource, 0):
             raise UserError(
-                f"parallel: {roles} role(s) ask for {each:g} {resource} each, but the Ray cluster has "
+                f"parallel: {processes} process(es) ask for {each:g} {resource} each, but the Ray cluster has "
                 f"{has.get(resource, 0):g}; lower parallel.num_{resource.lower()}s or join a larger cluster"
             )
 
 
-def wait_for_resources(options: ParallelOptions, who: str) -> None:
-    """Waits until the cluster has free what one role asks for.
+def wait_for_resources(options: ParallelOptions, who: str, processes: int) -> None:
+    """Waits until the cluster has free what so many processes of a role ask for.
 
     Raises:
         UserError: it has not, after `options.patience` seconds.
     """
     deadline = time.monotonic() + options.patience
-    wanted = {"CPU": options.num_cpus, "GPU": gpus_of_a_role(options)}
-    while any(each > ray.available_resources().get(resource, 0) for resource, each in wanted.items()):
+    wanted = {"CPU": processes * options.num_cpus, "GPU": processes * gpus_of_each(options)}
+    while any(amount > ray.available_resources().get(resource, 0) for resource, amount in wanted.items()):
         if time.monotonic() > deadline:
             raise UserError(
                 f"parallel: the Ray cluster had nothing free for {who} within {options.patience:g} seconds; "
@@ -77,11 +85,11 @@ def wait_for_resources(options: ParallelOptions, who: str) -> None:
 
 
 class RayWorker:
-    """A `Worker` in a Ray actor.
+    """A `Worker` in Ray actors that work together; what the first of them makes counts.
 
     Args:
-        regularisers: copied into the actor, model and all.
-        options: what the actor asks of the cluster.
+        regularisers: copied into each actor, model and all.
+        options: how many actors, and what each asks of the cluster.
         folder: shared by all roles; large weights pass through it.
 
     Raises:
@@ -90,28 +98,34 @@ class RayWorker:
 
     def __init__(self, regularisers: list[DomainRegulariser], options: ParallelOptions, folder: Path):
         connect(options)
-        check_resources(options, roles=1)
-        wait_for_resources(options, "the regulariser")
+        workers, gpus = options.regulariser_workers, gpus_of_each(options)
+        check_resources(options, workers)
+        wait_for_resources(options, "the regulariser", workers)
         self.options, self.folder = options, folder / "exchange"
-        gpus = gpus_of_a_role(options)
         actor = ray.remote(num_cpus=options.num_cpus, num_gpus=gpus, max_restarts=0)(RegulariserActor)
-        self.actor = actor.remote(regularisers, torch.get_num_threads(), "cuda" if gpus else "cpu")
-        outcome(self.actor.pid.remote(), "the regulariser")
+        shared, threads, device = ray.put(regularisers), torch.get_num_threads(), "cuda" if gpus else "cpu"
+        self.actors = [actor.remote(shared, threads, device) for _ in range(workers)]
+        address = outcome(self.actors[0].address.remote(), "the regulariser")
+        joined = [one.join.remote(address, rank, workers) for rank, one in enumerate(self.actors)]
+        outcome_of_all(joined, "the regulariser")
 
     def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:  # noqa: D102
         parcel = pack(weights, self.folder / f"policy-{round_index}.safetensors", self.options.largest_bytes)
-        at_work = self.actor.update.remote(round_index, parcel, rows)
+        shared = parcel if isinstance(parcel, Path) else ray.put(parcel)
+        at_work = [actor.update.remote(round_index, shared, rows) for actor in self.actors]
         return RayPending(at_work, f"the regulariser, in round {round_index},")
 
     def restore(self, states: list[RegulariserState]) -> None:  # noqa: D102
-        outcome(self.actor.restore.remote(states), "the regulariser, taking up its states,")
+        restored = [actor.restore.remote(states) for actor in self.actors]
+        outcome_of_all(restored, "the regulariser, taking up its states,")
 
     def close(self) -> None:  # noqa: D102
-        ray.kill(self.actor)
+        for actor in self.actors:
+            ray.kill(actor)
 
 
 class RegulariserActor:
-    """`RegulariserRole` as Ray runs it."""
+    """`RegulariserRole` as Ray runs it, in one or more processes at once."""
 
     def __init__(self, regularisers: list[DomainRegulariser], threads: int, device: str):
         torch.set_num_threads(threads)  # as many as the policy has, so that both compute alike
@@ -119,15 +133,23 @@ class RegulariserActor:
             regulariser.to(device)
         self.role = RegulariserRole(regularisers)
 
-    def pid(self) -> int:
-        """Of the actor's process; it answers as soon as it stands."""
-        return os.getpid()
+    def address(self) -> str:
+        """Where the role's other processes can meet this one; it answers as soon as it stands."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def join(self, address: str, rank: int, workers: int) -> None:
+        """Goes to work with the role's other processes. They exchange texts and R, for which gloo will do."""
+        if workers > 1:
+            dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
 
     def update(
         self, round_index: int, parcel: "Weights | Path", rows: list[Upcoming] | None = None
     ) -> list[RegulariserState]:
-        """As `RegulariserRole.update`, from packed weights."""
-        return self.role.update(round_index, unpack(parcel), rows)
+        """As `RegulariserRole.update`, from packed weights; all but the first process return nothing."""
+        states = self.role.update(round_index, unpack(parcel), rows if is_main() else None)
+        return states if is_main() else []
 
     def restore(self, states: list[RegulariserState]) -> None:
         """As `RegulariserRole.restore`."""
@@ -135,18 +157,21 @@ class RegulariserActor:
 
 
 class RayPending:
-    """A round that an actor is at work on."""
+    """A round that actors are at work on."""
 
-    def __init__(self, reference: Any, who: str):
-        self.reference, self.who = reference, who
+    def __init__(self, references: Sequence[Any], who: str):
+        self.references, self.who = list(references), who
 
     def check(self) -> None:  # noqa: D102
-        ready, _ = ray.wait([self.reference], timeout=0)
-        if ready:
+        ready, _ = ray.wait(self.references, num_returns=len(self.references), timeout=0)
+        try:
+            for reference in ready:
+                outcome(reference, self.who)
+        except (UserError, RunStopped):
             self.result()
 
     def result(self) -> list[RegulariserState]:  # noqa: D102
-        return list(outcome(self.reference, self.who))
+        return list(outcome_of_all(self.references, self.who))
 
 
 def pack(weights: Weights, path: Path, largest_bytes: float) -> Weights | Path:
@@ -159,12 +184,41 @@ def pack(weights: Weights, path: Path, largest_bytes: float) -> Weights | Path:
 
 
 def unpack(parcel: Weights | Path) -> Weights:
-    """What `pack` packed; its file is removed."""
+    """What `pack` packed; its file is removed when all processes of the role have read it."""
     if not isinstance(parcel, Path):
         return parcel
     weights = {name: tensor.clone() for name, tensor in load_file(parcel).items()}
-    parcel.unlink()
+    wait()
+    if is_main():
+        parcel.unlink()
     return weights
+
+
+class Failed(RunStopped):
+    """A role that raised what nobody had foreseen."""
+
+
+class Died(RunStopped):
+    """A role whose process is gone."""
+
+
+def outcome_of_all(references: Sequence[Any], who: str) -> Any:
+    """What the first of several processes returns that work together, when all have; arguments and errors as `outcome`.
+
+    A process that dies lets the others fail, so its death is told before that.
+    """
+    waiting, errors = list(references), list[UserError | RunStopped]()
+    while waiting:
+        ready, waiting = ray.wait(waiting, timeout=GRACE if errors else None)
+        if not ready:
+            break
+        try:
+            outcome(ready[0], who)
+        except (UserError, RunStopped) as error:
+            errors.append(error)
+    if errors:
+        raise min(errors, key=lambda error: (isinstance(error, Failed), isinstance(error, Died)))
+    return outcome(references[0], who)
 
 
 def outcome(reference: Any, who: str) -> Any:
@@ -183,18 +237,17 @@ def outcome(reference: Any, who: str) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, UserError | RunStopped):
             raise error.cause from None
-        raise RunStopped(f"{who} failed: {_first_line(error.cause)}") from error
+        raise Failed(f"{who} failed: {first_line(error.cause)}") from error
     except (RayActorError, WorkerCrashedError) as error:
-        raise RunStopped(
-            f"the process of {who} died ({_cause_of_death(error)}); --resume goes on from the last checkpoint"
-        ) from error
+        raise Died(f"the process of {who} died ({cause_of_death(error)}); {RESUME}") from error
 
 
-def _cause_of_death(error: BaseException) -> str:
+def cause_of_death(error: BaseException) -> str:
     """Ray's first line; its last one where the process could not be set up, as when a module is not found there."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "creation task" in lines[0] else 0].strip()[:300]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -32,9 +32,11 @@ from bridle.data.targets import TargetCache, row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, new_auxiliary
-from bridle.models.hidden import capture_hidden_states, causal_lm, project
+from bridle.models.hidden import causal_lm, project, run
 from bridle.models.loading import context_length
 from bridle.models.sampling import sample
+from bridle.models.sharding import in_shards, trainable, whole
+from bridle.ranks import align, gathered, joined, rank, share
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
 from bridle.training.state import RegulariserState, Weights, on_cpu
@@ -82,7 +84,8 @@ class DomainRegulariser:
                     depth=shape.depth,
                     head_rank=shape.head_rank,
                     own_network=shape.own_network,
-                )
+                ).to(self.config.device)
+            align(self.auxiliary.state_dict().values())  # the other processes' model may have no weights yet
 
     @property
     def active(self) -> bool:
@@ -138,6 +141,7 @@ class DomainRegulariser:
             batch_size=self.config.rollout_batch_size,
             seed=self._seed(f"sampling {round_index}"),
             description=f"round {round_index}: sampling for {self.name}",
+            share=True,
         )
         model_hash = weights_hash(self.model)
         return [
@@ -178,7 +182,8 @@ class DomainRegulariser:
         return in_turn[:count]
 
     def _score(self) -> None:
-        scores = self.constraint.score([rollout.completion for rollout in self.rollouts])
+        mine = self.constraint.score([rollout.completion for rollout in share(self.rollouts)])
+        scores = joined(mine, len(self.rollouts))
         for rollout, score in zip(self.rollouts, scores, strict=True):
             rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
 
@@ -217,6 +222,7 @@ class DomainRegulariser:
             f"round {round_index}: fitting R",
             fresh=len(scored),
         )
+        align(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
         self.auxiliary.config.provenance = {
             "constraint": self.constraint.describe(),
             "regulariser": self.name,
@@ -260,11 +266,10 @@ class DomainRegulariser:
     def target(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """log p_a and log q, built on the frozen anchor. Shapes as in `divergence`; [prefixes, vocabulary]."""
         assert self.anchor is not None
-        with self.anchor.active(), capture_hidden_states(self.model) as captured:
-            causal_lm(self.model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            assert captured.last is not None
-            anchor_logits = project(self.model, captured.last[:, :-1][mask])
-        log_q = self._log_q(captured.last, anchor_logits, input_ids, attention_mask, mask)
+        with self.anchor.active():
+            states = run(self.model, input_ids, attention_mask)
+            anchor_logits = project(self.model, states[:, :-1][mask])
+        log_q = self._log_q(states, anchor_logits, input_ids, attention_mask, mask)
         return F.log_softmax(anchor_logits.float(), dim=-1), log_q
 
     def _log_q(
@@ -276,8 +281,9 @@ class DomainRegulariser:
         return log_target(anchor_logits, self.auxiliary(features), self.options.power)
 
     def next_rollouts(self, count: int) -> list[Rollout]:
-        """The next `count` rollouts of this round, in turn."""
-        first, self.drawn = self.drawn, self.drawn + count
+        """The next `count` rollouts of this round, in turn, after those that processes of lower rank take."""
+        counts = gathered(count)
+        first, self.drawn = self.drawn + sum(counts[: rank()]), self.drawn + sum(counts)
         return [self.rollouts[(first + offset) % len(self.rollouts)] for offset in range(count)]
 
     # ------------------------------------------------------------------ state
@@ -335,10 +341,10 @@ class DomainRegulariser:
 def weights_hash(model: nn.Module) -> str:
     """A short hash of the trainable weights: which model drew a sample."""
     digest = blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+    with in_shards(model):
+        for name, parameter in trainable(model):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

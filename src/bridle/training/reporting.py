@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from bridle.progress import Progress
+from bridle.ranks import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +17,8 @@ logger = logging.getLogger(__name__)
 class MetricsFile(TrainerCallback):
     """Appends every log record to `metrics.jsonl`, one JSON object a line.
 
-    A resumed run drops the records written after its checkpoint, so that no step stands there twice.
+    A resumed run drops the records written after its checkpoint, so that no step stands there twice. Of several
+    processes the main one writes.
     """
 
     def __init__(self, path: Path):
@@ -24,12 +26,16 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
         kept = []
+        if not is_main():
+            return
         if state.global_step and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+        if not is_main():
+            return
         record = {"step": state.global_step, **{key: _finite(value) for key, value in (logs or {}).items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")

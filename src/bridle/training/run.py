@@ -15,6 +15,7 @@ from bridle.environment import environment, write_json
 from bridle.errors import RunStopped, UserError
 from bridle.models.card import with_names, write_card
 from bridle.models.hub import without_token
+from bridle.ranks import is_main, wait
 from bridle.training.build import build_trainer
 from bridle.training.config import ConstrainedConfig
 from bridle.training.recipe import Recipe
@@ -49,24 +50,30 @@ def train(
         RunStopped: the run cannot go on usefully; what it has done is in `output_dir`.
     """
     folder = Path(output_dir)
+    recipe.config(folder)  # by which processes that were started together find one another
     if (folder / RECIPE_FILE).exists() and not resume:
         raise UserError(f"{folder}: holds a run already; add --resume to go on with it, or name another --output_dir")
+    wait()  # so that none takes for another run's what the main process writes
     rows = corpus or recipe.read_corpus()
     trainer = build_trainer(recipe, folder, rows)
     config = trainer.args
     guard = EntropyGuard(config.entropy_floor)
     _replace_callbacks(trainer, [MetricsFile(folder / "metrics.jsonl"), TrainingProgress(), guard])
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE_FILE).write_text(yaml.safe_dump(without_token(recipe.resolved), sort_keys=False), encoding="utf-8")
-    write_json(folder / "environment.json", environment(config.seed))
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(without_token(recipe.resolved), sort_keys=False)
+        (folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
+        write_json(folder / "environment.json", environment(config.seed))
     checkpoint = get_last_checkpoint(str(folder)) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if guard.verdict:
         raise RunStopped(f"{folder}: {guard.verdict}; the last checkpoint is kept")
+    if trainer.is_fsdp_enabled:  # a model in shards would be no `from_pretrained` folder
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder / "model"), _internal_call=True)  # it is pushed below, with its card
-    (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
-    if trainer.is_world_process_zero():
+    if is_main():
+        (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
         describe_run(recipe, folder, rows={name: len(domain) for name, domain in rows.items()})
     if config.push_to_hub:
         trainer.push_saved_model()

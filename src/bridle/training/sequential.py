@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from bridle.data import write_rollouts
 from bridle.environment import write_json
+from bridle.ranks import is_main, rank
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.shipping import make_targets, upcoming
 from bridle.training.state import RegulariserState
@@ -82,11 +83,11 @@ class SequentialSchedule(TrainerCallback):
         self._drop_old_targets()
 
     def _drop_old_targets(self) -> None:
-        """Removes files of targets that no regulariser reads any more."""
+        """Removes files of targets that no regulariser reads any more; each process its own."""
         read = {
             regulariser.targets.path for regulariser in self.trainer.regularisers if regulariser.targets is not None
         }
-        for file in (Path(self.trainer.args.output_dir).resolve() / "targets").glob("*.arrow"):
+        for file in (Path(self.trainer.args.output_dir).resolve() / "targets").glob(f"*.{rank()}.arrow"):
             if file not in read:
                 file.unlink()
 
@@ -108,14 +109,14 @@ class SequentialSchedule(TrainerCallback):
 
     def _keep_rollouts(self, index: int, regulariser: DomainRegulariser) -> None:
         """Writes what a round sampled, also when scoring or fitting it failed."""
-        if regulariser.rollouts and regulariser.rollouts[0].round == index:
+        if is_main() and regulariser.rollouts and regulariser.rollouts[0].round == index:
             folder = Path(self.trainer.args.output_dir) / "rollouts"
             folder.mkdir(parents=True, exist_ok=True)
             write_rollouts(folder / f"round-{index}.{regulariser.name}.jsonl", regulariser.rollouts)
 
     def _keep_auxiliary(self, index: int, regulariser: DomainRegulariser) -> None:
         """Writes R twice: where the latest is found, and by round, since R_1 is what guides the base model."""
-        if regulariser.auxiliary is not None and regulariser.informed:
+        if is_main() and regulariser.auxiliary is not None and regulariser.informed:
             folder = Path(self.trainer.args.output_dir) / "auxiliary"
             if sum(other.auxiliary is not None for other in self.trainer.regularisers) > 1:
                 folder = folder / regulariser.name
@@ -126,16 +127,18 @@ class SequentialSchedule(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):  # noqa: D102
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for regulariser in self.trainer.regularisers:
-            regulariser.state().save(folder / "regularisers" / regulariser.name)
-        begun = {"seconds_policy": time.perf_counter() - self._policy_began, "tally": self.trainer.tally.round}
-        write_json(folder / "schedule.json", {"round": self.round, "record": self._record, **begun})
+        states = {regulariser.name: regulariser.state() for regulariser in self.trainer.regularisers}
+        begun = {"seconds_policy": time.perf_counter() - self._policy_began, "tally": self.trainer.tally.state()}
+        if is_main():
+            for name, kept in states.items():
+                kept.save(folder / "regularisers" / name)
+            write_json(folder / "schedule.json", {"round": self.round, "record": self._record, **begun})
 
     def load(self, checkpoint: Path) -> None:
         """Goes back to where a checkpoint was written."""
         saved = json.loads((checkpoint / "schedule.json").read_text(encoding="utf-8"))
         self.round, self._record = saved["round"], saved["record"]
         self._policy_began = time.perf_counter() - saved["seconds_policy"]
-        self.trainer.tally.round.update(saved["tally"])
+        self.trainer.tally.restore(saved["tally"])
         for regulariser in self.trainer.regularisers:
             regulariser.adopt(RegulariserState.load(checkpoint / "regularisers" / regulariser.name))

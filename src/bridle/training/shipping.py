@@ -22,6 +22,7 @@ from bridle.data import DOMAIN
 from bridle.data.targets import TargetCache, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError
 from bridle.progress import track
+from bridle.ranks import rank
 from bridle.training.batches import Prefixes, rollout_rows
 from bridle.training.regulariser import DomainRegulariser
 
@@ -117,7 +118,8 @@ def make_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: in
     batches = rows.corpus + [rollout_rows(rollouts[at : at + config.rollout_batch_size], pad) for at in starts]
     prefixes = sum(int(mask.sum()) for *_, mask in batches)
     large = prefixes * bytes_per_token(config.target_tokens, vocabulary) > config.parallel.largest_bytes
-    path = Path(config.output_dir) / "targets" / f"round-{round_index}.{regulariser.name}.arrow" if large else None
+    name = f"round-{round_index}.{regulariser.name}.{rank()}.arrow"
+    path = Path(config.output_dir) / "targets" / name if large else None
     with TargetWriter(path, config.target_tokens, vocabulary) as writer:
         for ids, attention_mask, mask in track(batches, f"targets for {regulariser.name}", unit="batches"):
             on_device = (part.to(model.device) for part in (ids, attention_mask, mask))

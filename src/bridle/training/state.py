@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bridle.data import Rollout, read_rollouts, write_rollouts
 from bridle.data.targets import TargetCache
 from bridle.environment import write_json
+from bridle.models.sharding import in_shards, trainable, whole
 
 Weights = dict[str, Tensor]
 
@@ -64,9 +65,10 @@ class RegulariserState:
 
 def on_cpu(weights: Weights) -> Weights:
     """A copy that neither training nor another process changes."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
+    return {name: whole(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
 
 
 def trainable_weights(model: nn.Module) -> Weights:
     """A copy of what training changes: with LoRA, the adapter alone."""
-    return on_cpu({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+    with in_shards(model):
+        return on_cpu(dict(trainable(model)))

@@ -4,35 +4,59 @@ from collections import defaultdict
 
 from torch import Tensor
 
+from bridle.ranks import gathered, is_main
+
+Sums = dict[str, list[float]]
+
 
 class Tally:
     """Sums and counts by name, kept since the last log and since the round began.
 
-    Attributes:
-        round: since the round began, for a checkpoint.
+    Each process adds its own; what is asked for is of all of them, and must be asked for by all.
     """
 
     def __init__(self) -> None:
-        self._log: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self.round: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._log, self._round = _none(), _none()
 
     def add(self, name: str, total: Tensor, count: Tensor) -> None:
         """Adds a sum over `count` items; both are scalars."""
-        for sums in (self._log[name], self.round[name]):
+        for sums in (self._log[name], self._round[name]):
             sums[0] += float(total)
             sums[1] += float(count)
 
     def since_last_log(self) -> dict[str, float]:
         """Means by name since this was last asked."""
-        means, self._log = _means(self._log), defaultdict(lambda: [0.0, 0.0])
-        return means
+        sums, self._log = _of_all(self._log), _none()
+        return _means(sums)
 
     def of_round(self) -> dict[str, float]:
         """Means by name, and the corpus tokens trained on, since the round began; begins the next."""
-        means = _means(self.round) | {"tokens_trained": int(self.round["ce"][1])}
-        self.round = defaultdict(lambda: [0.0, 0.0])
-        return means
+        sums, self._round = _of_all(self._round), _none()
+        return _means(sums) | {"tokens_trained": int(sums["ce"][1])}
+
+    def state(self) -> Sums:
+        """The sums since the round began, for a checkpoint."""
+        return _of_all(self._round)
+
+    def restore(self, sums: Sums) -> None:
+        """Goes on from a checkpoint's sums, which count once."""
+        if is_main():
+            self._round.update(sums)
 
 
-def _means(sums: dict[str, list[float]]) -> dict[str, float]:
+def _none() -> Sums:
+    return defaultdict(lambda: [0.0, 0.0])
+
+
+def _of_all(sums: Sums) -> Sums:
+    """The sums of all processes together; a name may be known to some of them only."""
+    together = _none()
+    for part in gathered(dict(sums)):
+        for name, (total, count) in part.items():
+            together[name][0] += total
+            together[name][1] += count
+    return together
+
+
+def _means(sums: Sums) -> dict[str, float]:
     return {name: total / count for name, (total, count) in sums.items() if count}

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from bridle.core.tokens import shift
@@ -78,6 +79,7 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
+        self._check_sharding()
         self.data_collator = DomainCollator(tokenizer.pad_token_id)
         self.domains = list(corpus)
         self.regularisers = [
@@ -155,6 +157,14 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
             return 1
         return self.accelerator.num_processes // self.get_tp_size()
 
+    def _check_sharding(self) -> None:
+        if is_deepspeed_zero3_enabled():
+            raise UserError("deepspeed: ZeRO-3 hides the weights that anchors are made of; use ZeRO-1, ZeRO-2 or FSDP2")
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise UserError("fsdp: only version 2 is supported; set fsdp_version: 2 in the configuration of accelerate")
+        if self.is_fsdp_enabled and self.args.schedule == "parallel":
+            raise UserError("schedule: parallel needs the whole model in each process; use sequential with FSDP2")
+
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """The mixture is tokenised, cut and packed already, domain by domain; anything else is TRL's."""
         return dataset if DOMAIN in dataset.column_names else super()._prepare_dataset(dataset, *args, **kwargs)
@@ -170,9 +180,11 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         else:
             super()._run_epoch(**kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.schedule.load(Path(resume_from_checkpoint))
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self.schedule.load(Path(resume_from_checkpoint))
+        return prepared
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the means of CE and of every KL beside what `SFTTrainer` logs."""
