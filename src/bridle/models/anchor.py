@@ -37,7 +37,7 @@ class Anchor:
     def active(self) -> Iterator[None]:
         """Inside the block the model is the anchor: its weights, evaluation mode, no gradients.
 
-        Do not run it between a policy forward and its backward.
+        A backward of the policy that is still to come finds everything as it was.
         """
         training = self.model.training
         self.model.eval()

@@ -72,4 +72,4 @@ def reshard(model: nn.Module) -> None:
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
     """Outer ones first."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for module in model.modules() if isinstance(module, FSDPModule)] if is_sharded(model) else []
