@@ -86,6 +86,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
+def sync_files(folder: str | os.PathLike[str]) -> None:
+    """Waits until every file below a folder is on the disk, so that what is written next says so truly."""
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def _replace(path: Path, text: str) -> None:
     # The temporary file lies in the same folder, since a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

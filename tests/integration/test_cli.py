@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bridle.lock import only_writer
 from conftest import ROOT, SENTENCES, TINY
 
 SHORT = ("--max_new_tokens", 8)  # the tiny models' context is small
@@ -258,6 +259,11 @@ class TestMistakes:
         path = recipe(max_steps=2, rounds=1)
         assert bridle("train", path, "--output_dir", tmp_path / "run")[0] == 0
         self.assert_one_line(bridle("train", path, "--output_dir", tmp_path / "run"), tmp_path / "run", "--resume")
+
+    def test_a_folder_that_another_run_is_writing_to(self, bridle, recipe, tmp_path):
+        with only_writer(tmp_path / "run"):
+            done = bridle("train", recipe(max_steps=2, rounds=1), "--output_dir", tmp_path / "run")
+        self.assert_one_line(done, tmp_path / "run", "another run is writing here")
 
     def test_empty_and_malformed_data(self, bridle, recipe, tmp_path, corpus_files):
         path = recipe()

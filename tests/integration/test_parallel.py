@@ -9,11 +9,12 @@ import time
 import psutil
 import pytest
 import torch
-from test_training import NO_E, logged, trainer_of, weights
+from test_training import NO_E, Letters, logged, trainer_of, weights
 
 from bridle.errors import RunStopped, UserError
 from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.parallel import LocalWorker
+from bridle.training.sequential import last_checkpoint
 from bridle.training.state import RegulariserState
 
 ROUNDS = {"schedule": "parallel", "rounds": 4, "max_steps": 8}
@@ -190,3 +191,15 @@ def test_a_state_is_the_same_after_a_checkpoint(tiny_folder, tmp_path):
             assert torch.equal(getattr(loaded, weights_of)[name], weight)
     assert not [path for path in (tmp_path / "state").iterdir() if path.suffix in {".bin", ".pt", ".pkl"}]
     assert json.loads((tmp_path / "state" / "state.json").read_text())["provenance"]["regulariser"] == "rude"
+
+
+@pytest.mark.parametrize("save_steps", [100, 1])  # found out at the next round's beginning, or when it is waited for
+def test_what_was_sampled_is_kept_when_the_worker_cannot_score_it(tiny_folder, tmp_path, save_steps):
+    silent = Letters(["unused"], name="silent")
+    silent._score = lambda texts: [None] * len(texts)
+    options = {**ROUNDS, "save_strategy": "steps", "save_steps": save_steps}
+    trainer = in_turns(trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(silent)}, **options))
+    with pytest.raises(RunStopped, match=r"32 of 32 rollouts got no score"):
+        trainer.train()
+    assert len((tmp_path / "rollouts" / "round-1.rude.jsonl").read_text().splitlines()) == 32
+    assert last_checkpoint(tmp_path) is None, "a checkpoint without R_1 would go on without it"

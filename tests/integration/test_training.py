@@ -7,10 +7,12 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from bridle.environment import write_json
 from bridle.errors import RunStopped, UserError
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
 from bridle.training.config import AuxiliaryOptions, Regulariser
+from bridle.training.sequential import last_checkpoint
 from trainers import NO_E, SFT_OPTIONS, SHARE_OF_E, Letters, corpus, logged, trainer_of, weights
 
 
@@ -231,3 +233,19 @@ class TestResume:
         resumed.train(resume_from_checkpoint=str(tmp_path / "died" / f"checkpoint-{checkpoint}"))
         for name, weight in weights(whole).items():
             assert torch.equal(weights(resumed)[name], weight), name
+
+    def test_a_half_written_checkpoint_is_passed_over(self, tmp_path):
+        for step, files in {4: ["schedule.json"], 12: ["schedule.json"], 100: ["model.safetensors"]}.items():
+            for file in files:
+                write_json(tmp_path / f"checkpoint-{step}" / file, {})
+        assert last_checkpoint(tmp_path).name == "checkpoint-12"
+        assert last_checkpoint(tmp_path / "checkpoint-4") is None
+
+    def test_the_word_that_a_checkpoint_is_whole_comes_last(self, tiny_folder, tmp_path, monkeypatch):
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, **options)
+        trainer.schedule._save_states = lambda checkpoint: (_ for _ in ()).throw(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+        assert last_checkpoint(tmp_path) is None

@@ -11,9 +11,11 @@ takes turns with the policy and gives the same result, bit for bit.
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from bridle.errors import RunStopped, UserError
 from bridle.models.hidden import causal_lm
 from bridle.ranks import from_main, is_main
 from bridle.training.regulariser import DomainRegulariser
@@ -76,7 +78,10 @@ class RegulariserRole:
         states = []
         for regulariser in self.regularisers:
             regulariser.set_policy(weights)
-            measured = regulariser.update(round_index)
+            try:
+                measured = regulariser.update(round_index)
+            except (RunStopped, UserError) as error:  # not raised here, where what was sampled would be lost
+                return [*states, replace(regulariser.state(), stopped=error)]
             if rows is not None and regulariser.informed and regulariser.targets is None:
                 began = time.perf_counter()
                 regulariser.targets = make_targets(regulariser, rows[regulariser.index], round_index)
@@ -171,11 +176,10 @@ class ParallelSchedule(SequentialSchedule):
         """Takes R_{i-1}, and has R_i fitted from here on."""
         if self.pending is not None:
             began = time.perf_counter()
-            states = self.pending.result()
+            states = self._received(self.pending, index - 1)
             self._record["seconds_waiting"] = time.perf_counter() - began
             for regulariser, state in zip(self.trainer.regularisers, states, strict=True):
                 regulariser.adopt(state)
-                self._keep_rollouts(index - 1, regulariser)
                 self._note(index - 1, regulariser, _of_worker(state.measured))
         self.pending = None
         self._drop_old_targets()
@@ -183,6 +187,15 @@ class ParallelSchedule(SequentialSchedule):
             self.worker = self.worker or self._ray_worker()
             rows = upcoming(self.trainer, index + 1) if self.trainer.args.targets == "shipped" else None
             self.pending = self.worker.submit(index, trainable_weights(self.trainer.model), rows)
+
+    def _received(self, pending: Pending, index: int) -> list[RegulariserState]:
+        """The states of round `index`; raises what stopped it, once what it sampled is written."""
+        states = pending.result()
+        for regulariser, state in zip(self.trainer.regularisers, states, strict=False):
+            self._keep_rollouts(index, regulariser.name, state.rollouts)
+            if state.stopped is not None:
+                raise state.stopped
+        return states
 
     def _ray_worker(self) -> Worker:
         from bridle.training.ray_worker import RayWorker  # Ray is optional
@@ -202,16 +215,15 @@ class ParallelSchedule(SequentialSchedule):
 
     # ------------------------------------------------------------------ resume
 
-    def on_save(self, args, state, control, **kwargs):
+    def _save_states(self, checkpoint: Path) -> None:
         """Waits for R_i, which a resumed run could not fit again: its policy p_{i-1} is gone."""
-        super().on_save(args, state, control, **kwargs)
+        super()._save_states(checkpoint)
         if self.pending is not None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "pending"
-            states = self.pending.result()
+            states = self._received(self.pending, self.round)
             self.pending = Done(states)
             for regulariser, made in zip(self.trainer.regularisers, states, strict=True):
                 if is_main():
-                    made.save(folder / regulariser.name)
+                    made.save(checkpoint / "pending" / regulariser.name)
 
     def load(self, checkpoint: Path) -> None:  # noqa: D102
         super().load(checkpoint)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import yaml
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from bridle.environment import environment, write_json
 from bridle.errors import RunStopped, UserError
+from bridle.lock import only_writer
 from bridle.models.card import with_names, write_card
 from bridle.models.hub import without_token
 from bridle.ranks import is_main, wait
@@ -20,6 +21,7 @@ from bridle.training.build import build_trainer
 from bridle.training.config import ConstrainedConfig
 from bridle.training.recipe import Recipe
 from bridle.training.reporting import EntropyGuard, MetricsFile, TrainingProgress
+from bridle.training.sequential import last_checkpoint
 from bridle.training.trainer import ConstrainedTrainer
 
 RECIPE_FILE = "recipe.yaml"
@@ -46,7 +48,8 @@ def train(
         The trainer, with the tuned model.
 
     Raises:
-        UserError: something the recipe names cannot be used, or `output_dir` holds a run and `resume` is off.
+        UserError: something the recipe names cannot be used, or `output_dir` holds a run and `resume` is off, or
+            another process is writing there.
         RunStopped: the run cannot go on usefully; what it has done is in `output_dir`.
     """
     folder = Path(output_dir)
@@ -54,19 +57,22 @@ def train(
     if (folder / RECIPE_FILE).exists() and not resume:
         raise UserError(f"{folder}: holds a run already; add --resume to go on with it, or name another --output_dir")
     wait()  # so that none takes for another run's what the main process writes
-    rows = corpus or recipe.read_corpus()
+    with only_writer(folder) if is_main() else nullcontext():
+        return _train(recipe, folder, corpus or recipe.read_corpus(), resume)
+
+
+def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bool) -> ConstrainedTrainer:
     trainer = build_trainer(recipe, folder, rows)
     config = trainer.args
     guard = EntropyGuard(config.entropy_floor)
     _replace_callbacks(trainer, [MetricsFile(folder / "metrics.jsonl"), TrainingProgress(), guard])
 
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(without_token(recipe.resolved), sort_keys=False)
         (folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
         write_json(folder / "environment.json", environment(config.seed))
-    checkpoint = get_last_checkpoint(str(folder)) if resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = last_checkpoint(folder) if resume else None
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if guard.verdict:
         raise RunStopped(f"{folder}: {guard.verdict}; the last checkpoint is kept")
     if trainer.is_fsdp_enabled:  # a model in shards would be no `from_pretrained` folder

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from bridle.data import write_rollouts
-from bridle.environment import write_json
+from bridle.data import Rollout, write_rollouts
+from bridle.environment import sync_files, write_json
 from bridle.ranks import is_main, rank
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.shipping import make_targets, upcoming
@@ -20,6 +20,16 @@ from bridle.training.state import RegulariserState
 
 if TYPE_CHECKING:
     from bridle.training.trainer import ConstrainedTrainer
+
+
+SCHEDULE = "schedule.json"
+"""Written last: it says that a checkpoint is whole."""
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The last whole checkpoint of a run; one that a dead run left half-written is passed over."""
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{SCHEDULE}")]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 class SequentialSchedule(TrainerCallback):
@@ -78,7 +88,7 @@ class SequentialSchedule(TrainerCallback):
             try:
                 measured = regulariser.update(index)
             finally:
-                self._keep_rollouts(index, regulariser)
+                self._keep_rollouts(index, regulariser.name, regulariser.rollouts)
             self._note(index, regulariser, measured)
         self._drop_old_targets()
 
@@ -107,12 +117,12 @@ class SequentialSchedule(TrainerCallback):
         self._record |= self.trainer.tally.of_round()
         Trainer.log(self.trainer, self._record)  # past `SFTTrainer.log`, which would end its own averages here
 
-    def _keep_rollouts(self, index: int, regulariser: DomainRegulariser) -> None:
+    def _keep_rollouts(self, index: int, name: str, rollouts: list[Rollout]) -> None:
         """Writes what a round sampled, also when scoring or fitting it failed."""
-        if is_main() and regulariser.rollouts and regulariser.rollouts[0].round == index:
+        if is_main() and rollouts and rollouts[0].round == index:
             folder = Path(self.trainer.args.output_dir) / "rollouts"
             folder.mkdir(parents=True, exist_ok=True)
-            write_rollouts(folder / f"round-{index}.{regulariser.name}.jsonl", regulariser.rollouts)
+            write_rollouts(folder / f"round-{index}.{name}.jsonl", rollouts)
 
     def _keep_auxiliary(self, index: int, regulariser: DomainRegulariser) -> None:
         """Writes R twice: where the latest is found, and by round, since R_1 is what guides the base model."""
@@ -127,16 +137,21 @@ class SequentialSchedule(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):  # noqa: D102
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        states = {regulariser.name: regulariser.state() for regulariser in self.trainer.regularisers}
         begun = {"seconds_policy": time.perf_counter() - self._policy_began, "tally": self.trainer.tally.state()}
+        self._save_states(folder)
+        if is_main():
+            sync_files(folder)
+            write_json(folder / SCHEDULE, {"round": self.round, "record": self._record, **begun})
+
+    def _save_states(self, checkpoint: Path) -> None:
+        states = {regulariser.name: regulariser.state() for regulariser in self.trainer.regularisers}
         if is_main():
             for name, kept in states.items():
-                kept.save(folder / "regularisers" / name)
-            write_json(folder / "schedule.json", {"round": self.round, "record": self._record, **begun})
+                kept.save(checkpoint / "regularisers" / name)
 
     def load(self, checkpoint: Path) -> None:
         """Goes back to where a checkpoint was written."""
-        saved = json.loads((checkpoint / "schedule.json").read_text(encoding="utf-8"))
+        saved = json.loads((checkpoint / SCHEDULE).read_text(encoding="utf-8"))
         self.round, self._record = saved["round"], saved["record"]
         self._policy_began = time.perf_counter() - saved["seconds_policy"]
         self.trainer.tally.restore(saved["tally"])

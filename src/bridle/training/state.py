@@ -30,6 +30,7 @@ class RegulariserState:
         provenance: what R was fitted on.
         targets: made ahead of the next updates. Not saved: they are made again from R and the anchor.
         measured: what the round measured.
+        stopped: why the round could not be ended; not saved, since the run ends with it.
     """
 
     informed: bool = False
@@ -41,6 +42,7 @@ class RegulariserState:
     provenance: dict[str, Any] | None = None
     targets: TargetCache | None = None
     measured: dict[str, Any] = field(default_factory=dict)
+    stopped: Exception | None = None
 
     def save(self, folder: Path) -> None:
         """Writes it, without pickles."""
