@@ -59,7 +59,7 @@ def test_each_round_uses_the_last_rounds_regulariser(tiny_folder, tmp_path):
     used, submitted = {}, []
     worker, begin = trainer.schedule.worker, trainer.schedule.begin_round
     submit = worker.submit
-    worker.submit = lambda index, policy: submitted.append((index, policy)) or submit(index, policy)
+    worker.submit = lambda index, policy, rows: submitted.append((index, policy)) or submit(index, policy, rows)
     trainer.schedule.begin_round = lambda index: (begin(index), used.update({index: trainer.regularisers[0].state()}))[
         0
     ]
@@ -170,9 +170,9 @@ def test_what_is_in_use_is_waited_for_so_long(ray, tiny_folder, tmp_path):
 def test_large_weights_pass_through_a_file(tmp_path):
     ray_worker = pytest.importorskip("bridle.training.ray_worker", reason="Ray is not installed", exc_type=UserError)
     policy = {"weight": torch.randn(300, 1000)}
-    small = ray_worker.pack(policy, tmp_path / "p.safetensors", largest_message=2.0)
+    small = ray_worker.pack(policy, tmp_path / "p.safetensors", largest_bytes=2 * 2**20)
     assert small is policy
-    large = ray_worker.pack(policy, tmp_path / "p.safetensors", largest_message=1.0)
+    large = ray_worker.pack(policy, tmp_path / "p.safetensors", largest_bytes=2**20)
     assert large == tmp_path / "p.safetensors"
     assert torch.equal(ray_worker.unpack(large)["weight"], policy["weight"])
     assert not large.exists()
