@@ -54,6 +54,9 @@ def train(
         Path | None, typer.Option("--output_dir", help="Where the run goes. [default: runs/NAME OF RECIPE]")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept_changes", help="Go on although the recipe has changed.")
+    ] = False,
 ) -> None:
     """Fine-tune a model as a recipe says.
 
@@ -72,9 +75,9 @@ def train(
     if loaded.training.get("schedule") == "parallel":
         from bridle.training.roles import train_in_roles
 
-        train_in_roles(loaded, folder, resume=resume)
+        train_in_roles(loaded, folder, resume=resume, accept_changes=accept_changes)
     else:
-        run(loaded, folder, resume=resume)
+        run(loaded, folder, resume=resume, accept_changes=accept_changes)
     if is_main():
         typer.echo(f"The model is in {folder / 'model'}, what was measured in {folder / 'metrics.jsonl'}.")
 

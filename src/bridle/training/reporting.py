@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from bridle.environment import write_text
 from bridle.progress import Progress
 from bridle.ranks import is_main
 
@@ -29,9 +30,9 @@ class MetricsFile(TrainerCallback):
         if not is_main():
             return
         if state.global_step and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            *whole, _ = self.path.read_text(encoding="utf-8").split("\n")  # the last may have been cut off
+            kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         if not is_main():

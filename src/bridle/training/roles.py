@@ -25,14 +25,16 @@ from bridle.training.recipe import Recipe, build_recipe
 from bridle.training.run import train
 
 
-def train_in_roles(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> None:
+def train_in_roles(
+    recipe: Recipe, output_dir: str | Path, *, resume: bool = False, accept_changes: bool = False
+) -> None:
     """`train`, with the policy in a process of its own, or several, placed by Ray.
 
     The regulariser's processes belong to the policy's and end with it, whatever ends that.
 
     Args:
         recipe: one with the parallel schedule.
-        output_dir, resume: as in `train`.
+        output_dir, resume, accept_changes: as in `train`.
 
     Raises:
         UserError: as `train`; or the cluster cannot give the roles what they ask for.
@@ -53,6 +55,7 @@ def train_in_roles(recipe: Recipe, output_dir: str | Path, *, resume: bool = Fal
         "mapping": recipe.resolved,
         "output_dir": folder,
         "resume": resume,
+        "accept_changes": accept_changes,
         "working_folder": os.getcwd(),
         "threads": torch.get_num_threads(),
         "gpus": gpus_of_each(options),
@@ -69,7 +72,8 @@ def _policy(run: dict[str, Any]) -> None:
     torch.set_num_threads(run["threads"])
     if not run["gpus"]:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or `accelerate` would not look for the other processes
-    train(build_recipe(run["mapping"]), run["output_dir"], resume=run["resume"])
+    how = {key: run[key] for key in ("resume", "accept_changes")}
+    train(build_recipe(run["mapping"]), run["output_dir"], **how)
 
 
 def _train_together(run: dict[str, Any], config: ConstrainedConfig) -> None:

@@ -11,12 +11,13 @@ import yaml
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
-from bridle.environment import environment, write_json
+from bridle.environment import environment, write_json, write_text
 from bridle.errors import RunStopped, UserError
 from bridle.lock import only_writer
 from bridle.models.card import with_names, write_card
 from bridle.models.hub import without_token
 from bridle.ranks import is_main, wait
+from bridle.settings import different_keys, read_yaml
 from bridle.training.build import build_trainer
 from bridle.training.config import ConstrainedConfig
 from bridle.training.recipe import Recipe
@@ -32,6 +33,7 @@ def train(
     output_dir: str | Path,
     *,
     resume: bool = False,
+    accept_changes: bool = False,
     corpus: Mapping[str, Dataset] | None = None,
 ) -> ConstrainedTrainer:
     """Carries out a recipe.
@@ -42,23 +44,36 @@ def train(
             last R, and each round's in `round-N/`; a folder per regulariser where there are several),
             `rollouts/`, `metrics.jsonl`, `recipe.yaml`, `environment.json` and the checkpoints.
         resume: go on from the last checkpoint in `output_dir`.
+        accept_changes: resume although the recipe is no longer the one that `output_dir` was begun with.
         corpus: rows by domain in place of those the recipe's domains read.
 
     Returns:
         The trainer, with the tuned model.
 
     Raises:
-        UserError: something the recipe names cannot be used, or `output_dir` holds a run and `resume` is off, or
-            another process is writing there.
+        UserError: something the recipe names cannot be used; or `output_dir` holds a run and `resume` is off, or a run
+            of another recipe, or another process is writing there.
         RunStopped: the run cannot go on usefully; what it has done is in `output_dir`.
     """
     folder = Path(output_dir)
     recipe.config(folder)  # by which processes that were started together find one another
-    if (folder / RECIPE_FILE).exists() and not resume:
-        raise UserError(f"{folder}: holds a run already; add --resume to go on with it, or name another --output_dir")
+    if (folder / RECIPE_FILE).exists():
+        _check_recipe(recipe, folder, resume, accept_changes)
     wait()  # so that none takes for another run's what the main process writes
     with only_writer(folder) if is_main() else nullcontext():
         return _train(recipe, folder, corpus or recipe.read_corpus(), resume)
+
+
+def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bool) -> None:
+    """Makes sure that a folder that holds a run is meant, and that it is the same run."""
+    if not resume:
+        raise UserError(f"{folder}: holds a run already; add --resume to go on with it, or name another --output_dir")
+    changed = different_keys(read_yaml(folder / RECIPE_FILE), without_token(recipe.resolved))
+    if changed and not accept_changes:
+        raise UserError(
+            f"{folder / RECIPE_FILE}: was another recipe: {', '.join(changed)} differ; add --accept_changes to go on "
+            "with the new one, or name another --output_dir"
+        )
 
 
 def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bool) -> ConstrainedTrainer:
@@ -68,8 +83,7 @@ def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bo
     _replace_callbacks(trainer, [MetricsFile(folder / "metrics.jsonl"), TrainingProgress(), guard])
 
     if is_main():
-        resolved = yaml.safe_dump(without_token(recipe.resolved), sort_keys=False)
-        (folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
+        write_text(folder / RECIPE_FILE, yaml.safe_dump(without_token(recipe.resolved), sort_keys=False))
         write_json(folder / "environment.json", environment(config.seed))
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
