@@ -19,6 +19,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from typer.main import get_command
 
@@ -184,8 +185,11 @@ class Session:
     # ------------------------------------------------------------------ recipes
 
     def do_yaml(self, block):
-        """A whole recipe, sections of one, or constraints."""
+        """A whole recipe, sections of one, or constraints; or a configuration of accelerate, in a file."""
         given = parse_yaml(block.text, block.place)
+        if "compute_environment" in given:
+            load_config_from_file(block.title)  # an unknown key raises
+            return
         if not given.keys() & KEYS:  # constraints by name
             for name, spec in given.items():
                 build_constraint(spec, name)
