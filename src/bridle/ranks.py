@@ -67,7 +67,7 @@ def from_main(item: T) -> T:
 
 
 def align(tensors: Iterable[Tensor]) -> None:
-    """Passes the main process's tensors, into those of the others, in place."""
+    """Passes the main process's tensors, each [...], into those of the others, in place."""
     if world() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)

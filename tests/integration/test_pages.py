@@ -14,25 +14,30 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from typer.main import get_command
 
 import tiny_tokenizers
 from bridle.cli import app
 from bridle.comparison.plan import evaluation_of
+from bridle.constraints import build_constraint
 from bridle.settings import parse_yaml
+from bridle.training.config import ConstrainedConfig
 from bridle.training.recipe import build_recipe, load_recipe, parse_overrides
-from conftest import ROOT, SENTENCES
+from conftest import INSULTS, ROOT, SENTENCES
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n\n?)?```(?P<head>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
+KEYS = {"model", "corpus", "constraints", "regularisers", "evaluation", "methods"}
+KEYS |= {field.name for field in fields(ConstrainedConfig)}
 CONTEXT = 128  # tokens
 MODELS = ["huggyllama/llama-7b", "HuggingFaceTB/SmolLM2-135M", "shared/models/mini-en"]
 CLASSIFIERS = {"tomh/toxigen_roberta": ["LABEL_0", "LABEL_1"], "shared/models/mini-toxicity": ["non-toxic", "toxic"]}
@@ -114,6 +119,7 @@ def world(tiny_model, tmp_path_factory):
         rows = [{"text": f"{text} {number}", "label": number % 2} for number in range(13) for text in SENTENCES]
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "mild.txt").write_text("\n".join(INSULTS), encoding="utf-8")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     return folder
 
@@ -124,6 +130,7 @@ def session(world, bridle, tmp_path, monkeypatch):
     shutil.copytree(world, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("BRIDLE_SHARED", str(folder / "shared"))
+    monkeypatch.setenv("BRIDLE_CACHE", str(folder / "cache"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     known, session = set(sys.modules), Session(bridle)
     yield session
@@ -178,8 +185,15 @@ class Session:
     # ------------------------------------------------------------------ recipes
 
     def do_yaml(self, block):
-        """A whole recipe, or sections of one."""
+        """A whole recipe, sections of one, or constraints; or a configuration of accelerate, in a file."""
         given = parse_yaml(block.text, block.place)
+        if "compute_environment" in given:
+            load_config_from_file(block.title)  # an unknown key raises
+            return
+        if not given.keys() & KEYS:  # constraints by name
+            for name, spec in given.items():
+                build_constraint(spec, name)
+            return
         mapping = given if {"model", "corpus"} <= set(given) else merged(BASE, given)
         recipe = build_recipe({key: value for key, value in mapping.items() if key not in ("bf16", "fp16")})
         recipe.config("unused")

@@ -96,7 +96,7 @@ def test_the_examples_of_the_page_are_constraints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mild.txt").write_text("grumblefish")
     page = (ROOT / "docs" / "constraints.md").read_text(encoding="utf-8")
-    recipe, *examples = (parse_yaml(block, "page") for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    recipe, *examples = (parse_yaml(block, "page") for block in re.findall(r"```yaml[^\n]*\n(.*?)```", page, re.DOTALL))
     assert build_recipe(recipe).constraints["polite"].score(["you grumblefish"])[0].complies is False
     built = {name: build_constraint(spec, name) for example in examples for name, spec in example.items()}
     assert len(built) > 12

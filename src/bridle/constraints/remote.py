@@ -149,7 +149,11 @@ class Remote(Constraint):
         self._needs_key = self._names_key or self._endpoint.url == preset_own.get("url")
 
     def load(self) -> None:
-        """Makes sure that the key is set, where one is needed, and opens the cache."""
+        """Makes sure that the key is set, where one is needed, and opens the cache.
+
+        Raises:
+            UserError: it is not, or the cache cannot be used.
+        """
         if self._needs_key and not self._endpoint.has_key:
             raise UserError(
                 f"constraint '{self.name}': the environment variable {self._endpoint.api_key_env} is not set; "

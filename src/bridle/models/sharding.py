@@ -28,12 +28,15 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from its shards; itself where it has none."""
+    """A tensor gathered from its shards; itself where it has none. [...] -> [...]"""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a tensor, cut as a parameter is. What the first process has counts."""
+    """This process's part of a tensor, cut as a parameter of its shape is. [...] -> [...]
+
+    What the first process has counts.
+    """
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
         tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
@@ -41,7 +44,7 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, without a graph: writing to it writes to the tensor."""
+    """This process's part of a tensor, without a graph: writing to it writes to the tensor. [...] -> [...]"""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

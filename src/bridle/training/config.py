@@ -102,6 +102,9 @@ class ParallelOptions:
         patience: seconds to wait for the cluster to give a role what it asks for.
         largest_message: MiB of weights or targets above which they pass through a file in the output folder, which
             all roles must then share.
+
+    Raises:
+        UserError: a role without a process; the message begins with the field.
     """
 
     address: str | None = None
