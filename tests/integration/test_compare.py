@@ -127,6 +127,13 @@ def test_a_failure_stops_no_other_method_and_resuming_makes_only_what_is_missing
     assert (folder / "sft" / "seed-0" / "results.json").stat().st_mtime_ns == untouched
     assert found["base"]["figures"]["violation"] == found["broken"]["figures"]["violation"], "the same model and seed"
 
+    (folder / "sft" / "seed-0" / "results.json").unlink()
+    moved = folder.rename(tmp_path / "moved")
+    code, _, err = bridle("compare", comparison, "--methods", "sft", "--output_dir", moved, "--resume")
+    assert code == 0, err
+    assert "seed 0: making" not in err, "its model is found where it was moved to"
+    assert results_of(moved)["methods"]["sft"]["figures"]["violation"] == found["sft"]["figures"]["violation"]
+
 
 def test_a_method_whose_model_another_needs_fails_once_and_says_why(bridle, comparison, tmp_path, monkeypatch):
     monkeypatch.setitem(built_in.BUILT_IN, "sft", broken)

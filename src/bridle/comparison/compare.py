@@ -10,7 +10,7 @@ A run that has a `candidate.json` is not made again, and one with a `results.jso
 import json
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,8 @@ class Comparison:
         """A method's model, made if it was not yet."""
         folder = self._folder(name, seed)
         if (folder / CANDIDATE).exists():
-            return Candidate(**_read(folder / CANDIDATE))
+            known = Candidate(**_read(folder / CANDIDATE))
+            return replace(known, model=self._found(known.model), guide=known.guide and self._found(known.guide))
         if (name, seed) in self._failed:  # not tried twice in one call
             raise UserError(self._failed[name, seed])
         self.show(f"{name}, seed {seed}: making")
@@ -152,8 +153,16 @@ class Comparison:
         except Exception as error:
             self._note_failure(name, seed, error)
             raise
-        write_json(folder / CANDIDATE, asdict(candidate))
+        made = {"model": self._within(candidate.model), "guide": candidate.guide and self._within(candidate.guide)}
+        write_json(folder / CANDIDATE, asdict(candidate) | made)
         return candidate
+
+    def _within(self, path: str) -> str:
+        """A path below the comparison's folder as seen from there, so that the folder may be moved."""
+        return str(Path(path).relative_to(self.folder)) if Path(path).is_relative_to(self.folder) else path
+
+    def _found(self, path: str) -> str:
+        return str(self.folder / path) if (self.folder / path).exists() else path
 
     def _needed(self, name: str, seed: int) -> Candidate:
         """A model that another method builds on."""
