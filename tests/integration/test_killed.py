@@ -64,6 +64,7 @@ def assert_same(found, expected):
     assert all(torch.equal(found[key], weight) for key, weight in expected.items())
 
 
+@pytest.mark.timeout(900)
 def test_killed_in_every_phase(processes, path, whole, tmp_path):
     for name, (where, call) in PLACES.items():
         folder = tmp_path / name
@@ -77,6 +78,7 @@ def test_killed_in_every_phase(processes, path, whole, tmp_path):
         assert len(steps) == len(set(steps)) == 8, name
 
 
+@pytest.mark.timeout(900)  # a minute where nothing else runs
 def test_killed_at_thirty_random_moments(processes, path, whole, tmp_path):
     expected, seconds = whole
     moments, kills, runs = random.Random(0), 0, 0
