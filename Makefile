@@ -2,6 +2,7 @@
 # make test    lint, types and all tests; sets up first where that is missing
 # make unit    the fast tests only
 # make docs    the documentation as HTML in site/, with warnings as errors
+# make quickstart   sets up where that is missing, and compares all methods on the embedded world
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -11,7 +12,7 @@ ifeq ($(shell command -v $(PYTHON)),)
 PYTHON := python3
 endif
 
-.PHONY: setup test unit lint format docs clean
+.PHONY: setup quickstart test unit lint format docs clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +22,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+quickstart: setup
+	$(BIN)/bridle quickstart
 
 test: setup lint
 	$(BIN)/python -m pytest

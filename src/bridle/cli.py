@@ -1,4 +1,4 @@
-"""The command line: `bridle train`, `generate`, `evaluate`, `judge`, `compare` and `report`."""
+"""The command line: `bridle quickstart`, `train`, `generate`, `evaluate`, `judge`, `compare` and `report`."""
 
 import json
 import logging
@@ -343,6 +343,51 @@ def compare(
     ).run()
     typer.echo(tables(read_report(folder)))
     typer.echo(f"Every figure is in {folder / 'results.json'}; look at {write_report(folder)} in a browser.")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: bridle quickstart --corpus comments.jsonl --constraint words:insults.txt",
+)
+def quickstart(
+    context: typer.Context,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--corpus", metavar="FILE", help="Rows of your own instead of the embedded forum; needs --constraint."
+        ),
+    ] = None,
+    constraint: Annotated[
+        str | None,
+        typer.Option(
+            "--constraint",
+            metavar="SPEC",
+            help="What a text must not be: words:FILE | regex:PATTERN | python:module:function | "
+            "classifier:MODEL,label=toxic",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="A folder or a hub's name instead of the embedded model."),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output_dir", help="Where everything goes. [default: runs/quickstart, or -own with your own]"),
+    ] = None,
+) -> None:
+    """Compare all methods on a small embedded world whose truth is known, or on a corpus of your own.
+
+    Nothing is downloaded: the world's texts, a model of a million parameters that has read them and a classifier are
+    made at first use and kept in the user's cache (BRIDLE_CACHE). Any key of the recipe can be set, as in `bridle
+    compare`. A tour that was cut short goes on where it was.
+    """
+    from bridle.quickstart.tour import take_tour, tour_recipe
+    from bridle.training.recipe import parse_overrides
+
+    _quiet_libraries()
+    recipe = tour_recipe(corpus, constraint, model, parse_overrides(context.args))
+    folder = output_dir or Path("runs") / ("quickstart-own" if corpus or constraint or model else "quickstart")
+    take_tour(recipe, folder, show=typer.echo, progress=lambda line: typer.echo(line, err=True))
 
 
 @app.command(epilog="Example: bridle report runs/compare-detox-mini")

@@ -127,8 +127,12 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe's mapping, with `${NAME}` and `${NAME:-default}` replaced by environment variables.
+def read_yaml(path: Path, variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """A recipe's mapping, with `${NAME}` and `${NAME:-default}` replaced.
+
+    Args:
+        path: the file.
+        variables: what the names stand for; the environment's if not given.
 
     Raises:
         UserError: the file cannot be read, is no mapping, or a variable without a default is not set.
@@ -140,20 +144,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     mapping = parse_yaml(text, str(path))
     if not isinstance(mapping, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
-    return _expand(mapping, str(path))
+    return _expand(mapping, variables, str(path))
 
 
-def _expand(value: Any, where: str) -> Any:
-    """Puts environment variables in the place of ${NAME} and ${NAME:-default}."""
+def _expand(value: Any, variables: Mapping[str, str], where: str) -> Any:
+    """Puts variables in the place of ${NAME} and ${NAME:-default}."""
     if isinstance(value, dict):
-        return {key: _expand(item, where) for key, item in value.items()}
+        return {key: _expand(item, variables, where) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item, where) for item in value]
+        return [_expand(item, variables, where) for item in value]
     if not isinstance(value, str):
         return value
 
     def variable(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1], match[2])
+        found = variables.get(match[1], match[2])
         if found is None:
             raise UserError(f"{where}: the environment variable {match[1]} is not set")
         return found

@@ -49,7 +49,6 @@ _FOLDERS = {name: name for name in COMMONSENSE} | {
 }
 _LM_EVAL_NAMES = {"siqa": "social_iqa"}
 _SHOTS = {"mmlu": 5}  # the others have none
-_NAMES = (*_FOLDERS, "commonsense")
 _LABELS = {"boolq": "answer"}  # the published file's name for the column that lm-eval reads as `label`
 _HUB_SECONDS = 5.0
 
@@ -117,7 +116,7 @@ def evaluate_tasks(
     seed: int = 0,
     guide: NADOGuide | None = None,
 ) -> dict[str, TaskResult]:
-    """Accuracy of a model on `boolq`, ..., `openbookqa`, `mmlu`, or the group `commonsense`.
+    """Accuracy of a model on `boolq`, ..., `openbookqa`, `mmlu`, the group `commonsense`, or tasks of one's own.
 
     The commonsense figures are those of Touvron et al. (LLaMA, 2023) as far as lm-eval has them: the
     choice of the highest likelihood per character, where the task reports it. LLaMA divides BoolQ's and
@@ -128,13 +127,15 @@ def evaluate_tasks(
     Args:
         model: a causal language model; it is put into evaluation mode for the time of the call.
         tokenizer: the model's.
-        tasks: names; a group brings its members along.
+        tasks: names; a group brings its members along. Any other name is a task of one's own: an lm-eval definition
+            NAME.yaml in `task_data`.
         task_data: folder of NAME.SPLIT.jsonl files with the columns of the published data sets, read in
             place of the hub's. The split that lm-eval evaluates is taken where its file is there,
             NAME.validation.jsonl otherwise (MMLU's documents are then its validation rows); examples come
             from the split lm-eval takes them from: mmlu.dev.jsonl, NAME.train.jsonl for the others.
         limit: only the first so many documents of each task, of each subject of `mmlu`.
-        shots: examples in front of each document; 5 for `mmlu` and 0 for the rest unless given.
+        shots: examples in front of each document; 5 for `mmlu`, a task of one's own as many as its `num_fewshot`
+            says, and 0 for the rest unless given.
         batch_size: sequences in one forward.
         seed: of the choice of examples, where lm-eval draws them; MMLU takes the first ones.
         guide: measure the model as guided by this (entered) guide: likelihoods are then those of q.
@@ -147,10 +148,10 @@ def evaluate_tasks(
             cannot be had from the hub; a limit below 1 or shots below 0. Nothing was evaluated then.
     """
     _check_numbers(limit, shots)
-    names = _expanded(tasks)
+    names = _expanded(tasks, task_data)
     was_training = model.training
     with _quiet() as terminal:
-        loaded = [_load(name, task_data, _SHOTS.get(name, 0) if shots is None else shots) for name in names]
+        loaded = [_load(name, task_data, shots) for name in names]
         for task in loaded:
             _check(task, limit)
         try:
@@ -210,13 +211,19 @@ class _Loaded:
     files: list[Path]  # of the documents and, with shots, of the examples; empty where they are the hub's
 
 
-def _load(name: str, task_data: Path | None, shots: int) -> _Loaded:
-    folder = Path(lm_eval.tasks.__file__).parent / _FOLDERS[name]
+def _load(name: str, task_data: Path | None, asked: int | None) -> _Loaded:
+    shipped = Path(lm_eval.tasks.__file__).parent
+    folder = shipped / _FOLDERS[name] if name in _FOLDERS else Path(task_data or "")
     manager = TaskManager(include_defaults=False, include_path=folder)
     members = _members(name, manager)
+    if members[0] not in manager.task_index:
+        raise UserError(
+            f"{folder / name}.yaml: not lm-eval's definition of a task called {name}; it needs `task: {name}`"
+        )
     config = manager.task_index[members[0]].cfg or {}
-    evaluated = config.get("test_split") or config["validation_split"]
-    examples = config.get("fewshot_split") or config["training_split"]
+    evaluated = config.get("test_split") or config.get("validation_split") or "test"
+    examples = config.get("fewshot_split") or config.get("training_split") or "train"
+    shots = _shots(name, config) if asked is None else asked
     if task_data is None:
         return _Loaded(name, _load_from_hub(manager, name, members, examples, shots), shots, evaluated, [])
     files = {evaluated: _find(task_data, name, evaluated, "validation")}
@@ -224,6 +231,10 @@ def _load(name: str, task_data: Path | None, shots: int) -> _Loaded:
         files[examples] = _find(task_data, name, examples)
     tasks = _load_from_files(manager, name, members, files, examples)
     return _Loaded(name, tasks, shots, files[evaluated].name.split(".")[-2], list(files.values()))
+
+
+def _shots(name: str, config: Mapping[str, Any]) -> int:
+    return _SHOTS.get(name, 0) if name in _FOLDERS else int(config.get("num_fewshot") or 0)
 
 
 def _members(name: str, manager: TaskManager) -> list[str]:
@@ -411,12 +422,14 @@ def _mean_of(rates: Sequence[Estimate]) -> Estimate:
     return Estimate(float(mean), float(mean - below / len(rates)), float(mean + above / len(rates)), n, missing)
 
 
-def _expanded(tasks: Sequence[str]) -> list[str]:
+def _expanded(tasks: Sequence[str], task_data: Path | None) -> list[str]:
     """The tasks in the order given, groups as their members, each once."""
+    own = sorted(file.stem for file in Path(task_data).glob("*.yaml")) if task_data else []
+    known = (*_FOLDERS, "commonsense", *own)
     for name in tasks:
-        if name not in _NAMES:
-            nearest = get_close_matches(name, _NAMES, n=1, cutoff=0)[0]
-            raise UserError(f"tasks: unknown task {name!r}; nearest: {nearest!r}; known: {', '.join(_NAMES)}")
+        if name not in known:
+            nearest = get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise UserError(f"tasks: unknown task {name!r}; nearest: {nearest!r}; known: {', '.join(known)}")
     return list(dict.fromkeys(chain.from_iterable(COMMONSENSE if name == "commonsense" else [name] for name in tasks)))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bridle.report.data import Figure, Report
-from bridle.report.tables import OVERVIEW_TASKS, Measure, main_violation, measures
+from bridle.report.tables import Measure, main_violation, measures, overview_tasks
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def tradeoffs(report: Report) -> list[Tradeoff]:
         return []
     held_out = sorted(measures(report, "perplexity"), key=lambda measure: measure.on != main.held_out)
     tasks = measures(report, "tasks")
-    summary = [task for task in tasks if task.on in OVERVIEW_TASKS]
+    summary = [task for task in tasks if task.on in overview_tasks(report)]
     violation = main_violation(main)
     found = [Tradeoff(utility, _pairs(report, violation, utility)) for utility in [*held_out, *(summary or tasks)]]
     return [one for one in found if one.methods]

@@ -174,8 +174,13 @@ def main_violation(main: Main) -> Measure:
 def overview(report: Report) -> Table | None:
     """Violation rate, MMLU, commonsense and perplexity of each method; None where nothing was measured."""
     found = measures(report, "violation", "tasks", "perplexity")
-    columns = [measure for measure in found if measure.group != "tasks" or measure.on in OVERVIEW_TASKS]
+    columns = [measure for measure in found if measure.group != "tasks" or measure.on in overview_tasks(report)]
     return _table(report, "Mean over seeds, ± standard deviation, 95% interval", columns)
+
+
+def overview_tasks(report: Report) -> tuple[str, ...]:
+    """The tasks and groups that the recipe named, or the usual two."""
+    return tuple(report.settings.get("tasks") or OVERVIEW_TASKS)
 
 
 def classification(report: Report) -> Table | None:
@@ -188,7 +193,7 @@ def classification(report: Report) -> Table | None:
 
 def further(report: Report) -> list[Table]:
     """What the other tables leave out: single tasks, properties of the text, cost."""
-    tasks = [measure for measure in measures(report, "tasks") if measure.on not in OVERVIEW_TASKS]
+    tasks = [measure for measure in measures(report, "tasks") if measure.on not in overview_tasks(report)]
     tables = (
         _table(report, "Single tasks", tasks),
         _table(report, "Properties of the generated text", measures(report, "text")),

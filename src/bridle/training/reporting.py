@@ -43,12 +43,19 @@ class MetricsFile(TrainerCallback):
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows the policy's steps with rate and time left, and a line at the end of each round."""
+    """Shows the policy's steps with rate and time left, and a line at the end of each round.
+
+    Args:
+        description: what is being trained.
+    """
 
     _progress: Progress
 
+    def __init__(self, description: str = "training the policy"):
+        self.description = description
+
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
-        self._progress = Progress("training the policy", state.max_steps, "steps")
+        self._progress = Progress(self.description, state.max_steps, "steps")
         self._progress.update(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102

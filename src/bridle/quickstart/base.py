@@ -1,0 +1,203 @@
+"""The models of the world: a tokenizer, a small Llama that has read its texts, and a classifier of hostile posts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from bridle.quickstart.truth import hostile
+from bridle.training.reporting import TrainingProgress
+
+CONTEXT = 256  # tokens: five examples and a question
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+LABELS = {0: "harmless", 1: "hostile"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one of the models is shaped and trained.
+
+    Attributes:
+        hidden_size: width.
+        layers: depth.
+        steps: updates.
+        batch_size: rows of an update.
+        learning_rate: of AdamW, at its highest; it rises over the first steps and falls as a cosine.
+        longest: tokens at which a text is cut.
+    """
+
+    hidden_size: int
+    layers: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    longest: int
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer that knows the texts' words, and spells any other text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT
+    )
+
+
+def train_base(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, training: Training, seed: int, folder: Path
+) -> PreTrainedModel:
+    """A Llama that has read the texts, saved with its tokenizer to `folder`.
+
+    Args:
+        texts: read in random order, as often as the steps need; texts of like length make up an update.
+        tokenizer: the model's.
+        training: shape and schedule.
+        seed: of weights and order.
+        folder: written to; a `from_pretrained` folder afterwards.
+    """
+    set_seed(seed)
+    heads = max(training.hidden_size // 32, 1)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=training.hidden_size,
+            num_hidden_layers=training.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=training.hidden_size * 11 // 4,
+            max_position_embeddings=CONTEXT,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            tie_word_embeddings=True,
+            initializer_range=training.hidden_size**-0.5,  # the usual 0.02 is for models ten times as wide
+        )
+    )
+    tokens = tokenizer(list(texts), truncation=True, max_length=training.longest - 1)["input_ids"]
+    ids = [[*row, tokenizer.eos_token_id] for row in tokens]
+    rows = Dataset.from_dict({"input_ids": ids}).select(_batches_of_like_length(ids, training, seed))
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    _train(model, rows, training, seed, folder, "training the base model", collator)
+    return _saved(model, tokenizer, folder)
+
+
+def train_oracle(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, training: Training, seed: int, folder: Path
+) -> PreTrainedModel:
+    """A classifier of hostile texts, saved to `folder` as `type: classifier` takes it, with the label "hostile".
+
+    Half of the texts lose their beginning, since what is judged is what a model adds to a prompt.
+
+    Args:
+        texts: labelled by what is true of them.
+        tokenizer: the base model's.
+        training: shape and schedule.
+        seed: of weights, beginnings and order.
+        folder: written to.
+    """
+    set_seed(seed)
+    rng = Random(seed)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=training.hidden_size,
+            num_hidden_layers=training.layers,
+            num_attention_heads=max(training.hidden_size // 32, 1),
+            intermediate_size=training.hidden_size * 2,
+            max_position_embeddings=CONTEXT,
+            pad_token_id=tokenizer.pad_token_id,
+            id2label=LABELS,
+            label2id={name: index for index, name in LABELS.items()},
+        )
+    )
+    judged = [text if rng.random() < 0.5 else _without_beginning(text, rng) for text in texts]
+    tokens = tokenizer(judged, truncation=True, max_length=training.longest)["input_ids"]
+    rows = Dataset.from_dict({"input_ids": tokens, "labels": [int(hostile(text)) for text in judged]})
+    rows = rows.select(_batches_of_like_length(tokens, training, seed))
+    collator = DataCollatorWithPadding(tokenizer)
+    _train(model, rows, training, seed, folder, "training the oracle", collator)
+    return _saved(model, tokenizer, folder)
+
+
+def _batches_of_like_length(ids: Sequence[Sequence[int]], training: Training, seed: int) -> np.ndarray:
+    """The rows of all updates, in order: texts of like length together, so that little is padded."""
+    rng, lengths, size = np.random.default_rng(seed), np.array([len(row) for row in ids]), training.batch_size
+    whole = np.resize(np.arange(len(ids)), -(-len(ids) // size) * size)  # some twice, so that every batch is full
+    batches: list[np.ndarray] = []
+    while len(batches) < training.steps:
+        shuffled = rng.permutation(whole)
+        batches += [*rng.permutation(shuffled[np.argsort(lengths[shuffled], kind="stable")].reshape(-1, size))]
+    return np.concatenate(batches[: training.steps])
+
+
+def _without_beginning(text: str, rng: Random) -> str:
+    words = text.split(" ")
+    return " ".join(words[rng.randrange(len(words)) :])
+
+
+def _train(
+    model: PreTrainedModel,
+    rows: Dataset,
+    training: Training,
+    seed: int,
+    folder: Path,
+    description: str,
+    collator: Any = None,
+) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=training.steps // 20,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        train_sampling_strategy="sequential",
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model, arguments, data_collator=collator, train_dataset=rows, callbacks=[TrainingProgress(description)]
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()

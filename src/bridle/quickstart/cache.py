@@ -1,0 +1,58 @@
+"""What is made once and kept: folders below the user's cache, each named by a hash of everything that shaped it."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from bridle.errors import UserError
+
+VARIABLE = "BRIDLE_CACHE"
+
+
+def cached(name: str, shaped_by: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+    """The folder that `make` has filled, now or in an earlier call with the same name and shape.
+
+    A folder is whole or not there at all, and two processes make it once: the second one waits.
+
+    Args:
+        name: what the folder's name begins with.
+        shaped_by: everything that decides what is in it, as JSON.
+        make: fills an empty folder.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    digest = hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / f"{name}-{digest}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                _fill(folder, make)
+    except OSError as error:
+        raise UserError(f"{folder.parent}: cannot be written ({error.strerror}); set {VARIABLE} to a folder") from error
+    return folder
+
+
+def cache_folder() -> Path:
+    """`BRIDLE_CACHE`, or else the place that the system has for a user's caches."""
+    return Path(os.environ.get(VARIABLE) or user_cache_path("bridle"))
+
+
+def _fill(folder: Path, make: Callable[[Path], None]) -> None:
+    unfinished = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        make(unfinished)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
