@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import AutoModelForCausalLM
 
 from bridle.data import DataSource, Domain, VerbalisedLabel, labelled_texts, tokenize_domain
@@ -332,3 +333,13 @@ def test_the_result_reads_well_and_is_json():
     written = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert written["accuracy"] == result.accuracy.to_json()
     assert written["threshold"] == result.threshold
+
+
+@pytest.mark.parametrize("levels", [3, 50, 10**6])
+def test_auc_and_average_precision_are_scikit_learns(levels):
+    rng = np.random.default_rng(levels)
+    labels = rng.integers(0, 2, 200)
+    scores = rng.integers(0, levels, 200) + labels * levels / 4  # few levels, many ties
+    result = classification_report(scores, labels, scores, labels, resamples=2)
+    assert result.roc_auc.value == pytest.approx(roc_auc_score(labels, scores))
+    assert result.average_precision.value == pytest.approx(average_precision_score(labels, scores))

@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 SHAPES_NOTHING = {"__init__.py", "tour.py", "cache.py", "recipe.yaml"}
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
 LABEL = VerbalisedLabel(column="hostile", template="{text}\nHostile:{label}")
+BASE = Training(128, 4, steps=800, batch_size=48, learning_rate=5e-3, longest=CONTEXT)
+ORACLE = Training(64, 2, steps=300, batch_size=64, learning_rate=2e-3, longest=40)
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Scale:
     held_out: int = 400
     questions: int = 160
     vocabulary: int = 2_048
-    base: Training = Training(128, 4, steps=800, batch_size=48, learning_rate=5e-3, longest=CONTEXT)
-    oracle: Training = Training(64, 2, steps=300, batch_size=64, learning_rate=2e-3, longest=40)
+    base: Training = BASE
+    oracle: Training = ORACLE
     judged: int = 4_000
 
 
