@@ -413,3 +413,23 @@ def test_published_documents_and_a_trained_model(shared):
     }
     assert all(0 <= result.accuracy.value <= 1 for result in results.values())
     assert {result.split for result in results.values()} == {"validation"}
+
+
+def test_a_task_of_ones_own(tmp_path, tiny_model, tiny_tokenizer):
+    """An lm-eval definition beside its documents; `num_fewshot` says how many examples go in front."""
+    definition = {"task": "birds", "output_type": "multiple_choice", "test_split": "test", "fewshot_split": "dev"}
+    fields = {"doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer", "num_fewshot": 2}
+    rows = [{"question": f"bird {n}", "choices": ["sings", "is a kettle"], "answer": n % 2} for n in range(6)]
+    (tmp_path / "birds.yaml").write_text(json.dumps(definition | fields | {"metric_list": [{"metric": "acc"}]}))
+    for split in ("dev", "test"):
+        write(tmp_path, f"birds.{split}", rows)
+    model = tiny_model(vocab_size=len(tiny_tokenizer))
+    found = evaluate_tasks(model, tiny_tokenizer, ["birds"], task_data=tmp_path)["birds"]
+    assert (found.metric, found.shots, found.split, found.accuracy.n) == ("acc", 2, "test", 6)
+    assert evaluate_tasks(model, tiny_tokenizer, ["birds"], task_data=tmp_path, shots=0)["birds"].shots == 0
+
+    (tmp_path / "birds.yaml").write_text(json.dumps(definition | fields | {"task": "fish"}))
+    with pytest.raises(UserError, match="it needs `task: birds`"):
+        evaluate_tasks(model, tiny_tokenizer, ["birds"], task_data=tmp_path)
+    with pytest.raises(UserError, match="unknown task 'bird'; nearest: 'birds'"):
+        evaluate_tasks(model, tiny_tokenizer, ["bird"], task_data=tmp_path)
