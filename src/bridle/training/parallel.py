@@ -75,7 +75,7 @@ class RegulariserRole:
 
     def update(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> list[RegulariserState]:
         """Sample → score → fit R_i from the policy as it stood when round i began → targets for round i + 1."""
-        states = []
+        states: list[RegulariserState] = []
         for regulariser in self.regularisers:
             regulariser.set_policy(weights)
             try:
