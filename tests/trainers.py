@@ -1,5 +1,6 @@
 """Trainers of tiny models on the invented corpus, for tests of the update and its schedules."""
 
+import psutil
 from datasets import Dataset
 
 from bridle.constraints import WordList
@@ -74,3 +75,16 @@ def logged(trainer, key):
 
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def processes(role):
+    """This test run's processes that play a role; Ray puts it into their titles."""
+    mine = psutil.Process().children(recursive=True)
+    return [found for found in mine if found.is_running() and f"ray::{role}" in title(found)]
+
+
+def title(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""

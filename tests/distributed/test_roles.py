@@ -4,7 +4,6 @@ import json
 import os
 import sys
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +14,7 @@ from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.parallel import LocalWorker
 from bridle.training.recipe import load_recipe
 from bridle.training.state import trainable_weights
-from trainers import NO_E, trainer_of
+from trainers import NO_E, processes, trainer_of
 
 PARALLEL = {"schedule": "parallel", "rounds": 3, "max_steps": 6, "optim": "sgd", "learning_rate": 0.5}
 SHARED_OUT = {"parallel.policy_workers": 2, "parallel.regulariser_workers": 2, "per_device_train_batch_size": 2}
@@ -80,7 +79,7 @@ def test_one_of_two_workers_is_killed(ray, tiny_folder, tmp_path):
     def kill_in_round_two(index):
         refresh(index)
         if index == 2:
-            workers = [found for found in psutil.process_iter(["cmdline"]) if _plays_regulariser(found)]
+            workers = processes("RegulariserActor")
             assert len(workers) == 2
             max(workers, key=lambda worker: worker.pid).kill()
 
@@ -88,7 +87,3 @@ def test_one_of_two_workers_is_killed(ray, tiny_folder, tmp_path):
     with pytest.raises(RunStopped, match=r"the process of the regulariser, in round 2, died .*--resume"):
         trainer.train()
     assert trainer.state.global_step <= 4, "no later than the end of the round"
-
-
-def _plays_regulariser(process):
-    return "ray::RegulariserActor" in " ".join(process.info["cmdline"] or ())

@@ -260,6 +260,15 @@ class TestMistakes:
         assert bridle("train", path, "--output_dir", tmp_path / "run")[0] == 0
         self.assert_one_line(bridle("train", path, "--output_dir", tmp_path / "run"), tmp_path / "run", "--resume")
 
+    def test_a_recipe_that_has_changed_is_not_resumed_unasked(self, bridle, recipe, tmp_path):
+        path, run = recipe(max_steps=2, rounds=1), ("--output_dir", tmp_path / "run")
+        assert bridle("train", path, *run)[0] == 0
+        changed = (*run, "--resume", "--learning_rate", 0.5, "--regularisers.rude.weight", 2)
+        keys = "learning_rate, regularisers.rude.weight differ"
+        self.assert_one_line(bridle("train", path, *changed), tmp_path / "run", keys, "--accept_changes")
+        assert bridle("train", path, *changed, "--accept_changes")[0] == 0
+        assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["learning_rate"] == 0.5
+
     def test_a_folder_that_another_run_is_writing_to(self, bridle, recipe, tmp_path):
         with only_writer(tmp_path / "run"):
             done = bridle("train", recipe(max_steps=2, rounds=1), "--output_dir", tmp_path / "run")

@@ -6,16 +6,15 @@ import sys
 import threading
 import time
 
-import psutil
 import pytest
 import torch
-from test_training import NO_E, Letters, logged, trainer_of, weights
 
 from bridle.errors import RunStopped, UserError
 from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.parallel import LocalWorker
 from bridle.training.sequential import last_checkpoint
 from bridle.training.state import RegulariserState
+from trainers import NO_E, Letters, logged, processes, trainer_of, weights
 
 ROUNDS = {"schedule": "parallel", "rounds": 4, "max_steps": 8}
 
@@ -130,12 +129,6 @@ def test_a_killed_policy_is_named_and_its_regulariser_ends_with_it(ray, bridle, 
     assert code == 3
     assert "the process of the policy died" in err
     wait_until(lambda: not processes("RegulariserActor"), seconds=30)
-
-
-def processes(role):
-    """Ray's processes that play a role; Ray puts it into their titles."""
-    everything = psutil.process_iter(["cmdline"])
-    return [found for found in everything if f"ray::{role}" in " ".join(found.info["cmdline"] or ())]
 
 
 def wait_until(condition, seconds):

@@ -26,6 +26,8 @@ from bridle.training.sequential import last_checkpoint
 from bridle.training.trainer import ConstrainedTrainer
 
 RECIPE_FILE = "recipe.yaml"
+SHAPES_NOTHING = ("push_to_hub", "hub_", "evaluation", "methods")
+"""Beginnings of a recipe's keys that may change before a run is resumed."""
 
 
 def train(
@@ -68,7 +70,8 @@ def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bo
     """Makes sure that a folder that holds a run is meant, and that it is the same run."""
     if not resume:
         raise UserError(f"{folder}: holds a run already; add --resume to go on with it, or name another --output_dir")
-    changed = different_keys(read_yaml(folder / RECIPE_FILE), without_token(recipe.resolved))
+    found = different_keys(read_yaml(folder / RECIPE_FILE), without_token(recipe.resolved))
+    changed = [key for key in found if not key.startswith(SHAPES_NOTHING)]
     if changed and not accept_changes:
         raise UserError(
             f"{folder / RECIPE_FILE}: was another recipe: {', '.join(changed)} differ; add --accept_changes to go on "
