@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from bridle.errors import RunStopped, UserError
-from bridle.ranks import is_main, wait
+from bridle.ranks import is_main
 from bridle.training.config import ParallelOptions
 from bridle.training.parallel import Pending, RegulariserRole
 from bridle.training.regulariser import DomainRegulariser
@@ -26,6 +27,7 @@ except ImportError as error:
     raise UserError("schedule: parallel needs Ray; install it with: pip install 'bridle[parallel]'") from error
 
 RESUME = "--resume goes on from the last checkpoint"
+PARTS = ("auxiliary", "anchor")  # of a state, that may be as large as a model
 GRACE = 5.0  # seconds in which one failure may show itself as another's consequence
 
 
@@ -104,7 +106,8 @@ class RayWorker:
         self.options, self.folder = options, folder / "exchange"
         actor = ray.remote(num_cpus=options.num_cpus, num_gpus=gpus, max_restarts=0)(RegulariserActor)
         shared, threads, device = ray.put(regularisers), torch.get_num_threads(), "cuda" if gpus else "cpu"
-        self.actors = [actor.remote(shared, threads, device) for _ in range(workers)]
+        place = (self.folder.resolve(), options.largest_bytes)
+        self.actors = [actor.remote(shared, threads, device, *place) for _ in range(workers)]
         address = outcome(self.actors[0].address.remote(), "the regulariser")
         joined = [one.join.remote(address, rank, workers) for rank, one in enumerate(self.actors)]
         outcome_of_all(joined, "the regulariser")
@@ -113,7 +116,7 @@ class RayWorker:
         parcel = pack(weights, self.folder / f"policy-{round_index}.safetensors", self.options.largest_bytes)
         shared = parcel if isinstance(parcel, Path) else ray.put(parcel)
         at_work = [actor.update.remote(round_index, shared, rows) for actor in self.actors]
-        return RayPending(at_work, f"the regulariser, in round {round_index},")
+        return RayPending(at_work, parcel, f"the regulariser, in round {round_index},")
 
     def restore(self, states: list[RegulariserState]) -> None:  # noqa: D102
         restored = [actor.restore.remote(states) for actor in self.actors]
@@ -127,8 +130,11 @@ class RayWorker:
 class RegulariserActor:
     """`RegulariserRole` as Ray runs it, in one or more processes at once."""
 
-    def __init__(self, regularisers: list[DomainRegulariser], threads: int, device: str):
+    def __init__(
+        self, regularisers: list[DomainRegulariser], threads: int, device: str, folder: Path, largest_bytes: float
+    ):
         torch.set_num_threads(threads)  # as many as the policy has, so that both compute alike
+        self.folder, self.largest_bytes = folder, largest_bytes
         for regulariser in regularisers:
             regulariser.to(device)
         self.role = RegulariserRole(regularisers)
@@ -146,10 +152,15 @@ class RegulariserActor:
 
     def update(
         self, round_index: int, parcel: "Weights | Path", rows: list[Upcoming] | None = None
-    ) -> list[RegulariserState]:
-        """As `RegulariserRole.update`, from packed weights; all but the first process return nothing."""
+    ) -> list[tuple[RegulariserState, "Weights | Path"]]:
+        """As `RegulariserRole.update`, from and to packed weights; all but the first process return nothing."""
         states = self.role.update(round_index, unpack(parcel), rows if is_main() else None)
-        return states if is_main() else []
+        return [self._packed(state, f"regulariser-{round_index}.{i}") for i, state in enumerate(states) if is_main()]
+
+    def _packed(self, state: RegulariserState, name: str) -> "tuple[RegulariserState, Weights | Path]":
+        weights = {f"{part}/{key}": tensor for part in PARTS for key, tensor in getattr(state, part).items()}
+        parcel = pack(weights, self.folder / f"{name}.safetensors", self.largest_bytes)
+        return replace(state, auxiliary={}, anchor={}), parcel
 
     def restore(self, states: list[RegulariserState]) -> None:
         """As `RegulariserRole.restore`."""
@@ -159,8 +170,8 @@ class RegulariserActor:
 class RayPending:
     """A round that actors are at work on."""
 
-    def __init__(self, references: Sequence[Any], who: str):
-        self.references, self.who = list(references), who
+    def __init__(self, references: Sequence[Any], sent: Weights | Path, who: str):
+        self.references, self.sent, self.who = list(references), sent, who
 
     def check(self) -> None:  # noqa: D102
         ready, _ = ray.wait(self.references, num_returns=len(self.references), timeout=0)
@@ -171,7 +182,19 @@ class RayPending:
             self.result()
 
     def result(self) -> list[RegulariserState]:  # noqa: D102
-        return list(outcome_of_all(self.references, self.who))
+        made = outcome_of_all(self.references, self.who)
+        discard(self.sent)
+        return [_unpacked(state, parcel) for state, parcel in made]
+
+
+def _unpacked(state: RegulariserState, parcel: Weights | Path) -> RegulariserState:
+    weights = unpack(parcel)
+    discard(parcel)
+    parts = {
+        part: {key.removeprefix(f"{part}/"): tensor for key, tensor in weights.items() if key.startswith(f"{part}/")}
+        for part in PARTS
+    }
+    return replace(state, **parts)
 
 
 def pack(weights: Weights, path: Path, largest_bytes: float) -> Weights | Path:
@@ -184,14 +207,14 @@ def pack(weights: Weights, path: Path, largest_bytes: float) -> Weights | Path:
 
 
 def unpack(parcel: Weights | Path) -> Weights:
-    """What `pack` packed; its file is removed when all processes of the role have read it."""
-    if not isinstance(parcel, Path):
-        return parcel
-    weights = {name: tensor.clone() for name, tensor in load_file(parcel).items()}
-    wait()
-    if is_main():
-        parcel.unlink()
-    return weights
+    """What `pack` packed."""
+    return dict(load_file(parcel)) if isinstance(parcel, Path) else parcel
+
+
+def discard(parcel: Weights | Path) -> None:
+    """Removes the file of what all have unpacked, if it has one."""
+    if isinstance(parcel, Path):
+        parcel.unlink(missing_ok=True)
 
 
 class Failed(RunStopped):
