@@ -30,7 +30,7 @@ from bridle.training.reporting import MetricsFile
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "detox-mini.yaml"
 SFT = "sft"
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+LORA = {"r": 16, "alpha": 32}
 ADAPTIVE = "regularisers.toxigen."
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {"schedule": "sequential", f"{ADAPTIVE}anchor": "live", f"{ADAPTIVE}on": "corpus"},
