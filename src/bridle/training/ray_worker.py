@@ -190,11 +190,12 @@ class RayPending:
 def _unpacked(state: RegulariserState, parcel: Weights | Path) -> RegulariserState:
     weights = unpack(parcel)
     discard(parcel)
-    parts = {
-        part: {key.removeprefix(f"{part}/"): tensor for key, tensor in weights.items() if key.startswith(f"{part}/")}
-        for part in PARTS
-    }
-    return replace(state, **parts)
+    auxiliary, anchor = (_part(weights, part) for part in PARTS)
+    return replace(state, auxiliary=auxiliary, anchor=anchor)
+
+
+def _part(weights: Weights, part: str) -> Weights:
+    return {key.removeprefix(f"{part}/"): tensor for key, tensor in weights.items() if key.startswith(f"{part}/")}
 
 
 def pack(weights: Weights, path: Path, largest_bytes: float) -> Weights | Path:
