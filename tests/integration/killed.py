@@ -1,4 +1,4 @@
-"""Runs that are killed, for `test_killed`: in a module of its own, which a fork server imports once for all of them."""
+"""Runs that are killed, for `test_killed`: in a module that a process imports without pytest."""
 
 import importlib
 import os

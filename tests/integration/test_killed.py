@@ -28,7 +28,8 @@ PLACES = {
 def processes():
     """Starts processes that have everything imported, and are single-threaded when they begin."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed"])
+    # Not "killed": before Python 3.13 the server looks for modules where Python does, and silently finds no others.
+    context.set_forkserver_preload(["bridle.training.run"])
     return context
 
 
