@@ -1,6 +1,10 @@
 """Trainers of tiny models on the invented corpus, for tests of the update and its schedules."""
 
+import os
+import sys
+
 import psutil
+import pytest
 from datasets import Dataset
 
 from bridle.constraints import WordList
@@ -75,6 +79,22 @@ def logged(trainer, key):
 
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def ray_with(num_cpus):
+    """Ray with so many CPUs, for a fixture."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    # The tests' own constraints are found there; more threads would be more than there are CPUs.
+    here = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": here},
+    )
+    yield ray
+    ray.shutdown()
 
 
 def processes(role):

@@ -1,8 +1,6 @@
 """The two roles of the parallel schedule, each played by several processes on a Ray cluster."""
 
 import json
-import os
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.parallel import LocalWorker
 from bridle.training.recipe import load_recipe
 from bridle.training.state import trainable_weights
-from trainers import NO_E, processes, trainer_of
+from trainers import NO_E, processes, ray_with, trainer_of
 
 PARALLEL = {"schedule": "parallel", "rounds": 3, "max_steps": 6, "optim": "sgd", "learning_rate": 0.5}
 SHARED_OUT = {"parallel.policy_workers": 2, "parallel.regulariser_workers": 2, "per_device_train_batch_size": 2}
@@ -23,17 +21,7 @@ SHARED_OUT = {"parallel.policy_workers": 2, "parallel.regulariser_workers": 2, "
 @pytest.fixture(scope="module")
 def ray():
     """Ray with four CPUs, for all tests of this file."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
-    here = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": here},
-    )
-    yield ray
-    ray.shutdown()
+    yield from ray_with(4)
 
 
 def test_two_workers_for_each_role_do_what_one_process_does(ray, recipe, tmp_path):

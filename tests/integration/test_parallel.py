@@ -1,8 +1,6 @@
 """The parallel schedule: the same recurrence wherever R is fitted, and what happens when a role dies."""
 
 import json
-import os
-import sys
 import threading
 import time
 
@@ -14,7 +12,7 @@ from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.parallel import LocalWorker
 from bridle.training.sequential import last_checkpoint
 from bridle.training.state import RegulariserState
-from trainers import NO_E, Letters, logged, processes, trainer_of, weights
+from trainers import NO_E, Letters, logged, processes, ray_with, trainer_of, weights
 
 ROUNDS = {"schedule": "parallel", "rounds": 4, "max_steps": 8}
 
@@ -22,17 +20,7 @@ ROUNDS = {"schedule": "parallel", "rounds": 4, "max_steps": 8}
 @pytest.fixture(scope="module")
 def ray():
     """Ray with two CPUs, for all tests of this file."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
-    here = {"PYTHONPATH": os.pathsep.join(sys.path)}  # the tests' own constraints are found there
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": here},
-    )
-    yield ray
-    ray.shutdown()
+    yield from ray_with(2)
 
 
 def in_turns(trainer):
