@@ -15,7 +15,7 @@ PLACES = {
     "sampling": ("bridle.training.regulariser:sample", 2),
     "scoring": ("bridle.training.regulariser:DomainRegulariser._score", 1),
     "fitting R": ("bridle.training.regulariser:fit_auxiliary", 2),
-    "a step of the policy": ("bridle.training.regulariser:DomainRegulariser.divergence", 6),
+    "a step of the policy": ("bridle.training.regulariser:DomainRegulariser.target", 6),
     "writing what was sampled": ("bridle.training.sequential:write_rollouts", 2),
     "before a checkpoint": ("transformers:Trainer._save_checkpoint", 2),
     "within a checkpoint": ("bridle.training.state:RegulariserState.save", 2),

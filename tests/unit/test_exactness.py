@@ -7,11 +7,12 @@ import torch
 from test_models import p_value
 
 from bridle.constraints import PythonFunction
+from bridle.core.chunked import Divergence, constrained_loss
 from bridle.core.tokens import pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.guidance import NADOGuide
-from bridle.models.hidden import capture_hidden_states
+from bridle.models.hidden import OutputLayer, capture_hidden_states
 from bridle.models.sampling import sample
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary
@@ -160,16 +161,22 @@ def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
         mask[row, len(prefix)] = True
         true_r[row, len(prefix)] = torch.tensor([world.true_r((*prefix, v)) for v in range(4)])
     r_logits = true_r.clamp(1e-30, 1 - 1e-7).logit()
-    regulariser.auxiliary.forward = lambda states: r_logits[:, :-1][mask]
+    regulariser.auxiliary.forward = lambda states: r_logits[:, :-1][mask]  # all prefixes fit into one chunk
 
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 300)
     for _ in range(300):
         with capture_hidden_states(model) as hidden:
             model(input_ids=input_ids, attention_mask=attention_mask)
-        kl, count = regulariser.divergence(hidden.last, input_ids, attention_mask, mask)
+        states = hidden.last[:, :-1][mask]
+        on = torch.arange(len(states))
+        target = regulariser.target(hidden.last.detach(), input_ids, attention_mask, mask)
+        nothing = torch.zeros_like(on)
+        kl, _ = constrained_loss(
+            states, OutputLayer.of(model), nothing, nothing.bool(), [Divergence("all", on, 1.0, target)]
+        )
         optimizer.zero_grad()
-        (kl / count).backward()
+        (kl / len(states)).backward()
         optimizer.step()
         schedule.step()
     world._probabilities.clear()

@@ -9,7 +9,7 @@ the model still learns from violating text, at weight 1 / (1 + λ). (docs: conce
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridle.core.target import FLOOR, SparseTarget, bucket_logits
+from bridle.core.target import FLOOR, SparseTarget
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def sparse_kl_divergence(target: SparseTarget, logits: Tensor, mask: Tensor) -> 
         (sum over counted positions, number of counted positions), both scalars, in nats.
         A fully masked batch gives a zero that is still part of the graph.
     """
-    return kl_divergence(target.log_buckets, bucket_logits(logits, target.indices), mask)
+    return kl_divergence(target.spread(logits), logits, mask)
 
 
 def entropy(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,13 @@ R(s) is the same for every v, so normalising over the vocabulary gives it for fr
 A target may be kept sparsely: k of its tokens, and all the others as one bucket.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 FLOOR = -1e30  # stands for log 0, where -inf - -inf would make NaN
 KEEP_LIKELY = 0.1  # once the policy has left the anchor, errors lie where q is large (benchmarks/sparse_targets.py)
@@ -55,8 +55,29 @@ class SparseTarget:
         """The k + 1 log-probabilities, the rest last. [..., k + 1]"""
         return torch.cat([self.log_probs, self.log_rest[..., None]], dim=-1)
 
+    def spread(self, logits: Tensor) -> Tensor:
+        """The target in full, its rest divided in the policy's own proportions.
+
+        With it KL(q ‖ p) is that over the k + 1 buckets, in value and in gradient.
+
+        Args:
+            logits: [..., vocabulary] of the policy p.
+
+        Returns:
+            [..., vocabulary] log-probabilities.
+        """
+        logits = logits.detach().float()
+        log_rest = bucket_logits(logits, self.indices)[..., -1:]
+        return (logits - log_rest + self.log_rest[..., None]).scatter(-1, self.indices, self.log_probs)
+
     def __getitem__(self, prefixes: Any) -> "SparseTarget":
         return SparseTarget(self.indices[prefixes], self.log_probs[prefixes], self.log_rest[prefixes])
+
+    @classmethod
+    def cat(cls, parts: Sequence["SparseTarget"]) -> "SparseTarget":
+        """Several, one after the other along the first dimension."""
+        names = (field.name for field in fields(cls))
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
     def to(self, device: torch.device | str) -> "SparseTarget":
         """The same target on another device."""
@@ -84,7 +105,8 @@ def sparse_target(log_q: Tensor, k: int, log_anchor: Tensor | None = None) -> Sp
 def bucket_logits(logits: Tensor, indices: Tensor) -> Tensor:
     """Logits over buckets: one for each of `indices`, and one for all other tokens together.
 
-    Their softmax is that of `logits`, summed over each bucket.
+    Their softmax is that of `logits`, summed over each bucket. The rest is summed over its own tokens: 1 minus the mass
+    of the others is, in float32, up to 8% off where that mass is e⁻¹¹, and nothing is left of it at e⁻²⁰.
 
     Args:
         logits: [..., vocabulary].
@@ -93,28 +115,6 @@ def bucket_logits(logits: Tensor, indices: Tensor) -> Tensor:
     Returns:
         [..., k + 1] in float32, the rest last.
     """
-    return _Buckets.apply(logits, indices)
-
-
-class _Buckets(torch.autograd.Function):
-    """The gradient in closed form: a bucket's gradient is shared out by the softmax within the bucket.
-
-    The rest is summed over its own tokens, at two passes over the vocabulary. 1 minus the mass of the others
-    needs none, but in float32 it is up to 8% off where that mass is e⁻¹¹, and nothing is left of it at e⁻²⁰.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, indices: Tensor) -> Tensor:
-        others = logits.float().scatter(-1, indices, FLOOR)
-        log_rest = others.logsumexp(-1, keepdim=True)
-        ctx.save_for_backward(others, log_rest, indices)
-        ctx.dtype = logits.dtype
-        return torch.cat([logits.gather(-1, indices).float(), log_rest], dim=-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        others, log_rest, indices = ctx.saved_tensors
-        within_rest = (others - log_rest).exp_()
-        shared_out = within_rest.mul_(gradient[..., -1:]).scatter_(-1, indices, gradient[..., :-1])
-        return shared_out.to(ctx.dtype), None
+    logits = logits.float()
+    log_rest = logits.scatter(-1, indices, FLOOR).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, indices), log_rest], dim=-1)

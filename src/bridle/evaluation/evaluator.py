@@ -18,6 +18,8 @@ from bridle.evaluation.utility import likelihoods
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import context_length
 
+DRAWN_PER_ROW = 4  # completions drawn side by side for each row of a forward: a step of theirs is one position
+
 
 @dataclass
 class Evaluator:
@@ -95,7 +97,7 @@ class Evaluator:
             prompts,
             samples=samples,
             max_new_tokens=max_new_tokens,
-            batch_size=self.batch_size,
+            batch_size=DRAWN_PER_ROW * self.batch_size,
             seed=self.seed,
             guide=self.guide,
         )

@@ -4,14 +4,15 @@ The auxiliary model reads these states, so a policy or anchor that has run once 
 all of the auxiliary's work.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from bridle.errors import UserError
@@ -59,12 +60,27 @@ def project_only(model: torch.nn.Module, mask: Tensor) -> Iterator[None]:
         model: a causal language model whose forwards inside the block are of one batch.
         mask: [batch, time - 1], true at the positions to keep. The last position predicts nothing.
     """
+    with _before_output_layer(model, lambda states: states[:, :-1][mask][None]):
+        yield
 
-    def keep(module: torch.nn.Module, inputs: object, output: ModelOutput) -> ModelOutput:
-        output["last_hidden_state"] = output["last_hidden_state"][:, :-1][mask][None]
+
+@contextmanager
+def without_logits(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block one position goes through the output layer: only the hidden states are wanted.
+
+    One, since DDP looks for a parameter that took no part in a forward.
+    """
+    with _before_output_layer(model, lambda states: states[:1, -1:]):
+        yield
+
+
+@contextmanager
+def _before_output_layer(model: torch.nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def cut(module: torch.nn.Module, inputs: object, output: ModelOutput) -> ModelOutput:
+        output["last_hidden_state"] = select(output["last_hidden_state"])
         return output
 
-    handle = causal_lm(model).base_model.register_forward_hook(keep)
+    handle = causal_lm(model).base_model.register_forward_hook(cut)
     try:
         yield
     finally:
@@ -81,23 +97,50 @@ def run(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Te
     return hidden.last
 
 
+@dataclass(frozen=True)
+class OutputLayer:
+    """What makes logits of hidden states, as it stands: a linear map, and scale and soft cap of the architecture.
+
+    Attributes:
+        weight: [vocabulary, hidden], whole.
+        bias: [vocabulary], or None.
+        config: of the language model's text.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    config: PreTrainedConfig
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "OutputLayer":
+        """That of a causal language model; gathered, where it is in shards."""
+        lm = causal_lm(model)
+        head = lm.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return cls(whole(head.weight), None if bias is None else whole(bias), lm.config.get_text_config())
+
+    def detach(self) -> "OutputLayer":
+        """The same values without a graph, which stay when the model's weights are exchanged."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocabulary]"""
+        return self.shape(torch.nn.functional.linear(hidden_states, self.weight, self.bias))
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """What the architecture does to the linear map's result; the same tensor if nothing. [..., vocabulary]"""
+        if (scaling := getattr(self.config, "logits_scaling", None)) is not None:  # Granite divides
+            logits = logits / scaling
+        if (scale := getattr(self.config, "logit_scale", None)) is not None:  # Cohere multiplies
+            logits = logits * scale
+        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
 def project(model: torch.nn.Module, hidden_states: Tensor) -> Tensor:
-    """Logits of hidden states: output layer, scale and soft cap. [..., hidden] -> [..., vocabulary]."""
-    lm = causal_lm(model)
-    config = lm.config.get_text_config()
-    head = lm.get_output_embeddings()
-    if is_sharded(model):  # not by calling it, which FSDP2 would take for a part of the next forward
-        bias = None if head.bias is None else whole(head.bias)
-        logits = torch.nn.functional.linear(hidden_states, whole(head.weight), bias)
-    else:
-        logits = head(hidden_states)
-    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
-        logits = logits / scaling
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
-        logits = logits * scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    """Logits of hidden states. [..., hidden] -> [..., vocabulary]"""
+    return OutputLayer.of(model)(hidden_states)
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ class ConstrainedConfig(SFTConfig):
     rollouts_per_round: int = field(default=1024, metadata={"help": "Samples per regulariser and round."})
     max_new_tokens: int = field(default=32, metadata={"help": "Tokens at which a sample is cut."})
     prompt_tokens: tuple[int, int] = field(default=(2, 16), metadata={"help": "Prompt length, in tokens."})
-    rollout_batch_size: int = field(default=64, metadata={"help": "Samples drawn at a time."})
+    rollout_batch_size: int = field(default=256, metadata={"help": "Samples drawn at a time."})
     targets: Literal["computed", "shipped"] = field(default="computed", metadata={"help": "When q is built."})
     target_tokens: int = field(default=128, metadata={"help": "Tokens that a shipped target keeps."})
     max_missing: float = field(default=0.1, metadata={"help": "Share of unscored rollouts that stops a run."})

@@ -1,4 +1,4 @@
-"""One regulariser at work on one domain: a round of sample → score → fit R, and the divergence KL(q ‖ p_θ).
+"""One regulariser at work on one domain: a round of sample → score → fit R, and the target q of its KL(q ‖ p_θ).
 
 A round makes the policy's own samples, asks the constraint about each whole output, and teaches the
 auxiliary what that answer will be from any prefix (EMNLP 2024, the regulariser's half).
@@ -14,15 +14,12 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint
-from bridle.core.losses import kl_divergence, sparse_kl_divergence
-from bridle.core.target import log_target
 from bridle.data import (
     Rollout,
     prompts_from_domain,
@@ -32,7 +29,7 @@ from bridle.data.targets import TargetCache, row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, new_auxiliary
-from bridle.models.hidden import causal_lm, project, run
+from bridle.models.hidden import OutputLayer, causal_lm, run
 from bridle.models.loading import context_length
 from bridle.models.sampling import sample
 from bridle.models.sharding import in_shards, trainable, whole
@@ -40,6 +37,7 @@ from bridle.ranks import align, gathered, joined, rank, share
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
 from bridle.training.state import RegulariserState, Weights, on_cpu
+from bridle.training.targets import FrozenAnchor, ShippedTarget, Target
 
 logger = logging.getLogger(__name__)
 
@@ -234,51 +232,46 @@ class DomainRegulariser:
 
     # ------------------------------------------------------------------ the update
 
-    def divergence(
+    @torch.no_grad()
+    def target(
         self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """KL(q ‖ p_θ) on a batch the policy has just run on.
+    ) -> Target | ShippedTarget:
+        """q at the prefixes of a batch that the policy has just run on.
 
         Args:
-            hidden_states: [batch, time, hidden] of the policy, with their graph.
+            hidden_states: [batch, time, hidden] of the policy.
             input_ids, attention_mask: [batch, time].
             mask: [batch, time - 1], true at the prefixes that count.
-
-        Returns:
-            (sum, count); only the policy gets a gradient.
         """
-        # Only the prefixes that count go through the vocabulary. [prefixes, hidden] -> [prefixes, vocabulary]
-        logits = project(self.model, hidden_states[:, :-1][mask])
-        counted = torch.ones_like(logits[:, 0], dtype=torch.bool)
         if self.targets is not None:
             keys = row_keys(input_ids, attention_mask, mask)
             # An epoch's last batch may be filled up with rows of its first, which belong to another round.
             if all(key in self.targets for key in keys):
-                return sparse_kl_divergence(self.targets.gather(keys, mask), logits, counted)
-        if self.anchor is None:
-            with torch.no_grad():
-                log_q = self._log_q(hidden_states.detach(), logits.detach(), input_ids, attention_mask, mask)
-        else:
-            _, log_q = self.target(input_ids, attention_mask, mask)
-        return kl_divergence(log_q, logits, counted)
+                return ShippedTarget(self.targets.gather(keys, mask))
+        if self.anchor is not None:
+            return self.frozen_target(input_ids, attention_mask, mask)
+        return self._target(hidden_states, input_ids, attention_mask, mask)
 
     @torch.no_grad()
-    def target(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """log p_a and log q, built on the frozen anchor. Shapes as in `divergence`; [prefixes, vocabulary]."""
+    def frozen_target(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Target:
+        """q built on the frozen anchor: one forward gives p_a and what R reads. Shapes as in `target`."""
         assert self.anchor is not None
         with self.anchor.active():
             states = run(self.model, input_ids, attention_mask)
-            anchor_logits = project(self.model, states[:, :-1][mask])
-        log_q = self._log_q(states, anchor_logits, input_ids, attention_mask, mask)
-        return F.log_softmax(anchor_logits.float(), dim=-1), log_q
+            layer = OutputLayer.of(self.model).detach()
+        return self._target(states, input_ids, attention_mask, mask, FrozenAnchor(states[:, :-1][mask], layer))
 
-    def _log_q(
-        self, states: Tensor, anchor_logits: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
-    ) -> Tensor:
-        if self.auxiliary is None:
-            return F.log_softmax(anchor_logits.float(), dim=-1)  # retention: R = 1
-        features = self.auxiliary.features(states, input_ids, attention_mask)[:, :-1][mask]
-        return log_target(anchor_logits, self.auxiliary(features), self.options.power)
+    def _target(
+        self,
+        states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        anchor: FrozenAnchor | None = None,
+    ) -> Target:
+        if self.auxiliary is not None:
+            states = self.auxiliary.features(states, input_ids, attention_mask)
+        return Target(self.auxiliary, states[:, :-1][mask], self.options.power, anchor)
 
     def next_rollouts(self, count: int) -> list[Rollout]:
         """The next `count` rollouts of this round, in turn, after those that processes of lower rank take."""

@@ -13,18 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from bridle.core.target import sparse_target
+from bridle.core.chunked import chunks
+from bridle.core.target import SparseTarget, sparse_target
 from bridle.data import DOMAIN
 from bridle.data.targets import TargetCache, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError
 from bridle.progress import track
 from bridle.ranks import rank
 from bridle.training.batches import Prefixes, rollout_rows
+from bridle.training.config import ConstrainedConfig
 from bridle.training.regulariser import DomainRegulariser
+from bridle.training.targets import Target
 
 if TYPE_CHECKING:
     from bridle.training.trainer import ConstrainedTrainer
@@ -123,8 +127,17 @@ def make_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: in
     with TargetWriter(path, config.target_tokens, vocabulary) as writer:
         for ids, attention_mask, mask in track(batches, f"targets for {regulariser.name}", unit="batches"):
             on_device = (part.to(model.device) for part in (ids, attention_mask, mask))
-            log_anchor, log_q = regulariser.target(*on_device)
             writer.add(
-                row_keys(ids, attention_mask, mask), sparse_target(log_q, config.target_tokens, log_anchor), mask
+                row_keys(ids, attention_mask, mask), _sparse(regulariser.frozen_target(*on_device), config), mask
             )
         return writer.close()
+
+
+def _sparse(target: Target, config: ConstrainedConfig) -> SparseTarget:
+    """A batch's target over [prefixes, k] tokens."""
+    parts = []
+    for which in chunks(*target.shape):
+        anchor_logits = target.anchor_logits(which)
+        log_q = target.log_q(which, anchor_logits)
+        parts.append(sparse_target(log_q, config.target_tokens, F.log_softmax(anchor_logits.float(), dim=-1)))
+    return SparseTarget.cat(parts)

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
+from bridle.core.chunked import Divergence, Sums, constrained_loss
 from bridle.core.tokens import shift
 from bridle.data import DOMAIN, mix, tokenize_domain
 from bridle.errors import UserError
-from bridle.models.hidden import capture_hidden_states, check_projection, project_only
+from bridle.models.hidden import OutputLayer, capture_hidden_states, check_projection, project_only, without_logits
 from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
 from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
@@ -97,42 +98,86 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         prefixes = Prefixes.of_corpus(domain, inputs["labels"])
-        corpus_tokens = prefixes.mask.sum()
+        tokens = prefixes.mask.sum()
         inputs, prefixes = self._with_rollouts(inputs, prefixes)
         targets, trained_on = shift(inputs.pop("labels"))
+        # `SFTTrainer` divides by the tokens of the whole accumulated batch, on all processes; so does this.
+        divisor = torch.as_tensor(tokens if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        divisor = divisor / self._loss_scale(num_items_in_batch)
 
-        with capture_hidden_states(model) as captured, project_only(model, trained_on):
-            labelled = {**inputs, "shift_labels": targets[trained_on][None]}
-            loss = super().compute_loss(model, labelled, return_outputs, num_items_in_batch)
+        with capture_hidden_states(model) as captured:
+            if self._cross_entropy_is_trls:  # apart from the pass below, which then trains on nothing
+                labelled = {**inputs, "shift_labels": targets[trained_on][None]}
+                with project_only(model, trained_on):
+                    cross_entropy = super().compute_loss(model, labelled, num_items_in_batch=num_items_in_batch)
+                self.tally.add("ce", cross_entropy.detach() * divisor, tokens)
+                trained_on = torch.zeros_like(trained_on)
+            else:
+                with without_logits(model):
+                    model(**inputs, use_cache=False)
+                cross_entropy = 0.0
         hidden_states = captured.last
         assert hidden_states is not None
 
-        # `SFTTrainer` divides by the tokens of the whole accumulated batch, on all processes; so does this.
-        divisor = torch.as_tensor(corpus_tokens if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        divisor = divisor / self._loss_scale(num_items_in_batch)
-        self.tally.add("ce", loss.detach() * divisor, corpus_tokens)
-        for regulariser in self.regularisers:
-            if not regulariser.active:
-                continue
-            rows = self._rows(regulariser, prefixes)  # rows of other domains cost nothing
-            if not rows.any():
-                continue
-            kl, count = regulariser.divergence(
-                hidden_states[rows],
-                inputs["input_ids"][rows],
-                inputs["attention_mask"][rows],
-                prefixes.mask[rows],
-            )
-            loss = loss + regulariser.options.weight * kl / divisor
-            self.tally.add(f"kl/{regulariser.name}", kl.detach(), count)
-        return loss
+        seen, divergences = self._divergences(hidden_states.detach(), inputs, prefixes, trained_on)
+        loss, sums = constrained_loss(
+            hidden_states[:, :-1][seen],
+            OutputLayer.of(model),
+            targets[seen],
+            trained_on[seen],
+            divergences,
+            dtype=torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None,
+        )
+        self._note(sums, tokens, inputs["attention_mask"])
+        return cross_entropy + loss / divisor
 
-    def _rows(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Tensor:
-        """Which rows of a batch a regulariser looks at. [batch]"""
+    def _divergences(
+        self, hidden_states: Tensor, inputs: dict[str, Tensor], prefixes: Prefixes, trained_on: Tensor
+    ) -> tuple[Tensor, list[Divergence]]:
+        """The positions that go through the vocabulary, [batch, time - 1], and what the regularisers say of them."""
+        masks = [self._mask(regulariser, prefixes) for regulariser in self.regularisers]
+        seen = torch.stack([trained_on, *masks]).any(0)
+        place = seen.flatten().cumsum(0).view_as(seen) - 1  # of each position among those seen
+        divergences = []
+        for regulariser, mask in zip(self.regularisers, masks, strict=True):
+            rows = self._rows_to_run(regulariser, mask)
+            if rows.any():
+                parts = (hidden_states, inputs["input_ids"], inputs["attention_mask"], mask)
+                target = regulariser.target(*(part[rows] for part in parts))
+                divergences.append(Divergence(regulariser.name, place[mask], regulariser.options.weight, target))
+        return seen, divergences
+
+    @property
+    def _cross_entropy_is_trls(self) -> bool:
+        """Whether the corpus's loss is another than the plain one, so that it cannot share a pass with the KL."""
+        return self.args.loss_type != "nll" or self.aux_loss_enabled or self.label_smoother is not None
+
+    def _note(self, sums: Sums, tokens: Tensor, attention_mask: Tensor) -> None:
+        """Keeps what is logged of a batch: the divergences, and what `SFTTrainer` logs where it did not see it."""
+        for name, (total, count) in sums.divergences.items():
+            self.tally.add(f"kl/{name}", total, count)
+        if not self._cross_entropy_is_trls:
+            self.tally.add("ce", sums.cross_entropy, tokens)
+            self.tally.add("entropy", sums.entropy, tokens)
+            self.tally.add("mean_token_accuracy", sums.correct, tokens)
+            self._total_train_tokens += self.accelerator.gather(attention_mask.sum()).sum().item()
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def _mask(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Tensor:
+        """Which prefixes of a batch a regulariser looks at. [batch, time - 1]"""
+        if not regulariser.active:
+            return torch.zeros_like(prefixes.mask)
         rows = prefixes.regulariser == regulariser.index
-        if regulariser.options.on == "rollouts":
-            return rows
-        return rows | self.corpus_rows(regulariser, prefixes)
+        if regulariser.options.on != "rollouts":
+            rows = rows | self.corpus_rows(regulariser, prefixes)
+        return prefixes.mask & rows[:, None]
+
+    def _rows_to_run(self, regulariser: DomainRegulariser, mask: Tensor) -> Tensor:
+        """Which rows of a batch its target needs: those of other domains cost nothing. [batch]"""
+        rows = mask.any(-1)
+        if self.is_fsdp_enabled and regulariser.active and not rows.any():
+            rows[0] = True  # an anchor in shards runs on all processes or on none
+        return rows
 
     def corpus_rows(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Tensor:
         """Which rows of a batch are of a regulariser's domain. [batch]"""

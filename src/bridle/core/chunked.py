@@ -1,0 +1,224 @@
+"""CE and every KL(q ‖ p) in one pass over chunks of positions, so that no [positions, vocabulary] tensor ever exists.
+
+With q fixed, the gradient of the loss with respect to the logits at one position is known beforehand:
+
+    (c + Σ_d λ_d)·p − c·onehot(target) − Σ_d λ_d·q_d,    c = 1 where a token is trained on and 0 elsewhere
+
+So a chunk's logits are made once, turned into their gradient and dropped; what is kept for the backward is the
+gradient of the hidden states and of the output layer. `core.losses` has the same terms one by one. (docs:
+concepts/method, eq. 4)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bridle.core.target import FLOOR
+
+CHUNK = 2**21
+"""Entries of a chunk's logits; chosen by `benchmarks/loss.py`."""
+
+
+class OutputLayer(Protocol):
+    """The linear map from hidden states to logits, and what the architecture does to its result."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[vocabulary, hidden]"""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[vocabulary]"""
+        ...
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """Scale and soft cap; the same tensor where there is neither. [..., vocabulary] -> [..., vocabulary]"""
+        ...
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """λ·KL(q ‖ p) at some of the positions.
+
+    Attributes:
+        name: of the regulariser.
+        positions: [n], which ones, in ascending order.
+        weight: λ.
+        log_q: makes [m, vocabulary] log-probabilities of q from which of its positions, and the policy's logits there,
+            [m, vocabulary].
+    """
+
+    name: str
+    positions: Tensor
+    weight: float
+    log_q: Callable[[slice, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one pass adds up, as scalars [] without a gradient, in nats.
+
+    Attributes:
+        cross_entropy: [] over the positions that are trained on.
+        entropy: [] of p, over the same.
+        correct: [] how often the target is the likeliest token there.
+        divergences: by name, KL(q ‖ p) and the number of its positions.
+    """
+
+    cross_entropy: Tensor
+    entropy: Tensor
+    correct: Tensor
+    divergences: dict[str, tuple[Tensor, Tensor]]
+
+
+def chunks(positions: int, vocabulary: int, size: int = CHUNK) -> Iterator[slice]:
+    """Cuts positions so that each piece has about `size` logits."""
+    step = max(1, size // vocabulary)
+    return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
+
+
+@torch.no_grad()
+def constrained_loss(
+    hidden_states: Tensor,
+    layer: OutputLayer,
+    targets: Tensor,
+    trained_on: Tensor,
+    divergences: Sequence[Divergence] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    size: int = CHUNK,
+) -> tuple[Tensor, Sums]:
+    """CE + Σ_d λ_d·KL(q_d ‖ p), summed over positions (EMNLP 2024).
+
+    Args:
+        hidden_states: [positions, hidden] of the policy.
+        layer: its output layer.
+        targets: [positions] token ids; anything valid where not trained on.
+        trained_on: [positions], true where the cross-entropy counts.
+        divergences: the regularisers' terms.
+        dtype: in which the matrix products are made; that of `hidden_states` if not given. All else is float32.
+        size: entries of a chunk's logits.
+
+    Returns:
+        The sum, a scalar with the gradient of hidden states and output layer, for one backward; and its parts.
+    """
+    dtype = dtype or hidden_states.dtype
+    vocabulary = len(layer.weight)
+    linear = _Linear(hidden_states, layer.weight, layer.bias, dtype)
+    share = trained_on.float()
+    coefficients = share.clone()  # of p in the gradient: c + Σ_d λ_d
+    for divergence in divergences:
+        coefficients[divergence.positions] += divergence.weight
+    parts = torch.zeros(3 + len(divergences), device=hidden_states.device)
+
+    for chunk in chunks(len(hidden_states), vocabulary, size):
+        raw = linear.logits(chunk)
+        logits = layer.shape(raw)
+        log_p = F.log_softmax(logits.float(), dim=-1)
+        p = log_p.exp()
+        target = targets[chunk, None]
+        of_target = log_p.gather(-1, target)[:, 0]
+        parts[0] -= of_target @ share[chunk]
+        parts[1] -= _dot(p, log_p) @ share[chunk]
+        parts[2] += (of_target == log_p.amax(-1)).float() @ share[chunk]
+        gradient = p.mul_(coefficients[chunk, None])
+        gradient.scatter_add_(-1, target, -share[chunk, None])
+        for number, divergence in enumerate(divergences, start=3):
+            which, rows = _within(divergence.positions, chunk)
+            if len(rows):
+                log_q = divergence.log_q(which, logits[rows]).clamp(min=FLOOR)  # 0·log 0 = 0
+                q = log_q.exp()
+                gradient.index_add_(0, rows, q, alpha=-divergence.weight)
+                # Rounding alone can make a KL negative.
+                parts[number] += _dot(q, log_q.sub_(log_p[rows])).clamp(min=0).sum()
+        linear.take(chunk, _through_shape(layer, raw, logits, gradient))
+
+    weights = torch.tensor([1.0, 0, 0, *(divergence.weight for divergence in divergences)], device=parts.device)
+    with torch.enable_grad():
+        total = linear.attach(parts @ weights)
+    counts = (parts.new_tensor(len(divergence.positions)) for divergence in divergences)
+    by_name = {
+        divergence.name: (kl, count) for divergence, kl, count in zip(divergences, parts[3:], counts, strict=True)
+    }
+    return total, Sums(parts[0], parts[1], parts[2], by_name)
+
+
+def _within(positions: Tensor, chunk: slice) -> tuple[slice, Tensor]:
+    """Which of some ascending positions lie in a chunk, and where in it."""
+    first, last = torch.searchsorted(positions, positions.new_tensor([chunk.start, chunk.stop])).tolist()
+    return slice(first, last), positions[first:last] - chunk.start
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """[..., vocabulary] × [..., vocabulary] -> [...], without a product in full."""
+    return torch.linalg.vecdot(left, right)
+
+
+def _through_shape(layer: OutputLayer, raw: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
+    """From the gradient with respect to the logits to that with respect to what the linear map gave."""
+    if logits is raw:
+        return gradient
+    with torch.enable_grad():
+        raw = raw.detach().requires_grad_()
+        return torch.autograd.grad(layer.shape(raw), raw, gradient.to(raw.dtype))[0]
+
+
+class _Linear:
+    """The output layer's linear map, and the gradients of what goes into it, gathered chunk by chunk."""
+
+    def __init__(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        self.inputs = [hidden_states, weight, bias]
+        self.states, self.weight = hidden_states.to(dtype), weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.gradients = [
+            torch.zeros(part.shape, dtype=kept, device=part.device) if part is not None and part.requires_grad else None
+            for part, kept in zip(self.inputs, (hidden_states.dtype, torch.float32, torch.float32), strict=True)
+        ]
+
+    def logits(self, chunk: slice) -> Tensor:
+        return F.linear(self.states[chunk], self.weight, self.bias)
+
+    def take(self, chunk: slice, gradient: Tensor) -> None:
+        """Takes the gradient of a chunk's logits further. [chunk, vocabulary]"""
+        of_states, of_weight, of_bias = self.gradients
+        if of_bias is not None:
+            of_bias += gradient.sum(0)
+        gradient = gradient.to(self.weight.dtype)
+        if of_states is not None:
+            of_states[chunk] = gradient @ self.weight
+        if of_weight is not None and of_weight.dtype == gradient.dtype:
+            of_weight.addmm_(gradient.T, self.states[chunk])
+        elif of_weight is not None:
+            of_weight += gradient.T @ self.states[chunk]
+
+    def attach(self, total: Tensor) -> Tensor:
+        """The sum as a function of hidden states, weight and bias."""
+        return _Known.apply(total, self.gradients, *self.inputs)
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradients are known already. They are scaled in place, so there is one backward only."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
+        ctx.gradients = gradients
+        ctx.dtypes = [None if part is None else part.dtype for part in inputs]
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("this loss has had its one backward")
+        scaled = [
+            None if gradient is None else gradient.mul_(upstream).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return None, None, *scaled
