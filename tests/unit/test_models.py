@@ -13,7 +13,7 @@ from bridle.errors import UserError
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary, new_auxiliary
 from bridle.models.guidance import NADOGuide
-from bridle.models.hidden import capture_hidden_states, check_projection, project
+from bridle.models.hidden import capture_hidden_states, check_projection, project, run
 from bridle.models.loading import LoraOptions, load_model
 from bridle.models.sampling import sample
 from worlds import World
@@ -87,6 +87,17 @@ class TestSampling:
         assert draws[0] == draws[1] != draws[2]
         assert all(1 <= len(completion) <= 6 for completion in draws[0])
         assert all(2 not in completion[:-1] for completion in draws[0])
+
+    @pytest.mark.parametrize("model_type", ARCHITECTURES)
+    def test_the_states_it_keeps_are_those_of_a_forward_over_the_whole_text(self, tiny_model, model_type):
+        model, states = tiny_model(model_type), {}
+        drawn = sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, eos_token_id=2, states=states)
+        rows = [prompt + completion for prompt, completion in zip(PROMPTS, drawn, strict=True)]
+        expected = run(model, *pad_right(rows, 0)).detach()
+        assert sorted(states) == [0, 1, 2]
+        for index, (prompt, completion) in enumerate(zip(PROMPTS, drawn, strict=True)):
+            last = len(prompt) + len(completion) - 1
+            torch.testing.assert_close(states[index], expected[index, len(prompt) - 1 : last], atol=1e-5, rtol=1e-4)
 
     def test_the_model_s_own_generation_settings_do_not_leak_in(self, tiny_model):
         model = tiny_model()

@@ -50,6 +50,21 @@ def capture_hidden_states(model: torch.nn.Module) -> Iterator[HiddenStates]:
 
 
 @contextmanager
+def last_positions(model: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """Keeps the last position's hidden state of every forward inside the block, in turn: [batch, hidden] each."""
+    states: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: object, output: ModelOutput) -> None:
+        states.append(output[0][:, -1])
+
+    handle = causal_lm(model).base_model.register_forward_hook(keep)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def project_only(model: torch.nn.Module, mask: Tensor) -> Iterator[None]:
     """Inside the block only some positions go through the output layer, as one row.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bridle.core.tokens import pad_left
-from bridle.models.hidden import causal_lm
+from bridle.models.hidden import causal_lm, last_positions
 from bridle.models.sharding import is_sharded
 from bridle.progress import Progress
 from bridle.ranks import gathered, turns
@@ -56,6 +56,7 @@ def sample(
     guide: Guide | None = None,
     description: str = "sampling",
     share: bool = False,
+    states: dict[int, Tensor] | None = None,
 ) -> list[list[int]]:
     """Draws one completion for each prompt.
 
@@ -70,6 +71,8 @@ def sample(
         guide: changes the distribution at each step (NADO decoding).
         description: for the progress display.
         share: among all processes of the run, which must then all call this, draw the same completions as one would.
+        states: is told, by the prompt's index, the hidden states that a completion's tokens were drawn from,
+            [tokens, hidden] on the CPU, of the completions that this process drew.
 
     Returns:
         Completions as token ids, in the order of the prompts.
@@ -95,15 +98,20 @@ def sample(
             input_ids, attention_mask = pad_left([list(prompts[index]) for index in batch], pad_token_id)
             input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
             guidance = guide.processors(attention_mask) if guide else []
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([*guidance, InverseTransform()]),
-                synced_gpus=is_sharded(model) or None,  # all go on until all have ended
-            )
+            with last_positions(model) as steps:
+                output = model.generate(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([*guidance, InverseTransform()]),
+                    synced_gpus=is_sharded(model) or None,  # all go on until all have ended
+                )
             for index, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 completions[index] = _until_end(row, eos_token_id)
+            if states is not None:
+                drawn_from = torch.stack(steps, dim=1).cpu()  # [batch, steps, hidden]
+                for row, index in enumerate(batch):
+                    states[index] = drawn_from[row, : len(completions[index])].clone()  # and not all of its batch
             progress.update(len(batch))
     for part in gathered(completions) if share else []:
         completions |= part

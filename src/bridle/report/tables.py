@@ -1,7 +1,7 @@
 """The tables of a report, as data: cells hold text as it is to be read, never markup."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from bridle.evaluation.statistics import Estimate
@@ -15,11 +15,16 @@ OVERVIEW_TASKS = ("mmlu", "commonsense")
 
 @dataclass(frozen=True)
 class Unit:
-    """How a figure is written: times `factor`, with so many digits after the point."""
+    """How a figure is written: times `factor`, with so many digits after the point, and more where it is below 10."""
 
     symbol: str = ""
     factor: float = 1.0
     digits: int = 1
+    more: int = 0
+
+    def beside(self, value: float) -> "Unit":
+        """The same with the digits of this value, for it and what is told of it."""
+        return replace(self, digits=self.digits + self.more, more=0) if abs(value * self.factor) < 10 else self
 
     def write(self, value: float | None, *, signed: bool = False) -> str:
         """The number without its symbol; a missing one is a dash."""
@@ -34,7 +39,7 @@ PERCENT, PLAIN, RATIO, COUNT = Unit("%", 100.0), Unit(), Unit(digits=3), Unit(di
 GROUPS: dict[Group, tuple[str, Unit, str]] = {
     "violation": ("Violation rate", PERCENT, "↓"),
     "tasks": ("Accuracy", PERCENT, "↑"),
-    "perplexity": ("Perplexity", PLAIN, "↓"),
+    "perplexity": ("Perplexity", Unit(more=1), "↓"),
     "classification": ("Classification", RATIO, "↑"),
     "text": ("Generated text", RATIO, ""),
     "cost": ("Cost", COUNT, ""),
@@ -173,8 +178,8 @@ def main_violation(main: Main) -> Measure:
 
 def overview(report: Report) -> Table | None:
     """Violation rate, MMLU, commonsense and perplexity of each method; None where nothing was measured."""
-    found = measures(report, "violation", "tasks", "perplexity")
-    columns = [measure for measure in found if measure.group != "tasks" or measure.on in overview_tasks(report)]
+    single = single_tasks(report)
+    columns = [measure for measure in measures(report, "violation", "tasks", "perplexity") if measure not in single]
     return _table(report, "Mean over seeds, ± standard deviation, 95% interval", columns)
 
 
@@ -191,11 +196,15 @@ def classification(report: Report) -> Table | None:
     return _table(report, "Classification, with the violation rate of generation", columns)
 
 
+def single_tasks(report: Report) -> list[Measure]:
+    """The tasks that the overview has in a group only."""
+    return [measure for measure in measures(report, "tasks") if measure.on not in overview_tasks(report)]
+
+
 def further(report: Report) -> list[Table]:
     """What the other tables leave out: single tasks, properties of the text, cost."""
-    tasks = [measure for measure in measures(report, "tasks") if measure.on not in overview_tasks(report)]
     tables = (
-        _table(report, "Single tasks", tasks),
+        _table(report, "Single tasks", single_tasks(report)),
         _table(report, "Properties of the generated text", measures(report, "text")),
         _table(report, "What training cost", measures(report, "cost")),
     )
@@ -212,11 +221,13 @@ def win_matrix(report: Report) -> Table | None:
     return Table("Win rate of the row over the column", groups, [*rows, "mean words"], rows, _judging(found))
 
 
-def differences(report: Report) -> dict[str, list[Difference]]:
-    """All comparisons with the best method, by the name of the figure and the unit of its differences."""
+def differences(report: Report, without: Collection[Measure] = ()) -> dict[str, list[Difference]]:
+    """Comparisons with the best method, by the name of the figure and the unit of its differences."""
     found: dict[str, list[Difference]] = {}
     for one in report.comparisons:
         measure = Measure(one.figure, one.on, one.constraint)
+        if measure in without:
+            continue
         title, unit = DIFFERENCES.get(one.figure, (measure.title, measure.unit))
         found.setdefault(f"{title}: {measure.label}", []).append(_difference(one, unit))
     return found
@@ -247,6 +258,7 @@ def to_cell(figure: Estimate | None, unit: Unit, mark: str = "", *, signed: bool
     """A figure as text; one without a value is missing, never 0."""
     if figure is None or figure.value is None:
         return Cell(missing=figure.missing if figure else 0)
+    unit = unit.beside(figure.value)
     spread = figure.spread if isinstance(figure, Figure) else None
     return Cell(
         text=unit.write(figure.value, signed=signed),

@@ -24,7 +24,7 @@ def tables(report: Report) -> str:
         for table in (made.overview(report), made.win_matrix(report), made.classification(report)):
             if table is not None:
                 console.print(_drawn(table), "")
-        for name, differences in made.differences(report).items():
+        for name, differences in made.differences(report, without=made.single_tasks(report)).items():
             console.print(_differences(name, differences), "")
         if report.comparisons:
             console.print(Text(made.DIFFERENCES_IN_WORDS), end="\n\n")

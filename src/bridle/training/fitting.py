@@ -1,6 +1,6 @@
 """Fitting the auxiliary model R on one round of labelled samples, and measuring how well it is calibrated."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from bridle.core.decomposition import consistency_loss, future_weights, label_lo
 from bridle.core.tokens import completion_positions, length_mask, pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import AuxiliaryModel
-from bridle.models.hidden import project, run
+from bridle.models.hidden import causal_lm, project, run
 from bridle.progress import Progress, track
 from bridle.training.config import AuxiliaryOptions
 
@@ -59,10 +59,23 @@ class Examples:
         return Examples(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def encode(model: PreTrainedModel, rollouts: Sequence[Rollout], soft_labels: bool, pad_token_id: int) -> Examples:
-    """Runs the guided model over labelled rollouts once, and keeps what fitting R needs, on the CPU.
+def encode(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    soft_labels: bool,
+    pad_token_id: int,
+    drawn_from: Mapping[int, Tensor] | None = None,
+) -> Examples:
+    """What fitting R needs of labelled rollouts, on the CPU: the guided model runs once over each, or not at all.
 
     A rollout that does not know yet how likely its tokens were is taken to be drawn from this model, and is told.
+
+    Args:
+        model: the guided model.
+        rollouts: labelled.
+        soft_labels: take the constraint's value and not its yes or no.
+        pad_token_id: fills rows.
+        drawn_from: by row, the model's hidden states [tokens, hidden], where they were kept while sampling.
     """
     rows = [rollout.prompt_ids + rollout.completion_ids for rollout in rollouts]
     input_ids, attention_mask = pad_right(rows, pad_token_id)
@@ -71,19 +84,16 @@ def encode(model: PreTrainedModel, rollouts: Sequence[Rollout], soft_labels: boo
     mask = length_mask(lengths, int(lengths.max()))
     at = completion_positions(prompt_lengths, mask.shape[1]).clamp(max=input_ids.shape[1] - 2)
     completion = input_ids.gather(1, at + 1).masked_fill(~mask, 0)
-    hidden, log_probs = [], []
-    training = model.training
-    model.eval()
-    for start in track(range(0, len(rows), ENCODE_BATCH), "reading the rollouts", unit="batches"):
-        batch = slice(start, start + ENCODE_BATCH)
-        states = run(model, input_ids[batch].to(model.device), attention_mask[batch].to(model.device))
-        states = _gather(states, at[batch].to(model.device))
-        log_probs.append(_log_probs(model, states, completion[batch], mask[batch]))
-        hidden.append(states.cpu())
-    model.train(training)
+    hidden = _hidden_states(model, input_ids, attention_mask, at, drawn_from or {})
+    log_probs = [
+        _log_probs(model, states.to(model.device), tokens, inside)
+        for states, tokens, inside in zip(
+            hidden.split(ENCODE_BATCH), completion.split(ENCODE_BATCH), mask.split(ENCODE_BATCH), strict=True
+        )
+    ]
     compliance = [rollout.value if soft_labels else rollout.complies for rollout in rollouts]
     return Examples(
-        hidden=torch.cat(hidden),
+        hidden=hidden,
         completion=completion,
         mask=mask,
         compliance=torch.tensor(compliance, dtype=torch.float32),  # a missing one raises
@@ -92,6 +102,25 @@ def encode(model: PreTrainedModel, rollouts: Sequence[Rollout], soft_labels: boo
         attention_mask=attention_mask,
         positions=at,
     )
+
+
+def _hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, at: Tensor, known: Mapping[int, Tensor]
+) -> Tensor:
+    """States at some positions of each row, [rows, time] -> [rows, time, hidden]; 0 behind those that are known."""
+    lm = causal_lm(model)
+    hidden = torch.zeros(*at.shape, lm.config.get_text_config().hidden_size, dtype=lm.dtype)
+    for row, states in known.items():
+        hidden[row, : len(states)] = states
+    unknown = torch.tensor([row for row in range(len(at)) if row not in known])
+    training = model.training
+    model.eval()
+    for start in track(range(0, len(unknown), ENCODE_BATCH), "reading the rollouts", unit="batches"):
+        batch = unknown[start : start + ENCODE_BATCH]
+        states = run(model, input_ids[batch].to(model.device), attention_mask[batch].to(model.device))
+        hidden[batch] = _gather(states, at[batch].to(model.device)).to(lm.dtype).cpu()
+    model.train(training)
+    return hidden
 
 
 def _log_probs(model: PreTrainedModel, states: Tensor, completion: Tensor, mask: Tensor) -> Tensor:

@@ -120,15 +120,16 @@ class DomainRegulariser:
         seconds: dict[str, float] = {}
         earlier = [rollout for rollout in self.replayed + self.rollouts if rollout.complies is not None]
         self.replayed = [r for r in earlier if r.round >= round_index - self.config.auxiliary.replay]
+        states: dict[int, Tensor] = {}  # by rollout, what its tokens were drawn from, so that fitting need not run p_a
         with _timed(seconds, "sampling"):
-            self.rollouts, self.drawn = self._sample(round_index), 0
+            self.rollouts, self.drawn = self._sample(round_index, states), 0
         with _timed(seconds, "scoring"):
             self._score()
         with _timed(seconds, "fitting"):
-            fitted = self._fit(round_index)
+            fitted = self._fit(round_index, states)
         return {**_compliance(self.rollouts), **fitted, **{f"seconds_{k}": v for k, v in seconds.items()}}
 
-    def _sample(self, round_index: int) -> list[Rollout]:
+    def _sample(self, round_index: int, states: dict[int, Tensor]) -> list[Rollout]:
         prompts = self.prompts(round_index)
         completions = sample(
             self.model,
@@ -140,6 +141,7 @@ class DomainRegulariser:
             seed=self._seed(f"sampling {round_index}"),
             description=f"round {round_index}: sampling for {self.name}",
             share=True,
+            states=states,
         )
         model_hash = weights_hash(self.model)
         return [
@@ -185,9 +187,10 @@ class DomainRegulariser:
         for rollout, score in zip(self.rollouts, scores, strict=True):
             rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
 
-    def _fit(self, round_index: int) -> dict[str, Any]:
+    def _fit(self, round_index: int, states: dict[int, Tensor]) -> dict[str, Any]:
         """Fits R on this round's scored rollouts, from where the last round left it."""
-        scored = [rollout for rollout in self.rollouts if rollout.complies is not None]
+        places = [place for place, rollout in enumerate(self.rollouts) if rollout.complies is not None]
+        scored = [self.rollouts[place] for place in places]
         missing = len(self.rollouts) - len(scored)
         if missing > self.config.max_missing * len(self.rollouts):
             reason = next(rollout.reason for rollout in self.rollouts if rollout.complies is None)
@@ -208,7 +211,8 @@ class DomainRegulariser:
         assert self.auxiliary is not None
         with torch.no_grad():
             pad = self.tokenizer.pad_token_id
-            examples = encode(self.model, scored + self.replayed, self.options.soft_labels, pad)
+            known = {row: states[place] for row, place in enumerate(places) if place in states}
+            examples = encode(self.model, scored + self.replayed, self.options.soft_labels, pad, known)
         stale = measure_calibration(self.auxiliary, examples[: len(scored)]) if knew else {}
         generator = torch.Generator().manual_seed(self._seed(f"fitting {round_index}"))
         report = fit_auxiliary(
