@@ -16,14 +16,12 @@ class Entity:
         kind: town, person, beast, dish, festival or river.
         pronoun: that stands for it at the head of a sentence.
         facts: by relation; each value as it stands within a sentence.
-        quizzed: whether quizzes of the encyclopaedia ask about it; the benchmark asks about the others.
     """
 
     name: str
     kind: str
     pronoun: str
     facts: Mapping[str, str]
-    quizzed: bool
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class World:
 def _entity(rng: Random, kind: str, name: str, values: Mapping[str, tuple[str, ...]]) -> Entity:
     facts = {relation: rng.choice(values[_VALUES_OF.get(relation, relation)]) for relation in _RELATIONS[kind]}
     pronoun = rng.choice(("she", "he")) if kind == "person" else "it"
-    return Entity(name, kind, pronoun, facts, quizzed=rng.random() < 0.5)
+    return Entity(name, kind, pronoun, facts)
 
 
 def _names(rng: Random) -> dict[str, list[str]]:
