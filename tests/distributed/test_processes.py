@@ -59,7 +59,7 @@ def test_two_processes_do_what_one_does(model, of_two, tmp_path, name):
             elif isinstance(value, float) and not any(part in key for part in APART):
                 relative = TOLERANCE if key == "grad_norm" else 0
                 assert found[key] == pytest.approx(value, abs=TOLERANCE, rel=relative, nan_ok=True), (key, expected)
-    assert 1e-4 < max(filter(math.isfinite, (record.get("kl/rude", 0) for record in one)))
+    assert max(filter(math.isfinite, (record.get("kl/rude", 0) for record in one))) > 1e-4
     lost = runs.RUNS[name].get("lost")
     assert [record["step"] for record in two if "skipped_in_a_row" in record] == ([lost] if lost else [])
     weights = [load_file(folder / name / "weights.safetensors") for folder in (tmp_path, of_two)]

@@ -1,4 +1,4 @@
-"""Training that goes wrong, in real trainers of tiny models: what is skipped, what stops, what is told and remembered."""
+"""Training that goes wrong, in real trainers of tiny models: what is skipped, what stops, what is told."""
 
 import json
 import math
@@ -118,7 +118,7 @@ class TestSkippedUpdates:
             died.train()
         resumed = make(tiny_folder, tmp_path, **options)
         spoil_loss(resumed, {2, 3, 4})
-        with pytest.raises(RunStopped, match="update 4 was skipped.*3 in a row"):
+        with pytest.raises(RunStopped, match=r"update 4 was skipped.*3 in a row"):
             resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert [record.get("skipped_in_a_row") for record in records(tmp_path) if "warnings" in record] == [1, 2, 3]
 
