@@ -186,6 +186,9 @@ def metrics(seed: int, regularised: bool) -> list[dict[str, Any]]:
         rows.append(
             {"step": step, "round": number, **measured, "seconds_policy": 110.5, "ce": ce, "tokens_trained": 51000}
         )
+    if regularised:
+        rows.append({"step": 120, "skipped_in_a_row": 1, "warnings": [f"update 120 was skipped {SCRIPT}"]})
+        rows[1]["warnings"] = ["round 1, rude: violations rose", "round 1, rude: rollouts say nothing"]
     return [*rows, {"step": 200, "train_runtime": 300.0, "train_loss": 3.7}]
 
 

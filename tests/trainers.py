@@ -1,5 +1,6 @@
 """Trainers of tiny models on the invented corpus, for tests of the update and its schedules."""
 
+import math
 import os
 import sys
 
@@ -71,6 +72,19 @@ def trainer_of(folder, output, regularisers, rows=None, lora=None, **options):
         regularisers=regularisers,
         processing_class=load_tokenizer(str(folder)),
     )
+
+
+def spoil_loss(trainer, updates):
+    """Makes the last micro-batch's loss infinite in these updates, counted from 1; its gradient would be finite."""
+    regulariser = trainer.regularisers[0]
+    divergence = regulariser.divergence
+
+    def spoilt(*batch):
+        kl, count = divergence(*batch)
+        due = trainer.state.global_step + 1 in updates and trainer.accelerator.sync_gradients
+        return (kl + math.inf if due else kl), count
+
+    regulariser.divergence = spoilt
 
 
 def logged(trainer, key):

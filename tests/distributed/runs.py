@@ -27,19 +27,22 @@ from bridle.training.recipe import build_recipe
 from bridle.training.run import train
 from bridle.training.state import trainable_weights
 from bridle.training.trainer import ConstrainedTrainer
-from trainers import NO_E, corpus, trainer_of
+from trainers import NO_E, corpus, spoil_loss, trainer_of
 
 GLOBAL_BATCH = 8  # rows in a forward of all processes together
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 RUNS = {
-    "live, resumed": {"anchor": "live", "on": "both", **SAVING},
+    "live, resumed": {"anchor": "live", "on": "both", "lost": 2, **SAVING},
     "previous, LoRA, shipped": {"anchor": "previous", "lora": LoraOptions(r=2), "targets": "shipped"},
     "parallel": {"anchor": "previous", "on": "rollouts", "schedule": "parallel", "rounds": 3, "max_steps": 6},
     "sharded, live": {"anchor": "live", "on": "rollouts"},
-    "sharded, previous": {"anchor": "previous", "on": "both"},
+    "sharded, previous": {"anchor": "previous", "on": "both", "lost": 2},
     "sharded, initial, LoRA, resumed": {"anchor": "initial", "lora": LoraOptions(r=2), **SAVING},
 }
-"""What several processes do as one does. Those called resumed are stopped after their third step and go on from it."""
+"""What several processes do as one does. Those called resumed are stopped after their third step and go on from it.
+
+In the update that is lost the main process's loss is infinite, and only its own.
+"""
 
 
 class Stop(Exception):  # noqa: N818
@@ -85,6 +88,7 @@ def sharding():
 
 def make(name, model, folder):
     options = dict(RUNS[name])
+    lost = options.pop("lost", None)
     torch.manual_seed(0)  # adapters are drawn at random
     regulariser = Regulariser(NO_E, weight=4.0, anchor=options.pop("anchor"), on=options.pop("on", "corpus"))
     trainer = trainer_of(
@@ -101,6 +105,8 @@ def make(name, model, folder):
             **options,
         },
     )
+    if is_main():
+        spoil_loss(trainer, {lost})
     if options.get("schedule") == "parallel":
         trainer.schedule.worker = LocalWorker(trainer.regularisers)
     return trainer

@@ -167,7 +167,7 @@ class TestRegularisers:
         everything_complies._score = lambda texts: [1.0] * len(texts)
         trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(everything_complies)})
         trainer.train()
-        assert "every rollout for rude got the same label" in caplog.text
+        assert "round 2, rude: every rollout got the same label" in caplog.text
         assert logged(trainer, "rude/fit_skipped") == [True, True]
         assert logged(trainer, "kl/rude") == []
 

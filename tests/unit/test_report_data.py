@@ -80,6 +80,11 @@ def test_curves_come_from_the_round_records(folder):
     assert (second.regularisers["plain"].kl, second.regularisers["plain"].compliance) == (pytest.approx(0.0362), None)
 
 
+def test_warnings_come_from_all_records(folder):
+    assert [len(curve.warnings) for curve in read_report(folder).curves] == [0, 0, 3, 3]
+    assert read_report(folder).curves[2].warnings[0] == "round 1, rude: violations rose"
+
+
 def test_completions_are_the_very_text(folder):
     rows = [row for row in read_report(folder).completions if row.method == "base" and row.seed == "1"]
     assert [row.completion for row in rows[:2]] == [INSULT, SCRIPT]

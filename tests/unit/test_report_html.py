@@ -205,6 +205,15 @@ def test_a_failed_method_has_dashes_and_its_reason(page, report):
     assert tables.overview(report).rows["constrained"][3].text == "–"  # its perplexity is missing
 
 
+def test_warnings_of_training_name_method_and_seed(page, report):
+    section = "".join(text for text, _ in page.texts)
+    section = section[section.index("Warnings of training") :]
+    assert "constrained-adaptive, seed 1: round 1, rude: violations rose" in section
+    assert f"constrained-adaptive, seed 1: update 120 was skipped {report_folder.SCRIPT}" in section
+    without = rendered(replace(report, curves=[replace(curve, warnings=[]) for curve in report.curves]))
+    assert "Warnings of training" not in without
+
+
 def test_the_overview_marks_the_best_and_what_is_like_it(report):
     table = tables.overview(report)
     assert table.groups == [("Violation rate, %", 2), ("Accuracy, %", 1), ("Perplexity", 2)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bridle.core.tokens import pad_left
+from bridle.errors import RunStopped
 from bridle.models.hidden import causal_lm, last_positions
 from bridle.models.sharding import is_sharded
 from bridle.progress import Progress
@@ -38,6 +39,11 @@ class InverseTransform(LogitsProcessor):
         """[batch, time], [batch, vocabulary] -> 0 at the token drawn and −∞ elsewhere, [batch, vocabulary]."""
         # Summed in float64, so that a large vocabulary's rare tokens keep their probability.
         cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        if not cumulative[:, -1].isfinite().all():
+            raise RunStopped(
+                "sampling: the model's probabilities are not finite, so its weights are broken or half precision does "
+                "not hold them; go back to an earlier checkpoint, or try dtype: float32"
+            )
         uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
         token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

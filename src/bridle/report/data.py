@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -143,11 +144,12 @@ class Round:
 
 @dataclass(frozen=True)
 class Curve:
-    """One training run: a method under a seed, and its rounds."""
+    """One training run: a method under a seed, its rounds, and what its guards warned of, in order."""
 
     method: str
     seed: str
     rounds: list[Round]
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -302,8 +304,10 @@ def _runs(report: Report, folder: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def _curve(method: str, seed: str, folder: Path) -> Curve:
-    rows = _rows(folder / "metrics.jsonl")
-    return Curve(method, seed, [_checked(Round, _round(row), place) for place, row in rows if "round" in row])
+    rows = list(_rows(folder / "metrics.jsonl"))
+    rounds = [_checked(Round, _round(row), place) for place, row in rows if "round" in row]
+    warnings = [_checked(list[str], row["warnings"], place) for place, row in rows if "warnings" in row]
+    return Curve(method, seed, rounds, list(chain.from_iterable(warnings)))
 
 
 def _round(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,15 @@ def failures(report: Report) -> list[dict[str, Any]]:
     ]
 
 
+def warnings(report: Report) -> list[dict[str, str]]:
+    """What the guards of training runs warned of: method, seed and warning, one each."""
+    return [
+        {"method": curve.method, "seed": curve.seed, "warning": warning}
+        for curve in report.curves
+        for warning in curve.warnings
+    ]
+
+
 def _of_best(report: Report, violation: Measure) -> Iterator[str]:
     top = best(report, violation)
     if top is None or top not in report.methods:

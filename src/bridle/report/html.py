@@ -21,7 +21,7 @@ from bridle.environment import write_text
 from bridle.progress import Progress
 from bridle.report import plots, tables, texts
 from bridle.report.data import Report, read_report
-from bridle.report.findings import failures, findings
+from bridle.report.findings import failures, findings, warnings
 
 PIXELS = 1.25  # a plot's width on the page for each point of its drawing
 PLOTS_IN_WORDS = {
@@ -88,6 +88,7 @@ def render(report: Report, figures: Mapping[str, Figure]) -> str:
         environment=texts.flat(_readable(report.environment)),
         settings=texts.flat(report.settings),
         failures=failures(report),
+        warnings=warnings(report),
     )  # fmt: skip
 
 

@@ -143,12 +143,17 @@ class ConstrainedConfig(SFTConfig):
             row that comes in several epochs of a round is worked on once. Needs a frozen anchor.
         target_tokens: k, how many tokens a shipped target keeps; all others are one bucket.
         max_missing: share of rollouts without a score above which the run stops.
+        max_skipped_steps: updates in a row that are skipped, their loss or gradient not being finite, before the run
+            stops.
         entropy_floor: share of the first logged entropy below which the run stops; 0 turns the guard off.
+        calibration_bound: expected calibration error of R above which a round warns; 1 turns the guard off. It is not
+            judged on fewer than 20 rollouts kept back.
+        empty_bound: share of rollouts that say nothing above which a round warns; 1 turns the guard off.
         auxiliary: shape and fit of R.
         parallel: where the parallel schedule's regularisers work.
 
     Raises:
-        UserError: no round, or a packing that mixes domains within a row.
+        UserError: no round, a share or bound outside [0, 1], or a packing that mixes domains within a row.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]
@@ -162,7 +167,10 @@ class ConstrainedConfig(SFTConfig):
     targets: Literal["computed", "shipped"] = field(default="computed", metadata={"help": "When q is built."})
     target_tokens: int = field(default=128, metadata={"help": "Tokens that a shipped target keeps."})
     max_missing: float = field(default=0.1, metadata={"help": "Share of unscored rollouts that stops a run."})
+    max_skipped_steps: int = field(default=10, metadata={"help": "Skipped updates in a row before a run stops."})
     entropy_floor: float = field(default=0.5, metadata={"help": "Share of the first entropy that stops a run."})
+    calibration_bound: float = field(default=0.15, metadata={"help": "R's calibration error that warns."})
+    empty_bound: float = field(default=0.1, metadata={"help": "Share of empty rollouts that warns."})
     auxiliary: AuxiliaryOptions = field(default_factory=AuxiliaryOptions, metadata={"help": "Shape and fit of R."})
     parallel: ParallelOptions = field(default_factory=ParallelOptions, metadata={"help": "The roles' resources."})
 
@@ -175,6 +183,11 @@ class ConstrainedConfig(SFTConfig):
             raise UserError(f"rounds: must be at least 1, not {self.rounds}")
         if self.target_tokens < 1:
             raise UserError(f"target_tokens: must be at least 1, not {self.target_tokens}")
+        if self.max_skipped_steps < 0:
+            raise UserError(f"max_skipped_steps: must be 0 or more, not {self.max_skipped_steps}")
+        for share in ("max_missing", "entropy_floor", "calibration_bound", "empty_bound"):
+            if not 0 <= getattr(self, share) <= 1:
+                raise UserError(f"{share}: must be between 0 and 1, not {getattr(self, share)}")
         if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
             raise UserError(
                 "packing_strategy: only `wrapped` keeps each row within one domain, which λ_d needs; "

@@ -160,7 +160,8 @@ def fit_auxiliary(
         fresh: how many, the first ones, were drawn from p_a itself; all if not given.
 
     Returns:
-        Losses of the last epoch, and R's calibration on the examples kept back.
+        Losses of the last epoch, how many steps were skipped because their loss or gradient was not finite, and R's
+        calibration on the examples kept back.
     """
     fresh = len(examples) if fresh is None else fresh
     order = torch.randperm(fresh, generator=generator)
@@ -171,6 +172,7 @@ def fit_auxiliary(
     )
     steps = options.epochs * -(-len(fitting) // options.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    skipped = 0
     auxiliary.train()
     with Progress(description, steps, "steps") as progress:
         for _ in range(options.epochs):
@@ -182,19 +184,28 @@ def fit_auxiliary(
                 loss = loss + options.consistency_weight * consistency[0] / consistency[1].clamp(min=1)
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)
-                optimizer.step()
+                norm = nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)
+                if torch.isfinite(loss + norm):
+                    optimizer.step()
+                    totals += torch.stack([part.detach().float().cpu() for part in (*bce, *consistency)])
+                else:
+                    skipped += 1
                 schedule.step()
-                totals += torch.stack([part.detach().float().cpu() for part in (*bce, *consistency)])
                 progress.update()
     auxiliary.eval()
     report: dict[str, Any] = {
-        "r_bce": (totals[0] / totals[1]).item(),
-        "r_consistency": (totals[2] / totals[3].clamp(min=1)).item(),
+        "r_bce": _mean(totals[0], totals[1]),
+        "r_consistency": _mean(totals[2], totals[3]),
+        "r_steps_skipped": skipped,
+        "r_kept_back": held_back,
     }
     if held_back:
         report |= measure_calibration(auxiliary, examples[validation])
     return report
+
+
+def _mean(total: Tensor, count: Tensor) -> float | None:
+    return (total / count).item() if count else None
 
 
 def _fit_losses(auxiliary: AuxiliaryModel, model: PreTrainedModel, batch: Examples) -> tuple[SumAndCount, SumAndCount]:

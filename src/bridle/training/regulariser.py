@@ -4,7 +4,6 @@ A round makes the policy's own samples, asks the constraint about each whole out
 auxiliary what that answer will be from any prefix (EMNLP 2024, the regulariser's half).
 """
 
-import logging
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,8 +37,6 @@ from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
 from bridle.training.state import RegulariserState, Weights, on_cpu
 from bridle.training.targets import FrozenAnchor, ShippedTarget, Target
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -201,12 +198,6 @@ class DomainRegulariser:
         labels = {rollout.value if self.options.soft_labels else rollout.complies for rollout in scored}
         knew, self.informed = self.informed, len(labels) > 1
         if not self.informed:
-            logger.warning(
-                "round %d: every rollout for %s got the same label, so R is constant and q is the anchor; "
-                "the fit is skipped. More rollouts or harder prompts would show the constraint more.",
-                round_index,
-                self.name,
-            )
             return {"fit_skipped": True}
         assert self.auxiliary is not None
         with torch.no_grad():
@@ -353,6 +344,7 @@ def _compliance(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     return {
         "rollouts": len(rollouts),
         "rollouts_missing": len(rollouts) - len(scored),
+        "rollouts_empty": sum(not rollout.completion.strip() for rollout in rollouts),
         "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
         "compliance": complying / len(scored) if scored else None,
         "compliance_low": interval[0],

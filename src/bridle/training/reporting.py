@@ -1,7 +1,6 @@
-"""What a run tells while it goes on: progress for people, `metrics.jsonl` for programs, and its guards."""
+"""What a run tells while it goes on: progress for people, `metrics.jsonl` for programs."""
 
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from transformers import TrainerCallback
 from bridle.environment import write_text
 from bridle.progress import Progress
 from bridle.ranks import is_main
-
-logger = logging.getLogger(__name__)
 
 
 class MetricsFile(TrainerCallback):
@@ -67,31 +64,6 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
         self._progress.close()
-
-
-class EntropyGuard(TrainerCallback):
-    """Stops a run whose policy loses its entropy: a stale R and a strong λ drive it towards one text.
-
-    Args:
-        floor: share of the first logged entropy below which the run stops; 0 turns the guard off.
-    """
-
-    def __init__(self, floor: float):
-        self.floor = floor
-        self.first: float | None = None
-        self.verdict: str | None = None
-
-    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
-        entropy = (logs or {}).get("entropy")
-        if entropy is None:
-            return
-        self.first = self.first or next((r["entropy"] for r in state.log_history if "entropy" in r), entropy)
-        if entropy < self.floor * self.first:
-            self.verdict = (
-                f"the policy's entropy fell from {self.first:.2f} to {entropy:.2f} nats at step {state.global_step}, "
-                f"below entropy_floor {self.floor}; try a smaller regulariser weight or more rounds"
-            )
-            control.should_training_stop = control.should_save = True
 
 
 def round_line(record: dict[str, Any], rounds: int) -> str:

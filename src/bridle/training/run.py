@@ -21,7 +21,7 @@ from bridle.settings import different_keys, read_yaml
 from bridle.training.build import build_trainer
 from bridle.training.config import ConstrainedConfig
 from bridle.training.recipe import Recipe
-from bridle.training.reporting import EntropyGuard, MetricsFile, TrainingProgress
+from bridle.training.reporting import MetricsFile, TrainingProgress
 from bridle.training.sequential import last_checkpoint
 from bridle.training.trainer import ConstrainedTrainer
 
@@ -82,16 +82,13 @@ def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bo
 def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bool) -> ConstrainedTrainer:
     trainer = build_trainer(recipe, folder, rows)
     config = trainer.args
-    guard = EntropyGuard(config.entropy_floor)
-    _replace_callbacks(trainer, [MetricsFile(folder / "metrics.jsonl"), TrainingProgress(), guard])
+    _replace_callbacks(trainer, [MetricsFile(folder / "metrics.jsonl"), TrainingProgress()])
 
     if is_main():
         write_text(folder / RECIPE_FILE, yaml.safe_dump(without_token(recipe.resolved), sort_keys=False))
         write_json(folder / "environment.json", environment(config.seed))
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if guard.verdict:
-        raise RunStopped(f"{folder}: {guard.verdict}; the last checkpoint is kept")
     if trainer.is_fsdp_enabled:  # a model in shards would be no `from_pretrained` folder
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder / "model"), _internal_call=True)  # it is pushed below, with its card

@@ -9,11 +9,12 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from bridle.data import Rollout, write_rollouts
 from bridle.environment import sync_files, write_json
 from bridle.ranks import is_main, rank
+from bridle.training.guards import round_warnings, tell
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.shipping import make_targets, upcoming
 from bridle.training.state import RegulariserState
@@ -54,9 +55,7 @@ class SequentialSchedule(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         finished = state.global_step == state.max_steps
         if finished or self._round_of(state.global_step, state) > self.round:
-            step_is_logged = control.should_log
             self._end_round()
-            control.should_log = step_is_logged  # logging the round has cleared it
             control.should_save = args.save_strategy != "no"
         return control
 
@@ -111,11 +110,15 @@ class SequentialSchedule(TrainerCallback):
         self._keep_auxiliary(index, regulariser)
         measured = measured | {"lambda": regulariser.options.weight}
         self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
+        log, config = self.trainer.state.log_history, self.trainer.args
+        for warning in round_warnings(regulariser.name, index, measured, log, config):
+            tell(warning)
+            self._record.setdefault("warnings", []).append(warning)
 
     def _end_round(self) -> None:
         self._record["seconds_policy"] = time.perf_counter() - self._policy_began
         self._record |= self.trainer.tally.of_round()
-        Trainer.log(self.trainer, self._record)  # past `SFTTrainer.log`, which would end its own averages here
+        self.trainer.log_apart(self._record)
 
     def _keep_rollouts(self, index: int, name: str, rollouts: list[Rollout]) -> None:
         """Writes what a round sampled, also when scoring or fitting it failed."""

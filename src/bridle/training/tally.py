@@ -1,5 +1,6 @@
 """Running sums of what the update computes, so that means do not depend on how batches are cut."""
 
+import math
 from collections import defaultdict
 
 from torch import Tensor
@@ -19,10 +20,15 @@ class Tally:
         self._log, self._round = _none(), _none()
 
     def add(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Adds a sum over `count` items; both are scalars."""
-        for sums in (self._log[name], self._round[name]):
-            sums[0] += float(total)
-            sums[1] += float(count)
+        """Adds a sum over `count` items; both are scalars.
+
+        One that is not finite shows in the next log, and is left out of the round's mean, as its update is skipped.
+        """
+        added = float(total)
+        kept = [self._log, self._round] if math.isfinite(added) else [self._log]
+        for sums in kept:
+            sums[name][0] += added
+            sums[name][1] += float(count)
 
     def since_last_log(self) -> dict[str, float]:
         """Means by name since this was last asked."""

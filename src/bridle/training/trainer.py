@@ -4,6 +4,7 @@
 callback at round boundaries, and leaves the rest as it is. With every λ at 0 it is `SFTTrainer`.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,20 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from bridle.core.chunked import Divergence, Sums, constrained_loss
 from bridle.core.tokens import shift
 from bridle.data import DOMAIN, mix, tokenize_domain
-from bridle.errors import UserError
+from bridle.errors import RunStopped, UserError
 from bridle.models.hidden import OutputLayer, capture_hidden_states, check_projection, project_only, without_logits
 from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
 from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
+from bridle.training.guards import EntropyGuard, FiniteGuard
 from bridle.training.parallel import ParallelSchedule
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.sequential import SequentialSchedule
@@ -89,7 +91,22 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         ]
         self.tally = Tally()
         self.schedule = SCHEDULES[args.schedule](self)
-        self.add_callback(self.schedule)
+        self.skipped = False  # whether the last update was, its loss or gradient not being finite
+        self.verdict: str | None = None  # of a guard that stops the run
+        for callback in (self.schedule, FiniteGuard(self), EntropyGuard(self)):
+            self.add_callback(callback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, as `Trainer.train` does.
+
+        Raises:
+            RunStopped: a guard stopped the run, or more than `max_missing` of a round's rollouts got no score.
+        """
+        self.verdict = None
+        output = super().train(*args, **kwargs)
+        if self.verdict is not None:
+            raise RunStopped(f"{self.args.output_dir}: {self.verdict}; the last checkpoint is kept")
+        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """CE of the corpus, as `SFTTrainer` has it, plus Σ_d λ_d·KL(q_d ‖ p_θ), over the same token count."""
@@ -129,7 +146,9 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
             dtype=torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None,
         )
         self._note(sums, tokens, inputs["attention_mask"])
-        return cross_entropy + loss / divisor
+        loss = cross_entropy + loss / divisor
+        # An infinite loss may have a finite gradient. This makes it NaN, on all processes, and the update is skipped.
+        return loss * (1 + 0 * loss.detach())
 
     def _divergences(
         self, hidden_states: Tensor, inputs: dict[str, Tensor], prefixes: Prefixes, trained_on: Tensor
@@ -225,6 +244,14 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         else:
             super()._run_epoch(**kwargs)
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm that is logged; where it is not finite the update is skipped."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.skipped = norm is not None and not math.isfinite(norm)
+        if self.skipped:
+            model.zero_grad()  # without gradients an optimiser leaves the weights, and its own moments, as they are
+        return norm
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
@@ -233,7 +260,18 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the means of CE and of every KL beside what `SFTTrainer` logs."""
-        super().log({**logs, **self.tally.since_last_log()} if "loss" in logs else logs, start_time)
+        if "loss" in logs:
+            parts = self.tally.since_last_log()
+            finite = all(map(math.isfinite, parts.values()))
+            # `transformers` puts the mean of earlier losses in the place of one that is not finite.
+            logs = {**logs, **parts, "loss": logs["loss"] if finite else math.nan}
+        super().log(logs, start_time)
+
+    def log_apart(self, record: dict[str, Any]) -> None:
+        """Logs a record of its own: neither `SFTTrainer`'s averages nor the log that this step may be due end here."""
+        due = self.control.should_log
+        Trainer.log(self, record)
+        self.control.should_log = due
 
 
 def _tokenised(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: ConstrainedConfig) -> Dataset:

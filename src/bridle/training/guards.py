@@ -1,0 +1,158 @@
+"""What watches over training: each guard sees one thing go wrong, says so with what to try, and warns or stops the run.
+
+What they say stands under `warnings` in the log, and so in `metrics.jsonl` and the report. What they remember they read
+from the log, too, so that a resumed run knows what the run before it knew.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerState
+
+from bridle.ranks import is_main
+from bridle.training.config import ConstrainedConfig
+
+if TYPE_CHECKING:
+    from bridle.training.trainer import ConstrainedTrainer
+
+Measured = Mapping[str, Any]  # what a round measured for one regulariser, by the keys of docs/metrics.md
+
+FEWEST_KEPT_BACK = 20  # rollouts; on fewer the calibration error of a perfect R can exceed any useful bound
+
+logger = logging.getLogger(__name__)
+
+
+def tell(warning: str) -> None:
+    """Warns people, once where several processes work on a run."""
+    if is_main():
+        logger.warning(warning)
+
+
+class Guard(TrainerCallback):
+    """Watches the updates.
+
+    Args:
+        trainer: whose log takes what is said, and which is stopped.
+    """
+
+    def __init__(self, trainer: "ConstrainedTrainer"):
+        self.trainer = trainer
+
+    def warn(self, warning: str, **measured: Any) -> None:
+        """Says that something goes wrong, and goes on."""
+        tell(warning)
+        self.trainer.log_apart({**measured, "warnings": [warning]})
+
+    def stop(self, verdict: str, **measured: Any) -> None:
+        """Ends the run once a checkpoint is written; `ConstrainedTrainer.train` then raises the verdict."""
+        self.trainer.verdict = verdict
+        self.trainer.log_apart({**measured, "warnings": [verdict]})
+        self.trainer.control.should_training_stop = self.trainer.control.should_save = True
+
+
+class FiniteGuard(Guard):
+    """Tells each update that the trainer skipped because its loss or gradient was not finite; stops at too many."""
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        if not self.trainer.skipped:
+            return
+        in_a_row = _skipped_before(state) + 1
+        said = (
+            f"update {state.global_step} was skipped: its loss or gradient was not finite ({in_a_row} in a row); try a "
+            "smaller learning_rate or regulariser weight, or float32 or bf16 in place of half precision"
+        )
+        if in_a_row > args.max_skipped_steps:
+            self.stop(f"{said}; max_skipped_steps is {args.max_skipped_steps}", skipped_in_a_row=in_a_row)
+        else:
+            self.warn(said, skipped_in_a_row=in_a_row)
+
+
+def _skipped_before(state: TrainerState) -> int:
+    """How many updates in a row were skipped, up to the one before this."""
+    told = (record for record in reversed(state.log_history) if "skipped_in_a_row" in record)
+    last = next(told, {"step": None})
+    return last["skipped_in_a_row"] if last["step"] == state.global_step - 1 else 0
+
+
+class EntropyGuard(Guard):
+    """Stops a run whose policy loses its entropy: a stale R and a strong λ drive it towards one text."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+        known = (record.get("entropy", math.nan) for record in state.log_history)
+        first = next(filter(math.isfinite, known), math.nan)
+        entropy = (logs or {}).get("entropy", math.nan)
+        if entropy < args.entropy_floor * first:
+            self.stop(
+                f"the policy's entropy fell from {first:.2f} to {entropy:.2f} nats at step {state.global_step}, "
+                f"below entropy_floor {args.entropy_floor}; try a smaller regulariser weight or more rounds"
+            )
+
+
+# ---------------------------------------------------------------------- a round
+
+
+def round_warnings(
+    name: str, round_index: int, measured: Measured, log: Sequence[Measured], config: ConstrainedConfig
+) -> list[str]:
+    """What is wrong with a regulariser's round, a sentence each; the run goes on.
+
+    Args:
+        name: the regulariser's.
+        round_index: the round that was measured, 1 for the first.
+        measured: what it measured.
+        log: all records of the run so far.
+        config: the bounds.
+    """
+    found = (
+        *_of_labels(measured),
+        *_of_fit(measured, config),
+        *_of_silence(measured, config),
+        *_of_rising_violations(measured, [_of_regulariser(name, record) for record in log]),
+    )
+    return [f"round {round_index}, {name}: {warning}" for warning in found]
+
+
+def _of_regulariser(name: str, record: Measured) -> Measured:
+    return {key.removeprefix(f"{name}/"): value for key, value in record.items() if key.startswith(f"{name}/")}
+
+
+def _of_labels(now: Measured) -> Iterator[str]:
+    if now.get("fit_skipped"):
+        yield (
+            "every rollout got the same label, so R is constant and q is the anchor; the fit is skipped. More "
+            "rollouts_per_round or harder prompts would show the constraint more"
+        )
+
+
+def _of_fit(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
+    if skipped := now.get("r_steps_skipped"):
+        yield f"{skipped} steps of R's fit were skipped, not being finite; try a lower auxiliary.learning_rate"
+    error, kept_back = now.get("r_ece", 0), now.get("r_kept_back", 0)
+    if kept_back >= FEWEST_KEPT_BACK and error > config.calibration_bound:
+        yield (
+            f"R's calibration error is {error:.3f}, above calibration_bound {config.calibration_bound}, so q follows "
+            "an R that is wrong; try more rollouts_per_round, fewer auxiliary.epochs, or auxiliary.own_network"
+        )
+
+
+def _of_silence(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
+    empty, drawn = now.get("rollouts_empty", 0), now.get("rollouts", 0)
+    if empty > config.empty_bound * drawn:
+        yield (
+            f"{empty} of {drawn} rollouts say nothing, above empty_bound {config.empty_bound}. Most constraints call "
+            "that compliance: try a smaller weight, a constraint that asks for text, or prompts that do not end where "
+            "a text does"
+        )
+
+
+def _of_rising_violations(now: Measured, earlier: Sequence[Measured]) -> Iterator[str]:
+    """Compares with the best round so far: 95% intervals that do not touch."""
+    known = [one for one in earlier if one.get("compliance") is not None]
+    best = max(known, key=lambda one: one["compliance_low"], default=None)
+    if best is not None and now.get("compliance") is not None and now["compliance_high"] < best["compliance_low"]:
+        yield (
+            f"violations rose from {1 - best['compliance']:.1%} to {1 - now['compliance']:.1%} of the rollouts: the "
+            "corpus pulls harder than q; try a larger weight, more rounds, or auxiliary.replay"
+        )

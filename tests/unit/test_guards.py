@@ -1,0 +1,70 @@
+"""What a round's measurements make a run warn of, and what they do not."""
+
+import pytest
+
+from bridle.training.config import ConstrainedConfig
+from bridle.training.guards import FEWEST_KEPT_BACK, round_warnings
+
+FINE = {
+    "rollouts": 100,
+    "rollouts_empty": 2,
+    "compliance": 0.9,
+    "compliance_low": 0.83,
+    "compliance_high": 0.94,
+    "r_steps_skipped": 0,
+    "r_kept_back": 100,
+    "r_ece": 0.05,
+    "lambda": 4.0,
+}
+BETTER = {"compliance": 0.99, "compliance_low": 0.95, "compliance_high": 1.0}
+UNSCORED = {"compliance": None, "compliance_low": None, "compliance_high": None}
+WRONG = {
+    "labels": ({"fit_skipped": True}, "every rollout got the same label"),
+    "calibration": ({"r_ece": 0.2}, "R's calibration error is 0.200, above calibration_bound 0.15"),
+    "fit": ({"r_steps_skipped": 3}, "3 steps of R's fit were skipped"),
+    "silence": ({"rollouts_empty": 11}, "11 of 100 rollouts say nothing, above empty_bound 0.1"),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return ConstrainedConfig(output_dir=str(tmp_path_factory.mktemp("run")), bf16=False)
+
+
+def warnings(config, now, *earlier, name="rude"):
+    log = [{"step": 1, "loss": 3.0}, *({f"{name}/{key}": value for key, value in one.items()} for one in earlier)]
+    return round_warnings(name, 2, now, log, config)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_a_round_warns_of(config, what):
+    changed, said = WRONG[what]
+    (warning,) = warnings(config, FINE | changed, FINE)
+    assert warning.startswith(f"round 2, rude: {said}")
+
+
+@pytest.mark.parametrize("earlier", [[BETTER], [BETTER, FINE], [UNSCORED, BETTER]])
+def test_violations_are_compared_with_the_best_round(config, earlier):
+    (warning,) = warnings(config, FINE, *earlier)
+    assert "violations rose from 1.0% to 10.0% of the rollouts" in warning
+
+
+@pytest.mark.parametrize("earlier", [[], [FINE], [UNSCORED], [FINE | {"compliance_low": 0.94}]])
+def test_intervals_that_touch_say_nothing(config, earlier):
+    assert warnings(config, FINE, *earlier) == []
+
+
+def test_what_was_not_measured_is_not_judged(config):
+    assert warnings(config, {"lambda": 1.0}, BETTER) == []
+    assert warnings(config, FINE | UNSCORED, BETTER) == []
+    assert warnings(config, FINE | {"r_ece": 0.9, "r_kept_back": FEWEST_KEPT_BACK - 1}) == []
+
+
+def test_another_regulariser_s_rounds_are_its_own(config):
+    log = [{f"plain/{key}": value for key, value in BETTER.items()}]
+    assert round_warnings("rude", 2, FINE, log, config) == []
+
+
+def test_several_things_may_go_wrong_at_once(config):
+    all_at_once = FINE | {key: value for changed, _ in WRONG.values() for key, value in changed.items()}
+    assert len(warnings(config, all_at_once, BETTER)) == len(WRONG) + 1
