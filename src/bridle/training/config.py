@@ -144,11 +144,13 @@ class ConstrainedConfig(SFTConfig):
         target_tokens: k, how many tokens a shipped target keeps; all others are one bucket.
         max_missing: share of rollouts without a score above which the run stops.
         entropy_floor: share of the first logged entropy below which the run stops; 0 turns the guard off.
+        keep_last: how many checkpoints stay, the last ones; None for all. One that is half-written does not count.
         auxiliary: shape and fit of R.
         parallel: where the parallel schedule's regularisers work.
 
     Raises:
-        UserError: no round, or a packing that mixes domains within a row.
+        UserError: no round, no checkpoint that stays, `save_total_limit` in the place of `keep_last`, or a packing that
+            mixes domains within a row.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]
@@ -163,6 +165,7 @@ class ConstrainedConfig(SFTConfig):
     target_tokens: int = field(default=128, metadata={"help": "Tokens that a shipped target keeps."})
     max_missing: float = field(default=0.1, metadata={"help": "Share of unscored rollouts that stops a run."})
     entropy_floor: float = field(default=0.5, metadata={"help": "Share of the first entropy that stops a run."})
+    keep_last: int | None = field(default=None, metadata={"help": "Checkpoints that stay."})
     auxiliary: AuxiliaryOptions = field(default_factory=AuxiliaryOptions, metadata={"help": "Shape and fit of R."})
     parallel: ParallelOptions = field(default_factory=ParallelOptions, metadata={"help": "The roles' resources."})
 
@@ -175,6 +178,10 @@ class ConstrainedConfig(SFTConfig):
             raise UserError(f"rounds: must be at least 1, not {self.rounds}")
         if self.target_tokens < 1:
             raise UserError(f"target_tokens: must be at least 1, not {self.target_tokens}")
+        if self.keep_last is not None and self.keep_last < 1:
+            raise UserError(f"keep_last: must be at least 1, not {self.keep_last}")
+        if self.save_total_limit is not None:
+            raise UserError("save_total_limit: could remove the only checkpoint that is whole; set keep_last")
         if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
             raise UserError(
                 "packing_strategy: only `wrapped` keeps each row within one domain, which λ_d needs; "

@@ -15,7 +15,9 @@ from bridle.core.tokens import completion_positions, length_mask, pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.hidden import project, run
+from bridle.models.sharding import is_sharded
 from bridle.progress import Progress, track
+from bridle.resources import RowLimit
 from bridle.training.config import AuxiliaryOptions
 
 SumAndCount = tuple[Tensor, Tensor]
@@ -71,15 +73,17 @@ def encode(model: PreTrainedModel, rollouts: Sequence[Rollout], soft_labels: boo
     mask = length_mask(lengths, int(lengths.max()))
     at = completion_positions(prompt_lengths, mask.shape[1]).clamp(max=input_ids.shape[1] - 2)
     completion = input_ids.gather(1, at + 1).masked_fill(~mask, 0)
-    hidden, log_probs = [], []
-    training = model.training
-    model.eval()
-    for start in track(range(0, len(rows), ENCODE_BATCH), "reading the rollouts", unit="batches"):
-        batch = slice(start, start + ENCODE_BATCH)
+
+    def read(batch: Tensor) -> tuple[Tensor, Tensor]:
         states = run(model, input_ids[batch].to(model.device), attention_mask[batch].to(model.device))
         states = _gather(states, at[batch].to(model.device))
-        log_probs.append(_log_probs(model, states, completion[batch], mask[batch]))
-        hidden.append(states.cpu())
+        return states.cpu(), _log_probs(model, states, completion[batch], mask[batch])
+
+    limit = RowLimit("reading the rollouts", can_cut=not is_sharded(model))
+    training = model.training
+    model.eval()
+    batches = track(torch.arange(len(rows)).split(ENCODE_BATCH), limit.work, unit="batches")
+    hidden, log_probs = zip(*(part for batch in batches for part in limit.run(read, batch)), strict=True)
     model.train(training)
     compliance = [rollout.value if soft_labels else rollout.complies for rollout in rollouts]
     return Examples(
@@ -191,12 +195,16 @@ def _states(auxiliary: AuxiliaryModel, batch: Examples) -> Tensor:
 @torch.no_grad()
 def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[str, Any]:
     """Calibration of R over every prefix of labelled samples it was not fitted on."""
-    predicted, labels = [], []
-    for rows in torch.arange(len(examples)).split(ENCODE_BATCH):
+
+    def predict(rows: Tensor) -> tuple[Tensor, Tensor]:
         batch = examples[rows].to(auxiliary.device)
         r_taken = auxiliary(_states(auxiliary, batch), batch.completion)
-        predicted.append(r_taken.sigmoid()[batch.mask].cpu())
-        labels.append(batch.compliance[:, None].expand_as(r_taken)[batch.mask].cpu())
+        labels = batch.compliance[:, None].expand_as(r_taken)
+        return r_taken.sigmoid()[batch.mask].cpu(), labels[batch.mask].cpu()
+
+    limit = RowLimit("measuring R")
+    batches = torch.arange(len(examples)).split(ENCODE_BATCH)
+    predicted, labels = zip(*(part for rows in batches for part in limit.run(predict, rows)), strict=True)
     measured = calibration(torch.cat(predicted), torch.cat(labels))
     return {
         "r_brier": measured.brier,
