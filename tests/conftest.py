@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import exhaustion
 import loopback
 import tiny_tokenizers
 
@@ -117,6 +118,13 @@ def server(monkeypatch, tmp_path):
         monkeypatch.delenv(key, raising=False)
     with loopback.serving() as server:
         yield server
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 64 KiB, to be made larger."""
+    with exhaustion.mounted(tmp_path / "disk", 2**16) as disk:
+        yield disk
 
 
 @pytest.fixture

@@ -105,6 +105,7 @@ def generate(
 ) -> None:
     """Draw text from a model, guided or not, at temperature 1 from its whole distribution."""
     from bridle.data import Prompt, encode_prompt
+    from bridle.environment import write_text
     from bridle.evaluation import Evaluator, prompt_set
     from bridle.models.guidance import guided
 
@@ -123,7 +124,7 @@ def generate(
         for row in rows:
             typer.echo(row["prompt"] + row["completion"] + "\n")
         return
-    _write(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     typer.echo(f"{len(rows)} completions are in {output}.")
 
 
@@ -450,14 +451,6 @@ def _oracles(specs: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--constraint: two constraints are called '{oracle.name}'; name them in a recipe")
         oracles[oracle.name] = oracle
     return oracles
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """What a result needs beside it to be believed later, and a file that is whole or not there at all."""
 
+import errno
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,31 +83,70 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Adds UTF-8 text to a file, all of it or, where the disk has no room for that, nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = text.encode("utf-8", errors="replace")
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        if file.write(content) < len(content):
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to; what is there at the block's end is put on the disk and takes `path`'s place at once.
+
+    Missing folders on the way are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic only within a file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A folder to write files to; at the block's end each takes its place in `folder` at once. Others there stay."""
+    temporary = folder / ".unfinished"
+    shutil.rmtree(temporary, ignore_errors=True)  # a dead run's
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        sync_files(temporary)
+        for file in [path for path in temporary.rglob("*") if path.is_file()]:
+            target = folder / file.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_files(folder: str | os.PathLike[str]) -> None:
     """Waits until every file below a folder is on the disk, so that what is written next says so truly."""
     for path in Path(folder).rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(path)
 
 
-def _replace(path: Path, text: str) -> None:
-    # The temporary file lies in the same folder, since a rename is atomic only within a file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _version(package: str) -> str | None:

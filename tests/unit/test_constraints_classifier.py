@@ -20,6 +20,7 @@ from transformers import (
 
 from bridle.constraints import Classifier
 from bridle.errors import UserError
+from exhaustion import room_for
 
 SENTENCE = "you are a fine old grumblefish and the sea is wide tonight my friend"
 WORDS = SENTENCE.split()
@@ -114,6 +115,18 @@ def test_the_scores_do_not_depend_on_the_batches(folder, texts):
     random.Random(2).shuffle(shuffled)
     scores = values(Classifier(folder, "grumpy", batch_size=5), [texts[i] for i in shuffled])
     assert scores == pytest.approx([alone[i] for i in shuffled], abs=1e-6)
+
+
+def test_texts_that_do_not_fit_into_memory_are_scored_in_parts(folder, caplog):
+    same_length = [" ".join(WORDS[start : start + 4]) for start in range(len(WORDS) - 4)]
+    whole, cut = values(Classifier(folder, "grumpy"), same_length), Classifier(folder, "grumpy", name="temper")
+    cut.load()
+    with room_for(cut._network.get_input_embeddings(), 3) as refused:
+        assert values(cut, same_length) == pytest.approx(whole, abs=1e-6)
+        assert refused == [10, 5]
+        assert values(cut, same_length) == pytest.approx(whole, abs=1e-6)
+    assert refused == [10, 5], "what was learnt of the memory is forgotten"
+    assert "scoring (temper): memory ran out with 10 rows at once; from here on it is 5" in caplog.text
 
 
 def test_a_multi_label_head_gives_independent_probabilities(tmp_path):

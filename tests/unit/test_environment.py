@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridle.environment import PACKAGES, environment, write_json
+from bridle.environment import PACKAGES, append_text, environment, whole_files, write_json
 from bridle.errors import UserError
 
 JSON = st.recursive(
@@ -120,3 +121,53 @@ def test_a_file_where_a_folder_should_be_is_a_users_mistake(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match=r"result\.json: cannot be written"):
         write_json(tmp_path / "taken" / "result.json", {})
+
+
+@pytest.fixture
+def largest_file():
+    """Files may have ten bytes: what is written beyond them is cut off, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_is_added_is_added_whole_or_not_at_all(tmp_path, largest_file):
+    path = tmp_path / "metrics.jsonl"
+    append_text(path, "{}\n")
+    append_text(path, "{é}\n")
+    with pytest.raises(OSError, match="No space left on device"):
+        append_text(path, "{1234}\n")
+    assert path.read_text(encoding="utf-8") == "{}\n{é}\n"
+
+
+def test_files_of_a_folder_take_their_places_whole(tmp_path):
+    folder = tmp_path / "auxiliary"
+    for version in ("old", "new"):
+        with whole_files(folder) as unfinished:
+            (unfinished / "part").mkdir()
+            for name in ("config.json", "part/model.safetensors"):
+                (unfinished / name).write_text(version)
+        (folder / f"{version}.txt").touch()
+    found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert found == {"config.json": "new", "part/model.safetensors": "new", "old.txt": "", "new.txt": ""}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "part", "old.txt", "new.txt"}
+
+
+def test_files_of_a_folder_stay_when_newer_ones_cannot_be_written(tmp_path):
+    def fail(folder):
+        (folder / "config.json").write_text("ne")
+        raise OSError("full")
+
+    (tmp_path / "config.json").write_text("old")
+    with pytest.raises(OSError, match="full"), whole_files(tmp_path) as unfinished:
+        fail(unfinished)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.json": "old"}
+
+
+def test_what_a_dead_run_left_unfinished_is_no_file_of_the_next(tmp_path):
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / ".unfinished" / "half.safetensors").touch()
+    with whole_files(tmp_path) as unfinished:
+        (unfinished / "config.json").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

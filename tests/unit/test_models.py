@@ -16,6 +16,7 @@ from bridle.models.guidance import NADOGuide
 from bridle.models.hidden import capture_hidden_states, check_projection, project, run
 from bridle.models.loading import LoraOptions, load_model
 from bridle.models.sampling import sample
+from exhaustion import room_for
 from worlds import World
 
 ARCHITECTURES = ["llama", "falcon", "gpt2", "qwen2"]
@@ -105,6 +106,17 @@ class TestSampling:
         model.generation_config = GenerationConfig(temperature=0.1, top_k=1, repetition_penalty=9.0)
         assert sample(model, PROMPTS * 4, max_new_tokens=6, pad_token_id=0, eos_token_id=2) == plain
         assert model.generation_config.top_k == 1
+
+    @pytest.mark.parametrize("guided", [False, True])
+    def test_a_batch_that_does_not_fit_into_memory_is_drawn_in_parts(self, tiny_model, caplog, guided):
+        model, prompts = tiny_model(), PROMPTS * 8
+        with NADOGuide(model, randomise(new_auxiliary(model))) as guide:
+            options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": 2, "guide": guide if guided else None}
+            plain = sample(model, prompts, batch_size=20, **options)
+            with room_for(model.get_input_embeddings(), 5) as refused:
+                assert sample(model, prompts, batch_size=20, **options) == plain
+        assert refused == [20, 10]
+        assert caplog.text.count("sampling: memory ran out") == 2
 
     def test_pad_may_equal_the_end_token(self, tiny_model):
         model = tiny_model(vocab_size=4, pad_token_id=2)

@@ -29,9 +29,10 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME  # the file that it writes last
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from bridle.checkpoints import last_whole
 from bridle.constraints import Constraint
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
@@ -170,7 +171,7 @@ def reinforce(
     """
     _check_lengths(prompts, max_new_tokens, context_length(model))
     output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = (get_last_checkpoint(str(output_dir)) if resume else None) or resume_from
+    checkpoint = (last_whole(output_dir, TRAINER_STATE_NAME) if resume else None) or resume_from
     rules: list[StoppingRule] = [TimeBudget(seconds)]
     if seconds is None:
         rules.append(Convergence(options.window, options.tolerance))
@@ -306,14 +307,14 @@ def mean_of(key: str, records: Sequence[dict[str, Any]]) -> float | None:
 
 def _report(state: TrainerState, rules: list[StoppingRule], window: int, output_dir: Path) -> dict[str, Any]:
     records = update_records(state)
-    checkpoint = get_last_checkpoint(str(output_dir))
+    checkpoint = last_whole(output_dir, TRAINER_STATE_NAME)
     return {
         "steps": state.global_step,
         "seconds": records[-1]["seconds"] if records else 0.0,
         "tokens": int(state.num_input_tokens_seen),
         "stopped_because": next((rule.reason for rule in rules if rule.met), "steps"),
         "missing": int(sum(record["missing"] for record in records)),
-        "checkpoint": checkpoint and Path(checkpoint).name,
+        "checkpoint": checkpoint and checkpoint.name,
         "reward": mean_of("reward", records[-window:]),
         "kl": mean_of("kl", records[-window:]),
         "history": [{key: record.get(key) for key in HISTORY} for record in records],

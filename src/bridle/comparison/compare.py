@@ -39,6 +39,7 @@ from bridle.models.card import write_card
 from bridle.models.hub import without_token
 from bridle.models.loading import load_for_inference
 from bridle.progress import Progress
+from bridle.resources import is_disk_full, stopping_when_exhausted
 from bridle.settings import check_keys, different_keys, read_yaml
 from bridle.training.recipe import Recipe, load_recipe
 from bridle.training.run import RECIPE_FILE, describe_run
@@ -100,10 +101,10 @@ class Comparison:
         Raises:
             UserError: the recipe, a constraint or a file of the plan cannot be used at all; or another process is
                 writing to the folder.
-            RunStopped: no method could be carried out.
+            RunStopped: no method could be carried out, or the disk is full.
         """
         self.plan.check()  # a mistake shows now and not after an hour
-        with only_writer(self.folder):
+        with stopping_when_exhausted(self.folder), only_writer(self.folder):
             self._carry_out_all()
             self._sum_up()
 
@@ -172,6 +173,8 @@ class Comparison:
             raise UserError(f"it needs {name}, which failed: {_reason(error)}") from error
 
     def _note_failure(self, name: str, seed: int, error: Exception) -> None:
+        if is_disk_full(error):  # nor would any other method find room
+            raise error
         self._failed[name, seed] = reason = _reason(error)
         details = "".join(traceback.format_exception(error))
         write_json(self._folder(name, seed) / FAILED, {"reason": reason, "traceback": details})

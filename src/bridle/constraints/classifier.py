@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
-from itertools import groupby
+from itertools import chain, groupby
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from bridle.constraints.base import Constraint, Score
 from bridle.constraints.options import Probability, Text, cause, checked
 from bridle.errors import UserError
 from bridle.progress import Progress
+from bridle.resources import RowLimit
 
 
 class Classifier(Constraint):
@@ -37,7 +39,7 @@ class Classifier(Constraint):
         means: whether the label "violates" or "complies".
         threshold: a text violates where P(label) > threshold, if the label means so; where the label means
             "complies", a text violates where P(label) < threshold.
-        batch_size: texts in one forward pass, at most.
+        batch_size: texts in one forward pass, at most; fewer from where memory runs out.
         device: e.g. "cpu" or "cuda:1"; a GPU if there is one, by default.
         max_length: in tokens; what tokenizer and model take, by default.
         name: how errors and tables call it; "FOLDER:LABEL" if not given.
@@ -82,6 +84,7 @@ class Classifier(Constraint):
         self._tokenizer = _load_tokenizer(where, self.model)
         self._label_index = _index(where, network, self.label)
         self._limit = _token_limit(where, self._tokenizer, network, self.max_length)
+        self._rows = RowLimit(f"scoring ({self.name})")
         self._network = network
 
     def identity(self) -> dict[str, Any]:
@@ -101,7 +104,8 @@ class Classifier(Constraint):
         scores = [Score.missing("the text has no token")] * len(texts)
         with Progress(f"scoring ({self.name})", len(texts), unit="texts") as progress:
             for batch in _batches(lengths, self.batch_size):
-                for index, probability in zip(batch, self._probabilities(columns, batch), strict=True):
+                probabilities = self._rows.run(partial(self._probabilities, columns), batch)
+                for index, probability in zip(batch, chain.from_iterable(probabilities), strict=True):
                     scores[index] = self._as_score(probability)
                 progress.update(len(batch))
         return scores

@@ -1,13 +1,13 @@
 """Labelled samples with their provenance, as JSON lines."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
 
 from bridle.data.readers import first_line
+from bridle.environment import whole_file
 from bridle.errors import UserError
 
 _TYPES: dict[str, type | UnionType] = {
@@ -74,16 +74,8 @@ def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
 
     The lines are ASCII: everything else, lone surrogates too, is escaped and comes back as it was.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="ascii") as file:
-            file.writelines(json.dumps(asdict(rollout), allow_nan=False) + "\n" for rollout in rollouts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(Path(path)) as temporary, temporary.open("w", encoding="ascii") as file:
+        file.writelines(json.dumps(asdict(rollout), allow_nan=False) + "\n" for rollout in rollouts)
 
 
 def read_rollouts(path: str | Path) -> list[Rollout]:

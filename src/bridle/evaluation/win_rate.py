@@ -17,6 +17,7 @@ from typing import Any
 from bridle.data.readers import ROW
 from bridle.data.rows import absent_column
 from bridle.data.source import DataSource
+from bridle.environment import append_text
 from bridle.errors import RunStopped, UserError
 from bridle.evaluation.judges import Comparison, Judge, Verdict
 from bridle.evaluation.statistics import Estimate, estimate_mean, estimate_rate, wilson_interval
@@ -235,8 +236,7 @@ def _append(keep: Path, judge: Judge, verdicts: Mapping[_Game, Verdict]) -> None
     )
     try:
         keep.parent.mkdir(parents=True, exist_ok=True)
-        with open(keep, "a", encoding="ascii") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_text(keep, "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise UserError(f"{keep}: cannot be written ({error.strerror}); verdicts are kept there") from error
 

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from transformers.utils import PushInProgress
 
-from bridle.environment import environment, write_text
+from bridle.environment import environment, whole_files
 from bridle.errors import RunStopped, UserError
 from bridle.models.card import CARD_FILE, public_name, told, with_names, write_card
 
@@ -144,14 +144,13 @@ class PushesModel:
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in `transformers`, but `peft` drafts no card, nor writes the base model's path into one that is there."""
-        card = Path(output_dir or self.args.output_dir) / CARD_FILE
-        before = card.read_text(encoding="utf-8") if card.is_file() else None
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
-        if before is not None and self.args.should_save:
-            write_text(card, before)
-        elif self.args.should_save:
-            card.unlink(missing_ok=True)
+        """As in `transformers`, but each file appears whole, and `peft` neither drafts a card nor changes one."""
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        with whole_files(Path(output_dir or self.args.output_dir)) as unfinished:
+            super()._save(str(unfinished), state_dict)  # type: ignore[misc]
+            (unfinished / CARD_FILE).unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the card is `bridle.models.card.write_card`'s, and a library's draft would stand beside it."""

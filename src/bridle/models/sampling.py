@@ -6,6 +6,8 @@ R is fitted on these samples, and anything but the model's own distribution woul
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -18,6 +20,7 @@ from bridle.models.hidden import causal_lm, last_positions
 from bridle.models.sharding import is_sharded
 from bridle.progress import Progress
 from bridle.ranks import gathered, turns
+from bridle.resources import RowLimit
 
 
 class Guide(Protocol):
@@ -33,7 +36,13 @@ class InverseTransform(LogitsProcessor):
 
     `generate` itself draws one exponential number for every token of the vocabulary, which takes a third of
     the time of sampling from a small model on a CPU.
+
+    Args:
+        uniform: [steps, batch] numbers in [0, 1), for one token after the other.
     """
+
+    def __init__(self, uniform: Tensor):
+        self.uniform = iter(uniform)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[batch, time], [batch, vocabulary] -> 0 at the token drawn and −∞ elsewhere, [batch, vocabulary]."""
@@ -44,8 +53,7 @@ class InverseTransform(LogitsProcessor):
                 "sampling: the model's probabilities are not finite, so its weights are broken or half precision does "
                 "not hold them; go back to an earlier checkpoint, or try dtype: float32"
             )
-        uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
-        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        token = torch.searchsorted(cumulative, next(self.uniform)[:, None] * cumulative[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
@@ -65,6 +73,10 @@ def sample(
     states: dict[int, Tensor] | None = None,
 ) -> list[list[int]]:
     """Draws one completion for each prompt.
+
+    A batch that does not fit into memory is drawn in parts, and so are those after it. Each row has its numbers from
+    the batch's seed beforehand, so that it says the same in a part: but for rounding, which moves a token whose number
+    falls on the border of two.
 
     Args:
         model: a causal language model, `peft` or not.
@@ -89,6 +101,8 @@ def sample(
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
     )
+    limit = RowLimit(description, can_cut=not is_sharded(model))
+    draw = partial(_draw, model, config, guide, states is not None)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = turns(len(batches)) if share else range(len(batches))
@@ -101,27 +115,47 @@ def sample(
         for number in mine:
             batch = batches[number]
             torch.manual_seed(zlib.crc32(f"{seed}/{number}".encode()))  # whoever draws it, it is the same
-            input_ids, attention_mask = pad_left([list(prompts[index]) for index in batch], pad_token_id)
-            input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-            guidance = guide.processors(attention_mask) if guide else []
-            with last_positions(model) as steps:
-                output = model.generate(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList([*guidance, InverseTransform()]),
-                    synced_gpus=is_sharded(model) or None,  # all go on until all have ended
-                )
-            for index, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                completions[index] = _until_end(row, eos_token_id)
-            if states is not None:
-                drawn_from = torch.stack(steps, dim=1).cpu()  # [batch, steps, hidden]
-                for row, index in enumerate(batch):
-                    states[index] = drawn_from[row, : len(completions[index])].clone()  # and not all of its batch
+            uniform = torch.rand(max_new_tokens, len(batch), dtype=torch.float64, device=model.device)
+            rows = [(prompts[index], numbers) for index, numbers in zip(batch, uniform.T, strict=True)]
+            drawn = chain.from_iterable(limit.run(draw, rows))
+            for index, (completion, drawn_from) in zip(batch, drawn, strict=True):
+                completions[index] = completion
+                if states is not None and drawn_from is not None:
+                    states[index] = drawn_from
             progress.update(len(batch))
     for part in gathered(completions) if share else []:
         completions |= part
     return [completions[index] for index in range(len(prompts))]
+
+
+def _draw(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    guide: Guide | None,
+    keep_states: bool,
+    rows: Sequence[tuple[Sequence[int], Tensor]],
+) -> list[tuple[list[int], Tensor | None]]:
+    """Completions of prompts, each with the numbers that draw it, [steps]; and their states, [tokens, hidden]."""
+    input_ids, attention_mask = pad_left([list(prompt) for prompt, _ in rows], config.pad_token_id)
+    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    guidance = guide.processors(attention_mask) if guide else []
+    inverse = InverseTransform(torch.stack([numbers for _, numbers in rows], dim=-1))
+    with last_positions(model) as steps:
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([*guidance, inverse]),
+            synced_gpus=is_sharded(model) or None,  # all go on until all have ended
+        )
+    completions = [_until_end(row, config.eos_token_id) for row in output[:, input_ids.shape[1] :].tolist()]
+    if not keep_states:
+        return [(completion, None) for completion in completions]
+    drawn_from = torch.stack(steps, dim=1).cpu()  # [batch, steps, hidden]
+    return [
+        (completion, states[: len(completion)].clone())  # and not the filling behind it
+        for completion, states in zip(completions, drawn_from, strict=True)
+    ]
 
 
 def _until_end(tokens: list[int], eos_token_id: int) -> list[int]:

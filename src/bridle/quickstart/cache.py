@@ -13,6 +13,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from bridle.errors import UserError
+from bridle.resources import is_disk_full
 
 VARIABLE = "BRIDLE_CACHE"
 
@@ -39,8 +40,10 @@ def cached(name: str, shaped_by: Mapping[str, Any], make: Callable[[Path], None]
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 _fill(folder, make)
-    except OSError as error:
-        raise UserError(f"{folder.parent}: cannot be written ({error.strerror}); set {VARIABLE} to a folder") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_disk_full(error):
+            raise
+        raise UserError(f"{folder.parent}: cannot be written ({error}); set {VARIABLE} to a folder") from error
     return folder
 
 

@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from bridle.environment import whole_file
 from bridle.errors import UserError
 from bridle.progress import track
 from bridle.report import data
@@ -150,11 +151,9 @@ def write_plots(figures: Mapping[str, Figure], folder: Path) -> dict[str, dict[s
 
 def _write(figure: Figure, path: Path) -> Path:
     options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": DPI}
-    temporary = path.with_name(f".{path.name}.tmp")  # so that a reader never sees a part of it
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format=path.suffix[1:], **options)
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], **options)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     return path

@@ -149,11 +149,13 @@ class ConstrainedConfig(SFTConfig):
         calibration_bound: expected calibration error of R above which a round warns; 1 turns the guard off. It is not
             judged on fewer than 20 rollouts kept back.
         empty_bound: share of rollouts that say nothing above which a round warns; 1 turns the guard off.
+        keep_last: how many checkpoints stay, the last ones; None for all. One that is half-written does not count.
         auxiliary: shape and fit of R.
         parallel: where the parallel schedule's regularisers work.
 
     Raises:
-        UserError: no round, a share or bound outside [0, 1], or a packing that mixes domains within a row.
+        UserError: no round, a share or bound outside [0, 1], no checkpoint that stays, `save_total_limit` in the place of
+            `keep_last`, or a packing that mixes domains within a row.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]
@@ -171,6 +173,7 @@ class ConstrainedConfig(SFTConfig):
     entropy_floor: float = field(default=0.5, metadata={"help": "Share of the first entropy that stops a run."})
     calibration_bound: float = field(default=0.15, metadata={"help": "R's calibration error that warns."})
     empty_bound: float = field(default=0.1, metadata={"help": "Share of empty rollouts that warns."})
+    keep_last: int | None = field(default=None, metadata={"help": "Checkpoints that stay."})
     auxiliary: AuxiliaryOptions = field(default_factory=AuxiliaryOptions, metadata={"help": "Shape and fit of R."})
     parallel: ParallelOptions = field(default_factory=ParallelOptions, metadata={"help": "The roles' resources."})
 
@@ -188,6 +191,10 @@ class ConstrainedConfig(SFTConfig):
         for share in ("max_missing", "entropy_floor", "calibration_bound", "empty_bound"):
             if not 0 <= getattr(self, share) <= 1:
                 raise UserError(f"{share}: must be between 0 and 1, not {getattr(self, share)}")
+        if self.keep_last is not None and self.keep_last < 1:
+            raise UserError(f"keep_last: must be at least 1, not {self.keep_last}")
+        if self.save_total_limit is not None:
+            raise UserError("save_total_limit: could remove the only checkpoint that is whole; set keep_last")
         if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
             raise UserError(
                 "packing_strategy: only `wrapped` keeps each row within one domain, which λ_d needs; "

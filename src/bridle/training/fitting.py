@@ -15,7 +15,9 @@ from bridle.core.tokens import completion_positions, length_mask, pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.hidden import causal_lm, project, run
+from bridle.models.sharding import is_sharded
 from bridle.progress import Progress, track
+from bridle.resources import RowLimit
 from bridle.training.config import AuxiliaryOptions
 
 SumAndCount = tuple[Tensor, Tensor]
@@ -112,13 +114,19 @@ def _hidden_states(
     hidden = torch.zeros(*at.shape, lm.config.get_text_config().hidden_size, dtype=lm.dtype)
     for row, states in known.items():
         hidden[row, : len(states)] = states
-    unknown = torch.tensor([row for row in range(len(at)) if row not in known])
+
+    def read(batch: Tensor) -> tuple[Tensor, Tensor]:
+        states = run(model, input_ids[batch].to(model.device), attention_mask[batch].to(model.device))
+        return batch, _gather(states, at[batch].to(model.device)).to(lm.dtype).cpu()
+
+    unknown = torch.tensor([row for row in range(len(at)) if row not in known], dtype=torch.long)
+    limit = RowLimit("reading the rollouts", can_cut=not is_sharded(model))
+    batches = [unknown[start : start + ENCODE_BATCH] for start in range(0, len(unknown), ENCODE_BATCH)]
     training = model.training
     model.eval()
-    for start in track(range(0, len(unknown), ENCODE_BATCH), "reading the rollouts", unit="batches"):
-        batch = unknown[start : start + ENCODE_BATCH]
-        states = run(model, input_ids[batch].to(model.device), attention_mask[batch].to(model.device))
-        hidden[batch] = _gather(states, at[batch].to(model.device)).to(lm.dtype).cpu()
+    for batch in track(batches, limit.work, unit="batches"):
+        for rows, states in limit.run(read, batch):
+            hidden[rows] = states
     model.train(training)
     return hidden
 
@@ -231,12 +239,16 @@ def _states(auxiliary: AuxiliaryModel, batch: Examples) -> Tensor:
 @torch.no_grad()
 def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[str, Any]:
     """Calibration of R over every prefix of labelled samples it was not fitted on."""
-    predicted, labels = [], []
-    for rows in torch.arange(len(examples)).split(ENCODE_BATCH):
+
+    def predict(rows: Tensor) -> tuple[Tensor, Tensor]:
         batch = examples[rows].to(auxiliary.device)
         r_taken = auxiliary(_states(auxiliary, batch), batch.completion)
-        predicted.append(r_taken.sigmoid()[batch.mask].cpu())
-        labels.append(batch.compliance[:, None].expand_as(r_taken)[batch.mask].cpu())
+        labels = batch.compliance[:, None].expand_as(r_taken)
+        return r_taken.sigmoid()[batch.mask].cpu(), labels[batch.mask].cpu()
+
+    limit = RowLimit("measuring R")
+    batches = torch.arange(len(examples)).split(ENCODE_BATCH)
+    predicted, labels = zip(*(part for rows in batches for part in limit.run(predict, rows)), strict=True)
     measured = calibration(torch.cat(predicted), torch.cat(labels))
     return {
         "r_brier": measured.brier,

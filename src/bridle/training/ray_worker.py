@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bridle.errors import RunStopped, UserError
 from bridle.ranks import is_main
+from bridle.resources import stopping_when_exhausted
 from bridle.training.config import ParallelOptions
 from bridle.training.parallel import Pending, RegulariserRole
 from bridle.training.regulariser import DomainRegulariser
@@ -154,8 +155,10 @@ class RegulariserActor:
         self, round_index: int, parcel: "Weights | Path", rows: list[Upcoming] | None = None
     ) -> list[tuple[RegulariserState, "Weights | Path"]]:
         """As `RegulariserRole.update`, from and to packed weights; all but the first process return nothing."""
-        states = self.role.update(round_index, unpack(parcel), rows if is_main() else None)
-        return [self._packed(state, f"regulariser-{round_index}.{i}") for i, state in enumerate(states) if is_main()]
+        with stopping_when_exhausted(self.folder):
+            states = self.role.update(round_index, unpack(parcel), rows if is_main() else None)
+            made = enumerate(states if is_main() else [])
+            return [self._packed(state, f"regulariser-{round_index}.{index}") for index, state in made]
 
     def _packed(self, state: RegulariserState, name: str) -> "tuple[RegulariserState, Weights | Path]":
         weights = {f"{part}/{key}": tensor for part in PARTS for key, tensor in getattr(state, part).items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from bridle.environment import write_text
+from bridle.environment import append_text, write_text
 from bridle.progress import Progress
 from bridle.ranks import is_main
 
@@ -35,8 +35,7 @@ class MetricsFile(TrainerCallback):
         if not is_main():
             return
         record = {"step": state.global_step, **{key: _finite(value) for key, value in (logs or {}).items()}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        append_text(self.path, json.dumps(record, allow_nan=False) + "\n")
 
 
 class TrainingProgress(TrainerCallback):

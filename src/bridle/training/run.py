@@ -17,6 +17,7 @@ from bridle.lock import only_writer
 from bridle.models.card import with_names, write_card
 from bridle.models.hub import without_token
 from bridle.ranks import is_main, wait
+from bridle.resources import stopping_when_exhausted
 from bridle.settings import different_keys, read_yaml
 from bridle.training.build import build_trainer
 from bridle.training.config import ConstrainedConfig
@@ -26,7 +27,7 @@ from bridle.training.sequential import last_checkpoint
 from bridle.training.trainer import ConstrainedTrainer
 
 RECIPE_FILE = "recipe.yaml"
-SHAPES_NOTHING = ("push_to_hub", "hub_", "evaluation", "methods")
+SHAPES_NOTHING = ("push_to_hub", "hub_", "evaluation", "methods", "keep_last")
 """Beginnings of a recipe's keys that may change before a run is resumed."""
 
 
@@ -55,14 +56,15 @@ def train(
     Raises:
         UserError: something the recipe names cannot be used; or `output_dir` holds a run and `resume` is off, or a run
             of another recipe, or another process is writing there.
-        RunStopped: the run cannot go on usefully; what it has done is in `output_dir`.
+        RunStopped: the run cannot go on usefully, or the disk or the memory does not do; what it has done is in
+            `output_dir`.
     """
     folder = Path(output_dir)
     recipe.config(folder)  # by which processes that were started together find one another
     if (folder / RECIPE_FILE).exists():
         _check_recipe(recipe, folder, resume, accept_changes)
     wait()  # so that none takes for another run's what the main process writes
-    with only_writer(folder) if is_main() else nullcontext():
+    with stopping_when_exhausted(folder), only_writer(folder) if is_main() else nullcontext():
         return _train(recipe, folder, corpus or recipe.read_corpus(), resume)
 
 

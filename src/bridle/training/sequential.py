@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState
 
+from bridle.checkpoints import last_whole
 from bridle.data import Rollout, write_rollouts
-from bridle.environment import sync_files, write_json
+from bridle.environment import sync_files, whole_files, write_json
 from bridle.ranks import is_main, rank
 from bridle.training.guards import round_warnings, tell
 from bridle.training.regulariser import DomainRegulariser
@@ -29,8 +30,7 @@ SCHEDULE = "schedule.json"
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The last whole checkpoint of a run; one that a dead run left half-written is passed over."""
-    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{SCHEDULE}")]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    return last_whole(folder, SCHEDULE)
 
 
 class SequentialSchedule(TrainerCallback):
@@ -124,7 +124,6 @@ class SequentialSchedule(TrainerCallback):
         """Writes what a round sampled, also when scoring or fitting it failed."""
         if is_main() and rollouts and rollouts[0].round == index:
             folder = Path(self.trainer.args.output_dir) / "rollouts"
-            folder.mkdir(parents=True, exist_ok=True)
             write_rollouts(folder / f"round-{index}.{name}.jsonl", rollouts)
 
     def _keep_auxiliary(self, index: int, regulariser: DomainRegulariser) -> None:
@@ -133,18 +132,20 @@ class SequentialSchedule(TrainerCallback):
             folder = Path(self.trainer.args.output_dir) / "auxiliary"
             if sum(other.auxiliary is not None for other in self.trainer.regularisers) > 1:
                 folder = folder / regulariser.name
-            regulariser.auxiliary.save_pretrained(folder)
-            regulariser.auxiliary.save_pretrained(folder / f"round-{index}")
+            for place in (folder, folder / f"round-{index}"):
+                with whole_files(place) as unfinished:
+                    regulariser.auxiliary.save_pretrained(unfinished)
 
     # ------------------------------------------------------------------ resume
 
-    def on_save(self, args, state, control, **kwargs):  # noqa: D102
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def save(self, checkpoint: Path) -> None:
+        """Completes a checkpoint that `transformers` has begun."""
         begun = {"seconds_policy": time.perf_counter() - self._policy_began, "tally": self.trainer.tally.state()}
-        self._save_states(folder)
+        self._save_states(checkpoint)
         if is_main():
-            sync_files(folder)
-            write_json(folder / SCHEDULE, {"round": self.round, "record": self._record, **begun})
+            sync_files(checkpoint)
+            about = {"round": self.round, "record": self._record, "row_limit": self.trainer.row_limit.rows}
+            write_json(checkpoint / SCHEDULE, {**about, **begun})
 
     def _save_states(self, checkpoint: Path) -> None:
         states = {regulariser.name: regulariser.state() for regulariser in self.trainer.regularisers}
@@ -158,5 +159,6 @@ class SequentialSchedule(TrainerCallback):
         self.round, self._record = saved["round"], saved["record"]
         self._policy_began = time.perf_counter() - saved["seconds_policy"]
         self.trainer.tally.restore(saved["tally"])
+        self.trainer.row_limit.rows = saved["row_limit"]
         for regulariser in self.trainer.regularisers:
             regulariser.adopt(RegulariserState.load(checkpoint / "regularisers" / regulariser.name))

@@ -8,6 +8,7 @@ epoch of the round, costs nothing more.
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,10 @@ from bridle.core.target import SparseTarget, sparse_target
 from bridle.data import DOMAIN
 from bridle.data.targets import TargetCache, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError
+from bridle.models.sharding import is_sharded
 from bridle.progress import track
 from bridle.ranks import rank
+from bridle.resources import RowLimit
 from bridle.training.batches import Prefixes, rollout_rows
 from bridle.training.config import ConstrainedConfig
 from bridle.training.regulariser import DomainRegulariser
@@ -124,13 +127,20 @@ def make_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: in
     large = prefixes * bytes_per_token(config.target_tokens, vocabulary) > config.parallel.largest_bytes
     name = f"round-{round_index}.{regulariser.name}.{rank()}.arrow"
     path = Path(config.output_dir) / "targets" / name if large else None
+    limit = RowLimit(f"targets for {regulariser.name}", can_cut=not is_sharded(model))
     with TargetWriter(path, config.target_tokens, vocabulary) as writer:
-        for ids, attention_mask, mask in track(batches, f"targets for {regulariser.name}", unit="batches"):
-            on_device = (part.to(model.device) for part in (ids, attention_mask, mask))
-            writer.add(
-                row_keys(ids, attention_mask, mask), _sparse(regulariser.frozen_target(*on_device), config), mask
-            )
+        add = partial(_add, regulariser, writer)
+        for batch in track(batches, limit.work, unit="batches"):
+            limit.run(add, list(zip(*batch, strict=True)))
         return writer.close()
+
+
+def _add(regulariser: DomainRegulariser, writer: TargetWriter, rows: list[tuple[Tensor, ...]]) -> None:
+    """Adds the targets of some rows, each as in `Rows`."""
+    ids, attention_mask, mask = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    on_device = (part.to(regulariser.model.device) for part in (ids, attention_mask, mask))
+    kept = _sparse(regulariser.frozen_target(*on_device), regulariser.config)
+    writer.add(row_keys(ids, attention_mask, mask), kept, mask)
 
 
 def _sparse(target: Target, config: ConstrainedConfig) -> SparseTarget:

@@ -6,16 +6,17 @@ callback at round boundaries, and leaves the rest as it is. With every λ at 0 i
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import SFTTrainer
 
+from bridle.checkpoints import keep_last, whole_or_gone
 from bridle.core.chunked import Divergence, Sums, constrained_loss
 from bridle.core.tokens import shift
 from bridle.data import DOMAIN, mix, tokenize_domain
@@ -23,18 +24,20 @@ from bridle.errors import RunStopped, UserError
 from bridle.models.hidden import OutputLayer, capture_hidden_states, check_projection, project_only, without_logits
 from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
+from bridle.ranks import is_main
 from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.guards import EntropyGuard, FiniteGuard
+from bridle.training.memory import CuttingTrainer
 from bridle.training.parallel import ParallelSchedule
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.sequential import SequentialSchedule
+from bridle.training.sequential import SCHEDULE, SequentialSchedule
 from bridle.training.tally import Tally
 
 SCHEDULES = {"sequential": SequentialSchedule, "parallel": ParallelSchedule}
 
 
-class ConstrainedTrainer(PushesModel, SFTTrainer):
+class ConstrainedTrainer(PushesModel, CuttingTrainer):
     """Fine-tunes a causal language model on a corpus of domains, each held to its policy.
 
     Args:
@@ -257,6 +260,24 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         if resume_from_checkpoint is not None:
             self.schedule.load(Path(resume_from_checkpoint))
         return prepared
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with whole_or_gone(checkpoint, SCHEDULE):
+            super()._save_checkpoint(model, trial)
+            self.schedule.save(checkpoint)
+        if is_main():
+            keep_last(self.args.output_dir, SCHEDULE, self.args.keep_last, self.state.best_model_checkpoint)
+
+    def _place(self) -> Any:
+        return super()._place(), deepcopy(self.tally), [regulariser.drawn for regulariser in self.regularisers]
+
+    def _go_back(self, place: Any) -> None:
+        of_trl, tally, drawn = place
+        super()._go_back(of_trl)
+        self.tally = deepcopy(tally)
+        for regulariser, count in zip(self.regularisers, drawn, strict=True):
+            regulariser.drawn = count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the means of CE and of every KL beside what `SFTTrainer` logs."""

@@ -1,0 +1,74 @@
+"""Updates of the policy that do not fit into memory, taken in smaller parts.
+
+The loss is a sum over rows, divided by the tokens of the whole accumulated batch: its gradient is the same however
+the batch is cut.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from torch import Tensor, nn
+from trl import SFTTrainer
+
+from bridle.resources import RowLimit
+
+
+class CuttingTrainer(SFTTrainer):
+    """An `SFTTrainer` that cuts its micro-batches where memory runs out, with the same effective batch.
+
+    Several processes cut nothing: they exchange gradients within a backward, each of which all must take part in. Nor
+    is anything cut where a mixture of experts adds a mean over the rows of a micro-batch to the loss.
+
+    Attributes:
+        row_limit: how many rows of a micro-batch are in memory at once.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        alone = self.accelerator.distributed_type == DistributedType.NO
+        self.row_limit = RowLimit("training the policy", can_cut=alone and not self.aux_loss_enabled)
+        self._micro_batches: list[dict[str, Tensor]] = []  # of the update under way
+        self._begun: Any = None  # where it began
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Adds a micro-batch's gradients to those of the update; its inputs are [batch, ...], its loss is a scalar.
+
+        Memory may run out in the midst of a backward, so all of the update is taken again, in smaller parts.
+        """
+        if num_items_in_batch is None:  # the loss is a mean over the micro-batch
+            return super().training_step(model, inputs)
+        if not self._micro_batches:
+            self._begun = self._place()
+        self._micro_batches.append(inputs)
+        todo = [inputs]
+        while True:
+            try:
+                loss = [self._in_parts(model, batch, num_items_in_batch) for batch in todo][-1]
+                break
+            except RuntimeError as error:
+                self.row_limit.lower(error, max(len(batch["input_ids"]) for batch in todo))
+            model.zero_grad()
+            self._go_back(self._begun)
+            todo = self._micro_batches
+        if self.accelerator.sync_gradients:
+            self._micro_batches = []
+        return loss
+
+    def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> Tensor:
+        step = super().training_step
+        rows = len(inputs["input_ids"])
+        size = self.row_limit.rows or rows
+        parts = [slice(start, start + size) for start in range(0, rows, size)]
+        cut = [{key: values[part] for key, values in inputs.items()} for part in parts]
+        return torch.stack([step(model, part, num_items_in_batch) for part in cut]).sum()
+
+    def _place(self) -> Any:
+        """What a micro-batch moves on beside the gradients."""
+        return deepcopy((self._metrics, self._total_train_tokens))
+
+    def _go_back(self, place: Any) -> None:
+        self._metrics, self._total_train_tokens = deepcopy(place)
