@@ -7,8 +7,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
-from typing import Protocol
+from itertools import chain, repeat
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from bridle.models.sharding import is_sharded
 from bridle.progress import Progress
 from bridle.ranks import gathered, turns
 from bridle.resources import RowLimit
+
+SHORTEST_STAGE, STAGES = 8, 8  # tokens, and how often at most, after which rows that have ended are dropped
 
 
 class Guide(Protocol):
@@ -97,12 +99,11 @@ def sample(
     """
     config = GenerationConfig(
         do_sample=False,  # `InverseTransform` draws, from the whole distribution
-        max_new_tokens=max_new_tokens,
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
     )
     limit = RowLimit(description, can_cut=not is_sharded(model))
-    draw = partial(_draw, model, config, guide, states is not None)
+    draw = partial(_draw, model, guide, config, states is not None)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = turns(len(batches)) if share else range(len(batches))
@@ -130,32 +131,58 @@ def sample(
 
 def _draw(
     model: PreTrainedModel,
-    config: GenerationConfig,
     guide: Guide | None,
+    config: GenerationConfig,
     keep_states: bool,
     rows: Sequence[tuple[Sequence[int], Tensor]],
 ) -> list[tuple[list[int], Tensor | None]]:
-    """Completions of prompts, each with the numbers that draw it, [steps]; and their states, [tokens, hidden]."""
-    input_ids, attention_mask = pad_left([list(prompt) for prompt, _ in rows], config.pad_token_id)
-    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-    guidance = guide.processors(attention_mask) if guide else []
-    inverse = InverseTransform(torch.stack([numbers for _, numbers in rows], dim=-1))
-    with last_positions(model) as steps:
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([*guidance, inverse]),
-            synced_gpus=is_sharded(model) or None,  # all go on until all have ended
-        )
-    completions = [_until_end(row, config.eos_token_id) for row in output[:, input_ids.shape[1] :].tolist()]
-    if not keep_states:
-        return [(completion, None) for completion in completions]
-    drawn_from = torch.stack(steps, dim=1).cpu()  # [batch, steps, hidden]
-    return [
-        (completion, states[: len(completion)].clone())  # and not the filling behind it
-        for completion, states in zip(completions, drawn_from, strict=True)
-    ]
+    """Completions of prompts, each with the numbers that draw it, [steps]; and their states, [tokens, hidden].
+
+    `generate` carries rows that have ended along to the end of the last one, so it is called for some tokens at a time,
+    and goes on with the others.
+    """
+    ids, mask = (part.to(model.device) for part in pad_left([list(prompt) for prompt, _ in rows], config.pad_token_id))
+    uniform = torch.stack([numbers for _, numbers in rows], dim=-1)
+    # All processes that share a model in shards must call it equally often.
+    stage = len(uniform) if is_sharded(model) else max(SHORTEST_STAGE, len(uniform) // STAGES)
+    completions: list[list[int]] = [[] for _ in rows]
+    states: list[list[Tensor]] = [[] for _ in rows]
+    going_on, cache = torch.arange(len(rows), device=model.device), None
+    for numbers in uniform.split(stage):
+        guidance = guide.processors(mask) if guide else []
+        with last_positions(model) as steps:
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=config,
+                max_new_tokens=len(numbers),
+                logits_processor=LogitsProcessorList([*guidance, InverseTransform(numbers[:, going_on])]),
+                synced_gpus=is_sharded(model) or None,  # all go on until all have ended
+                return_dict_in_generate=True,
+            )
+        new = output.sequences[:, ids.shape[1] :]
+        drawn_from = torch.stack(steps, dim=1).cpu() if keep_states else None  # [rows, steps, hidden]
+        for place, (row, tokens) in enumerate(zip(going_on.tolist(), new.tolist(), strict=True)):
+            tokens = _until_end(tokens, config.eos_token_id)
+            completions[row] += tokens
+            if drawn_from is not None:
+                states[row].append(drawn_from[place, : len(tokens)].clone())  # and not the filling behind it
+        open_ended = (new != config.eos_token_id).all(-1).nonzero()[:, 0]
+        if not len(open_ended):
+            break
+        cache = _only(output.past_key_values, open_ended)
+        ids, going_on = output.sequences[open_ended], going_on[open_ended]
+        mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)[open_ended]
+    return list(zip(completions, map(torch.cat, states) if keep_states else repeat(None), strict=False))
+
+
+def _only(cache: Any, rows: Tensor) -> Any:
+    """A cache of some rows; None, so that it is made anew, where the model's kind cannot be cut."""
+    if not hasattr(cache, "batch_select_indices"):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def _until_end(tokens: list[int], eos_token_id: int) -> list[int]:

@@ -154,7 +154,7 @@ class ConstrainedConfig(SFTConfig):
         parallel: where the parallel schedule's regularisers work.
 
     Raises:
-        UserError: no round, a share or bound outside [0, 1], no checkpoint that stays, `save_total_limit` in the place of
+        UserError: no round, a share or bound outside [0, 1], no checkpoint that stays, `save_total_limit` in place of
             `keep_last`, or a packing that mixes domains within a row.
     """
 
