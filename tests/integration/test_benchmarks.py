@@ -101,6 +101,15 @@ def test_step_overhead_with_checkpointing(benchmark):
     assert on["raw"]["sft"][0]["bytes"] < off["raw"]["sft"][0]["bytes"]
 
 
+def test_loss(benchmark):
+    small = ("--tokens", 64, "--hidden_size", 8, "--chunk", 4096, "--repeats", 1)
+    smaller, larger = benchmark("loss", "--vocabulary", 512, 2048, *small)["cases"]
+    assert larger["over_plain"]["plain ce+kl"]["bytes"]["median"] == 1
+    assert larger["over_plain"]["chunked ce+kl"]["bytes"]["median"] < 0.5
+    grown = {name: larger["raw"][name][0]["bytes"] / smaller["raw"][name][0]["bytes"] for name in larger["raw"]}
+    assert grown["plain ce+kl"] > 3 > grown["chunked ce+kl"]
+
+
 def test_sampling(benchmark):
     found = benchmark(
         "sampling", *TINY, "--prompts", 8, "--one_by_one", 2, "--new_tokens", 4, "--batch", 4, "--repeats", 1
