@@ -30,6 +30,16 @@ def test_made_once_and_anew_for_another_shape():
     assert cached("x", {"seed": 1}, write) != folder
 
 
+def test_the_folders_that_were_used_last_stay(cache):
+    made = [cached("x", {"seed": seed}, write) for seed in range(4)]
+    for age, folder in enumerate(made):
+        os.utime(folder, (age, age))
+    other = cached("y", {}, write)
+    assert cached("x", {"seed": 0}, write) == made[0]  # used again
+    new = cached("x", {"seed": 4}, write)
+    assert {path for path in cache.iterdir() if path.is_dir()} == {made[0], made[2], made[3], new, other}
+
+
 def test_an_interruption_leaves_nothing(cache):
     def interrupted(folder):
         write(folder)

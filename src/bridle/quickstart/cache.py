@@ -16,6 +16,7 @@ from bridle.errors import UserError
 from bridle.resources import is_disk_full
 
 VARIABLE = "BRIDLE_CACHE"
+KEPT = 4  # folders of one name, those that were used last; a new version's takes an old one's place
 
 
 def cached(name: str, shaped_by: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
@@ -33,13 +34,14 @@ def cached(name: str, shaped_by: Mapping[str, Any], make: Callable[[Path], None]
     """
     digest = hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{name}-{digest}"
-    if folder.is_dir():
-        return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():
-                _fill(folder, make)
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not folder.is_dir():
+                    _fill(folder, make)
+        folder.touch()
+        _drop_old(folder.parent, name)
     except Exception as error:
         if not isinstance(error, OSError) and not is_disk_full(error):
             raise
@@ -59,3 +61,10 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _drop_old(caches: Path, name: str) -> None:
+    folders = [path for path in caches.glob(f"{name}-*") if path.is_dir()]
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".lock").unlink(missing_ok=True)
