@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -40,12 +41,13 @@ def cached(name: str, shaped_by: Mapping[str, Any], make: Callable[[Path], None]
             with FileLock(folder.with_suffix(".lock")):
                 if not folder.is_dir():
                     _fill(folder, make)
-        folder.touch()
-        _drop_old(folder.parent, name)
     except Exception as error:
         if not isinstance(error, OSError) and not is_disk_full(error):
             raise
         raise UserError(f"{folder.parent}: cannot be written ({error}); set {VARIABLE} to a folder") from error
+    with suppress(OSError):  # one that may only be read will do
+        folder.touch()
+        _drop_old(folder.parent, name)
     return folder
 
 
