@@ -16,15 +16,18 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     The lock is the operating system's: it ends with its process, however that ends. The file it is held on stays.
 
     Raises:
-        UserError: another process holds the folder.
+        UserError: another process holds the folder, or it cannot be made or written to.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise UserError(f"{folder}: another run is writing here; wait for it, or name another --output_dir") from None
+    except (OSError, ValueError) as error:  # ValueError: no possible path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}: cannot be written to ({reason}); name another --output_dir") from error
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """A constraint that is a Hugging Face sequence classifier with a tokenizer of its own."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ class Classifier(Constraint):
         if self._network is not None:
             return
         where = f"constraint '{self.name}', model '{self.model}'"
-        if _is_path(self.model) and not Path(self.model).is_dir():
+        if _is_path(self.model) and not os.path.isdir(self.model):
             raise UserError(f"{where}: there is no such folder")
         network = _load_network(where, self.model, self.device)
         self._tokenizer = _load_tokenizer(where, self.model)
@@ -188,7 +189,7 @@ def _from_pretrained(failure: str, auto_class: Any, model: str, **options: Any) 
     try:
         with _quiet():
             return auto_class.from_pretrained(
-                model, local_files_only=Path(model).is_dir(), trust_remote_code=False, **options
+                model, local_files_only=os.path.isdir(model), trust_remote_code=False, **options
             )
     except Exception as error:  # transformers and its file formats raise nearly anything on a broken folder
         raise UserError(f"{failure}: {cause(error)}") from error
@@ -224,7 +225,7 @@ def _positions(network: Any) -> float:
 def _is_path(model: str) -> bool:
     """Whether a name can only be a folder: looking for it on the hub would take long and say less."""
     hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
-    return hub_name is None or Path(Path(model).parts[0]).exists()
+    return hub_name is None or os.path.exists(Path(model).parts[0])
 
 
 @contextmanager
