@@ -7,7 +7,8 @@ import bridle
 
 SOURCE = Path(bridle.__file__).parent
 ROWS = [
-    {"errors", "progress", "environment", "settings", "lock", "endpoint", "ranks"},  # may be imported by all
+    # may be imported by all
+    {"errors", "progress", "environment", "reading", "settings", "lock", "endpoint", "ranks", "weights"},
     {"core", "constraints"},
     {"models", "data"},
     {"training", "evaluation", "baselines"},

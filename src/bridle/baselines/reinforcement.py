@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -29,7 +30,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from bridle.constraints import Constraint
@@ -37,6 +38,7 @@ from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
 from bridle.models.loading import context_length
 from bridle.progress import Progress
+from bridle.reading import last_checkpoint
 
 HISTORY = ("step", "seconds", "reward", "kl", "entropy", "missing")  # what the report keeps of a step's record
 
@@ -66,16 +68,16 @@ class ReinforcementOptions:
     """
 
     algorithm: Literal["rloo", "grpo"] = "rloo"
-    learning_rate: float = 3e-4
-    beta: float = 0.1
-    num_generations: int = 4
-    batch_size: int = 64
-    micro_batch_size: int | None = None
+    learning_rate: PositiveFloat = 3e-4
+    beta: NonNegativeFloat = 0.1
+    num_generations: PositiveInt = 4
+    batch_size: PositiveInt = 64
+    micro_batch_size: PositiveInt | None = None
     soft_reward: bool = False
-    window: int = 25
+    window: PositiveInt = 25
     tolerance: float = 0.01
-    max_steps: int = 500
-    save_every: int = 100
+    max_steps: PositiveInt = 500
+    save_every: PositiveInt = 100
 
     def __post_init__(self) -> None:
         if self.algorithm not in TRAINERS:
@@ -168,7 +170,7 @@ def reinforce(
     """
     _check_lengths(prompts, max_new_tokens, context_length(model))
     output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = (get_last_checkpoint(str(output_dir)) if resume else None) or resume_from
+    checkpoint = (last_checkpoint(output_dir, TRAINER_STATE_NAME) if resume else None) or resume_from
     rules: list[StoppingRule] = [TimeBudget(seconds)]
     if seconds is None:
         rules.append(Convergence(options.window, options.tolerance))
@@ -303,14 +305,14 @@ def mean_of(key: str, records: Sequence[dict[str, Any]]) -> float | None:
 
 def _report(state: TrainerState, rules: list[StoppingRule], window: int, output_dir: Path) -> dict[str, Any]:
     records = update_records(state)
-    checkpoint = get_last_checkpoint(str(output_dir))
+    checkpoint = last_checkpoint(output_dir, TRAINER_STATE_NAME)
     return {
         "steps": state.global_step,
         "seconds": records[-1]["seconds"] if records else 0.0,
         "tokens": int(state.num_input_tokens_seen),
         "stopped_because": next((rule.reason for rule in rules if rule.met), "steps"),
         "missing": int(sum(record["missing"] for record in records)),
-        "checkpoint": checkpoint and Path(checkpoint).name,
+        "checkpoint": checkpoint and checkpoint.name,
         "reward": mean_of("reward", records[-window:]),
         "kl": mean_of("kl", records[-window:]),
         "history": [{key: record.get(key) for key in HISTORY} for record in records],

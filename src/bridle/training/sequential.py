@@ -3,20 +3,22 @@
 Round i's policy steps use R_i, fitted on samples of p_{i-1}, the policy at the end of round i-1.
 """
 
-import json
 import time
+from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from bridle import reading
 from bridle.data import Rollout, write_rollouts
 from bridle.environment import sync_files, write_json
 from bridle.ranks import is_main, rank
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.shipping import make_targets, upcoming
 from bridle.training.state import RegulariserState
+from bridle.training.tally import Sums
 
 if TYPE_CHECKING:
     from bridle.training.trainer import ConstrainedTrainer
@@ -26,10 +28,19 @@ SCHEDULE = "schedule.json"
 """Written last: it says that a checkpoint is whole."""
 
 
+@dataclass
+class Begun:
+    """How far a schedule is in a round: what it has measured, and the seconds and sums of the policy's steps."""
+
+    round: int
+    record: dict[str, Any]
+    seconds_policy: float
+    tally: Sums
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The last whole checkpoint of a run; one that a dead run left half-written is passed over."""
-    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{SCHEDULE}")]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    return reading.last_checkpoint(folder, SCHEDULE)
 
 
 class SequentialSchedule(TrainerCallback):
@@ -137,11 +148,12 @@ class SequentialSchedule(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):  # noqa: D102
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        begun = {"seconds_policy": time.perf_counter() - self._policy_began, "tally": self.trainer.tally.state()}
+        seconds = time.perf_counter() - self._policy_began
+        begun = Begun(self.round, self._record, seconds, self.trainer.tally.state())
         self._save_states(folder)
         if is_main():
             sync_files(folder)
-            write_json(folder / SCHEDULE, {"round": self.round, "record": self._record, **begun})
+            write_json(folder / SCHEDULE, vars(begun))
 
     def _save_states(self, checkpoint: Path) -> None:
         states = {regulariser.name: regulariser.state() for regulariser in self.trainer.regularisers}
@@ -151,9 +163,9 @@ class SequentialSchedule(TrainerCallback):
 
     def load(self, checkpoint: Path) -> None:
         """Goes back to where a checkpoint was written."""
-        saved = json.loads((checkpoint / SCHEDULE).read_text(encoding="utf-8"))
-        self.round, self._record = saved["round"], saved["record"]
-        self._policy_began = time.perf_counter() - saved["seconds_policy"]
-        self.trainer.tally.restore(saved["tally"])
+        saved = reading.read_json(checkpoint / SCHEDULE, Begun)
+        self.round, self._record = saved.round, saved.record
+        self._policy_began = time.perf_counter() - saved.seconds_policy
+        self.trainer.tally.restore(saved.tally)
         for regulariser in self.trainer.regularisers:
             regulariser.adopt(RegulariserState.load(checkpoint / "regularisers" / regulariser.name))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from bridle.core.tokens import shift
@@ -21,11 +22,13 @@ from bridle.errors import UserError
 from bridle.models.hidden import capture_hidden_states, check_projection, project_only
 from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
+from bridle.settings import check_file_name
 from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.parallel import ParallelSchedule
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.sequential import SequentialSchedule
+from bridle.training.state import readable
 from bridle.training.tally import Tally
 
 SCHEDULES = {"sequential": SequentialSchedule, "parallel": ParallelSchedule}
@@ -46,7 +49,8 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         kwargs: passed to `SFTTrainer`.
 
     Raises:
-        UserError: a regulariser names no domain of the corpus, or there are no prompts to sample from.
+        UserError: a domain's name cannot name files, a regulariser names no domain of the corpus, or there are no
+            prompts to sample from.
     """
 
     args: ConstrainedConfig
@@ -61,6 +65,8 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
+        for name in corpus:
+            check_file_name(name, f"corpus.{name}")
         for name in regularisers:
             if name not in {ALL, *corpus}:
                 raise UserError(f"regularisers.{name}: no such domain; the corpus has {', '.join(corpus)}")
@@ -183,8 +189,22 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
-            self.schedule.load(Path(resume_from_checkpoint))
+            with readable(resume_from_checkpoint):
+                self.schedule.load(Path(resume_from_checkpoint))
         return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))  # read next
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the means of CE and of every KL beside what `SFTTrainer` logs."""
