@@ -7,6 +7,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from bridle.errors import UserError
+from bridle.reading import read_json
 
 
 def whole_checkpoints(folder: str | Path, last: str) -> list[Path]:
@@ -14,15 +18,27 @@ def whole_checkpoints(folder: str | Path, last: str) -> list[Path]:
 
     Args:
         folder: the run's.
-        last: the file of a checkpoint that is written last.
+        last: the file of a checkpoint that is written last, JSON.
     """
-    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{last}")]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{last}") if _is_whole(path)]
+    return sorted(found, key=lambda path: int(_number(path)))
 
 
 def last_whole(folder: str | Path, last: str) -> Path | None:
     """The last of `whole_checkpoints`; None where there is none."""
     return next(reversed(whole_checkpoints(folder, last)), None)
+
+
+def _is_whole(mark: Path) -> bool:
+    try:
+        read_json(mark, dict[str, Any])
+    except UserError:
+        return False
+    return _number(mark.parent).isdecimal()
+
+
+def _number(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("checkpoint-")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The command line: `bridle quickstart`, `train`, `generate`, `evaluate`, `judge`, `compare` and `report`."""
 
+import io
 import json
 import logging
 import os
@@ -33,12 +34,12 @@ Guide = Annotated[
 GuidePower = Annotated[float, typer.Option("--guide_power", help="η: strength of the guidance; 1 is the method.")]
 PromptTokens = Annotated[
     int | None,
-    typer.Option("--prompt_tokens", help="Take only the first so many tokens of each row as the prompt."),
+    typer.Option("--prompt_tokens", min=1, help="Take only the first so many tokens of each row as the prompt."),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max_new_tokens", help="Tokens at which a completion is cut.")]
+MaxNewTokens = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Tokens at which a completion is cut.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="K: completions drawn for each prompt.")]
 BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Rows in one forward.")]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed draws the same text.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed draws the same text.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...; the GPU where there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Type of the weights: float32, bfloat16, float16.")]
 
@@ -104,7 +105,6 @@ def generate(
     dtype: Dtype = "float32",
 ) -> None:
     """Draw text from a model, guided or not, at temperature 1 from its whole distribution."""
-    from bridle.data import Prompt, encode_prompt
     from bridle.environment import write_text
     from bridle.evaluation import Evaluator, prompt_set
     from bridle.models.guidance import guided
@@ -117,7 +117,7 @@ def generate(
         if prompts is not None:
             asked = evaluator.read(prompt_set(prompts), max_new_tokens, prompt_tokens)
         else:
-            asked = [Prompt(prompt or "", encode_prompt(prompt or "", tokenizer))]
+            asked = [evaluator.prompt(prompt or "", max_new_tokens)]
         drawn = evaluator.draw([one.ids for one in asked], samples=samples, max_new_tokens=max_new_tokens)
     rows = [{"prompt": one.text, "completion": text} for one, texts in zip(asked, drawn, strict=True) for text in texts]
     if output is None:
@@ -414,6 +414,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever a model or a file says, it can be printed
     try:
         app(prog_name="bridle")
     except (UserError, RunStopped) as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from bridle.errors import UserError
+from bridle.errors import UserError, first_line
 
 
 @contextmanager
@@ -16,15 +16,17 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     The lock is the operating system's: it ends with its process, however that ends. The file it is held on stays.
 
     Raises:
-        UserError: another process holds the folder.
+        UserError: another process holds the folder, or it cannot be made or written to.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise UserError(f"{folder}: another run is writing here; wait for it, or name another --output_dir") from None
+    except (OSError, ValueError) as error:  # ValueError: no possible path
+        raise UserError(f"{folder}: cannot be written to ({first_line(error)}); name another --output_dir") from error
     try:
         yield
     finally:

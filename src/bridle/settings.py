@@ -5,13 +5,23 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
-from bridle.errors import UserError
+from bridle.errors import UserError, first_line
+
+LONGEST_NAME = 200  # bytes of a name in a file's name, which may have 255 in all
+MOST_VALUES = 100_000  # in a recipe, with its aliases written out
+
+CHECKED_STRICTLY = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+"""How pydantic checks what people set."""
 
 
 def build(cls: type, options: Any, where: str) -> Any:
@@ -26,7 +36,7 @@ def build(cls: type, options: Any, where: str) -> Any:
         UserError: an unknown key (with the nearest known one), a missing one, or a value of the wrong kind.
     """
     options = dict(as_mapping(options, where))
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     known = [f.name for f in fields(cls) if f.init]
     check_keys(options, known, where)
     for f in fields(cls):
@@ -49,13 +59,13 @@ def validated(kind: Any, value: Any, where: str) -> Any:
     options = (kind, *get_args(kind))
     if isinstance(value, bool) and bool not in options and Any not in options:
         raise UserError(f"{where}: needs a value, not {str(value).lower()}")  # pydantic would take true for 1
-    inner: Any = next((option for option in options if is_dataclass(option)), None)
-    if inner is not None and isinstance(value, Mapping):
-        return build(inner, value, where)
     if is_dataclass(value):
         return value
+    inner: Any = next((option for option in options if is_dataclass(option)), None)
+    if inner is not None and not (value is None and NoneType in options):
+        return build(inner, value, where)
     try:
-        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return TypeAdapter(kind, config=CHECKED_STRICTLY).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{where}: {error.errors()[0]['msg'].lower()}, not {value!r}") from error
 
@@ -89,6 +99,29 @@ def as_mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
+def as_named(value: Any, where: str) -> Mapping[str, Any]:
+    """`value` as a mapping whose keys are names: printable text on one line.
+
+    Raises:
+        UserError: it is something else.
+    """
+    mapping = as_mapping(value, where)
+    for name in mapping:
+        if not (isinstance(name, str) and name.strip() and name.isprintable()):
+            raise UserError(f"{where}: {name!r} is no name; a name is printable text on one line, a number in quotes")
+    return mapping
+
+
+def check_file_name(name: str, where: str) -> None:
+    """Raises a UserError if a name cannot be part of a file's name, as a domain's is of its rollouts'."""
+    whole = name.isprintable() and not {"/", "\\"}.intersection(name) and 0 < len(name.encode()) <= LONGEST_NAME
+    if not whole or not name.strip(". "):
+        raise UserError(
+            f"{where}: {name!r} names files and so must be printable, without slashes, of 1 to {LONGEST_NAME} bytes, "
+            "and not dots alone"
+        )
+
+
 def different_keys(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> list[str]:
     """The dotted keys, the outermost where one is missing, whose values differ."""
     found = []
@@ -104,26 +137,68 @@ def different_keys(one: Mapping[str, Any], other: Mapping[str, Any], above: str 
 # ---------------------------------------------------------------------- YAML
 
 
+_NOT_JSON = {f"tag:yaml.org,2002:{tag}" for tag in ("binary", "timestamp", "omap", "pairs", "set")}
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2: 2e-5 is a number, and `on`, `yes` and `no` are words."""
+    """Safe YAML that says what JSON can, with the scalars of YAML 1.2: 2e-5 is a number, and `on` and `no` are words.
+
+    A mapping has each key once, and aliases, which are written out when a recipe is read, stay within `MOST_VALUES`.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_JSON | {"tag:yaml.org,2002:bool"}]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+    yaml_constructors = {  # noqa: RUF012 - PyYAML's own way
+        tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag not in _NOT_JSON
+    }
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._values = 0
+        self._sizes: dict[yaml.Node, int] = {}  # of whole nodes, in values
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        alias, before = self.check_event(yaml.AliasEvent), self._values
+        node = super().compose_node(parent, index)
+        assert node is not None
+        if alias and node not in self._sizes:
+            raise ComposerError(None, None, "an alias stands within what it stands for", node.start_mark)
+        self._values += self._sizes[node] if alias else 1
+        self._sizes.setdefault(node, self._values - before)
+        if self._values > MOST_VALUES:
+            raise ComposerError(None, None, f"more than {MOST_VALUES} values", node.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise ComposerError(None, None, f"the key {key.value!r} stands here twice", key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
+
+    def construct_finite(self, node: yaml.ScalarNode) -> float:
+        number = self.construct_yaml_float(node)
+        if not isfinite(number):
+            raise ConstructorError(None, None, f"{node.value} is not a finite number", node.start_mark)
+        return number
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_finite)
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """Reads YAML safely; a UserError that begins with `where` if it is none."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers that are none, and nesting without end
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -139,8 +214,8 @@ def read_yaml(path: Path, variables: Mapping[str, str] = os.environ) -> dict[str
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no possible path
+        raise UserError(f"{path}: cannot read the recipe: {first_line(error)}") from error
     mapping = parse_yaml(text, str(path))
     if not isinstance(mapping, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")

@@ -1,11 +1,13 @@
-"""Runs that are killed, for `test_killed`: in a module that a process imports without pytest."""
+"""Runs and comparisons that are killed, for `test_killed`: in a module that a process imports without pytest."""
 
 import importlib
 import os
 import signal
+from pathlib import Path
 
 import torch
 
+from bridle.comparison.compare import Comparison
 from bridle.training.recipe import load_recipe
 from bridle.training.run import train
 
@@ -16,8 +18,14 @@ def run(recipe, folder, accept_changes=False):
     train(load_recipe(recipe), folder, resume=True, accept_changes=accept_changes)
 
 
-def run_until(recipe, folder, where, call):
-    """As `run`, killed as a function is called for the given time."""
+def compare(recipe, folder):
+    """Begins a comparison of three methods, or goes on with it."""
+    torch.set_num_threads(1)
+    Comparison(load_recipe(recipe), Path(folder), ["base", "sft", "constrained-adaptive"], resume=True).run()
+
+
+def until(where, call, what, recipe, folder):
+    """Does what is to be done, killed as a function is called for the given time."""
     module, _, name = where.rpartition(":")
     owner = importlib.import_module(module)
     *path, last = name.split(".")
@@ -32,4 +40,4 @@ def run_until(recipe, folder, where, call):
         return real(*args, **kwargs)
 
     setattr(owner, last, killing)
-    run(recipe, folder)
+    what(recipe, folder)

@@ -8,7 +8,8 @@ import bridle
 SOURCE = Path(bridle.__file__).parent
 ROWS = [
     # may be imported by all
-    {"errors", "progress", "environment", "settings", "lock", "endpoint", "ranks", "resources", "checkpoints"},
+    {"errors", "progress", "environment", "reading", "settings", "lock", "endpoint", "ranks"}
+    | {"resources", "checkpoints", "weights"},
     {"core", "constraints"},
     {"models", "data"},
     {"training", "evaluation", "baselines"},

@@ -297,7 +297,7 @@ def make_causal(folder):
     ("damage", "message"),
     [
         (remove("model.safetensors"), "its network: OSError: Error no file named model.safetensors"),
-        (pickle_weights, "its network: OSError: Error no file named model.safetensors"),
+        (pickle_weights, "its network: its weights are pickled; convert them"),
         (overwrite("model.safetensors"), "its network: SafetensorError"),
         (overwrite("config.json"), "its network: OSError"),
         (remove("config.json"), "its network: ValueError"),

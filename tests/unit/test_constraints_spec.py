@@ -119,7 +119,7 @@ def test_the_examples_of_the_page_are_constraints(tmp_path, monkeypatch):
         ("classifier:folder,label=toxic,means=bad", "key 'means'.*'violates' or 'complies'"),
         ("words:", "write TYPE:VALUE"),
         ({"type": "regex", "pattern": ""}, "'regex', key 'pattern'"),
-        ("{type: regex, pattern: [", "is not YAML"),
+        ("{type: regex, pattern: [", "not valid YAML"),
         ({"type": "regexp", "pattern": "a"}, "unknown type 'regexp'; nearest: 'regex'"),
         ({"type": ["regex"], "pattern": "a"}, "unknown type"),
         ({"type": None}, "unknown type 'None'"),

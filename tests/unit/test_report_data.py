@@ -176,7 +176,7 @@ def nothing(folder):
         (broken_json, "results.json: malformed JSON"),
         (broken_row, "completions.jsonl row 4: malformed JSON"),
         (no_completion, "completions.jsonl row 1: completion: field required"),
-        (not_a_row, "metrics.jsonl row 1: the row: input should be a valid dictionary"),
+        (not_a_row, "metrics.jsonl row 1: input should be a valid dictionary"),
         (a_word_for_a_number, "methods.sft.figures.tasks.mmlu.value: input should be a valid number"),
         (one_models_results, "not the results of a comparison"),
         (a_later_format, "not the results of a comparison in format 1"),

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -67,16 +68,16 @@ class ReinforcementOptions:
     """
 
     algorithm: Literal["rloo", "grpo"] = "rloo"
-    learning_rate: float = 3e-4
-    beta: float = 0.1
-    num_generations: int = 4
-    batch_size: int = 64
-    micro_batch_size: int | None = None
+    learning_rate: PositiveFloat = 3e-4
+    beta: NonNegativeFloat = 0.1
+    num_generations: PositiveInt = 4
+    batch_size: PositiveInt = 64
+    micro_batch_size: PositiveInt | None = None
     soft_reward: bool = False
-    window: int = 25
+    window: PositiveInt = 25
     tolerance: float = 0.01
-    max_steps: int = 500
-    save_every: int = 100
+    max_steps: PositiveInt = 500
+    save_every: PositiveInt = 100
 
     def __post_init__(self) -> None:
         if self.algorithm not in TRAINERS:

@@ -7,7 +7,7 @@
 A run that has a `candidate.json` is not made again, and one with a `results.json` is not measured again.
 """
 
-import json
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,8 +30,8 @@ from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
 from bridle.comparison.summary import comparisons, figures_of, first_completions, over_seeds
 from bridle.comparison.tracing import trace_guidance
 from bridle.environment import environment, write_json, write_text
-from bridle.errors import RunStopped, UserError
-from bridle.evaluation import ChatJudge, LocalJudge, win_rates, write_results
+from bridle.errors import RunStopped, UserError, one_line
+from bridle.evaluation import ChatJudge, LocalJudge, read_results, win_rates, write_results
 from bridle.evaluation.judges import Judge
 from bridle.evaluation.observations import Observations
 from bridle.lock import only_writer
@@ -39,13 +39,30 @@ from bridle.models.card import write_card
 from bridle.models.hub import without_token
 from bridle.models.loading import load_for_inference
 from bridle.progress import Progress
+from bridle.reading import read_json
 from bridle.resources import is_disk_full, stopping_when_exhausted
-from bridle.settings import check_keys, different_keys, read_yaml
+from bridle.settings import check_keys, different_keys, known_name, read_yaml
 from bridle.training.recipe import Recipe, load_recipe
 from bridle.training.run import RECIPE_FILE, describe_run
 
 FORMAT = 1
 RESULTS, CANDIDATE, FAILED = "results.json", "candidate.json", "failed.json"
+
+
+@dataclass
+class Earlier:
+    """What an earlier call left in a comparison's `results.json`."""
+
+    methods: dict[str, Any]
+    seeds: list[int]
+    win_rate: dict[str, Any] | None = None
+
+
+@dataclass
+class Failure:
+    """Why a method was not made or measured."""
+
+    reason: str
 
 
 @dataclass
@@ -75,25 +92,27 @@ class Comparison:
     def __post_init__(self) -> None:
         self.plan: Evaluation = evaluation_of(self.recipe)
         self.names = list(self.names or methods())
-        for name in self.names:
-            method_named(name)
         check_keys(self.recipe.methods, methods(), "methods")
         rl_options(self.recipe)
+        for name in self.names:
+            method_named(name)
         self._take_up()
 
     def _take_up(self) -> None:
         """Goes on with what `folder` holds: the same recipe, and at least the same methods and seeds."""
         path = self.folder / RECIPE_FILE
-        if not path.exists():
+        if not os.path.exists(path):  # which raises of no path
             return
         if not self.resume:
             raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")
         if changed := different_keys(read_yaml(path), without_token(self.recipe.resolved)):
             raise UserError(f"{path}: was another recipe: {', '.join(changed)} differ; name another --output_dir")
         if (self.folder / RESULTS).exists():
-            before = _read(self.folder / RESULTS)
-            self.names = list(dict.fromkeys([*before["methods"], *self.names]))
-            self.seeds = sorted({*before["seeds"], *self.seeds})
+            before = read_json(self.folder / RESULTS, Earlier)
+            for name in before.methods:
+                known_name(name, methods(), f"{self.folder / RESULTS}: methods", "method")
+            self.names = list(dict.fromkeys([*before.methods, *self.names]))
+            self.seeds = sorted({*before.seeds, *self.seeds})
 
     def run(self) -> None:
         """Makes and measures what is missing, and writes `results.json`.
@@ -142,7 +161,7 @@ class Comparison:
         """A method's model, made if it was not yet."""
         folder = self._folder(name, seed)
         if (folder / CANDIDATE).exists():
-            known = Candidate(**_read(folder / CANDIDATE))
+            known = read_json(folder / CANDIDATE, Candidate)
             return replace(known, model=self._found(known.model), guide=known.guide and self._found(known.guide))
         if (name, seed) in self._failed:  # not tried twice in one call
             raise UserError(self._failed[name, seed])
@@ -198,7 +217,7 @@ class Comparison:
     def _sum_up(self) -> None:
         measured = {name: [s for s in self.seeds if (self._folder(name, s) / RESULTS).exists()] for name in self.names}
         if not any(measured.values()):
-            reason = _read(self._folder(self.names[0], self.seeds[0]) / FAILED)["reason"]
+            reason = read_json(self._folder(self.names[0], self.seeds[0]) / FAILED, Failure).reason
             raise RunStopped(f"{self.folder}: no method could be carried out; the first: {reason}")
         observed = {
             name: {seed: Observations.read(self._folder(name, seed)) for seed in seeds}
@@ -229,23 +248,23 @@ class Comparison:
 
     def _figures(self, name: str, seed: int) -> dict[str, Any]:
         folder = self._folder(name, seed)
-        return figures_of(_read(folder / RESULTS), _read(folder / CANDIDATE)["cost"])
+        return figures_of(read_results(folder / RESULTS), read_json(folder / CANDIDATE, Candidate).cost)
 
     def _status(self, name: str, seed: int) -> dict[str, Any]:
         folder = self._folder(name, seed)
         where = {"folder": str(folder.relative_to(self.folder))}
         if (folder / RESULTS).exists():
             return {"status": "complete", **where}
-        return {"status": "failed", "reason": _read(folder / FAILED)["reason"], **where}
+        return {"status": "failed", "reason": read_json(folder / FAILED, Failure).reason, **where}
 
     def _judged(self, observed: dict[str, dict[int, Observations]]) -> dict[str, Any] | None:
         """Win rates; those known where nothing is new; None, and a line that says why, where the judge fails."""
         options, results = self.plan.judge, self.folder / RESULTS
         if options is None or len(observed) < 2:
             return None
-        known = _read(results).get("win_rate") if results.exists() else None
+        known = read_json(results, Earlier).win_rate if results.exists() else None
         if known and not self._measured_now:
-            return dict(known)
+            return known
         prompts, said = first_completions(observed, next(iter(self.plan.prompts)), options.prompts)
         verdicts = self.folder / "verdicts.jsonl"
         verdicts.unlink(missing_ok=True)  # they are added to
@@ -264,8 +283,4 @@ def _judge(options: JudgeOptions, dtype: str) -> Judge:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError | RunStopped) else f"{type(error).__name__}: {error}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    return str(error) if isinstance(error, UserError | RunStopped) else one_line(f"{type(error).__name__}: {error}")

@@ -6,7 +6,6 @@ gets the wall-clock time of `constrained-adaptive` on top of the plain fine-tuni
 """
 
 import gc
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -22,6 +21,7 @@ from bridle.constraints import Constraint
 from bridle.environment import write_json
 from bridle.errors import RunStopped, UserError
 from bridle.models.loading import load_model, load_tokenizer
+from bridle.reading import read_json, read_rows
 from bridle.settings import build, known_name
 from bridle.training.build import build_trainer
 from bridle.training.config import ALL
@@ -209,7 +209,7 @@ def one_regulariser(recipe: Recipe) -> dict[str, Any]:
 
 def training_cost(folder: Path) -> dict[str, float]:
     """What a training run took, from the round records of its `metrics.jsonl`."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [record for _, record in read_rows(folder / "metrics.jsonl")]
     rounds = [record for record in records if "round" in record]
     return {
         "seconds": sum(_total(record, "seconds_") for record in rounds),
@@ -276,7 +276,7 @@ def _used_constraints(recipe: Recipe) -> dict[str, Any]:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
+    return read_json(folder / REPORT, dict[str, Any])
 
 
 def free_memory() -> None:

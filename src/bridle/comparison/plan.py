@@ -17,11 +17,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeInt, PositiveInt
+
 from bridle.constraints import Constraint
 from bridle.data import DataSource, VerbalisedLabel
 from bridle.errors import UserError
 from bridle.evaluation import PromptSet, prompt_set
-from bridle.settings import as_mapping, build, check_keys, known_name, validated
+from bridle.settings import as_mapping, as_named, build, check_keys, known_name, validated
 from bridle.training.recipe import Recipe
 
 
@@ -39,7 +41,7 @@ class JudgeOptions:
     model: str
     url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
-    prompts: int = 100
+    prompts: PositiveInt = 100
 
 
 @dataclass
@@ -80,13 +82,13 @@ class Evaluation:
     prompts: dict[str, PromptSet]
     constraints: dict[str, Constraint]
     perplexity: dict[str, DataSource] = field(default_factory=dict)
-    samples: int = 4
-    max_new_tokens: int = 32
-    batch_size: int = 64
+    samples: PositiveInt = 4
+    max_new_tokens: PositiveInt = 32
+    batch_size: PositiveInt = 64
     tasks: list[str] = field(default_factory=list)
     task_data: Path | None = None
-    limit: int | None = None
-    shots: int | None = None
+    limit: PositiveInt | None = None
+    shots: NonNegativeInt | None = None
     classification: ClassificationOptions | None = None
     label: VerbalisedLabel | None = None
     judge: JudgeOptions | None = None
@@ -141,7 +143,7 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
 
 
 def _named(mapping: Any, where: str, read: Any) -> dict[str, Any]:
-    return {name: read(name, options, f"{where}.{name}") for name, options in as_mapping(mapping, where).items()}
+    return {name: read(name, options, f"{where}.{name}") for name, options in as_named(mapping, where).items()}
 
 
 def _source(name: str, options: Any, where: str) -> DataSource:

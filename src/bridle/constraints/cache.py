@@ -43,7 +43,7 @@ class ScoreCache:
     """
 
     def __init__(self, path: str | Path | None = None):
-        self.path = Path(path if path is not None else _default_folder() / "scores.sqlite").expanduser()
+        self.path = Path(os.path.expanduser(path if path is not None else _default_folder() / "scores.sqlite"))
 
     @classmethod
     def of(cls, cache: bool | Path) -> "ScoreCache | None":

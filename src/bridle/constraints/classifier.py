@@ -1,5 +1,6 @@
 """A constraint that is a Hugging Face sequence classifier with a tokenizer of its own."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from bridle.constraints.options import Probability, Text, cause, checked
 from bridle.errors import UserError
 from bridle.progress import Progress
 from bridle.resources import RowLimit
+from bridle.weights import refusal
 
 
 class Classifier(Constraint):
@@ -78,7 +80,7 @@ class Classifier(Constraint):
         if self._network is not None:
             return
         where = f"constraint '{self.name}', model '{self.model}'"
-        if _is_path(self.model) and not Path(self.model).is_dir():
+        if _is_path(self.model) and not os.path.isdir(self.model):
             raise UserError(f"{where}: there is no such folder")
         network = _load_network(where, self.model, self.device)
         self._tokenizer = _load_tokenizer(where, self.model)
@@ -192,10 +194,10 @@ def _from_pretrained(failure: str, auto_class: Any, model: str, **options: Any) 
     try:
         with _quiet():
             return auto_class.from_pretrained(
-                model, local_files_only=Path(model).is_dir(), trust_remote_code=False, **options
+                model, local_files_only=os.path.isdir(model), trust_remote_code=False, **options
             )
     except Exception as error:  # transformers and its file formats raise nearly anything on a broken folder
-        raise UserError(f"{failure}: {cause(error)}") from error
+        raise UserError(f"{failure}: {refusal(model, error) or cause(error)}") from error
 
 
 def _index(where: str, network: Any, label: str) -> int:
@@ -228,7 +230,7 @@ def _positions(network: Any) -> float:
 def _is_path(model: str) -> bool:
     """Whether a name can only be a folder: looking for it on the hub would take long and say less."""
     hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
-    return hub_name is None or Path(Path(model).parts[0]).exists()
+    return hub_name is None or os.path.exists(Path(model).parts[0])
 
 
 @contextmanager

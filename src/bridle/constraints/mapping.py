@@ -104,7 +104,7 @@ class Scale:
 
     def __post_init__(self) -> None:
         low, high = self.range
-        if not (isfinite(low) and isfinite(high) and low < high):
+        if not (isfinite(high - low) and low < high):
             raise UserError(f"range: must be two numbers, the smaller first, not {[low, high]}")
         if not low <= self.limit <= high:
             raise UserError(f"threshold: must lie in the range {[low, high]}, not {self.threshold}")

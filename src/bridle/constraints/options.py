@@ -6,9 +6,10 @@ from inspect import signature
 from reprlib import repr as short_repr
 from typing import Annotated, Any, ParamSpec
 
-from pydantic import ConfigDict, Field, ValidationError, validate_call
+from pydantic import Field, ValidationError, validate_call
 
 from bridle.errors import UserError
+from bridle.settings import CHECKED_STRICTLY
 
 P = ParamSpec("P")
 
@@ -22,7 +23,7 @@ def checked(init: Callable[P, None]) -> Callable[P, None]:
     Raises (the constructor that it decorates):
         UserError: an argument is missing or wrong; it names the constraint's type and the key.
     """
-    validated = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(init)
+    validated = validate_call(config=CHECKED_STRICTLY)(init)
 
     @wraps(init)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:

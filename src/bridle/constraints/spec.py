@@ -7,16 +7,14 @@ from inspect import signature
 from reprlib import repr as short_repr
 from typing import Any
 
-import yaml
-
 from bridle.constraints.base import AllOf, AnyOf, Constraint, Not
 from bridle.constraints.cache import Cached
 from bridle.constraints.classifier import Classifier
 from bridle.constraints.function import PythonFunction
-from bridle.constraints.options import cause
 from bridle.constraints.remote import Remote
 from bridle.constraints.rules import Regex, WordList
 from bridle.errors import UserError
+from bridle.settings import as_mapping, parse_yaml
 
 TYPES: dict[str, type[Constraint]] = {
     cls.type_name: cls for cls in (Classifier, WordList, Regex, PythonFunction, Remote)
@@ -90,7 +88,8 @@ def _build_operator(operator: str, value: object, options: dict[Any, Any]) -> Co
 def _parse(spec: str) -> Mapping[str, Any]:
     """Returns the mapping that a string stands for."""
     if spec.lstrip().startswith("{"):
-        return _parse_yaml(spec)
+        where = f"constraint {short_repr(spec)}"
+        return as_mapping(parse_yaml(spec, where), where)
     kind, colon, value = spec.partition(":")
     if not colon or not value:
         raise UserError(f"constraint '{spec}': write TYPE:VALUE; the types are {', '.join(SHORT_KEYS)}")
@@ -101,13 +100,6 @@ def _parse(spec: str) -> Mapping[str, Any]:
     # a comma inside a value is a comma unless `key=` follows
     value, *pairs = re.split(r",(?=\w+=)", value)
     return {"type": kind, SHORT_KEYS[kind]: value} | dict(pair.split("=", 1) for pair in pairs)
-
-
-def _parse_yaml(spec: str) -> dict[str, Any]:
-    try:
-        return dict(yaml.safe_load(spec))
-    except yaml.YAMLError as error:
-        raise UserError(f"constraint {short_repr(spec)}: is not YAML: {cause(error)}") from error
 
 
 def _refuse_unknown_keys(kind: str, options: Mapping, known: Collection[str]) -> None:

@@ -11,9 +11,9 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length
 
 from bridle.core.tokens import IGNORE
-from bridle.data.readers import first_line
+from bridle.data.readers import whole_text
 from bridle.data.rows import Messages
-from bridle.errors import UserError
+from bridle.errors import UserError, first_line
 
 Encoded = tuple[list[int], list[int]]  # the input_ids and the labels of one row, of one length
 
@@ -97,8 +97,7 @@ def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, pl
         UserError: beginning with `place`, if there is nothing to encode or no template for a chat.
     """
     if isinstance(prompt, str):
-        # A lone surrogate, as a shell may hand over, is no text to a tokenizer.
-        ids = tokenizer(prompt.encode(errors="replace").decode(), verbose=False)["input_ids"]
+        ids = tokenizer(whole_text(prompt), verbose=False)["input_ids"]
         while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
     else:

@@ -136,13 +136,18 @@ def read_prompts(
     for row, values in filled_rows(dataset, [field], source.path):
         place = f"{source.path} row {row}"
         text, ids = _cut_prompt(values[field], tokenizer, place, prefix_words, prefix_tokens)
-        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
-            room = f"{max_prompt_tokens} leave room in the model's context for the new ones"
-            raise UserError(f"{place}: the prompt has {len(ids)} tokens, but at most {room}")
+        check_room(ids, max_prompt_tokens, place)
         prompts.append(Prompt(text, ids, row))
     if not prompts:
         raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a prompt")
     return prompts
+
+
+def check_room(ids: Sequence[int], max_prompt_tokens: int | None, place: str) -> None:
+    """Raises a UserError if a prompt leaves no room for the new tokens; None leaves any."""
+    if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+        room = f"{max_prompt_tokens} leave room in the model's context for the new ones"
+        raise UserError(f"{place}: the prompt has {len(ids)} tokens, but at most {room}")
 
 
 def _prompt_field(columns: Sequence[str], path: str) -> str:

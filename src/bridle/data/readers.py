@@ -2,8 +2,9 @@
 
 import csv
 import json
+import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -23,14 +24,14 @@ from datasets import (
     load_from_disk,
 )
 
-from bridle.errors import UserError
+from bridle.errors import UserError, first_line
 
 ROW = "__row__"  # the row of the file, 1-based, that a row came from; in JSON lines and text its line
 BATCH = 1000  # rows held as Python objects at a time
 LONGEST_FIELD = 2**31 - 1  # characters in one CSV field: a whole document is ordinary here
 
 # What the readers raise on a file that is not what its name says.
-_UNREADABLE = (OSError, ValueError, KeyError, OverflowError, pa.ArrowException)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, pa.ArrowException)
 _HUB_NAME = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::(\w[\w.-]*))?")
 _JSON_TYPES = {
     frozenset({str}): Value("string"),
@@ -52,7 +53,7 @@ def read_dataset(name: str, split: str, text_columns: Collection[str]) -> Datase
     Raises:
         UserError: if it cannot be read, naming the file and, where there is one, the row.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which raises of no user's name
     reader = _READERS.get(path.suffix.lower())
     try:
         if path.is_dir():
@@ -75,9 +76,18 @@ def gather(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
     rows = iter(rows)
     batches = iter(lambda: list(islice(rows, BATCH)), [])
     tables = [
-        Dataset.from_dict({name: [row.get(name) for row in batch] for name in features}, features) for batch in batches
+        Dataset.from_dict({name: _column(name, features[name], batch) for name in features}, features)
+        for batch in batches
     ]
     return concatenate_datasets(tables or [Dataset.from_dict({name: [] for name in features}, features)])
+
+
+def _column(name: str, feature: Any, rows: Iterable[dict[str, Any]]) -> list[Any]:
+    values = (row.get(name) for row in rows)
+    if not isinstance(feature, Json):
+        return list(values)
+    # `Json` takes a text that happens to be JSON, such as "5", for what it stands for.
+    return [None if value is None else json.dumps(value, default=str) for value in values]
 
 
 def _read_hub(name: str, split: str) -> Dataset:
@@ -104,7 +114,9 @@ def _read_folder(path: Path, split: str) -> Dataset:
 
 
 def _read_parquet(path: Path, text_columns: Collection[str]) -> Dataset:
-    return Dataset(pq.read_table(path))
+    table = pq.read_table(path)
+    table.validate(full=True)  # text may be anything but UTF-8
+    return Dataset(table)
 
 
 def _read_text(path: Path, text_columns: Collection[str]) -> Dataset:
@@ -145,13 +157,28 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parse_json(text: str, place: str) -> Any:
     try:
-        value = json.loads(text)
+        value = _DECODER.decode(text)
         # An escaped lone surrogate is legal JSON but no Unicode text, which Arrow and tokenizers need.
         if "\\ud" in text or "\\uD" in text:
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+            value = _DECODER.decode(whole_text(json.dumps(value, ensure_ascii=False)))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: malformed JSON: {first_line(error)}") from error
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(mapping := dict(pairs)) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} stands twice in one mapping")
+    return mapping
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def whole_text(text: str) -> str:
+    """A text with "?" for lone surrogates, which JSON and shells can hold, and tokenizers and UTF-8 cannot."""
+    return text.encode(errors="replace").decode()
 
 
 def _read_csv(path: Path, text_columns: Collection[str]) -> Dataset:
@@ -202,11 +229,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} row {number}: not UTF-8 text; convert the file to UTF-8") from error
             yield number, text
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, for a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _READERS: dict[str, Callable[[Path, Collection[str]], Dataset]] = {

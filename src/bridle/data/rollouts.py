@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
 
-from bridle.data.readers import first_line
 from bridle.environment import whole_file
-from bridle.errors import UserError
+from bridle.errors import UserError, first_line
 
 _TYPES: dict[str, type | UnionType] = {
     "prompt_ids": list,
@@ -87,7 +86,7 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
     return [_rollout(line, f"{path} row {number}") for number, line in enumerate(lines, start=1)]
 
 

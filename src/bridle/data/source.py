@@ -7,12 +7,12 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import yaml
 from datasets import Dataset, Features, Json, concatenate_datasets
 
 from bridle.data.readers import ROW, gather, read_dataset
 from bridle.data.rows import FORMATS, absent_column, filled_rows
 from bridle.errors import UserError
+from bridle.settings import parse_yaml
 
 _FIELDS = tuple(field for fields in FORMATS for field in fields)
 _OPTIONS = {"split", "shuffle", "rows", *_FIELDS}  # keys of `parse` that are no filter
@@ -85,9 +85,9 @@ class DataSource:
             if not equals or not key:
                 raise UserError(f"{text!r}: {part!r} is not key=value, as in FILE,rows=0:80%,label=0")
             if key in _OPTIONS:
-                fields[key] = _yaml_scalar(value, text) if key == "shuffle" else value
+                fields[key] = parse_yaml(value, f"{text!r}: {key}") if key == "shuffle" else value
             else:
-                where.setdefault(key, []).append(_yaml_scalar(value, text))
+                where.setdefault(key, []).append(parse_yaml(value, f"{text!r}: {key}"))
         filters = {column: values[0] if len(values) == 1 else values for column, values in where.items()}
         return cls(path, where=filters or None, **fields)
 
@@ -192,10 +192,3 @@ def _value_at(value: Any, keys: list[str]) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def _yaml_scalar(value: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{text!r}: the value {value!r} is not a YAML scalar") from error

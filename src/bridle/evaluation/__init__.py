@@ -11,7 +11,7 @@ from bridle.evaluation.generation import (
 )
 from bridle.evaluation.judges import ChatJudge, Comparison, LocalJudge, Verdict
 from bridle.evaluation.prompt_sets import PromptSet, prompt_set
-from bridle.evaluation.results import FORMAT, validate_results, write_results
+from bridle.evaluation.results import FORMAT, read_results, validate_results, write_results
 from bridle.evaluation.statistics import (
     Estimate,
     bootstrap_interval,
@@ -55,6 +55,7 @@ __all__ = [
     "perplexity",
     "prompt_set",
     "read_methods",
+    "read_results",
     "validate_results",
     "wilson_interval",
     "win_rates",

@@ -8,7 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint
-from bridle.data import DataSource, Prompt, VerbalisedLabel, labelled_texts, read_prompts
+from bridle.data import DataSource, Prompt, VerbalisedLabel, encode_prompt, labelled_texts, read_prompts
+from bridle.data.prompts import check_room
+from bridle.data.readers import whole_text
 from bridle.evaluation.generation import evaluate_constraints, generate_completions, output_perplexity
 from bridle.evaluation.observations import Observations
 from bridle.evaluation.prompt_sets import PromptSet
@@ -81,13 +83,23 @@ class Evaluator:
 
     def read(self, prompts: PromptSet, max_new_tokens: int, prompt_tokens: int | None = None) -> list[Prompt]:
         """The prompts of a set; one that leaves no room for the new tokens is a `UserError`."""
-        context = context_length(self.model)
         return read_prompts(
             prompts.source,
             self.tokenizer,
-            max_prompt_tokens=context - max_new_tokens if context else None,
+            max_prompt_tokens=self._room(max_new_tokens),
             prefix_tokens=prompt_tokens or prompts.prompt_tokens,
         )
+
+    def prompt(self, text: str, max_new_tokens: int) -> Prompt:
+        """A single prompt, as a shell hands it over; raises as `read`."""
+        ids = encode_prompt(text, self.tokenizer)
+        check_room(ids, self._room(max_new_tokens), "prompt")
+        return Prompt(whole_text(text), ids)
+
+    def _room(self, max_new_tokens: int) -> int | None:
+        """Tokens that a prompt may have; None where the context has no end."""
+        context = context_length(self.model)
+        return context - max_new_tokens if context else None
 
     def draw(self, prompts: Sequence[list[int]], *, samples: int, max_new_tokens: int) -> list[list[str]]:
         """Completions, [prompts, samples], at temperature 1 from the whole distribution."""

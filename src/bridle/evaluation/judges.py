@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.core.tokens import pad_right
+from bridle.data.readers import whole_text
 from bridle.endpoint import Endpoint, Reply
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm, check_projection, project
@@ -167,9 +168,7 @@ class LocalJudge:
         return verdicts
 
     def _ids(self, text: str) -> list[int]:
-        # Tokenizers refuse lone surrogates, which a completion read from JSON may hold.
-        text = text.encode(errors="replace").decode()
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self.tokenizer(whole_text(text), add_special_tokens=False, verbose=False)["input_ids"])
 
     def _ending(self, tail: str) -> tuple[list[int], tuple[int, int]]:
         """The template's last tokens, and the two that go on from there as " A" and " B"."""

@@ -6,17 +6,60 @@ Paired tests between methods, reports and judges need these; `results.json` hold
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bridle.environment import write_text
-from bridle.errors import UserError
 from bridle.evaluation.generation import GenerationResult
 from bridle.evaluation.tasks import TaskResult
 from bridle.evaluation.utility import TextLikelihood
+from bridle.reading import checked, read_rows
 
 Row = dict[str, Any]
+
+
+@dataclass
+class _Scored:
+    value: float | None
+    complies: bool | None
+
+
+@dataclass
+class _Completion:
+    prompt_set: str
+    index: int
+    sample: int
+    prompt: str
+    completion: str
+    scores: dict[str, _Scored]
+
+
+@dataclass
+class _Likelihood:
+    held_out: str
+    index: int
+    nll: float
+    tokens: int
+
+
+@dataclass
+class _Answer:
+    task: str
+    index: int
+    correct: bool | None
+    weight: float
+
+
+@dataclass
+class _Classified:
+    index: int
+    score: float | None
+    label: int
+
+
+KINDS = {"completions": _Completion, "likelihoods": _Likelihood, "answers": _Answer, "classified": _Classified}
+"""What a row of each kind must have to be read back."""
 
 
 @dataclass
@@ -86,16 +129,13 @@ class Observations:
         """What `write` left; a kind without a file is empty.
 
         Raises:
-            UserError: a line is no JSON object.
+            UserError: a row is malformed, or lacks what its kind has.
         """
-        return cls(**{kind.name: list(_rows(Path(folder) / f"{kind.name}.jsonl")) for kind in fields(cls)})
+        return cls(**{name: list(_rows(Path(folder) / f"{name}.jsonl", kind)) for name, kind in KINDS.items()})
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            yield dict(json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} row {number}: is no JSON object; remove the file and measure again") from error
+def _rows(path: Path, kind: type) -> Iterator[Row]:
+    if path.is_file():
+        for place, row in read_rows(path):
+            checked(kind, row, place)
+            yield row

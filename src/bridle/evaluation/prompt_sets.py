@@ -99,7 +99,7 @@ def _shared_data() -> Path | None:
 
 def _check_path(path: str) -> None:
     """A word that names no file and has no owner before a slash, as hub names do, is a misspelt set or file."""
-    if "/" in path or Path(path).expanduser().exists():
+    if "/" in path or os.path.exists(os.path.expanduser(path)):
         return
     nearest = difflib.get_close_matches(path, KNOWN, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -18,6 +18,7 @@ from bridle.errors import UserError
 from bridle.evaluation.generation import GenerationResult
 from bridle.evaluation.statistics import Estimate, estimate_ratio
 from bridle.evaluation.utility import TextLikelihood
+from bridle.reading import read_json
 
 FORMAT = 1
 LONGEST_MESSAGE = 200  # characters; a message may quote the whole of what is wrong
@@ -49,6 +50,20 @@ def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> N
     """
     validate_results(results)
     write_json(path, results)
+
+
+def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_results` wrote.
+
+    Raises:
+        UserError: naming the file: it cannot be read, or `validate_results` refuses it.
+    """
+    results = read_json(path, dict[str, Any])
+    try:
+        validate_results(results)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; remove the file and measure again") from error
+    return results
 
 
 def generation_parts(

@@ -31,8 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.data import ROW, DataSource
-from bridle.data.readers import first_line
-from bridle.errors import UserError
+from bridle.errors import UserError, first_line
 from bridle.evaluation.statistics import Estimate, wilson_interval
 from bridle.models.guidance import NADOGuide
 from bridle.progress import Progress

@@ -4,6 +4,7 @@ It is a small trunk over the hidden states of the model it guides, and a vocabul
 has a body of its own ("a separate network"), which then reads tokens instead of borrowed states.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from bridle.errors import UserError
+from bridle.models.loading import reason
 
 
 class AuxiliaryConfig(PreTrainedConfig):
@@ -79,7 +81,7 @@ class AuxiliaryModel(PreTrainedModel):
         super().__init__(config)
         self.network = None
         if config.network is not None:
-            self.network = AutoModel.from_config(AutoConfig.for_model(**config.network))
+            self.network = AutoModel.from_config(AutoConfig.for_model(**config.network), trust_remote_code=False)
         size, rank = config.hidden_size, config.head_rank
         self.norm = nn.LayerNorm(size)
         self.trunk = nn.Sequential(*(Block(size, int(config.expansion * size)) for _ in range(config.depth)))
@@ -168,14 +170,18 @@ def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel
         UserError: the folder holds no auxiliary, several, or one for a model of another shape.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"; it holds several, name one of them: {', '.join(inside)}" if inside else ""
         raise UserError(f"{folder}: no auxiliary model here{hint}")
     try:
-        auxiliary = AuxiliaryModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+        auxiliary, info = AuxiliaryModel.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:
-        raise UserError(f"{folder}: cannot load the auxiliary: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder}: cannot load the auxiliary: {reason(folder, error)}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(f"{folder}: is no whole auxiliary: its weights lack '{missing[0]}'")
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if auxiliary.config.vocab_size != vocab_size:
         raise UserError(

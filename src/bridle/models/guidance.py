@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 
 from bridle.core.target import log_target
 from bridle.core.tokens import positions
+from bridle.errors import UserError
 from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary
 from bridle.models.hidden import HiddenStates, capture_hidden_states, causal_lm
 
@@ -104,8 +106,10 @@ def guided(model: PreTrainedModel, auxiliary: str | None, power: float = 1.0) ->
     """The guide that an auxiliary's folder makes for a model; None where there is no folder.
 
     Raises:
-        UserError: the folder holds no auxiliary, or one for another model.
+        UserError: the folder holds no auxiliary, or one for another model; the power is below 0 or not finite.
     """
+    if not 0 <= power < inf:
+        raise UserError(f"guide_power: must be a finite number, 0 or more, not {power}")
     if auxiliary is None:
         yield None
         return

@@ -1,15 +1,19 @@
 """Loading a causal language model and its tokenizer, from a folder or the hub, with or without LoRA."""
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import PositiveFloat, PositiveInt
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from bridle.constraints.options import Probability
 from bridle.errors import UserError
+from bridle.reading import read_json
+from bridle.weights import holds, refusal
 
 
 @dataclass
@@ -23,9 +27,9 @@ class LoraOptions:
         target_modules: "all-linear", or the names of the layers that get an adapter.
     """
 
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    r: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Probability = 0.0
     target_modules: str | list[str] = "all-linear"
 
     def peft_config(self) -> LoraConfig:
@@ -69,19 +73,22 @@ def load_model(
         device: where to put it; left on the CPU if not given, for a trainer to move.
 
     Raises:
-        UserError: nothing can be loaded from `name`, or `lora` is asked of a folder that is an adapter.
+        UserError: nothing can be loaded from `name`, or not all of a model; `lora` does not fit the model, or is asked
+            of a folder that is an adapter; there is no such device.
     """
     if isinstance(dtype, str):
         dtype = _torch_dtype(dtype)
     base = _adapter_base(name)
-    model = _load(AutoModelForCausalLM, base, what="model", dtype=dtype)
+    if base != name and lora is not None:
+        raise UserError(f"{name}: is an adapter already; merge it first, or leave `lora` out of the recipe")
+    model, info = _load(AutoModelForCausalLM, base, what="model", dtype=dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(f"{base}: is no whole model: its weights lack '{missing[0]}'")
     if base != name:
-        if lora is not None:
-            raise UserError(f"{name}: is an adapter already; merge it first, or leave `lora` out of the recipe")
-        model = PeftModel.from_pretrained(model, name)
+        model = _with_adapter(model, name)
     elif lora is not None:
-        model = get_peft_model(model, lora.peft_config())
-    return model.to(device) if device else model
+        model = _with_lora(model, lora)
+    return _on_device(model, device) if device else model
 
 
 def load_for_inference(
@@ -104,16 +111,40 @@ def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
     try:
         return factory.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:
-        raise UserError(f"{name}: cannot load the {what}: {_reason(name, error)}") from error
+        raise UserError(f"{name}: cannot load the {what}: {reason(name, error)}") from error
 
 
-def _reason(name: str, error: Exception) -> str:
-    folder = Path(name)
-    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        return "its weights are pickled; convert them with save_pretrained(..., safe_serialization=True)"
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+def _with_adapter(model: PreTrainedModel, name: str) -> PeftModel:
+    """The model with the adapter of a folder, which `peft` would take as a pickle too."""
+    try:
+        if not (Path(name) / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError("it holds no adapter_model.safetensors")
+        return PeftModel.from_pretrained(model, name)
+    except Exception as error:
+        raise UserError(f"{name}: cannot load the adapter: {reason(name, error)}") from error
+
+
+def _with_lora(model: PreTrainedModel, lora: LoraOptions) -> PeftModel:
+    try:
+        return get_peft_model(model, lora.peft_config())
+    except ValueError as error:
+        raise UserError(f"lora: {error}") from error
+
+
+def _on_device(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {device!r} cannot be used: {error}") from error
+
+
+def reason(name: str | Path, error: Exception) -> str:
+    """Why nothing could be loaded from a folder or hub name, given what a library raised."""
+    if refused := refusal(name, error):
+        return refused
+    if os.path.isdir(name) and not holds(name, "*.safetensors"):
         return "the folder holds no weights (*.safetensors)"
-    if not folder.exists():
+    if not os.path.exists(name):
         return "no such folder, and no model of that name could be fetched from the hub"
     return " ".join(str(error).split())[:300]
 
@@ -121,16 +152,16 @@ def _reason(name: str, error: Exception) -> str:
 def _adapter_base(name: str) -> str:
     """The base model an adapter folder was trained on; `name` itself where it is no adapter."""
     config = Path(name) / "adapter_config.json"
-    if not config.is_file():
+    if not os.path.isfile(config):
         return name
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_json(config, dict[str, Any]).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{config}: names no base model (key base_model_name_or_path)")
     return str(base)
 
 
 def _has_tokenizer(name: str) -> bool:
-    return not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
+    return not os.path.isdir(name) or os.path.isfile(Path(name) / "tokenizer_config.json")
 
 
 def _torch_dtype(name: str) -> torch.dtype:

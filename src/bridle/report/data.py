@@ -1,22 +1,21 @@
 """What a report is made from: the folder of a comparison, or of one training run, read and checked."""
 
-import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Comparison, Estimate
 from bridle.evaluation.win_rate import WinRates
 from bridle.progress import track
+from bridle.reading import checked, read_json, read_rows, read_text
 
-T = TypeVar("T")
 Group = Literal["violation", "text", "perplexity", "tasks", "classification", "cost"]  # of `Figures`
 
 FORMAT = 1  # of a comparison's results.json
@@ -258,22 +257,22 @@ def read_report(folder: Path) -> Report:
     Raises:
         UserError: the folder is neither, or a file in it is broken, naming file, row and key.
     """
-    if (folder / "metrics.jsonl").is_file():  # beside it may stand a results.json, of this one model
+    if os.path.isfile(folder / "metrics.jsonl"):  # beside it may stand a results.json, of this one model
         report = _read_training_run(folder)
-    elif (folder / "results.json").is_file():
+    elif os.path.isfile(folder / "results.json"):
         report = _read_comparison(folder)
     else:
         raise UserError(f"{folder}: neither results.json nor metrics.jsonl; give the folder of a comparison or a run")
     recipe = folder / "recipe.yaml"
-    return replace(report, recipe_text=_text(recipe) if recipe.is_file() else "")
+    return replace(report, recipe_text=read_text(recipe) if recipe.is_file() else "")
 
 
 def _read_comparison(folder: Path) -> Report:
     path = folder / "results.json"
-    found = _parsed(_text(path), str(path))
-    if not isinstance(found, dict) or found.get("format") != FORMAT or "methods" not in found:
+    found = read_json(path, dict[str, Any])
+    if found.get("format") != FORMAT or "methods" not in found:
         raise UserError(f"{path}: not the results of a comparison in format {FORMAT}; write it with bridle compare")
-    report = _checked(Report, found, str(path))
+    report = checked(Report, found, str(path))
     runs = list(_runs(report, folder))
     return replace(
         report,
@@ -285,7 +284,7 @@ def _read_comparison(folder: Path) -> Report:
 
 def _read_training_run(folder: Path) -> Report:
     path = folder / "environment.json"
-    environment = _checked(dict[str, Any], _parsed(_text(path), str(path)), str(path)) if path.is_file() else {}
+    environment = read_json(path, dict[str, Any]) if path.is_file() else {}
     seed = environment.get("seed", 0)
     name = folder.resolve().name
     return Report(recipe=name, seeds=[seed], environment=environment, curves=[_curve(name, str(seed), folder)])
@@ -305,8 +304,8 @@ def _runs(report: Report, folder: Path) -> Iterator[tuple[str, str, Path]]:
 
 def _curve(method: str, seed: str, folder: Path) -> Curve:
     rows = list(_rows(folder / "metrics.jsonl"))
-    rounds = [_checked(Round, _round(row), place) for place, row in rows if "round" in row]
-    warnings = [_checked(list[str], row["warnings"], place) for place, row in rows if "warnings" in row]
+    rounds = [checked(Round, _round(row), place) for place, row in rows if "round" in row]
+    warnings = [checked(list[str], row["warnings"], place) for place, row in rows if "warnings" in row]
     return Curve(method, seed, rounds, list(chain.from_iterable(warnings)))
 
 
@@ -324,46 +323,14 @@ def _round(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _completions(method: str, seed: str, folder: Path) -> Iterator[Completion]:
     for place, row in _rows(folder / "completions.jsonl"):
-        yield _checked(Completion, {**row, "method": method, "seed": seed}, place)
+        yield checked(Completion, {**row, "method": method, "seed": seed}, place)
 
 
 def _guidance(path: Path) -> Guidance | None:
-    return _checked(Guidance, _parsed(_text(path), str(path)), str(path)) if path.is_file() else None
+    return read_json(path, Guidance) if path.is_file() else None
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file of JSON lines, each with its place for an error; none where there is no file."""
-    if not path.is_file():
-        return
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            place = f"{path} row {number}"
-            yield place, _checked(dict[str, Any], _parsed(line, place), place)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=lambda _: None)  # NaN is no number: it is missing
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: malformed JSON: {error}") from error
-
-
-def _checked(kind: type[T], value: Any, place: str) -> T:
-    try:
-        return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a class is hashable
-    except ValidationError as error:
-        mistake = error.errors()[0]
-        key = "".join(f"{part}." for part in mistake["loc"])
-        raise UserError(f"{place}: {key.removesuffix('.') or 'the row'}: {mistake['msg'].lower()}") from error
-
-
-@cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)
+    """The rows of a file, each with its place; none where there is no file."""
+    if path.is_file():
+        yield from read_rows(path)

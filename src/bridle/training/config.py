@@ -1,17 +1,32 @@
 """What a constrained run can be told, beyond what TRL's `SFTConfig` already takes."""
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from trl import SFTConfig
 
 from bridle.constraints import Constraint
+from bridle.constraints.options import Probability
 from bridle.data import DataSource
 from bridle.errors import UserError
 
 ALL = "all"
 """The name that stands for the whole corpus: one regulariser on everything is "without adaptive"."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("rounds", "rollouts_per_round", "rollout_batch_size"), (1, inf)),
+    **dict.fromkeys(("max_new_tokens", "target_tokens"), (1, inf)),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), (1, inf)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), (0, inf)),
+    **dict.fromkeys(("max_missing", "entropy_floor", "calibration_bound", "empty_bound"), (0, 1)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
+    "max_skipped_steps": (0, inf),
+    "seed": (0, 2**32 - 1),
+}
+"""The least and the greatest value of numbers, those of `SFTConfig` that it does not check itself included."""
 
 
 @dataclass
@@ -43,10 +58,10 @@ class Regulariser:
     soft_labels: bool = False
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise UserError(f"weight: a regulariser's weight must be 0 or more, not {self.weight}")
-        if not self.power >= 0:
-            raise UserError(f"power: must be 0 or more, not {self.power}")
+        if not 0 <= self.weight < inf:
+            raise UserError(f"weight: a regulariser's weight must be 0 or more, and finite, not {self.weight}")
+        if not 0 <= self.power < inf:
+            raise UserError(f"power: must be 0 or more, and finite, not {self.power}")
         if self.is_retention:
             if self.on != "corpus":
                 raise UserError("on: retention has no rollouts; leave `on` at corpus")
@@ -76,16 +91,16 @@ class AuxiliaryOptions:
             now is to say what came after the prefix. A policy that complies shows a fresh R few violations.
     """
 
-    depth: int = 1
-    head_rank: int | None = 64
+    depth: NonNegativeInt = 1
+    head_rank: PositiveInt | None = 64
     own_network: bool = False
-    learning_rate: float = 1e-3
-    epochs: int = 3
-    batch_size: int = 64
-    weight_decay: float = 0.01
-    consistency_weight: float = 1.0
-    validation_share: float = 0.1
-    replay: int = 0
+    learning_rate: PositiveFloat = 1e-3
+    epochs: PositiveInt = 3
+    batch_size: PositiveInt = 64
+    weight_decay: NonNegativeFloat = 0.01
+    consistency_weight: NonNegativeFloat = 1.0
+    validation_share: Probability = 0.1
+    replay: NonNegativeInt = 0
 
 
 @dataclass
@@ -110,10 +125,10 @@ class ParallelOptions:
     address: str | None = None
     policy_workers: int = 1
     regulariser_workers: int = 1
-    num_cpus: float = 1.0
-    num_gpus: float | None = None
-    patience: float = 60.0
-    largest_message: float = 512.0
+    num_cpus: NonNegativeFloat = 1.0
+    num_gpus: NonNegativeFloat | None = None
+    patience: NonNegativeFloat = 60.0
+    largest_message: NonNegativeFloat = 512.0
 
     def __post_init__(self) -> None:
         for role in ("policy_workers", "regulariser_workers"):
@@ -154,8 +169,8 @@ class ConstrainedConfig(SFTConfig):
         parallel: where the parallel schedule's regularisers work.
 
     Raises:
-        UserError: no round, a share or bound outside [0, 1], no checkpoint that stays, `save_total_limit` in place of
-            `keep_last`, or a packing that mixes domains within a row.
+        UserError: a number outside its range, as no round; `save_total_limit` in place of `keep_last`; or a packing that
+            mixes domains within a row. The message begins with the field.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]
@@ -181,18 +196,15 @@ class ConstrainedConfig(SFTConfig):
         self.bf16: bool | None
         if self.bf16 is None:  # TRL says yes; a machine without such a GPU would stop there
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        for name, (least, most) in RANGES.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                range_ = f"at least {least}" if most == inf else f"from {least} to {most}"
+                raise UserError(f"{name}: must be {range_}, not {value}")
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length: must be at least 1, or null for no limit, not {self.max_length}")
         super().__post_init__()
-        if self.rounds < 1:
-            raise UserError(f"rounds: must be at least 1, not {self.rounds}")
-        if self.target_tokens < 1:
-            raise UserError(f"target_tokens: must be at least 1, not {self.target_tokens}")
-        if self.max_skipped_steps < 0:
-            raise UserError(f"max_skipped_steps: must be 0 or more, not {self.max_skipped_steps}")
-        for share in ("max_missing", "entropy_floor", "calibration_bound", "empty_bound"):
-            if not 0 <= getattr(self, share) <= 1:
-                raise UserError(f"{share}: must be between 0 and 1, not {getattr(self, share)}")
         if self.keep_last is not None and self.keep_last < 1:
-            raise UserError(f"keep_last: must be at least 1, not {self.keep_last}")
+            raise UserError(f"keep_last: must be at least 1, or null for all, not {self.keep_last}")
         if self.save_total_limit is not None:
             raise UserError("save_total_limit: could remove the only checkpoint that is whole; set keep_last")
         if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):

@@ -16,21 +16,28 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from datasets import Dataset
-from trl import SFTConfig
 
 from bridle.constraints import Constraint, build_constraint
 from bridle.constraints.spec import RETENTION
 from bridle.data import Domain
 from bridle.errors import UserError
 from bridle.models.loading import LoraOptions
-from bridle.settings import as_mapping, build, check_keys, known_name, parse_yaml, read_yaml, set_dotted, validated
+from bridle.settings import (
+    as_mapping,
+    as_named,
+    build,
+    check_file_name,
+    check_keys,
+    known_name,
+    parse_yaml,
+    read_yaml,
+    set_dotted,
+    validated,
+)
 from bridle.training.config import ALL, AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
 
-CHECKED = {field.name for field in fields(ConstrainedConfig)} - {field.name for field in fields(SFTConfig)} | {
-    *("max_steps", "learning_rate", "seed", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("max_length", "logging_steps", "save_steps", "num_train_epochs", "warmup_steps"),
-}
-"""Fields of the configuration whose values are checked here; `SFTConfig` itself takes anything."""
+NOT_IN_RECIPES = {"output_dir", "resume_from_checkpoint", "parallelism_config"}
+"""Fields of the configuration that the command line sets, or nobody."""
 
 
 @dataclass
@@ -73,8 +80,8 @@ class Recipe:
         """
         try:
             return ConstrainedConfig(output_dir=str(output_dir), **self.training)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"recipe: {' '.join(str(error).split())}") from error
+        except (TypeError, ValueError, OSError, ImportError) as error:
+            raise UserError(f"recipe: {error}") from error
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -100,29 +107,25 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """A recipe from a mapping as it stands in a YAML file. Raises as `load_recipe`."""
     own = {"model", "dtype", "lora", "corpus", "constraints", "regularisers", "evaluation", "methods"}
-    trained = {f.name for f in fields(ConstrainedConfig) if f.init} - {"output_dir"}
+    trained = {f.name for f in fields(ConstrainedConfig) if f.init} - NOT_IN_RECIPES
     check_keys(mapping, own | trained, "")
     for key in ("model", "corpus"):
         if not mapping.get(key):
             raise UserError(f"{key}: is missing; a recipe needs it")
-    corpus = {
-        name: build(Domain, {"name": name, **as_mapping(options, f"corpus.{name}")}, f"corpus.{name}")
-        for name, options in as_mapping(mapping["corpus"], "corpus").items()
-    }
+    corpus = {name: _domain(name, options) for name, options in as_named(mapping["corpus"], "corpus").items()}
     constraints = {
-        name: build_constraint(spec, name)
-        for name, spec in as_mapping(mapping.get("constraints"), "constraints").items()
+        name: _constraint(name, spec) for name, spec in as_named(mapping.get("constraints"), "constraints").items()
     }
     return Recipe(
-        model=str(mapping["model"]),
+        model=validated(str, mapping["model"], "model"),
         corpus=corpus,
         constraints=constraints,
         regularisers={
             name: _regulariser(name, as_mapping(options, f"regularisers.{name}"), corpus, constraints)
-            for name, options in as_mapping(mapping.get("regularisers"), "regularisers").items()
+            for name, options in as_named(mapping.get("regularisers"), "regularisers").items()
         },
         training=_training({key: mapping[key] for key in mapping.keys() & trained}),
-        dtype=str(mapping.get("dtype", "float32")),
+        dtype=validated(str, mapping.get("dtype", "float32"), "dtype"),
         lora=build(LoraOptions, mapping["lora"], "lora") if mapping.get("lora") else None,
         evaluation=dict(as_mapping(mapping.get("evaluation"), "evaluation")),
         methods=dict(as_mapping(mapping.get("methods"), "methods")),
@@ -159,6 +162,20 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
+def _domain(name: str, options: Any) -> Domain:
+    where = f"corpus.{name}"
+    check_file_name(name, where)
+    domain: Domain = build(Domain, {**as_mapping(options, where), "name": name}, where)
+    return domain
+
+
+def _constraint(name: str, spec: Any) -> Constraint:
+    try:
+        return build_constraint(spec, name)
+    except UserError as error:
+        raise UserError(f"constraints.{name}: {error}") from error
+
+
 def _regulariser(
     name: str, options: Mapping[str, Any], corpus: Mapping[str, Domain], constraints: Mapping[str, Constraint]
 ) -> Regulariser:
@@ -175,7 +192,7 @@ def _training(options: dict[str, Any]) -> dict[str, Any]:
     for key, cls in (("auxiliary", AuxiliaryOptions), ("parallel", ParallelOptions)):
         if key in options:
             options = {**options, key: build(cls, options[key], key)}
-    hints = get_type_hints(ConstrainedConfig)
-    for key in CHECKED & options.keys():
-        options[key] = validated(hints[key], options[key], key)
-    return options
+    if options.get("trust_remote_code"):
+        raise UserError("trust_remote_code: Bridle runs no code that comes with a model; leave the key out")
+    hints = get_type_hints(ConstrainedConfig, include_extras=True)
+    return {key: validated(hints[key], value, key) for key, value in options.items()}

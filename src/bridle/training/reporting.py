@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from bridle.environment import append_text, write_text
 from bridle.progress import Progress
 from bridle.ranks import is_main
+from bridle.reading import checked, parse, read_text
 
 
 class MetricsFile(TrainerCallback):
@@ -27,8 +28,9 @@ class MetricsFile(TrainerCallback):
         if not is_main():
             return
         if state.global_step and self.path.is_file():
-            *whole, _ = self.path.read_text(encoding="utf-8").split("\n")  # the last may have been cut off
-            kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+            *whole, _ = read_text(self.path).split("\n")  # the last may have been cut off
+            steps = [_step(line, f"{self.path} row {number}") for number, line in enumerate(whole, start=1)]
+            kept = [line for line, step in zip(whole, steps, strict=True) if step <= state.global_step]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
@@ -79,6 +81,11 @@ def round_line(record: dict[str, Any], rounds: int) -> str:
             parts.append(f"KL({what}) {value:.4f}")
     parts.append(f"CE {record['ce']:.3f}" if "ce" in record else "no policy step")
     return "  ".join(parts)
+
+
+def _step(line: str, place: str) -> int:
+    record = checked(dict[str, Any], parse(line, place), place)
+    return checked(int, record.get("step"), f"{place}: step")
 
 
 def _finite(value: Any) -> Any:

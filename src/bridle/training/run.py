@@ -1,6 +1,6 @@
 """Carrying out a recipe: from a YAML file to a folder with the model, its auxiliary, and how they came about."""
 
-import json
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -17,6 +17,7 @@ from bridle.lock import only_writer
 from bridle.models.card import with_names, write_card
 from bridle.models.hub import without_token
 from bridle.ranks import is_main, wait
+from bridle.reading import read_json, read_rows
 from bridle.resources import stopping_when_exhausted
 from bridle.settings import different_keys, read_yaml
 from bridle.training.build import build_trainer
@@ -61,7 +62,7 @@ def train(
     """
     folder = Path(output_dir)
     recipe.config(folder)  # by which processes that were started together find one another
-    if (folder / RECIPE_FILE).exists():
+    if os.path.exists(folder / RECIPE_FILE):  # which raises of no path
         _check_recipe(recipe, folder, resume, accept_changes)
     wait()  # so that none takes for another run's what the main process writes
     with stopping_when_exhausted(folder), only_writer(folder) if is_main() else nullcontext():
@@ -146,16 +147,15 @@ def describe_run(
         The card.
     """
     folder = Path(output_dir)
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return write_card(
         folder / "model",
         {**_carried_out(recipe, recipe.config(folder)), **(about or {})},
-        metrics=[json.loads(line) for line in lines],
+        metrics=[record for _, record in read_rows(folder / "metrics.jsonl")],
         results=results,
         method=method,
         description=description,
         rows=rows,
-        environment=json.loads((folder / "environment.json").read_text(encoding="utf-8")),
+        environment=read_json(folder / "environment.json", dict[str, Any]),
     )
 
 

@@ -3,8 +3,8 @@
 Round i's policy steps use R_i, fitted on samples of p_{i-1}, the policy at the end of round i-1.
 """
 
-import json
 import time
+from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,12 @@ from bridle.checkpoints import last_whole
 from bridle.data import Rollout, write_rollouts
 from bridle.environment import sync_files, whole_files, write_json
 from bridle.ranks import is_main, rank
+from bridle.reading import read_json
 from bridle.training.guards import round_warnings, tell
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.shipping import make_targets, upcoming
 from bridle.training.state import RegulariserState
+from bridle.training.tally import Sums
 
 if TYPE_CHECKING:
     from bridle.training.trainer import ConstrainedTrainer
@@ -26,6 +28,17 @@ if TYPE_CHECKING:
 
 SCHEDULE = "schedule.json"
 """Written last: it says that a checkpoint is whole."""
+
+
+@dataclass
+class Begun:
+    """How far a schedule is in a round: what it has measured, the seconds and sums of the policy's steps, their parts."""
+
+    round: int
+    record: dict[str, Any]
+    seconds_policy: float
+    tally: Sums
+    row_limit: int | None
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -140,12 +153,12 @@ class SequentialSchedule(TrainerCallback):
 
     def save(self, checkpoint: Path) -> None:
         """Completes a checkpoint that `transformers` has begun."""
-        begun = {"seconds_policy": time.perf_counter() - self._policy_began, "tally": self.trainer.tally.state()}
+        seconds, tally = time.perf_counter() - self._policy_began, self.trainer.tally.state()
         self._save_states(checkpoint)
         if is_main():
             sync_files(checkpoint)
-            about = {"round": self.round, "record": self._record, "row_limit": self.trainer.row_limit.rows}
-            write_json(checkpoint / SCHEDULE, {**about, **begun})
+            begun = Begun(self.round, self._record, seconds, tally, self.trainer.row_limit.rows)
+            write_json(checkpoint / SCHEDULE, vars(begun))
 
     def _save_states(self, checkpoint: Path) -> None:
         states = {regulariser.name: regulariser.state() for regulariser in self.trainer.regularisers}
@@ -155,10 +168,10 @@ class SequentialSchedule(TrainerCallback):
 
     def load(self, checkpoint: Path) -> None:
         """Goes back to where a checkpoint was written."""
-        saved = json.loads((checkpoint / SCHEDULE).read_text(encoding="utf-8"))
-        self.round, self._record = saved["round"], saved["record"]
-        self._policy_began = time.perf_counter() - saved["seconds_policy"]
-        self.trainer.tally.restore(saved["tally"])
-        self.trainer.row_limit.rows = saved["row_limit"]
+        saved = read_json(checkpoint / SCHEDULE, Begun)
+        self.round, self._record = saved.round, saved.record
+        self._policy_began = time.perf_counter() - saved.seconds_policy
+        self.trainer.tally.restore(saved.tally)
+        self.trainer.row_limit.rows = saved.row_limit
         for regulariser in self.trainer.regularisers:
             regulariser.adopt(RegulariserState.load(checkpoint / "regularisers" / regulariser.name))

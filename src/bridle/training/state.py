@@ -1,47 +1,64 @@
 """What a regulariser keeps between rounds: written into checkpoints, and handed over between processes."""
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bridle.data import Rollout, read_rollouts, write_rollouts
 from bridle.data.targets import TargetCache
 from bridle.environment import write_json
+from bridle.errors import RunStopped, UserError, first_line
 from bridle.models.sharding import in_shards, trainable, whole
+from bridle.reading import read_json
 
 Weights = dict[str, Tensor]
 
+# What torch, safetensors and the trainer raise on a file that is damaged, or a part of something else.
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError, SafetensorError)
+
 
 @dataclass
-class RegulariserState:
-    """Everything the next updates and rounds depend on, on the CPU.
+class PlainState:
+    """What of a regulariser's state is neither weights nor rollouts.
 
     Attributes:
         informed: whether R says something.
         drawn: rollouts handed to the update since the round began.
-        rollouts: of the last round.
-        replayed: of rounds before it.
-        auxiliary: R's weights by name; empty for retention.
-        anchor: the snapshot p_a by name; empty for `live`.
         provenance: what R was fitted on.
-        targets: made ahead of the next updates. Not saved: they are made again from R and the anchor.
         measured: what the round measured.
-        stopped: why the round could not be ended; not saved, since the run ends with it.
     """
 
     informed: bool = False
     drawn: int = 0
+    provenance: dict[str, Any] | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RegulariserState(PlainState):
+    """Everything the next updates and rounds depend on, on the CPU.
+
+    Attributes:
+        rollouts: of the last round.
+        replayed: of rounds before it.
+        auxiliary: R's weights by name; empty for retention.
+        anchor: the snapshot p_a by name; empty for `live`.
+        targets: made ahead of the next updates. Not saved: they are made again from R and the anchor.
+        stopped: why the round could not be ended; not saved, since the run ends with it.
+    """
+
     rollouts: list[Rollout] = field(default_factory=list)
     replayed: list[Rollout] = field(default_factory=list)
     auxiliary: Weights = field(default_factory=dict)
     anchor: Weights = field(default_factory=dict)
-    provenance: dict[str, Any] | None = None
     targets: TargetCache | None = None
-    measured: dict[str, Any] = field(default_factory=dict)
     stopped: Exception | None = None
 
     def save(self, folder: Path) -> None:
@@ -52,15 +69,14 @@ class RegulariserState:
                 save_file(weights, folder / f"{name}.safetensors")
         for name in ("rollouts", "replayed"):
             write_rollouts(folder / f"{name}.jsonl", getattr(self, name))
-        plain = ("informed", "drawn", "provenance", "measured")
-        write_json(folder / "state.json", {name: getattr(self, name) for name in plain})
+        write_json(folder / "state.json", {kept.name: getattr(self, kept.name) for kept in fields(PlainState)})
 
     @classmethod
     def load(cls, folder: Path) -> "RegulariserState":
         """What `save` wrote."""
         files = {name: folder / f"{name}.safetensors" for name in ("auxiliary", "anchor")}
         weights: dict[str, Any] = {name: load_file(file) for name, file in files.items() if file.exists()}
-        plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        plain = vars(read_json(folder / "state.json", PlainState))
         rollouts: dict[str, Any] = {name: read_rollouts(folder / f"{name}.jsonl") for name in ("rollouts", "replayed")}
         return cls(**rollouts, **weights, **plain)
 
@@ -74,3 +90,19 @@ def trainable_weights(model: nn.Module) -> Weights:
     """A copy of what training changes: with LoRA, the adapter alone."""
     with in_shards(model):
         return on_cpu(dict(trainable(model)))
+
+
+@contextmanager
+def readable(checkpoint: str | Path | None) -> Iterator[None]:
+    """Tells in one line that a checkpoint cannot be read, whichever library finds out.
+
+    Raises:
+        UserError: naming the checkpoint.
+    """
+    try:
+        yield
+    except (UserError, RunStopped):
+        raise
+    except _UNREADABLE as error:
+        advice = "remove that folder to go on from the checkpoint before it"
+        raise UserError(f"{checkpoint}: cannot be read ({first_line(error)}); {advice}") from error

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 
 from bridle.checkpoints import keep_last, whole_or_gone
 from bridle.core.chunked import Divergence, Sums, constrained_loss
@@ -25,6 +26,7 @@ from bridle.models.hidden import OutputLayer, capture_hidden_states, check_proje
 from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
 from bridle.ranks import is_main
+from bridle.settings import check_file_name
 from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.guards import EntropyGuard, FiniteGuard
@@ -32,6 +34,7 @@ from bridle.training.memory import CuttingTrainer
 from bridle.training.parallel import ParallelSchedule
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.sequential import SCHEDULE, SequentialSchedule
+from bridle.training.state import readable
 from bridle.training.tally import Tally
 
 SCHEDULES = {"sequential": SequentialSchedule, "parallel": ParallelSchedule}
@@ -52,7 +55,8 @@ class ConstrainedTrainer(PushesModel, CuttingTrainer):
         kwargs: passed to `SFTTrainer`.
 
     Raises:
-        UserError: a regulariser names no domain of the corpus, or there are no prompts to sample from.
+        UserError: a domain's name cannot name files, a regulariser names no domain of the corpus, or there are no
+            prompts to sample from.
     """
 
     args: ConstrainedConfig
@@ -67,6 +71,8 @@ class ConstrainedTrainer(PushesModel, CuttingTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
+        for name in corpus:
+            check_file_name(name, f"corpus.{name}")
         for name in regularisers:
             if name not in {ALL, *corpus}:
                 raise UserError(f"regularisers.{name}: no such domain; the corpus has {', '.join(corpus)}")
@@ -258,8 +264,22 @@ class ConstrainedTrainer(PushesModel, CuttingTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
-            self.schedule.load(Path(resume_from_checkpoint))
+            with readable(resume_from_checkpoint):
+                self.schedule.load(Path(resume_from_checkpoint))
         return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))  # read next
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
