@@ -169,7 +169,7 @@ class ConstrainedConfig(SFTConfig):
         parallel: where the parallel schedule's regularisers work.
 
     Raises:
-        UserError: a number outside its range, as no round; `save_total_limit` in place of `keep_last`; or a packing that
+        UserError: a number outside its range, as no round; `save_total_limit` in place of `keep_last`; a packing that
             mixes domains within a row. The message begins with the field.
     """
 

@@ -32,7 +32,7 @@ SCHEDULE = "schedule.json"
 
 @dataclass
 class Begun:
-    """How far a schedule is in a round: what it has measured, the seconds and sums of the policy's steps, their parts."""
+    """How far a schedule is in a round: what it measured; the seconds, sums and row limit of the policy's steps."""
 
     round: int
     record: dict[str, Any]

@@ -7,40 +7,35 @@ callback at round boundaries, and leaves the rest as it is. With every λ at 0 i
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
 
-from bridle.checkpoints import keep_last, whole_or_gone
 from bridle.core.chunked import Divergence, Sums, constrained_loss
 from bridle.core.tokens import shift
 from bridle.data import DOMAIN, mix, tokenize_domain
-from bridle.errors import RunStopped, UserError
+from bridle.errors import UserError
 from bridle.models.hidden import OutputLayer, capture_hidden_states, check_projection, project_only, without_logits
 from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
-from bridle.ranks import is_main
 from bridle.settings import check_file_name
 from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.guards import EntropyGuard, FiniteGuard
-from bridle.training.memory import CuttingTrainer
+from bridle.training.lasting import LastingTrainer
 from bridle.training.parallel import ParallelSchedule
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.sequential import SCHEDULE, SequentialSchedule
-from bridle.training.state import readable
+from bridle.training.sequential import SequentialSchedule
 from bridle.training.tally import Tally
 
 SCHEDULES = {"sequential": SequentialSchedule, "parallel": ParallelSchedule}
 
 
-class ConstrainedTrainer(PushesModel, CuttingTrainer):
+class ConstrainedTrainer(PushesModel, LastingTrainer):
     """Fine-tunes a causal language model on a corpus of domains, each held to its policy.
 
     Args:
@@ -100,22 +95,8 @@ class ConstrainedTrainer(PushesModel, CuttingTrainer):
         ]
         self.tally = Tally()
         self.schedule = SCHEDULES[args.schedule](self)
-        self.skipped = False  # whether the last update was, its loss or gradient not being finite
-        self.verdict: str | None = None  # of a guard that stops the run
         for callback in (self.schedule, FiniteGuard(self), EntropyGuard(self)):
             self.add_callback(callback)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, as `Trainer.train` does.
-
-        Raises:
-            RunStopped: a guard stopped the run, or more than `max_missing` of a round's rollouts got no score.
-        """
-        self.verdict = None
-        output = super().train(*args, **kwargs)
-        if self.verdict is not None:
-            raise RunStopped(f"{self.args.output_dir}: {self.verdict}; the last checkpoint is kept")
-        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """CE of the corpus, as `SFTTrainer` has it, plus Σ_d λ_d·KL(q_d ‖ p_θ), over the same token count."""
@@ -131,17 +112,16 @@ class ConstrainedTrainer(PushesModel, CuttingTrainer):
         divisor = torch.as_tensor(tokens if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         divisor = divisor / self._loss_scale(num_items_in_batch)
 
-        with capture_hidden_states(model) as captured:
-            if self._cross_entropy_is_trls:  # apart from the pass below, which then trains on nothing
-                labelled = {**inputs, "shift_labels": targets[trained_on][None]}
-                with project_only(model, trained_on):
-                    cross_entropy = super().compute_loss(model, labelled, num_items_in_batch=num_items_in_batch)
-                self.tally.add("ce", cross_entropy.detach() * divisor, tokens)
-                trained_on = torch.zeros_like(trained_on)
-            else:
-                with without_logits(model):
-                    model(**inputs, use_cache=False)
-                cross_entropy = 0.0
+        if self._cross_entropy_is_trls:  # apart from the pass below, which then trains on nothing
+            labelled = {**inputs, "shift_labels": targets[trained_on][None]}
+            with capture_hidden_states(model) as captured, project_only(model, trained_on):
+                cross_entropy = super().compute_loss(model, labelled, num_items_in_batch=num_items_in_batch)
+            self.tally.add("ce", cross_entropy.detach() * divisor, tokens)
+            trained_on = torch.zeros_like(trained_on)
+        else:
+            with capture_hidden_states(model) as captured, without_logits(model):
+                model(**inputs, use_cache=False)
+            cross_entropy = 0.0
         hidden_states = captured.last
         assert hidden_states is not None
 
@@ -246,49 +226,6 @@ class ConstrainedTrainer(PushesModel, CuttingTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, DOMAIN])]  # type: ignore[has-type]
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """A run that is resumed where it had ended takes no further step, as it would in `transformers`."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(**kwargs)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """The norm that is logged; where it is not finite the update is skipped."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        self.skipped = norm is not None and not math.isfinite(norm)
-        if self.skipped:
-            model.zero_grad()  # without gradients an optimiser leaves the weights, and its own moments, as they are
-        return norm
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is not None:
-            with readable(resume_from_checkpoint):
-                self.schedule.load(Path(resume_from_checkpoint))
-        return prepared
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with readable(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))  # read next
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with readable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with readable(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with whole_or_gone(checkpoint, SCHEDULE):
-            super()._save_checkpoint(model, trial)
-            self.schedule.save(checkpoint)
-        if is_main():
-            keep_last(self.args.output_dir, SCHEDULE, self.args.keep_last, self.state.best_model_checkpoint)
-
     def _place(self) -> Any:
         return super()._place(), deepcopy(self.tally), [regulariser.drawn for regulariser in self.regularisers]
 
@@ -307,12 +244,6 @@ class ConstrainedTrainer(PushesModel, CuttingTrainer):
             # `transformers` puts the mean of earlier losses in the place of one that is not finite.
             logs = {**logs, **parts, "loss": logs["loss"] if finite else math.nan}
         super().log(logs, start_time)
-
-    def log_apart(self, record: dict[str, Any]) -> None:
-        """Logs a record of its own: neither `SFTTrainer`'s averages nor the log that this step may be due end here."""
-        due = self.control.should_log
-        Trainer.log(self, record)
-        self.control.should_log = due
 
 
 def _tokenised(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: ConstrainedConfig) -> Dataset:
