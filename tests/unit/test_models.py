@@ -15,7 +15,7 @@ from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary, new_auxiliar
 from bridle.models.guidance import NADOGuide
 from bridle.models.hidden import capture_hidden_states, check_projection, project, run
 from bridle.models.loading import LoraOptions, load_model
-from bridle.models.sampling import sample
+from bridle.models.sampling import SHORTEST_STAGE, sample
 from exhaustion import room_for
 from worlds import World
 
@@ -91,12 +91,13 @@ class TestSampling:
 
     @pytest.mark.parametrize("model_type", ARCHITECTURES)
     def test_the_states_it_keeps_are_those_of_a_forward_over_the_whole_text(self, tiny_model, model_type):
-        model, states = tiny_model(model_type), {}
-        drawn = sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, eos_token_id=2, states=states)
-        rows = [prompt + completion for prompt, completion in zip(PROMPTS, drawn, strict=True)]
+        model, states, prompts = tiny_model(model_type), {}, PROMPTS * 10
+        drawn = sample(model, prompts, max_new_tokens=30, pad_token_id=0, eos_token_id=2, states=states)
+        assert len({len(completion) // SHORTEST_STAGE for completion in drawn}) > 2, "rows end in several stages"
+        rows = [prompt + completion for prompt, completion in zip(prompts, drawn, strict=True)]
         expected = run(model, *pad_right(rows, 0)).detach()
-        assert sorted(states) == [0, 1, 2]
-        for index, (prompt, completion) in enumerate(zip(PROMPTS, drawn, strict=True)):
+        assert sorted(states) == list(range(30))
+        for index, (prompt, completion) in enumerate(zip(prompts, drawn, strict=True)):
             last = len(prompt) + len(completion) - 1
             torch.testing.assert_close(states[index], expected[index, len(prompt) - 1 : last], atol=1e-5, rtol=1e-4)
 
@@ -123,6 +124,14 @@ class TestSampling:
         drawn = sample(model, [[1]] * 200, max_new_tokens=3, pad_token_id=2, eos_token_id=2)
         assert {len(completion) for completion in drawn} == {1, 2, 3}
         assert all(completion[-1] == 2 or len(completion) == 3 for completion in drawn)
+
+    @pytest.mark.parametrize("model_type", ARCHITECTURES)
+    def test_dropping_rows_that_have_ended_changes_no_other(self, tiny_model, model_type, monkeypatch):
+        model = tiny_model(model_type)
+        options = {"max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": 2}
+        in_stages = sample(model, PROMPTS * 10, **options)
+        monkeypatch.setattr("bridle.models.sampling.SHORTEST_STAGE", 30)
+        assert sample(model, PROMPTS * 10, **options) == in_stages
 
     def test_samples_follow_the_model_s_distribution(self, world):
         count = 4000
