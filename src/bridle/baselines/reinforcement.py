@@ -136,6 +136,7 @@ def reinforce(
     seconds: float | None,
     resume: bool = False,
     resume_from: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Tunes a model in place until the time is up or, where there is no limit, until the reward has converged.
 
@@ -155,6 +156,7 @@ def reinforce(
         seconds: of training, those before a resumption included; the update under way is finished.
         resume: go on from the last checkpoint in `output_dir`, if there is one.
         resume_from: a checkpoint of another run with the same options to begin with.
+        callbacks: of the trainer, beside those that end and show the run.
 
     Returns:
         `steps`, `seconds`, `tokens` (prompts and completions trained on), `stopped_because` ("time",
@@ -172,6 +174,7 @@ def reinforce(
     rules: list[StoppingRule] = [TimeBudget(seconds)]
     if seconds is None:
         rules.append(Convergence(options.window, options.tolerance))
+    progress = StepsProgress(total=options.max_steps if seconds is None else None)
     with _lent(model, tokenizer), _hushed():
         with _reference(model, output_dir) if options.beta else nullcontext():
             trainer = TRAINERS[options.algorithm](
@@ -180,7 +183,7 @@ def reinforce(
                 args=options.config(output_dir, seed, max_new_tokens),
                 train_dataset=_in_passes(prompts, options.max_steps * options.prompts_per_step, seed),
                 processing_class=tokenizer,
-                callbacks=[*rules, StepsProgress(total=options.max_steps if seconds is None else None)],
+                callbacks=[*rules, progress, *callbacks],
             )
         for printer in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(printer)

@@ -1,0 +1,197 @@
+"""Wall-clock to half of the base's violation rate: constrained tuning against TRL's RLOO and GRPO.
+
+    python benchmarks/time_to_control.py --json FILE
+
+All begin with the recipe's model and ask its first constraint; reinforcement learning gets the prompts that constrained
+tuning samples from, and the recipe's `methods.rl`. Every few updates the rate is measured on the recipe's first set of
+held-out prompts, always with the same random numbers, and that time is not counted. The goal is reached at the first of
+two measurements in a row that are there. A repeat is a seed of its own. Constrained tuning learns the corpus meanwhile;
+reinforcement learning never reads it.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain, count, pairwise
+from pathlib import Path
+from typing import Any
+
+from common import (
+    Figures,
+    cell,
+    free_memory,
+    interleaved,
+    markdown,
+    median,
+    parsed,
+    parser_of,
+    spread,
+    synchronize,
+    write,
+)
+from subjects import QUIET, RECIPE
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+
+from bridle.baselines.reinforcement import reinforce
+from bridle.comparison.methods import rl_options
+from bridle.comparison.plan import evaluation_of
+from bridle.data import read_prompts
+from bridle.evaluation.generation import generate_completions
+from bridle.models.loading import load_model, load_tokenizer
+from bridle.training.build import build_trainer
+from bridle.training.recipe import Recipe, load_recipe
+
+CONSTRAINED = "constrained"
+RIVALS = ("rloo", "grpo")
+KEYS = ("seconds", "updates")
+Rate = Callable[[PreTrainedModel], float]
+
+
+class ControlClock(TrainerCallback):
+    """Measures the violation rate every few updates, and ends a run that has reached its goal."""
+
+    def __init__(self, rate: Rate, goal: float, every: int, limit: float):
+        self.rate, self.goal, self.every, self.limit = rate, goal, every, limit
+        self.curve: list[Figures] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0:
+            synchronize(model.device)
+            seconds = time.perf_counter() - self._began
+            self.curve.append({"seconds": seconds, "updates": state.global_step, "violation": self.rate(model)})
+            self._began = time.perf_counter() - seconds
+            control.should_training_stop |= self.reached is not None or seconds > self.limit
+
+    @property
+    def reached(self) -> Figures | None:
+        """The measurement at which the goal was reached."""
+        there = (first for first, second in pairwise(self.curve) if self._is_there(first) and self._is_there(second))
+        return next(there, None)
+
+    def _is_there(self, measured: Figures) -> bool:
+        return measured["violation"] <= self.goal
+
+
+def rate_of(recipe: Recipe, options: argparse.Namespace) -> Rate:
+    """Measures a model's violation rate on held-out prompts."""
+    plan, tokenizer = evaluation_of(recipe), load_tokenizer(recipe.model)
+    prompt_set, constraint = next(iter(plan.prompts.values())), next(iter(plan.constraints.values()))
+    held_out = read_prompts(prompt_set.source, tokenizer, prefix_tokens=prompt_set.prompt_tokens)
+    prompts = [prompt.ids for prompt in held_out[: options.prompts]]
+
+    def rate(model: PreTrainedModel) -> float:
+        texts = generate_completions(
+            model,
+            tokenizer,
+            prompts,
+            samples=options.samples,
+            max_new_tokens=plan.max_new_tokens,
+            batch_size=plan.batch_size,
+            seed=0,
+        )
+        verdicts = [score.complies for score in constraint.score([*chain.from_iterable(texts)])]
+        known = [verdict for verdict in verdicts if verdict is not None]
+        return 1 - sum(known) / len(known)
+
+    return rate
+
+
+def constrained(recipe: Recipe, clock: ControlClock, folder: Path) -> None:
+    trainer = build_trainer(recipe, folder, recipe.read_corpus())
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(clock)
+    trainer.train()
+
+
+def reinforced(algorithm: str, recipe: Recipe, clock: ControlClock, folder: Path, updates: int) -> None:
+    trainer = build_trainer(recipe, folder, recipe.read_corpus())  # for its prompts alone
+    held = next(found for found in trainer.regularisers if not found.options.is_retention)
+    reinforce(
+        load_model(recipe.model, dtype=recipe.dtype, lora=recipe.lora),
+        held.tokenizer,
+        [prompt for index in range(1, trainer.args.rounds + 1) for prompt in held.prompts(index)],
+        held.constraint,
+        replace(rl_options(recipe), algorithm=algorithm, max_steps=updates, save_every=updates),
+        output_dir=folder,
+        seed=trainer.args.seed,
+        max_new_tokens=trainer.args.max_new_tokens,
+        seconds=float("inf"),  # the clock ends it
+        callbacks=[clock],
+    )
+
+
+def run(method: str, options: argparse.Namespace, goal: float, seed: int) -> dict[str, Any]:
+    """One method with one seed: when it reached the goal, if it did, and how it came there."""
+    free_memory()
+    recipe = load_recipe(options.recipe, {**QUIET, "use_cpu": options.device == "cpu", "seed": seed})
+    clock = ControlClock(rate_of(recipe, options), goal, options.every, options.limit)
+    with tempfile.TemporaryDirectory() as folder:
+        if method == CONSTRAINED:
+            constrained(recipe, clock, Path(folder))
+        else:
+            reinforced(method, recipe, clock, Path(folder), options.updates)
+    return {"seed": seed, "reached": clock.reached, "curve": clock.curve}
+
+
+def base_rate(options: argparse.Namespace) -> float:
+    recipe = load_recipe(options.recipe)
+    model = load_model(recipe.model, dtype=recipe.dtype, device=options.device)
+    return rate_of(recipe, options)(model)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    base = base_rate(options)
+    goal = options.share * base
+    seeds = {method: count() for method in (CONSTRAINED, *options.rivals)}
+    ways = {method: lambda method=method: run(method, options, goal, next(seeds[method])) for method in seeds}
+    raw = interleaved(ways, options.repeats)
+    ratios = {f"{rival}_over_constrained": _ratios(raw[rival], raw[CONSTRAINED]) for rival in options.rivals}
+    return {
+        **{key: found["median"] if found else None for key, found in ratios.items()},
+        "violation_of_base": base,
+        "goal": goal,
+        "over_constrained": ratios,
+        "raw": raw,
+    }
+
+
+def _ratios(rival: list[dict[str, Any]], ours: list[dict[str, Any]]) -> Figures | None:
+    """Seconds over ours, of the seeds with which both reached the goal; None where there is no such seed."""
+    both = [(one["reached"], other["reached"]) for one, other in zip(rival, ours, strict=True)]
+    found = [one["seconds"] / other["seconds"] for one, other in both if one and other]
+    return spread(found) if found else None
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = []
+    for method, runs in results["raw"].items():
+        reached = [run["reached"] for run in runs if run["reached"]]
+        medians = [f"{median(reached, key):.1f}" if reached else "" for key in KEYS]
+        ratio = results["over_constrained"].get(f"{method}_over_constrained")
+        rows.append([method, f"{len(reached)} of {len(runs)}", *medians, cell(ratio) if ratio else ""])
+    return markdown(["method", "reached", *KEYS, "seconds over constrained"], rows)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="with a section `evaluation`")
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--share", type=float, default=0.5, help="of the base's violation rate that is the goal")
+    parser.add_argument("--every", type=int, default=5, help="updates between two measurements")
+    parser.add_argument("--prompts", type=int, default=300, help="held-out ones, at most")
+    parser.add_argument("--samples", type=int, default=4, help="a prompt")
+    parser.add_argument("--updates", type=int, default=500, help="of reinforcement learning, at most")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds of a run, at most")
+    options = parsed(parser)
+    results = measure(options)
+    print(f"\nbase {results['violation_of_base']:.3f}, goal {results['goal']:.3f}\n\n{table(results)}")
+    write(options, results)
+
+
+if __name__ == "__main__":
+    main()

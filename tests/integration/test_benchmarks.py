@@ -1,0 +1,180 @@
+"""The benchmarks as programs, at tiny size: what they write has its keys and makes sense. Nobody is timed here."""
+
+import json
+import runpy
+import sys
+import time
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+from conftest import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+TINY = ("--hidden_size", 32, "--layers", 1, "--vocabulary", 64)
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_are_found(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    """Runs a script: benchmark("rounds", "--steps", 4) -> what it wrote."""
+
+    def run(name, *arguments):
+        figures = tmp_path / "figures.json"
+        command = [name, "--device", "cpu", "--json", figures, *arguments]
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+        found = json.loads(figures.read_text())
+        assert found["environment"]["versions"]["torch"] == torch.__version__
+        return found
+
+    return run
+
+
+class TestWhatTheyShare:
+    def test_peak_memory_is_that_of_all_tensors_at_once(self):
+        from common import peak_memory
+
+        def peak(work):
+            with peak_memory("cpu") as found:
+                work()
+            return found[0]
+
+        def one_after_the_other():
+            for _ in range(3):
+                torch.empty(2**20, dtype=torch.uint8)
+
+        def side_by_side():
+            return [torch.empty(2**20, dtype=torch.uint8) for _ in range(3)]
+
+        nothing = peak(lambda: None)
+        assert peak(one_after_the_other) - nothing == 2**20
+        kept = side_by_side()
+        assert peak(lambda: None) - nothing == sum(tensor.nbytes for tensor in kept)
+        assert peak(side_by_side) - nothing == 6 * 2**20
+
+    def test_ways_take_turns_forwards_and_backwards(self, capsys):
+        from common import interleaved
+
+        order = []
+        found = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b") or 1}, repeats=3)
+        assert "".join(order) == "abbaab"
+        assert found == {"a": [None] * 3, "b": [1] * 3}
+
+    def test_a_random_recipe_has_texts_of_both_kinds(self, tmp_path):
+        from subjects import llama, random_recipe
+
+        from bridle.training.recipe import load_recipe
+
+        recipe = load_recipe(random_recipe(tmp_path, llama(32, 1, 64), rows=40, length=8, domains=2, constraints=2))
+        rows = [domain.read()["text"] for domain in recipe.corpus.values()]
+        assert [len(texts) for texts in rows] == [20, 20]
+        verdicts = {score.complies for score in recipe.constraints["good"].score([*rows[0], *rows[1]])}
+        assert verdicts == {True, False}
+
+
+def test_step_overhead(benchmark):
+    ways = ("live", "adaptive_previous", "shipped")
+    small = ("--batch", 4, "--length", 8, "--updates", 1, "--repeats", 2, "--checkpointing", "off")
+    found = benchmark("step_overhead", *TINY, *small, "--ways", *ways)
+    assert all(found[f"{way}_over_sft"] > 0 for way in ways)
+    full, lora = found["cases"]
+    assert (full["training"], lora["training"]) == ("full", "lora")
+    for case in (full, lora):
+        for runs in case["raw"].values():
+            assert runs[0]["bytes"] == runs[1]["bytes"] > 0
+            assert runs[0]["tokens_per_second"] == pytest.approx(32 / runs[0]["seconds"])
+    memory = {way: figures["bytes"]["median"] for way, figures in full["over_sft"].items()}
+    assert memory["adaptive_previous"] > memory["live"] > 1  # a copy of the weights
+    assert found["memory_over_sft"] == max(memory.values())
+
+
+def test_step_overhead_with_checkpointing(benchmark):
+    small = ("--batch", 4, "--length", 32, "--updates", 1, "--repeats", 1, "--training", "full", "--ways", "live")
+    off, on = benchmark("step_overhead", "--hidden_size", 64, "--layers", 3, "--vocabulary", 64, *small)["cases"]
+    assert (off["checkpointing"], on["checkpointing"]) == (False, True)
+    assert on["raw"]["sft"][0]["bytes"] < off["raw"]["sft"][0]["bytes"]
+
+
+def test_sampling(benchmark):
+    found = benchmark(
+        "sampling", *TINY, "--prompts", 8, "--one_by_one", 2, "--new_tokens", 4, "--batch", 4, "--repeats", 1
+    )
+    assert found["over_one_by_one"] > 0
+    assert found["over_batches"] > 0
+    assert (found["over_continuous"] is None) == ("continuous" in found["faults"])
+    assert found["share_of_roof"] is None  # a CPU's is not known
+    for runs in found["raw"].values():
+        assert runs[0]["tokens_per_second"] == pytest.approx(runs[0]["tokens"] / runs[0]["seconds"])
+    assert 8 <= found["raw"]["bridle"][0]["tokens"] <= 32
+
+
+def test_rounds(benchmark, recipe):
+    small = ("--steps", 8, "--rounds", 1, "--batch", 8, "--length", 24, "--new_tokens", 4, "--repeats", 1)
+    found = benchmark("rounds", "--recipe", recipe(), *small, "--anchors", "live", "shipped")
+    for anchor in ("live", "shipped"):
+        (run,) = found["raw"][anchor]
+        phases = [run[phase] for phase in ("sampling", "scoring", "encoding", "fitting", "policy")]
+        assert min(phases) > 0
+        assert sum(phases) + run["targets"] <= run["total"]
+        assert found[f"{anchor}_over_sft"] == pytest.approx(run["total"] / found["raw"]["sft"][0]["total"])
+        assert found["trained_per_sampled_token"][anchor] == pytest.approx(10, rel=0.3)
+    assert found["raw"]["shipped"][0]["targets"] > 0 == found["raw"]["live"][0]["targets"]
+
+
+def test_rounds_of_random_weights(benchmark):
+    small = ("--steps", 2, "--rounds", 1, "--batch", 4, "--length", 16, "--new_tokens", 4, "--repeats", 1)
+    found = benchmark("rounds", *TINY, *small, "--anchors", "live", "--training", "lora", "--share", 1)
+    assert found["raw"]["live"][0]["fitting"] > 0
+
+
+class TestTimeToControl:
+    def test_both_methods_arrive(self, benchmark, recipe, corpus_files):
+        evaluation = {"prompts": {"rude": {"path": str(corpus_files["rude"]), "prompt_tokens": 2}}}
+        methods = {"rl": {"batch_size": 4, "num_generations": 2}}
+        path = recipe(evaluation=evaluation, methods=methods, max_steps=4)
+        small = ("--share", 2, "--every", 1, "--prompts", 4, "--samples", 2, "--updates", 4, "--repeats", 1)
+        found = benchmark("time_to_control", "--recipe", path, *small)
+        for method in ("constrained", "rloo", "grpo"):
+            (run,) = found["raw"][method]
+            assert run["reached"] == run["curve"][0]
+            assert [measured["updates"] for measured in run["curve"]] == [1, 2]
+        ours, rloo = (found["raw"][method][0]["reached"]["seconds"] for method in ("constrained", "rloo"))
+        assert found["rloo_over_constrained"] == pytest.approx(rloo / ours)
+
+    def test_two_in_a_row_count_and_the_measuring_does_not(self, tiny_model):
+        from time_to_control import ControlClock
+
+        rates = iter([0.5, 0.1, 0.4, 0.2, 0.1, 0.3])
+
+        def rate(model):
+            time.sleep(0.05)
+            return next(rates)
+
+        clock = ControlClock(rate, goal=0.2, every=2, limit=60)
+        state, control, model = TrainerState(), TrainerControl(), tiny_model()
+        clock.on_train_begin(None, state, control)
+        while not control.should_training_stop:
+            state.global_step += 1
+            clock.on_step_end(None, state, control, model=model)
+        assert [measured["violation"] for measured in clock.curve] == [0.5, 0.1, 0.4, 0.2, 0.1]
+        assert clock.reached["updates"] == 8
+        assert clock.curve[-1]["seconds"] < 0.05
+
+
+def test_growth(benchmark, tmp_path):
+    picture = tmp_path / "growth.png"
+    small = ("--rows", 8, "--length", 16, "--hidden_size", 32, "--layers", 1, "--repeats", 1)
+    found = benchmark("growth", "--axes", "domains", "--sizes", 1, 2, *small, "--picture", picture)
+    (axis,) = found["axes"]
+    assert axis["sizes"] == [1, 2]
+    assert all(run["raw"]["constrained"][0]["fitting"] > 0 for run in axis["runs"])
+    one, two = (run["seconds"]["constrained"]["median"] for run in axis["runs"])
+    slope = torch.tensor(two / one).log2().item()
+    assert axis["exponents"]["constrained"] == pytest.approx({"all": slope, "at_the_end": slope}, abs=1e-6)
+    assert picture.read_bytes().startswith(b"\x89PNG")
