@@ -151,10 +151,10 @@ def peak_memory(device: str | torch.device) -> Iterator[list[int]]:
 
 
 def _held() -> int:
-    """Bytes of all tensors that are alive."""
-    alive = (found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
-    return sum(storages.values())
+    """Bytes of all tensors that are alive in main memory."""
+    tensors = (found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # views share theirs
 
 
 def _growth(profiler: profile) -> int:

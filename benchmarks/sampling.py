@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from common import (
@@ -193,7 +194,7 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--model", default=STAND_IN, metavar="FOLDER", help="where no size is given")
+    parser.add_argument("--model", type=Path, default=STAND_IN, metavar="FOLDER", help="where no size is given")
     add_sizes(parser)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--one_by_one", type=int, default=32, help="of them, one after the other")

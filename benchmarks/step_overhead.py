@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from common import (
@@ -190,7 +191,7 @@ def _rows(case: dict[str, Any]) -> Iterator[list[object]]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--model", default=STAND_IN, metavar="FOLDER", help="where no size is given")
+    parser.add_argument("--model", type=Path, default=STAND_IN, metavar="FOLDER", help="where no size is given")
     add_sizes(parser)
     parser.add_argument("--training", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])

@@ -138,7 +138,7 @@ class TestTimeToControl:
         evaluation = {"prompts": {"rude": {"path": str(corpus_files["rude"]), "prompt_tokens": 2}}}
         methods = {"rl": {"batch_size": 4, "num_generations": 2}}
         path = recipe(evaluation=evaluation, methods=methods, max_steps=4)
-        small = ("--share", 2, "--every", 1, "--prompts", 4, "--samples", 2, "--updates", 4, "--repeats", 1)
+        small = ("--share", 100, "--every", 1, "--prompts", 4, "--samples", 2, "--updates", 4, "--repeats", 1)
         found = benchmark("time_to_control", "--recipe", path, *small)
         for method in ("constrained", "rloo", "grpo"):
             (run,) = found["raw"][method]
