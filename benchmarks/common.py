@@ -44,6 +44,7 @@ def parser_of(description: str | None, repeats: int = 5) -> argparse.ArgumentPar
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    gc.freeze()  # what the libraries made when they were imported is neither searched nor counted
     return options
 
 

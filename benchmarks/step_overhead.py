@@ -169,10 +169,9 @@ def measure(options: argparse.Namespace, training: str, checkpointing: bool) -> 
 def headline(case: dict[str, Any]) -> Figures:
     """The medians that the goals are about; memory is that of the hungriest of them."""
     found = {way: case["over_sft"][way] for way in HEADLINE if way in case["over_sft"]}
+    seconds = {f"{way}_over_sft": figures["seconds"]["median"] for way, figures in found.items()}
     memory = max((figures["bytes"]["median"] for figures in found.values()), default=None)
-    return {f"{way}_over_sft": figures["seconds"]["median"] for way, figures in found.items()} | {
-        "memory_over_sft": memory
-    }
+    return {**seconds, "memory_over_sft": memory}
 
 
 def table(measured: list[dict[str, Any]]) -> str:
