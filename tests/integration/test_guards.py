@@ -175,6 +175,7 @@ class TestRounds:
         died.add_callback(DieBefore(5))
         with pytest.raises(KeyboardInterrupt):
             died.train()
+        caplog.clear()
         later = Worsening(["unused"])
         later.asked = 1
         again = make(tiny_folder, tmp_path, later, **options)

@@ -194,10 +194,11 @@ def fit_auxiliary(
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)
                 if torch.isfinite(loss + norm):
-                    optimizer.step()
                     totals += torch.stack([part.detach().float().cpu() for part in (*bce, *consistency)])
                 else:
+                    optimizer.zero_grad()  # without gradients the step moves nothing
                     skipped += 1
+                optimizer.step()
                 schedule.step()
                 progress.update()
     auxiliary.eval()

@@ -72,8 +72,8 @@ class FiniteGuard(Guard):
 def _skipped_before(state: TrainerState) -> int:
     """How many updates in a row were skipped, up to the one before this."""
     told = (record for record in reversed(state.log_history) if "skipped_in_a_row" in record)
-    last = next(told, {"step": None})
-    return last["skipped_in_a_row"] if last["step"] == state.global_step - 1 else 0
+    last = next(told, None)
+    return last["skipped_in_a_row"] if last and last["step"] == state.global_step - 1 else 0
 
 
 class EntropyGuard(Guard):
