@@ -10,8 +10,7 @@ from traceback import clear_frames
 from typing import Any, Protocol, TypeVar
 
 import torch
-from accelerate.utils import should_reduce_batch_size
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from bridle.errors import RunStopped
 
@@ -19,8 +18,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Rows = TypeVar("Rows", bound="Sliceable")
 
-FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full", "PytorchStreamWriter failed")
-"""Words that tell a full disk; those of safetensors, SQLite and torch stand in no OSError."""
+FULL = (
+    *(os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)),
+    "database or disk is full",  # SQLite
+    *("iostream error", "unexpected pos", "PytorchStreamWriter failed"),  # torch, which does not say more
+)
+"""Words that tell a full disk: not every library raises an OSError."""
 
 
 class Sliceable(Protocol):
