@@ -61,7 +61,7 @@ def validated(kind: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where}: needs a value, not {str(value).lower()}")  # pydantic would take true for 1
     if is_dataclass(value):
         return value
-    inner: Any = next((option for option in options if is_dataclass(option)), None)
+    inner: Any = next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
     if inner is not None and not (value is None and NoneType in options):
         return build(inner, value, where)
     try:

@@ -70,9 +70,13 @@ def _check(value: Any, field: str, place: str) -> None:
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
-    )
+    return isinstance(value, list) and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    """A mapping of a role and text, parts, or nothing, as beside a call of a tool."""
+    said = isinstance(value, dict) and isinstance(value.get("content"), str | list | None)
+    return said and isinstance(value.get("role"), str)
 
 
 def _is_filled(value: str | Messages | None) -> bool:

@@ -76,7 +76,7 @@ _FURTHER = [MethodStyle(color, marker) for marker in "<>ph" for color in ("#3f9b
 
 def method_style(name: str) -> MethodStyle:
     """The style of a method in every plot; one that is not known gets one of twelve by its name."""
-    return _STYLES.get(name) or _FURTHER[zlib.crc32(name.encode()) % len(_FURTHER)]
+    return _STYLES.get(name) or _FURTHER[zlib.crc32(name.encode(errors="replace")) % len(_FURTHER)]
 
 
 def shown(text: str, longest: int = LONGEST_NAME) -> str:
