@@ -83,7 +83,20 @@ class TestWhatTheyShare:
 
 def test_step_overhead(benchmark):
     ways = ("live", "adaptive_previous", "shipped")
-    small = ("--batch", 4, "--length", 8, "--updates", 1, "--repeats", 2, "--training", "full", "--checkpointing", "off")
+    small = (
+        "--batch",
+        4,
+        "--length",
+        8,
+        "--updates",
+        1,
+        "--repeats",
+        2,
+        "--training",
+        "full",
+        "--checkpointing",
+        "off",
+    )
     found = benchmark("step_overhead", *TINY, *small, "--ways", *ways)
     assert all(found[f"{way}_over_sft"] > 0 for way in ways)
     (case,) = found["cases"]
