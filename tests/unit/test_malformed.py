@@ -11,7 +11,7 @@ import yaml
 import malformed
 import report_folder
 import tiny_tokenizers
-from bridle.baselines.reinforcement import last_checkpoint
+from bridle.checkpoints import last_whole
 from bridle.comparison.compare import Comparison
 from bridle.comparison.methods import rl_options
 from bridle.comparison.plan import evaluation_of
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(state, tmp_
     (tmp_path / "checkpoint-best").mkdir()
     if state is not None:
         written(tmp_path / "checkpoint-10" / "trainer_state.json", state)
-    assert last_checkpoint(tmp_path, "trainer_state.json").name == "checkpoint-2"
+    assert last_whole(tmp_path, "trainer_state.json").name == "checkpoint-2"
 
 
 def merged(results, changes):
