@@ -20,6 +20,7 @@ from common import Figures, cell, interleaved, markdown, over, parsed, parser_of
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from subjects import LORA, QUIET, constrained, llama, random_recipe, sft
 
 from bridle.report.style import DPI, INK, STYLE, method_style
@@ -111,7 +112,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> Figures:
 @rc_context(STYLE)
 def picture(axes: Sequence[dict[str, Any]], path: Path) -> None:
     """Seconds against each size, both in logarithms."""
-    figure = Figure(figsize=(3.2 * len(axes), 3.2), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(axes), 3.8), layout="constrained")
     for ax, found in zip(figure.subplots(1, len(axes), squeeze=False).flat, axes, strict=True):
         _draw(ax, found)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,12 +124,15 @@ def _draw(ax: Axes, found: dict[str, Any]) -> None:
     for way in (SFT, OURS):
         seconds = [run["seconds"][way] for run in found["runs"]]
         median, low, high = (np.array([figures[key] for figures in seconds]) for key in ("median", "low", "high"))
-        label = f"{way}: {found['exponents'][way]['all']:.2f}, {found['exponents'][way]['at_the_end']:.2f} at the end"
+        slopes = found["exponents"][way]
+        label = f"{way}: {slopes['all']:.2f}, at the end {slopes['at_the_end']:.2f}"
         ax.errorbar(sizes, median, yerr=[median - low, high - median], label=label, **method_style(way).line)
     linear = median[-1] * sizes / sizes[-1]
     ax.plot(sizes, linear, color=INK, linestyle=":", linewidth=0.8, label="linear")
     ax.set(xscale="log", yscale="log", xlabel=found["axis"], ylabel="seconds of a run")
-    ax.legend(title="exponent")
+    ax.xaxis.set(major_locator=FixedLocator(found["sizes"]), minor_locator=NullLocator(), major_formatter="{x:,.0f}")
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    ax.legend(title="exponent", loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def table(axes: Sequence[dict[str, Any]]) -> str:

@@ -3,9 +3,10 @@
 import argparse
 import json
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from bridle.constraints import Classifier
 from bridle.data import mix, tokenize_domain
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
 from bridle.training.build import build_trainer
@@ -142,16 +144,12 @@ def random_recipe(
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     texts = tokenizer.batch_decode(random_ids(rows, length, config.vocab_size))
-    files = {f"domain-{index}": folder / f"{index}.jsonl" for index in range(domains)}
-    for index, file in enumerate(files.values()):
-        lines = [json.dumps({"text": text}) + "\n" for text in texts[index::domains]]
-        file.write_text("".join(lines), encoding="utf-8")
-    oracle = {"type": "classifier", "model": str(folder / "oracle"), "label": "LABEL_1"}
+    files = _write_rows(folder, texts, domains)
     recipe = {
         "model": str(folder / "model"),
         "dtype": dtype,
         "corpus": {name: {"path": str(file)} for name, file in files.items()},
-        "constraints": {"good": {"all": [dict(oracle) for _ in range(constraints)]}},
+        "constraints": {"good": {"all": [_undecided(folder / "oracle", texts)] * constraints}},
         "regularisers": {name: {"constraint": "good"} for name in files},
         "max_length": length,
     }
@@ -160,8 +158,25 @@ def random_recipe(
     return path
 
 
+def _write_rows(folder: Path, texts: Sequence[str], domains: int) -> dict[str, Path]:
+    """The texts dealt out to the domains; the file of each."""
+    files = {f"domain-{index}": folder / f"{index}.jsonl" for index in range(domains)}
+    for index, file in enumerate(files.values()):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[index::domains]]
+        file.write_text("".join(lines), encoding="utf-8")
+    return files
+
+
+def _undecided(oracle: Path, texts: Sequence[str]) -> dict[str, Any]:
+    """A constraint that half of such texts violate, so that R always has something to learn."""
+    options = {"model": str(oracle), "label": "LABEL_1"}
+    beginnings = [" ".join(text.split()[:8]) for text in texts]
+    violations = [score.violation for score in Classifier(**options).score(beginnings)]
+    return {"type": "classifier", **options, "threshold": statistics.median(violations)}
+
+
 def _random_oracle(vocabulary: int) -> PreTrainedModel:
-    """Finds some texts good and some bad."""
+    """Finds every text good and bad to a degree of its own."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "bert",
@@ -170,7 +185,7 @@ def _random_oracle(vocabulary: int) -> PreTrainedModel:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=128,
-        initializer_range=1.0,
+        initializer_range=0.2,
         pad_token_id=PAD,
     )
     return AutoModelForSequenceClassification.from_config(config)
