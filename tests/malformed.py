@@ -255,7 +255,7 @@ DATA_FILES = [
     ("a.jsonl", '{"text": "\\ud800", "\\ud800": 1, "\\ud801": 2}', "the key '?' stands twice"),
     ("a.jsonl", "[" * 100_000, "a.jsonl row 1: malformed JSON"),
     ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "a.jsonl row 1: malformed JSON: Exceeds the limit"),
-    ("a.jsonl", '{"text": "a", "n": ' + "9" * 30 + "}", "cannot read"),
+    ("a.jsonl", '{"text": "a", "n": ' + "9" * 30 + "}", "a.jsonl row 1: malformed JSON: 9999999999"),
     ("a.jsonl", GOOD + "5", "a.jsonl row 2: expected a mapping of columns, found int"),
     ("a.jsonl", GOOD + "null", "a.jsonl row 2: expected a mapping of columns, found NoneType"),
     ("a.jsonl", GOOD + '"text"', "a.jsonl row 2: expected a mapping of columns, found str"),

@@ -140,7 +140,7 @@ def test_parse_reads_the_command_line_form():
     assert DataSource.parse("FILE,label=0,label=2").where == {"label": [0, 2]}
 
 
-@pytest.mark.parametrize("text", ["FILE,label", "FILE,=3", "FILE,rows=x", "FILE,a=[", "FILE,a=2020-13-45", ""])
+@pytest.mark.parametrize("text", ["FILE,label", "FILE,=3", "FILE,rows=x", "FILE,a=[", "FILE,a=.nan", ""])
 def test_parse_refuses_what_is_no_source(text):
     with pytest.raises(UserError):
         DataSource.parse(text)
@@ -212,7 +212,7 @@ def test_named_columns_of_two_formats_are_refused():
         ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "row 2: not UTF-8 text"),
         ("rows.jsonl", '{"text": "a"}'.encode("utf-16"), "row 1: not UTF-8 text"),
         ("rows.jsonl", "[" * 100_000, "row 1: malformed JSON: "),
-        ("rows.jsonl", '{"n": ' + "9" * 30 + "}", "cannot read"),
+        ("rows.jsonl", '{"n": ' + "9" * 30 + "}", "row 1: malformed JSON: 9999999999"),
         ("rows.json", '[{"text": "a"}, 5]', "row 2: expected a mapping of columns, found int"),
         ("rows.json", '[{"text": "a"},\n {"text"]', "malformed JSON: "),
         ("rows.csv", "", "holds no rows"),
