@@ -204,6 +204,7 @@ class ConstrainedTrainer(PushesModel, SFTTrainer):
         self.skipped = norm is not None and not math.isfinite(norm)
         if self.skipped:
             model.zero_grad()  # without gradients an optimiser leaves the weights, and its own moments, as they are
+        self.tally.end_update(skipped=self.skipped)
         return norm
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
