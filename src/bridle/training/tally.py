@@ -1,6 +1,5 @@
 """Running sums of what the update computes, so that means do not depend on how batches are cut."""
 
-import math
 from collections import defaultdict
 
 from torch import Tensor
@@ -17,18 +16,19 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self._log, self._round = _none(), _none()
+        self._log, self._update, self._round = _none(), _none(), _none()
 
     def add(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Adds a sum over `count` items; both are scalars.
+        """Adds a sum over `count` items; both are scalars."""
+        found = {name: [float(total), float(count)]}
+        _add(self._log, found)
+        _add(self._update, found)
 
-        One that is not finite shows in the next log, and is left out of the round's mean, as its update is skipped.
-        """
-        added = float(total)
-        kept = [self._log, self._round] if math.isfinite(added) else [self._log]
-        for sums in kept:
-            sums[name][0] += added
-            sums[name][1] += float(count)
+    def end_update(self, *, skipped: bool) -> None:
+        """What was added since the last update counts for the round, unless this one was skipped."""
+        if not skipped:
+            _add(self._round, self._update)
+        self._update = _none()
 
     def since_last_log(self) -> dict[str, float]:
         """Means by name since this was last asked."""
@@ -58,10 +58,14 @@ def _of_all(sums: Sums) -> Sums:
     """The sums of all processes together; a name may be known to some of them only."""
     together = _none()
     for part in gathered(dict(sums)):
-        for name, (total, count) in part.items():
-            together[name][0] += total
-            together[name][1] += count
+        _add(together, part)
     return together
+
+
+def _add(sums: Sums, more: Sums) -> None:
+    for name, (total, count) in more.items():
+        sums[name][0] += total
+        sums[name][1] += count
 
 
 def _means(sums: Sums) -> dict[str, float]:

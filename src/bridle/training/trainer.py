@@ -236,6 +236,11 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         for regulariser, count in zip(self.regularisers, drawn, strict=True):
             regulariser.drawn = count
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.tally.end_update(skipped=self.skipped)
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the means of CE and of every KL beside what `SFTTrainer` logs."""
         if "loss" in logs:
