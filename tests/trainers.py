@@ -75,16 +75,16 @@ def trainer_of(folder, output, regularisers, rows=None, lora=None, **options):
 
 
 def spoil_loss(trainer, updates):
-    """Makes the last micro-batch's loss infinite in these updates, counted from 1; its gradient would be finite."""
+    """Makes q NaN in the last micro-batch of these updates, counted from 1, and with it the KL and all gradients."""
     regulariser = trainer.regularisers[0]
-    divergence = regulariser.divergence
+    target = regulariser.target
 
     def spoilt(*batch):
-        kl, count = divergence(*batch)
+        q = target(*batch)
         due = trainer.state.global_step + 1 in updates and trainer.accelerator.sync_gradients
-        return (kl + math.inf if due else kl), count
+        return (lambda which, logits: q(which, logits) * math.nan) if due else q
 
-    regulariser.divergence = spoilt
+    regulariser.target = spoilt
 
 
 def logged(trainer, key):

@@ -142,7 +142,7 @@ def found_by(folder):
     """All that a comparison found, the texts included, but how long it took and where it ran."""
     results = json.loads((folder / "results.json").read_text())
     for method in results["methods"].values():
-        method["figures"]["cost"].pop("seconds", None)
+        method["figures"].get("cost", {}).pop("seconds", None)  # the base's is none
     texts = {path.relative_to(folder): path.read_bytes() for path in folder.glob("*/seed-0/completions.jsonl")}
     assert len(texts) == 3
     return {**results, "environment": None}, texts

@@ -101,6 +101,7 @@ def sample(
         do_sample=False,  # `InverseTransform` draws, from the whole distribution
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
+        return_dict_in_generate=True,
     )
     limit = RowLimit(description, can_cut=not is_sharded(model))
     draw = partial(_draw, model, guide, config, states is not None)
@@ -149,6 +150,7 @@ def _draw(
     states: list[list[Tensor]] = [[] for _ in rows]
     going_on, cache = torch.arange(len(rows), device=model.device), None
     for numbers in uniform.split(stage):
+        config.max_new_tokens = len(numbers)
         guidance = guide.processors(mask) if guide else []
         with last_positions(model) as steps:
             output = model.generate(
@@ -156,10 +158,8 @@ def _draw(
                 attention_mask=mask,
                 past_key_values=cache,
                 generation_config=config,
-                max_new_tokens=len(numbers),
                 logits_processor=LogitsProcessorList([*guidance, InverseTransform(numbers[:, going_on])]),
                 synced_gpus=is_sharded(model) or None,  # all go on until all have ended
-                return_dict_in_generate=True,
             )
         new = output.sequences[:, ids.shape[1] :]
         drawn_from = torch.stack(steps, dim=1).cpu() if keep_states else None  # [rows, steps, hidden]
