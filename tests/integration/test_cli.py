@@ -216,7 +216,7 @@ BAD_RECIPES = {
     "a model that is not there": (edited(model="no/such/folder"), "no/such/folder"),
     "rounds of zero": (edited(rounds=0), "rounds"),
     "a share above one": (edited(empty_bound=1.5), "empty_bound: must be from 0 to 1, not 1.5"),
-    "a share that is no number": (edited(calibration_bound=float("nan")), "calibration_bound: must be from 0 to 1"),
+    "a share that is no number": (edited(calibration_bound=float("nan")), ".nan is not a finite number"),
     "fewer than no skipped steps": (edited(max_skipped_steps=-1), "max_skipped_steps: must be at least 0"),
     "max_steps in words": (edited(max_steps="many"), "max_steps"),
     "an impossible packing": (edited(packing=True, packing_strategy="bfd"), "packing_strategy"),

@@ -134,9 +134,17 @@ class OutputLayer:
         bias = getattr(head, "bias", None)
         return cls(whole(head.weight), None if bias is None else whole(bias), lm.config.get_text_config())
 
-    def detach(self) -> "OutputLayer":
-        """The same values without a graph, which stay when the model's weights are exchanged."""
-        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+    def detach(self, copy: bool = False) -> "OutputLayer":
+        """The same values without a graph, which stay when the model's weights are exchanged.
+
+        Args:
+            copy: as a sharded model needs, whose gathered weights lie in memory that is used again.
+        """
+        weight, bias = (None if part is None else part.detach() for part in (self.weight, self.bias))
+        assert weight is not None
+        if copy:
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        return replace(self, weight=weight, bias=bias)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocabulary]"""

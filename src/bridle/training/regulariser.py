@@ -31,7 +31,7 @@ from bridle.models.auxiliary import AuxiliaryModel, new_auxiliary
 from bridle.models.hidden import OutputLayer, causal_lm, run
 from bridle.models.loading import context_length
 from bridle.models.sampling import sample
-from bridle.models.sharding import in_shards, trainable, whole
+from bridle.models.sharding import in_shards, is_sharded, trainable, whole
 from bridle.ranks import align, gathered, joined, rank, share
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
@@ -253,7 +253,7 @@ class DomainRegulariser:
         assert self.anchor is not None
         with self.anchor.active():
             states = run(self.model, input_ids, attention_mask)
-            layer = OutputLayer.of(self.model).detach()
+            layer = OutputLayer.of(self.model).detach(copy=is_sharded(self.model))
         return self._target(states, input_ids, attention_mask, mask, FrozenAnchor(states[:, :-1][mask], layer))
 
     def _target(
