@@ -101,7 +101,7 @@ class Comparison:
     def _take_up(self) -> None:
         """Goes on with what `folder` holds: the same recipe, and at least the same methods and seeds."""
         path = self.folder / RECIPE_FILE
-        if not os.path.exists(path):  # which raises of no path
+        if not os.path.exists(path):  # Path's own raises where a name is too long
             return
         if not self.resume:
             raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")

@@ -53,7 +53,7 @@ def read_dataset(name: str, split: str, text_columns: Collection[str]) -> Datase
     Raises:
         UserError: if it cannot be read, naming the file and, where there is one, the row.
     """
-    path = Path(os.path.expanduser(name))  # which raises of no user's name
+    path = Path(os.path.expanduser(name))  # Path's own raises where there is no such user
     reader = _READERS.get(path.suffix.lower())
     try:
         if path.is_dir():

@@ -62,7 +62,7 @@ def train(
     """
     folder = Path(output_dir)
     recipe.config(folder)  # by which processes that were started together find one another
-    if os.path.exists(folder / RECIPE_FILE):  # which raises of no path
+    if os.path.exists(folder / RECIPE_FILE):  # Path's own raises where a name is too long
         _check_recipe(recipe, folder, resume, accept_changes)
     wait()  # so that none takes for another run's what the main process writes
     with stopping_when_exhausted(folder), only_writer(folder) if is_main() else nullcontext():
