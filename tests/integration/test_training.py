@@ -1,10 +1,12 @@
 """The update and its schedule, on tiny models: what must not change when something else does."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from accelerate.utils import has_compiled_regions
+from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from bridle.environment import write_json
@@ -65,6 +67,24 @@ class TestInvariance:
         assert losses[0] == pytest.approx(losses[1], abs=2e-5)
         for name, weight in ends[0].items():
             torch.testing.assert_close(ends[1][name], weight, atol=2e-5, rtol=1e-4)
+
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+    @pytest.mark.parametrize("lora", [None, LoraOptions(r=2)])
+    def test_compiled_or_not_it_is_the_same_training(self, tiny_folder, tmp_path, lora, monkeypatch):
+        for name in ("BACKEND", "USE_REGIONAL_COMPILATION"):  # transformers and Bridle set them, which would last
+            monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no" if name == "BACKEND" else "false")
+        folder, losses, ends = tiny_folder(), [], []
+        for compiled in (False, True):
+            set_seed(0)  # adapters begin at random
+            regularisers = {"rude": Regulariser(NO_E, weight=4.0, on="both")}
+            trainer = trainer_of(folder, tmp_path / f"{compiled}", regularisers, lora=lora, torch_compile=compiled)
+            trainer.train()
+            assert has_compiled_regions(trainer.model_wrapped) == compiled
+            losses.append(logged(trainer, "loss") + logged(trainer, "kl/rude"))
+            ends.append(weights(trainer))
+        assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+        for name, weight in ends[0].items():
+            torch.testing.assert_close(ends[1][name], weight, atol=1e-3, rtol=1e-2)
 
     def test_adaptive_with_one_domain_is_not_adaptive(self, tiny_folder, tmp_path):
         folder, rows, losses = tiny_folder(), {"rude": corpus()["rude"]}, []

@@ -1,5 +1,6 @@
 """What a constrained run can be told, beyond what TRL's `SFTConfig` already takes."""
 
+import os
 from dataclasses import dataclass, field
 from math import inf
 from typing import ClassVar, Literal
@@ -203,6 +204,9 @@ class ConstrainedConfig(SFTConfig):
         if self.max_length is not None and self.max_length < 1:
             raise UserError(f"max_length: must be at least 1, or null for no limit, not {self.max_length}")
         super().__post_init__()
+        if self.torch_compile:
+            # Block by block: a graph of the whole model would keep the first update's hooks on it for ever.
+            os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
         if self.keep_last is not None and self.keep_last < 1:
             raise UserError(f"keep_last: must be at least 1, or null for all, not {self.keep_last}")
         if self.save_total_limit is not None:

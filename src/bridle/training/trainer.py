@@ -101,7 +101,7 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """CE of the corpus, as `SFTTrainer` has it, plus Σ_d λ_d·KL(q_d ‖ p_θ), over the same token count."""
         domain = inputs.pop(DOMAIN, None)
-        if not self.model.training or domain is None:
+        if not model.training or domain is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         prefixes = Prefixes.of_corpus(domain, inputs["labels"])
