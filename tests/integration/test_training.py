@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -106,6 +107,26 @@ class TestInvariance:
 
 
 class TestRegularisers:
+    def test_scoring_that_waits_goes_on_while_sampling_does_and_changes_nothing(self, tiny_folder, tmp_path):
+        folder, ends, calls = tiny_folder(), [], {}
+        for waits in (False, True):
+            constraint = Letters(["e"])
+            constraint.waits = waits
+            calls[waits] = asked = []
+            score = constraint.score
+            constraint.score = lambda texts, asked=asked, score=score: (
+                asked.append((threading.current_thread().name, list(texts))) or score(texts)
+            )
+            regularisers = {"rude": Regulariser(constraint, weight=4.0)}
+            trainer = trainer_of(folder, tmp_path / f"{waits}", regularisers, rollout_batch_size=8)
+            trainer.train()
+            ends.append(weights(trainer))
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+        assert [len(texts) for _, texts in calls[False]] == [32, 32]
+        ahead = [texts for name, texts in calls[True] if name.startswith("scoring")]
+        assert len(ahead) == 8
+        assert all(not texts for name, texts in calls[True] if not name.startswith("scoring")), "nothing is left over"
+
     @pytest.mark.parametrize("lora", [None, LoraOptions(r=2)])
     @pytest.mark.parametrize("anchor", ["live", "previous", "initial"])
     def test_every_anchor_trains(self, tiny_folder, tmp_path, anchor, lora):

@@ -1,5 +1,6 @@
 """Policies on whole texts: text in, score out. No model under training is known here."""
 
+from bridle.constraints.ahead import ScoringAhead
 from bridle.constraints.base import AllOf, AnyOf, Constraint, Not, Score
 from bridle.constraints.cache import Cached, ScoreCache
 from bridle.constraints.classifier import Classifier
@@ -20,6 +21,7 @@ __all__ = [
     "Remote",
     "Score",
     "ScoreCache",
+    "ScoringAhead",
     "WordList",
     "build_constraint",
 ]

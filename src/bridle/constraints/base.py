@@ -67,10 +67,13 @@ class Constraint(ABC):
     Attributes:
         name: how errors, tables and rollouts call it.
         type_name: how a specification calls its kind.
+        waits: whether scoring is mostly waiting for another machine, so that other work can be done meanwhile. It
+            must then be possible in a thread.
     """
 
     name: str = "constraint"
     type_name: ClassVar[str] = "constraint"
+    waits: bool = False
 
     def score(self, texts: Sequence[str]) -> list[Score]:
         """Scores whole texts.
@@ -158,6 +161,7 @@ class _Combination(Constraint):
 
     def __init__(self, parts: list[Constraint], name: str):
         self.parts, self.name = parts, name
+        self.waits = any(part.waits for part in parts)
 
     def load(self) -> None:
         for part in self.parts:

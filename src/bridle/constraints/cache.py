@@ -135,6 +135,7 @@ class Cached(Constraint):
     @checked
     def __init__(self, constraint: Constraint, cache: CacheFile = True, version: str | int = ""):
         self.constraint, self.cache, self.version = constraint, ScoreCache.of(cache), version
+        self.waits = constraint.waits
 
     @property
     def name(self) -> str:

@@ -88,6 +88,7 @@ class Remote(Constraint):
     """
 
     type_name = "remote"
+    waits = True
 
     @checked
     def __init__(

@@ -4,7 +4,7 @@ R is fitted on these samples, and anything but the model's own distribution woul
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, repeat
@@ -73,6 +73,7 @@ def sample(
     description: str = "sampling",
     share: bool = False,
     states: dict[int, Tensor] | None = None,
+    on_batch: Callable[[list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
     """Draws one completion for each prompt.
 
@@ -93,6 +94,7 @@ def sample(
         share: among all processes of the run, which must then all call this, draw the same completions as one would.
         states: is told, by the prompt's index, the hidden states that a completion's tokens were drawn from,
             [tokens, hidden] on the CPU, of the completions that this process drew.
+        on_batch: is told the completions of each batch that this process draws, as soon as they are there.
 
     Returns:
         Completions as token ids, in the order of the prompts.
@@ -111,19 +113,23 @@ def sample(
     completions: dict[int, list[int]] = {}
     with (
         _plain_generation(model),
-        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
         Progress(description, sum(len(batches[index]) for index in mine), "texts") as progress,
     ):
         for number in mine:
             batch = batches[number]
-            torch.manual_seed(zlib.crc32(f"{seed}/{number}".encode()))  # whoever draws it, it is the same
-            uniform = torch.rand(max_new_tokens, len(batch), dtype=torch.float64, device=model.device)
+            generator = torch.Generator(model.device)
+            generator.manual_seed(zlib.crc32(f"{seed}/{number}".encode()))  # whoever draws it, it is the same
+            uniform = torch.rand(
+                max_new_tokens, len(batch), dtype=torch.float64, device=model.device, generator=generator
+            )
             rows = [(prompts[index], numbers) for index, numbers in zip(batch, uniform.T, strict=True)]
             drawn = chain.from_iterable(limit.run(draw, rows))
             for index, (completion, drawn_from) in zip(batch, drawn, strict=True):
                 completions[index] = completion
                 if states is not None and drawn_from is not None:
                     states[index] = drawn_from
+            if on_batch is not None:
+                on_batch([completions[index] for index in batch])
             progress.update(len(batch))
     for part in gathered(completions) if share else []:
         completions |= part

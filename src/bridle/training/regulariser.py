@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.constraints import Constraint
+from bridle.constraints import Constraint, ScoringAhead
 from bridle.data import (
     Rollout,
     prompts_from_domain,
@@ -118,15 +118,16 @@ class DomainRegulariser:
         earlier = [rollout for rollout in self.replayed + self.rollouts if rollout.complies is not None]
         self.replayed = [r for r in earlier if r.round >= round_index - self.config.auxiliary.replay]
         states: dict[int, Tensor] = {}  # by rollout, what its tokens were drawn from, so that fitting need not run p_a
-        with _timed(seconds, "sampling"):
-            self.rollouts, self.drawn = self._sample(round_index, states), 0
-        with _timed(seconds, "scoring"):
-            self._score()
+        with ScoringAhead(self.constraint) as scoring:
+            with _timed(seconds, "sampling"):
+                self.rollouts, self.drawn = self._sample(round_index, states, scoring), 0
+            with _timed(seconds, "scoring"):
+                self._score(scoring)
         with _timed(seconds, "fitting"):
             fitted = self._fit(round_index, states)
         return {**_compliance(self.rollouts), **fitted, **{f"seconds_{k}": v for k, v in seconds.items()}}
 
-    def _sample(self, round_index: int, states: dict[int, Tensor]) -> list[Rollout]:
+    def _sample(self, round_index: int, states: dict[int, Tensor], scoring: ScoringAhead) -> list[Rollout]:
         prompts = self.prompts(round_index)
         completions = sample(
             self.model,
@@ -139,14 +140,15 @@ class DomainRegulariser:
             description=f"round {round_index}: sampling for {self.name}",
             share=True,
             states=states,
+            on_batch=lambda completions: scoring.ask([self._decode(completion) for completion in completions]),
         )
         model_hash = weights_hash(self.model)
         return [
             Rollout(
                 prompt_ids=prompt,
                 completion_ids=completion,
-                prompt=self.tokenizer.decode(prompt, skip_special_tokens=True),
-                completion=self.tokenizer.decode(completion, skip_special_tokens=True),
+                prompt=self._decode(prompt),
+                completion=self._decode(completion),
                 round=round_index,
                 regulariser=self.name,
                 model_hash=model_hash,
@@ -178,10 +180,15 @@ class DomainRegulariser:
         in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
         return in_turn[:count]
 
-    def _score(self) -> None:
-        mine = self.constraint.score([rollout.completion for rollout in share(self.rollouts)])
-        scores = joined(mine, len(self.rollouts))
-        for rollout, score in zip(self.rollouts, scores, strict=True):
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _score(self, scoring: ScoringAhead) -> None:
+        known = {text: score for part in gathered(scoring.scores()) for text, score in part.items()}
+        rest = [rollout.completion for rollout in self.rollouts if rollout.completion not in known]
+        scores = iter(joined(self.constraint.score(share(rest)), len(rest)))
+        for rollout in self.rollouts:
+            score = known.get(rollout.completion) or next(scores)
             rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
 
     def _fit(self, round_index: int, states: dict[int, Tensor]) -> dict[str, Any]:

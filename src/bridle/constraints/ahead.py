@@ -1,0 +1,53 @@
+"""Scoring while more texts are drawn, where a constraint only waits for somebody else's machine."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from bridle.constraints.base import Constraint, Score
+
+
+class ScoringAhead:
+    """Asks a constraint that `waits` about texts as they come, in a thread; leaves every other constraint alone.
+
+    What computes on this machine would only take from sampling what it gives to scoring. To be used as a context
+    manager: on the way out it drops what has not been asked yet.
+
+    Args:
+        constraint: asked about each text once.
+    """
+
+    def __init__(self, constraint: Constraint):
+        self.constraint = constraint
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
+        self._asked: set[str] = set()
+        self._answers: list[Future[dict[str, Score]]] = []
+
+    def ask(self, texts: Sequence[str]) -> None:
+        """Begins to score texts, behind those that came before; returns at once.
+
+        Once the constraint has raised, which `scores` tells, it is not asked again.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._asked]
+        raised = any(answer.done() and answer.exception() for answer in self._answers)
+        if self.constraint.waits and new and not raised:
+            self._asked.update(new)
+            self._answers.append(self._pool.submit(self._score, new))
+
+    def scores(self) -> dict[str, Score]:
+        """Waits for what has been asked: scores by text.
+
+        Raises:
+            Exception: what the constraint raised.
+        """
+        return {text: score for answer in self._answers for text, score in answer.result().items()}
+
+    def _score(self, texts: list[str]) -> dict[str, Score]:
+        return dict(zip(texts, self.constraint.score(texts), strict=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
