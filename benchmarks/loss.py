@@ -37,7 +37,7 @@ from common import (
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 
-from bridle.core.chunked import CHUNK, Divergence, constrained_loss
+from bridle.core.chunked import Divergence, constrained_loss
 from bridle.core.losses import cross_entropy, kl_divergence
 
 PLAIN = {"ce": "plain ce", "ce+kl": "plain ce+kl"}
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[4096, 32_000, 152_000])
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--chunk", type=int, default=CHUNK, help="entries of a chunk's logits")
+    parser.add_argument("--chunk", type=int, help="entries of a chunk's logits")
     parser.add_argument("--frozen", action="store_true", help="the output layer is not trained, as with LoRA")
     options = parsed(parser)
     measured = [measure(options, tokens, size) for size in options.vocabulary for tokens in options.tokens]

@@ -77,6 +77,12 @@ class Sums:
     divergences: dict[str, tuple[Tensor, Tensor]]
 
 
+def chunk_size(vocabulary: int, device: torch.device) -> int:
+    """How many entries a chunk has best: each reads the output layer once, which many rows must share."""
+    least_rows = 64 if device.type == "cpu" else 512  # others compute some hundred times while they read a number
+    return max(CHUNK, least_rows * vocabulary)
+
+
 def chunks(positions: int, vocabulary: int, size: int = CHUNK) -> Iterator[slice]:
     """Cuts positions so that each piece has about `size` logits."""
     step = max(1, size // vocabulary)
@@ -92,7 +98,7 @@ def constrained_loss(
     divergences: Sequence[Divergence] = (),
     *,
     dtype: torch.dtype | None = None,
-    size: int = CHUNK,
+    size: int | None = None,
 ) -> tuple[Tensor, Sums]:
     """CE + Σ_d λ_d·KL(q_d ‖ p), summed over positions (EMNLP 2024).
 
@@ -103,7 +109,7 @@ def constrained_loss(
         trained_on: [positions], true where the cross-entropy counts.
         divergences: the regularisers' terms.
         dtype: in which the matrix products are made; that of `hidden_states` if not given. All else is float32.
-        size: entries of a chunk's logits.
+        size: entries of a chunk's logits; `chunk_size` if not given.
 
     Returns:
         The sum, a scalar with the gradient of hidden states and output layer, for one backward; and its parts.
@@ -117,7 +123,7 @@ def constrained_loss(
         coefficients[divergence.positions] += divergence.weight
     parts = torch.zeros(3 + len(divergences), device=hidden_states.device)
 
-    for chunk in chunks(len(hidden_states), vocabulary, size):
+    for chunk in chunks(len(hidden_states), vocabulary, size or chunk_size(vocabulary, hidden_states.device)):
         raw = linear.logits(chunk)
         logits = layer.shape(raw)
         log_p = F.log_softmax(logits.float(), dim=-1)
