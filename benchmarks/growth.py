@@ -30,6 +30,7 @@ SFT, OURS = "sft", "constrained"
 PARTS = ("all", "at_the_end")
 BATCH = 8
 NEW_TOKENS = 16
+COLUMNS = 3  # of the picture
 SHARE = 10  # trained tokens for a sampled one, in each domain
 
 
@@ -112,9 +113,10 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> Figures:
 @rc_context(STYLE)
 def picture(axes: Sequence[dict[str, Any]], path: Path) -> None:
     """Seconds against each size, both in logarithms."""
-    figure = Figure(figsize=(3.4 * len(axes), 3.8), layout="constrained")
-    for ax, found in zip(figure.subplots(1, len(axes), squeeze=False).flat, axes, strict=True):
-        _draw(ax, found)
+    columns, rows = min(len(axes), COLUMNS), -(-len(axes) // COLUMNS)
+    figure = Figure(figsize=(3.4 * columns, 3.8 * rows), layout="constrained")
+    for place, found in enumerate(axes, start=1):
+        _draw(figure.add_subplot(rows, columns, place), found)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
 
