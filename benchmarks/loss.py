@@ -103,8 +103,8 @@ def run(case: Case, loss: Callable[[], Tensor], device: str) -> Figures:
     """Seconds and peak bytes of a forward and a backward, the largest of two turns' bytes."""
 
     def turn() -> None:
-        case.states.grad = case.weight.grad = None
         loss().backward()
+        case.states.grad = case.weight.grad = None
 
     free_memory()
     with peak_memory(device) as peak:

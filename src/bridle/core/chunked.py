@@ -20,9 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from bridle.core.target import FLOOR
 
-CHUNK = 2**21
-"""Entries of a chunk's logits; chosen by `benchmarks/loss.py`."""
-
 
 class OutputLayer(Protocol):
     """The linear map from hidden states to logits, and what the architecture does to its result."""
@@ -77,13 +74,16 @@ class Sums:
     divergences: dict[str, tuple[Tensor, Tensor]]
 
 
-def chunk_size(vocabulary: int, device: torch.device) -> int:
-    """How many entries a chunk has best: each reads the output layer once, which many rows must share."""
-    least_rows = 64 if device.type == "cpu" else 512  # others compute some hundred times while they read a number
-    return max(CHUNK, least_rows * vocabulary)
+def chunk_size(device: torch.device) -> int:
+    """How many entries a chunk's logits have, whatever the vocabulary; chosen by `benchmarks/loss.py`.
+
+    Each chunk reads the output layer once. An accelerator computes some hundred times while it reads a number, so there
+    many rows must share the reading.
+    """
+    return 2**21 if device.type == "cpu" else 2**25
 
 
-def chunks(positions: int, vocabulary: int, size: int = CHUNK) -> Iterator[slice]:
+def chunks(positions: int, vocabulary: int, size: int) -> Iterator[slice]:
     """Cuts positions so that each piece has about `size` logits."""
     step = max(1, size // vocabulary)
     return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
@@ -115,7 +115,7 @@ def constrained_loss(
         The sum, a scalar with the gradient of hidden states and output layer, for one backward; and its parts.
     """
     dtype = dtype or hidden_states.dtype
-    vocabulary = len(layer.weight)
+    size = size or chunk_size(hidden_states.device)
     linear = _Linear(hidden_states, layer.weight, layer.bias, dtype)
     share = trained_on.float()
     coefficients = share.clone()  # of p in the gradient: c + Σ_d λ_d
@@ -123,7 +123,7 @@ def constrained_loss(
         coefficients[divergence.positions] += divergence.weight
     parts = torch.zeros(3 + len(divergences), device=hidden_states.device)
 
-    for chunk in chunks(len(hidden_states), vocabulary, size or chunk_size(vocabulary, hidden_states.device)):
+    for chunk in chunks(len(hidden_states), len(layer.weight), size):
         raw = linear.logits(chunk)
         logits = layer.shape(raw)
         log_p = F.log_softmax(logits.float(), dim=-1)
