@@ -55,7 +55,7 @@ class Case:
         self.weight.requires_grad_(not options.frozen)
         self.targets = torch.randint(vocabulary, (tokens,), device=options.device, generator=generator)
         self.all = torch.ones(tokens, dtype=torch.bool, device=options.device)
-        self.size = options.chunk
+        self.rows = options.rows
 
     def log_q(self, which: slice = slice(None)) -> Tensor:
         with torch.no_grad():
@@ -72,7 +72,7 @@ class Case:
         layer = SimpleNamespace(weight=self.weight, bias=None, shape=lambda logits: logits)
         every = Divergence("all", torch.arange(len(self.all), device=self.all.device), 1.0, lambda w, _: self.log_q(w))
         terms = [every] if divergence else []
-        return constrained_loss(self.states, layer, self.targets, self.all, terms, size=self.size)[0]
+        return constrained_loss(self.states, layer, self.targets, self.all, terms, rows=self.rows)[0]
 
     def trl(self) -> Tensor:
         """With the entropy and the accuracy that TRL logs."""
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[4096, 32_000, 152_000])
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--chunk", type=int, help="entries of a chunk's logits")
+    parser.add_argument("--rows", type=int, help="positions of a chunk")
     parser.add_argument("--frozen", action="store_true", help="the output layer is not trained, as with LoRA")
     options = parsed(parser)
     measured = [measure(options, tokens, size) for size in options.vocabulary for tokens in options.tokens]

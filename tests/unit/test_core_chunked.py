@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridle.core.chunked import Divergence, chunks, constrained_loss
+from bridle.core.chunked import Divergence, chunk_rows, chunks, constrained_loss
 from bridle.core.losses import cross_entropy, entropy, kl_divergence, sparse_kl_divergence
 from bridle.core.target import log_target, sparse_target
 
@@ -84,21 +84,18 @@ def world(bias=True, scale=None, cap=None, dtype=torch.float32, seed=0):
     )
 
 
-def in_one_pass(world, size, **options):
+def in_one_pass(world, rows=2, **options):
     return constrained_loss(
-        world.states, world.layer, world.targets, world.trained_on, world.divergences(), size=size, **options
+        world.states, world.layer, world.targets, world.trained_on, world.divergences(), rows=rows, **options
     )
 
 
-SIZES = [VOCABULARY - 5, VOCABULARY, 4 * VOCABULARY, 100 * VOCABULARY]  # one position at a time, ..., all at once
-
-
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rows", [1, 2, 4, 100])
 @pytest.mark.parametrize(("bias", "scale", "cap"), [(True, None, None), (False, 0.3, None), (True, 2.0, 1.5)])
-def test_values_and_gradients_are_those_of_the_plain_loss(size, bias, scale, cap):
+def test_values_and_gradients_are_those_of_the_plain_loss(rows, bias, scale, cap):
     given = world(bias, scale, cap)
     plain, (ce, kl_some, kl_others, logits) = given.plainly()
-    loss, sums = in_one_pass(given, size)
+    loss, sums = in_one_pass(given, rows)
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
     torch.testing.assert_close(sums.cross_entropy, ce, rtol=1e-6, atol=0)
     torch.testing.assert_close(sums.entropy, entropy(logits, given.trained_on)[0], rtol=1e-6, atol=0)
@@ -112,16 +109,16 @@ def test_values_and_gradients_are_those_of_the_plain_loss(size, bias, scale, cap
 
 def test_a_factor_before_the_loss_is_a_factor_of_the_gradient():
     given = world()
-    once = given.gradients(in_one_pass(given, 40)[0])
-    half = given.gradients(in_one_pass(given, 40)[0] / 2)
+    once = given.gradients(in_one_pass(given)[0])
+    half = given.gradients(in_one_pass(given)[0] / 2)
     assert all(torch.equal(a / 2, b) for a, b in zip(once, half, strict=True))
 
 
 def test_bf16_is_within_its_rounding():
     given = world(dtype=torch.bfloat16)
     exact = world()
-    loss, _ = in_one_pass(given, 40)
-    torch.testing.assert_close(loss, in_one_pass(exact, 40)[0], rtol=2e-2, atol=0)
+    loss, _ = in_one_pass(given)
+    torch.testing.assert_close(loss, in_one_pass(exact)[0], rtol=2e-2, atol=0)
     for ours, theirs in zip(given.gradients(loss), exact.gradients(exact.plainly()[0]), strict=True):
         assert ours.dtype == torch.bfloat16
         torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-2 * theirs.abs().max().item())
@@ -129,7 +126,7 @@ def test_bf16_is_within_its_rounding():
 
 def test_mixed_precision_keeps_the_weights_gradient_in_float32():
     given = world()
-    gradients = given.gradients(in_one_pass(given, 40, dtype=torch.bfloat16)[0])
+    gradients = given.gradients(in_one_pass(given, dtype=torch.bfloat16)[0])
     for ours, theirs in zip(gradients, given.gradients(given.plainly()[0]), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2 * theirs.abs().max().item())
@@ -141,7 +138,7 @@ def test_a_shipped_target_is_the_sparse_divergence(k):
     kept = sparse_target(given.log_q, k)
     everywhere = Divergence("all", torch.arange(POSITIONS), 2.0, lambda which, logits: kept[which].spread(logits))
     loss, _ = constrained_loss(
-        given.states, given.layer, given.targets, torch.zeros_like(given.trained_on), [everywhere], size=40
+        given.states, given.layer, given.targets, torch.zeros_like(given.trained_on), [everywhere], rows=2
     )
     plain = 2.0 * sparse_kl_divergence(kept, given.layer(given.states), torch.ones(POSITIONS, dtype=torch.bool))[0]
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
@@ -153,7 +150,7 @@ def test_a_frozen_output_layer_gets_no_gradient():
     given = world()
     given.layer.weight.requires_grad_(False)
     given.layer.bias.requires_grad_(False)
-    loss, _ = in_one_pass(given, 40)
+    loss, _ = in_one_pass(given)
     loss.backward()
     assert given.layer.weight.grad is None
     assert given.states.grad.abs().sum() > 0
@@ -171,29 +168,38 @@ def test_nothing_counted_stays_in_the_graph_with_zero_gradient():
 
 def test_a_second_backward_is_refused():
     given = world()
-    loss, _ = in_one_pass(given, 40)
+    loss, _ = in_one_pass(given)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward"):
         loss.backward()
 
 
 def test_chunks_cover_every_position_once():
-    cut = list(chunks(10, 7, size=21))
+    cut = list(chunks(10, 3))
     assert [piece.stop - piece.start for piece in cut] == [3, 3, 3, 1]
     assert cut[0].start == 0
     assert all(before.stop == after.start for before, after in pairwise(cut))
-    assert list(chunks(0, 7, size=21)) == []
-    assert len(list(chunks(4, 1000, size=10))) == 4
+    assert list(chunks(0, 3)) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_chunk_has_a_bound_on_its_logits_and_at_least_one_position(device):
+    at, bound = torch.device(device), {"cpu": 2**23, "cuda": 2**25}[device]
+    rows = [chunk_rows(at, vocabulary) for vocabulary in (100, 4_096, 32_000, 152_000, 10**9)]
+    assert rows == sorted(rows, reverse=True)
+    assert bound // 2 < rows[2] * 32_000 <= bound
+    assert bound // 2 < rows[3] * 152_000 <= bound
+    assert rows[-1] == 1
 
 
 def test_its_memory_does_not_grow_with_the_vocabulary():
     """The largest tensor beside inputs and their gradients is a chunk, however large the vocabulary."""
     largest = []
-    for vocabulary in (1_000, 64_000):
-        states = torch.randn(256, 4, requires_grad=True)
+    for vocabulary in (16_384, 65_536):
+        states = torch.randn(600, 4, requires_grad=True)
         layer = Layer(torch.randn(vocabulary, 4))
-        targets = torch.zeros(256, dtype=torch.long)
+        targets = torch.zeros(600, dtype=torch.long)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            constrained_loss(states, layer, targets, targets == 0, size=64_000)
+            constrained_loss(states, layer, targets, targets == 0)
         largest.append(max(event.cpu_memory_usage for event in profile.events()))
     assert largest[1] <= 1.01 * largest[0]

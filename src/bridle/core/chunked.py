@@ -74,19 +74,19 @@ class Sums:
     divergences: dict[str, tuple[Tensor, Tensor]]
 
 
-def chunk_size(device: torch.device) -> int:
-    """How many entries a chunk's logits have, whatever the vocabulary.
+def chunk_rows(device: torch.device, vocabulary: int) -> int:
+    """How many positions a chunk has: enough to share one reading of the output layer, and no more logits than a bound.
 
-    The CPU's number was chosen by measuring, the other by reasoning: each chunk reads the output layer once, and an
-    accelerator computes some hundred times while it reads a number, so that many rows must share the reading.
+    The bound makes memory independent of the vocabulary. The CPU's numbers were chosen by measuring (docs: log), the
+    others by reasoning: an accelerator computes some hundred times while it reads a number.
     """
-    return 2**21 if device.type == "cpu" else 2**25
+    rows, logits = (512, 2**23) if device.type == "cpu" else (8192, 2**25)
+    return max(1, min(rows, logits // vocabulary))
 
 
-def chunks(positions: int, vocabulary: int, size: int) -> Iterator[slice]:
-    """Cuts positions so that each piece has about `size` logits."""
-    step = max(1, size // vocabulary)
-    return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
+def chunks(positions: int, rows: int) -> Iterator[slice]:
+    """Cuts positions into pieces of so many rows."""
+    return (slice(start, min(start + rows, positions)) for start in range(0, positions, rows))
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def constrained_loss(
     divergences: Sequence[Divergence] = (),
     *,
     dtype: torch.dtype | None = None,
-    size: int | None = None,
+    rows: int | None = None,
 ) -> tuple[Tensor, Sums]:
     """CE + Σ_d λ_d·KL(q_d ‖ p), summed over positions (EMNLP 2024).
 
@@ -109,13 +109,13 @@ def constrained_loss(
         trained_on: [positions], true where the cross-entropy counts.
         divergences: the regularisers' terms.
         dtype: in which the matrix products are made; that of `hidden_states` if not given. All else is float32.
-        size: entries of a chunk's logits; `chunk_size` if not given.
+        rows: positions of a chunk; `chunk_rows` if not given.
 
     Returns:
         The sum, a scalar with the gradient of hidden states and output layer, for one backward; and its parts.
     """
     dtype = dtype or hidden_states.dtype
-    size = size or chunk_size(hidden_states.device)
+    rows = rows or chunk_rows(hidden_states.device, len(layer.weight))
     linear = _Linear(hidden_states, layer.weight, layer.bias, dtype)
     share = trained_on.float()
     coefficients = share.clone()  # of p in the gradient: c + Σ_d λ_d
@@ -123,7 +123,7 @@ def constrained_loss(
         coefficients[divergence.positions] += divergence.weight
     parts = torch.zeros(3 + len(divergences), device=hidden_states.device)
 
-    for chunk in chunks(len(hidden_states), len(layer.weight), size):
+    for chunk in chunks(len(hidden_states), rows):
         raw = linear.logits(chunk)
         logits = layer.shape(raw)
         log_p = F.log_softmax(logits.float(), dim=-1)
@@ -136,13 +136,13 @@ def constrained_loss(
         gradient = p.mul_(coefficients[chunk, None])
         gradient.scatter_add_(-1, target, -share[chunk, None])
         for number, divergence in enumerate(divergences, start=3):
-            which, rows = _within(divergence.positions, chunk)
-            if len(rows):
-                log_q = divergence.log_q(which, logits[rows]).clamp(min=FLOOR)  # 0·log 0 = 0
+            which, where = _within(divergence.positions, chunk)
+            if len(where):
+                log_q = divergence.log_q(which, logits[where]).clamp(min=FLOOR)  # 0·log 0 = 0
                 q = log_q.exp()
-                gradient.index_add_(0, rows, q, alpha=-divergence.weight)
+                gradient.index_add_(0, where, q, alpha=-divergence.weight)
                 # Rounding alone can make a KL negative.
-                parts[number] += _dot(q, log_q.sub_(log_p[rows])).clamp(min=0).sum()
+                parts[number] += _dot(q, log_q.sub_(log_p[where])).clamp(min=0).sum()
         linear.take(chunk, _through_shape(layer, raw, logits, gradient))
 
     weights = torch.tensor([1.0, 0, 0, *(divergence.weight for divergence in divergences)], device=parts.device)

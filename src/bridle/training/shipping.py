@@ -19,7 +19,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from bridle.core.chunked import chunk_size, chunks
+from bridle.core.chunked import chunk_rows, chunks
 from bridle.core.target import SparseTarget, sparse_target
 from bridle.data import DOMAIN
 from bridle.data.targets import TargetCache, TargetWriter, bytes_per_token, row_keys
@@ -146,7 +146,8 @@ def _add(regulariser: DomainRegulariser, writer: TargetWriter, rows: list[tuple[
 def _sparse(target: Target, config: ConstrainedConfig) -> SparseTarget:
     """A batch's target over [prefixes, k] tokens."""
     parts = []
-    for which in chunks(*target.shape, chunk_size(target.features.device)):
+    positions, vocabulary = target.shape
+    for which in chunks(positions, chunk_rows(target.features.device, vocabulary)):
         anchor_logits = target.anchor_logits(which)
         log_q = target.log_q(which, anchor_logits)
         parts.append(sparse_target(log_q, config.target_tokens, F.log_softmax(anchor_logits.float(), dim=-1)))
