@@ -19,11 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint, ScoringAhead
-from bridle.data import (
-    Rollout,
-    prompts_from_domain,
-    read_prompts,
-)
+from bridle.data import Rollout, prompts_from_domain, read_prompts
 from bridle.data.targets import TargetCache, row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
