@@ -33,8 +33,8 @@ from bridle.constraints import Classifier
 from bridle.data import mix, tokenize_domain
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
 from bridle.training.build import build_trainer
-from bridle.training.ray_worker import RayWorker
 from bridle.training.recipe import Recipe, load_recipe
+from bridle.training.schedules.ray_worker import RayWorker
 from bridle.training.trainer import ConstrainedTrainer
 
 ROOT = Path(__file__).parents[1]

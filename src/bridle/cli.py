@@ -74,7 +74,7 @@ def train(
     folder = output_dir or Path("runs") / recipe.stem
     loaded = load_recipe(recipe, parse_overrides(context.args))
     if loaded.training.get("schedule") == "parallel":
-        from bridle.training.roles import train_in_roles
+        from bridle.training.schedules.roles import train_in_roles
 
         train_in_roles(loaded, folder, resume=resume, accept_changes=accept_changes)
     else:

@@ -22,9 +22,9 @@ from bridle.models.loading import LoraOptions
 from bridle.models.sharding import is_sharded
 from bridle.ranks import is_main, world
 from bridle.training.config import Regulariser
-from bridle.training.parallel import LocalWorker
 from bridle.training.recipe import build_recipe
 from bridle.training.run import train
+from bridle.training.schedules.parallel import LocalWorker
 from bridle.training.state import trainable_weights
 from bridle.training.trainer import ConstrainedTrainer
 from trainers import NO_E, corpus, spoil_loss, trainer_of

@@ -19,8 +19,8 @@ from bridle.training.config import Regulariser
 from bridle.training.fitting import encode
 from bridle.training.recipe import load_recipe
 from bridle.training.run import train
-from bridle.training.sequential import SequentialSchedule, last_checkpoint
-from bridle.training.shipping import Upcoming, make_targets
+from bridle.training.schedules.sequential import SequentialSchedule, last_checkpoint
+from bridle.training.schedules.shipping import Upcoming, make_targets
 from exhaustion import room_for, used
 from trainers import NO_E, logged, trainer_of, weights
 

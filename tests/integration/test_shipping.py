@@ -6,8 +6,8 @@ from test_training import NO_E, logged, trainer_of, weights
 
 from bridle.errors import UserError
 from bridle.training.config import ParallelOptions, Regulariser
-from bridle.training.parallel import LocalWorker
 from bridle.training.regulariser import DomainRegulariser
+from bridle.training.schedules.parallel import LocalWorker
 
 # 80 rows of two domains in batches of 8: ten updates an epoch.
 SHIPPED = {"targets": "shipped", "max_steps": 8, "rounds": 2}

@@ -15,7 +15,7 @@ from bridle.errors import RunStopped, UserError
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
 from bridle.training.config import AuxiliaryOptions, Regulariser
-from bridle.training.sequential import last_checkpoint
+from bridle.training.schedules.sequential import last_checkpoint
 from trainers import NO_E, SFT_OPTIONS, SHARE_OF_E, Letters, corpus, logged, trainer_of, weights
 
 

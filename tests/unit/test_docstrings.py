@@ -15,7 +15,13 @@ SOURCE = ROOT / "src" / "bridle"
 SHAPE = re.compile(r"\[[^\]]*\]|\bscalars?\b|[Ss]hapes? as in `")
 CITATION = re.compile(r"\d{4}\)|EMNLP 2024|NeurIPS 2022|concepts/method")
 ERRORS = ("UserError", "RunStopped")
-OF_EQUATIONS = ["core", "baselines", "training/trainer.py", "training/sequential.py", "training/parallel.py"]
+OF_EQUATIONS = [
+    "core",
+    "baselines",
+    "training/trainer.py",
+    "training/schedules/sequential.py",
+    "training/schedules/parallel.py",
+]
 
 
 def public_functions():

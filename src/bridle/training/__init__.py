@@ -1,1 +1,1 @@
-"""Constrained fine-tuning: the regulariser's rounds, the update, and the schedules."""
+"""Constrained fine-tuning: the regulariser's rounds, the update, and from a recipe to a run."""

@@ -13,7 +13,7 @@ from bridle.errors import RunStopped
 from bridle.ranks import is_main
 from bridle.training.config import ConstrainedConfig
 from bridle.training.memory import CuttingTrainer
-from bridle.training.sequential import SCHEDULE, SequentialSchedule
+from bridle.training.schedules.sequential import SCHEDULE, SequentialSchedule
 from bridle.training.state import readable
 
 

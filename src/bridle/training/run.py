@@ -24,7 +24,7 @@ from bridle.training.build import build_trainer
 from bridle.training.config import ConstrainedConfig
 from bridle.training.recipe import Recipe
 from bridle.training.reporting import MetricsFile, TrainingProgress
-from bridle.training.sequential import last_checkpoint
+from bridle.training.schedules.sequential import last_checkpoint
 from bridle.training.trainer import ConstrainedTrainer
 
 RECIPE_FILE = "recipe.yaml"

@@ -27,9 +27,9 @@ from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.guards import EntropyGuard, FiniteGuard
 from bridle.training.lasting import LastingTrainer
-from bridle.training.parallel import ParallelSchedule
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.sequential import SequentialSchedule
+from bridle.training.schedules.parallel import ParallelSchedule
+from bridle.training.schedules.sequential import SequentialSchedule
 from bridle.training.tally import Tally
 
 SCHEDULES = {"sequential": SequentialSchedule, "parallel": ParallelSchedule}

@@ -16,9 +16,9 @@ from bridle.errors import RunStopped, UserError
 from bridle.ranks import is_main
 from bridle.resources import stopping_when_exhausted
 from bridle.training.config import ParallelOptions
-from bridle.training.parallel import Pending, RegulariserRole
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.shipping import Upcoming
+from bridle.training.schedules.parallel import Pending, RegulariserRole
+from bridle.training.schedules.shipping import Upcoming
 from bridle.training.state import RegulariserState, Weights
 
 try:

@@ -18,7 +18,7 @@ from bridle.ranks import is_main, rank
 from bridle.reading import read_json
 from bridle.training.guards import round_warnings, tell
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.shipping import make_targets, upcoming
+from bridle.training.schedules.shipping import make_targets, upcoming
 from bridle.training.state import RegulariserState
 from bridle.training.tally import Sums
 

@@ -19,8 +19,8 @@ from bridle.errors import RunStopped, UserError
 from bridle.models.hidden import causal_lm
 from bridle.ranks import from_main, is_main
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.sequential import SequentialSchedule
-from bridle.training.shipping import Upcoming, make_targets, upcoming
+from bridle.training.schedules.sequential import SequentialSchedule
+from bridle.training.schedules.shipping import Upcoming, make_targets, upcoming
 from bridle.training.state import RegulariserState, Weights, trainable_weights
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class ParallelSchedule(SequentialSchedule):
         return states
 
     def _ray_worker(self) -> Worker:
-        from bridle.training.ray_worker import RayWorker  # Ray is optional
+        from bridle.training.schedules.ray_worker import RayWorker  # Ray is optional
 
         trainer, args = self.trainer, self.trainer.args
         return SharedWorker(lambda: RayWorker(trainer.regularisers, args.parallel, Path(args.output_dir)))

@@ -9,7 +9,9 @@ import torch
 
 from bridle.errors import RunStopped, UserError
 from bridle.training.config import ConstrainedConfig
-from bridle.training.ray_worker import (
+from bridle.training.recipe import Recipe, build_recipe
+from bridle.training.run import train
+from bridle.training.schedules.ray_worker import (
     RESUME,
     Died,
     Failed,
@@ -21,8 +23,6 @@ from bridle.training.ray_worker import (
     outcome,
     wait_for_resources,
 )
-from bridle.training.recipe import Recipe, build_recipe
-from bridle.training.run import train
 
 
 def train_in_roles(

@@ -1,0 +1,1 @@
+"""When the regularisers work: by turns with the policy, or beside it; in this process or in others."""
