@@ -311,13 +311,25 @@ def test_the_difference_of_two_aucs_is_paired():
     labels = rng.integers(0, 2, 80).tolist()
     scores = [label + rng.normal() for label in labels]
     close = [score + 0.01 * rng.normal() for score in scores]
-    difference = compare_auc(close, scores, labels, resamples=60)
+    difference = compare_auc([close], [scores], labels, resamples=60)
     own = classification_report(FIT, FIT_LABELS, scores, labels, resamples=60).roc_auc
     other = classification_report(FIT, FIT_LABELS, close, labels, resamples=60).roc_auc
     assert difference.value == pytest.approx(other.value - own.value)
     assert difference.high - difference.low < (own.high - own.low) / 5
-    lost = compare_auc([None, *close[1:]], [*scores[:-1], math.nan], labels, resamples=10)
+    lost = compare_auc([[None, *close[1:]]], [[*scores[:-1], math.nan]], labels, resamples=10)
     assert (lost.n, lost.missing) == (78, 2)
+
+
+def test_aucs_of_several_runs_are_averaged_before_they_are_compared():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 80).tolist()
+    better, worse, reference = ([noise * rng.normal() + label for label in labels] for noise in (0.3, 2.0, 1.0))
+    alone = [compare_auc([run], [reference], labels, resamples=60) for run in (better, worse)]
+    assert alone[0].value > 0 > alone[1].value
+    together = compare_auc([better, worse], [reference], labels, resamples=60)
+    assert together.value == pytest.approx((alone[0].value + alone[1].value) / 2)
+    lost = compare_auc([better, [*worse[:-1], None]], [reference, reference], labels, resamples=10)
+    assert (lost.n, lost.missing) == (79, 1)
 
 
 def test_rows_that_give_no_figure_are_refused():

@@ -153,15 +153,15 @@ def _value(figures: Figures, group: str, on: str, within: str | None) -> float |
 
 
 def _by_auc(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
-    """Differences of AUC with the lowest seed, with bootstrap intervals over rows and no p-value."""
+    """Differences of the mean AUC over seeds, with bootstrap intervals over rows and no p-value."""
     values = {method: _value(found, "classification", "roc_auc", None) for method, found in figures.items()}
     aucs = {method: value for method, value in values.items() if value is not None}
     if len(aucs) < 2:
         return []
-    rows = {method: runs[method][min(runs[method])].classified for method in aucs}
-    scores = {method: [row["score"] for row in found] for method, found in rows.items()}
+    rows = {method: [observed.classified for observed in runs[method].values()] for method in aucs}
+    scores = {method: [[row["score"] for row in run] for run in found] for method, found in rows.items()}
     reference = max(aucs, key=aucs.__getitem__)
-    labels = [row["label"] for row in rows[reference]]
+    labels = [row["label"] for row in rows[reference][0]]
     where = {"figure": "classification", "on": "roc_auc", "constraint": None, "reference": reference}
     untested = {"p_value": None, "adjusted_p_value": None, "test": "bootstrap"}
     return [

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -263,21 +264,38 @@ def classification_report(
 
 
 def compare_auc(
-    scores: Scores, reference: Scores, labels: Sequence[int], *, seed: int = 0, resamples: int = RESAMPLES
+    scores: Sequence[Scores],
+    reference: Sequence[Scores],
+    labels: Sequence[int],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Estimate:
-    """ROC-AUC of `scores` − that of `reference` on the same rows; the interval resamples rows, in pairs.
+    """Mean ROC-AUC of one method's runs − that of a reference's on the same rows.
 
-    A row without either score is missing. Raises as `classification_report`.
+    Args:
+        scores: [runs, rows] of the method.
+        reference: [runs, rows]; it may have another number of runs.
+        labels: [rows], 1 where positive and 0 elsewhere.
+        seed: of the bootstrap.
+        resamples: of it.
+
+    Returns:
+        The difference, with an interval that resamples rows, the same ones of every run. A row that lacks a score in
+        any run is missing.
+
+    Raises:
+        UserError: as `classification_report`.
     """
-    pairs = zip(scores, reference, strict=True)
-    complete = [pair if all(map(_is_finite, pair)) else None for pair in pairs]
-    first, targets, missing = _usable([pair and pair[0] for pair in complete], labels, "test")
-    second, _, _ = _usable([pair and pair[1] for pair in complete], labels, "test")
+    rows = [row if all(map(_is_finite, row)) else None for row in zip(*scores, *reference, strict=True)]
+    _, targets, missing = _usable([row and row[0] for row in rows], labels, "test")
+    values = np.array([row for row in rows if row], dtype=float)  # [rows, runs]
 
-    def difference(targets: np.ndarray, both: np.ndarray) -> float:
-        return _roc_auc(targets, both[:, 0]) - _roc_auc(targets, both[:, 1])
+    def difference(targets: np.ndarray, values: np.ndarray) -> float:
+        aucs = [_roc_auc(targets, column) for column in values.T]
+        return fmean(aucs[: len(scores)]) - fmean(aucs[len(scores) :])
 
-    return _figure(difference, targets, np.stack([first, second], axis=1), missing, seed, resamples)
+    return _figure(difference, targets, values, missing, seed, resamples)
 
 
 def best_threshold(scores: np.ndarray, targets: np.ndarray) -> float:
