@@ -288,7 +288,7 @@ def compare_auc(
         UserError: as `classification_report`.
     """
     rows = [row if all(map(_is_finite, row)) else None for row in zip(*scores, *reference, strict=True)]
-    _, targets, missing = _usable([row and row[0] for row in rows], labels, "test")
+    _, targets, missing = _usable([row[0] if row else None for row in rows], labels, "test")
     values = np.array([row for row in rows if row], dtype=float)  # [rows, runs]
 
     def difference(targets: np.ndarray, values: np.ndarray) -> float:
