@@ -18,11 +18,10 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 
 import pytest
-import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
 from typer.main import get_command
 
+import standins
 import tiny_tokenizers
 from bridle.cli import app
 from bridle.comparison.plan import evaluation_of
@@ -100,20 +99,7 @@ def world(tiny_model, tmp_path_factory):
         tiny_model("llama", vocab_size=len(tokenizer), **options).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for name, labels in CLASSIFIERS.items():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(
-            "bert",
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            initializer_range=1.0,
-            id2label=dict(enumerate(labels)),
-            label2id={label: index for index, label in enumerate(labels)},
-        )
-        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        standins.save_classifier(folder / name, tokenizer, labels)
     for name in ROWS:
         rows = [{"text": f"{text} {number}", "label": number % 2} for number in range(13) for text in SENTENCES]
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
