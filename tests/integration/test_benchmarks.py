@@ -118,8 +118,8 @@ def test_step_overhead_with_adapters_and_checkpointing(benchmark):
 
 
 def test_loss(benchmark):
-    small = ("--tokens", 64, "--hidden_size", 8, "--chunk", 4096, "--repeats", 1)
-    smaller, larger = benchmark("loss", "--vocabulary", 512, 2048, *small)["cases"]
+    small = ("--vocabulary", 2048, "--hidden_size", 8, "--rows", 8, "--repeats", 1)
+    smaller, larger = benchmark("loss", "--tokens", 64, 256, *small)["cases"]
     assert larger["over_plain"]["plain ce+kl"]["bytes"]["median"] == 1
     assert larger["over_plain"]["chunked ce+kl"]["bytes"]["median"] < 0.5
     grown = {name: larger["raw"][name][0]["bytes"] / smaller["raw"][name][0]["bytes"] for name in larger["raw"]}
