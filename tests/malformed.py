@@ -50,7 +50,15 @@ RECIPE_FILES = {
     "more than a float holds": ("learning_rate: 1e999", "1e999 is not a finite number"),
     "no digits": ("max_steps: 0b_", "not valid YAML"),
     "too many digits": (f"max_steps: {'9' * 5000}", "not valid YAML"),
-    "a variable that is not set": ("model: ${NO_SUCH_VARIABLE_HERE}", "NO_SUCH_VARIABLE_HERE is not set"),
+    "a variable that is not set": (
+        "env: [NO_SUCH_VARIABLE]\nmodel: ${NO_SUCH_VARIABLE}",
+        "NO_SUCH_VARIABLE is not set",
+    ),
+    "a variable that is not listed": ("model: ${PATH}", "${PATH}: the recipe does not say that it reads PATH"),
+    "a default for one": ("model: ${TOKEN:-gpt2}", "list it as env: [TOKEN]"),
+    "a folder that begins nothing": ("model: https://host/${HOME}", "list it as env: [HOME]"),
+    "no list of variables": ("env: PATH\nmodel: ${PATH}", "env: must be a list of names"),
+    "a variable's value": ("env: ['${PATH}']\nmodel: a", "env: must be a list of names"),
 }
 """What is wrong: (the file's text, what is said beside its name)."""
 
@@ -519,6 +527,8 @@ ARGUMENTS = [
     (["judge", "a=b.jsonl", "c=d.jsonl", "--judge", "nowhere"], "b.jsonl: no such file"),
     (["judge", "a={rows}", "b={rows}", "--judge", "m", "--url", "ftp://host"], "url: must look like"),
     (["judge", "a={rows}", "b={rows}", "--judge", "m", "--url", "http://h", "--api_key_env", "a b"], "api_key_env: "),
+    (["judge", "a={rows}", "b={rows}", "--judge", "m", "--url", "http://h", "--api_key_env", "K"], "url: http would"),
+    (["judge", "a={rows}", "b={rows}", "--judge", "m", "--api_key_env", "K"], "--api_key_env: a local judge needs no"),
 ]
 """(arguments of `bridle`, what is said)."""
 

@@ -263,8 +263,9 @@ def judge(
         ),
     ] = None,
     api_key_env: Annotated[
-        str, typer.Option("--api_key_env", metavar="NAME", help="Environment variable that holds the endpoint's key.")
-    ] = "OPENAI_API_KEY",
+        str | None,
+        typer.Option("--api_key_env", metavar="NAME", help="Environment variable whose key is sent to --url."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here; see the schema.")
     ] = None,
@@ -283,6 +284,8 @@ def judge(
     files = dict(part.partition("=")[::2] for part in completions)
     if len(files) < 2 or not all(files.values()):
         raise UserError("give at least two methods as NAME=FILE")
+    if api_key_env is not None and url is None:
+        raise UserError("--api_key_env: a local judge needs no key; give --url, or leave it out")
     prompts, texts = read_methods(files)
     arbiter = (
         ChatJudge(url, judge_model, api_key_env)

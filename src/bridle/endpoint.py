@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
 from math import isfinite
 from random import SystemRandom
 from threading import Event, Lock
@@ -21,6 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import httpx2
 import jmespath
+from pydantic import SecretStr
 
 from bridle.errors import UserError
 
@@ -35,6 +37,7 @@ SHORTEST_KEY = 8  # characters: local servers take any word, such as "EMPTY", th
 SECRET_NAME = re.compile(
     r"(?i)(.*[-_.])?(key|apikey|secret|password|authorization|signature)|((x|api|access|auth|session)[-_.]?)*(token|auth)"
 )
+SECRET_VARIABLE = re.compile(r"(?i)(.*_)?(key|token|secret|password)")
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ class Endpoint:
 
     Failures of the connection, answers 408, 429 and 5xx, and broken JSON are asked again with exponential back-off
     and jitter; no request is begun before the time that a `Retry-After` has named. Redirects are not followed, since
-    they would carry the key elsewhere. Proxies are taken from the environment.
+    they would carry the key elsewhere. Proxies are taken from the environment, but for addresses of this machine.
 
     Args:
         url: where requests are posted.
-        api_key_env: environment variable that holds the key; no key is sent where it is not set.
+        api_key_env: environment variable that holds the key; no key is sent where none is named, or it is not set.
         api_key_header: header that carries the key; for "Authorization" as "Bearer KEY".
         headers: further headers; none may hold a secret.
         timeout: seconds to wait for a connection and for each part of an answer; an answer that trickles in is
@@ -84,14 +87,14 @@ class Endpoint:
         sleep: how to wait; tests need not.
 
     Raises:
-        UserError: the URL is none, `api_key_env` cannot be a variable's name, the key cannot be sent, or the URL or a
-            header holds a secret.
+        UserError: the URL is none, `api_key_env` cannot be a variable's name, its key cannot be sent or would be sent
+            unencrypted to another machine, or the URL or a header holds a secret.
     """
 
     def __init__(
         self,
         url: str,
-        api_key_env: str = "OPENAI_API_KEY",
+        api_key_env: str | None = None,
         *,
         api_key_header: str = "Authorization",
         headers: Mapping[str, str] | None = None,
@@ -105,10 +108,15 @@ class Endpoint:
         # Errors show the URL, so nothing in it may be a secret.
         if not re.fullmatch(r"https?://[!-~]+", url) or re.search("[@#]", url) or not _is_url(url):
             raise UserError("url: must look like https://host/path, without a password")
-        if not re.fullmatch("[A-Z][A-Z0-9_]*", api_key_env):
+        if api_key_env is not None and not re.fullmatch("[A-Z][A-Z0-9_]*", api_key_env):
             raise UserError(
                 "api_key_env: must be the name of an environment variable in capitals, such as OPENAI_API_KEY; "
                 "the key itself is never written down"
+            )
+        if api_key_env is not None and url.startswith("http:") and not _is_this_machine(url):
+            raise UserError(
+                f"url: http would send the key in {api_key_env} for all to read; use https, which only an address of "
+                "this machine, such as localhost, can do without"
             )
         self.url, self.api_key_env, self.api_key_header = url, api_key_env, api_key_header
         self.headers = dict(headers or {})
@@ -141,8 +149,10 @@ class Endpoint:
         elif isinstance(value, list):
             for inner in value:
                 self.refuse_secrets(inner, where)
-        elif isinstance(value, str) and len(key := self._key()) >= SHORTEST_KEY and key in value:
-            raise UserError(f"{where}: holds the key of {self.api_key_env}; {advice}")
+        elif isinstance(value, str):
+            for name in os.environ:
+                if (name == self.api_key_env or SECRET_VARIABLE.fullmatch(name)) and _holds(value, name):
+                    raise UserError(f"{where}: holds the secret that is in {name}; {advice}")
 
     def ask(self, bodies: Sequence[Any]) -> Iterator[tuple[int, Reply]]:
         """Sends every body, several at a time.
@@ -171,18 +181,19 @@ class Endpoint:
                 asking.stop("interrupted")
                 pool.shutdown(cancel_futures=True)
         if denied:
+            key = f"the variable {self.api_key_env}" if self.api_key_env else "name a key's variable in api_key_env"
             raise UserError(
-                f"{self.url} {DENIED[denied]} (HTTP {denied}); check the URL, the model it is asked for and the "
-                f"variable {self.api_key_env}"
+                f"{self.url} {DENIED[denied]} (HTTP {denied}); check the URL and the model it is asked for, and {key}"
             )
 
     def redacted(self, text: str) -> str:
         """One line of `text`, 200 characters at most, with stars in the place of the key."""
-        key = self._key()
+        key = self._key().get_secret_value()
         return " ".join((text.replace(key, "***") if key else text).split())[:200]
 
     def _client(self) -> httpx2.Client:
-        return httpx2.Client(timeout=httpx2.Timeout(self.timeout, pool=None))
+        timeout = httpx2.Timeout(self.timeout, pool=None)
+        return httpx2.Client(timeout=timeout, follow_redirects=False, trust_env=not _is_this_machine(self.url))
 
     def _ask(self, client: httpx2.Client, body: Any, asking: "_Asking") -> Reply:
         reply = None
@@ -206,7 +217,7 @@ class Endpoint:
         return longest * SystemRandom().uniform(0.5, 1.0)  # no state that runs or forks share
 
     def _post(self, client: httpx2.Client, body: Any) -> Reply:
-        key = self._key()
+        key = self._key().get_secret_value()
         bearer = "Bearer " if self.api_key_header.lower() == "authorization" else ""
         own = {"Content-Type": "application/json"} | ({self.api_key_header: bearer + key} if key else {})
         # ASCII, in which lone surrogates are escaped: UTF-8 could not hold them
@@ -229,12 +240,12 @@ class Endpoint:
             return Reply(fault=self.redacted(f"HTTP {status} {_error_message(value)}"), status=status)
         return Reply(fault="the answer is not JSON", status=status) if broken else Reply(value, status=status)
 
-    def _key(self) -> str:
-        """Read anew each time, so that no attribute holds it."""
-        key = os.environ.get(self.api_key_env, "").strip()
+    def _key(self) -> SecretStr:
+        """Read anew each time, so that no attribute holds it; empty where there is none."""
+        key = os.environ.get(self.api_key_env or "", "").strip()
         if not (key.isascii() and key.isprintable()):  # the HTTP client's own error would quote it
             raise UserError(f"{self.api_key_env} holds characters that no key has; set it again")
-        return key
+        return SecretStr(key)
 
 
 class _Asking:
@@ -272,6 +283,27 @@ class _Gate:
 
     def closed_for(self) -> float:
         return self._closed_until - time.monotonic()
+
+
+def same_origin(url: str, other: str) -> bool:
+    """Whether two URLs have scheme, host and port in common, so that what one may have the other has."""
+    if not (_is_url(url) and _is_url(other)):
+        return False
+    one, two = httpx2.URL(url), httpx2.URL(other)
+    return (one.scheme, one.host, one.port) == (two.scheme, two.host, two.port)
+
+
+def _is_this_machine(url: str) -> bool:
+    host = httpx2.URL(url).host
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _holds(text: str, variable: str) -> bool:
+    secret = os.environ[variable].strip()
+    return len(secret) >= SHORTEST_KEY and secret in text
 
 
 def _is_url(url: str) -> bool:

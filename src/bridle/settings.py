@@ -1,6 +1,5 @@
 """Reading settings of people: YAML files, dotted overrides, and dataclasses built from them with every mistake told."""
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -202,15 +201,11 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def read_yaml(path: Path, variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """A recipe's mapping, with `${NAME}` and `${NAME:-default}` replaced.
-
-    Args:
-        path: the file.
-        variables: what the names stand for; the environment's if not given.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe's mapping as it stands in the file.
 
     Raises:
-        UserError: the file cannot be read, is no mapping, or a variable without a default is not set.
+        UserError: the file cannot be read, or is no mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -219,25 +214,7 @@ def read_yaml(path: Path, variables: Mapping[str, str] = os.environ) -> dict[str
     mapping = parse_yaml(text, str(path))
     if not isinstance(mapping, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
-    return _expand(mapping, variables, str(path))
-
-
-def _expand(value: Any, variables: Mapping[str, str], where: str) -> Any:
-    """Puts variables in the place of ${NAME} and ${NAME:-default}."""
-    if isinstance(value, dict):
-        return {key: _expand(item, variables, where) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, variables, where) for item in value]
-    if not isinstance(value, str):
-        return value
-
-    def variable(match: re.Match[str]) -> str:
-        found = variables.get(match[1], match[2])
-        if found is None:
-            raise UserError(f"{where}: the environment variable {match[1]} is not set")
-        return found
-
-    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", variable, value)
+    return mapping
 
 
 def set_dotted(mapping: dict[str, Any], dotted: str, value: Any) -> None:

@@ -246,11 +246,11 @@ class TestMistakes:
     def test_recipe_files(self, bridle, tmp_path):
         (tmp_path / "broken.yaml").write_text("model: [")
         (tmp_path / "list.yaml").write_text("- a\n- b\n")
-        (tmp_path / "unset.yaml").write_text("model: ${NO_SUCH_VARIABLE_HERE}\n")
+        (tmp_path / "unset.yaml").write_text("model: ${BRIDLE_UNSET}\n")
         self.assert_one_line(bridle("train", tmp_path / "nowhere.yaml"), "nowhere.yaml", "No such file")
         self.assert_one_line(bridle("train", tmp_path / "broken.yaml"), "broken.yaml", "not valid YAML")
         self.assert_one_line(bridle("train", tmp_path / "list.yaml"), "list.yaml", "mapping")
-        self.assert_one_line(bridle("train", tmp_path / "unset.yaml"), "NO_SUCH_VARIABLE_HERE")
+        self.assert_one_line(bridle("train", tmp_path / "unset.yaml"), "BRIDLE_UNSET is not set")
 
     def test_overrides(self, bridle, recipe, tmp_path):
         path = recipe()

@@ -178,7 +178,7 @@ class TestPresets:
             return ok({"results": [{"flagged": True, "category_scores": score} for score in scores]})
 
         server.answer = answer
-        constraint = remote({"type": "remote", "preset": "openai-moderation", **FAST})
+        constraint = remote({"type": "remote", "preset": "openai-moderation", "api_key_env": "OPENAI_API_KEY", **FAST})
         assert values(constraint) == pytest.approx([0.8, 0.1, 0.8, 0.8, 0.1])
         assert server.bodies == [{"model": "omni-moderation-latest", "input": TEXTS[:-1]}]
         assert server.requests[0][1]["Authorization"] == f"Bearer {KEY}"
@@ -234,12 +234,37 @@ class TestPresets:
             return ok({"attributeScores": {"TOXICITY": {"summaryScore": {"value": value, "type": "PROBABILITY"}}}})
 
         server.answer = answer
-        constraint = remote({"type": "remote", "preset": "perspective", "requests_per_minute": 6000, **FAST})
+        own = {"preset": "perspective", "requests_per_minute": 6000, "api_key_env": "PERSPECTIVE_API_KEY"}
+        constraint = remote({"type": "remote", **own, **FAST})
         assert values(constraint, ["you grumblefish"]) == pytest.approx([0.1])
         path, headers, _ = server.requests[0]
         assert headers["X-Goog-Api-Key"] == KEY
         assert KEY not in path
         assert server.bodies[0]["requestedAttributes"] == {"TOXICITY": {}}
+
+    @pytest.mark.parametrize(
+        ("url", "sent"),
+        [
+            (None, True),
+            ("https://api.openai.com/v2/other", True),
+            ("https://api.openai.com:443/v1/moderations", True),
+            ("https://api.openai.com:8443/v1/moderations", False),
+            ("http://api.openai.com/v1/moderations", False),
+            ("https://api.openai.com.example/v1/moderations", False),
+            ("https://example/api.openai.com", False),
+        ],
+    )
+    def test_a_presets_key_is_for_its_own_host(self, url, sent, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        constraint = build_constraint({"type": "remote", "preset": "openai-moderation", "url": url, **FAST})
+        assert constraint._endpoint.has_key == sent
+
+    def test_no_other_host_gets_a_presets_key(self, server, remote, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        server.answer = lambda request: ok({"results": [{"category_scores": {"harassment": 0.1}}]})
+        assert values(remote({"type": "remote", "preset": "openai-moderation", **FAST}), ["x"]) == [0.9]
+        assert values(remote(), ["x"]) == [None]
+        assert KEY not in str(server.requests)
 
     def test_the_short_form(self, monkeypatch):
         monkeypatch.delenv("PERSPECTIVE_API_KEY", raising=False)
@@ -266,12 +291,13 @@ def test_a_description_builds_the_same_again(remote):
         again = build_constraint(described)
         assert again.describe() == described
         assert again.identity() == remote(spec).identity()
-        assert again._needs_key == ("api_key_env" in spec)
+        assert described.get("api_key_env") == spec.get("api_key_env")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"url": "http://host", "api_key_env": "OTHER_KEY"}, "url: http would send the key in OTHER_KEY"),
         ({"url": "ftp://host"}, "'remote': url: must look like"),
         ({"body": None}, "'remote': body: is missing"),
         ({"score": None}, "score: is missing"),
@@ -324,7 +350,7 @@ def test_a_key_in_a_recipe_is_refused_unseen(monkeypatch, change):
 def test_the_key_shows_nowhere(server, remote, monkeypatch, caplog, capfd, tmp_path):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    constraint = remote(cache=str(tmp_path / "labels.sqlite"))
+    constraint = remote(cache=str(tmp_path / "labels.sqlite"), api_key_env="OPENAI_API_KEY")
     server.script.extend([error(400, f"{KEY} is no good"), ok({"rude": f"key {KEY}"}), ok({KEY: 1})])
     reasons = [score.reason for score in constraint.score(["a", "b", "c", "d"])]
     assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers, _ in server.requests)

@@ -12,7 +12,7 @@ import pytest
 
 from bridle.endpoint import GIVE_UP_AFTER, LARGEST_REPLY, Endpoint, Reply
 from bridle.errors import UserError
-from loopback import cut_short, error, ok, reset, silent, trickle
+from loopback import cut_short, error, ok, reset, serving, silent, trickle
 
 KEY = "sk-invented-0123456789"
 GOOD = {"answer": 1}
@@ -177,7 +177,7 @@ def test_wrong_settings_stop_after_what_is_under_way(server, endpoint, monkeypat
     server.script.extend([ok(GOOD), error(status, f"bad key {KEY}")])
     replies = []
     with pytest.raises(UserError, match=f"{word} .*HTTP {status}.*OPENAI_API_KEY") as caught:
-        replies.extend(endpoint(concurrency=1).ask(range(9)))
+        replies.extend(endpoint(api_key_env="OPENAI_API_KEY", concurrency=1).ask(range(9)))
     assert (0, Reply(GOOD, status=200)) in replies
     assert len(replies) == 9
     assert len(server.requests) == 2
@@ -204,9 +204,56 @@ def test_the_key_shows_nowhere(server, endpoint, monkeypatch, caplog):
     assert KEY not in repr(vars(endpoint)) + caplog.text
 
 
-def test_without_a_key_none_is_sent(server, endpoint):
+def test_no_key_is_sent_unless_its_variable_is_named(server, endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     ask(endpoint())
-    assert "Authorization" not in server.requests[0][1]
+    ask(endpoint(api_key_env="NO_SUCH_KEY"))
+    assert KEY not in str(server.requests)
+
+
+def test_a_redirect_takes_the_key_nowhere(server, endpoint, monkeypatch):
+    monkeypatch.setenv("OTHER_KEY", KEY)
+    with serving() as elsewhere:
+        for status in (301, 302, 303, 307, 308):
+            server.script.append((b"", status, {"Location": elsewhere.url}))
+            assert ask(endpoint(api_key_env="OTHER_KEY")) == [Reply(fault=f"HTTP {status}", status=status)]
+            assert server.requests[-1][1]["Authorization"] == f"Bearer {KEY}"
+        assert elsewhere.requests == []
+
+
+def test_no_proxy_reads_what_is_sent_to_this_machine(server, endpoint, monkeypatch):
+    monkeypatch.setenv("OTHER_KEY", KEY)
+    monkeypatch.delenv("no_proxy")
+    with serving() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert ask(endpoint(api_key_env="OTHER_KEY")) == [Reply(GOOD, status=200)]
+        assert proxy.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "may"),
+    [
+        ("https://scorer.example/v1", True),
+        ("http://localhost:8000/v1", True),
+        ("http://127.0.0.1/v1", True),
+        ("http://127.9.9.9/v1", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://scorer.example/v1", False),
+        ("http://localhost.example/v1", False),
+        ("http://127.0.0.1.example/v1", False),
+        ("http://10.0.0.1/v1", False),
+        ("http://0.0.0.0/v1", False),
+        ("http://[::2]/v1", False),
+    ],
+)
+def test_a_key_goes_unencrypted_to_this_machine_alone(url, may, monkeypatch):
+    monkeypatch.setenv("OTHER_KEY", KEY)
+    if may:
+        assert Endpoint(url, "OTHER_KEY").has_key
+    else:
+        with pytest.raises(UserError, match="url: http would send the key in OTHER_KEY"):
+            Endpoint(url, "OTHER_KEY")
+    assert not Endpoint(url).has_key
 
 
 @pytest.mark.parametrize(
@@ -238,7 +285,7 @@ def test_a_key_that_is_written_down_is_refused_unseen(monkeypatch):
 
 def test_a_word_for_a_server_that_needs_no_key_is_no_secret(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "x")
-    assert Endpoint("https://example/x").has_key
+    assert Endpoint("https://example/x", "OPENAI_API_KEY").has_key
 
 
 def test_it_travels_to_other_processes(server, endpoint):

@@ -47,7 +47,7 @@ def chat_judge(server):
 
 def test_it_speaks_the_protocol(server, chat_judge, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert chat_judge().compare([ITEM]) == [Verdict("first")]
+    assert chat_judge(api_key_env="OPENAI_API_KEY").compare([ITEM]) == [Verdict("first")]
     ((path, headers, body),) = server.requests
     body = json.loads(body)
     assert path == "/v1/chat/completions"
@@ -58,9 +58,26 @@ def test_it_speaks_the_protocol(server, chat_judge, monkeypatch):
     assert all(text in message["content"] for text in (ITEM.prompt, ITEM.first, ITEM.second))
 
 
-def test_without_a_key_none_is_sent(server, chat_judge):
+def test_no_key_is_sent_unless_its_variable_is_named(server, chat_judge, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     chat_judge().compare([ITEM])
-    assert "Authorization" not in server.requests[0][1]
+    assert KEY not in str(server.requests)
+
+
+def test_the_command_line_sends_no_key_unasked(server, bridle, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.answer = longer_wins
+    for name, text in {"short": "a", "long": "a b c"}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "p", "completion": text}) + "\n")
+    methods = [f"{name}={tmp_path / name}.jsonl" for name in ("short", "long")]
+    asked = ["judge", *methods, "--judge", "m", "--url", server.url, "--keep", tmp_path / "verdicts.jsonl"]
+    code, _, err = bridle(*asked)
+    assert code == 0, err
+    assert server.requests
+    assert KEY not in str(server.requests)
+    (tmp_path / "verdicts.jsonl").unlink()
+    assert bridle(*asked, "--api_key_env", "OPENAI_API_KEY")[0] == 0
+    assert server.requests[-1][1]["Authorization"] == f"Bearer {KEY}"
 
 
 def test_many_at_once_keep_their_order(server, chat_judge):
@@ -98,7 +115,7 @@ def test_wrong_settings_stop_at_once(server, chat_judge, monkeypatch, status, wo
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.script.append(error(status, f"bad key {KEY}"))
     with pytest.raises(UserError, match=f"{word} .*OPENAI_API_KEY") as caught:
-        chat_judge().compare([ITEM])
+        chat_judge(api_key_env="OPENAI_API_KEY").compare([ITEM])
     assert KEY not in str(caught.value)
 
 
@@ -117,7 +134,7 @@ def test_the_key_shows_nowhere(server, chat_judge, monkeypatch, caplog):
 def test_a_key_that_cannot_be_sent_is_refused_unseen(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(UserError, match="OPENAI_API_KEY holds characters") as caught:
-        ChatJudge("http://127.0.0.1/v1", "m")
+        ChatJudge("http://127.0.0.1/v1", "m", "OPENAI_API_KEY")
     assert KEY not in str(caught.value)
 
 

@@ -148,7 +148,7 @@ class Comparison:
             self.show(f"{name}, seed {seed}: measuring")
             results = measure(candidate, self.plan, self.recipe, folder, seed)
             self._write_card(name, seed, candidate, results)
-            write_results(folder / RESULTS, results)  # last: it says that the run is complete
+            write_results(folder / RESULTS, self._hidden(results))  # last: it says that the run is complete
             (folder / FAILED).unlink(missing_ok=True)
             self._measured_now = True
         except Exception as error:
@@ -161,7 +161,7 @@ class Comparison:
         """A method's model, made if it was not yet."""
         folder = self._folder(name, seed)
         if (folder / CANDIDATE).exists():
-            known = read_json(folder / CANDIDATE, Candidate)
+            known = Candidate(**self.recipe.variables.expanded(asdict(read_json(folder / CANDIDATE, Candidate))))
             return replace(known, model=self._found(known.model), guide=known.guide and self._found(known.guide))
         if (name, seed) in self._failed:  # not tried twice in one call
             raise UserError(self._failed[name, seed])
@@ -174,7 +174,7 @@ class Comparison:
             self._note_failure(name, seed, error)
             raise
         made = {"model": self._within(candidate.model), "guide": candidate.guide and self._within(candidate.guide)}
-        write_json(folder / CANDIDATE, asdict(candidate) | made)
+        write_json(folder / CANDIDATE, self._hidden(asdict(candidate) | made))
         return candidate
 
     def _within(self, path: str) -> str:
@@ -196,7 +196,7 @@ class Comparison:
             raise error
         self._failed[name, seed] = reason = _reason(error)
         details = "".join(traceback.format_exception(error))
-        write_json(self._folder(name, seed) / FAILED, {"reason": reason, "traceback": details})
+        write_json(self._folder(name, seed) / FAILED, self._hidden({"reason": reason, "traceback": details}))
         self.show(f"{name}, seed {seed}: failed: {reason}")
 
     def _write_card(self, name: str, seed: int, candidate: Candidate, results: dict[str, Any]) -> None:
@@ -207,7 +207,10 @@ class Comparison:
             recipe = load_recipe(folder / RECIPE_FILE)
             describe_run(recipe, folder, rows=candidate.rows, about=candidate.about, **about)
         elif (folder / "model").is_dir():
-            write_card(folder / "model", candidate.about, environment=environment(seed), **about)
+            write_card(folder / "model", self._hidden(candidate.about), environment=environment(seed), **about)
+
+    def _hidden(self, written: Any) -> Any:
+        return self.recipe.variables.hidden(written)
 
     def _folder(self, name: str, seed: int) -> Path:
         return self.folder / name / f"seed-{seed}"
@@ -230,7 +233,7 @@ class Comparison:
             "recipe": self.title,
             "seeds": list(self.seeds),
             "main": self.plan.main,
-            "settings": self.recipe.evaluation,
+            "settings": self.recipe.resolved["evaluation"],
             "methods": {
                 name: {
                     "description": description(method_named(name)),
@@ -243,7 +246,7 @@ class Comparison:
             "environment": environment(self.seeds[0]),
         }
         judged = self._judged(observed)  # before the file that may hold older win rates is written over
-        write_json(self.folder / RESULTS, results | ({"win_rate": judged} if judged else {}))
+        write_json(self.folder / RESULTS, self._hidden(results | ({"win_rate": judged} if judged else {})))
         trace_guidance(self.folder, self.recipe, observed, self.plan)
 
     def _figures(self, name: str, seed: int) -> dict[str, Any]:
@@ -269,17 +272,17 @@ class Comparison:
         verdicts = self.folder / "verdicts.jsonl"
         verdicts.unlink(missing_ok=True)  # they are added to
         try:
-            judge = _judge(options, self.recipe.dtype)
+            judge = _judge(options, self.recipe.dtype, self._hidden(options.model))
             return win_rates(prompts, said, judge, seed=self.seeds[0], keep=verdicts).to_json()
         except Exception as error:
             self.show(f"no win rates: {_reason(error)}")
             return None
 
 
-def _judge(options: JudgeOptions, dtype: str) -> Judge:
+def _judge(options: JudgeOptions, dtype: str, name: str) -> Judge:
     if options.url is not None:
-        return ChatJudge(options.url, options.model, options.api_key_env)
-    return LocalJudge(*load_for_inference(options.model, dtype))
+        return ChatJudge(options.url, options.model, options.api_key_env, name=name)
+    return LocalJudge(*load_for_inference(options.model, dtype), name=name)
 
 
 def _reason(error: Exception) -> str:

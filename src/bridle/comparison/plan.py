@@ -34,14 +34,21 @@ class JudgeOptions:
     Attributes:
         model: folder or hub name of a local judge, or the name by which an endpoint knows it.
         url: of an OpenAI-compatible endpoint; None for a local model.
-        api_key_env: environment variable that holds the endpoint's key.
+        api_key_env: environment variable that holds the endpoint's key; no key is sent where none is named.
         prompts: how many prompts are judged, from the first on.
+
+    Raises:
+        UserError: a key is named, and no endpoint that it is for.
     """
 
     model: str
     url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str | None = None
     prompts: PositiveInt = 100
+
+    def __post_init__(self) -> None:
+        if self.api_key_env is not None and self.url is None:
+            raise UserError("api_key_env: a local judge needs no key; give the url of an endpoint, or leave it out")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from bridle.constraints.options import checked
 from bridle.errors import UserError
+from bridle.variables import NO_VARIABLES, Variables
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,14 @@ class Constraint(ABC):
     Attributes:
         name: how errors, tables and rollouts call it.
         type_name: how a specification calls its kind.
+        variables: of the environment, whose values are among its options and are told nowhere.
         waits: whether scoring is mostly waiting for another machine, so that other work can be done meanwhile. It
             must then be possible in a thread.
     """
 
     name: str = "constraint"
     type_name: ClassVar[str] = "constraint"
+    variables: Variables = NO_VARIABLES
     waits: bool = False
 
     def score(self, texts: Sequence[str]) -> list[Score]:
@@ -107,7 +110,8 @@ class Constraint(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Returns what decides the scores, as JSON values that `build_constraint` takes back."""
-        return self._settings() | {"name": self.name}
+        described: dict[str, Any] = self.variables.hidden(self._settings() | {"name": self.name})
+        return described
 
     def identity(self) -> dict[str, Any]:
         """Returns what decides the scores, as JSON values, for a cache: no names, and files by their content."""
@@ -125,7 +129,7 @@ class Constraint(ABC):
             return Score.missing(f"constraint '{self.name}' gave no score")
         score = raw if isinstance(raw, Score) else Score.of(_as_float(raw))
         if score.value is None:
-            return score
+            return Score.missing(self.variables.hidden(score.reason))
         value = _as_float(score.value)
         if not 0 <= value <= 1:  # NaN too
             given = short_repr(score.value if isinstance(raw, Score) else raw)

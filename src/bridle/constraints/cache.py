@@ -154,7 +154,7 @@ class Cached(Constraint):
 
     def describe(self) -> dict[str, Any]:
         """Returns the constraint's own description: the cache decides no score."""
-        return self.constraint.describe()
+        return self.variables.hidden(self.constraint.describe())
 
     def identity(self) -> dict[str, Any]:  # noqa: D102
         return {self.type_name: self.constraint.identity(), "version": self.version}

@@ -10,7 +10,7 @@ from bridle.constraints.base import Constraint, Score
 from bridle.constraints.cache import CacheFile, Outcome, ScoreCache
 from bridle.constraints.mapping import JsonMapping, Scale
 from bridle.constraints.options import Text, checked
-from bridle.endpoint import Endpoint, Reply
+from bridle.endpoint import Endpoint, Reply, same_origin
 from bridle.errors import UserError
 from bridle.progress import Progress
 
@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "url": "https://api.openai.com/v1/moderations",
         "model": "omni-moderation-latest",
         "body": {"model": "{model}", "input": "{texts}"},
+        "api_key_env": "OPENAI_API_KEY",
         "items": "results",
         "score": "values(category_scores)",
         "batch_size": 32,
@@ -27,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "url": "https://api.openai.com/v1/chat/completions",
         "body": {"model": "{model}", "messages": [{"role": "user", "content": "{prompt}"}], "temperature": 0},
         "score": "choices[0].message.content",
+        "api_key_env": "OPENAI_API_KEY",
         "answer": "yes-no",
     },
     "perspective": {
@@ -38,12 +40,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "requests_per_minute": 60.0,
     },
 }
-"""What each preset sets; every key can be set otherwise beside it."""
+"""What each preset sets; every key can be set otherwise beside it. The key goes to the preset's own host alone."""
 
 DEFAULTS: dict[str, Any] = {
     "answer": "number",
     "batch_size": 1,
-    "api_key_env": "OPENAI_API_KEY",
+    "api_key_env": None,
     "api_key_header": "Authorization",
 }
 
@@ -78,13 +80,14 @@ class Remote(Constraint):
         version: anything; another version is another scorer to the cache.
         cache: a file for `ScoreCache`; false for none, true for the default one.
         name: how errors and tables call it; the preset or the URL if not given.
-        api_key_env, api_key_header, headers, timeout, retries, backoff, concurrency, requests_per_minute:
+        api_key_env: environment variable whose key is sent to `url`. Not given, the preset's own key is sent to the
+            preset's own host, and none to any other.
+        api_key_header, headers, timeout, retries, backoff, concurrency, requests_per_minute:
             as in `bridle.endpoint.Endpoint`.
 
     Raises:
-        UserError: an option is missing or wrong, or holds a key; from `load`, the key is not set where `api_key_env`
-            is given or the preset's own address is used, or the cache cannot be used; from `score`, the endpoint
-            refuses the key or does not know the address.
+        UserError: an option is missing or wrong, or holds a key; from `load`, the key that would be sent is not set, or
+            the cache cannot be used; from `score`, the endpoint refuses the key or does not know the address.
     """
 
     type_name = "remote"
@@ -128,6 +131,8 @@ class Remote(Constraint):
             for key in ("url", "body", "score"):
                 if key not in chosen:
                     raise UserError(f"{key}: is missing")
+            if api_key_env is None and preset and url and not same_origin(url, preset_own["url"]):
+                chosen["api_key_env"] = None
             self._endpoint = Endpoint(
                 chosen["url"],
                 chosen["api_key_env"],
@@ -146,8 +151,6 @@ class Remote(Constraint):
             raise UserError(f"constraint 'remote': {error}") from error
         self.preset, self.version, self.name = preset, version, name or preset or self._endpoint.url
         self.cache = ScoreCache.of(cache)
-        self._names_key = api_key_env is not None
-        self._needs_key = self._names_key or self._endpoint.url == preset_own.get("url")
 
     def load(self) -> None:
         """Makes sure that the key is set, where one is needed, and opens the cache.
@@ -155,7 +158,7 @@ class Remote(Constraint):
         Raises:
             UserError: it is not, or the cache cannot be used.
         """
-        if self._needs_key and not self._endpoint.has_key:
+        if self._endpoint.api_key_env and not self._endpoint.has_key:
             raise UserError(
                 f"constraint '{self.name}': the environment variable {self._endpoint.api_key_env} is not set; "
                 "put the endpoint's key there"
@@ -170,7 +173,7 @@ class Remote(Constraint):
 
     def _settings(self) -> dict[str, Any]:
         own = {"batch_size": self._mapping.batch_size, "api_key_header": self._endpoint.api_key_header}
-        optional = {"preset": self.preset, "api_key_env": self._endpoint.api_key_env if self._names_key else None}
+        optional = {"preset": self.preset, "api_key_env": self._endpoint.api_key_env}
         return self.identity() | self._scale.settings() | own | {k: v for k, v in optional.items() if v is not None}
 
     def _score(self, texts: list[str]) -> list[Score]:

@@ -15,6 +15,7 @@ from bridle.constraints.remote import Remote
 from bridle.constraints.rules import Regex, WordList
 from bridle.errors import UserError
 from bridle.settings import as_mapping, parse_yaml
+from bridle.variables import NO_VARIABLES, Variables
 
 TYPES: dict[str, type[Constraint]] = {
     cls.type_name: cls for cls in (Classifier, WordList, Regex, PythonFunction, Remote)
@@ -27,7 +28,9 @@ RETENTION = "retention"
 """Stands in the place of a constraint's name where a domain is only to be held to the initial model."""
 
 
-def build_constraint(spec: str | Mapping | list, name: str | None = None) -> Constraint:
+def build_constraint(
+    spec: str | Mapping | list, name: str | None = None, variables: Variables = NO_VARIABLES
+) -> Constraint:
     """Builds a constraint, without loading models or functions yet: `Constraint.load` does.
 
     Args:
@@ -40,6 +43,7 @@ def build_constraint(spec: str | Mapping | list, name: str | None = None) -> Con
             "words:FILE", "python:module:function" or "regex:PATTERN" (no options: the rest is the pattern);
             a string that begins with "{": a mapping in YAML.
         name: how errors and tables call it, instead of the specification's own name.
+        variables: of the environment, whose values stand in `spec` and are to stand nowhere else.
 
     Raises:
         UserError: an unknown type or key (the nearest known one is named), or a wrong or missing option.
@@ -47,6 +51,7 @@ def build_constraint(spec: str | Mapping | list, name: str | None = None) -> Con
     constraint = _build(spec)
     if name is not None:
         constraint.name = name
+    constraint.variables = variables
     return constraint
 
 

@@ -223,8 +223,9 @@ class ChatJudge:
     Args:
         url: of the interface, e.g. "http://localhost:8000/v1".
         model: the name by which the endpoint knows the judge.
-        api_key_env: environment variable that holds the key; no key is sent where it is not set.
+        api_key_env: environment variable that holds the key; no key is sent where none is named.
         template: with {prompt}, {first} and {second}.
+        name: how results call it; `model` if not given.
         timeout, retries, backoff, concurrency, sleep: as in `Endpoint`.
 
     Raises:
@@ -236,9 +237,10 @@ class ChatJudge:
         self,
         url: str,
         model: str,
-        api_key_env: str = "OPENAI_API_KEY",
+        api_key_env: str | None = None,
         *,
         template: str = CHAT_PROMPT,
+        name: str | None = None,
         timeout: float = 60.0,
         retries: int = 5,
         backoff: float = 1.0,
@@ -246,7 +248,7 @@ class ChatJudge:
         sleep: Callable[[float], object] | None = None,
     ):
         _template_pieces(template)
-        self.name, self.template = model, template
+        self.name, self.model, self.template = name or model, model, template
         try:
             self.endpoint = Endpoint(
                 f"{url.rstrip('/')}/chat/completions",
@@ -267,7 +269,7 @@ class ChatJudge:
 
     def _question(self, item: Comparison) -> dict[str, Any]:
         messages = [{"role": "user", "content": self.template.format(**asdict(item))}]
-        return {"model": self.name, "messages": messages, "temperature": 0}
+        return {"model": self.model, "messages": messages, "temperature": 0}
 
     def _read(self, reply: Reply) -> Verdict:
         if reply.fault:

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from bridle.constraints import Constraint, build_constraint
+from bridle.constraints import Constraint
 from bridle.constraints.spec import RETENTION
 from bridle.environment import write_text
 
@@ -80,7 +80,7 @@ def write_card(
         The file.
 
     Raises:
-        UserError: the recipe holds a constraint that cannot be built, or the file cannot be written.
+        UserError: the file cannot be written.
     """
     folder = Path(model_folder)
     adapter = (folder / "adapter_config.json").is_file()
@@ -189,11 +189,11 @@ def _description(recipe: Mapping[str, Any]) -> str:
 
 
 def _constraints(recipe: Mapping[str, Any]) -> list[tuple]:
-    return [(name, told(_built(spec, name).describe())) for name, spec in _mapping(recipe, "constraints").items()]
+    return [(name, told(_described(spec))) for name, spec in _mapping(recipe, "constraints").items()]
 
 
-def _built(spec: Any, name: str) -> Constraint:
-    return spec if isinstance(spec, Constraint) else build_constraint(spec, name)
+def _described(constraint: Any) -> Any:
+    return constraint.describe() if isinstance(constraint, Constraint) else constraint
 
 
 def _data(recipe: Mapping[str, Any], rows: Mapping[str, int]) -> list[tuple]:

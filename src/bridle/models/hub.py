@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from pydantic import SecretStr
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import PushInProgress
 
 from bridle.environment import environment, whole_files
@@ -43,7 +45,7 @@ class PushesModel:
 
     args: Any
     hub_model_id: str | None
-    _token: str | None = None
+    _token: SecretStr | None = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository, so that a wrong token or name shows before training.
@@ -53,13 +55,13 @@ class PushesModel:
         """
         args = self.args
         check_strategy(args)
-        # Checkpoints pickle the arguments: the token must not be among them.
-        self._token, args.hub_token = token or args.hub_token or self._token, None
+        if token := token or args.hub_token:
+            self._token, args.hub_token = SecretStr(token), None
         name = args.hub_model_id or Path(args.output_dir).absolute().name
         try:
-            super().init_hf_repo(self._token, private)  # type: ignore[misc]
+            super().init_hf_repo(_shown(self._token), private)  # type: ignore[misc]
             if args.hub_revision and self.is_world_process_zero():  # type: ignore[attr-defined]
-                HfApi(token=self._token).create_branch(
+                HfApi(token=_shown(self._token)).create_branch(
                     self.hub_model_id or name, branch=args.hub_revision, exist_ok=True
                 )
         except Exception as error:  # the hub's clients raise errors of several libraries with no common base
@@ -135,7 +137,7 @@ class PushesModel:
         token: str | None = None,
         revision: str | None = None,
     ) -> Any:
-        return HfApi(token=token or self._token).create_commit(
+        return HfApi(token=token or _shown(self._token)).create_commit(
             str(self.hub_model_id),
             [CommitOperationAdd(name, content) for name, content in files.items()],
             commit_message=message,
@@ -144,13 +146,16 @@ class PushesModel:
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in `transformers`, but each file appears whole, and `peft` neither drafts a card nor changes one."""
+        """As in `transformers`, but each file appears whole, `peft` neither drafts a card nor changes one, and the
+        arguments are not pickled: nobody reads them, and a token or a variable's value may be among them.
+        """
         if not self.args.should_save:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
         with whole_files(Path(output_dir or self.args.output_dir)) as unfinished:
             super()._save(str(unfinished), state_dict)  # type: ignore[misc]
-            (unfinished / CARD_FILE).unlink(missing_ok=True)
+            for name in (CARD_FILE, TRAINING_ARGS_NAME):
+                (unfinished / name).unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the card is `bridle.models.card.write_card`'s, and a library's draft would stand beside it."""
@@ -184,6 +189,10 @@ def auxiliary_files(folder: Path) -> dict[str, str | bytes]:
 def without_token(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe that may be kept in a file."""
     return {key: value for key, value in recipe.items() if key != "hub_token"}
+
+
+def _shown(token: SecretStr | None) -> str | None:
+    return token.get_secret_value() if token else None
 
 
 def _describe(trainer: Any, folder: Path) -> None:

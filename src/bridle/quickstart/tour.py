@@ -1,7 +1,5 @@
 """The tour: the paper's rows on the embedded world, or on a corpus and a constraint of one's own."""
 
-import os
-from collections import ChainMap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from bridle.report.html import write_report
 from bridle.report.terminal import tables
 from bridle.settings import read_yaml, set_dotted
 from bridle.training.recipe import Recipe, build_recipe
+from bridle.variables import filled
 
 METHODS = ("base", "sft", "filtration", "rl", "nado-decoding", "constrained", "constrained-adaptive")
 """The rows of the paper's table."""
@@ -47,7 +46,7 @@ def tour_recipe(
     """
     if corpus and not constraint:
         raise UserError("--corpus: needs --constraint, which says what a text must not be, e.g. words:insults.txt")
-    mapping = read_yaml(HERE / "recipe.yaml", ChainMap({"WORLD": str(prepare(scale))}, os.environ))
+    mapping = filled(read_yaml(HERE / "recipe.yaml"), {"WORLD": str(prepare(scale))})
     if constraint:
         name = build_constraint(constraint).name
         mapping["constraints"] = {name: constraint}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from datasets import Dataset
+from pydantic import SecretStr
 
 from bridle.constraints import Constraint, build_constraint
 from bridle.constraints.spec import RETENTION
@@ -35,6 +36,7 @@ from bridle.settings import (
     validated,
 )
 from bridle.training.config import ALL, AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
+from bridle.variables import Variables, expanded
 
 NOT_IN_RECIPES = {"output_dir", "resume_from_checkpoint", "parallelism_config"}
 """Fields of the configuration that the command line sets, or nobody."""
@@ -49,12 +51,14 @@ class Recipe:
         corpus: domains by name.
         constraints: by name.
         regularisers: by domain name, or "all".
-        training: fields of `ConstrainedConfig` that the recipe sets.
+        training: fields of `ConstrainedConfig` that the recipe sets; `hub_token` as a `SecretStr`.
         dtype: of the weights.
         lora: low-rank adapters; None for full tuning.
         evaluation: how `bridle compare` measures, as a mapping; read by `comparison.plan`.
         methods: options of compared methods by name, as a mapping; read by `comparison.methods`.
-        resolved: the recipe as a mapping, overrides included: what is saved beside the result.
+        resolved: the recipe as a mapping, overrides included, with its variables by name: what is saved beside the
+            result.
+        variables: of the environment, that it reads.
     """
 
     model: str
@@ -67,6 +71,7 @@ class Recipe:
     evaluation: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
+    variables: Variables = field(default_factory=Variables)
 
     def read_corpus(self) -> dict[str, Dataset]:
         """The rows of every domain. Raises as `Domain.read`."""
@@ -78,8 +83,10 @@ class Recipe:
         Raises:
             UserError: a value that the configuration refuses.
         """
+        secret = self.training.get("hub_token")
+        token = {"hub_token": secret.get_secret_value()} if secret else {}
         try:
-            return ConstrainedConfig(output_dir=str(output_dir), **self.training)
+            return ConstrainedConfig(output_dir=str(output_dir), **self.training | token)
         except (TypeError, ValueError, OSError, ImportError) as error:
             raise UserError(f"recipe: {error}") from error
 
@@ -88,7 +95,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Reads a recipe and puts overrides over it.
 
     Args:
-        path: a YAML file. `${NAME}` and `${NAME:-default}` stand for environment variables.
+        path: a YAML file. `${NAME}` and `${NAME:-default}` stand for environment variables; see `bridle.variables`.
         overrides: by dotted key, e.g. {"regularisers.toxigen.weight": 10}.
 
     Raises:
@@ -106,6 +113,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """A recipe from a mapping as it stands in a YAML file. Raises as `load_recipe`."""
+    resolved, (mapping, variables) = dict(mapping), expanded(mapping)
+    if isinstance(resolved.get("hub_token"), str):
+        resolved["hub_token"] = SecretStr(resolved["hub_token"])
     own = {"model", "dtype", "lora", "corpus", "constraints", "regularisers", "evaluation", "methods"}
     trained = {f.name for f in fields(ConstrainedConfig) if f.init} - NOT_IN_RECIPES
     check_keys(mapping, own | trained, "")
@@ -113,9 +123,8 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
         if not mapping.get(key):
             raise UserError(f"{key}: is missing; a recipe needs it")
     corpus = {name: _domain(name, options) for name, options in as_named(mapping["corpus"], "corpus").items()}
-    constraints = {
-        name: _constraint(name, spec) for name, spec in as_named(mapping.get("constraints"), "constraints").items()
-    }
+    specs = as_named(mapping.get("constraints"), "constraints")
+    constraints = {name: _constraint(name, spec, variables) for name, spec in specs.items()}
     return Recipe(
         model=validated(str, mapping["model"], "model"),
         corpus=corpus,
@@ -129,7 +138,8 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
         lora=build(LoraOptions, mapping["lora"], "lora") if mapping.get("lora") else None,
         evaluation=dict(as_mapping(mapping.get("evaluation"), "evaluation")),
         methods=dict(as_mapping(mapping.get("methods"), "methods")),
-        resolved=dict(mapping),
+        resolved=resolved,
+        variables=variables,
     )
 
 
@@ -140,9 +150,14 @@ def constraint_of(reference: str) -> Constraint:
         UserError: the recipe cannot be read, or has no constraint of that name.
     """
     path, _, name = reference.rpartition(":")
-    specs = as_mapping(read_yaml(Path(path)).get("constraints"), "constraints")
+    written = read_yaml(Path(path))
+    try:
+        mapping, variables = expanded(written)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    specs = as_mapping(mapping.get("constraints"), "constraints")
     known_name(name, specs, path, "constraint")
-    return build_constraint(specs[name], name)
+    return build_constraint(specs[name], name, variables)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -169,9 +184,9 @@ def _domain(name: str, options: Any) -> Domain:
     return domain
 
 
-def _constraint(name: str, spec: Any) -> Constraint:
+def _constraint(name: str, spec: Any, variables: Variables) -> Constraint:
     try:
-        return build_constraint(spec, name)
+        return build_constraint(spec, name, variables)
     except UserError as error:
         raise UserError(f"constraints.{name}: {error}") from error
 
@@ -194,5 +209,5 @@ def _training(options: dict[str, Any]) -> dict[str, Any]:
             options = {**options, key: build(cls, options[key], key)}
     if options.get("trust_remote_code"):
         raise UserError("trust_remote_code: Bridle runs no code that comes with a model; leave the key out")
-    hints = get_type_hints(ConstrainedConfig, include_extras=True)
+    hints = get_type_hints(ConstrainedConfig, include_extras=True) | {"hub_token": SecretStr | None}
     return {key: validated(hints[key], value, key) for key, value in options.items()}

@@ -28,7 +28,7 @@ from bridle.training.schedules.sequential import last_checkpoint
 from bridle.training.trainer import ConstrainedTrainer
 
 RECIPE_FILE = "recipe.yaml"
-SHAPES_NOTHING = ("push_to_hub", "hub_", "evaluation", "methods", "keep_last")
+SHAPES_NOTHING = ("push_to_hub", "hub_", "evaluation", "methods", "keep_last", "env")
 """Beginnings of a recipe's keys that may change before a run is resumed."""
 
 
@@ -96,7 +96,6 @@ def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bo
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder / "model"), _internal_call=True)  # it is pushed below, with its card
     if is_main():
-        (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
         describe_run(recipe, folder, rows={name: len(domain) for name, domain in rows.items()})
     if config.push_to_hub:
         trainer.push_saved_model()
@@ -149,7 +148,7 @@ def describe_run(
     folder = Path(output_dir)
     return write_card(
         folder / "model",
-        {**_carried_out(recipe, recipe.config(folder)), **(about or {})},
+        recipe.variables.hidden({**_carried_out(recipe, recipe.config(folder)), **(about or {})}),
         metrics=[record for _, record in read_rows(folder / "metrics.jsonl")],
         results=results,
         method=method,
