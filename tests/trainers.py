@@ -22,6 +22,22 @@ class Letters(WordList):
         return [float("e" not in text) for text in texts]
 
 
+class Labels(WordList):
+    """Labels that differ in some rounds, and all comply in the others.
+
+    Args:
+        rounds: which ones, counted from 1 by calls.
+    """
+
+    def __init__(self, *rounds):
+        super().__init__(["unused"], name="labels")
+        self.rounds, self.calls = rounds, 0
+
+    def _score(self, texts):
+        self.calls += 1
+        return [float(self.calls not in self.rounds or number % 2) for number in range(len(texts))]
+
+
 NO_E = Letters(["unused"], name="no e")
 
 
@@ -59,6 +75,7 @@ def config(folder, **options):
         "rollouts_per_round": 32,
         "max_new_tokens": 8,
         "prompt_tokens": (1, 3),
+        "clipped_bound": 1.0,  # a random model ends hardly any text
         "auxiliary": AuxiliaryOptions(epochs=2, batch_size=8),
     }
     return ConstrainedConfig(output_dir=str(folder), **{**SFT_OPTIONS, **own, **options})

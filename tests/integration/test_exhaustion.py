@@ -246,7 +246,7 @@ class TestMemory:
             (rude,) = trainer.regularisers
             with room_for(embedding(trainer), room) as refused:
                 trainer.schedule.begin_round(1)
-                examples = encode(trainer.model, rude.rollouts, False, trainer.processing_class.pad_token_id)
+                examples = encode(trainer.model, rude.rollouts, trainer.processing_class.pad_token_id)
                 targets = make_targets(rude, Upcoming(rollouts=len(rude.rollouts)), 1)
             rows = rollout_rows(rude.rollouts, trainer.processing_class.pad_token_id)
             rounds.append((rude.rollouts, examples, targets.gather(row_keys(*rows), rows[-1])))

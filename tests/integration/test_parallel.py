@@ -56,7 +56,7 @@ def test_each_round_uses_the_last_rounds_regulariser(tiny_folder, tmp_path):
     start = weights(trainer)
     trainer.train()
     assert [index for index, _ in submitted] == [1, 2, 3], "R_4 would be of no use to anybody"
-    assert not used[1].informed
+    assert not used[1].is_fitted
     assert [state.rollouts[0].round for state in list(used.values())[1:]] == [1, 2, 3]
     for name, weight in submitted[0][1].items():
         torch.testing.assert_close(weight, start[name])
@@ -173,7 +173,7 @@ def test_a_state_is_the_same_after_a_checkpoint(tiny_folder, tmp_path):
     state.save(tmp_path / "state")
     loaded = RegulariserState.load(tmp_path / "state")
     assert loaded.rollouts == state.rollouts
-    assert (loaded.informed, loaded.drawn, loaded.measured) == (state.informed, state.drawn, {"compliance": 0.5})
+    assert (loaded.is_fitted, loaded.drawn, loaded.measured) == (state.is_fitted, state.drawn, {"compliance": 0.5})
     for weights_of in ("auxiliary", "anchor"):
         for name, weight in getattr(state, weights_of).items():
             assert torch.equal(getattr(loaded, weights_of)[name], weight)

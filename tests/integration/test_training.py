@@ -10,13 +10,15 @@ from accelerate.utils import has_compiled_regions
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from bridle.data import read_rollouts
 from bridle.environment import write_json
 from bridle.errors import RunStopped, UserError
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
+from bridle.training.batches import rollout_rows
 from bridle.training.config import AuxiliaryOptions, Regulariser
 from bridle.training.schedules.sequential import last_checkpoint
-from trainers import NO_E, SFT_OPTIONS, SHARE_OF_E, Letters, corpus, logged, trainer_of, weights
+from trainers import NO_E, SFT_OPTIONS, SHARE_OF_E, Labels, Letters, corpus, logged, trainer_of, weights
 
 
 class TestInvariance:
@@ -157,15 +159,15 @@ class TestRegularisers:
 
     def test_soft_labels_teach_r_the_degree_and_not_the_verdict(self, tiny_folder, tmp_path):
         """Nearly every sample complies, so verdicts are all alike, while the degrees differ."""
-        folder, skipped = tiny_folder(), []
+        folder, fits = tiny_folder(), []
         for soft in (False, True):
             trainer = trainer_of(
                 folder, tmp_path / str(soft), {"rude": Regulariser(SHARE_OF_E, soft_labels=soft)}, rounds=1
             )
             trainer.train()
-            skipped.append(logged(trainer, "rude/fit_skipped"))
+            fits.append(logged(trainer, "rude/fit"))
             rates = [rate for bins in logged(trainer, "rude/r_reliability") for _, rate, _ in bins]
-        assert skipped == [[True], []]
+        assert fits == [["none"], ["fitted"]]
         assert any(0.5 < rate < 1 for rate in rates)
 
     def test_rollouts_alone(self, tiny_folder, tmp_path):
@@ -203,14 +205,73 @@ class TestRegularisers:
         trainer.train()
         assert len(logged(trainer, "kl/rude")) > 0
 
-    def test_labels_that_are_all_alike_skip_the_fit_and_go_on(self, tiny_folder, tmp_path, caplog):
-        everything_complies = Letters(["unused"], name="anything")
-        everything_complies._score = lambda texts: [1.0] * len(texts)
-        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(everything_complies)})
+    @pytest.mark.parametrize("anchor", ["live", "previous", "initial"])
+    def test_before_any_label_differs_only_a_frozen_anchor_pulls(self, tiny_folder, tmp_path, caplog, anchor):
+        trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(Labels(), anchor=anchor)})
         trainer.train()
-        assert "round 2, rude: every rollout got the same label" in caplog.text
-        assert logged(trainer, "rude/fit_skipped") == [True, True]
-        assert logged(trainer, "kl/rude") == []
+        assert "round 2, rude: every label is alike and no round before had others" in caplog.text
+        assert logged(trainer, "rude/fit") == ["none", "none"]
+        assert logged(trainer, "rude/term_on") == [anchor != "live"] * 2
+        if anchor == "live":
+            assert logged(trainer, "kl/rude") == []
+        else:  # KL(p_a ‖ p): 0 where the policy starts, and above once it has moved
+            assert logged(trainer, "kl/rude")[0] == pytest.approx(0, abs=1e-6)
+            assert max(logged(trainer, "kl/rude")) > 1e-5
+
+    def test_a_round_whose_labels_are_alike_keeps_the_last_r_and_the_term(self, tiny_folder, tmp_path):
+        trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(Labels(1))}, rounds=2, logging_steps=1)
+        trainer.train()
+        assert logged(trainer, "rude/fit") == ["fitted", "kept"]
+        assert logged(trainer, "rude/term_on") == [True, True]
+        per_round = [record["kl/rude"] for record in trainer.state.log_history if "round" in record]
+        assert min(per_round) > 1e-6, "R of the first round goes on in the second"
+        assert logged(trainer, "rude/r_brier_before"), "how the kept R does on the new samples"
+
+    def test_an_initial_anchor_is_asked_again_until_its_labels_differ(self, tiny_folder, tmp_path):
+        """And every time it is the initial model that is sampled, not the policy."""
+        regularisers = {"rude": Regulariser(Labels(2), anchor="initial")}
+        trainer = trainer_of(tiny_folder(), tmp_path, regularisers, rounds=4)
+        trainer.train()
+        assert logged(trainer, "rude/fit") == ["none", "fitted"]
+        first, second = (read_rollouts(tmp_path / "rollouts" / f"round-{index}.rude.jsonl") for index in (1, 2))
+        assert first[0].model_hash == second[0].model_hash
+
+    def test_replayed_labels_teach_where_new_ones_are_alike(self, tiny_folder, tmp_path):
+        shape = AuxiliaryOptions(epochs=2, batch_size=8, replay=1)
+        regularisers = {"rude": Regulariser(Labels(1))}
+        trainer = trainer_of(tiny_folder(), tmp_path, regularisers, rounds=2, auxiliary=shape)
+        trainer.train()
+        assert logged(trainer, "rude/fit") == ["fitted", "replay"]
+
+    def test_log_probs_are_those_of_the_model_that_drew(self, tiny_folder, tmp_path):
+        """Also of a round that fitted nothing."""
+        trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(Labels())}, rounds=1)
+        tokenizer, rude = trainer.processing_class, trainer.regularisers[0]
+        with torch.no_grad():
+            rude.update(1)
+            ids, mask, _ = rollout_rows(rude.rollouts, tokenizer.pad_token_id)
+            log_p = trainer.model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+        for row, rollout in enumerate(rude.rollouts):
+            start = len(rollout.prompt_ids) - 1
+            at = torch.arange(start, start + len(rollout.completion_ids))
+            expected = log_p[row, at, rollout.completion_ids]
+            torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, atol=1e-4, rtol=1e-4)
+
+    def test_clipped_rollouts_are_counted_and_teach_what_truncated_says(self, tiny_folder, tmp_path, caplog):
+        seen = {}
+        for truncated in ("label", "mask", "bootstrap"):
+            options = {"rounds": 1, "max_new_tokens": 2, "truncated": truncated, "clipped_bound": 0.5}
+            trainer = trainer_of(tiny_folder(), tmp_path / truncated, {"rude": Regulariser(NO_E)}, **options)
+            trainer.train()
+            rollouts = trainer.regularisers[0].rollouts
+            end = trainer.processing_class.eos_token_id
+            assert [rollout.finished for rollout in rollouts] == [r.completion_ids[-1] == end for r in rollouts]
+            clipped = sum(not rollout.finished for rollout in rollouts) / len(rollouts)
+            assert logged(trainer, "rude/clipped") == [clipped]
+            assert clipped > 0.5
+            assert "were cut at max_new_tokens 2" in caplog.text
+            seen[truncated] = logged(trainer, "rude/r_bce") + logged(trainer, "rude/fit")
+        assert len(set(map(str, seen.values()))) == 3
 
     def test_missing_scores_are_masked_and_too_many_stop_the_run_with_the_rollouts_kept(self, tiny_folder, tmp_path):
         folder = tiny_folder()

@@ -85,7 +85,7 @@ def fitted(world):
     auxiliary = new_auxiliary(world.model, depth=2, expansion=4)
     soft = any(0 < world.constraint(y) < 1 for y in world.outputs())
     with torch.no_grad():
-        examples = encode(world.model, ideal_rollouts(world, SAMPLES), soft, pad_token_id=0)
+        examples = encode(world.model, ideal_rollouts(world, SAMPLES), 0, soft_labels=soft)
     options = AuxiliaryOptions(
         epochs=60,
         batch_size=512,

@@ -12,8 +12,9 @@ from bridle.core.tokens import pad_left, pad_right, positions
 from bridle.errors import UserError
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary, new_auxiliary
+from bridle.models.forward import policy_forward
 from bridle.models.guidance import NADOGuide
-from bridle.models.hidden import capture_hidden_states, check_projection, project, run
+from bridle.models.hidden import capture_hidden_states, check_projection, project
 from bridle.models.loading import LoraOptions, load_model
 from bridle.models.sampling import SHORTEST_STAGE, sample
 from exhaustion import room_for
@@ -91,15 +92,18 @@ class TestSampling:
 
     @pytest.mark.parametrize("model_type", ARCHITECTURES)
     def test_the_states_it_keeps_are_those_of_a_forward_over_the_whole_text(self, tiny_model, model_type):
-        model, states, prompts = tiny_model(model_type), {}, PROMPTS * 10
-        drawn = sample(model, prompts, max_new_tokens=30, pad_token_id=0, eos_token_id=2, states=states)
+        model, traces, prompts = tiny_model(model_type), {}, PROMPTS * 10
+        drawn = sample(model, prompts, max_new_tokens=30, pad_token_id=0, eos_token_id=2, traces=traces)
         assert len({len(completion) // SHORTEST_STAGE for completion in drawn}) > 2, "rows end in several stages"
         rows = [prompt + completion for prompt, completion in zip(prompts, drawn, strict=True)]
-        expected = run(model, *pad_right(rows, 0)).detach()
-        assert sorted(states) == list(range(30))
+        expected = policy_forward(model, *pad_right(rows, 0)).detach()
+        assert sorted(traces) == list(range(30))
         for index, (prompt, completion) in enumerate(zip(prompts, drawn, strict=True)):
             last = len(prompt) + len(completion) - 1
-            torch.testing.assert_close(states[index], expected[index, len(prompt) - 1 : last], atol=1e-5, rtol=1e-4)
+            states = expected[index, len(prompt) - 1 : last]
+            torch.testing.assert_close(traces[index].states, states, atol=1e-5, rtol=1e-4)
+            log_probs = project(model, states).log_softmax(-1)[torch.arange(len(completion)), completion]
+            torch.testing.assert_close(torch.tensor(traces[index].log_probs), log_probs, atol=1e-4, rtol=1e-4)
 
     def test_the_model_s_own_generation_settings_do_not_leak_in(self, tiny_model):
         model = tiny_model()

@@ -45,7 +45,7 @@ METRICS = [
         **{"rude/compliance": 0.8, "rude/compliance_low": 0.76, "rude/compliance_high": 0.84},
         **{"rude/r_ece": 0.031, "rude/r_brier": 0.12},
     },
-    {"step": 200, "round": 2, "rude/rollouts": 500, "rude/compliance": None, "rude/fit_skipped": True},
+    {"step": 200, "round": 2, "rude/rollouts": 500, "rude/compliance": None, "rude/fit": "kept"},
 ]
 
 

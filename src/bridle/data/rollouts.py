@@ -21,6 +21,7 @@ _TYPES: dict[str, type | UnionType] = {
     "value": float | int | None,
     "complies": bool | None,
     "reason": str,
+    "finished": bool,
     "log_probs": list | None,
 }
 
@@ -39,6 +40,7 @@ class Rollout:
         value: the score in [0, 1], 1 where it complies; None if missing.
         complies: the thresholded score; None if missing.
         reason: why the score is missing.
+        finished: whether the model ended it; false where it was cut at the horizon.
         log_probs: of the completion's tokens under the model that drew them, in nats; None if not known.
 
     Raises:
@@ -56,6 +58,7 @@ class Rollout:
     value: float | None = None
     complies: bool | None = None
     reason: str = ""
+    finished: bool = True
     log_probs: list[float] | None = None
 
     def __post_init__(self) -> None:

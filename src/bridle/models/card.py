@@ -260,7 +260,7 @@ def _rounds(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple]:
         for name in [key.removesuffix("/compliance") for key in record if key.endswith("/compliance")]:
             of = {key: record.get(f"{name}/{key}") for key in ("rollouts", "rollouts_missing", "r_ece", "r_brier")}
             missing = of["rollouts_missing"] or 0
-            fit = "no fit: all labels alike" if record.get(f"{name}/fit_skipped") else None
+            fit = "no fit: all labels alike" if record.get(f"{name}/fit") in ("kept", "none") else None
             yield (
                 *(record["round"], name),
                 _interval(*(record.get(f"{name}/compliance{end}") for end in ("", "_low", "_high"))),

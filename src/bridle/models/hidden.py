@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from bridle.errors import UserError
-from bridle.models.sharding import is_sharded, whole
+from bridle.models.sharding import whole
 from bridle.ranks import from_main
 
 
@@ -102,16 +102,6 @@ def _before_output_layer(model: torch.nn.Module, select: Callable[[Tensor], Tens
         handle.remove()
 
 
-def run(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last hidden states of a batch, without its logits. [batch, time] -> [batch, time, hidden]."""
-    # A sharded model runs as a whole, or its outermost parameters would not be gathered: at the price of one logit.
-    body, options = (model, {"logits_to_keep": 1}) if is_sharded(model) else (causal_lm(model).base_model, {})
-    with capture_hidden_states(model) as hidden:
-        body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
-    assert hidden.last is not None
-    return hidden.last
-
-
 @dataclass(frozen=True)
 class OutputLayer:
     """What makes logits of hidden states, as it stands: a linear map, and scale and soft cap of the architecture.
@@ -127,12 +117,20 @@ class OutputLayer:
     config: PreTrainedConfig
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> "OutputLayer":
-        """That of a causal language model; gathered, where it is in shards."""
+    def of(cls, model: torch.nn.Module, dtype: torch.dtype | None = None) -> "OutputLayer":
+        """That of a causal language model; gathered, where it is in shards.
+
+        Args:
+            model: the language model.
+            dtype: in which the linear map is made; None for that of the weights.
+        """
         lm = causal_lm(model)
         head = lm.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        return cls(whole(head.weight), None if bias is None else whole(bias), lm.config.get_text_config())
+        weight, bias = whole(head.weight), None if bias is None else whole(bias)
+        if dtype is not None:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return cls(weight, bias, lm.config.get_text_config())
 
     def detach(self, copy: bool = False) -> "OutputLayer":
         """The same values without a graph, which stay when the model's weights are exchanged.
@@ -148,7 +146,7 @@ class OutputLayer:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocabulary]"""
-        return self.shape(torch.nn.functional.linear(hidden_states, self.weight, self.bias))
+        return self.shape(torch.nn.functional.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias))
 
     def shape(self, logits: Tensor) -> Tensor:
         """What the architecture does to the linear map's result; the same tensor if nothing. [..., vocabulary]"""
@@ -161,9 +159,9 @@ class OutputLayer:
         return logits
 
 
-def project(model: torch.nn.Module, hidden_states: Tensor) -> Tensor:
-    """Logits of hidden states. [..., hidden] -> [..., vocabulary]"""
-    return OutputLayer.of(model)(hidden_states)
+def project(model: torch.nn.Module, hidden_states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Logits of hidden states, the linear map in `dtype`. [..., hidden] -> [..., vocabulary]"""
+    return OutputLayer.of(model, dtype)(hidden_states)
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ R is fitted on these samples, and anything but the model's own distribution woul
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from bridle.core.tokens import pad_left
 from bridle.errors import RunStopped
+from bridle.models.forward import mixed_precision
 from bridle.models.hidden import causal_lm, last_positions
 from bridle.models.sharding import is_sharded
 from bridle.progress import Progress
@@ -33,6 +35,20 @@ class Guide(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Trace:
+    """How a completion was drawn.
+
+    Attributes:
+        log_probs: of each token, in nats, under the distribution that it was drawn from.
+        states: [tokens, hidden] on the CPU, the hidden states that the tokens were drawn from; None where another
+            process drew it.
+    """
+
+    log_probs: list[float]
+    states: Tensor | None
+
+
 class InverseTransform(LogitsProcessor):
     """Draws the next token by one uniform number a row, and leaves `generate` no other choice.
 
@@ -41,21 +57,27 @@ class InverseTransform(LogitsProcessor):
 
     Args:
         uniform: [steps, batch] numbers in [0, 1), for one token after the other.
+
+    Attributes:
+        log_probs: of the tokens drawn so far, in nats: [batch] for each step.
     """
 
     def __init__(self, uniform: Tensor):
         self.uniform = iter(uniform)
+        self.log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[batch, time], [batch, vocabulary] -> 0 at the token drawn and −∞ elsewhere, [batch, vocabulary]."""
         # Summed in float64, so that a large vocabulary's rare tokens keep their probability.
-        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        probabilities = scores.float().softmax(dim=-1)
+        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
         if not cumulative[:, -1].isfinite().all():
             raise RunStopped(
                 "sampling: the model's probabilities are not finite, so its weights are broken or half precision does "
                 "not hold them; go back to an earlier checkpoint, or try dtype: float32"
             )
         token = torch.searchsorted(cumulative, next(self.uniform)[:, None] * cumulative[:, -1:], right=True)
+        self.log_probs.append(probabilities.gather(1, token)[:, 0].log())
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
@@ -70,9 +92,10 @@ def sample(
     batch_size: int = 64,
     seed: int = 0,
     guide: Guide | None = None,
+    dtype: torch.dtype | None = None,
     description: str = "sampling",
     share: bool = False,
-    states: dict[int, Tensor] | None = None,
+    traces: dict[int, Trace] | None = None,
     on_batch: Callable[[list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
     """Draws one completion for each prompt.
@@ -90,11 +113,11 @@ def sample(
         batch_size: prompts drawn at a time; prompts of like length go together.
         seed: the same seed, prompts and batch size draw the same completions.
         guide: changes the distribution at each step (NADO decoding).
+        dtype: of mixed precision, as in `policy_forward`.
         description: for the progress display.
         share: among all processes of the run, which must then all call this, draw the same completions as one would.
-        states: is told, by the prompt's index, the hidden states that a completion's tokens were drawn from,
-            [tokens, hidden] on the CPU, of the completions that this process drew.
-        on_batch: is told the completions of each batch that this process draws, as soon as they are there.
+        traces: is filled, by the prompt's index, with how each completion was drawn.
+        on_batch: is called with the completions of each batch that this process draws, as soon as they are there.
 
     Returns:
         Completions as token ids, in the order of the prompts.
@@ -106,13 +129,14 @@ def sample(
         return_dict_in_generate=True,
     )
     limit = RowLimit(description, can_cut=not is_sharded(model))
-    draw = partial(_draw, model, guide, config, states is not None)
+    draw = partial(_draw, model, guide, config, traces is not None)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = turns(len(batches)) if share else range(len(batches))
     completions: dict[int, list[int]] = {}
     with (
         _plain_generation(model),
+        mixed_precision(model, dtype),
         Progress(description, sum(len(batches[index]) for index in mine), "texts") as progress,
     ):
         for number in mine:
@@ -124,15 +148,19 @@ def sample(
             )
             rows = [(prompts[index], numbers) for index, numbers in zip(batch, uniform.T, strict=True)]
             drawn = chain.from_iterable(limit.run(draw, rows))
-            for index, (completion, drawn_from) in zip(batch, drawn, strict=True):
+            for index, (completion, trace) in zip(batch, drawn, strict=True):
                 completions[index] = completion
-                if states is not None and drawn_from is not None:
-                    states[index] = drawn_from
+                if traces is not None:
+                    traces[index] = trace
             if on_batch is not None:
                 on_batch([completions[index] for index in batch])
             progress.update(len(batch))
     for part in gathered(completions) if share else []:
         completions |= part
+    if traces is not None and share:
+        log_probs = {index: trace.log_probs for index, trace in traces.items()}
+        for known in gathered(log_probs):
+            traces |= {index: Trace(drawn, None) for index, drawn in known.items() if index not in traces}
     return [completions[index] for index in range(len(prompts))]
 
 
@@ -142,8 +170,8 @@ def _draw(
     config: GenerationConfig,
     keep_states: bool,
     rows: Sequence[tuple[Sequence[int], Tensor]],
-) -> list[tuple[list[int], Tensor | None]]:
-    """Completions of prompts, each with the numbers that draw it, [steps]; and their states, [tokens, hidden].
+) -> list[tuple[list[int], Trace]]:
+    """Completions of prompts, each with the numbers that draw it, [steps]; and how they were drawn.
 
     `generate` carries rows that have ended along to the end of the last one, so it is called for some tokens at a time,
     and goes on with the others.
@@ -153,25 +181,29 @@ def _draw(
     # All processes that share a model in shards must call it equally often.
     stage = len(uniform) if is_sharded(model) else max(SHORTEST_STAGE, len(uniform) // STAGES)
     completions: list[list[int]] = [[] for _ in rows]
+    log_probs: list[list[float]] = [[] for _ in rows]
     states: list[list[Tensor]] = [[] for _ in rows]
     going_on, cache = torch.arange(len(rows), device=model.device), None
     for numbers in uniform.split(stage):
         config.max_new_tokens = len(numbers)
         guidance = guide.processors(mask) if guide else []
+        transform = InverseTransform(numbers[:, going_on])
         with last_positions(model) as steps:
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=cache,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([*guidance, InverseTransform(numbers[:, going_on])]),
+                logits_processor=LogitsProcessorList([*guidance, transform]),
                 synced_gpus=is_sharded(model) or None,  # all go on until all have ended
             )
         new = output.sequences[:, ids.shape[1] :]
         drawn_from = torch.stack(steps, dim=1).cpu() if keep_states else None  # [rows, steps, hidden]
+        likely = torch.stack(transform.log_probs, dim=1).tolist()
         for place, (row, tokens) in enumerate(zip(going_on.tolist(), new.tolist(), strict=True)):
             tokens = _until_end(tokens, config.eos_token_id)
             completions[row] += tokens
+            log_probs[row] += likely[place][: len(tokens)]
             if drawn_from is not None:
                 states[row].append(drawn_from[place, : len(tokens)].clone())  # and not the filling behind it
         open_ended = (new != config.eos_token_id).all(-1).nonzero()[:, 0]
@@ -180,7 +212,8 @@ def _draw(
         cache = _only(output.past_key_values, open_ended)
         ids, going_on = output.sequences[open_ended], going_on[open_ended]
         mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)[open_ended]
-    return list(zip(completions, map(torch.cat, states) if keep_states else repeat(None), strict=False))
+    traces = [Trace(p, torch.cat(s) if s else None) for p, s in zip(log_probs, states, strict=True)]
+    return list(zip(completions, traces, strict=True))
 
 
 def _only(cache: Any, rows: Tensor) -> Any:

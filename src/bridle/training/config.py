@@ -22,7 +22,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_new_tokens", "target_tokens"), (1, inf)),
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), (1, inf)),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), (0, inf)),
-    **dict.fromkeys(("max_missing", "entropy_floor", "calibration_bound", "empty_bound"), (0, 1)),
+    **dict.fromkeys(("max_missing", "entropy_floor", "calibration_bound", "empty_bound", "clipped_bound"), (0, 1)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
     "max_skipped_steps": (0, inf),
     "seed": (0, 2**32 - 1),
@@ -158,6 +158,9 @@ class ConstrainedConfig(SFTConfig):
             updates, by the regulariser's role, and kept sparsely, so that the update runs no forward but its own. A
             row that comes in several epochs of a round is worked on once. Needs a frozen anchor.
         target_tokens: k, how many tokens a shipped target keeps; all others are one bucket.
+        truncated: what a rollout that was cut at `max_new_tokens` teaches R. `label`: the constraint's answer to the
+            text up to there, which is exact where outputs are evaluated up to the same length; `mask`: nothing;
+            `bootstrap`: R's own estimate at the cut.
         max_missing: share of rollouts without a score above which the run stops.
         max_skipped_steps: updates in a row that are skipped, their loss or gradient not being finite, before the run
             stops.
@@ -165,6 +168,7 @@ class ConstrainedConfig(SFTConfig):
         calibration_bound: expected calibration error of R above which a round warns; 1 turns the guard off. It is not
             judged on fewer than 20 rollouts kept back.
         empty_bound: share of rollouts that say nothing above which a round warns; 1 turns the guard off.
+        clipped_bound: share of rollouts cut at `max_new_tokens` above which a round warns; 1 turns the guard off.
         keep_last: how many checkpoints stay, the last ones; None for all. One that is half-written does not count.
         auxiliary: shape and fit of R.
         parallel: where the parallel schedule's regularisers work.
@@ -184,14 +188,23 @@ class ConstrainedConfig(SFTConfig):
     rollout_batch_size: int = field(default=256, metadata={"help": "Samples drawn at a time."})
     targets: Literal["computed", "shipped"] = field(default="computed", metadata={"help": "When q is built."})
     target_tokens: int = field(default=128, metadata={"help": "Tokens that a shipped target keeps."})
+    truncated: Literal["label", "mask", "bootstrap"] = field(
+        default="label", metadata={"help": "What cut samples teach."}
+    )
     max_missing: float = field(default=0.1, metadata={"help": "Share of unscored rollouts that stops a run."})
     max_skipped_steps: int = field(default=10, metadata={"help": "Skipped updates in a row before a run stops."})
     entropy_floor: float = field(default=0.5, metadata={"help": "Share of the first entropy that stops a run."})
     calibration_bound: float = field(default=0.15, metadata={"help": "R's calibration error that warns."})
     empty_bound: float = field(default=0.1, metadata={"help": "Share of empty rollouts that warns."})
+    clipped_bound: float = field(default=0.9, metadata={"help": "Share of cut rollouts that warns."})
     keep_last: int | None = field(default=None, metadata={"help": "Checkpoints that stay."})
     auxiliary: AuxiliaryOptions = field(default_factory=AuxiliaryOptions, metadata={"help": "Shape and fit of R."})
     parallel: ParallelOptions = field(default_factory=ParallelOptions, metadata={"help": "The roles' resources."})
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """In which mixed precision makes matrix products; None without it."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     def __post_init__(self) -> None:
         self.bf16: bool | None

@@ -14,7 +14,9 @@ from bridle.core.decomposition import consistency_loss, future_weights, label_lo
 from bridle.core.tokens import completion_positions, length_mask, pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import AuxiliaryModel
-from bridle.models.hidden import causal_lm, project, run
+from bridle.models.forward import policy_forward
+from bridle.models.hidden import causal_lm, project
+from bridle.models.sampling import Trace
 from bridle.models.sharding import is_sharded
 from bridle.progress import Progress, track
 from bridle.resources import RowLimit
@@ -36,6 +38,7 @@ class Examples:
         completion: [n, time] token ids.
         mask: [n, time], true where the completion has a token.
         compliance: [n] labels in [0, 1].
+        labelled: [n], whether the label is that of a whole output; else R's own estimate at the cut takes its place.
         weights: [n, time], how much the label counts at each prefix: 1 but for replayed samples.
         input_ids, attention_mask: [n, longer time] of prompt and completion.
         positions: [n, time], where in `input_ids` each completion token is predicted.
@@ -45,6 +48,7 @@ class Examples:
     completion: Tensor
     mask: Tensor
     compliance: Tensor
+    labelled: Tensor
     weights: Tensor
     input_ids: Tensor
     attention_mask: Tensor
@@ -64,21 +68,28 @@ class Examples:
 def encode(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
-    soft_labels: bool,
     pad_token_id: int,
-    drawn_from: Mapping[int, Tensor] | None = None,
+    *,
+    fresh: int | None = None,
+    traces: Mapping[int, Trace] | None = None,
+    soft_labels: bool = False,
+    bootstrap: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Examples:
     """What fitting R needs of labelled rollouts, on the CPU: the guided model runs once over each, or not at all.
 
-    A rollout that does not know yet how likely its tokens were is taken to be drawn from this model, and is told.
-
     Args:
-        model: the guided model.
+        model: the guided model p_a.
         rollouts: labelled.
-        soft_labels: take the constraint's value and not its yes or no.
         pad_token_id: fills rows.
-        drawn_from: by row, the model's hidden states [tokens, hidden], where they were kept while sampling.
+        fresh: how many, the first ones, were drawn from p_a itself; all if not given. The others know how likely their
+            tokens were when they were drawn.
+        traces: by row, how it was drawn, for its hidden states.
+        soft_labels: take the constraint's value and not its yes or no.
+        bootstrap: give a rollout that was cut no label but R's own estimate at the cut.
+        dtype: of mixed precision, as in `policy_forward`.
     """
+    fresh = len(rollouts) if fresh is None else fresh
     rows = [rollout.prompt_ids + rollout.completion_ids for rollout in rollouts]
     input_ids, attention_mask = pad_right(rows, pad_token_id)
     lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
@@ -86,20 +97,20 @@ def encode(
     mask = length_mask(lengths, int(lengths.max()))
     at = completion_positions(prompt_lengths, mask.shape[1]).clamp(max=input_ids.shape[1] - 2)
     completion = input_ids.gather(1, at + 1).masked_fill(~mask, 0)
-    hidden = _hidden_states(model, input_ids, attention_mask, at, drawn_from or {})
-    log_probs = [
-        _log_probs(model, states.to(model.device), tokens, inside)
-        for states, tokens, inside in zip(
-            hidden.split(ENCODE_BATCH), completion.split(ENCODE_BATCH), mask.split(ENCODE_BATCH), strict=True
-        )
-    ]
+    known = {row: trace.states for row, trace in (traces or {}).items() if trace.states is not None}
+    hidden = _hidden_states(model, input_ids, attention_mask, at, known, dtype)
+    weights = torch.ones(mask.shape)
+    if fresh < len(rollouts):
+        old = slice(fresh, None)
+        weights[old] = _weights(model, rollouts[old], hidden[old], completion[old], mask[old], dtype)
     compliance = [rollout.value if soft_labels else rollout.complies for rollout in rollouts]
     return Examples(
         hidden=hidden,
         completion=completion,
         mask=mask,
         compliance=torch.tensor(compliance, dtype=torch.float32),  # a missing one raises
-        weights=_weights(rollouts, torch.cat(log_probs), mask),
+        labelled=torch.tensor([rollout.finished or not bootstrap for rollout in rollouts]),
+        weights=weights,
         input_ids=input_ids,
         attention_mask=attention_mask,
         positions=at,
@@ -107,7 +118,12 @@ def encode(
 
 
 def _hidden_states(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, at: Tensor, known: Mapping[int, Tensor]
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    at: Tensor,
+    known: Mapping[int, Tensor],
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """States at some positions of each row, [rows, time] -> [rows, time, hidden]; 0 behind those that are known."""
     lm = causal_lm(model)
@@ -116,7 +132,8 @@ def _hidden_states(
         hidden[row, : len(states)] = states
 
     def read(batch: Tensor) -> tuple[Tensor, Tensor]:
-        states = run(model, input_ids[batch].to(model.device), attention_mask[batch].to(model.device))
+        on_device = (part[batch].to(model.device) for part in (input_ids, attention_mask))
+        states = policy_forward(model, *on_device, dtype=dtype)
         return batch, _gather(states, at[batch].to(model.device)).to(lm.dtype).cpu()
 
     unknown = torch.tensor([row for row in range(len(at)) if row not in known], dtype=torch.long)
@@ -131,23 +148,26 @@ def _hidden_states(
     return hidden
 
 
-def _log_probs(model: PreTrainedModel, states: Tensor, completion: Tensor, mask: Tensor) -> Tensor:
-    """log p of completion tokens, 0 where there is none. [batch, time, hidden], [batch, time] -> [batch, time]."""
-    inside = mask.to(states.device)
-    pairs = zip(states[inside].split(PREFIXES_AT_ONCE), completion[mask].split(PREFIXES_AT_ONCE), strict=True)
-    found = [-F.cross_entropy(project(model, s).float(), t.to(s.device), reduction="none") for s, t in pairs]
-    return torch.zeros(mask.shape).masked_scatter(mask, torch.cat(found).cpu())
+def _weights(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    hidden: Tensor,
+    completion: Tensor,
+    mask: Tensor,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """How much the labels of rollouts of an earlier policy count. [batch, time, hidden] -> [batch, time]"""
+    pairs = zip(hidden[mask].split(PREFIXES_AT_ONCE), completion[mask].split(PREFIXES_AT_ONCE), strict=True)
+    found = []
+    for states, tokens in pairs:
+        logits = project(model, states.to(model.device), dtype).float()
+        found.append(-F.cross_entropy(logits, tokens.to(model.device), reduction="none"))
+    drawn = torch.tensor([log_prob for rollout in rollouts for log_prob in rollout.log_probs or []])
+    now, then = (torch.zeros(mask.shape).masked_scatter(mask, part) for part in (torch.cat(found).cpu(), drawn))
+    return future_weights(now, then, mask)
 
 
-def _weights(rollouts: Sequence[Rollout], log_probs: Tensor, mask: Tensor) -> Tensor:
-    drawn = log_probs.clone()
-    for row, rollout in enumerate(rollouts):
-        if rollout.log_probs is None:
-            rollout.log_probs = log_probs[row, mask[row]].tolist()
-        drawn[row, mask[row]] = torch.tensor(rollout.log_probs)
-    return future_weights(log_probs, drawn, mask)
-
-
+@torch.enable_grad()  # an anchor that is sampled from runs without
 def fit_auxiliary(
     auxiliary: AuxiliaryModel,
     model: PreTrainedModel,
@@ -156,6 +176,7 @@ def fit_auxiliary(
     generator: torch.Generator,
     description: str = "fitting R",
     fresh: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Minimises L_R = BCE + β·consistency on labelled samples (`core.decomposition`).
 
@@ -166,6 +187,7 @@ def fit_auxiliary(
         options: length and rates of the fit.
         generator: orders the examples.
         fresh: how many, the first ones, were drawn from p_a itself; all if not given.
+        dtype: of mixed precision, as in `policy_forward`.
 
     Returns:
         Losses of the last epoch, how many steps were skipped because their loss or gradient was not finite, and R's
@@ -187,7 +209,7 @@ def fit_auxiliary(
             totals = torch.zeros(4)
             shuffled = fitting[torch.randperm(len(fitting), generator=generator)]
             for rows in shuffled.split(options.batch_size):
-                bce, consistency = _fit_losses(auxiliary, model, examples[rows].to(auxiliary.device))
+                bce, consistency = _fit_losses(auxiliary, model, examples[rows].to(auxiliary.device), dtype)
                 loss = bce[0] / bce[1].clamp(min=1)
                 loss = loss + options.consistency_weight * consistency[0] / consistency[1].clamp(min=1)
                 optimizer.zero_grad()
@@ -217,17 +239,26 @@ def _mean(total: Tensor, count: Tensor) -> float | None:
     return (total / count).item() if count else None
 
 
-def _fit_losses(auxiliary: AuxiliaryModel, model: PreTrainedModel, batch: Examples) -> tuple[SumAndCount, SumAndCount]:
+def _fit_losses(
+    auxiliary: AuxiliaryModel, model: PreTrainedModel, batch: Examples, dtype: torch.dtype | None
+) -> tuple[SumAndCount, SumAndCount]:
     """Both terms of L_R on one batch, each as (sum, count)."""
     states = _states(auxiliary, batch)
     r_taken = auxiliary(states, batch.completion)
-    bce = label_loss(r_taken, batch.mask, batch.compliance, batch.weights)
-    # The whole vocabulary is the dear part, and a mean over some of the rows serves as well.
+    bce = label_loss(r_taken, batch.mask, _labels(batch, r_taken), batch.weights)
+    # The whole vocabulary is the expensive part, and a mean over some of the rows serves as well.
     some = slice(0, -(-len(batch) // CONSISTENCY_SHARE))
     with torch.no_grad():
-        anchor_log_probs = F.log_softmax(project(model, batch.hidden[some]).float(), dim=-1)
+        anchor_log_probs = F.log_softmax(project(model, batch.hidden[some], dtype).float(), dim=-1)
     consistency = consistency_loss(auxiliary(states[some]), r_taken[some], anchor_log_probs, batch.mask[some])
     return bce, consistency
+
+
+def _labels(batch: Examples, r_taken: Tensor) -> Tensor:
+    """C where it is known, and R's own estimate at the cut where it is not. [batch, time] -> [batch]"""
+    last = batch.mask.sum(-1, keepdim=True) - 1
+    estimate = r_taken.detach().sigmoid().gather(1, last)[:, 0]
+    return torch.where(batch.labelled, batch.compliance, estimate)
 
 
 def _states(auxiliary: AuxiliaryModel, batch: Examples) -> Tensor:
@@ -239,7 +270,10 @@ def _states(auxiliary: AuxiliaryModel, batch: Examples) -> Tensor:
 
 @torch.no_grad()
 def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[str, Any]:
-    """Calibration of R over every prefix of labelled samples it was not fitted on."""
+    """Calibration of R over every prefix of labelled samples that it was not fitted on; empty where there are none."""
+    examples = examples[examples.labelled.nonzero()[:, 0]]
+    if not len(examples):
+        return {}
 
     def predict(rows: Tensor) -> tuple[Tensor, Tensor]:
         batch = examples[rows].to(auxiliary.device)

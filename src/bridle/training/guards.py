@@ -109,6 +109,7 @@ def round_warnings(
         *_of_labels(measured),
         *_of_fit(measured, config),
         *_of_silence(measured, config),
+        *_of_clipping(measured, config),
         *_of_rising_violations(measured, [_of_regulariser(name, record) for record in log]),
     )
     return [f"round {round_index}, {name}: {warning}" for warning in found]
@@ -119,11 +120,11 @@ def _of_regulariser(name: str, record: Measured) -> Measured:
 
 
 def _of_labels(now: Measured) -> Iterator[str]:
-    if now.get("fit_skipped"):
-        yield (
-            "every rollout got the same label, so R is constant and q is the anchor; the fit is skipped. More "
-            "rollouts_per_round or harder prompts would show the constraint more"
-        )
+    advice = "more rollouts_per_round or harder prompts would show the constraint more"
+    if now.get("fit") == "kept":
+        yield f"every label is alike, so R learnt nothing new and stays as the last round left it; {advice}"
+    if now.get("fit") == "none":
+        yield f"every label is alike and no round before had others, so R is constant and q is the anchor; {advice}"
 
 
 def _of_fit(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
@@ -144,6 +145,14 @@ def _of_silence(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
             f"{empty} of {drawn} rollouts say nothing, above empty_bound {config.empty_bound}. Most constraints call "
             "that compliance: try a smaller weight, a constraint that asks for text, or prompts that do not end where "
             "a text does"
+        )
+
+
+def _of_clipping(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
+    if (clipped := now.get("clipped", 0)) > config.clipped_bound:
+        yield (
+            f"{clipped:.0%} of the rollouts were cut at max_new_tokens {config.max_new_tokens}, above clipped_bound "
+            f"{config.clipped_bound}: R speaks of texts up to that length. Evaluate with the same length, or raise it"
         )
 
 

@@ -7,7 +7,7 @@ auxiliary what that answer will be from any prefix (EMNLP 2024, the regulariser'
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -24,9 +24,10 @@ from bridle.data.targets import TargetCache, row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, new_auxiliary
-from bridle.models.hidden import OutputLayer, causal_lm, run
+from bridle.models.forward import policy_forward
+from bridle.models.hidden import OutputLayer, causal_lm
 from bridle.models.loading import context_length
-from bridle.models.sampling import sample
+from bridle.models.sampling import Trace, sample
 from bridle.models.sharding import in_shards, is_sharded, trainable, whole
 from bridle.ranks import align, gathered, joined, rank, share
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
@@ -60,7 +61,8 @@ class DomainRegulariser:
     auxiliary: AuxiliaryModel | None = field(init=False, default=None)
     rollouts: list[Rollout] = field(init=False, default_factory=list)
     replayed: list[Rollout] = field(init=False, default_factory=list)  # scored, of rounds before the last
-    informed: bool = field(init=False, default=False)  # R says something: its last labels were not all alike
+    is_fitted: bool = field(init=False, default=False)  # R has been fitted: until then it is constant and q is p_a
+    has_begun: bool = field(init=False, default=False)  # a round has been made, so there is an anchor to pull towards
     drawn: int = field(init=False, default=0)  # rollouts handed to the update since the round began
     targets: TargetCache | None = field(init=False, default=None)  # made ahead, see `shipping`
 
@@ -80,8 +82,14 @@ class DomainRegulariser:
 
     @property
     def active(self) -> bool:
-        """Whether KL(q ‖ p_θ) says anything: λ is not 0, and q is known to differ from the anchor."""
-        return self.options.weight > 0 and (self.options.is_retention or self.informed)
+        """Whether KL(q ‖ p_θ) is on: λ is not 0, and q can differ from the policy.
+
+        With a frozen anchor it can without any R, since KL(p_a ‖ p_θ) pulls. With a live one q is the policy itself
+        until R has been fitted.
+        """
+        if self.options.weight == 0:
+            return False
+        return self.options.is_retention or self.is_fitted or (self.anchor is not None and self.has_begun)
 
     @property
     def constraint(self) -> Constraint:
@@ -105,37 +113,46 @@ class DomainRegulariser:
         """
         if self.options.is_retention or self.options.weight == 0:
             return {}
-        if self.options.anchor == "initial" and round_index > 1:
+        if self.options.anchor == "initial" and self.is_fitted:
             return {}  # p_a has not moved since R was fitted
-        if self.anchor is not None:
+        if self.options.anchor == "previous":
+            assert self.anchor is not None
             self.anchor.refresh()
         self.targets = None
         seconds: dict[str, float] = {}
         earlier = [rollout for rollout in self.replayed + self.rollouts if rollout.complies is not None]
         self.replayed = [r for r in earlier if r.round >= round_index - self.config.auxiliary.replay]
-        states: dict[int, Tensor] = {}  # by rollout, what its tokens were drawn from, so that fitting need not run p_a
-        with ScoringAhead(self.constraint) as scoring:
-            with _timed(seconds, "sampling"):
-                self.rollouts, self.drawn = self._sample(round_index, states, scoring), 0
-            with _timed(seconds, "scoring"):
-                self._score(scoring)
-        with _timed(seconds, "fitting"):
-            fitted = self._fit(round_index, states)
+        traces: dict[int, Trace] = {}  # by rollout, how it was drawn, so that fitting need not run p_a
+        with self._guided_model():
+            with ScoringAhead(self.constraint) as scoring:
+                with _timed(seconds, "sampling"):
+                    self.rollouts, self.drawn = self._sample(round_index, traces, scoring), 0
+                with _timed(seconds, "scoring"):
+                    self._score(scoring)
+            with _timed(seconds, "fitting"):
+                fitted = self._fit(round_index, traces)
+        self.has_begun = True
         return {**_compliance(self.rollouts), **fitted, **{f"seconds_{k}": v for k, v in seconds.items()}}
 
-    def _sample(self, round_index: int, states: dict[int, Tensor], scoring: ScoringAhead) -> list[Rollout]:
+    def _guided_model(self) -> AbstractContextManager[None]:
+        """Inside the block the model is p_a. `live` and `previous` anchors are the policy as it stands."""
+        return self.anchor.active() if self.anchor is not None and self.options.anchor == "initial" else nullcontext()
+
+    def _sample(self, round_index: int, traces: dict[int, Trace], scoring: ScoringAhead) -> list[Rollout]:
         prompts = self.prompts(round_index)
+        end = self.tokenizer.eos_token_id
         completions = sample(
             self.model,
             prompts,
             max_new_tokens=self.config.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end,
             batch_size=self.config.rollout_batch_size,
             seed=self._seed(f"sampling {round_index}"),
+            dtype=self.config.autocast_dtype,
             description=f"round {round_index}: sampling for {self.name}",
             share=True,
-            states=states,
+            traces=traces,
             on_batch=lambda completions: scoring.ask([self._decode(completion) for completion in completions]),
         )
         model_hash = weights_hash(self.model)
@@ -149,8 +166,10 @@ class DomainRegulariser:
                 regulariser=self.name,
                 model_hash=model_hash,
                 constraint=self.constraint.name,
+                finished=completion[-1] == end,
+                log_probs=traces[index].log_probs,
             )
-            for prompt, completion in zip(prompts, completions, strict=True)
+            for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
 
     def prompts(self, round_index: int) -> list[list[int]]:
@@ -187,46 +206,70 @@ class DomainRegulariser:
             score = known.get(rollout.completion) or next(scores)
             rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
 
-    def _fit(self, round_index: int, states: dict[int, Tensor]) -> dict[str, Any]:
-        """Fits R on this round's scored rollouts, from where the last round left it."""
-        places = [place for place, rollout in enumerate(self.rollouts) if rollout.complies is not None]
-        scored = [self.rollouts[place] for place in places]
-        missing = len(self.rollouts) - len(scored)
-        if missing > self.config.max_missing * len(self.rollouts):
-            reason = next(rollout.reason for rollout in self.rollouts if rollout.complies is None)
+    def _fit(self, round_index: int, traces: dict[int, Trace]) -> dict[str, Any]:
+        """Fits R on this round's scored rollouts and on those it replays, from where the last round left it.
+
+        Labels that are all alike teach R nothing new. It then stays as it is, and so does the term.
+        """
+        missing = [rollout for rollout in self.rollouts if rollout.complies is None]
+        if len(missing) > self.config.max_missing * len(self.rollouts):
             raise RunStopped(
-                f"{self.name}: {missing} of {len(self.rollouts)} rollouts got no score (first reason: {reason}); "
-                f"mend the constraint and resume, or raise max_missing above {self.config.max_missing}"
+                f"{self.name}: {len(missing)} of {len(self.rollouts)} rollouts got no score (first reason: "
+                f"{missing[0].reason}); fix the constraint and resume, or raise max_missing above "
+                f"{self.config.max_missing}"
             )
-        labels = {rollout.value if self.options.soft_labels else rollout.complies for rollout in scored}
-        knew, self.informed = self.informed, len(labels) > 1
-        if not self.informed:
-            return {"fit_skipped": True}
+        places = [place for place, rollout in enumerate(self.rollouts) if self._teaches(rollout)]
+        fresh = [self.rollouts[place] for place in places]
+        replayed = [rollout for rollout in self.replayed if self._teaches(rollout)]
+        new, known = ({self._label(rollout) for rollout in some} for some in (fresh, replayed))
+        fit = "fitted" if len(new) > 1 else "replay" if len(new | known) > 1 else "kept" if self.is_fitted else "none"
+        if not fresh or (fit in ("kept", "none") and not self.is_fitted):
+            return {"fit": fit}
         assert self.auxiliary is not None
+        config = self.config
         with torch.no_grad():
-            pad = self.tokenizer.pad_token_id
-            known = {row: states[place] for row, place in enumerate(places) if place in states}
-            examples = encode(self.model, scored + self.replayed, self.options.soft_labels, pad, known)
-        stale = measure_calibration(self.auxiliary, examples[: len(scored)]) if knew else {}
+            examples = encode(
+                self.model,
+                fresh + replayed,
+                self.tokenizer.pad_token_id,
+                fresh=len(fresh),
+                traces={row: traces[place] for row, place in enumerate(places)},
+                soft_labels=self.options.soft_labels,
+                bootstrap=config.truncated == "bootstrap",
+                dtype=config.autocast_dtype,
+            )
+        # How the last round's R does on samples of a policy that is one round newer.
+        stale = measure_calibration(self.auxiliary, examples[: len(fresh)]) if self.is_fitted else {}
+        report = {"fit": fit} | {f"{key}_before": stale[key] for key in ("r_brier", "r_ece") if key in stale}
+        if fit == "kept":
+            return report
         generator = torch.Generator().manual_seed(self._seed(f"fitting {round_index}"))
-        report = fit_auxiliary(
+        report |= fit_auxiliary(
             self.auxiliary,
             self.model,
             examples,
-            self.config.auxiliary,
+            config.auxiliary,
             generator,
             f"round {round_index}: fitting R",
-            fresh=len(scored),
+            fresh=len(fresh),
+            dtype=config.autocast_dtype,
         )
         align(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
+        self.is_fitted = True
         self.auxiliary.config.provenance = {
             "constraint": self.constraint.describe(),
             "regulariser": self.name,
             "round": round_index,
-            "model_hash": scored[0].model_hash,
+            "model_hash": fresh[0].model_hash,
         }
-        # How the last round's R does on samples of a policy that is one round newer.
-        return report | {f"{key}_before": stale[key] for key in ("r_brier", "r_ece") if key in stale}
+        return report
+
+    def _teaches(self, rollout: Rollout) -> bool:
+        """Whether R is fitted on a rollout: it has a label, and one that counts where it was cut."""
+        return rollout.complies is not None and (rollout.finished or self.config.truncated != "mask")
+
+    def _label(self, rollout: Rollout) -> float | bool | None:
+        return rollout.value if self.options.soft_labels else rollout.complies
 
     # ------------------------------------------------------------------ the update
 
@@ -255,8 +298,9 @@ class DomainRegulariser:
         """q built on the frozen anchor: one forward gives p_a and what R reads. Shapes as in `target`."""
         assert self.anchor is not None
         with self.anchor.active():
-            states = run(self.model, input_ids, attention_mask)
-            layer = OutputLayer.of(self.model).detach(copy=is_sharded(self.model))
+            dtype = self.config.autocast_dtype
+            states = policy_forward(self.model, input_ids, attention_mask, dtype=dtype)
+            layer = OutputLayer.of(self.model, dtype).detach(copy=is_sharded(self.model))
         return self._target(states, input_ids, attention_mask, mask, FrozenAnchor(states[:, :-1][mask], layer))
 
     def _target(
@@ -283,7 +327,8 @@ class DomainRegulariser:
         """Everything that the next updates and rounds depend on, and what the last round measured."""
         auxiliary = self.auxiliary
         return RegulariserState(
-            informed=self.informed,
+            is_fitted=self.is_fitted,
+            has_begun=self.has_begun,
             drawn=self.drawn,
             rollouts=self.rollouts,
             replayed=self.replayed,
@@ -308,7 +353,7 @@ class DomainRegulariser:
 
     def adopt(self, state: RegulariserState) -> None:
         """Goes on from a state, of this process or another."""
-        self.informed, self.drawn = state.informed, state.drawn
+        self.is_fitted, self.has_begun, self.drawn = state.is_fitted, state.has_begun, state.drawn
         self.rollouts, self.replayed, self.targets = state.rollouts, state.replayed, state.targets
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(state.auxiliary)
@@ -348,6 +393,7 @@ def _compliance(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "rollouts": len(rollouts),
         "rollouts_missing": len(rollouts) - len(scored),
         "rollouts_empty": sum(not rollout.completion.strip() for rollout in rollouts),
+        "clipped": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
         "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
         "compliance": complying / len(scored) if scored else None,
         "compliance_low": interval[0],

@@ -118,7 +118,7 @@ def fit_guide(recipe: Recipe, output_dir: str | Path) -> dict[str, Any]:
     """
     trainer = build_trainer(recipe, Path(output_dir), recipe.read_corpus())
     measured = trainer.schedule.begin_round(1)
-    if not any(regulariser.informed for regulariser in trainer.regularisers):
+    if not any(regulariser.is_fitted for regulariser in trainer.regularisers):
         raise RunStopped(f"{output_dir}: every sample got the same label, so there is nothing to guide by")
     return measured
 

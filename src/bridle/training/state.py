@@ -29,13 +29,15 @@ class PlainState:
     """What of a regulariser's state is neither weights nor rollouts.
 
     Attributes:
-        informed: whether R says something.
+        is_fitted: whether R has been fitted.
+        has_begun: whether a round has been made.
         drawn: rollouts handed to the update since the round began.
         provenance: what R was fitted on.
         measured: what the round measured.
     """
 
-    informed: bool = False
+    is_fitted: bool = False
+    has_begun: bool = False
     drawn: int = 0
     provenance: dict[str, Any] | None = None
     measured: dict[str, Any] = field(default_factory=dict)

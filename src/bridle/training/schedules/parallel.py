@@ -82,7 +82,7 @@ class RegulariserRole:
                 measured = regulariser.update(round_index)
             except (RunStopped, UserError) as error:  # not raised here, where what was sampled would be lost
                 return [*states, replace(regulariser.state(), stopped=error)]
-            if rows is not None and regulariser.informed and regulariser.targets is None:
+            if rows is not None and regulariser.active and regulariser.targets is None:
                 began = time.perf_counter()
                 regulariser.targets = make_targets(regulariser, rows[regulariser.index], round_index)
                 measured["seconds_targets"] = time.perf_counter() - began

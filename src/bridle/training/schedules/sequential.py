@@ -121,7 +121,7 @@ class SequentialSchedule(TrainerCallback):
     def _note(self, index: int, regulariser: DomainRegulariser, measured: dict[str, Any]) -> None:
         """Keeps R of round `index` and writes down what was measured."""
         self._keep_auxiliary(index, regulariser)
-        measured = measured | {"lambda": regulariser.options.weight}
+        measured = measured | {"lambda": regulariser.options.weight, "term_on": regulariser.active}
         self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
         log, config = self.trainer.state.log_history, self.trainer.args
         for warning in round_warnings(regulariser.name, index, measured, log, config):
@@ -141,7 +141,7 @@ class SequentialSchedule(TrainerCallback):
 
     def _keep_auxiliary(self, index: int, regulariser: DomainRegulariser) -> None:
         """Writes R twice: where the latest is found, and by round, since R_1 is what guides the base model."""
-        if is_main() and regulariser.auxiliary is not None and regulariser.informed:
+        if is_main() and regulariser.auxiliary is not None and regulariser.is_fitted:
             folder = Path(self.trainer.args.output_dir) / "auxiliary"
             if sum(other.auxiliary is not None for other in self.trainer.regularisers) > 1:
                 folder = folder / regulariser.name

@@ -1,0 +1,54 @@
+"""One way to run the policy, for sampling, reading, anchors and the update, so that all of them see the same model.
+
+Dropout is off, as in TRL's RLOO and GRPO: with it, the policy that is trained would not be the one that was sampled.
+Mixed precision is that of the update. Rows are padded on the right, so that positions count from the row's start; only
+sampling pads on the left, where `generate` counts positions by the attention mask.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bridle.models.hidden import capture_hidden_states, without_logits
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every probability of dropping something to 0: those of layers, of attention and of whole layers.
+
+    `transformers` keeps some as layers and some as plain numbers of a module, such as `attention_dropout`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
+
+
+def mixed_precision(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Inside the block matrix products are made in `dtype`; None leaves them in the weights' own."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype, enabled=dtype is not None)
+
+
+def policy_forward(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, dtype: torch.dtype | None = None, **inputs: Any
+) -> Tensor:
+    """The hidden states that enter the output layer, without the logits.
+
+    Args:
+        model: a causal language model, wrapped by `peft` or `accelerate` or not. Its own mode decides whether
+            activations are checkpointed, and nothing else.
+        input_ids, attention_mask: [batch, time], padded on the right.
+        dtype: of mixed precision; None where there is none, or the model brings its own.
+        inputs: further arguments of the model.
+
+    Returns:
+        [batch, time, hidden]
+    """
+    with mixed_precision(model, dtype), capture_hidden_states(model) as hidden, without_logits(model):
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    assert hidden.last is not None
+    return hidden.last
