@@ -70,7 +70,8 @@ class Case:
 
     def chunked(self, divergence: bool) -> Tensor:
         layer = SimpleNamespace(weight=self.weight, bias=None, shape=lambda logits: logits)
-        every = Divergence("all", torch.arange(len(self.all), device=self.all.device), 1.0, lambda w, _: self.log_q(w))
+        weights = torch.ones(len(self.all), device=self.all.device)
+        every = Divergence("all", torch.arange(len(self.all)), weights, lambda which, _: self.log_q(which))
         terms = [every] if divergence else []
         return constrained_loss(self.states, layer, self.targets, self.all, terms, rows=self.rows)[0]
 

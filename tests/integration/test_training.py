@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from accelerate.utils import has_compiled_regions
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -15,10 +16,40 @@ from bridle.environment import write_json
 from bridle.errors import RunStopped, UserError
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
+from bridle.ranks import gathered
+from bridle.training import regulariser
+from bridle.training import trainer as training
 from bridle.training.batches import rollout_rows
 from bridle.training.config import AuxiliaryOptions, Regulariser
 from bridle.training.schedules.sequential import last_checkpoint
 from trainers import NO_E, SFT_OPTIONS, SHARE_OF_E, Labels, Letters, corpus, logged, trainer_of, weights
+
+
+class Waits(TorchDispatchMode):
+    """Finds the operations for whose result the host would have to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.paused = [], False
+
+    def outside(self, function):
+        """The same function, unwatched: what the model itself does is not ours."""
+
+        def unwatched(*args, **kwargs):
+            self.paused = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.paused = False
+
+        return unwatched
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        masks = name == "index" and any(part is not None and part.dtype == torch.bool for part in args[1])
+        if not self.paused and (masks or name in {"_local_scalar_dense", "nonzero", "masked_select", "equal"}):
+            self.found.append(name)
+        return operation(*args, **(kwargs or {}))
 
 
 class TestInvariance:
@@ -192,6 +223,77 @@ class TestRegularisers:
             if weight:
                 assert logged(trainer, "kl/all")[0] == pytest.approx(0, abs=1e-6)  # q = p_0 = p at the start
         assert distances[1] < 0.8 * distances[0]
+
+    @pytest.mark.parametrize("bf16", [False, True])
+    def test_a_policy_that_does_not_move_is_its_anchor(self, tiny_folder, tmp_path, bf16):
+        """Dropout and mixed precision are those of the anchor: KL is 0 where the weights are the same."""
+        folder = tiny_folder("gpt2", attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3)
+        options = {"learning_rate": 0.0, "bf16": bf16, "use_cpu": True}
+        trainer = trainer_of(folder, tmp_path / "run", {"all": Regulariser(weight=1.0)}, **options)
+        trainer.train()
+        assert logged(trainer, "kl/all") == pytest.approx([0.0] * 6, abs=1e-6)
+
+    def test_dropout_of_adapters_is_refused(self, tiny_folder, tmp_path):
+        with pytest.raises(UserError, match=r"^lora.dropout: a regulariser needs dropout off"):
+            trainer_of(tiny_folder(), tmp_path, {"all": Regulariser()}, lora=LoraOptions(r=2, dropout=0.1))
+
+    @pytest.mark.parametrize("accumulation", [1, 4])
+    @pytest.mark.parametrize("on", ["corpus", "rollouts"])
+    def test_lambda_weighs_the_mean_kl_whatever_the_lengths(self, tiny_folder, tmp_path, on, accumulation):
+        """On rollouts of 2 tokens beside rows of 24 as much as on long ones."""
+        options = {
+            "max_new_tokens": 2,
+            "per_device_train_batch_size": 8 // accumulation,
+            "gradient_accumulation_steps": accumulation,
+            "prompt_tokens": (1, None),
+        }
+        regularisers = {"all": Regulariser(NO_E, weight=30.0, on=on)}
+        trainer = trainer_of(tiny_folder(), tmp_path, regularisers, **options)
+        trainer.train()
+        records = [record for record in trainer.state.log_history if "loss" in record]
+        for record in records:
+            share = 1 - record.get("kl_unreached/all", 0)
+            assert record["loss"] - record["ce"] == pytest.approx(30 * share * record["kl/all"], rel=1e-3)
+        assert max(record["kl/all"] for record in records) > 1e-6
+
+    def test_where_no_rollout_can_be_the_kl_is_left_out_and_counted(self, tiny_folder, tmp_path, caplog):
+        shares = []
+        for prompts in ((1, 2), (1, None)):
+            options = {"max_new_tokens": 2, "prompt_tokens": prompts, "rounds": 1}
+            trainer = trainer_of(tiny_folder(), tmp_path / str(prompts), {"rude": Regulariser(NO_E)}, **options)
+            trainer.train()
+            (share,) = [record["kl_unreached/rude"] for record in trainer.state.log_history if "round" in record]
+            shares.append(share)
+        assert shares[0] > 0.5 > 0.1 > shares[1]
+        said = [record for record in caplog.messages if "the KL left out" in record]
+        assert len(said) == 1
+        assert said[0].startswith(f"round 1, rude: the KL left out {shares[0]:.0%} of the corpus's prefixes")
+
+    @pytest.mark.parametrize("anchor", ["live", "previous"])
+    def test_a_micro_batch_waits_for_nothing_that_an_update_can_do_once(
+        self, tiny_folder, tmp_path, monkeypatch, anchor
+    ):
+        """On an accelerator, reading a number or counting true entries waits for all work before it."""
+        waits, gathers = Waits(), []
+        monkeypatch.setattr(training, "gathered", lambda item: gathers.append(item) or gathered(item))
+        monkeypatch.setattr(training, "policy_forward", waits.outside(training.policy_forward))
+        monkeypatch.setattr(regulariser, "policy_forward", waits.outside(regulariser.policy_forward))
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "rounds": 1, "max_steps": 2}
+        regularisers = {"rude": Regulariser(NO_E, on="both", anchor=anchor), "plain": Regulariser(weight=1.0)}
+        trainer = trainer_of(tiny_folder(), tmp_path, regularisers, **options)
+        compute_loss = trainer.compute_loss
+
+        def watched(*args, **kwargs):
+            with waits:
+                return compute_loss(*args, **kwargs)
+
+        trainer.compute_loss = watched
+        trainer.train()
+        assert waits.found == []
+        assert len(gathers) == 2, "once for each update"
+        with waits:
+            bool(torch.ones(3)[torch.ones(3) > 0].sum() > 0)
+        assert len(waits.found) == 2, "the test must be able to see them"
 
     def test_packing_keeps_each_row_in_one_domain(self, tiny_folder, tmp_path):
         trainer = trainer_of(

@@ -44,11 +44,11 @@ class World:
     others: Tensor
 
     def divergences(self):
+        some, others = torch.full((6,), 3.0), torch.linspace(0.1, 0.9, 5)
+        live = lambda which, logits: log_target(logits, self.r_logits[self.others[which]])  # noqa: E731
         return [
-            Divergence("some", self.some, 3.0, lambda which, logits: self.log_q[self.some[which]]),
-            Divergence(
-                "others", self.others, 0.5, lambda which, logits: log_target(logits, self.r_logits[self.others[which]])
-            ),
+            Divergence("some", self.some, some, lambda which, logits: self.log_q[self.some[which]]),
+            Divergence("others", self.others, others, live),
         ]
 
     def plainly(self):
@@ -58,8 +58,10 @@ class World:
         kl_some = kl_divergence(self.log_q[self.some], logits[self.some], on[self.some])[0]
         live = log_target(logits.detach()[self.others], self.r_logits[self.others])
         kl_others = kl_divergence(live, logits[self.others], on[self.others])[0]
+        each = zip(torch.linspace(0.1, 0.9, 5), live.split(1), logits[self.others].split(1), strict=True)
+        weighted = sum(weight * kl_divergence(q, p, on[:1])[0] for weight, q, p in each)
         ce = cross_entropy(logits, self.targets, self.trained_on)[0]
-        return ce + 3.0 * kl_some + 0.5 * kl_others, (ce, kl_some, kl_others, logits)
+        return ce + 3.0 * kl_some + weighted, (ce, kl_some, kl_others, logits)
 
     def gradients(self, loss):
         inputs = [part for part in (self.states, self.layer.weight, self.layer.bias) if part is not None]
@@ -136,7 +138,9 @@ def test_mixed_precision_keeps_the_weights_gradient_in_float32():
 def test_a_shipped_target_is_the_sparse_divergence(k):
     given = world()
     kept = sparse_target(given.log_q, k)
-    everywhere = Divergence("all", torch.arange(POSITIONS), 2.0, lambda which, logits: kept[which].spread(logits))
+    everywhere = Divergence(
+        "all", torch.arange(POSITIONS), torch.full((POSITIONS,), 2.0), lambda which, logits: kept[which].spread(logits)
+    )
     loss, _ = constrained_loss(
         given.states, given.layer, given.targets, torch.zeros_like(given.trained_on), [everywhere], rows=2
     )

@@ -41,19 +41,19 @@ class OutputLayer(Protocol):
 
 @dataclass(frozen=True)
 class Divergence:
-    """λ·KL(q ‖ p) at some of the positions.
+    """Σ λ·KL(q ‖ p) over some of the positions.
 
     Attributes:
         name: of the regulariser.
-        positions: [n], which ones, in ascending order.
-        weight: λ.
+        positions: [n], which ones, in ascending order. On the CPU, so that no chunk waits for the device.
+        weights: [n], the λ of each.
         log_q: makes [m, vocabulary] log-probabilities of q from which of its positions, and the policy's logits there,
             [m, vocabulary].
     """
 
     name: str
     positions: Tensor
-    weight: float
+    weights: Tensor
     log_q: Callable[[slice, Tensor], Tensor]
 
 
@@ -65,13 +65,13 @@ class Sums:
         cross_entropy: [] over the positions that are trained on.
         entropy: [] of p, over the same.
         correct: [] how often the target is the likeliest token there.
-        divergences: by name, KL(q ‖ p) and the number of its positions.
+        divergences: by name, KL(q ‖ p) without its weights, and the number of its positions.
     """
 
     cross_entropy: Tensor
     entropy: Tensor
     correct: Tensor
-    divergences: dict[str, tuple[Tensor, Tensor]]
+    divergences: dict[str, tuple[Tensor, int]]
 
 
 def chunk_rows(device: torch.device, vocabulary: int) -> int:
@@ -119,11 +119,15 @@ def constrained_loss(
     linear = _Linear(hidden_states, layer.weight, layer.bias, dtype)
     share = trained_on.float()
     coefficients = share.clone()  # of p in the gradient: c + Σ_d λ_d
-    for divergence in divergences:
-        coefficients[divergence.positions] += divergence.weight
+    positions = [divergence.positions.to(hidden_states.device, non_blocking=True) for divergence in divergences]
+    for divergence, places in zip(divergences, positions, strict=True):
+        coefficients.index_add_(0, places, divergence.weights)
+    starts = torch.arange(0, len(hidden_states) + rows, rows)
+    edges = [torch.searchsorted(divergence.positions, starts).tolist() for divergence in divergences]
     parts = torch.zeros(3 + len(divergences), device=hidden_states.device)
+    total = torch.zeros((), device=hidden_states.device)
 
-    for chunk in chunks(len(hidden_states), rows):
+    for index, chunk in enumerate(chunks(len(hidden_states), rows)):
         raw = linear.logits(chunk)
         logits = layer.shape(raw)
         log_p = F.log_softmax(logits.float(), dim=-1)
@@ -135,30 +139,25 @@ def constrained_loss(
         parts[2] += (of_target == log_p.amax(-1)).float() @ share[chunk]
         gradient = p.mul_(coefficients[chunk, None])
         gradient.scatter_add_(-1, target, -share[chunk, None])
-        for number, divergence in enumerate(divergences, start=3):
-            which, where = _within(divergence.positions, chunk)
-            if len(where):
-                log_q = divergence.log_q(which, logits[where]).clamp(min=FLOOR)  # 0·log 0 = 0
-                q = log_q.exp()
-                gradient.index_add_(0, where, q, alpha=-divergence.weight)
-                # Rounding alone can make a KL negative.
-                parts[number] += _dot(q, log_q.sub_(log_p[where])).clamp(min=0).sum()
+        for number, divergence in enumerate(divergences):
+            which = slice(*edges[number][index : index + 2])
+            if which.start == which.stop:
+                continue
+            where, weights = positions[number][which] - chunk.start, divergence.weights[which]
+            log_q = divergence.log_q(which, logits[where]).clamp(min=FLOOR)  # 0·log 0 = 0
+            q = log_q.exp()
+            kl = _dot(q, log_q.sub_(log_p[where])).clamp(min=0)  # rounding alone can make it negative
+            parts[3 + number] += kl.sum()
+            total += kl @ weights
+            gradient.index_add_(0, where, q.mul_(weights[:, None]), alpha=-1)
         linear.take(chunk, _through_shape(layer, raw, logits, gradient))
 
-    weights = torch.tensor([1.0, 0, 0, *(divergence.weight for divergence in divergences)], device=parts.device)
     with torch.enable_grad():
-        total = linear.attach(parts @ weights)
-    counts = (parts.new_tensor(len(divergence.positions)) for divergence in divergences)
+        loss = linear.attach(parts[0] + total)
     by_name = {
-        divergence.name: (kl, count) for divergence, kl, count in zip(divergences, parts[3:], counts, strict=True)
+        divergence.name: (kl, len(divergence.positions)) for divergence, kl in zip(divergences, parts[3:], strict=True)
     }
-    return total, Sums(parts[0], parts[1], parts[2], by_name)
-
-
-def _within(positions: Tensor, chunk: slice) -> tuple[slice, Tensor]:
-    """Which of some ascending positions lie in a chunk, and where in it."""
-    first, last = torch.searchsorted(positions, positions.new_tensor([chunk.start, chunk.stop])).tolist()
-    return slice(first, last), positions[first:last] - chunk.start
+    return loss, Sums(parts[0], parts[1], parts[2], by_name)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

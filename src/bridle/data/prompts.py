@@ -35,18 +35,18 @@ def prompts_from_domain(
     tokenized: Dataset,
     n: int,
     *,
-    prompt_tokens: tuple[int, int],
+    prompt_tokens: tuple[int, int | None],
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int | None = None,
 ) -> list[list[int]]:
     """Draws `n` prompts from the rows of a tokenised domain.
 
-    A row that begins with masked labels (-100) gives those tokens: its prompt. Any other row gives a
-    prefix whose length, beyond the beginning-of-text token, is uniform over `prompt_tokens`, both ends
-    included, as far as a token of its first text is left over to predict. Rows that are too short for
-    that, or whose prompt is too long, are passed over. Rows are drawn without replacement until all have
-    been, then again.
+    A row that begins with masked labels (-100) gives those tokens: its prompt. Any other row gives a prefix whose
+    length, beyond the beginning-of-text token, is uniform over `prompt_tokens`, both ends included, as far as a token
+    of its first text is left over to predict. A longest length of None takes prefixes from any depth of the row. Rows
+    that are too short for that, or whose prompt is too long, are passed over. Rows are drawn without replacement until
+    all have been, then again.
 
     Args:
         tokenized: rows with `input_ids` and `labels`; a packed row may begin in the middle of a text.
@@ -63,7 +63,7 @@ def prompts_from_domain(
         UserError: if `prompt_tokens` is no range, or no row has such a prompt.
     """
     shortest, longest = prompt_tokens
-    if not 0 <= shortest <= longest:
+    if shortest < 0 or (longest is not None and longest < shortest):
         raise UserError(f"prompt_tokens: {prompt_tokens} must be two lengths, the shorter first")
     rng = np.random.default_rng(seed)
     prompts: list[list[int]] = []
@@ -72,15 +72,16 @@ def prompts_from_domain(
         fitting = (ids for ids in passed if ids and (max_prompt_tokens is None or len(ids) <= max_prompt_tokens))
         drawn = list(islice(fitting, n - len(prompts)))
         if not drawn:
+            reach = f"{shortest} or more" if longest is None else f"{shortest} to {longest}"
             limit = f", or none of at most {max_prompt_tokens}" if max_prompt_tokens is not None else ""
-            raise UserError(f"prompt_tokens: no row holds a prompt of {shortest} to {longest} tokens{limit}")
+            raise UserError(f"prompt_tokens: no row holds a prompt of {reach} tokens{limit}")
         prompts += drawn
     return prompts
 
 
 def _pass_over(
     tokenized: Dataset,
-    prompt_tokens: tuple[int, int],
+    prompt_tokens: tuple[int, int | None],
     rng: np.random.Generator,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[list[int]]:
@@ -93,7 +94,7 @@ def _pass_over(
 
 def _prefix_length(
     ids: Sequence[int],
-    prompt_tokens: tuple[int, int],
+    prompt_tokens: tuple[int, int | None],
     rng: np.random.Generator,
     tokenizer: PreTrainedTokenizerBase,
 ) -> int:
@@ -101,7 +102,7 @@ def _prefix_length(
     bos = int(ids[0] == tokenizer.bos_token_id)
     end = ids.index(tokenizer.eos_token_id, bos) if tokenizer.eos_token_id in ids[bos:] else len(ids)
     shortest = max(prompt_tokens[0] + bos, 1)
-    longest = min(prompt_tokens[1] + bos, end - 1)
+    longest = end - 1 if prompt_tokens[1] is None else min(prompt_tokens[1] + bos, end - 1)
     return int(rng.integers(shortest, longest + 1)) if shortest <= longest else 0
 
 

@@ -65,7 +65,7 @@ def last_positions(model: torch.nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def project_only(model: torch.nn.Module, mask: Tensor) -> Iterator[None]:
+def project_only(model: torch.nn.Module, positions: Tensor) -> Iterator[None]:
     """Inside the block only some positions go through the output layer, as one row.
 
     Where there is no Triton, TRL's fused head sends every position through the vocabulary: padding, prompts and
@@ -73,9 +73,9 @@ def project_only(model: torch.nn.Module, mask: Tensor) -> Iterator[None]:
 
     Args:
         model: a causal language model whose forwards inside the block are of one batch.
-        mask: [batch, time - 1], true at the positions to keep. The last position predicts nothing.
+        positions: [n] in the flattened [batch · time], those to keep.
     """
-    with _before_output_layer(model, lambda states: states[:, :-1][mask][None]):
+    with _before_output_layer(model, lambda states: states.flatten(0, 1)[positions][None]):
         yield
 
 

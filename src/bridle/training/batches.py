@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -12,46 +14,80 @@ from bridle.core.tokens import IGNORE, completion_positions, length_mask, pad_ri
 from bridle.data import DOMAIN, Rollout
 
 NO_DOMAIN = -1  # the domain of a row that is not of the corpus
+PREFIXES = "prefixes"  # the batch's key for what is known of its rows
 
-
-@dataclass
-class DomainCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which pads `input_ids` and `labels`, and the `domain` of each row: [batch]."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:  # noqa: D102
-        batch = super().torch_call(examples)
-        batch[DOMAIN] = torch.tensor([example.get(DOMAIN, NO_DOMAIN) for example in examples])
-        return batch
+Mask = NDArray[np.bool_]
 
 
 @dataclass
 class Prefixes:
     """The rows of a batch and the prefixes in them that regularisers look at.
 
+    It stays on the host, so that an accelerator is never waited for to know which positions count.
+
     Attributes:
         domain: [batch] index of the corpus's domain; `NO_DOMAIN` for a rollout.
         regulariser: [batch] index of the regulariser a rollout was drawn for; -1 for the corpus.
         mask: [batch, time - 1] true at the prefixes before a trained-on or sampled token.
+        tokens: [batch] length of each row.
     """
 
-    domain: Tensor
-    regulariser: Tensor
-    mask: Tensor
+    domain: NDArray[np.int64]
+    regulariser: NDArray[np.int64]
+    mask: Mask
+    tokens: NDArray[np.int64]
 
     @classmethod
-    def of_corpus(cls, domain: Tensor, labels: Tensor) -> "Prefixes":
-        """Every prefix whose next token is trained on. Shapes: [batch], [batch, time]."""
-        return cls(domain, torch.full_like(domain, -1), shift(labels)[1])
+    def of_corpus(cls, domain: Sequence[int], labels: Tensor, attention_mask: Tensor) -> "Prefixes":
+        """Every prefix whose next token is trained on. Shapes: [batch], [batch, time], [batch, time]."""
+        indices = np.asarray(domain, dtype=np.int64)
+        tokens = attention_mask.sum(-1).numpy()
+        return cls(indices, np.full_like(indices, -1), shift(labels)[1].numpy(), tokens)
+
+    @property
+    def of_the_corpus(self) -> Mask:
+        """[batch, time - 1] the prefixes whose next token is trained on."""
+        return self.mask & (self.regulariser < 0)[:, None]
+
+    def __getitem__(self, rows: slice) -> "Prefixes":
+        return Prefixes(self.domain[rows], self.regulariser[rows], self.mask[rows], self.tokens[rows])
 
 
-def append_rollouts(
-    inputs: dict[str, Tensor], prefixes: Prefixes, rollouts: Sequence[Rollout], regulariser: int, pad: int
-) -> tuple[dict[str, Tensor], Prefixes]:
+@dataclass
+class DomainCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, which pads `input_ids` and `labels`, and the batch's `Prefixes`."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:  # noqa: D102
+        batch = super().torch_call(examples)
+        domains = [example.get(DOMAIN, NO_DOMAIN) for example in examples]
+        batch[PREFIXES] = Prefixes.of_corpus(domains, batch["labels"], batch["attention_mask"])
+        return batch
+
+
+def flat_positions(mask: Mask) -> Tensor:
+    """Where the positions of a mask lie in a flattened batch, in ascending order, on the CPU.
+
+    Args:
+        mask: [batch, time - 1].
+
+    Returns:
+        [n] indices into [batch · time].
+    """
+    rows, positions = mask.nonzero()
+    return torch.from_numpy(rows * (mask.shape[1] + 1) + positions)
+
+
+def run_lengths(mask: Mask) -> NDArray[np.int64]:
+    """How many true positions in a row end at each position: 0 where it is false. [batch, time] -> [batch, time]"""
+    counted = mask.cumsum(-1)
+    return counted - np.maximum.accumulate(np.where(mask, 0, counted), axis=-1)
+
+
+def append_rollouts(inputs: dict[str, Any], rollouts: Sequence[Rollout], regulariser: int, pad: int) -> dict[str, Any]:
     """Adds rollouts as rows that the cross-entropy ignores, so that one forward serves corpus and rollouts.
 
     Args:
-        inputs: `input_ids`, `attention_mask`, `labels`, all [batch, time].
-        prefixes: of the same batch.
+        inputs: `input_ids`, `attention_mask`, `labels`, all [batch, time], and their `Prefixes`.
         rollouts: rows to add, at least one.
         regulariser: index of the regulariser they were drawn for.
         pad: token id that fills rows.
@@ -63,13 +99,16 @@ def append_rollouts(
         "labels": (torch.full_like(ids, IGNORE), IGNORE),
     }
     joined = {key: _stack(inputs[key], new, fill) for key, (new, fill) in added.items()}
-    device = prefixes.domain.device
-    full = torch.full((len(ids),), NO_DOMAIN, device=device)
-    return {**inputs, **joined}, Prefixes(
-        domain=torch.cat([prefixes.domain, full]),
-        regulariser=torch.cat([prefixes.regulariser, torch.full_like(full, regulariser)]),
-        mask=_stack(prefixes.mask, mask, False),
+    known, new = inputs[PREFIXES], np.ones(len(ids), dtype=np.int64)
+    time = joined["labels"].shape[1] - 1
+    masks = (np.pad(part, ((0, 0), (0, time - part.shape[1]))) for part in (known.mask, mask.numpy()))
+    prefixes = Prefixes(
+        domain=np.concatenate([known.domain, NO_DOMAIN * new]),
+        regulariser=np.concatenate([known.regulariser, regulariser * new]),
+        mask=np.concatenate(list(masks)),
+        tokens=np.concatenate([known.tokens, attention_mask.sum(-1).numpy()]),
     )
+    return {**inputs, **joined, PREFIXES: prefixes}
 
 
 def rollout_rows(rollouts: Sequence[Rollout], pad: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -152,7 +152,8 @@ class ConstrainedConfig(SFTConfig):
         rounds: how many times R is refreshed; the policy's steps are divided evenly among them.
         rollouts_per_round: samples each regulariser draws from the policy in a round.
         max_new_tokens: length in tokens at which a sample is cut.
-        prompt_tokens: shortest and longest prompt taken from plain text, in tokens.
+        prompt_tokens: shortest and longest prompt taken from plain text, in tokens. None for the longest takes prompts
+            from any depth of a row. The KL on the corpus leaves out, and counts, prefixes that no rollout can reach.
         rollout_batch_size: samples drawn at a time.
         targets: when q is built. `computed`: in the update, over the whole vocabulary; `shipped`: ahead of a round's
             updates, by the regulariser's role, and kept sparsely, so that the update runs no forward but its own. A
@@ -184,7 +185,7 @@ class ConstrainedConfig(SFTConfig):
     rounds: int = field(default=2, metadata={"help": "How many times R is refreshed."})
     rollouts_per_round: int = field(default=1024, metadata={"help": "Samples per regulariser and round."})
     max_new_tokens: int = field(default=32, metadata={"help": "Tokens at which a sample is cut."})
-    prompt_tokens: tuple[int, int] = field(default=(2, 16), metadata={"help": "Prompt length, in tokens."})
+    prompt_tokens: tuple[int, int | None] = field(default=(2, None), metadata={"help": "Prompt length, in tokens."})
     rollout_batch_size: int = field(default=256, metadata={"help": "Samples drawn at a time."})
     targets: Literal["computed", "shipped"] = field(default="computed", metadata={"help": "When q is built."})
     target_tokens: int = field(default=128, metadata={"help": "Tokens that a shipped target keeps."})

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Measured = Mapping[str, Any]  # what a round measured for one regulariser, by the keys of docs/metrics.md
 
+UNREACHED_BOUND = 0.05  # of a domain's prefixes; prompts take a token or two at the beginning of each row
 FEWEST_KEPT_BACK = 20  # rollouts; on fewer the calibration error of a perfect R can exceed any useful bound
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,21 @@ def round_warnings(
         *_of_rising_violations(measured, [_of_regulariser(name, record) for record in log]),
     )
     return [f"round {round_index}, {name}: {warning}" for warning in found]
+
+
+def unreached_warnings(record: Measured) -> list[str]:
+    """What a round's updates left out of the KL because no rollout can have been there, a sentence each.
+
+    Args:
+        record: of the round, with the means over its updates.
+    """
+    shares = {key.removeprefix("kl_unreached/"): share for key, share in record.items() if "kl_unreached/" in key}
+    return [
+        f"round {record['round']}, {name}: the KL left out {share:.0%} of the corpus's prefixes, since no rollout can "
+        "be there and R was not fitted on them; widen prompt_tokens or raise max_new_tokens"
+        for name, share in shares.items()
+        if share > UNREACHED_BOUND
+    ]
 
 
 def _of_regulariser(name: str, record: Measured) -> Measured:

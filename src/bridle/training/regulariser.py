@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from scipy.stats import binomtest
@@ -29,7 +31,8 @@ from bridle.models.hidden import OutputLayer, causal_lm
 from bridle.models.loading import context_length
 from bridle.models.sampling import Trace, sample
 from bridle.models.sharding import in_shards, is_sharded, trainable, whole
-from bridle.ranks import align, gathered, joined, rank, share
+from bridle.ranks import align, gathered, joined, share
+from bridle.training.batches import Mask, flat_positions, run_lengths
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
 from bridle.training.state import RegulariserState, Weights, on_cpu
@@ -275,7 +278,7 @@ class DomainRegulariser:
 
     @torch.no_grad()
     def target(
-        self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
+        self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Mask
     ) -> Target | ShippedTarget:
         """q at the prefixes of a batch that the policy has just run on.
 
@@ -284,42 +287,74 @@ class DomainRegulariser:
             input_ids, attention_mask: [batch, time].
             mask: [batch, time - 1], true at the prefixes that count.
         """
+        own_network = self.auxiliary is not None and self.auxiliary.network is not None
+        if self.targets is None and self.anchor is None and not own_network:
+            return self._target(hidden_states.flatten(0, 1)[flat_positions(mask).to(hidden_states.device)])
+        rows = np.flatnonzero(mask.any(-1))
+        if is_sharded(self.model) and not len(rows):
+            rows = np.zeros(1, dtype=np.int64)  # an anchor in shards runs on all processes or on none
+        chosen, mask = torch.from_numpy(rows).to(input_ids.device), mask[rows]
+        hidden_states, input_ids, attention_mask = (part[chosen] for part in (hidden_states, input_ids, attention_mask))
         if self.targets is not None:
-            keys = row_keys(input_ids, attention_mask, mask)
+            counted = torch.from_numpy(mask).to(input_ids.device)
+            keys = row_keys(input_ids, attention_mask, counted)
             # An epoch's last batch may be filled up with rows of its first, which belong to another round.
             if all(key in self.targets for key in keys):
-                return ShippedTarget(self.targets.gather(keys, mask))
+                return ShippedTarget(self.targets.gather(keys, counted))
         if self.anchor is not None:
             return self.frozen_target(input_ids, attention_mask, mask)
-        return self._target(hidden_states, input_ids, attention_mask, mask)
+        return self._target(self._features(hidden_states, input_ids, attention_mask, mask))
 
     @torch.no_grad()
-    def frozen_target(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Target:
+    def frozen_target(self, input_ids: Tensor, attention_mask: Tensor, mask: Mask) -> Target:
         """q built on the frozen anchor: one forward gives p_a and what R reads. Shapes as in `target`."""
         assert self.anchor is not None
+        dtype = self.config.autocast_dtype
         with self.anchor.active():
-            dtype = self.config.autocast_dtype
             states = policy_forward(self.model, input_ids, attention_mask, dtype=dtype)
             layer = OutputLayer.of(self.model, dtype).detach(copy=is_sharded(self.model))
-        return self._target(states, input_ids, attention_mask, mask, FrozenAnchor(states[:, :-1][mask], layer))
+        anchor = FrozenAnchor(states.flatten(0, 1)[flat_positions(mask).to(states.device)], layer)
+        return self._target(self._features(states, input_ids, attention_mask, mask), anchor)
 
-    def _target(
-        self,
-        states: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        mask: Tensor,
-        anchor: FrozenAnchor | None = None,
-    ) -> Target:
+    def _features(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Mask) -> Tensor:
+        """What R reads at the prefixes that count. [batch, time, hidden] -> [prefixes, hidden]"""
         if self.auxiliary is not None:
             states = self.auxiliary.features(states, input_ids, attention_mask)
-        return Target(self.auxiliary, states[:, :-1][mask], self.options.power, anchor)
+        return states.flatten(0, 1)[flat_positions(mask).to(states.device)]
 
-    def next_rollouts(self, count: int) -> list[Rollout]:
-        """The next `count` rollouts of this round, in turn, after those that processes of lower rank take."""
-        counts = gathered(count)
-        first, self.drawn = self.drawn + sum(counts[: rank()]), self.drawn + sum(counts)
-        return [self.rollouts[(first + offset) % len(self.rollouts)] for offset in range(count)]
+    def _target(self, features: Tensor, anchor: FrozenAnchor | None = None) -> Target:
+        return Target(self.auxiliary, features, self.options.power, anchor)
+
+    def reaches(self, mask: Mask) -> Mask:
+        """Where in the rows of a corpus a rollout of this round can have been, so that R was fitted there.
+
+        Rows of text give prompts of some lengths, and rollouts go on for `max_new_tokens` from there. A row that begins
+        with its prompt is sampled from where that ends.
+
+        Args:
+            mask: [batch, time - 1], true before tokens that are trained on.
+        """
+        if self.options.is_retention or not self.rollouts:
+            return np.ones_like(mask)
+        lengths = [len(rollout.prompt_ids) for rollout in self.rollouts]
+        depth = run_lengths(mask)  # tokens of a row of text up to a position
+        of_text = (depth >= min(lengths)) & (depth < max(lengths) + self.config.max_new_tokens)
+        return np.where(mask[:, :1], of_text, depth <= self.config.max_new_tokens)
+
+    def take(self, counts: Sequence[Sequence[int]]) -> tuple[list[list[Rollout]], int]:
+        """The next rollouts of this round, in turn.
+
+        Args:
+            counts: by process, how many each of its micro-batches asks for.
+
+        Returns:
+            The rollouts of each micro-batch, those of one process after those of the other; and their sampled tokens.
+        """
+        taken = []
+        for count in chain.from_iterable(zip(*counts, strict=True)):
+            taken.append([self.rollouts[(self.drawn + offset) % len(self.rollouts)] for offset in range(count)])
+            self.drawn += count
+        return taken, sum(len(rollout.completion_ids) for part in taken for rollout in part)
 
     # ------------------------------------------------------------------ state
 

@@ -2,25 +2,31 @@
 
 from collections import defaultdict
 
+import torch
 from torch import Tensor
 
 from bridle.ranks import gathered, is_main
 
 Sums = dict[str, list[float]]
+Kept = dict[str, Tensor]  # by name [2]: sum and count
 
 
 class Tally:
     """Sums and counts by name, kept since the last log and since the round began.
 
-    Each process adds its own; what is asked for is of all of them, and must be asked for by all.
+    They stay on the device until somebody asks, so that adding waits for nothing. Each process adds its own; what is
+    asked for is of all of them, and must be asked for by all.
     """
 
     def __init__(self) -> None:
-        self._log, self._update, self._round = _none(), _none(), _none()
+        self._log: Kept = {}
+        self._update: Kept = {}
+        self._round: Kept = {}
 
-    def add(self, name: str, total: Tensor, count: Tensor) -> None:
+    def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
         """Adds a sum over `count` items; both are scalars."""
-        found = {name: [float(total), float(count)]}
+        pair = (torch.as_tensor(part, dtype=torch.float64, device=total.device) for part in (total, count))
+        found = {name: torch.stack(list(pair))}
         _add(self._log, found)
         _add(self._update, found)
 
@@ -28,16 +34,16 @@ class Tally:
         """What was added since the last update counts for the round, unless this one was skipped."""
         if not skipped:
             _add(self._round, self._update)
-        self._update = _none()
+        self._update = {}
 
     def since_last_log(self) -> dict[str, float]:
         """Means by name since this was last asked."""
-        sums, self._log = _of_all(self._log), _none()
+        sums, self._log = _of_all(self._log), {}
         return _means(sums)
 
     def of_round(self) -> dict[str, float]:
         """Means by name, and the corpus tokens trained on, since the round began; begins the next."""
-        sums, self._round = _of_all(self._round), _none()
+        sums, self._round = _of_all(self._round), {}
         return _means(sums) | {"tokens_trained": int(sums["ce"][1])}
 
     def state(self) -> Sums:
@@ -47,25 +53,22 @@ class Tally:
     def restore(self, sums: Sums) -> None:
         """Goes on from a checkpoint's sums, which count once."""
         if is_main():
-            self._round.update(sums)
+            self._round = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
 
 
-def _none() -> Sums:
-    return defaultdict(lambda: [0.0, 0.0])
-
-
-def _of_all(sums: Sums) -> Sums:
+def _of_all(kept: Kept) -> Sums:
     """The sums of all processes together; a name may be known to some of them only."""
-    together = _none()
-    for part in gathered(dict(sums)):
-        _add(together, part)
+    together: Sums = defaultdict(lambda: [0.0, 0.0])
+    for part in gathered({name: pair.tolist() for name, pair in kept.items()}):
+        for name, (total, count) in part.items():
+            together[name][0] += total
+            together[name][1] += count
     return together
 
 
-def _add(sums: Sums, more: Sums) -> None:
-    for name, (total, count) in more.items():
-        sums[name][0] += total
-        sums[name][1] += count
+def _add(sums: Kept, more: Kept) -> None:
+    for name, pair in more.items():
+        sums[name] = sums[name].to(pair.device) + pair if name in sums else pair
 
 
 def _means(sums: Sums) -> dict[str, float]:

@@ -5,25 +5,30 @@ callback at round boundaries, and leaves the rest as it is. With every λ at 0 i
 """
 
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bridle.core.chunked import Divergence, Sums, constrained_loss
-from bridle.core.tokens import shift
-from bridle.data import DOMAIN, mix, tokenize_domain
+from bridle.data import DOMAIN, Rollout, mix, tokenize_domain
 from bridle.errors import UserError
-from bridle.models.hidden import OutputLayer, capture_hidden_states, check_projection, project_only, without_logits
+from bridle.models.forward import disable_dropout, policy_forward
+from bridle.models.hidden import OutputLayer, capture_hidden_states, check_projection, project_only
 from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
+from bridle.ranks import gathered, rank, world
 from bridle.settings import check_file_name
-from bridle.training.batches import DomainCollator, Prefixes, append_rollouts
+from bridle.training.batches import PREFIXES, DomainCollator, Mask, Prefixes, append_rollouts, flat_positions
 from bridle.training.config import ALL, ConstrainedConfig, Regulariser
 from bridle.training.guards import EntropyGuard, FiniteGuard
 from bridle.training.lasting import LastingTrainer
@@ -31,6 +36,8 @@ from bridle.training.regulariser import DomainRegulariser
 from bridle.training.schedules.parallel import ParallelSchedule
 from bridle.training.schedules.sequential import SequentialSchedule
 from bridle.training.tally import Tally
+
+Riders = Sequence[tuple[DomainRegulariser, list[Rollout]]]  # the rollouts of one micro-batch, by whose they are
 
 SCHEDULES = {"sequential": SequentialSchedule, "parallel": ParallelSchedule}
 
@@ -93,74 +100,140 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
             DomainRegulariser(index, name, options, self.model, tokenizer, tokenised, args)
             for index, (name, options) in enumerate(regularisers.items())
         ]
+        if any(regulariser.options.weight > 0 for regulariser in self.regularisers):
+            self._disable_dropout()
         self.tally = Tally()
+        self._coming: list[Prefixes] = []  # the micro-batches of an update that has not begun
+        self._rollouts: deque[Riders] = deque()  # of its micro-batches that have not been taken
+        self._sampled: dict[int, int] = {}  # sampled tokens in the update, on all processes, by regulariser
         self.schedule = SCHEDULES[args.schedule](self)
         for callback in (self.schedule, FiniteGuard(self), EntropyGuard(self)):
             self.add_callback(callback)
 
+    # ------------------------------------------------------------------ the update
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
+        """The micro-batches of the next update. Their rollouts come when it begins, as a round may begin with it."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._coming = [batch[PREFIXES] for batch in batches if PREFIXES in batch]
+        return batches, items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch of the corpus, with the rollouts that ride along."""
+        if self._coming:
+            self._rollouts, self._coming = deque(self._share_rollouts(self._coming)), []
+        if self._rollouts:
+            pad = self._tokenizer.pad_token_id
+            for regulariser, rollouts in self._rollouts.popleft():
+                inputs = append_rollouts(inputs, rollouts, regulariser.index, pad)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _share_rollouts(self, batches: list[Prefixes]) -> Iterator[Riders]:
+        """For each micro-batch of an update, as many rollouts as it has corpus rows, by regulariser that looks at them.
+
+        The processes exchange their numbers once an update, and take turns as the rows of one batch would.
+        """
+        looking = [one for one in self.regularisers if one.active and one.options.on != "corpus"]
+        rows = [[int(self.corpus_rows(one, batch).sum()) for batch in batches] for one in looking]
+        everyone = gathered((rows, sum(int(batch.tokens.sum()) for batch in batches)))
+        self._tokens_of_update = sum(tokens for _, tokens in everyone)
+        shares = []
+        for place, regulariser in enumerate(looking):
+            taken, self._sampled[regulariser.index] = regulariser.take([counts[place] for counts, _ in everyone])
+            self._tokens_of_update += sum(len(r.prompt_ids) + len(r.completion_ids) for part in taken for r in part)
+            shares.append(taken[rank() :: world()])
+        if not self._cross_entropy_is_trls:
+            self._total_train_tokens += self._tokens_of_update
+        for index in range(len(batches)):
+            yield [(one, share[index]) for one, share in zip(looking, shares, strict=True) if share[index]]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """CE of the corpus, as `SFTTrainer` has it, plus Σ_d λ_d·KL(q_d ‖ p_θ), over the same token count."""
-        domain = inputs.pop(DOMAIN, None)
-        if not model.training or domain is None:
+        """CE of the corpus, as `SFTTrainer` has it, plus Σ_d λ_d·KL(q_d ‖ p_θ).
+
+        The cross-entropy and the KL on the corpus are divided by the corpus's tokens, since the optimum
+        (p_data + λ·q)/(1 + λ) needs one divisor for both; the KL on a regulariser's rollouts by their own, so that λ
+        weighs alike whatever the length of rows and rollouts.
+        """
+        prefixes = inputs.pop(PREFIXES, None)
+        if not model.training or prefixes is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-        prefixes = Prefixes.of_corpus(domain, inputs["labels"])
-        tokens = prefixes.mask.sum()
-        inputs, prefixes = self._with_rollouts(inputs, prefixes)
-        targets, trained_on = shift(inputs.pop("labels"))
+        tokens = int(prefixes.of_the_corpus.sum())
+        targets = inputs.pop("labels")[:, 1:]
         # `SFTTrainer` divides by the tokens of the whole accumulated batch, on all processes; so does this.
-        divisor = torch.as_tensor(tokens if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        divisor = divisor / self._loss_scale(num_items_in_batch)
+        divisor = torch.as_tensor(tokens if num_items_in_batch is None else num_items_in_batch, device=targets.device)
+        divisor = divisor.clamp(min=1) / self._loss_scale(num_items_in_batch)
 
+        trained_on = prefixes.of_the_corpus
         if self._cross_entropy_is_trls:  # apart from the pass below, which then trains on nothing
-            labelled = {**inputs, "shift_labels": targets[trained_on][None]}
-            with capture_hidden_states(model) as captured, project_only(model, trained_on):
+            kept = flat_positions(trained_on).to(targets.device)
+            of_corpus = F.pad(targets, (0, 1)).flatten()[kept]
+            labelled = {**inputs, "shift_labels": of_corpus[None]}
+            with capture_hidden_states(model) as captured, project_only(model, kept):
                 cross_entropy = super().compute_loss(model, labelled, num_items_in_batch=num_items_in_batch)
             self.tally.add("ce", cross_entropy.detach() * divisor, tokens)
-            trained_on = torch.zeros_like(trained_on)
+            trained_on = np.zeros_like(trained_on)
+            hidden_states = captured.last
+            assert hidden_states is not None
         else:
-            with capture_hidden_states(model) as captured, without_logits(model):
-                model(**inputs, use_cache=False)
+            hidden_states = policy_forward(model, **inputs)
             cross_entropy = 0.0
-        hidden_states = captured.last
-        assert hidden_states is not None
 
-        seen, divergences = self._divergences(hidden_states.detach(), inputs, prefixes, trained_on)
+        masks = [self._mask(regulariser, prefixes) for regulariser in self.regularisers]
+        seen = np.logical_or.reduce([trained_on, *masks])  # the positions that go through the vocabulary
+        places = flat_positions(seen).to(targets.device)
         loss, sums = constrained_loss(
-            hidden_states[:, :-1][seen],
+            hidden_states.flatten(0, 1)[places],
             OutputLayer.of(model),
-            targets[seen],
-            trained_on[seen],
-            divergences,
+            F.pad(targets, (0, 1)).flatten()[places].clamp(min=0),
+            torch.from_numpy(trained_on[seen]).to(targets.device),
+            self._divergences(hidden_states.detach(), inputs, prefixes, masks, seen, divisor),
             dtype=torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None,
         )
-        self._note(sums, tokens, inputs["attention_mask"])
+        self._note(sums, tokens)
         loss = cross_entropy + loss / divisor
         # An infinite loss may have a finite gradient. This makes it NaN, on all processes, and the update is skipped.
         return loss * (1 + 0 * loss.detach())
 
     def _divergences(
-        self, hidden_states: Tensor, inputs: dict[str, Tensor], prefixes: Prefixes, trained_on: Tensor
-    ) -> tuple[Tensor, list[Divergence]]:
-        """The positions that go through the vocabulary, [batch, time - 1], and what the regularisers say of them."""
-        masks = [self._mask(regulariser, prefixes) for regulariser in self.regularisers]
-        seen = torch.stack([trained_on, *masks]).any(0)
-        place = seen.flatten().cumsum(0).view_as(seen) - 1  # of each position among those seen
+        self,
+        hidden_states: Tensor,
+        inputs: dict[str, Tensor],
+        prefixes: Prefixes,
+        masks: list[Mask],
+        seen: Mask,
+        divisor: Tensor,
+    ) -> list[Divergence]:
+        """What the regularisers say of a batch.
+
+        Args:
+            hidden_states: [batch, time, hidden] of the policy.
+            inputs: `input_ids` and `attention_mask`, [batch, time].
+            prefixes: of the batch.
+            masks: [batch, time - 1] of each regulariser, true at the prefixes that it looks at.
+            seen: [batch, time - 1], true at the positions that go through the vocabulary.
+            divisor: [], by which the whole loss will be divided.
+        """
+        place = seen.cumsum().reshape(seen.shape) - 1  # of each position among those seen
         divergences = []
         for regulariser, mask in zip(self.regularisers, masks, strict=True):
-            rows = self._rows_to_run(regulariser, mask)
-            if rows.any():
-                parts = (hidden_states, inputs["input_ids"], inputs["attention_mask"], mask)
-                target = regulariser.target(*(part[rows] for part in parts))
-                divergences.append(Divergence(regulariser.name, place[mask], regulariser.options.weight, target))
-        return seen, divergences
+            # an anchor in shards runs on all processes or on none
+            if not mask.any() and not (self.is_fsdp_enabled and regulariser.active):
+                continue
+            target = regulariser.target(hidden_states, inputs["input_ids"], inputs["attention_mask"], mask)
+            sampled = np.broadcast_to((prefixes.regulariser >= 0)[:, None], mask.shape)[mask]
+            on_rollouts = divisor / self._sampled.get(regulariser.index, int(sampled.sum()) or 1)
+            weights = torch.where(torch.from_numpy(sampled).to(divisor.device), on_rollouts, 1.0)
+            weights = weights.float() * regulariser.options.weight
+            divergences.append(Divergence(regulariser.name, torch.from_numpy(place[mask]), weights, target))
+        return divergences
 
     @property
     def _cross_entropy_is_trls(self) -> bool:
         """Whether the corpus's loss is another than the plain one, so that it cannot share a pass with the KL."""
         return self.args.loss_type != "nll" or self.aux_loss_enabled or self.label_smoother is not None
 
-    def _note(self, sums: Sums, tokens: Tensor, attention_mask: Tensor) -> None:
+    def _note(self, sums: Sums, tokens: int) -> None:
         """Keeps what is logged of a batch: the divergences, and what `SFTTrainer` logs where it did not see it."""
         for name, (total, count) in sums.divergences.items():
             self.tally.add(f"kl/{name}", total, count)
@@ -168,47 +241,45 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
             self.tally.add("ce", sums.cross_entropy, tokens)
             self.tally.add("entropy", sums.entropy, tokens)
             self.tally.add("mean_token_accuracy", sums.correct, tokens)
-            self._total_train_tokens += self.accelerator.gather(attention_mask.sum()).sum().item()
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
-    def _mask(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Tensor:
-        """Which prefixes of a batch a regulariser looks at. [batch, time - 1]"""
+    def _mask(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Mask:
+        """Which prefixes of a batch a regulariser looks at. [batch, time - 1]
+
+        Those of the corpus that lie where no rollout of the round can have been are left out, and counted: R was not
+        fitted there.
+        """
         if not regulariser.active:
-            return torch.zeros_like(prefixes.mask)
-        rows = prefixes.regulariser == regulariser.index
+            return np.zeros_like(prefixes.mask)
+        mask = prefixes.mask & (prefixes.regulariser == regulariser.index)[:, None]
         if regulariser.options.on != "rollouts":
-            rows = rows | self.corpus_rows(regulariser, prefixes)
-        return prefixes.mask & rows[:, None]
+            corpus = prefixes.mask & self.corpus_rows(regulariser, prefixes)[:, None]
+            reached = corpus
+            if self.args.targets == "computed":  # shipped ones were made before the rollouts were drawn
+                reached = corpus & regulariser.reaches(corpus)
+            unreached, device = corpus.sum() - reached.sum(), self.accelerator.device
+            self.tally.add(f"kl_unreached/{regulariser.name}", torch.tensor(unreached, device=device), corpus.sum())
+            mask = mask | reached
+        return mask
 
-    def _rows_to_run(self, regulariser: DomainRegulariser, mask: Tensor) -> Tensor:
-        """Which rows of a batch its target needs: those of other domains cost nothing. [batch]"""
-        rows = mask.any(-1)
-        if self.is_fsdp_enabled and regulariser.active and not rows.any():
-            rows[0] = True  # an anchor in shards runs on all processes or on none
-        return rows
-
-    def corpus_rows(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Tensor:
+    def corpus_rows(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Mask:
         """Which rows of a batch are of a regulariser's domain. [batch]"""
         if regulariser.name == ALL:
             return prefixes.domain >= 0
         return prefixes.domain == self.domains.index(regulariser.name)
-
-    def _with_rollouts(self, inputs: dict[str, Tensor], prefixes: Prefixes) -> tuple[dict[str, Tensor], Prefixes]:
-        """Adds as many rollouts as the batch has corpus rows, for each regulariser that looks at rollouts."""
-        for regulariser in self.regularisers:
-            if regulariser.active and regulariser.options.on != "corpus":
-                count = int(self.corpus_rows(regulariser, prefixes).sum())
-                if rollouts := regulariser.next_rollouts(count):
-                    inputs, prefixes = append_rollouts(
-                        inputs, prefixes, rollouts, regulariser.index, self._tokenizer.pad_token_id
-                    )
-        return inputs, prefixes
 
     def _loss_scale(self, num_items_in_batch: Tensor | int | None) -> int:
         """Undoes the averaging of gradients over processes, as `SFTTrainer` does."""
         if num_items_in_batch is None or not self.args.average_tokens_across_devices:
             return 1
         return self.accelerator.num_processes // self.get_tp_size()
+
+    def _disable_dropout(self) -> None:
+        """Makes the policy that is trained the one that is sampled."""
+        configs = self.model.peft_config.values() if isinstance(self.model, PeftModel) else []
+        if any(getattr(config, "lora_dropout", 0) > 0 for config in configs):
+            raise UserError("lora.dropout: a regulariser needs dropout off, as in TRL's RLOO and GRPO; set it to 0")
+        disable_dropout(self.model)
 
     def _check_sharding(self) -> None:
         if is_deepspeed_zero3_enabled():
@@ -227,14 +298,12 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, DOMAIN])]  # type: ignore[has-type]
 
     def _place(self) -> Any:
-        return super()._place(), deepcopy(self.tally), [regulariser.drawn for regulariser in self.regularisers]
+        return super()._place(), deepcopy(self.tally)
 
     def _go_back(self, place: Any) -> None:
-        of_trl, tally, drawn = place
+        of_trl, tally = place
         super()._go_back(of_trl)
         self.tally = deepcopy(tally)
-        for regulariser, count in zip(self.regularisers, drawn, strict=True):
-            regulariser.drawn = count
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

@@ -16,7 +16,7 @@ from bridle.data import Rollout, write_rollouts
 from bridle.environment import sync_files, whole_files, write_json
 from bridle.ranks import is_main, rank
 from bridle.reading import read_json
-from bridle.training.guards import round_warnings, tell
+from bridle.training.guards import round_warnings, tell, unreached_warnings
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.schedules.shipping import make_targets, upcoming
 from bridle.training.state import RegulariserState
@@ -124,13 +124,17 @@ class SequentialSchedule(TrainerCallback):
         measured = measured | {"lambda": regulariser.options.weight, "term_on": regulariser.active}
         self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
         log, config = self.trainer.state.log_history, self.trainer.args
-        for warning in round_warnings(regulariser.name, index, measured, log, config):
+        self._warn(round_warnings(regulariser.name, index, measured, log, config))
+
+    def _warn(self, warnings: list[str]) -> None:
+        for warning in warnings:
             tell(warning)
             self._record.setdefault("warnings", []).append(warning)
 
     def _end_round(self) -> None:
         self._record["seconds_policy"] = time.perf_counter() - self._policy_began
         self._record |= self.trainer.tally.of_round()
+        self._warn(unreached_warnings(self._record))
         self.trainer.log_apart(self._record)
 
     def _keep_rollouts(self, index: int, name: str, rollouts: list[Rollout]) -> None:

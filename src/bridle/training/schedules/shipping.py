@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,13 @@ from torch.utils.data import SequentialSampler
 
 from bridle.core.chunked import chunk_rows, chunks
 from bridle.core.target import SparseTarget, sparse_target
-from bridle.data import DOMAIN
 from bridle.data.targets import TargetCache, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError
 from bridle.models.sharding import is_sharded
 from bridle.progress import track
 from bridle.ranks import rank
 from bridle.resources import RowLimit
-from bridle.training.batches import Prefixes, rollout_rows
+from bridle.training.batches import PREFIXES, rollout_rows
 from bridle.training.config import ConstrainedConfig
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.targets import Target
@@ -69,12 +68,13 @@ def upcoming(trainer: "ConstrainedTrainer", round_index: int) -> list[Upcoming]:
 def _rows(trainer: "ConstrainedTrainer", regulariser: DomainRegulariser, steps: range) -> Upcoming:
     found, seen = Upcoming(), set[int]()
     for batch in _batches(trainer, steps):
-        prefixes = Prefixes.of_corpus(batch[DOMAIN], batch["labels"])
+        prefixes = batch[PREFIXES]
         mine = trainer.corpus_rows(regulariser, prefixes)
         if regulariser.options.on != "corpus":
             found.rollouts += int(mine.sum())
         if regulariser.options.on != "rollouts" and mine.any():
-            ids, attention_mask, mask = batch["input_ids"][mine], batch["attention_mask"][mine], prefixes.mask[mine]
+            mask = torch.from_numpy(prefixes.mask[mine])
+            ids, attention_mask = (batch[key][torch.from_numpy(mine)] for key in ("input_ids", "attention_mask"))
             keys = row_keys(ids, attention_mask, mask)
             new = torch.tensor([key not in seen for key in keys])
             seen.update(keys)
@@ -83,7 +83,7 @@ def _rows(trainer: "ConstrainedTrainer", regulariser: DomainRegulariser, steps: 
     return found
 
 
-def _batches(trainer: "ConstrainedTrainer", steps: range) -> Iterator[dict[str, Tensor]]:
+def _batches(trainer: "ConstrainedTrainer", steps: range) -> Iterator[dict[str, Any]]:
     """The micro-batches of some policy steps, of all processes, in the order the trainer will draw them."""
     processes = trainer.accelerator.num_processes
     sampler = trainer.callback_handler.train_dataloader.batch_sampler
@@ -138,8 +138,9 @@ def make_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: in
 def _add(regulariser: DomainRegulariser, writer: TargetWriter, rows: list[tuple[Tensor, ...]]) -> None:
     """Adds the targets of some rows, each as in `Rows`."""
     ids, attention_mask, mask = (torch.stack(parts) for parts in zip(*rows, strict=True))
-    on_device = (part.to(regulariser.model.device) for part in (ids, attention_mask, mask))
-    kept = _sparse(regulariser.frozen_target(*on_device), regulariser.config)
+    device = regulariser.model.device
+    target = regulariser.frozen_target(ids.to(device), attention_mask.to(device), mask.numpy())
+    kept = _sparse(target, regulariser.config)
     writer.add(row_keys(ids, attention_mask, mask), kept, mask)
 
 
