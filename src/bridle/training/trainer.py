@@ -162,7 +162,8 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         targets = inputs.pop("labels")[:, 1:]
         # `SFTTrainer` divides by the tokens of the whole accumulated batch, on all processes; so does this.
         divisor = torch.as_tensor(tokens if num_items_in_batch is None else num_items_in_batch, device=targets.device)
-        divisor = divisor.clamp(min=1) / self._loss_scale(num_items_in_batch)
+        divisor = divisor.clamp(min=1)
+        scale = self._loss_scale(num_items_in_batch)
 
         trained_on = prefixes.of_the_corpus
         if self._cross_entropy_is_trls:  # apart from the pass below, which then trains on nothing
@@ -171,7 +172,7 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
             labelled = {**inputs, "shift_labels": of_corpus[None]}
             with capture_hidden_states(model) as captured, project_only(model, kept):
                 cross_entropy = super().compute_loss(model, labelled, num_items_in_batch=num_items_in_batch)
-            self.tally.add("ce", cross_entropy.detach() * divisor, tokens)
+            self.tally.add("ce", cross_entropy.detach() * divisor / scale, tokens)
             trained_on = np.zeros_like(trained_on)
             hidden_states = captured.last
             assert hidden_states is not None
@@ -191,7 +192,7 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
             dtype=torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None,
         )
         self._note(sums, tokens)
-        loss = cross_entropy + loss / divisor
+        loss = cross_entropy + loss * scale / divisor
         # An infinite loss may have a finite gradient. This makes it NaN, on all processes, and the update is skipped.
         return loss * (1 + 0 * loss.detach())
 
@@ -212,7 +213,7 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
             prefixes: of the batch.
             masks: [batch, time - 1] of each regulariser, true at the prefixes that it looks at.
             seen: [batch, time - 1], true at the positions that go through the vocabulary.
-            divisor: [], by which the whole loss will be divided.
+            divisor: [], the corpus's tokens in the whole update.
         """
         place = seen.cumsum().reshape(seen.shape) - 1  # of each position among those seen
         divergences = []
