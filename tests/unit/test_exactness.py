@@ -19,7 +19,8 @@ from bridle.training.fitting import encode, fit_auxiliary
 from bridle.training.regulariser import DomainRegulariser
 from worlds import World
 
-SAMPLES = 6000
+SAMPLES = 8_000
+VOCABULARY = 5
 
 CONSTRAINTS = {
     "an even number of zeros": lambda y: float(y.count(0) % 2 == 0),
@@ -40,6 +41,7 @@ def ideal_rollouts(world: World, count: int) -> list[Rollout]:
             regulariser="all",
             model_hash="",
             constraint="",
+            finished=output[-1] == world.end,
             value=world.constraint(output),
             complies=world.constraint(output) >= 0.5,
         )
@@ -57,6 +59,11 @@ def q_of(world: World, output) -> float:
     return probability
 
 
+def test_most_outputs_are_cut_at_the_horizon(world):
+    cut = sum(world.output_probability(output) for output in world.outputs() if output[-1] != world.end)
+    assert cut > 0.5
+
+
 @torch.no_grad()
 def fitted_r_logits(world, auxiliary, prefix):
     """[vocabulary] logits of R for every continuation of a prefix."""
@@ -67,9 +74,9 @@ def fitted_r_logits(world, auxiliary, prefix):
 
 
 def world_of(tiny_model, constraint) -> World:
-    """Four tokens, outputs of up to three, from a random GPT-2: its positions are absolute, where rotary ones
-    cannot tell the prefix 1 from the prefix 1 1."""
-    model = tiny_model("gpt2", vocab_size=4, initializer_range=0.1)
+    """Five tokens, outputs of up to three, from a random GPT-2: its positions are absolute, where rotary ones
+    cannot tell the prefix 1 from the prefix 1 1. More than half of its outputs are cut at the horizon."""
+    model = tiny_model("gpt2", vocab_size=VOCABULARY, initializer_range=0.1)
     return World(model=model, prompt=[1], length=3, end=2, constraint=constraint)
 
 
@@ -99,11 +106,11 @@ def fitted(world):
 
 
 def test_fitted_r_and_q_are_the_true_ones_at_every_prefix(world, fitted):
-    spread = [world.true_r((token,)) for token in range(4)]
+    spread = [world.true_r((token,)) for token in range(VOCABULARY)]
     assert max(spread) - min(spread) > 0.1, "the constraint must say something"
     for prefix in world.prefixes():
         r_logits = fitted_r_logits(world, fitted, prefix).double()
-        true_r = torch.tensor([world.true_r((*prefix, v)) for v in range(4)], dtype=torch.float64)
+        true_r = torch.tensor([world.true_r((*prefix, v)) for v in range(VOCABULARY)], dtype=torch.float64)
         torch.testing.assert_close(r_logits.sigmoid(), true_r, atol=0.02, rtol=0)
         if world.true_r(prefix) == 0:
             continue  # q never gets there
@@ -156,10 +163,10 @@ def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
     prefixes = list(targets)
     input_ids, attention_mask = pad_right([world.prompt + list(prefix) + [0] for prefix in prefixes], 0)
     mask = torch.zeros(len(prefixes), input_ids.shape[1] - 1, dtype=torch.bool)
-    true_r = torch.zeros(*input_ids.shape, 4)
+    true_r = torch.zeros(*input_ids.shape, VOCABULARY)
     for row, prefix in enumerate(prefixes):
         mask[row, len(prefix)] = True
-        true_r[row, len(prefix)] = torch.tensor([world.true_r((*prefix, v)) for v in range(4)])
+        true_r[row, len(prefix)] = torch.tensor([world.true_r((*prefix, v)) for v in range(VOCABULARY)])
     r_logits = true_r.clamp(1e-30, 1 - 1e-7).logit()
     regulariser.auxiliary.forward = lambda states: r_logits[:, :-1][mask]  # all prefixes fit into one chunk
 
