@@ -176,7 +176,7 @@ def train(execute, tiny_folder, corpus_files, tmp_path):
 
     def run(*options, token=TOKEN):
         pushed = ["--output_dir", tmp_path / "run", "--push_to_hub", "true", "--hub_token", token]
-        return execute("-m", "bridle.cli", "train", tmp_path / "recipe.yaml", *pushed, *options)
+        return execute("-m", "bridle", "train", tmp_path / "recipe.yaml", *pushed, *options)
 
     return run
 

@@ -261,8 +261,8 @@ def check_command(command, place):
     words = shlex.split(command, comments=True)
     while words and "=" in words[0]:  # environment variables in front
         words = words[1:]
-    if "bridle.cli" in words:
-        words = ["bridle", *words[words.index("bridle.cli") + 1 :]]
+    if "-m" in words and words[words.index("-m") + 1] == "bridle":
+        words = words[words.index("-m") + 1 :]
     if words[0] == "bridle":
         check_bridle(words[1:], place)
     elif words[0] == "make":
@@ -303,7 +303,7 @@ class TestTheReadersThemselves:
             "bridle trian recipes/detox-mini.yaml",
             "bridle evaluate model --promts x",
             "bridle train recipes/detox-mini.yaml --learning_rat 1",
-            "accelerate launch -m bridle.cli train recipes/detox-mini.yaml --regularisers.toxigen.wieght 1",
+            "accelerate launch -m bridle train recipes/detox-mini.yaml --regularisers.toxigen.wieght 1",
             "make breakfast",
             "python benchmarks/none.py",
         ],

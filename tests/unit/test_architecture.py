@@ -16,6 +16,7 @@ ROWS = [
     {"comparison", "report"},
     {"quickstart"},
     {"cli"},
+    {"__main__"},
 ]
 
 

@@ -1,0 +1,5 @@
+"""`python -m bridle`: the command line."""
+
+from bridle.cli import main
+
+main()

@@ -1,0 +1,42 @@
+"""The command line: `bridle quickstart`, `train`, `generate`, `evaluate`, `judge`, `compare` and `report`."""
+
+import io
+import logging
+import os
+import sys
+import warnings
+
+import typer
+
+from bridle.cli import comparison, evaluation, generation, training
+from bridle.errors import RunStopped, UserError
+
+app = typer.Typer(
+    name="bridle",
+    help="Fine-tune a language model on a corpus while holding its outputs to a policy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for group in (training, generation, evaluation, comparison):
+    app.add_typer(group.app)
+
+USER_ERROR, RUN_STOPPED = 2, 3  # exit codes
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2, a stopped run exit code 3."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever a model or a file says, it can be printed
+    try:
+        app(prog_name="bridle")
+    except (UserError, RunStopped) as error:
+        print(f"bridle: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR if isinstance(error, UserError) else RUN_STOPPED)

@@ -1,0 +1,121 @@
+"""`bridle compare`, `quickstart` and `report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bridle.cli.common import RECIPE_KEYS, quiet_libraries
+
+app = typer.Typer()
+
+
+@app.command(
+    context_settings=RECIPE_KEYS,
+    epilog="Example: bridle compare recipes/detox-mini.yaml --methods base,sft,constrained-adaptive --seeds 3",
+)
+def compare(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="YAML file, with a section `evaluation` that says what is measured.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            metavar="NAMES",
+            help="By comma: base, sft, filtration, rl, rl-converged, nado-decoding, nado-decoding-sft, constrained, "
+            "constrained-adaptive, or one of an installed package. [default: all]",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds, from the recipe's own on.")] = 1,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output_dir", help="Where everything goes. [default: runs/compare-NAME OF RECIPE]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Make only what is missing or failed.")] = False,
+) -> None:
+    """Train and measure several methods on a recipe's corpus and constraint, and show the trade-off.
+
+    Any key of the recipe can be set here, as in `bridle train`. The folder then holds results.json, a report to
+    open in a browser, and for each method and seed its model, figures and completions.
+    """
+    from bridle.comparison.compare import Comparison
+    from bridle.report.data import read_report
+    from bridle.report.html import write_report
+    from bridle.report.terminal import tables
+    from bridle.training.recipe import load_recipe, parse_overrides
+
+    quiet_libraries()
+    loaded = load_recipe(recipe, parse_overrides(context.args))
+    folder = output_dir or Path("runs") / f"compare-{recipe.stem}"
+    first = loaded.training.get("seed", 0)
+    Comparison(
+        loaded,
+        folder,
+        names=[name.strip() for name in methods.split(",")] if methods else (),
+        seeds=range(first, first + seeds),
+        title=recipe.stem,
+        resume=resume,
+        show=lambda line: typer.echo(line, err=True),
+    ).run()
+    typer.echo(tables(read_report(folder)))
+    typer.echo(f"Every figure is in {folder / 'results.json'}; look at {write_report(folder)} in a browser.")
+
+
+@app.command(
+    context_settings=RECIPE_KEYS,
+    epilog="Example: bridle quickstart --corpus comments.jsonl --constraint words:insults.txt",
+)
+def quickstart(
+    context: typer.Context,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--corpus", metavar="FILE", help="Rows of your own instead of the embedded forum; needs --constraint."
+        ),
+    ] = None,
+    constraint: Annotated[
+        str | None,
+        typer.Option(
+            "--constraint",
+            metavar="SPEC",
+            help="What a text must not be: words:FILE | regex:PATTERN | python:module:function | "
+            "classifier:MODEL,label=toxic",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="A folder or a hub's name instead of the embedded model."),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output_dir", help="Where everything goes. [default: runs/quickstart, or -own with your own]"),
+    ] = None,
+) -> None:
+    """Compare all methods on a small embedded world whose truth is known, or on a corpus of your own.
+
+    Nothing is downloaded: the world's texts, a model of a million parameters that has read them and a classifier are
+    made at first use and kept in the user's cache (BRIDLE_CACHE). Any key of the recipe can be set, as in `bridle
+    compare`. A tour that was cut short goes on where it was.
+    """
+    from bridle.quickstart.tour import take_tour, tour_recipe
+    from bridle.training.recipe import parse_overrides
+
+    quiet_libraries()
+    recipe = tour_recipe(corpus, constraint, model, parse_overrides(context.args))
+    folder = output_dir or Path("runs") / ("quickstart-own" if corpus or constraint or model else "quickstart")
+    take_tour(recipe, folder, show=typer.echo, progress=lambda line: typer.echo(line, err=True))
+
+
+@app.command(epilog="Example: bridle report runs/compare-detox-mini")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `bridle compare` or `bridle train` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The page. [default: DIR/report.html]")
+    ] = None,
+) -> None:
+    """Write one HTML page with tables, plots and texts, and every plot as PNG and SVG.
+
+    The page needs no network and opens from the file system.
+    """
+    from bridle.report.html import write_report
+
+    typer.echo(f"The report is {write_report(folder, output)}.")

@@ -1,0 +1,195 @@
+"""`bridle evaluate` and `judge`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bridle.cli.common import (
+    BatchSize,
+    Device,
+    Dtype,
+    Guide,
+    GuidePower,
+    MaxNewTokens,
+    Model,
+    PromptTokens,
+    Samples,
+    Seed,
+    load,
+    oracles_of,
+)
+from bridle.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Example: bridle evaluate runs/detox-mini/model --prompts unseen.jsonl "
+    "--constraint classifier:oracle,label=toxic --perplexity heldout.jsonl --tasks piqa,mmlu --json results.json"
+)
+def evaluate(
+    model: Model,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE|NAME",
+            help="Prompts to complete: a file, toxigen, or realtoxicityprompts; several times for several sets. "
+            "FILE,rows=90%:,label=1 takes some of the rows.",
+        ),
+    ] = None,
+    constraint: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--constraint",
+            metavar="SPEC",
+            help="classifier:MODEL,label=toxic,threshold=0.5 | words:FILE | regex:PATTERN | "
+            "python:module:function | RECIPE.yaml:name | a mapping in YAML, as in a recipe. Give it several times "
+            "to see the oracle that was trained on beside an independent one.",
+        ),
+    ] = None,
+    guide: Guide = None,
+    samples: Samples = 1,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option("--perplexity", metavar="FILE", help="Held-out text; may be given several times."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks", metavar="NAMES", help="lm-eval tasks, by comma: mmlu, commonsense, or one of its eight."
+        ),
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option("--task_data", metavar="DIR", help="Read tasks from NAME.SPLIT.jsonl files here.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many documents of a task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option("--shots", help="Examples in front of a document. [default: 5 for mmlu, else 0]")
+    ] = None,
+    classify: Annotated[
+        str | None,
+        typer.Option(
+            "--classify",
+            metavar="FILE",
+            help="Labelled rows (text, label 0 or 1) to classify by the likelihood of the label in words.",
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option("--validation", metavar="FILE", help="Labelled rows that choose --classify's threshold."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="Measure the completions' perplexity under this model."),
+    ] = None,
+    prompt_data: Annotated[
+        Path | None, typer.Option("--prompt_data", metavar="DIR", help="Where named prompt sets lie as local files.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here; see the schema.")
+    ] = None,
+    prompt_tokens: PromptTokens = None,
+    max_new_tokens: MaxNewTokens = 32,
+    batch_size: BatchSize = 64,
+    guide_power: GuidePower = 1.0,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Measure what a model says (violations), what it knows (perplexity, tasks), each figure with its interval.
+
+    A figure's n counts what it is made from; texts that could not be scored are missing, never a number.
+    """
+    from bridle.data import DataSource, VerbalisedLabel, texts_of
+    from bridle.environment import environment
+    from bridle.evaluation import FORMAT, Evaluator, prompt_set, write_results
+    from bridle.models.guidance import guided
+
+    if bool(prompts) != bool(constraint):
+        raise UserError("--prompts and --constraint go together: texts are drawn from one and scored by the other")
+    if bool(classify) != bool(validation):
+        raise UserError("--classify and --validation go together: the threshold is chosen on rows of its own")
+    if not (prompts or perplexity or tasks or classify):
+        raise UserError("nothing to measure: give --prompts with --constraint, --perplexity, --tasks or --classify")
+    sets = [prompt_set(name, data_dir=prompt_data) for name in prompts or []]
+    oracles = oracles_of(constraint or [])
+    held_out = {name: texts_of(DataSource.parse(name)) for name in perplexity or []}
+    lm, tokenizer = load(model, device, dtype)
+    base_model = load(base, device, dtype) if base else None
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "model": model,
+        "guide": guide,
+        "settings": {"samples": samples, "max_new_tokens": max_new_tokens, "guide_power": guide_power},
+        "prompt_sets": {one.name: one.describe() for one in sets},
+        "constraints": {name: oracle.describe() for name, oracle in oracles.items()},
+    }
+    with guided(lm, guide, guide_power) as guidance:
+        evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed, show=typer.echo)
+        results |= evaluator.generation(
+            sets,
+            oracles,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            prompt_tokens=prompt_tokens,
+            base=base_model,
+        )
+        results["perplexity"] = evaluator.perplexity(held_out)
+        if classify and validation:
+            rows = DataSource.parse(classify), DataSource.parse(validation)
+            results["classification"] = evaluator.classification(*rows, VerbalisedLabel())
+        if tasks:
+            results["tasks"] = evaluator.tasks(tasks.split(","), task_data=task_data, limit=limit, shots=shots)
+    if json_file is not None:
+        write_results(json_file, results | {"environment": environment(seed)})
+
+
+@app.command(epilog="Example: bridle judge base=base.jsonl tuned=tuned.jsonl --judge facebook/opt-30b --json wins.json")
+def judge(
+    completions: Annotated[
+        list[str], typer.Argument(metavar="NAME=FILE...", help="What `bridle generate --output` wrote, by method.")
+    ],
+    judge_model: Annotated[str, typer.Option("--judge", metavar="MODEL", help="The judge: a folder, or a name.")],
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url", help="Ask an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1, not a local model."
+        ),
+    ] = None,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option("--api_key_env", metavar="NAME", help="Environment variable whose key is sent to --url."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here; see the schema.")
+    ] = None,
+    keep: Annotated[Path, typer.Option("--keep", metavar="FILE", help="Verdicts are kept here as they come.")] = Path(
+        "verdicts.jsonl"
+    ),
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Let a language model judge which method's completions are better, pair by pair and in both orders."""
+    from bridle.environment import environment
+    from bridle.evaluation import FORMAT, ChatJudge, LocalJudge, read_methods, win_rates, write_results
+
+    files = dict(part.partition("=")[::2] for part in completions)
+    if len(files) < 2 or not all(files.values()):
+        raise UserError("give at least two methods as NAME=FILE")
+    if api_key_env is not None and url is None:
+        raise UserError("--api_key_env: a local judge needs no key; give --url, or leave it out")
+    prompts, texts = read_methods(files)
+    arbiter = (
+        ChatJudge(url, judge_model, api_key_env)
+        if url
+        else LocalJudge(*load(judge_model, device, dtype), batch_size=batch_size)
+    )
+    rates = win_rates(prompts, texts, arbiter, seed=seed, keep=keep)
+    typer.echo(str(rates))
+    if json_file is not None:
+        found = {"format": FORMAT, "model": ", ".join(files), "win_rate": rates.to_json()}
+        write_results(json_file, found | {"environment": environment(seed)})

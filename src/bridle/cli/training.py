@@ -1,0 +1,49 @@
+"""`bridle train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bridle.cli.common import RECIPE_KEYS, quiet_libraries
+
+app = typer.Typer()
+
+
+@app.command(
+    context_settings=RECIPE_KEYS,
+    epilog="Example: bridle train recipes/detox-mini.yaml --regularisers.toxigen.weight 10 --max_steps 100",
+)
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, corpus, constraints, regularisers.")],
+    output_dir: Annotated[
+        Path | None, typer.Option("--output_dir", help="Where the run goes. [default: runs/NAME OF RECIPE]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept_changes", help="Go on although the recipe has changed.")
+    ] = False,
+) -> None:
+    """Fine-tune a model as a recipe says.
+
+    Any key of the recipe can be set here: --key value, or --group.name.key value.
+
+    The folder then holds model/ and auxiliary/ (both loadable by from_pretrained), rollouts/, metrics.jsonl,
+    recipe.yaml (as resolved) and environment.json (versions, git hash, seed).
+    """
+    from bridle.ranks import is_main
+    from bridle.training.recipe import load_recipe, parse_overrides
+    from bridle.training.run import train as run
+
+    quiet_libraries()
+    folder = output_dir or Path("runs") / recipe.stem
+    loaded = load_recipe(recipe, parse_overrides(context.args))
+    if loaded.training.get("schedule") == "parallel":
+        from bridle.training.schedules.roles import train_in_roles
+
+        train_in_roles(loaded, folder, resume=resume, accept_changes=accept_changes)
+    else:
+        run(loaded, folder, resume=resume, accept_changes=accept_changes)
+    if is_main():
+        typer.echo(f"The model is in {folder / 'model'}, what was measured in {folder / 'metrics.jsonl'}.")
