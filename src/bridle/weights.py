@@ -1,7 +1,11 @@
-"""Models that are refused for what they are: pickled weights, which run code when they are read, and code itself."""
+"""Loading weights: what is refused for what it is, pickles and code, and the libraries' reports held back."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from transformers.utils import logging
 
 
 def refusal(name: str | Path, error: Exception) -> str | None:
@@ -16,3 +20,14 @@ def refusal(name: str | Path, error: Exception) -> str | None:
 def holds(folder: str | Path, pattern: str) -> bool:
     """Whether a folder has a file of such a name."""
     return any(Path(folder).glob(pattern))
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Holds back what transformers reports of weights and settings: who loads them says in one line what matters."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

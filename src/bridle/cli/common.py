@@ -51,6 +51,7 @@ def oracles_of(specs: Sequence[str]) -> dict[str, Any]:
     from bridle.constraints import build_constraint
     from bridle.training.recipe import constraint_of
 
+    quiet_libraries()
     oracles = {}
     for spec in specs:
         refers_to_recipe = re.fullmatch(r"[^{:]+\.ya?ml:[^:]+", spec)

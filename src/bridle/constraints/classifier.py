@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from itertools import chain, groupby
@@ -15,14 +14,13 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
 from bridle.constraints.base import Constraint, Score
 from bridle.constraints.options import Probability, Text, cause, checked
 from bridle.errors import UserError
 from bridle.progress import Progress
 from bridle.resources import RowLimit
-from bridle.weights import refusal
+from bridle.weights import quiet_loading, refusal
 
 
 class Classifier(Constraint):
@@ -192,7 +190,7 @@ def _load_tokenizer(where: str, model: str) -> Any:
 
 def _from_pretrained(failure: str, auto_class: Any, model: str, **options: Any) -> Any:
     try:
-        with _quiet():
+        with quiet_loading():
             return auto_class.from_pretrained(
                 model, local_files_only=os.path.isdir(model), trust_remote_code=False, **options
             )
@@ -231,14 +229,3 @@ def _is_path(model: str) -> bool:
     """Whether a name can only be a folder: looking for it on the hub would take long and say less."""
     hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
     return hub_name is None or os.path.exists(Path(model).parts[0])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back transformers' report on weights, of which the error says the one line that matters."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

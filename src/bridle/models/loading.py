@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from bridle.constraints.options import Probability
 from bridle.errors import UserError
 from bridle.reading import read_json
-from bridle.weights import holds, refusal
+from bridle.weights import holds, quiet_loading, refusal
 
 
 @dataclass
@@ -84,6 +84,7 @@ def load_model(
     model, info = _load(AutoModelForCausalLM, base, what="model", dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"{base}: is no whole model: its weights lack '{missing[0]}'")
+    _make_savable(model)
     if base != name:
         model = _with_adapter(model, name)
     elif lora is not None:
@@ -109,9 +110,18 @@ def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
     if factory is AutoModelForCausalLM:
         options["use_safetensors"] = True
     try:
-        return factory.from_pretrained(name, trust_remote_code=False, **options)
+        with quiet_loading():
+            return factory.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:
         raise UserError(f"{name}: cannot load the {what}: {reason(name, error)}") from error
+
+
+def _make_savable(model: PreTrainedModel) -> None:
+    """Sets the `do_sample` that a model's sampling settings imply; without it `save_pretrained` refuses them."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
 
 
 def _with_adapter(model: PreTrainedModel, name: str) -> PeftModel:

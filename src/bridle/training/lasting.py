@@ -53,6 +53,12 @@ class LastingTrainer(CuttingTrainer):
 
     # ------------------------------------------------------------------ checkpoints
 
+    def _issue_warnings_after_load(self, load_result):
+        """Of keys that a checkpoint lacks; a weight that is tied to another is saved once, and not missing."""
+        tied = self.model.all_tied_weights_keys
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with whole_or_gone(checkpoint, SCHEDULE):

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from transformers import TrainerCallback
@@ -11,6 +13,9 @@ from bridle.environment import append_text, write_text
 from bridle.progress import Progress
 from bridle.ranks import is_main
 from bridle.reading import checked, parse, read_text
+
+WIDEST_LINE = 100  # columns
+LONGEST_NAME = 30  # of a regulariser, in a line for people
 
 
 class MetricsFile(TrainerCallback):
@@ -68,19 +73,30 @@ class TrainingProgress(TrainerCallback):
 
 
 def round_line(record: dict[str, Any], rounds: int) -> str:
-    """One line that says what a round measured."""
-    parts = [f"round {record['round']}/{rounds}:"]
-    for key, value in record.items():
-        name, _, what = key.rpartition("/")
-        if what == "compliance" and value is not None:
-            low, high = record[f"{name}/compliance_low"], record[f"{name}/compliance_high"]
-            parts.append(f"{name} complies {value:.3f} [{low:.3f}, {high:.3f}]")
-        elif what == "r_ece":
-            parts.append(f"R's calibration error {value:.3f}")
-        elif name == "kl":
-            parts.append(f"KL({what}) {value:.4f}")
-    parts.append(f"CE {record['ce']:.3f}" if "ce" in record else "no policy step")
-    return "  ".join(parts)
+    """What a round measured, in lines of at most `WIDEST_LINE` columns: the policy first, then each regulariser.
+
+    λ·KL is the regulariser's part of the loss, to be held against CE.
+    """
+    parts = [f"CE {record['ce']:.3f}" if "ce" in record else "no policy step"]
+    for name in [key.removesuffix("/lambda") for key in record if key.endswith("/lambda")]:
+        parts.append(f"{shorten(name, LONGEST_NAME, placeholder='…')}: {', '.join(_of_regulariser(record, name))}")
+    lines = [f"round {record['round']}/{rounds}"]
+    for part in parts:
+        if len(lines[-1]) + len(part) + 2 > WIDEST_LINE:
+            lines.append(" ")
+        lines[-1] += f"  {part}"
+    return "\n".join(lines)
+
+
+def _of_regulariser(record: dict[str, Any], name: str) -> Iterator[str]:
+    compliance, divergence = record.get(f"{name}/compliance"), record.get(f"kl/{name}")
+    if compliance is not None:
+        low, high = record[f"{name}/compliance_low"], record[f"{name}/compliance_high"]
+        yield f"complies {compliance:.3f} [{low:.3f}, {high:.3f}]"
+    if f"{name}/r_ece" in record:
+        yield f"R's ECE {record[f'{name}/r_ece']:.3f}"
+    if divergence is not None:
+        yield f"λ·KL {record[f'{name}/lambda'] * divergence:.2g}"
 
 
 def _step(line: str, place: str) -> int:

@@ -1,0 +1,37 @@
+"""The lines that people read while a run goes on."""
+
+import pytest
+
+from bridle.training.reporting import round_line
+
+
+def record(*names, kl=3e-5, **more):
+    of_each = {"compliance": 0.65625, "compliance_low": 0.4829, "compliance_high": 0.7963, "r_ece": 0.241, "lambda": 40}
+    measured = {f"{name}/{key}": value for name in names for key, value in of_each.items()}
+    return {"round": 1, **measured, "ce": 5.90712, **{f"kl/{name}": kl for name in names}, **more}
+
+
+@pytest.mark.parametrize("names", [["rude"], ["toxigen", "encyclopaedia"], ["a" * 200, *map(str, range(9))]])
+def test_a_round_s_lines_fit_a_hundred_columns(names):
+    lines = round_line(record(*names, kl=1.23456e-17), 1000).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert all(line.startswith(" ") for line in lines[1:])
+    assert sum(line.count("complies 0.656 [0.483, 0.796]") for line in lines) == len(names)
+
+
+def test_one_regulariser_is_one_line():
+    assert round_line(record("rude"), 2) == (
+        "round 1/2  CE 5.907  rude: complies 0.656 [0.483, 0.796], R's ECE 0.241, λ·KL 0.0012"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kl", "shown"), [(0.02, "λ·KL 0.8"), (3e-9, "λ·KL 1.2e-07"), (0.0, "λ·KL 0"), (None, "0.241")]
+)
+def test_a_small_divergence_is_not_zero(kl, shown):
+    assert round_line(record("rude", kl=kl), 2).endswith(shown)
+
+
+def test_retention_has_a_divergence_alone():
+    line = round_line({"round": 2, "plain/lambda": 2.0, "ce": 1.0, "kl/plain": 0.25}, 2)
+    assert line == "round 2/2  CE 1.000  plain: λ·KL 0.5"
