@@ -16,6 +16,8 @@ import yaml
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from bridle.cli.keys import entries
+
 SOURCE = Path(__file__).parents[1] / "src"
 MARK = re.compile(r"^<!-- (fields|commands|modules)(?:: ([\w.]+))? -->$", re.MULTILINE)
 
@@ -73,13 +75,6 @@ def _fields(cls: griffe.Class) -> Iterator[tuple[griffe.Attribute, str]]:
         hidden = attribute.name.startswith("_") or "ClassVar" in str(attribute.annotation)
         if attribute.annotation is not None and not hidden and "property" not in attribute.labels:
             yield attribute, told[attribute.name]
-
-
-def entries(docstring: str, section: str) -> dict[str, str]:
-    """What a section of a docstring says of each name; of "one, two: ..." it says the same of both."""
-    found = re.search(rf"^{section}:\n((?:    .*\n?|\n)*)", docstring, re.MULTILINE)
-    told = re.findall(r"^    ([*\w, ]+):((?:.*(?:\n     .*)*))", found[1] if found else "", re.MULTILINE)
-    return {name.strip(): meaning.strip() for names, meaning in told for name in names.split(",")}
 
 
 def _default(attribute: griffe.Attribute) -> str:

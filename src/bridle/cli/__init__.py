@@ -5,6 +5,8 @@ import logging
 import os
 import sys
 import warnings
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -13,9 +15,8 @@ from bridle.errors import RunStopped, UserError
 
 app = typer.Typer(
     name="bridle",
-    help="Fine-tune a language model on a corpus while holding its outputs to a policy.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -23,6 +24,22 @@ for group in (training, generation, evaluation, comparison):
     app.add_typer(group.app)
 
 USER_ERROR, RUN_STOPPED = 2, 3  # exit codes
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo("  ".join(f"{name} {version(name)}" for name in ("bridle", "torch", "transformers", "trl")))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    versions: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show Bridle's version, and libraries'."),
+    ] = False,
+) -> None:
+    """Fine-tune a language model on a corpus while holding its outputs to a policy."""
 
 
 def main() -> None:

@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from bridle.cli.common import RECIPE_KEYS, quiet_libraries
+from bridle.cli.keys import ComparisonCommand
 
 app = typer.Typer()
 
 
 @app.command(
+    cls=ComparisonCommand,
     context_settings=RECIPE_KEYS,
     epilog="Example: bridle compare recipes/detox-mini.yaml --methods base,sft,constrained-adaptive --seeds 3",
 )

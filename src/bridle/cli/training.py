@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from bridle.cli.common import RECIPE_KEYS, quiet_libraries
+from bridle.cli.keys import TrainingCommand
 
 app = typer.Typer()
 
 
 @app.command(
+    cls=TrainingCommand,
     context_settings=RECIPE_KEYS,
     epilog="Example: bridle train recipes/detox-mini.yaml --regularisers.toxigen.weight 10 --max_steps 100",
 )

@@ -1,0 +1,104 @@
+"""The keys of a recipe for `--help`, read from the source of their dataclasses, whose import takes seconds."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from typer.core import TyperCommand
+
+import bridle
+
+TRAINING = {
+    "Keys of the recipe": ("", ["training/recipe.py:Recipe"]),
+    "Each domain of the corpus": ("corpus.NAME.", ["data/source.py:DataSource", "data/corpus.py:Domain"]),
+    "A label in words": ("corpus.NAME.label.", ["data/labels.py:VerbalisedLabel"]),
+    "Each regulariser": ("regularisers.NAME.", ["training/config.py:Regulariser"]),
+    "Training, with every field of TRL's SFTConfig (max_steps, learning_rate, ...)": (
+        "",
+        ["training/config.py:ConstrainedConfig"],
+    ),
+    "R": ("auxiliary.", ["training/config.py:AuxiliaryOptions"]),
+    "Schedule: parallel": ("parallel.", ["training/config.py:ParallelOptions"]),
+    "Adapters": ("lora.", ["models/loading.py:LoraOptions"]),
+}
+COMPARISON = {
+    "What is measured": ("evaluation.", ["comparison/plan.py:Evaluation"]),
+    "Classification": ("evaluation.classification.", ["comparison/plan.py:ClassificationOptions"]),
+    "Judge": ("evaluation.judge.", ["comparison/plan.py:JudgeOptions"]),
+    "Reinforcement learning": ("methods.rl.", ["baselines/reinforcement.py:ReinforcementOptions"]),
+}
+"""By heading: what stands before a key, and the dataclasses, each in its file, whose fields are the keys."""
+
+NO_KEYS = {"Recipe": {"training", "resolved"}, "Domain": {"name"}, "Evaluation": {"constraints", "label"}}
+"""Fields of the dataclasses that no recipe sets."""
+
+
+class TrainingCommand(TyperCommand):
+    """A command whose help lists the keys of a recipe that `bridle train` reads."""
+
+    groups = TRAINING
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the options, then the keys, group by group."""
+        super().format_options(ctx, formatter)
+        for heading, (above, classes) in self.groups.items():
+            with formatter.section(heading):
+                formatter.write_dl([(above + key, text) for place in classes for key, text in keys_of(place)])
+
+
+class ComparisonCommand(TrainingCommand):
+    """A command whose help lists the keys that `bridle compare` reads beside those of `bridle train`."""
+
+    groups = COMPARISON
+
+
+@cache
+def keys_of(place: str) -> list[tuple[str, str]]:
+    """The fields of a dataclass, "file:class", each with the first clause of its description and its default.
+
+    Raises:
+        KeyError: a field is not told under `Attributes` of its class.
+    """
+    file, _, name = place.partition(":")
+    source = (Path(bridle.__file__).parent / file).read_text(encoding="utf-8")
+    tree = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+    told = entries(ast.get_docstring(tree) or "", "Attributes")
+    return [(field.target.id, _described(told[field.target.id], field.value)) for field in _fields(tree)]
+
+
+def entries(docstring: str, section: str) -> dict[str, str]:
+    """What a section of a docstring says of each name; of "one, two: ..." it says the same of both."""
+    found = re.search(rf"^{section}:\n((?:    .*\n?|\n)*)", docstring, re.MULTILINE)
+    told = re.findall(r"^    ([*\w, ]+):((?:.*(?:\n     .*)*))", found[1] if found else "", re.MULTILINE)
+    return {name.strip(): meaning.strip() for names, meaning in told for name in names.split(",")}
+
+
+def _fields(tree: ast.ClassDef) -> Iterator[Any]:
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+            if not name.startswith("_") and name not in NO_KEYS.get(tree.name, ()):
+                yield node
+
+
+def _described(meaning: str, value: ast.expr | None) -> str:
+    clause = re.split(r"[.;:] ", " ".join(meaning.split()), maxsplit=1)[0].rstrip(".")
+    return clause if (default := _default(value)) is None else f"{clause}  [{default}]"
+
+
+def _default(value: ast.expr | None) -> str | None:
+    """The default as a recipe would have it; None for what is computed."""
+    if value is None:
+        return "required"
+    if isinstance(value, ast.Call):  # field(default=..., ...)
+        value = next((one.value for one in value.keywords if one.arg == "default"), value)
+    try:
+        default = ast.literal_eval(value)
+    except ValueError:
+        return None
+    plain = list(default) if isinstance(default, tuple) else default
+    return yaml.safe_dump(plain, default_flow_style=True).partition("\n")[0]

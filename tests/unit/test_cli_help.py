@@ -1,0 +1,70 @@
+"""The command line before any work: versions, help, completion, and how soon they are there."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+
+import pytest
+
+from bridle.cli.keys import COMPARISON, NO_KEYS, TRAINING, keys_of
+from bridle.settings import parse_yaml
+
+GROUPS = {heading: group for groups in (TRAINING, COMPARISON) for heading, group in groups.items()}
+
+
+def run(*arguments, **variables):
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **variables})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_versions_are_told():
+    told = run("-m", "bridle", "--version")
+    assert [word for word in told.split() if word.isalpha()] == ["bridle", "torch", "transformers", "trl"]
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["evaluate"], ["judge"], ["compare"], ["report"]])
+def test_help_has_a_short_form(bridle, command):
+    code, told, _ = bridle(*command, "-h")
+    assert code == 0
+    assert told == bridle(*command, "--help")[1]
+    assert told.startswith("Usage: bridle")
+
+
+def test_a_shell_completes_commands():
+    asked = {"_BRIDLE_COMPLETE": "complete_bash", "COMP_WORDS": "bridle gen", "COMP_CWORD": "1"}
+    assert run("-m", "bridle", **asked).split() == ["generate"]
+
+
+def test_help_loads_no_library_that_takes_seconds():
+    code = "import sys; from bridle.cli import app; app(['train', '-h'], standalone_mode=False)"
+    told = run("-c", f"{code}; print({{'torch', 'transformers', 'datasets'}} & set(sys.modules))")
+    assert "rollouts_per_round" in told
+    assert told.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("heading", GROUPS)
+def test_help_lists_every_key_with_its_default(heading):
+    _, places = GROUPS[heading]
+    told = {key: text for place in places for key, text in keys_of(place)}
+    file, _, name = places[-1].partition(":")
+    cls = getattr(import_module(f"bridle.{file.removesuffix('.py').replace('/', '.')}"), name)
+    ours = [vars(base).get("__annotations__", {}) for base in cls.__mro__ if base.__module__.startswith("bridle.")]
+    own = {field.name: field for field in fields(cls) if any(field.name in annotated for annotated in ours)}
+    assert told.keys() == own.keys() - NO_KEYS.get(name, set())
+    for key, text in told.items():
+        if not text.endswith("]"):
+            continue
+        shown = parse_yaml(text[text.rindex("  [") + 3 : -1], key)
+        default = own[key].default
+        assert shown == (list(default) if isinstance(default, tuple) else default) or shown == "required"
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_prints_them(bridle, command):
+    told = bridle(command, "-h")[1]
+    for above, places in (TRAINING if command == "train" else COMPARISON).values():
+        assert all(above + key in told for place in places for key, _ in keys_of(place))
