@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -87,6 +87,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
+    """Writes JSON lines, atomically, as `write_text` does; characters stand as they are.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:

@@ -24,14 +24,15 @@ class Progress:
         description: what is being done, e.g. "sampling".
         total: how many units there are, if known.
         unit: the name of one unit, e.g. "texts".
+        shown: whether anything is.
     """
 
-    def __init__(self, description: str, total: int | None = None, unit: str = "it"):
+    def __init__(self, description: str, total: int | None = None, unit: str = "it", shown: bool = True):
         self.description, self.total, self.unit = description, total, unit
         self.done, self.started = 0, time.monotonic()
         self._last_line = self.started
         self._bar = None
-        self._shown = is_main()
+        self._shown = shown and is_main()
         if self._shown and sys.stderr.isatty():
             self._bar = tqdm(desc=description, total=total, unit=unit, leave=False, dynamic_ncols=True)
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: whole runs on tiny models, and every mistake told in one line."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class TestWholeRuns:
             ),
             *("--prompt_tokens", 2, "--constraint", f"{tmp_path / 'recipe.yaml'}:no e", "--samples", 2),
             *("--perplexity", f"{corpus_files['plain']},rows=0:5", "--max_new_tokens", 8),
-            *("--json", tmp_path / "result.json"),
+            *("--json", tmp_path / "result.json", "--completions", tmp_path / "said.jsonl"),
         )
         assert code == 0, err
         result = json.loads((tmp_path / "result.json").read_text())
@@ -70,6 +71,25 @@ class TestWholeRuns:
         assert rate["n"] == 64
         assert result["perplexity"][f"{corpus_files['plain']},rows=0:5"]["per_token"]["value"] > 1
         assert "violation rate" in out
+        per_token = result["perplexity"][f"{corpus_files['plain']},rows=0:5"]["per_token"]
+        assert per_token["low"] < per_token["value"] < per_token["high"]
+        assert re.search(r"per token +[\d.]+ \[[\d.]+, [\d.]+\] n=\d+", out), "its interval is shown"
+        assert result["completions"] == str(tmp_path / "said.jsonl")
+        said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+        assert len(said) == rate["n"]
+        assert {"prompt", "completion", "scores"} <= said[0].keys()
+        assert sum(not row["scores"]["no e"]["complies"] for row in said) == round(rate["value"] * rate["n"])
+
+    def test_text_is_drawn_as_it_is_asked_for(self, bridle, tiny_folder, tmp_path):
+        ask = ("generate", tiny_folder(), "--prompt", "the old", *SHORT)
+        drawn, greedy, cold, streamed = (
+            bridle(*ask, *options)
+            for options in ([], ["--greedy"], ["--top_p", "1e-9", "--seed", "5"], ["--stream", "--temperature", "1"])
+        )
+        assert {code for code, *_ in (drawn, greedy, cold, streamed)} == {0}
+        assert drawn[1] != greedy[1] == cold[1]
+        assert streamed[1].strip() == drawn[1].strip()
+        assert bridle(*ask, "--temperature", "5")[1] not in (drawn[1], greedy[1])
 
     def test_an_adapter_is_trained_saved_and_used(self, bridle, recipe, tmp_path):
         folder = tmp_path / "run"

@@ -11,14 +11,12 @@ from bridle.errors import UserError
 from bridle.evaluation.generation import evaluate_constraints
 from bridle.evaluation.results import (
     generation_parts,
-    perplexity_figures,
-    perplexity_part,
     results_schema,
     validate_results,
     write_results,
 )
 from bridle.evaluation.statistics import Estimate, compare_methods
-from bridle.evaluation.utility import TextLikelihood
+from bridle.evaluation.utility import Perplexity, TextLikelihood
 
 ESTIMATE = Estimate(0.25, 0.125, 0.5, n=40, missing=2)
 LIKELIHOODS = [TextLikelihood(6.0, 2, 10, 1), TextLikelihood(4.0, 8, 30, 2), TextLikelihood(0.0, 0, 0, 0)]
@@ -52,7 +50,7 @@ def complete():
         "prompt_sets": {"toxigen": {"path": "toxigen.jsonl", "prompt_tokens": 8}},
         "constraints": {"short": Short().describe(), "polite": Polite().describe()},
         **generation_parts({"toxigen": base}, {"toxigen": ESTIMATE}),
-        "perplexity": perplexity_part({"novels.jsonl": LIKELIHOODS}),
+        "perplexity": {"novels.jsonl": Perplexity.of(LIKELIHOODS).to_json()},
         "tasks": {"piqa": {"accuracy": ESTIMATE.to_json(), "parts": {}, "shots": 0, "version": None}},
         "comparisons": [item.to_json() | {"prompt_set": "toxigen", "constraint": "short"} for item in compared],
         "win_rate": {"judge": "a", "matrix": {"base": {"guided": {"rate": ESTIMATE.to_json(), "ties": 3}}}},
@@ -97,15 +95,14 @@ def test_the_generation_parts_hold_every_figure_once(complete):
 
 
 def test_held_out_perplexity_gets_its_interval_from_its_texts():
-    found = perplexity_figures(LIKELIHOODS)
-    assert found["per_token"] == Estimate(
+    found = Perplexity.of(LIKELIHOODS)
+    assert found.per_token == Estimate(
         pytest.approx(math.e), pytest.approx(math.exp(0.5)), pytest.approx(math.exp(3)), n=10, missing=1
     )
-    assert found["bits_per_byte"].value == pytest.approx(10 / 40 / math.log(2))
-    assert (found["bits_per_byte"].n, found["bits_per_byte"].missing) == (40, 1)
-    assert perplexity_figures([])["per_token"] == Estimate(None, None, None, n=0)
-    part = perplexity_part({"f": LIKELIHOODS})["f"]
-    assert (part["texts"], part["windowed"]) == (3, 1)
+    assert found.bits_per_byte.value == pytest.approx(10 / 40 / math.log(2))
+    assert (found.bits_per_byte.n, found.bits_per_byte.missing) == (40, 1)
+    assert (found.texts, found.windowed) == (3, 1)
+    assert Perplexity.of([]).per_token == Estimate(None, None, None, n=0)
 
 
 REMOVE = object()

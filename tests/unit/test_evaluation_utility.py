@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from bridle.errors import UserError
-from bridle.evaluation import likelihoods, perplexity
+from bridle.evaluation import Estimate, likelihoods, perplexity
 from bridle.evaluation.utility import _windows
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.guidance import NADOGuide
@@ -78,9 +78,9 @@ def test_it_is_the_models_own_loss_on_one_text(model, tokenizer):
     ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     nll, size = own_loss(model, ids), len(text.encode())
     found = perplexity(model, tokenizer, [text])
-    assert found.tokens == found.bytes == size == len(ids) - 1
-    assert found.per_token == pytest.approx(math.exp(nll / size), rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(nll / size / math.log(2), rel=1e-5)
+    assert found.per_token.n == found.bits_per_byte.n == size == len(ids) - 1
+    assert found.per_token.value == pytest.approx(math.exp(nll / size), rel=1e-5)
+    assert found.bits_per_byte.value == pytest.approx(nll / size / math.log(2), rel=1e-5)
     assert found.windowed == 0
 
 
@@ -88,8 +88,8 @@ def test_a_uniform_models_perplexity_is_its_vocabulary(tokenizer):
     model = tiny_llama()
     torch.nn.init.zeros_(model.lm_head.weight)
     found = perplexity(model, tokenizer, TEXTS)
-    assert found.per_token == pytest.approx(VOCABULARY, rel=1e-6)
-    assert found.bits_per_byte == pytest.approx(math.log2(VOCABULARY), rel=1e-6)
+    assert found.per_token.value == pytest.approx(VOCABULARY, rel=1e-6)
+    assert found.bits_per_byte.value == pytest.approx(math.log2(VOCABULARY), rel=1e-6)
 
 
 def test_batches_and_padding_change_nothing(model, tokenizer):
@@ -108,8 +108,8 @@ def test_all_tokens_weigh_the_same(tokenizer):
     found = likelihoods(model, tokenizer, TEXTS)
     nll, tokens = sum(text.nll for text in found), sum(text.tokens for text in found)
     together = perplexity(model, tokenizer, TEXTS)
-    assert together.per_token == pytest.approx(math.exp(nll / tokens))
-    assert together.tokens == tokens == len("".join(TEXTS).encode())
+    assert together.per_token.value == pytest.approx(math.exp(nll / tokens))
+    assert together.per_token.n == tokens == len("".join(TEXTS).encode())
     assert together.texts == len(TEXTS)
 
 
@@ -185,7 +185,7 @@ def test_a_guided_model_has_a_perplexity(model, tokenizer):
     plain = perplexity(model, tokenizer, TEXTS, batch_size=2)
     with NADOGuide(model, auxiliary) as guide:
         guided = perplexity(model, tokenizer, TEXTS, batch_size=2, adjust_logits=guide.log_probs)
-        assert guided.per_token == pytest.approx(plain.per_token, rel=1e-5)  # a fresh R says nothing
+        assert guided.per_token.value == pytest.approx(plain.per_token.value, rel=1e-5)  # a fresh R says nothing
         torch.nn.init.zeros_(auxiliary.value.weight)
         auxiliary.head.bias.data[tokenizer("o", add_special_tokens=False)["input_ids"]] = -20.0
         (forbidden, free) = likelihoods(model, tokenizer, ["oo", "ae"], adjust_logits=guide.log_probs)
@@ -198,13 +198,15 @@ def test_the_size_of_a_chunk_changes_nothing(tokenizer, monkeypatch):
     model = tiny_llama()
     whole = perplexity(model, tokenizer, TEXTS)
     monkeypatch.setattr("bridle.evaluation.utility.FLOATS_AT_ONCE", 3 * VOCABULARY)
-    assert perplexity(model, tokenizer, TEXTS).per_token == pytest.approx(whole.per_token, rel=1e-6)
+    again = perplexity(model, tokenizer, TEXTS)
+    assert again.per_token.value == pytest.approx(whole.per_token.value, rel=1e-6)
 
 
 def test_half_precision_is_measured_in_float32(tokenizer):
     model = tiny_llama()
     exact = perplexity(model, tokenizer, TEXTS).bits_per_byte
-    assert perplexity(model.to(torch.bfloat16), tokenizer, TEXTS).bits_per_byte == pytest.approx(exact, rel=0.02)
+    half = perplexity(model.to(torch.bfloat16), tokenizer, TEXTS).bits_per_byte
+    assert half.value == pytest.approx(exact.value, rel=0.02)
 
 
 def test_dropout_is_off_for_the_time_of_the_call(tokenizer):
@@ -218,23 +220,32 @@ def test_dropout_is_off_for_the_time_of_the_call(tokenizer):
 @pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_no_text_has_no_perplexity(tokenizer, texts):
     found = perplexity(tiny_llama(), tokenizer, texts)
-    assert (found.per_token, found.bits_per_byte, found.tokens, found.texts) == (None, None, 0, len(texts))
-    assert str(found) == f"missing texts={len(texts)}"
+    assert found.per_token == found.bits_per_byte == Estimate(None, None, None, n=0, missing=len(texts))
+    assert found.texts == len(texts)
+    assert str(found).splitlines()[0].split()[:3] == ["per", "token", "missing"]
 
 
 def test_a_perplexity_reads_well_and_is_json(tokenizer):
     model = tiny_llama()
     torch.nn.init.zeros_(model.lm_head.weight)
     found = perplexity(model, tokenizer, ["abc"])
-    assert str(found) == "258 per token, 8.011 bits per byte, tokens=3"
+    assert str(found) == "per token               258 n=3\nbits per byte           8.01 n=3"
+    alone = {"low": None, "high": None, "n": 3, "missing": 0}  # one text has no interval
     assert found.to_json() == {
-        "per_token": pytest.approx(258),
-        "bits_per_byte": pytest.approx(8.0112, abs=1e-4),
-        "tokens": 3,
-        "bytes": 3,
+        "per_token": {"value": pytest.approx(258), **alone},
+        "bits_per_byte": {"value": pytest.approx(8.0112, abs=1e-4), **alone},
         "texts": 1,
         "windowed": 0,
     }
+
+
+def test_the_interval_is_a_bootstrap_over_texts(model, tokenizer):
+    found = perplexity(model, tokenizer, TEXTS, seed=3)
+    of_each = [math.exp(text.nll / text.tokens) for text in likelihoods(model, tokenizer, TEXTS) if text.tokens]
+    assert min(of_each) < found.per_token.low < found.per_token.value < found.per_token.high < max(of_each)
+    assert perplexity(model, tokenizer, [*TEXTS, *TEXTS[:1]] * 20).per_token.high < found.per_token.high
+    assert str(found.per_token) in str(found)
+    assert " [" in str(found.per_token)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +267,7 @@ def test_a_model_without_a_stated_context_needs_max_length(tokenizer):
     model = BloomForCausalLM(config)
     with pytest.raises(UserError, match="max_length must be given"):
         perplexity(model, tokenizer, TEXTS)
-    assert perplexity(model, tokenizer, ["abc"], max_length=8).tokens == 3
+    assert perplexity(model, tokenizer, ["abc"], max_length=8).per_token.n == 3
 
 
 def test_a_likelihood_that_is_not_finite_names_its_text(tokenizer):

@@ -16,7 +16,7 @@ from bridle.models.forward import policy_forward
 from bridle.models.guidance import NADOGuide
 from bridle.models.hidden import capture_hidden_states, check_projection, project
 from bridle.models.loading import LoraOptions, load_model
-from bridle.models.sampling import SHORTEST_STAGE, sample
+from bridle.models.sampling import SHORTEST_STAGE, Decoding, sample
 from exhaustion import room_for
 from worlds import World
 
@@ -137,6 +137,18 @@ class TestSampling:
         monkeypatch.setattr("bridle.models.sampling.SHORTEST_STAGE", 30)
         assert sample(model, PROMPTS * 10, **options) == in_stages
 
+    def test_tokens_are_told_as_they_are_drawn(self, tiny_model):
+        told = []
+        (drawn,) = sample(
+            tiny_model(),
+            PROMPTS[:1],
+            max_new_tokens=20,
+            pad_token_id=0,
+            eos_token_id=2,
+            on_token=lambda tokens: told.extend(tokens.tolist()),
+        )
+        assert told == drawn
+
     def test_samples_follow_the_model_s_distribution(self, world):
         count = 4000
         drawn = sample(
@@ -187,6 +199,33 @@ class TestGuidance:
         plain = torch.tensor([world.output_probability(y) for y in outputs], dtype=torch.float64)
         assert 0.05 < float(target.sum()) < 0.95, "the constraint must say something"
         assert (target / target.sum() - plain).abs().max() > 0.02
+
+    def test_temperature_and_top_p_come_after_guidance(self, tiny_model):
+        """Draws from (q^(1/T)) cut to its nucleus; greedy takes the likeliest of q, whatever the seed."""
+        model, prompt, count = tiny_model(initializer_range=0.3), [1, 5, 9], 4000
+        auxiliary = randomise(new_auxiliary(model))
+        options = {"max_new_tokens": 1, "pad_token_id": 0, "eos_token_id": 2, "batch_size": count}
+        with NADOGuide(model, auxiliary) as guide, torch.no_grad():
+            ids = torch.tensor([prompt])
+            plain = model(ids).logits
+            auxiliary.head.bias[plain[0, -1].argmax()] -= 7.0  # it has something to say of a likely token
+            log_q = guide.log_probs(plain, ids, torch.ones_like(ids))[0, -1].double()
+            tempered = (log_q / 0.5).softmax(-1)
+            ordered, tokens = tempered.sort(descending=True)
+            nucleus = tokens[ordered.cumsum(-1) - ordered < 0.8]
+            expected = torch.zeros_like(tempered).scatter(0, nucleus, tempered[nucleus])
+            expected /= expected.sum()
+            decoding = Decoding(temperature=0.5, top_p=0.8)
+            drawn = sample(model, [prompt] * count, guide=guide, decoding=decoding, **options)
+            greedy = [
+                sample(model, [prompt], guide=guide, decoding=Decoding(greedy=True), seed=s, **options) for s in "ab"
+            ]
+        outputs = [(token,) for token in range(len(expected))]
+        assert p_value(drawn, outputs, expected) > 1e-3
+        assert 1 < len(nucleus) < len(expected) / 2
+        assert greedy == [[[int(log_q.argmax())]]] * 2
+        in_the_other_order = (plain[0, -1].double().log_softmax(-1) + log_q).softmax(-1)  # p^(1/T)·R
+        assert (in_the_other_order - tempered).abs().sum() > 0.1
 
     @pytest.mark.parametrize("own_network", [False, True])
     @pytest.mark.parametrize("model_type", ARCHITECTURES)

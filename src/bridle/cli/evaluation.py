@@ -87,6 +87,10 @@ def evaluate(
     prompt_data: Annotated[
         Path | None, typer.Option("--prompt_data", metavar="DIR", help="Where named prompt sets lie as local files.")
     ] = None,
+    completions: Annotated[
+        Path | None,
+        typer.Option("--completions", metavar="FILE", help="Write what was drawn here, a JSON line each, with scores."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here; see the schema.")
     ] = None,
@@ -103,12 +107,16 @@ def evaluate(
     A figure's n counts what it is made from; texts that could not be scored are missing, never a number.
     """
     from bridle.data import DataSource, VerbalisedLabel, texts_of
-    from bridle.environment import environment
+    from bridle.environment import environment, write_rows
     from bridle.evaluation import FORMAT, Evaluator, prompt_set, write_results
     from bridle.models.guidance import guided
 
     if bool(prompts) != bool(constraint):
         raise UserError("--prompts and --constraint go together: texts are drawn from one and scored by the other")
+    if completions and not prompts:
+        raise UserError("--completions keeps what --prompts are completed with; give some, with a --constraint")
+    if guide is None and guide_power != 1:
+        raise UserError("--guide_power is the strength of a --guide; name one, or leave it out")
     if bool(classify) != bool(validation):
         raise UserError("--classify and --validation go together: the threshold is chosen on rows of its own")
     if not (prompts or perplexity or tasks or classify):
@@ -142,6 +150,9 @@ def evaluate(
             results["classification"] = evaluator.classification(*rows, VerbalisedLabel())
         if tasks:
             results["tasks"] = evaluator.tasks(tasks.split(","), task_data=task_data, limit=limit, shots=shots)
+    if completions is not None:
+        write_rows(completions, evaluator.observations.completions)
+        results["completions"] = str(completions)
     if json_file is not None:
         write_results(json_file, results | {"environment": environment(seed)})
 

@@ -14,9 +14,9 @@ from bridle.data.readers import whole_text
 from bridle.evaluation.generation import evaluate_constraints, generate_completions, output_perplexity
 from bridle.evaluation.observations import Observations
 from bridle.evaluation.prompt_sets import PromptSet
-from bridle.evaluation.results import generation_parts, perplexity_part
+from bridle.evaluation.results import generation_parts
 from bridle.evaluation.tasks import evaluate_tasks
-from bridle.evaluation.utility import likelihoods
+from bridle.evaluation.utility import Perplexity, likelihoods
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import context_length
 
@@ -101,8 +101,10 @@ class Evaluator:
         context = context_length(self.model)
         return context - max_new_tokens if context else None
 
-    def draw(self, prompts: Sequence[list[int]], *, samples: int, max_new_tokens: int) -> list[list[str]]:
-        """Completions, [prompts, samples], at temperature 1 from the whole distribution."""
+    def draw(
+        self, prompts: Sequence[list[int]], *, samples: int, max_new_tokens: int, **options: Any
+    ) -> list[list[str]]:
+        """Completions, [prompts, samples]; `options` are those of `generate_completions`."""
         return generate_completions(
             self.model,
             self.tokenizer,
@@ -112,24 +114,24 @@ class Evaluator:
             batch_size=DRAWN_PER_ROW * self.batch_size,
             seed=self.seed,
             guide=self.guide,
+            **options,
         )
 
     def perplexity(self, held_out: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """The part `perplexity`: held-out texts by the name of their file."""
-        found = {}
+        part = {}
         for name, texts in held_out.items():
-            found[name] = likelihoods(
+            found = likelihoods(
                 self.model,
                 self.tokenizer,
                 texts,
                 batch_size=self.batch_size,
                 adjust_logits=self.guide.log_probs if self.guide else None,
             )
-            self.observations.add_likelihoods(name, found[name])
-        part = perplexity_part(found, seed=self.seed)
-        for name, figures in part.items():
-            per_token, per_byte = figures["per_token"]["value"], figures["bits_per_byte"]["value"]
-            self.show(f"perplexity of {name}: {per_token:.4g} per token, {per_byte:.4g} bits per byte")
+            self.observations.add_likelihoods(name, found)
+            measured = Perplexity.of(found, seed=self.seed)
+            self.show(f"perplexity of {name}\n{measured}")
+            part[name] = measured.to_json()
         return part
 
     def classification(self, test: DataSource, validation: DataSource, label: VerbalisedLabel) -> dict[str, Any]:

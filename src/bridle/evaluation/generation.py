@@ -6,11 +6,12 @@ learn to please the constraint that it was trained on, so `evaluate_constraints`
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints.base import Constraint, Score
@@ -18,7 +19,7 @@ from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, estimate_mean, estimate_rate, estimate_ratio
 from bridle.evaluation.utility import Window, _check_finite, nll_by_text
 from bridle.models.loading import context_length
-from bridle.models.sampling import Guide, sample
+from bridle.models.sampling import DRAWN, Decoding, Guide, sample
 
 TEXT_FIGURES = ("distinct_1", "distinct_2", "distinct_3", "mean_length", "empty_share")
 
@@ -102,8 +103,10 @@ def generate_completions(
     batch_size: int,
     seed: int,
     guide: Guide | None = None,
+    decoding: Decoding = DRAWN,
+    on_token: Callable[[Tensor], None] | None = None,
 ) -> list[list[str]]:
-    """Draws `samples` completions a prompt at temperature 1 from the full distribution.
+    """Draws `samples` completions a prompt, at temperature 1 from the full distribution if not told otherwise.
 
     Args:
         model: a causal language model.
@@ -114,6 +117,8 @@ def generate_completions(
         batch_size: completions drawn side by side.
         seed: the same seed gives the same completions.
         guide: changes the distribution at each step (NADO decoding).
+        decoding: how tokens are chosen from it.
+        on_token: is told the tokens of each step, [batch], as they are drawn.
 
     Returns:
         [prompts, samples] completions, without their prompts, in the order of the prompts.
@@ -133,6 +138,8 @@ def generate_completions(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         guide=guide,
+        decoding=decoding,
+        on_token=on_token,
     )
     texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in drawn]
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from textwrap import shorten
@@ -16,8 +16,7 @@ from jsonschema.validators import extend  # type: ignore[import-untyped]
 from bridle.environment import write_json
 from bridle.errors import UserError
 from bridle.evaluation.generation import GenerationResult
-from bridle.evaluation.statistics import Estimate, estimate_ratio
-from bridle.evaluation.utility import TextLikelihood
+from bridle.evaluation.statistics import Estimate
 from bridle.reading import read_json
 
 FORMAT = 1
@@ -86,35 +85,6 @@ def generation_parts(
             for prompt_set, results in found.items()
         },
     }
-
-
-def perplexity_part(found: Mapping[str, Sequence[TextLikelihood]], *, seed: int = 0) -> dict[str, Any]:
-    """The part `perplexity`.
-
-    Args:
-        found: by held-out file what `likelihoods` returned for its texts.
-        seed: of the bootstrap over texts.
-    """
-    return {
-        name: {
-            **_json(perplexity_figures(texts, seed=seed)),
-            "texts": len(texts),
-            "windowed": sum(text.windows > 1 for text in texts),
-        }
-        for name, texts in found.items()
-    }
-
-
-def perplexity_figures(texts: Sequence[TextLikelihood], *, seed: int = 0) -> dict[str, Estimate]:
-    """`per_token` and `bits_per_byte` of held-out texts, as `Perplexity` defines them, with intervals over texts.
-
-    Their `n` counts tokens and bytes, their `missing` the texts of which nothing was predicted.
-    """
-    read = [text for text in texts if text.tokens]
-    missing = len(texts) - len(read)
-    by_token = estimate_ratio([[(text.nll, text.tokens)] for text in read], missing=missing, seed=seed)
-    by_byte = estimate_ratio([[(text.nll, text.bytes)] for text in read], missing=missing, seed=seed)
-    return {"per_token": by_token.map(math.exp), "bits_per_byte": by_byte.map(lambda nats: nats / math.log(2))}
 
 
 def _under_constraint(result: GenerationResult) -> dict[str, Any]:

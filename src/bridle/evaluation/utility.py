@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridle.core.losses import cross_entropy
 from bridle.core.tokens import IGNORE, pad_right, shift
 from bridle.errors import UserError
+from bridle.evaluation.statistics import Estimate, estimate_ratio
 from bridle.models.loading import context_length
 from bridle.progress import track
 
@@ -41,64 +42,58 @@ class TextLikelihood:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of a set of texts, all tokens weighing the same.
+    """Perplexity of a set of texts, all tokens weighing the same; the intervals resample whole texts.
 
     Attributes:
-        per_token: exp of the mean −log p of a token; it depends on the tokenizer. `None` without tokens.
-        bits_per_byte: −log2 p over UTF-8 bytes; it compares models with different tokenizers.
-        tokens: how many tokens were predicted.
-        bytes: how many UTF-8 bytes those tokens stand for.
+        per_token: exp of the mean −log p of a token; it depends on the tokenizer. Its `n` counts predicted tokens, its
+            `missing` the texts of which nothing was predicted.
+        bits_per_byte: −log2 p over UTF-8 bytes; it compares models with different tokenizers. Its `n` counts bytes.
         texts: how many texts there were.
         windowed: how many of them are longer than the context and were read in overlapping windows.
     """
 
-    per_token: float | None
-    bits_per_byte: float | None
-    tokens: int
-    bytes: int
+    per_token: Estimate
+    bits_per_byte: Estimate
     texts: int
     windowed: int
+
+    @classmethod
+    def of(cls, texts: Sequence[TextLikelihood], *, seed: int = 0) -> "Perplexity":
+        """The perplexity of texts whose likelihoods are known; `seed` is the bootstrap's."""
+        read = [text for text in texts if text.tokens]
+        missing = len(texts) - len(read)
+        by_token = estimate_ratio([[(text.nll, text.tokens)] for text in read], missing=missing, seed=seed)
+        by_byte = estimate_ratio([[(text.nll, text.bytes)] for text in read], missing=missing, seed=seed)
+        return cls(
+            per_token=by_token.map(math.exp),
+            bits_per_byte=by_byte.map(lambda nats: nats / math.log(2)),
+            texts=len(texts),
+            windowed=sum(text.windows > 1 for text in texts),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        if self.per_token is None or self.bits_per_byte is None:
-            return f"missing texts={self.texts}"
-        return f"{self.per_token:.4g} per token, {self.bits_per_byte:.4g} bits per byte, tokens={self.tokens}"
+        figures = {"per token": self.per_token, "bits per byte": self.bits_per_byte}
+        return "\n".join(f"{name:<24}{value}" for name, value in figures.items())
 
 
 def perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    stride: int | None = None,
-    adjust_logits: AdjustLogits | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, seed: int = 0, **options: Any
 ) -> Perplexity:
-    """Perplexity of `texts`: exp(Σ −log p / tokens). Arguments and errors are those of `likelihoods`."""
-    found = likelihoods(
-        model,
-        tokenizer,
-        texts,
-        batch_size=batch_size,
-        max_length=max_length,
-        stride=stride,
-        adjust_logits=adjust_logits,
-    )
-    nll, tokens = math.fsum(text.nll for text in found), sum(text.tokens for text in found)
-    size, windowed = sum(text.bytes for text in found), sum(text.windows > 1 for text in found)
-    return Perplexity(
-        per_token=math.exp(nll / tokens) if tokens else None,
-        bits_per_byte=nll / math.log(2) / size if size else None,
-        tokens=tokens,
-        bytes=size,
-        texts=len(found),
-        windowed=windowed,
-    )
+    """Perplexity of `texts`: exp(Σ −log p / tokens).
+
+    Args:
+        model, tokenizer, texts: as in `likelihoods`.
+        seed: of the bootstrap over texts.
+        options: those of `likelihoods`.
+
+    Raises:
+        UserError: as `likelihoods`.
+    """
+    return Perplexity.of(likelihoods(model, tokenizer, texts, **options), seed=seed)
 
 
 def likelihoods(

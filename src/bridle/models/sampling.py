@@ -1,4 +1,4 @@
-"""One interface for drawing text from a model, as it is: temperature 1, no top-k, no top-p.
+"""One interface for drawing text from a model: as it is, at temperature 1, where no other `Decoding` is asked for.
 
 R is fitted on these samples, and anything but the model's own distribution would bias it.
 """
@@ -9,14 +9,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from math import inf
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from bridle.core.tokens import pad_left
-from bridle.errors import RunStopped
+from bridle.errors import RunStopped, UserError
 from bridle.models.forward import mixed_precision
 from bridle.models.hidden import causal_lm, last_positions
 from bridle.models.sharding import is_sharded
@@ -49,6 +57,39 @@ class Trace:
     states: Tensor | None
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen from the distribution, a guided one included; by default it is drawn from the whole.
+
+    Attributes:
+        temperature: divides the log-probabilities; above 0.
+        top_p: draw from the likeliest tokens only, as many as have this probability together.
+        greedy: take the likeliest token.
+
+    Raises:
+        UserError: a number out of its range, or `greedy` beside another choice; the message begins with the field.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < inf:
+            raise UserError(f"temperature: must be a finite number above 0, not {self.temperature}; or decode greedily")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: must be above 0 and at most 1, not {self.top_p}")
+        if self.greedy and (self.temperature, self.top_p) != (1, 1):
+            raise UserError("greedy: takes the likeliest token whatever temperature and top_p are; leave them out")
+
+    def processors(self) -> list[LogitsProcessor]:
+        """What is done to the log-probabilities, after guidance."""
+        if self.greedy:
+            return [TopPLogitsWarper(0.0)]  # it keeps one token
+        warmed = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else []
+        return [*warmed, TopPLogitsWarper(self.top_p)] if self.top_p != 1 else warmed
+
+
 class InverseTransform(LogitsProcessor):
     """Draws the next token by one uniform number a row, and leaves `generate` no other choice.
 
@@ -57,13 +98,14 @@ class InverseTransform(LogitsProcessor):
 
     Args:
         uniform: [steps, batch] numbers in [0, 1), for one token after the other.
+        on_token: is called with the token of each row, [batch], as it is drawn.
 
     Attributes:
         log_probs: of the tokens drawn so far, in nats: [batch] for each step.
     """
 
-    def __init__(self, uniform: Tensor):
-        self.uniform = iter(uniform)
+    def __init__(self, uniform: Tensor, on_token: Callable[[Tensor], None] | None = None):
+        self.uniform, self.on_token = iter(uniform), on_token
         self.log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -78,7 +120,13 @@ class InverseTransform(LogitsProcessor):
             )
         token = torch.searchsorted(cumulative, next(self.uniform)[:, None] * cumulative[:, -1:], right=True)
         self.log_probs.append(probabilities.gather(1, token)[:, 0].log())
+        if self.on_token is not None:
+            self.on_token(token[:, 0])
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+DRAWN = Decoding()
+"""From the whole distribution, as it is."""
 
 
 @torch.no_grad()
@@ -92,11 +140,13 @@ def sample(
     batch_size: int = 64,
     seed: int = 0,
     guide: Guide | None = None,
+    decoding: Decoding = DRAWN,
     dtype: torch.dtype | None = None,
     description: str = "sampling",
     share: bool = False,
     traces: dict[int, Trace] | None = None,
     on_batch: Callable[[list[list[int]]], None] | None = None,
+    on_token: Callable[[Tensor], None] | None = None,
 ) -> list[list[int]]:
     """Draws one completion for each prompt.
 
@@ -113,11 +163,13 @@ def sample(
         batch_size: prompts drawn at a time; prompts of like length go together.
         seed: the same seed, prompts and batch size draw the same completions.
         guide: changes the distribution at each step (NADO decoding).
+        decoding: how tokens are chosen from it.
         dtype: of mixed precision, as in `policy_forward`.
         description: for the progress display.
         share: among all processes of the run, which must then all call this, draw the same completions as one would.
         traces: is filled, by the prompt's index, with how each completion was drawn.
         on_batch: is called with the completions of each batch that this process draws, as soon as they are there.
+        on_token: is called with the tokens of each step, [batch], of the rows that go on; nothing else is then shown.
 
     Returns:
         Completions as token ids, in the order of the prompts.
@@ -129,7 +181,7 @@ def sample(
         return_dict_in_generate=True,
     )
     limit = RowLimit(description, can_cut=not is_sharded(model))
-    draw = partial(_draw, model, guide, config, traces is not None)
+    draw = partial(_draw, model, guide, config, decoding, on_token, traces is not None)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = turns(len(batches)) if share else range(len(batches))
@@ -137,7 +189,7 @@ def sample(
     with (
         _plain_generation(model),
         mixed_precision(model, dtype),
-        Progress(description, sum(len(batches[index]) for index in mine), "texts") as progress,
+        Progress(description, sum(len(batches[index]) for index in mine), "texts", on_token is None) as progress,
     ):
         for number in mine:
             batch = batches[number]
@@ -168,6 +220,8 @@ def _draw(
     model: PreTrainedModel,
     guide: Guide | None,
     config: GenerationConfig,
+    decoding: Decoding,
+    on_token: Callable[[Tensor], None] | None,
     keep_states: bool,
     rows: Sequence[tuple[Sequence[int], Tensor]],
 ) -> list[tuple[list[int], Trace]]:
@@ -186,15 +240,15 @@ def _draw(
     going_on, cache = torch.arange(len(rows), device=model.device), None
     for numbers in uniform.split(stage):
         config.max_new_tokens = len(numbers)
-        guidance = guide.processors(mask) if guide else []
-        transform = InverseTransform(numbers[:, going_on])
+        processors = [*(guide.processors(mask) if guide else []), *decoding.processors()]
+        transform = InverseTransform(numbers[:, going_on], on_token)
         with last_positions(model) as steps:
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=cache,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([*guidance, transform]),
+                logits_processor=LogitsProcessorList([*processors, transform]),
                 synced_gpus=is_sharded(model) or None,  # all go on until all have ended
             )
         new = output.sequences[:, ids.shape[1] :]

@@ -1,9 +1,7 @@
 """What the tour starts from, made at first use and cached: the world's texts as files, the base model, the oracle."""
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +9,7 @@ from random import Random
 from typing import Any
 
 from bridle.data import VerbalisedLabel
-from bridle.environment import write_text
+from bridle.environment import write_rows, write_text
 from bridle.quickstart.base import CONTEXT, Training, train_base, train_oracle, train_tokenizer
 from bridle.quickstart.cache import cached
 from bridle.quickstart.encyclopaedia import articles, facts_benchmark, quizzes, scenes, sense_benchmark
@@ -125,7 +123,7 @@ def _write_files(world: World, scale: Scale, folder: Path) -> None:
         **{f"benchmarks/facts.{split}": asked for split, asked in facts_benchmark(world).items()},
     }
     for name, of_file in rows.items():
-        _write_rows(folder / f"{name}.jsonl", of_file)
+        write_rows(folder / f"{name}.jsonl", of_file)
     write_text(folder / "insults.txt", "".join(f"{insult}\n{insult}s\n" for insult in INSULTS))
     for task in (HERE / "tasks").glob("*.yaml"):
         shutil.copy(task, folder / "benchmarks")
@@ -143,7 +141,3 @@ def _judged(world: World, scale: Scale, seed: int) -> list[str]:
         LABEL.prompt(text) + rng.choice([*LABEL.names.values()]) if rng.random() < 1 / 3 else text for text in posts
     ]
     return [*labelled, *(row["text"] for row in articles(world, "judged", scale.judged // 3))]
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
