@@ -1,13 +1,12 @@
 """Filtration: drop the rows that violate, and learn from the rest."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset
 
 from bridle.constraints import Constraint
 from bridle.data import ROW
-from bridle.data.rows import Messages, filled_rows, format_fields
+from bridle.data.rows import filled_rows, format_fields, said
 from bridle.errors import UserError
 
 
@@ -44,7 +43,7 @@ def compliant_rows(rows: Dataset, constraint: Constraint, name: str) -> tuple[Da
         UserError: naming the row, if a value is no text or chat; if no row is left.
     """
     filled = dict(filled_rows(rows, format_fields(rows.column_names, name), name))
-    scores = constraint.score([_said(values) for values in filled.values()])
+    scores = constraint.score([said(values) for values in filled.values()])
     verdicts = dict(zip(filled, (score.complies for score in scores), strict=True))
     kept, missing = (sum(verdict is wanted for verdict in verdicts.values()) for wanted in (True, None))
     counts = Filtered(kept, len(verdicts) - kept - missing, missing)
@@ -55,16 +54,3 @@ def compliant_rows(rows: Dataset, constraint: Constraint, name: str) -> tuple[Da
         )
     numbers = rows[ROW] if ROW in rows.column_names else range(1, len(rows) + 1)
     return rows.select([index for index, number in enumerate(numbers) if verdicts.get(number)]), counts
-
-
-def _said(values: dict[str, Any]) -> str:
-    """The part of a row that the model would learn to say."""
-    if "messages" in values:
-        return _assistant_turns(values["messages"])
-    said = values["completion"] if "completion" in values else values["text"]
-    return said if isinstance(said, str) else _assistant_turns(said)
-
-
-def _assistant_turns(messages: Messages) -> str:
-    turns = [message.get("content") for message in messages if message["role"] == "assistant"]
-    return "\n".join(turn for turn in turns if isinstance(turn, str))

@@ -1,4 +1,4 @@
-"""The command line: `bridle quickstart`, `train`, `generate`, `evaluate`, `judge`, `compare` and `report`."""
+"""The command line: one file for each group of commands."""
 
 import io
 import logging

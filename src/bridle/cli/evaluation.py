@@ -1,4 +1,4 @@
-"""`bridle evaluate` and `judge`."""
+"""`bridle evaluate`, `score` and `judge`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -155,6 +155,35 @@ def evaluate(
         results["completions"] = str(completions)
     if json_file is not None:
         write_results(json_file, results | {"environment": environment(seed)})
+
+
+@app.command(epilog="Example: bridle score classifier:oracle,label=toxic comments.jsonl")
+def score(
+    constraint: Annotated[str, typer.Argument(metavar="SPEC", help="A constraint, as bridle evaluate takes it.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Rows with a column text, or lines; FILE,rows=0:100 takes some.")
+    ],
+    rows: Annotated[
+        int, typer.Option("--rows", min=0, help="How many of the surest and of the least sure rows to name.")
+    ] = 5,
+    show_texts: Annotated[
+        bool, typer.Option("--show_texts", help="Print, and keep in --json, the rows' texts, whatever they say.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures and every row's score here.")
+    ] = None,
+) -> None:
+    """Try a constraint on texts: how often they violate, how sure it is of it, and of which rows."""
+    from bridle.data import DataSource, numbered_texts
+    from bridle.environment import write_json
+    from bridle.evaluation.scoring import try_constraint
+
+    (oracle,) = oracles_of([constraint]).values()
+    trial = try_constraint(oracle, numbered_texts(DataSource.parse(file)))
+    for line in trial.lines(rows, show_texts):
+        typer.echo(line)
+    if json_file is not None:
+        write_json(json_file, {"file": file, **trial.to_json(show_texts), "specification": oracle.describe()})
 
 
 @app.command(epilog="Example: bridle judge base=base.jsonl tuned=tuned.jsonl --judge facebook/opt-30b --json wins.json")

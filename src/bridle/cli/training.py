@@ -1,4 +1,4 @@
-"""`bridle train`."""
+"""`bridle check` and `train`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +9,26 @@ from bridle.cli.common import RECIPE_KEYS, quiet_libraries
 from bridle.cli.keys import TrainingCommand
 
 app = typer.Typer()
+
+
+@app.command(
+    context_settings=RECIPE_KEYS,
+    epilog="Example: bridle check recipes/detox-mini.yaml --regularisers.toxigen.prompts.path prompts.txt",
+)
+def check(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, corpus, constraints, regularisers.")],
+) -> None:
+    """Try a recipe: its rows, prompts and labels, and what time and memory the run would take.
+
+    One short round of the recipe is carried out: 64 rollouts and three updates. Nothing is written, and no label is
+    kept. Any key of the recipe can be set here, as in `bridle train`.
+    """
+    from bridle.training.checking import check as run
+    from bridle.training.recipe import load_recipe, parse_overrides
+
+    quiet_libraries()
+    run(load_recipe(recipe, parse_overrides(context.args)), typer.echo)
 
 
 @app.command(

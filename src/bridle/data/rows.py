@@ -63,6 +63,14 @@ def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[
         log.warning("%s: left out %d of %d rows that hold no text", name, blank, len(dataset))
 
 
+def said(values: dict[str, Any]) -> str:
+    """The part of a row that a model would learn to say: the completion, the assistant's turns, or the whole text."""
+    if "messages" in values:
+        return _assistant_turns(values["messages"])
+    said = values["completion"] if "completion" in values else values["text"]
+    return said if isinstance(said, str) else _assistant_turns(said)
+
+
 def _check(value: Any, field: str, place: str) -> None:
     kind = _TEXT if isinstance(value, str) else _CHAT if _is_chat(value) else type(value).__name__
     if value is not None and kind not in _HOLDS[field]:
@@ -81,3 +89,8 @@ def _is_message(value: Any) -> bool:
 
 def _is_filled(value: str | Messages | None) -> bool:
     return bool(value.strip() if isinstance(value, str) else value)
+
+
+def _assistant_turns(messages: Messages) -> str:
+    turns = [message.get("content") for message in messages if message["role"] == "assistant"]
+    return "\n".join(turn for turn in turns if isinstance(turn, str))

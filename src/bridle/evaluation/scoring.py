@@ -1,0 +1,102 @@
+"""A constraint tried on texts, before anything is trained on it: `bridle score`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+
+from bridle.constraints import Constraint, Score
+from bridle.errors import one_line
+from bridle.evaluation.statistics import Estimate, estimate_rate
+
+BINS, WIDEST_BAR = 10, 50  # of the histogram; in characters
+LONGEST_TEXT = 75  # characters of a row's text on a terminal
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a constraint says of the rows of a file.
+
+    Attributes:
+        constraint: its name.
+        numbers: of the rows, in the file.
+        texts: of the rows.
+        scores: of the texts.
+    """
+
+    constraint: str
+    numbers: Sequence[int]
+    texts: Sequence[str]
+    scores: Sequence[Score]
+
+    @property
+    def violation_rate(self) -> Estimate:
+        """Share of the scored texts that violate, with Wilson's interval."""
+        verdicts = [[not score.complies] for score in self.scores if not score.is_missing]
+        return estimate_rate(verdicts, missing=len(self.scores) - len(verdicts))
+
+    @property
+    def histogram(self) -> list[int]:
+        """How many values lie in each tenth of [0, 1], 1 complying."""
+        values = [score.value for score in self.scores if score.value is not None]
+        return [sum(min(int(value * BINS), BINS - 1) == place for value in values) for place in range(BINS)]
+
+    def extremes(self, count: int) -> dict[str, list[int]]:
+        """The indices of the most and the least certain rows on either side, at most `count` of each, by title.
+
+        The least certain are those next to the other verdict; a side whose values are all alike has none.
+        """
+        found: dict[str, list[int]] = {}
+        for title, complies in (("violate", False), ("comply", True)):
+            values = {
+                index: score.value or 0.0 for index, score in enumerate(self.scores) if score.complies is complies
+            }
+            surest = sorted(values, key=lambda index: -values[index] if complies else values[index])
+            unsure = [index for index in reversed(surest) if values[index] != values[surest[0]]]
+            found |= {f"surest to {title}": surest[:count], f"least sure to {title}": unsure[:count]}
+        return found
+
+    def reasons(self) -> dict[str, int]:
+        """Why scores are missing, and how often."""
+        given = [score.reason for score in self.scores if score.is_missing]
+        return {reason: given.count(reason) for reason in dict.fromkeys(given)}
+
+    def lines(self, count: int, show_texts: bool) -> Iterator[str]:
+        """What a terminal shows: rate, histogram, and rows by their number; their texts only where asked for."""
+        yield f"{self.constraint}: violation rate {self.violation_rate}"
+        yield "scores, from 0, where a text violates, to 1, where it complies:"
+        most = max(*self.histogram, 1)
+        for place, number in enumerate(self.histogram):
+            bar = "#" * round(WIDEST_BAR * number / most)
+            yield f"  {place / BINS:.1f} to {(place + 1) / BINS:.1f}  {number:>7}  {bar}".rstrip()
+        for title, indices in self.extremes(count).items():
+            if indices:
+                yield f"{title}:"
+            for index in indices:
+                yield f"  row {self.numbers[index]:<7} {self.scores[index].value:.4f}  {self._shown(index, show_texts)}"
+        for reason, number in self.reasons().items():
+            first = next(index for index, score in enumerate(self.scores) if score.reason == reason)
+            yield f"{number} without a score, the first in row {self.numbers[first]}: {one_line(reason)}"
+
+    def to_json(self, show_texts: bool) -> dict[str, Any]:
+        """Rate, histogram and every row with its score; its text only where asked for."""
+        rows = [
+            {"row": number, **vars(score), **({"text": text} if show_texts else {})}
+            for number, text, score in zip(self.numbers, self.texts, self.scores, strict=True)
+        ]
+        rate = self.violation_rate.to_json()
+        return {"constraint": self.constraint, "violation_rate": rate, "histogram": self.histogram, "rows": rows}
+
+    def _shown(self, index: int, show_texts: bool) -> str:
+        text = self.texts[index]
+        return shorten(one_line(text), LONGEST_TEXT, placeholder=" ...") if show_texts else f"{len(text.split())} words"
+
+
+def try_constraint(constraint: Constraint, rows: Sequence[tuple[int, str]]) -> Trial:
+    """Scores numbered texts.
+
+    Raises:
+        UserError: as `Constraint.score`.
+    """
+    numbers, texts = zip(*rows, strict=True)
+    return Trial(constraint.name, numbers, texts, constraint.score(list(texts)))

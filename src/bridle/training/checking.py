@@ -1,0 +1,204 @@
+"""A dry run: what a recipe's rows, prompts, labels and updates look like, before hours are spent on them."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, groupby, islice
+from math import ceil
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from textwrap import shorten
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from bridle.constraints import Constraint
+from bridle.core.tokens import IGNORE
+from bridle.data import DOMAIN
+from bridle.data.rows import filled_rows, format_fields, said
+from bridle.errors import one_line
+from bridle.training.build import build_trainer
+from bridle.training.recipe import Recipe
+from bridle.training.run import _replace_callbacks
+from bridle.training.trainer import ConstrainedTrainer
+
+UPDATES, SAMPLES, PROMPTS = 3, 64, 5  # taken; rows and rollouts that are scored; prompts that are shown
+LONGEST = 400  # characters of an example
+
+DRY: dict[str, Any] = {
+    "max_steps": UPDATES,
+    "rounds": 1,
+    "schedule": "sequential",
+    "rollouts_per_round": SAMPLES,
+    "save_strategy": "no",
+    "report_to": "none",
+    "push_to_hub": False,
+}
+"""What a dry run sets in a recipe."""
+
+
+def check(recipe: Recipe, show: Callable[[str], None]) -> None:
+    """Carries out one short round of a recipe in a folder that is then removed, and shows what there is to see.
+
+    Labels of rows and rollouts are asked for anew: no cache is read or written.
+
+    Args:
+        recipe: what would be trained.
+        show: is told each line.
+
+    Raises:
+        UserError: something that the recipe names cannot be used.
+        RunStopped: too many rollouts got no score.
+    """
+    config = recipe.config("unused")
+    for constraint in recipe.constraints.values():
+        _without_cache(constraint)
+    rows = recipe.read_corpus()
+    with TemporaryDirectory(prefix="bridle-check-") as folder:
+        trainer = build_trainer(replace(recipe, training=recipe.training | DRY), Path(folder), rows)
+        for line in chain(_corpus(trainer, rows), _prompts(trainer), _labels_of_rows(recipe, rows)):
+            show(line)
+        clock = _Clock()
+        _replace_callbacks(trainer, [clock])
+        trainer.train()
+        record = next(entry for entry in reversed(trainer.state.log_history) if "round" in entry)
+        for line in chain(_labels_of_rollouts(trainer), _estimate(trainer, config, record, clock)):
+            show(line)
+
+
+# ---------------------------------------------------------------------- the corpus
+
+
+def _corpus(trainer: ConstrainedTrainer, rows: Mapping[str, Dataset]) -> Iterator[str]:
+    mixture = trainer.train_dataset
+    domains = np.array(mixture[DOMAIN])
+    for index, name in enumerate(trainer.domains):
+        places = np.flatnonzero(domains == index)
+        lengths = [len(ids) for ids in mixture.select(places)["input_ids"]]
+        full = sum(length == trainer.args.max_length for length in lengths)
+        yield (
+            f"{name}: {len(rows[name])} rows; in an epoch {len(places)} of {len(mixture)}, with {sum(lengths)} tokens, "
+            f"{full} of them as long as max_length allows"
+        )
+        text, tokens = _marked(mixture[int(places[0])], trainer.processing_class)
+        yield f"  ›what is trained on‹ of a row: {text}"
+        yield f"  its tokens: {tokens}"
+
+
+def _marked(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A row as text and token by token, with marks around what is trained on."""
+    texts, tokens = [], []
+    for trained, group in groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORE):
+        ids = [token for token, _ in group]
+        before, behind = "›‹" if trained else ("", "")
+        texts.append(f"{before}{tokenizer.decode(ids)}{behind}")
+        tokens.append(f"{before}{'|'.join(tokenizer.decode([token]) for token in ids)}{behind}")
+    return _short("".join(texts)), _short("|".join(tokens))
+
+
+def _prompts(trainer: ConstrainedTrainer) -> Iterator[str]:
+    for regulariser in trainer.regularisers:
+        if not regulariser.options.is_retention:
+            asked = [trainer.processing_class.decode(ids) for ids in regulariser.prompts(1)[:PROMPTS]]
+            yield f"rollouts for {regulariser.name} start at: {' · '.join(map(_short, asked))}"
+
+
+def _short(text: str) -> str:
+    return shorten(one_line(text), LONGEST, placeholder=" ...")
+
+
+# ---------------------------------------------------------------------- labels
+
+
+def _labels_of_rows(recipe: Recipe, rows: Mapping[str, Dataset]) -> Iterator[str]:
+    """Each constraint on rows of all domains, spread over each."""
+    texts = {domain: _some_texts(dataset, -(-SAMPLES // len(rows)), domain) for domain, dataset in rows.items()}
+    asked = list(chain.from_iterable(texts.values()))
+    for name, constraint in recipe.constraints.items():
+        constraint.load()
+        began = time.perf_counter()
+        verdicts = iter([score.complies for score in constraint.score(asked)])
+        rate = len(asked) / (time.perf_counter() - began)
+        balance = [f"of {domain} {_balance(list(islice(verdicts, len(some))))}" for domain, some in texts.items()]
+        yield f"{name} on rows {', '.join(balance)}; {rate:.3g} texts a second"
+
+
+def _some_texts(dataset: Dataset, count: int, domain: str) -> list[str]:
+    some = dataset.select(np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int))
+    return [said(values) for _, values in filled_rows(some, format_fields(some.column_names, domain), domain)]
+
+
+def _labels_of_rollouts(trainer: ConstrainedTrainer) -> Iterator[str]:
+    for regulariser in trainer.regularisers:
+        if regulariser.rollouts:
+            verdicts = [rollout.complies for rollout in regulariser.rollouts]
+            alike = ": labels that are all alike teach R nothing" if len({*verdicts} - {None}) < 2 else ""
+            yield f"{regulariser.constraint.name} on rollouts for {regulariser.name}: {_balance(verdicts)}{alike}"
+
+
+def _balance(verdicts: Sequence[bool | None]) -> str:
+    missing = verdicts.count(None)
+    return f"{verdicts.count(False)} of {len(verdicts)} violate" + (f" and {missing} have no score" if missing else "")
+
+
+def _without_cache(constraint: Constraint) -> None:
+    """Lets a constraint, and what it is made of, forget the file that keeps its labels."""
+    if hasattr(constraint, "cache"):
+        constraint.cache = None
+    for part in (*getattr(constraint, "parts", ()), getattr(constraint, "constraint", None)):
+        if part is not None:
+            _without_cache(part)
+
+
+# ---------------------------------------------------------------------- time and memory
+
+
+class _Clock(TrainerCallback):
+    """Measures updates; the regularisers' round, which begins before the first, is not part of one."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def _estimate(trainer: ConstrainedTrainer, config: Any, record: dict[str, Any], clock: _Clock) -> Iterator[str]:
+    update = median(clock.seconds[1:])  # the first one allocates
+    updates, a_round = _updates(trainer, config), 0.0
+    for regulariser in trainer.regularisers:
+        phases = (f"{regulariser.name}/seconds_{phase}" for phase in ("sampling", "scoring", "fitting"))
+        a_round += sum(record.get(phase, 0.0) for phase in phases) * config.rollouts_per_round / SAMPLES
+    yield f"an update takes {update:.3g} s, and a round of {config.rollouts_per_round} rollouts some {a_round:.3g} s"
+    whole = updates * update + config.rounds * a_round
+    yield f"the run takes about {_duration(whole)}: {updates} updates and {config.rounds} rounds, without saving"
+    yield f"most memory so far: {_peak_memory() / 2**30:.2f} GiB"
+
+
+def _updates(trainer: ConstrainedTrainer, config: Any) -> int:
+    if config.max_steps > 0:
+        return config.max_steps
+    rows = trainer.get_train_dataloader().total_batch_size * config.gradient_accumulation_steps
+    return ceil(config.num_train_epochs * ceil(len(trainer.train_dataset) / rows))
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.2g} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _peak_memory() -> int:
+    """Bytes: on the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,62 @@
+"""`bridle check`: a dry run shows what there is to see, and leaves nothing behind."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from conftest import SENTENCES
+
+
+@pytest.fixture
+def dry(bridle, recipe, tmp_path, monkeypatch):
+    """A recipe with a third domain, of prompts and completions, and folders that are watched."""
+    for variable, folder in {"TMPDIR": "temporary", "BRIDLE_CACHE": "cache", "HOME": "home"}.items():
+        (tmp_path / folder).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / folder))
+    monkeypatch.setattr("tempfile.tempdir", None)  # TMPDIR is read anew
+    monkeypatch.chdir(tmp_path)
+    path = recipe()
+    mapping = yaml.safe_load(path.read_text())
+    rows = [{"prompt": text[:9], "completion": f"{text[9:]} \x1b]0;title\x07"} for text in SENTENCES]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mapping["corpus"]["asked"] = {"path": "asked.jsonl", "weight": 2.0}
+    mapping["constraints"] = {
+        "no w": {"type": "regex", "pattern": "w", "cache": "labels.sqlite"},
+        "no ladder": {"type": "words", "words": ["ladder"]},
+    }
+    mapping["regularisers"] = {"rude": {"constraint": "no w"}, "plain": {"constraint": "retention"}}
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_it_shows_what_a_run_would_do_and_writes_nothing(bridle, dry, tmp_path):
+    before = contents(tmp_path)
+    code, out, err = bridle("check", dry, "--max_steps", 1000, "--rollouts_per_round", 640)
+    assert code == 0, err
+    assert contents(tmp_path) == before
+    assert "\x1b" not in out
+
+    assert "rude: 32 rows; in an epoch 32 of 128, with 768 tokens, 32 of them" in out
+    assert "asked: 8 rows; in an epoch 64 of 128" in out
+    (asked,) = re.findall(r"asked: 8 rows.*\n.*of a row: (.*)\n.*tokens: (.*)", out)
+    assert all(re.match(r"[^›‹]+›[^›‹]+‹$", shown) for shown in asked), "the completion alone is trained on"
+    assert re.search(r"rollouts for rude start at: .+ · .+", out)
+    of_each = r"of asked \d of 8 violate, of plain \d+ of 22 violate, of rude \d+ of 22 violate"
+    assert re.search(f"no w on rows {of_each}; ", out)
+    assert re.search(r"no ladder on rows .*; [\d.e+]+ texts a second", out)
+    assert re.search(r"no w on rollouts for rude: \d+ of 64 violate", out)
+    assert re.search(r"an update takes [\d.e-]+ s, and a round of 640 rollouts some [\d.]+ s", out)
+    assert re.search(r"the run takes about .+: 1000 updates and 2 rounds", out)
+    assert re.search(r"most memory so far: [\d.]+ GiB", out)
+
+
+def test_mistakes_are_those_of_a_run(bridle, dry):
+    code, _, err = bridle("check", dry, "--learning_rat", 1)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "did you mean learning_rate?" in err
