@@ -178,8 +178,8 @@ def _estimate(trainer: ConstrainedTrainer, config: Any, record: dict[str, Any], 
     for regulariser in trainer.regularisers:
         phases = (f"{regulariser.name}/seconds_{phase}" for phase in ("sampling", "scoring", "fitting"))
         a_round += sum(record.get(phase, 0.0) for phase in phases) * config.rollouts_per_round / SAMPLES
-    yield f"an update takes {update:.3g} s, and a round of {config.rollouts_per_round} rollouts some {a_round:.3g} s"
     whole = updates * update + config.rounds * a_round
+    yield f"an update takes {update:.3g} s, a round of {config.rollouts_per_round} rollouts and R's fit {a_round:.3g} s"
     yield f"the run takes about {_duration(whole)}: {updates} updates and {config.rounds} rounds, without saving"
     yield f"most memory so far: {_peak_memory() / 2**30:.2f} GiB"
 
