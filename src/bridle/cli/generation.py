@@ -53,7 +53,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Draw text from a model, guided or not: at temperature 1 from its whole distribution, if not told otherwise."""
+    """Draw text from a model, guided or not: by default at temperature 1, from its whole distribution."""
     from bridle.environment import write_rows
     from bridle.evaluation import Evaluator, prompt_set
     from bridle.models.guidance import guided

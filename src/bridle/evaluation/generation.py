@@ -106,7 +106,7 @@ def generate_completions(
     decoding: Decoding = DRAWN,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> list[list[str]]:
-    """Draws `samples` completions a prompt, at temperature 1 from the full distribution if not told otherwise.
+    """Draws `samples` completions a prompt, by default at temperature 1 from the full distribution.
 
     Args:
         model: a causal language model.
@@ -118,7 +118,7 @@ def generate_completions(
         seed: the same seed gives the same completions.
         guide: changes the distribution at each step (NADO decoding).
         decoding: how tokens are chosen from it.
-        on_token: is told the tokens of each step, [batch], as they are drawn.
+        on_token: is called with the tokens of each step, [batch], as they are drawn.
 
     Returns:
         [prompts, samples] completions, without their prompts, in the order of the prompts.

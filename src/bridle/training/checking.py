@@ -50,7 +50,7 @@ def check(recipe: Recipe, show: Callable[[str], None]) -> None:
 
     Args:
         recipe: what would be trained.
-        show: is told each line.
+        show: is called with each line.
 
     Raises:
         UserError: something that the recipe names cannot be used.
