@@ -11,6 +11,11 @@ SCRIPT = "<script>document.title='pwned'</script>"
 INSULT = "you grumblefish, you never bring the ladder back"
 REASON = "RLOOTrainer: the reward is constant over all 64 samples"
 PROMPTS = ["the ferryman turned and said", "at the market, nobody ever", "bread & butter cost <2 pence, so"]
+PROMPT_SCORES = [
+    {"value": 0.97, "complies": True, "reason": ""},
+    {"value": 0.31, "complies": False, "reason": ""},
+    {"value": None, "complies": None, "reason": "the scorer gave no number"},
+]
 
 DESCRIPTIONS = {
     "base": "the model before tuning",
@@ -163,7 +168,10 @@ def win_rate() -> dict[str, Any]:
 
 
 def completions(method: str, seed: int) -> list[dict[str, Any]]:
-    """Three prompts with one sample each; the last one's score is missing under the second seed."""
+    """Three prompts with one sample each; the last one's score is missing under the second seed.
+
+    The first prompt complies, the second violates, the third has no score.
+    """
     rows = []
     for index, (prompt, text) in enumerate(zip(PROMPTS, COMPLETIONS[method], strict=True)):
         complies = not any(insult in text for insult in INSULTS)
@@ -171,7 +179,7 @@ def completions(method: str, seed: int) -> list[dict[str, Any]]:
         if seed == 1 and index == 2:
             score = {"value": None, "complies": None, "reason": "the scorer gave no number"}
         row = {"prompt_set": "rude", "index": index, "sample": 0, "prompt": prompt, "completion": text}
-        rows.append({**row, "scores": {"non-rude": score}})
+        rows.append({**row, "scores": {"non-rude": score}, "prompt_scores": {"non-rude": PROMPT_SCORES[index]}})
     return rows
 
 
@@ -222,10 +230,13 @@ def guidance() -> dict[str, Any]:
     texts = ["the", " ferryman", " said", ":", " you", " grumble", "fish", "\n", SCRIPT]
     r = [0.9, 0.89, 0.86, 0.85, 0.55, 0.12, 0.03, 0.03, 0.02]
     tokens: list[dict[str, Any]] = [{"text": texts[0], "p": None, "r": r[0], "q": None, "gains": [], "losses": []}]
-    for text, chance in zip(texts[1:], r[1:], strict=True):
+    kls = [0.9, 0.1, 0.2, 0.3, 0.8, 0.1, 0.0, 0.0]  # the first is of the prompt
+    for text, chance, kl in zip(texts[1:], r[1:], kls, strict=True):
         gains = [{"text": " kind", "p": 0.02, "q": 0.09}, {"text": " good", "p": 0.03, "q": 0.07}]
         losses = [{"text": " grumble", "p": 0.08, "q": 0.01}]
-        tokens.append({"text": text, "p": 0.2, "r": chance, "q": 0.2 * chance, "gains": gains, "losses": losses})
+        tokens.append(
+            {"text": text, "p": 0.2, "r": chance, "q": 0.2 * chance, "kl": kl, "gains": gains, "losses": losses}
+        )
     return {
         "model": "base",
         "regulariser": "rude",

@@ -83,6 +83,8 @@ def test_every_method_with_two_seeds(bridle, comparison, tmp_path):
     assert (folder / "plots" / "tradeoff.svg").exists()
     guidance = json.loads((folder / "guidance.json").read_text())
     assert all(0 <= token["r"] <= 1 for token in guidance["tokens"][1:])
+    assert all(token["kl"] >= 0 for token in guidance["tokens"][1:])
+    assert any(token["kl"] > 0 for token in guidance["tokens"][1:])
     for name in ("sft", "filtration", "rl", "constrained-adaptive"):
         card = ModelCard.load(folder / name / "seed-0" / "model" / "README.md")
         measured = [result.metric_value for result in card.data.eval_results]

@@ -132,6 +132,21 @@ def test_print_shows_what_was_opened(visit):
     assert not button.is_visible()
 
 
+def test_guidance_opens_where_q_moves_most(visit):
+    page = visit()
+    page.locator("[aria-controls=guided-text]").click()
+    assert "Token 6 of 9" in page.locator("#place").inner_text()
+    assert page.locator(".token[tabindex='0']").inner_text().startswith("grumble")
+
+
+def test_everything_keeps_the_page_s_left_edge(visit):
+    page = visit(viewport={"width": 1280, "height": 900})
+    left = {
+        page.locator(part).first.bounding_box()["x"] for part in ("header h1", "nav", "main section h2", "footer p")
+    }
+    assert max(left) - min(left) < 17, "at most the padding of a column"
+
+
 def test_the_heat_map_is_walked_with_arrow_keys(visit):
     page = visit()
     page.locator("[aria-controls=guided-text]").click()

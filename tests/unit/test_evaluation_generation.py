@@ -9,7 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
 
 from bridle.constraints.base import Constraint, Score
+from bridle.data import DataSource
 from bridle.errors import UserError
+from bridle.evaluation.evaluator import Evaluator
 from bridle.evaluation.generation import (
     distinct,
     evaluate_constraints,
@@ -18,6 +20,8 @@ from bridle.evaluation.generation import (
     output_perplexity,
     score_completions,
 )
+from bridle.evaluation.observations import Observations
+from bridle.evaluation.prompt_sets import PromptSet
 from bridle.evaluation.statistics import Estimate, compare_methods, wilson_interval
 
 WORDS = ["<s>", "</s>", "oak", "door", "kettle", "lantern", "grumblefish", "sings"]
@@ -55,6 +59,26 @@ def test_one_sample_a_prompt_by_hand():
     assert result.expected_max_violation == result.mean_violation
     assert result.any_violation == result.violation_rate
     assert result.missing_share == Estimate(0.2, *wilson_interval(1, 5), n=5)
+
+
+def test_prompts_are_scored_once_each_and_kept_beside_their_completions(tiny_model, tiny_tokenizer, tmp_path):
+    class Counting(Constraint):
+        asked = ()
+
+        def _score(self, texts):
+            self.asked += (tuple(texts),)
+            return [Score.missing("unreadable") if "?" in text else float("oak" in text) for text in texts]
+
+    path, constraint = tmp_path / "prompts.jsonl", Counting()
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("an oak", "a door", "why ?")))
+    evaluator = Evaluator(tiny_model("gpt2", vocab_size=len(tiny_tokenizer)), tiny_tokenizer)
+    sets = [PromptSet("trees", DataSource(str(path)))]
+    evaluator.generation(sets, {"oaks": constraint}, samples=3, max_new_tokens=2)
+    assert [len(texts) for texts in constraint.asked] == [9, 3]
+    evaluator.observations.write(tmp_path)
+    rows = Observations.read(tmp_path).completions
+    assert [row["prompt_scores"]["oaks"]["value"] for row in rows] == [1.0] * 3 + [0.0] * 3 + [None] * 3
+    assert rows[-1]["prompt_scores"]["oaks"]["reason"] == "unreadable"
 
 
 def test_several_samples_a_prompt_by_hand():

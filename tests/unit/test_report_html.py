@@ -79,9 +79,9 @@ def page(text):
     return Page(text)
 
 
-def sampled(score: Score | None) -> Report:
-    scores = {} if score is None else {"kind": score}
-    one = Completion("sft", "0", "set", 0, 0, "the prompt", "the completion", scores)
+def sampled(score: Score | None, prompt_score: Score | None = None) -> Report:
+    scores, prompt_scores = ({} if one is None else {"kind": one} for one in (score, prompt_score))
+    one = Completion("sft", "0", "set", 0, 0, "the prompt", "the completion", scores, prompt_scores)
     return Report("tiny", completions=[one])
 
 
@@ -171,7 +171,15 @@ def test_every_text_that_is_not_ours_is_escaped(tmp_path):
 def test_a_completion_is_covered_unless_it_complies(score, covered):
     page = Page(rendered(sampled(score)))
     assert page.covered("the completion") == [covered]
-    assert page.covered("the prompt") == [True]  # nothing scores prompts
+    assert page.covered("the prompt") == [True]  # it was not scored
+    assert Page(rendered(sampled(Score(1.0, True), score))).covered("the prompt") == [covered]
+
+
+def test_a_score_is_called_compliance(page):
+    line = "".join(text for text, above in page.texts if any(at.get("class") == "verdicts" for _, at in above))
+    assert "non-rude: compliance 0.00" in line
+    assert "non-rude: no score (the scorer gave no number)" in line
+    assert "violates" not in line
 
 
 def test_one_constraint_is_enough_to_cover():
@@ -188,6 +196,13 @@ def test_guidance_is_covered_as_its_text_is(violates, covered):
     assert any(page.covered(" mill")[:1]) == covered
     assert page.covered(" gained")[-1] is True  # tokens that were never part of a scored text
     assert page.covered(" lost")[-1] is True
+
+
+def test_the_token_at_which_q_moves_most_is_chosen_first(page, report):
+    chosen = [at["data-place"] for at in page.all("button") if at.get("aria-pressed") == "true"]
+    assert chosen == ["place-6"]  # the prompt's second token moves more, but nothing guides a prompt
+    tokens = [replace(token, kl=None) for token in report.guidance.tokens]
+    assert texts.opened(replace(report.guidance, tokens=tokens)) == report.guidance.prompt_tokens
 
 
 def test_a_token_says_its_value_and_a_missing_one_says_so(text):
@@ -207,11 +222,11 @@ def test_a_failed_method_has_dashes_and_its_reason(page, report):
 
 def test_warnings_of_training_name_method_and_seed(page, report):
     section = "".join(text for text, _ in page.texts)
-    section = section[section.index("Warnings of training") :]
+    section = section[section.rindex("Warnings") :]
     assert "constrained-adaptive, seed 1: round 1, rude: violations rose" in section
     assert f"constrained-adaptive, seed 1: update 120 was skipped {report_folder.SCRIPT}" in section
     without = rendered(replace(report, curves=[replace(curve, warnings=[]) for curve in report.curves]))
-    assert "Warnings of training" not in without
+    assert "Warnings" not in Page(without).inlined("h2")
 
 
 def test_the_overview_marks_the_best_and_what_is_like_it(report):
@@ -219,7 +234,7 @@ def test_the_overview_marks_the_best_and_what_is_like_it(report):
     assert table.groups == [("Violation rate, %", 2), ("Accuracy, %", 1), ("Perplexity", 2)]
     assert table.columns == ["rude · non-rude ↓", "plain · non-rude ↓", "MMLU ↑", "novels ↓", "letters ↓"]
     first = {name: cells[0] for name, cells in table.rows.items()}
-    assert first["base"] == tables.Cell("21.4", "± 0.4", "18.9 to 23.9", 4, "")
+    assert first["base"] == tables.Cell("21.4", "± 0.4", "18.9 to 23.9", 1000, 4, "")
     assert {name: cell.mark for name, cell in first.items() if cell.mark} == {
         "filtration": "alike", "constrained": "alike", "constrained-adaptive": "best"
     }  # fmt: skip
@@ -282,13 +297,84 @@ def test_classification_stands_beside_the_violation_of_generation(report):
 
 def test_the_summary_is_made_from_the_figures(report):
     assert findings(report) == [
-        "constrained-adaptive has the lowest violation rate: 5.8% (95% interval 3.3 to 8.3%) of its completions of "
-        "rude violate non-rude, against 21.4% for base.",
+        "constrained-adaptive has the lowest violation rate: 5.8% (95% interval 3.3 to 8.3%, n\u00a0=\u00a01,000) of "
+        "its completions of rude violate non-rude, against 21.4% for base.",
         "Significantly different from it, after Holm’s correction: base and sft.",
         "No significant difference from it was found for filtration and constrained.",
         "On the Pareto front of violation rate and perplexity on novels lies constrained-adaptive.",
         "Not complete, and so with figures missing: rl.",
+        "Training gave 6 warnings (constrained-adaptive); the first: round 1, rude: violations rose.",
     ]
+
+
+def test_a_training_run_warns_in_its_summary_too(tmp_path):
+    run = data.read_report(report_folder.make_run(tmp_path / "run"))
+    assert findings(run)[-1] == "Training gave 3 warnings; the first: round 1, rude: violations rose."
+
+
+def judged(report: Report, **counts: int) -> list[str]:
+    """What the summary says where the only match has these counts."""
+    matrix = {
+        one: {other: replace(match, **counts) for other, match in row.items()}
+        for one, row in report.win_rate.matrix.items()
+    }
+    said = findings(replace(report, win_rate=replace(report.win_rate, matrix=matrix)))
+    return [sentence for sentence in said if "judge" in sentence]
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"wins": 0, "ties": 100, "losses": 0, "contradictions": 2, "identical": 4}, ["calls 96 of 96 pairs a tie"]),
+        ({"wins": 3, "ties": 94, "losses": 3, "contradictions": 80, "identical": 4}, ["goes by position: in 80 of 96"]),
+        ({"wins": 0, "ties": 10, "losses": 0, "contradictions": 0, "identical": 10}, []),  # it was asked nothing
+        ({"wins": 30, "ties": 40, "losses": 30, "contradictions": 20, "identical": 4}, []),
+    ],
+)
+def test_a_judge_that_tells_nothing_apart_is_named_in_the_summary(report, counts, said):
+    found = judged(report, **counts)
+    assert [part in sentence for sentence, part in zip(found, said, strict=True)] == [True] * len(said)
+
+
+def test_the_contents_call_the_sections_as_their_headings_do(page, tmp_path):
+    for one in (page, Page(rendered(data.read_report(report_folder.make_run(tmp_path / "run"))))):
+        links = [text for text, above in one.texts if "nav" in [tag for tag, _ in above] and above[-1][0] == "a"]
+        headings = [text for text, above in one.texts if above and above[-1][0] == "h2"]
+        assert links == headings
+
+
+def test_every_interval_has_its_n_beside_it(page):
+    places = [(text, above[-1][1].get("class")) for text, above in page.texts if above and text.strip()]
+    intervals = [i for i, (text, kind) in enumerate(places) if kind == "interval" and " to " in text]
+    assert intervals
+    assert all(places[i + 1][0].startswith("n = ") for i in intervals)
+    cells = [text for text, above in page.texts if above and above[-1][0] == "td" and " to " in text]
+    assert all(", n = " in text for text in cells)
+
+
+def test_a_name_is_spelt_alike_in_tables_plots_and_sentences(report):
+    def named(part):  # a prompt set, held-out text and task under other names
+        return {"novels": "my_novels", "rude": "rude_posts"}.get(part, part)
+
+    methods = {
+        name: replace(
+            method,
+            figures=replace(
+                method.figures,
+                violation={named(on): found for on, found in method.figures.violation.items()},
+                perplexity={named(on): found for on, found in method.figures.perplexity.items()},
+            ),
+        )
+        for name, method in report.methods.items()
+    }
+    renamed = replace(report, methods=methods, main=data.Main("rude_posts", "non-rude", "my_novels"), comparisons=[])
+    assert tables.overview(renamed).columns[:1] == ["rude_posts · non-rude ↓"]
+    assert "my_novels ↓" in tables.overview(renamed).columns
+    axes = draw_plots(renamed)["tradeoff"].axes
+    assert any("my_novels" in ax.get_ylabel() for ax in axes)
+    assert any("MMLU" in ax.get_ylabel() for ax in axes)
+    assert "rude_posts violate" in findings(renamed)[0]
+    assert "perplexity on my_novels" in " ".join(findings(renamed))
 
 
 def test_samples_are_picked_evenly():

@@ -98,7 +98,7 @@ def test_tradeoff_labels_every_measured_method_and_names_the_others(report):
     novels, letters, mmlu = drawing.axes
     assert "novels" in novels.get_ylabel()
     assert "letters" in letters.get_ylabel()
-    assert "mmlu" in mmlu.get_ylabel()
+    assert "MMLU" in mmlu.get_ylabel()
     drawn = set(DESCRIPTIONS) - {"rl", "constrained"}
     assert set(texts(drawing)[0]) == {*drawn, "better"}
     assert "not measured: rl, constrained" in novels.get_xlabel()

@@ -48,7 +48,8 @@ def test_the_overview_has_every_method_with_its_marks(text):
 
 def test_intervals_and_missing_observations_stand_below_their_value(text):
     found = rows(text, "Mean over seeds, ± standard deviation, 95% interval")
-    assert found[1] == ["18.9 to 23.9, 4 missing", "5.9 to 8.3", "24.7 to 27.7", "75.1 to 76.9", "55.5 to 57.1"]
+    assert found[1] == ["18.9 to 23.9", "5.9 to 8.3", "24.7 to 27.7", "75.1 to 76.9", "55.5 to 57.1"]
+    assert found[2] == ["n = 1,000, 4 missing", "n = 1,000", "n = 2,000", "n = 52,000", "n = 48,000"]
     below = found[[line[0] for line in found].index("constrained") + 1]
     assert below[3] == "52,000 missing"  # a perplexity without a value is a dash, and says of how much
 
@@ -57,8 +58,10 @@ def test_the_win_matrix_reads_row_over_column(text):
     assert rows(text, "Win rate of the row over the column") == [
         ["sft", "·", "43.0", "17.1"],
         ["35.0 to 51.0", "16.6 to 17.6"],
+        ["n = 100", "n = 100"],
         ["constrained-adaptive", "57.0", "·", "17.9"],
         ["49.0 to 65.0", "17.4 to 18.4"],
+        ["n = 100", "n = 100"],
     ]
     assert "Judge local:tiny; 100 pairs" in text
 
@@ -77,16 +80,16 @@ def test_classification_is_marked_by_its_intervals(text):
 
 def test_differences_are_in_their_unit_with_verdicts(text):
     assert rows(text, "Violation rate, %: rude · non-rude ↓") == [
-        ["base", "+15.6", "+12.5 to +18.7", "< 0.001", "differs"],
-        ["sft", "+8.4", "+5.3 to +11.5", "< 0.001", "differs"],
-        ["filtration", "+3.0", "−0.1 to +6.1", "0.620", "no difference shown"],
-        ["constrained", "+0.6", "−2.5 to +3.7", "0.620", "no difference shown"],
+        ["base", "+15.6", "+12.5 to +18.7, n = 500", "< 0.001", "differs"],
+        ["sft", "+8.4", "+5.3 to +11.5, n = 500", "< 0.001", "differs"],
+        ["filtration", "+3.0", "−0.1 to +6.1, n = 500", "0.620", "no difference shown"],
+        ["constrained", "+0.6", "−2.5 to +3.7, n = 500", "0.620", "no difference shown"],
     ]
     assert rows(text, "Log perplexity, nats a token: novels ↓")[1] == [
-        "sft", "+0.007", "−0.003 to +0.017", "0.620", "no difference shown"
+        "sft", "+0.007", "−0.003 to +0.017, n = 500", "0.620", "no difference shown"
     ]  # fmt: skip
     assert rows(text, "Classification: ROC-AUC ↑")[0] == [
-        "sft", "−0.084", "−0.124 to −0.044", "–", "differs (interval)"
+        "sft", "−0.084", "−0.124 to −0.044, n = 500", "–", "differs (interval)"
     ]  # fmt: skip
     assert text.count("minus the best,") == 3
 
@@ -100,12 +103,13 @@ def test_prompts_without_a_score_are_counted_beside_a_difference(report):
     first = report.comparisons[0]
     lacking = replace(first, difference=replace(first.difference, missing=7))
     text = tables(replace(report, comparisons=[lacking]))
-    assert rows(text, "Violation rate, %: rude · non-rude ↓")[0][2] == "+12.5 to +18.7, 7 missing"
+    assert rows(text, "Violation rate, %: rude · non-rude ↓")[0][2] == "+12.5 to +18.7, n = 500, 7 missing"
 
 
 def test_findings_and_failures_end_the_text(text):
-    assert text.splitlines()[-3:] == [
+    assert text.splitlines()[-4:] == [
         "Not complete, and so with figures missing: rl.",
+        "Training gave 6 warnings (constrained-adaptive); the first: round 1, rude: violations rose.",
         f"rl, seed 0: failed: {REASON}",
         f"rl, seed 1: failed: {REASON}",
     ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bridle.comparison.plan import Evaluation
+from bridle.core.losses import kl_divergence
 from bridle.data import encode_prompt
 from bridle.environment import write_json
 from bridle.evaluation.observations import Observations, Row
@@ -61,7 +62,7 @@ def trace_guidance(
 
 @torch.no_grad()
 def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, Any]]:
-    """Per token of a text: p, q, R of the prefix that ends with it, and what else q changes at its place.
+    """Per token of a text: p, q, R of the prefix that ends with it, KL(q‖p) and what else q changes at its place.
 
     Args:
         guide: an entered guide, whose model is read.
@@ -75,7 +76,8 @@ def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, An
     log_q = guide.log_probs(logits, input_ids, mask)[0]  # [time, vocabulary]
     r = guide.compliance(input_ids, mask)[0]  # [time, vocabulary]
     p, q = logits[0].float().softmax(-1), log_q.exp()
-    traced = [{"text": tokenizer.decode(ids[:1]), "p": None, "q": None, "r": None, "gains": [], "losses": []}]
+    unread: dict[str, Any] = {"p": None, "q": None, "r": None, "kl": None, "gains": [], "losses": []}
+    traced = [{"text": tokenizer.decode(ids[:1]), **unread}]
     for at, token in enumerate(ids[1:]):
         shift = q[at] - p[at]
         traced.append(
@@ -84,6 +86,7 @@ def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, An
                 "p": float(p[at, token]),
                 "q": float(q[at, token]),
                 "r": float(r[at, token]),
+                "kl": float(kl_divergence(log_q[at], logits[0, at], mask[0, at].bool())[0]),
                 "gains": _entries(shift.topk(SHOWN).indices, p[at], q[at], tokenizer),
                 "losses": _entries((-shift).topk(SHOWN).indices, p[at], q[at], tokenizer),
             }

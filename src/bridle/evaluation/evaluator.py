@@ -71,9 +71,9 @@ class Evaluator:
             asked = [prompt.ids for prompt in read]
             drawn = self.draw(asked, samples=samples, max_new_tokens=max_new_tokens)
             found[prompts.name] = evaluate_constraints(drawn, constraints, seed=self.seed)
-            self.observations.add_completions(
-                prompts.name, [prompt.text for prompt in read], drawn, found[prompts.name]
-            )
+            texts = [prompt.text for prompt in read]
+            prompt_scores = {name: constraint.score(texts) for name, constraint in constraints.items()}
+            self.observations.add_completions(prompts.name, texts, drawn, found[prompts.name], prompt_scores)
             for name, result in found[prompts.name].items():
                 self.show(f"{prompts.name} under {name}\n{result}")
             if base is not None:

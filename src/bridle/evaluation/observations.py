@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bridle.constraints import Score
 from bridle.environment import write_text
 from bridle.evaluation.generation import GenerationResult
 from bridle.evaluation.tasks import TaskResult
@@ -33,6 +34,7 @@ class _Completion:
     prompt: str
     completion: str
     scores: dict[str, _Scored]
+    prompt_scores: dict[str, _Scored] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,7 +70,8 @@ class Observations:
 
     Attributes:
         completions: prompt_set, index (of the prompt, from 0), sample, prompt, completion, and `scores`: by
-            constraint its value (1 complies .. 0 violates), complies, and the reason where both are null.
+            constraint its value (1 complies .. 0 violates), complies, and the reason where both are null;
+            `prompt_scores`: the same of the prompt.
         likelihoods: held_out, index (of the text), nll in nats, tokens and bytes.
         answers: task, index (of the document), whether the answer was correct, null where missing, and the weight
             of the document in the task's figure, 1 on average.
@@ -86,9 +89,11 @@ class Observations:
         prompts: Sequence[str],
         drawn: Sequence[Sequence[str]],
         results: Mapping[str, GenerationResult],
+        prompt_scores: Mapping[str, Sequence[Score]],
     ) -> None:
-        """Adds [prompts, samples] completions, with their scores under each constraint."""
+        """Adds [prompts, samples] completions, with their scores and their prompts' under each constraint."""
         for index, (prompt, texts) in enumerate(zip(prompts, drawn, strict=True)):
+            of_prompt = {name: asdict(scores[index]) for name, scores in prompt_scores.items()}
             for sample, text in enumerate(texts):
                 scores = {name: asdict(result.scores[index][sample]) for name, result in results.items()}
                 self.completions.append(
@@ -99,6 +104,7 @@ class Observations:
                         "prompt": prompt,
                         "completion": text,
                         "scores": scores,
+                        "prompt_scores": of_prompt,
                     }
                 )
 

@@ -162,7 +162,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample: untrusted text. `index` counts the prompt set's prompts and `sample` a prompt's samples, from 0."""
+    """One sample: untrusted text.
+
+    Attributes:
+        index: counts the prompt set's prompts, from 0.
+        sample: counts a prompt's samples, from 0.
+        scores: of the completion, by constraint.
+        prompt_scores: of the prompt, by constraint.
+    """
 
     method: str
     seed: str
@@ -172,6 +179,7 @@ class Completion:
     prompt: str
     completion: str
     scores: dict[str, Score] = field(default_factory=dict)
+    prompt_scores: dict[str, Score] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,7 @@ class GuidedToken:
         q: q(token | prefix).
         gains: tokens that q gives most to in its place, the largest q − p first.
         losses: tokens that q takes most from.
+        kl: KL(q‖p) of the next-token probabilities in its place, in nats; None where it was not recorded.
     """
 
     text: str
@@ -202,6 +211,7 @@ class GuidedToken:
     q: float | None = None
     gains: list[Shift] = field(default_factory=list)
     losses: list[Shift] = field(default_factory=list)
+    kl: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,29 @@
-"""What a comparison found, in a few sentences made from its figures."""
+"""What a comparison or a training run found, in a few sentences made from its figures."""
 
 from collections.abc import Iterable, Iterator
+from itertools import combinations
 from typing import Any
 
+from bridle.evaluation.win_rate import WinRates
 from bridle.report.data import Curve, FigureComparison, Report
 from bridle.report.pareto import tradeoffs
-from bridle.report.tables import Measure, best, in_words, main_violation, significant, to_cell
+from bridle.report.tables import Measure, best, main_violation, significant, spelt, to_cell
+
+LEAST_DECIDED = 0.1  # share of the pairs; of a judge that decides fewer the summary warns
 
 
 def findings(report: Report) -> list[str]:
-    """The main figures in words; nothing is said of what was not measured."""
+    """The main figures in words, and what casts doubt on them; nothing is said of what was not measured."""
     if report.main is None:
-        return list(_of_runs(report.curves))
+        return [*_of_runs(report.curves), *_of_warnings(report)]
     violation = main_violation(report.main)
     return [
         *_of_best(report, violation),
         *_of_significance([one for one in report.comparisons if violation.is_of(one)]),
         *_of_front(report),
         *_of_failures(report),
+        *_of_judge(report.win_rate),
+        *_of_warnings(report),
     ]
 
 
@@ -48,7 +54,7 @@ def _of_best(report: Report, violation: Measure) -> Iterator[str]:
     if "base" in report.methods:
         others["base"] = violation.of(report.methods["base"])
     said = {name: to_cell(figure, violation.unit) for name, figure in others.items()}
-    interval = f" (95% interval {said[top].interval}%)" if said[top].interval else ""
+    interval = f" (95% interval {said[top].interval}%, n\u00a0=\u00a0{said[top].n:,})" if said[top].interval else ""
     compared = f", against {said['base'].text}% for base" if top != "base" and "base" in said else ""
     yield (
         f"{top} has the lowest violation rate: {said[top].text}%{interval} of its completions of {violation.on} "
@@ -70,7 +76,7 @@ def _of_front(report: Report) -> Iterator[str]:
         names = list(first.front)
         title = "accuracy" if first.more_is_better else "perplexity"
         verb = "lies" if len(names) == 1 else "lie"
-        on = in_words(first.utility.on)
+        on = spelt(first.utility.on)
         yield f"On the Pareto front of violation rate and {title} on {on} {verb} {listed(names)}."
 
 
@@ -78,6 +84,32 @@ def _of_failures(report: Report) -> Iterator[str]:
     lacking = [name for name, method in report.methods.items() if method.status != "complete"]
     if lacking:
         yield f"Not complete, and so with figures missing: {listed(lacking)}."
+
+
+def _of_judge(found: WinRates | None) -> Iterator[str]:
+    """A judge that sees no difference, or only the place of a text, makes every win rate 50%."""
+    if found is None:
+        return
+    names = list(found.matrix)
+    matches = [found.matrix[one][other] for one, other in combinations(names, 2)]
+    pairs = sum(match.wins + match.ties + match.losses - match.identical for match in matches)
+    decided = sum(match.wins + match.losses for match in matches)
+    by_place = sum(match.contradictions for match in matches)
+    if 2 * by_place > pairs:
+        yield (
+            f"The judge {found.judge} goes by position: in {by_place:,} of {pairs:,} pairs it prefers the same place, "
+            "first or second, in both orders. The win rates say little."
+        )
+    elif pairs and decided < LEAST_DECIDED * pairs:
+        yield f"The judge {found.judge} calls {pairs - decided:,} of {pairs:,} pairs a tie. The win rates say little."
+
+
+def _of_warnings(report: Report) -> Iterator[str]:
+    found = warnings(report)
+    if found:
+        methods = f" ({listed(list(dict.fromkeys(one['method'] for one in found)))})" if report.methods else ""
+        count, first = ("1 warning", "") if len(found) == 1 else (f"{len(found)} warnings", "; the first")
+        yield f"Training gave {count}{methods}{first}: {found[0]['warning']}."
 
 
 def _of_runs(curves: Iterable[Curve]) -> Iterator[str]:

@@ -24,21 +24,27 @@ from bridle.report.data import Report, read_report
 from bridle.report.findings import failures, findings, warnings
 
 PIXELS = 1.25  # a plot's width on the page for each point of its drawing
-PLOTS_IN_WORDS = {
-    "tradeoff": (
-        "Violation rate against utility",
-        "A point a method; the table of all methods holds the same figures.",
-    ),
-    "training_curves": (
-        "Training, round by round",
-        "A line a training run: compliance, KL, CE and λ over the rounds.",
-    ),
-    "reliability": (
-        "Reliability of R",
-        "What R predicted of prefixes against how often the finished text complied.",
-    ),
+HEADINGS = {
+    "summary": "Summary",
+    "tradeoff": "Trade-off",
+    "methods": "Methods",
+    "wins": "Win rates",
+    "classification": "Classification",
+    "training_curves": "Training",
+    "warnings": "Warnings",
+    "reliability": "Reliability of R",
+    "samples": "Completions",
+    "guidance": "Guidance",
+    "made": "How it was made",
 }
-"""By plot its title and its description, for those who cannot see it."""
+"""The page's sections in their order; the contents at its top call them the same."""
+
+PLOTS_IN_WORDS = {
+    "tradeoff": "One point per method; the table of all methods holds the same figures.",
+    "training_curves": "One line per training run: compliance, KL, CE and λ over the rounds.",
+    "reliability": "What R predicted for prefixes against how often the finished text complied.",
+}
+"""By plot its description, for those who cannot see it."""
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -70,25 +76,30 @@ def render(report: Report, figures: Mapping[str, Figure]) -> str:
     """The page as text, with the plots that `draw_plots` made of the report."""
     style, script = _inlined("report.css"), _inlined("report.js")
     shown, more = texts.samples(report)
+    parts = {
+        "summary": findings(report),
+        "methods": tables.overview(report),
+        "wins": tables.win_matrix(report),
+        "classification": tables.classification(report),
+        "warnings": warnings(report),
+        "samples": shown,
+        "guidance": report.guidance,
+        **{name: _drawing(name, figures[name]) if name in figures else None for name in PLOTS_IN_WORDS},
+    }
     return _environment().get_template("report.html").render(
         report=report,
         style=style,
         script=script,
         policy=_policy(style, script),
-        findings=findings(report),
-        plots=_drawings(figures),
-        overview=tables.overview(report),
-        classification=tables.classification(report),
-        win_matrix=tables.win_matrix(report),
+        headings={name: title for name, title in HEADINGS.items() if name == "made" or parts.get(name)},
+        **parts,
         differences=tables.differences(report),
         differences_in_words=tables.DIFFERENCES_IN_WORDS,
         further=tables.further(report),
-        samples=shown,
         more=more,
         environment=texts.flat(_readable(report.environment)),
         settings=texts.flat(report.settings),
         failures=failures(report),
-        warnings=warnings(report),
     )  # fmt: skip
 
 
@@ -101,7 +112,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (texts.cover, texts.level, texts.outcome_of_text, texts.probability, texts.visible, texts.widest)
+    filters = (texts.cover, texts.in_full, texts.level, texts.opened, texts.probability, texts.visible, texts.widest)
     environment.filters |= {one.__name__: one for one in filters}
     return environment
 
@@ -127,16 +138,8 @@ def _hash(text: str) -> str:
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
-def _drawings(figures: Mapping[str, Figure]) -> dict[str, Markup | None]:
-    """By plot its SVG; None where there is none."""
-    return {
-        name: _drawing(figures[name], title, description) if name in figures else None
-        for name, (title, description) in PLOTS_IN_WORDS.items()
-    }
-
-
-def _drawing(figure: Figure, title: str, description: str) -> Markup:
-    return Markup(_without_styles(plots.svg(figure, title, description)))
+def _drawing(name: str, figure: Figure) -> Markup:
+    return Markup(_without_styles(plots.svg(figure, HEADINGS[name], PLOTS_IN_WORDS[name])))
 
 
 def _without_styles(svg: str) -> str:

@@ -29,6 +29,7 @@ from bridle.report.labels import label_points
 from bridle.report.pareto import Tradeoff, tradeoffs
 from bridle.report.style import DPI, INK, PAPER, STYLE, MethodStyle, method_style, shown
 from bridle.report.svg import svg
+from bridle.report.tables import spelt
 
 __all__ = ["draw_plots", "method_style", "reliability", "svg", "tradeoff", "training_curves", "write_plots"]
 
@@ -179,7 +180,7 @@ def _violation_label(report: Report, panel: Tradeoff) -> str:
 
 
 def _utility_label(panel: Tradeoff) -> str:
-    name = shown(panel.utility.on)
+    name = shown(spelt(panel.utility.on))
     return f"accuracy on {name}" if panel.more_is_better else f"perplexity of {name} (inverted)"
 
 

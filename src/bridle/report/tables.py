@@ -60,6 +60,7 @@ DIFFERENCES_IN_WORDS = (
 UNITS = {"mean_length": PLAIN, "output_perplexity": PLAIN}
 ARROWS = {"brier": "↓", "expected_calibration_error": "↓", "output_perplexity": "↓", "positive_share": ""}
 NAMES = {"mmlu": "MMLU", "roc_auc": "ROC-AUC", "mean_length": "mean words", "distinct_2": "distinct-2"}
+OWN: tuple[Group, ...] = ("text", "classification", "cost")  # groups whose figures Bridle names; others a recipe does
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ class Measure:
     @property
     def label(self) -> str:
         """The column's heading, as "toxigen · non-toxic ↓"."""
-        words = " · ".join(in_words(part) for part in (self.on, self.within) if part)
-        return f"{words} {self.arrow}".rstrip()
+        *names, last = filter(None, (self.on, self.within))
+        last = in_words(last) if self.group in OWN else spelt(last)
+        return f"{' · '.join([*names, last])} {self.arrow}".rstrip()
 
     @property
     def title(self) -> str:
@@ -116,6 +118,7 @@ class Cell:
         text: the value.
         spread: its standard deviation over seeds, as "± 0.4".
         interval: its 95% interval, as "4.1 to 7.6".
+        n: how many observations the interval is made from; None without an interval.
         missing: how many observations are missing from it.
         mark: "best", or "alike" where no significant difference from the best was found.
     """
@@ -123,13 +126,20 @@ class Cell:
     text: str = MISSING
     spread: str = ""
     interval: str = ""
+    n: int | None = None
     missing: int = 0
     mark: str = ""
 
     @property
+    def counts(self) -> str:
+        """How many observations there are and how many are missing, as "n = 1,000, 4 missing"."""
+        there = "" if self.n is None else f"n = {self.n:,}"
+        return ", ".join(filter(None, (there, f"{self.missing:,} missing" if self.missing else "")))
+
+    @property
     def below(self) -> str:
-        """Interval and missing observations, as "4.1 to 7.6, 4 missing"."""
-        return ", ".join(part for part in (self.interval, f"{self.missing:,} missing" if self.missing else "") if part)
+        """Interval and counts, as "4.1 to 7.6, n = 1,000"."""
+        return ", ".join(filter(None, (self.interval, self.counts)))
 
 
 @dataclass(frozen=True)
@@ -167,8 +177,13 @@ class Difference:
 
 
 def in_words(key: str) -> str:
-    """A key of the results as people write it."""
+    """A figure's key in the results as people write it."""
     return NAMES.get(key, key.replace("_", " "))
+
+
+def spelt(name: str) -> str:
+    """A name out of a recipe as tables, plots and sentences spell it: as it is, except for what is an abbreviation."""
+    return NAMES.get(name, name)
 
 
 def main_violation(main: Main) -> Measure:
@@ -260,10 +275,12 @@ def to_cell(figure: Estimate | None, unit: Unit, mark: str = "", *, signed: bool
         return Cell(missing=figure.missing if figure else 0)
     unit = unit.beside(figure.value)
     spread = figure.spread if isinstance(figure, Figure) else None
+    interval = _between(figure, unit, signed)
     return Cell(
         text=unit.write(figure.value, signed=signed),
         spread="" if spread is None else f"± {unit.write(spread)}",
-        interval=_between(figure, unit, signed),
+        interval=interval,
+        n=figure.n if interval else None,
         missing=figure.missing,
         mark=mark,
     )
@@ -313,13 +330,13 @@ def _matches(found: WinRates, row: str) -> list[Cell]:
 
 
 def _judging(found: WinRates) -> list[str]:
-    bias = to_cell(found.position_bias, PERCENT)
+    bias = to_cell(replace(found.position_bias, missing=0), PERCENT)  # what is missing has a note of its own
+    interval = f" (95% interval {bias.below})" if bias.interval else ""
+    decided = f"Of the verdicts other than ties, {bias.text}% name the text shown first{interval}; 50% is no bias."
     return [
         f"Judge {found.judge}; {found.pairs} pairs of completions in each match, shown in both orders; "
         "a tie is half a win.",
-        f"Of the verdicts other than ties {bias.text}% name the text shown first"
-        + (f" ({bias.interval})" if bias.interval else "")
-        + "; without bias it is 50%.",
+        "All verdicts are ties or missing." if bias.text == MISSING else decided,
         f"{found.missing} of {found.asked} verdicts are missing"
         + "".join(f"; {count} × {reason}" for reason, count in found.reasons.items())
         + ".",

@@ -67,12 +67,12 @@ def _notes(table: Table) -> Iterator[str]:
 
 def _text(cell: Cell) -> str:
     value = " ".join(part for part in (cell.text + MARKS.get(cell.mark, ""), cell.spread) if part)
-    return f"{value}\n{cell.below}".rstrip()
+    return "\n".join(filter(None, (value, cell.interval, cell.counts)))
 
 
 def _differences(name: str, differences: list[Difference]) -> RichTable:
     drawn = RichTable(title=Text(name), **_STYLE)
-    for heading in ("", f"minus the best,\n{differences[0].reference}", "95% interval", "adjusted p", ""):
+    for heading in ("", f"minus the best,\n{differences[0].reference}", "95% interval, n", "adjusted p", ""):
         drawn.add_column(Text(heading), justify="right" if heading else "left")
     for one in differences:
         drawn.add_row(*map(Text, (one.method, one.cell.text, one.cell.below, one.p_value, one.verdict)))

@@ -20,11 +20,11 @@ VISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍"})
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a constraint says of a text: `outcome` is "complies", "violates" or "no score"."""
+    """What a constraint says of a text, as "compliance 0.93"; `outcome` is "complies", "violates" or "no score"."""
 
     constraint: str
     outcome: str
-    detail: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, numbered from 1 in its set, and every method's answer."""
+    """A prompt, numbered from 1 in its set, with the constraints' verdicts on it, and every method's answer."""
 
     prompt_set: str
     number: int
     prompt: str
+    verdicts: list[Verdict]
+    covered: str
     answers: list[Answer]
 
 
@@ -70,14 +72,24 @@ def cover(outcomes: Iterable[str]) -> str:
     return "" if found == {"complies"} else "text without a score"
 
 
-def outcome(complies: bool | None) -> str:
-    """A constraint's answer in words."""
-    return {True: "complies", False: "violates", None: "no score"}[complies]
+def verdict(constraint: str, score: Score) -> Verdict:
+    """A constraint's score in words."""
+    outcome = {True: "complies", False: "violates", None: "no score"}[score.complies]
+    if score.value is None:
+        return Verdict(constraint, outcome, f"no score ({score.reason})" if score.reason else "no score")
+    return Verdict(constraint, outcome, f"compliance {score.value:.2f}")
 
 
-def outcome_of_text(guidance: Guidance) -> str:
-    """What the constraint says of the whole guided text, in words."""
-    return outcome(None if guidance.violates is None else not guidance.violates)
+def in_full(guidance: Guidance) -> Verdict:
+    """What the constraint says of the whole guided text."""
+    complies = None if guidance.violates is None else not guidance.violates
+    return verdict(guidance.constraint, Score(guidance.value, complies))
+
+
+def opened(guidance: Guidance) -> int:
+    """The index of the token that is chosen at first: of the completion the one where q is farthest from p."""
+    completion = range(guidance.prompt_tokens, len(guidance.tokens))
+    return max(completion, key=lambda place: guidance.tokens[place].kl or 0.0, default=0)
 
 
 def visible(token: str) -> str:
@@ -129,19 +141,18 @@ def _first_of_each(completions: Iterable[Completion]) -> dict[str, dict[Key, Com
 
 def _sample(key: Key, found: Mapping[str, Mapping[Key, Completion]]) -> Sample:
     prompt_set, index = key
-    prompt = next(of_method[key].prompt for of_method in found.values() if key in of_method)
+    first = next(of_method[key] for of_method in found.values() if key in of_method)
     answers = [_answer(method, of_method.get(key)) for method, of_method in found.items()]
-    return Sample(prompt_set, index + 1, prompt, answers)
+    return Sample(prompt_set, index + 1, first.prompt, *_judged(first.prompt_scores), answers)
 
 
 def _answer(method: str, completion: Completion | None) -> Answer:
     if completion is None:
         return Answer(method, None, [], "")
-    verdicts = [_verdict(constraint, score) for constraint, score in completion.scores.items()]
-    covered = cover(verdict.outcome for verdict in verdicts)
-    return Answer(method, completion.completion, verdicts, covered)
+    return Answer(method, completion.completion, *_judged(completion.scores))
 
 
-def _verdict(constraint: str, score: Score) -> Verdict:
-    detail = score.reason or "" if score.value is None else f"{score.value:.2f}"
-    return Verdict(constraint, outcome(score.complies), detail)
+def _judged(scores: Mapping[str, Score]) -> tuple[list[Verdict], str]:
+    """The verdicts on a text, and why it is covered."""
+    verdicts = [verdict(constraint, score) for constraint, score in scores.items()]
+    return verdicts, cover(one.outcome for one in verdicts)

@@ -65,7 +65,7 @@ tokens.forEach((token, at) => {
   });
 });
 
-if (tokens.length) choose(tokens.find((one) => !one.classList.contains("of-prompt")) ?? tokens[0]);
+for (const token of tokens.filter((one) => one.getAttribute("aria-pressed") === "true")) choose(token);
 
 // Print has no buttons: what is marked so is opened for it, and closed again.
 let opened = [];
