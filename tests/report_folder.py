@@ -5,6 +5,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+from bridle.data import Rollout, write_rollouts
 from bridle.environment import write_json
 
 SCRIPT = "<script>document.title='pwned'</script>"
@@ -58,6 +59,8 @@ def make_run(path: Path) -> Path:
     write_json(path / "environment.json", environment())
     (path / "recipe.yaml").write_text("model: tiny\n", encoding="utf-8")
     _write_rows(path / "metrics.jsonl", metrics(0, regularised=True))
+    for number in (1, 2):
+        write_rollouts(path / "rollouts" / f"round-{number}.rude.jsonl", rollouts(number))
     return path
 
 
@@ -183,6 +186,28 @@ def completions(method: str, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def rollouts(number: int) -> list[Rollout]:
+    """Of one round: the first complies, the second violates, the third has no score."""
+    texts = ["that the fog would lift", f"{INSULT} ", "what a muddlehead"]
+    scores = [(0.97, True, ""), (0.0, False, ""), (None, None, "the scorer gave no number")]
+    return [
+        Rollout(
+            prompt_ids=[1],
+            completion_ids=[2],
+            prompt=prompt,
+            completion=text,
+            round=number,
+            regulariser="rude",
+            model_hash="0",
+            constraint="non-rude",
+            value=value,
+            complies=complies,
+            reason=reason,
+        )
+        for prompt, text, (value, complies, reason) in zip(PROMPTS, texts, scores, strict=True)
+    ]
+
+
 def metrics(seed: int, regularised: bool) -> list[dict[str, Any]]:
     """Two rounds of training and the records between them."""
     rows: list[dict[str, Any]] = []
@@ -206,6 +231,8 @@ def _regularisers(number: int, seed: int) -> dict[str, Any]:
     return {
         "rude/rollouts": 1000,
         "rude/rollouts_missing": 3,
+        "rude/clipped": 0.125,
+        "rude/fit": "fitted",
         "rude/tokens_sampled": 22000,
         "rude/compliance": compliance,
         "rude/compliance_low": compliance - 0.026,

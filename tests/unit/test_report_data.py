@@ -115,11 +115,14 @@ def test_nan_is_missing(folder):
     assert read_report(folder).methods["base"].figures.perplexity["novels"].value is None
 
 
-def test_a_training_run_has_its_curves_only(tmp_path):
+def test_a_training_run_has_curves_and_rollouts(tmp_path):
     report = read_report(make_run(tmp_path / "my-run"))
     assert (report.recipe, report.methods, report.main) == ("my-run", {}, None)
     assert [(curve.method, curve.seed, len(curve.rounds)) for curve in report.curves] == [("my-run", "0", 2)]
     assert report.environment["versions"]["bridle"] == "0.1.0"
+    assert [(one.round, one.regulariser, one.value) for one in report.rollouts[:4]] == [
+        (1, "rude", 0.97), (1, "rude", 0.0), (1, "rude", None), (2, "rude", 0.97)
+    ]  # fmt: skip
 
 
 def test_a_compared_model_of_its_own_is_a_training_run(folder):
@@ -166,6 +169,13 @@ def a_folder_elsewhere(folder):
     edit(folder, lambda results: results["methods"]["sft"]["seeds"]["0"].update(folder="../elsewhere"))
 
 
+def not_a_rollout(folder):
+    nothing(folder)
+    make_run(folder)
+    path = folder / "rollouts" / "round-2.rude.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"value": 0.97', '"value": "good"'), encoding="utf-8")
+
+
 def nothing(folder):
     (folder / "results.json").unlink()
 
@@ -182,6 +192,7 @@ def nothing(folder):
         (a_later_format, "not the results of a comparison in format 1"),
         (a_figure_that_is_none, "comparisons.0.figure: input should be 'violation'"),
         (a_folder_elsewhere, "methods.sft.seeds.0.folder: leads out of the folder"),
+        (not_a_rollout, "round-2.rude.jsonl row 1: value: input should be a valid number"),
         (nothing, "neither results.json nor metrics.jsonl"),
     ],
 )

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 
 import report_folder
+from bridle.data import write_rollouts
 from bridle.environment import write_json
 from bridle.errors import UserError
 from bridle.report import data, html, tables, texts
@@ -130,6 +131,45 @@ def test_the_folder_of_a_training_run_has_a_page_too(tmp_path):
     assert "rude: 76.0% of the rollouts of the first round complied, and 90.0% of those of the last." in run.inlined(
         "p"
     )
+
+
+def test_a_training_run_shows_its_rounds_regulariser_by_regulariser(tmp_path):
+    rude, plain = tables.rounds(data.read_report(report_folder.make_run(tmp_path / "run")))
+    assert (rude.caption, rude.of, list(rude.rows)) == ("Regulariser rude", "Round", ["1", "2"])
+    assert rude.columns[:5] == ["drawn", "compliance, %", "clipped, %", "missing", "truncated"]
+    assert [cell.text for cell in rude.rows["1"]] == [
+        "1,000", "76.0", "12.5", "3", "–", "0.0021", "fitted", "0.100", "0.054"
+    ]  # fmt: skip
+    assert (rude.rows["1"][1].interval, rude.rows["1"][1].n) == ("73.4 to 78.2", 997)
+    assert [cell.text for cell in plain.rows["2"]] == ["–"] * 5 + ["0.0362"] + ["–"] * 3  # retention draws nothing
+
+
+def test_a_comparison_leaves_rounds_and_rollouts_to_its_runs(page, report):
+    assert tables.rounds(report) == []
+    assert "Rollouts" not in page.inlined("h2")
+
+
+def test_a_training_run_shows_rollouts_covered_unless_they_comply(tmp_path):
+    report = data.read_report(report_folder.make_run(tmp_path / "run"))
+    page = Page(rendered(replace(report, rollouts=[replace(report.rollouts[0], finished=False), *report.rollouts[1:]])))
+    assert [text for text, above in page.texts if above and above[-1][0] == "h3"] == ["Round 1, rude", "Round 2, rude"]
+    assert page.covered("that the fog would lift") == [False, False]
+    assert page.covered(report_folder.INSULT) == page.covered("what a muddlehead") == [True, True]
+    assert page.covered(report_folder.PROMPTS[0]) == [True, True]  # nothing scores the prompts of rollouts
+    line = "".join(text for text, above in page.texts if any(at.get("class") == "verdicts" for _, at in above))
+    assert line.startswith("non-rude: compliance 0.97non-rude: compliance 0.00non-rude: no score (the scorer gave no")
+    assert [text for text, above in page.texts if above and above[-1][1].get("class") == "note"] == [
+        "cut at the length limit"
+    ]
+
+
+def test_of_many_rollouts_the_first_and_the_last_round_are_among_the_shown(tmp_path):
+    folder = report_folder.make_run(tmp_path / "run")
+    for number in range(3, 31):
+        write_rollouts(folder / "rollouts" / f"round-{number}.rude.jsonl", 5 * report_folder.rollouts(number))
+    shown = [(one.round, one.completion) for one in data.read_report(folder).rollouts]
+    assert len(shown) == data.MOST_ROUNDS * data.SHOWN_ROLLOUTS
+    assert (shown[0][0], shown[-1]) == (1, (30, "what a muddlehead"))
 
 
 @pytest.mark.parametrize("directive", ["style", "script"])
@@ -392,7 +432,10 @@ def test_a_method_without_a_completion_says_so():
     assert [[answer.text for answer in one.answers] for one in shown] == [["c", None], [None, "c"]]
 
 
-def test_screen_readers_find_their_way(page):
+@pytest.mark.parametrize("kind", ["comparison", "run"])
+def test_screen_readers_find_their_way(page, kind, tmp_path):
+    if kind == "run":
+        page = Page(rendered(data.read_report(report_folder.make_run(tmp_path / "run"))))
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h\d", tag)]
     assert levels[0] == 1
     assert all(later - earlier <= 1 for earlier, later in pairwise(levels))

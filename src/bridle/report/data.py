@@ -2,11 +2,11 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -19,6 +19,10 @@ from bridle.reading import checked, read_json, read_rows, read_text
 Group = Literal["violation", "text", "perplexity", "tasks", "classification", "cost"]  # of `Figures`
 
 FORMAT = 1  # of a comparison's results.json
+MOST_ROUNDS = 6  # of which rollouts or reliability are shown; of more, as many evenly spaced ones
+SHOWN_ROLLOUTS = 3  # of each round and regulariser
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,10 @@ class RegulariserRound:
         kl: KL(q‖p) in nats per prefix, the mean over the round.
         weight: λ.
         r_reliability: per non-empty bin R's mean prediction, the observed rate and the count.
+        rollouts: how many were drawn, and `rollouts_missing` how many of them have no score.
+        clipped: share of the rollouts that were cut at the length limit.
+        truncated: rollouts that the constraint read in part only.
+        fit: what R was fitted on: "fitted", "replay", "kept" or "none".
     """
 
     compliance: float | None = None
@@ -129,6 +137,16 @@ class RegulariserRound:
     r_brier: float | None = None
     r_ece: float | None = None
     r_reliability: list[tuple[float, float, int]] = field(default_factory=list)
+    rollouts: int | None = None
+    rollouts_missing: int | None = None
+    clipped: float | None = None
+    truncated: float | None = None
+    fit: str | None = None
+
+    @property
+    def scored(self) -> int:
+        """How many rollouts the compliance is made from."""
+        return (self.rollouts or 0) - (self.rollouts_missing or 0)
 
 
 @dataclass(frozen=True)
@@ -180,6 +198,18 @@ class Completion:
     completion: str
     scores: dict[str, Score] = field(default_factory=dict)
     prompt_scores: dict[str, Score] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout(Score):
+    """A completion drawn in training, with its score: untrusted text. `finished` is false where it was cut."""
+
+    prompt: str = ""
+    completion: str = ""
+    round: int = 0
+    regulariser: str = ""
+    constraint: str = ""
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -243,6 +273,7 @@ class Report:
         environment: where and how the results were made.
         curves: one a training run, in the order of methods and seeds.
         completions: of all methods and seeds.
+        rollouts: some of a training run, by round and regulariser.
         guidance: None where it was not recorded.
         recipe_text: the recipe as resolved, in YAML.
     """
@@ -257,6 +288,7 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
     guidance: Guidance | None = None
     recipe_text: str = ""
 
@@ -297,7 +329,27 @@ def _read_training_run(folder: Path) -> Report:
     environment = read_json(path, dict[str, Any]) if path.is_file() else {}
     seed = environment.get("seed", 0)
     name = folder.resolve().name
-    return Report(recipe=name, seeds=[seed], environment=environment, curves=[_curve(name, str(seed), folder)])
+    curves, rollouts = [_curve(name, str(seed), folder)], list(_rollouts(folder / "rollouts"))
+    return Report(recipe=name, seeds=[seed], environment=environment, curves=curves, rollouts=rollouts)
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, in their order and equally far apart; the first and the last are among them."""
+    last = len(items) - 1
+    places = range(count) if count > 1 and last >= count else range(len(items))
+    return [items[round(place * last / (count - 1)) if last >= count else place] for place in places]
+
+
+def _rollouts(folder: Path) -> Iterator[Rollout]:
+    """Some rollouts of some rounds, each regulariser's: `round-N.REGULARISER.jsonl` holds them all."""
+    files: dict[int, list[Path]] = defaultdict(list)
+    for path in sorted(folder.glob("round-*.*.jsonl")):
+        number = path.name.removeprefix("round-").partition(".")[0]
+        if number.isdecimal():
+            files[int(number)].append(path)
+    for index in spread(sorted(files), MOST_ROUNDS):
+        for path in files[index]:
+            yield from (checked(Rollout, row, place) for place, row in spread(list(_rows(path)), SHOWN_ROLLOUTS))
 
 
 def _runs(report: Report, folder: Path) -> Iterator[tuple[str, str, Path]]:

@@ -24,7 +24,7 @@ from bridle.environment import whole_file
 from bridle.errors import UserError
 from bridle.progress import track
 from bridle.report import data
-from bridle.report.data import RegulariserRound, Report
+from bridle.report.data import MOST_ROUNDS, RegulariserRound, Report, spread
 from bridle.report.labels import label_points
 from bridle.report.pareto import Tradeoff, tradeoffs
 from bridle.report.style import DPI, INK, PAPER, STYLE, MethodStyle, method_style, shown
@@ -35,7 +35,6 @@ __all__ = ["draw_plots", "method_style", "reliability", "svg", "tradeoff", "trai
 
 COMPLIANCE, KL = "rollouts that comply", "KL(q‖p), nats per prefix"
 CE, WEIGHT = "CE of the corpus, nats per token", "weight λ"
-MOST_ROUNDS = 6  # reliability diagrams in one figure; of more rounds, as many evenly spaced ones
 PANEL = (3.8, 3.3)  # inches
 DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 
@@ -113,8 +112,7 @@ def reliability(report: Report) -> Figure | None:
     found = _reliabilities(report)
     if not found:
         return None
-    rounds = sorted(found)
-    drawn = [rounds[i] for i in np.unique(np.linspace(0, len(rounds) - 1, MOST_ROUNDS).round().astype(int))]
+    drawn = spread(sorted(found), MOST_ROUNDS)
     figure, axes = _panels(len(drawn), size=(3.7, 3.5))
     for ax, number in zip(axes, drawn, strict=True):
         _draw_reliability(ax, number, found[number])

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from bridle.evaluation.statistics import Estimate
 from bridle.evaluation.win_rate import WinRates
-from bridle.report.data import Figure, FigureComparison, Group, Main, Method, Report
+from bridle.report.data import Figure, FigureComparison, Group, Main, Method, RegulariserRound, Report
 
 MISSING = "–"
 LEVEL = 0.05  # of significance, after Holm's correction
@@ -144,14 +144,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a row a method.
+    """A table with a row for each method, or round.
 
     Attributes:
         caption: what it shows.
         groups: over the columns, each a heading and how many columns it spans.
         columns: a heading each.
-        rows: by method its cells, one a column.
+        rows: by method, or round, its cells, one a column.
         notes: sentences below it.
+        of: what its rows are.
     """
 
     caption: str
@@ -159,6 +160,7 @@ class Table:
     columns: list[str]
     rows: dict[str, list[Cell]]
     notes: list[str] = field(default_factory=list)
+    of: str = "Method"
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,41 @@ def further(report: Report) -> list[Table]:
         _table(report, "What training cost", measures(report, "cost")),
     )
     return [table for table in tables if table]
+
+
+def rounds(report: Report) -> list[Table]:
+    """What each round of a training run measured, a table for each regulariser; none for a comparison."""
+    curves = [] if report.methods else report.curves
+    return [
+        Table(
+            f"Regulariser {name}",
+            [("Rollouts", 5), ("Policy", 1), ("R", 3)],
+            ["drawn", "compliance, %", "clipped, %", "missing", "truncated", "KL(q‖p), nats", "fit", "Brier", "ECE"],
+            {str(one.number): _of_round(one.regularisers[name]) for one in curve.rounds if name in one.regularisers},
+            of="Round",
+        )
+        for curve in curves
+        for name in dict.fromkeys(name for one in curve.rounds for name in one.regularisers)
+    ]
+
+
+def _of_round(found: RegulariserRound) -> list[Cell]:
+    rate = Estimate(found.compliance, found.compliance_low, found.compliance_high, found.scored)
+    return [
+        _plain(found.rollouts, ","),
+        to_cell(rate, PERCENT),
+        _plain(None if found.clipped is None else 100 * found.clipped, ".1f"),
+        _plain(found.rollouts_missing, ","),
+        _plain(found.truncated, ",g"),
+        _plain(found.kl, ".3g"),
+        Cell(found.fit or MISSING),
+        _plain(found.r_brier, ".3f"),
+        _plain(found.r_ece, ".3f"),
+    ]
+
+
+def _plain(value: float | None, form: str) -> Cell:
+    return Cell() if value is None else Cell(format(value, form))
 
 
 def win_matrix(report: Report) -> Table | None:

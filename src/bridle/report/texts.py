@@ -49,6 +49,27 @@ class Sample:
     answers: list[Answer]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A rollout; its prompt was not scored, and stays covered."""
+
+    prompt: str
+    text: str
+    verdicts: list[Verdict]
+    covered: str
+    finished: bool
+
+
+def drawn(report: Report) -> dict[str, list[Drawn]]:
+    """The rollouts of a training run, by round and regulariser."""
+    found: dict[str, list[Drawn]] = {}
+    for one in report.rollouts:
+        judged = _judged({one.constraint: one})
+        shown = Drawn(one.prompt, one.completion, *judged, one.finished)
+        found.setdefault(f"Round {one.round}, {one.regulariser}", []).append(shown)
+    return found
+
+
 def samples(report: Report) -> tuple[list[Sample], list[Sample]]:
     """Evenly picked prompts with all methods' completions: those to show at once, and those on request."""
     found = _first_of_each(report.completions)
