@@ -128,9 +128,7 @@ def test_the_folder_of_a_training_run_has_a_page_too(tmp_path):
     run = Page(rendered(data.read_report(report_folder.make_run(tmp_path / "my-run"))))
     assert run.inlined("h1") == "my-run"
     assert "All methods" not in run.inlined("h2")
-    assert "rude: 76.0% of the rollouts of the first round complied, and 90.0% of those of the last." in run.inlined(
-        "p"
-    )
+    assert "rude: 76.0% of rollouts complied in the first round, 90.0% in the last." in run.inlined("p")
 
 
 def test_a_training_run_shows_its_rounds_regulariser_by_regulariser(tmp_path):
@@ -341,8 +339,8 @@ def test_the_summary_is_made_from_the_figures(report):
         "its completions of rude violate non-rude, against 21.4% for base.",
         "Significantly different from it, after Holm’s correction: base and sft.",
         "No significant difference from it was found for filtration and constrained.",
-        "On the Pareto front of violation rate and perplexity on novels lies constrained-adaptive.",
-        "Not complete, and so with figures missing: rl.",
+        "constrained-adaptive is on the Pareto front of violation rate and perplexity on novels.",
+        "Figures are missing for rl: not every run is complete.",
         "Training gave 6 warnings (constrained-adaptive); the first: round 1, rude: violations rose.",
     ]
 

@@ -63,7 +63,7 @@ def test_the_win_matrix_reads_row_over_column(text):
         ["49.0 to 65.0", "17.4 to 18.4"],
         ["n = 100", "n = 100"],
     ]
-    assert "Judge local:tiny; 100 pairs" in text
+    assert "Judge: local:tiny. Each match has 100 pairs" in text
 
 
 def test_classification_is_marked_by_its_intervals(text):
@@ -108,7 +108,7 @@ def test_prompts_without_a_score_are_counted_beside_a_difference(report):
 
 def test_findings_and_failures_end_the_text(text):
     assert text.splitlines()[-4:] == [
-        "Not complete, and so with figures missing: rl.",
+        "Figures are missing for rl: not every run is complete.",
         "Training gave 6 warnings (constrained-adaptive); the first: round 1, rude: violations rose.",
         f"rl, seed 0: failed: {REASON}",
         f"rl, seed 1: failed: {REASON}",

@@ -75,15 +75,15 @@ def _of_front(report: Report) -> Iterator[str]:
     for first in tradeoffs(report)[:1]:
         names = list(first.front)
         title = "accuracy" if first.more_is_better else "perplexity"
-        verb = "lies" if len(names) == 1 else "lie"
+        verb = "is" if len(names) == 1 else "are"
         on = spelt(first.utility.on)
-        yield f"On the Pareto front of violation rate and {title} on {on} {verb} {listed(names)}."
+        yield f"{listed(names)} {verb} on the Pareto front of violation rate and {title} on {on}."
 
 
 def _of_failures(report: Report) -> Iterator[str]:
     lacking = [name for name, method in report.methods.items() if method.status != "complete"]
     if lacking:
-        yield f"Not complete, and so with figures missing: {listed(lacking)}."
+        yield f"Figures are missing for {listed(lacking)}: not every run is complete."
 
 
 def _of_judge(found: WinRates | None) -> Iterator[str]:
@@ -118,10 +118,7 @@ def _of_runs(curves: Iterable[Curve]) -> Iterator[str]:
             rates = [each.regularisers[domain].compliance for each in curve.rounds if domain in each.regularisers]
             known = [rate for rate in rates if rate is not None]
             if len(known) > 1:
-                yield (
-                    f"{domain}: {known[0]:.1%} of the rollouts of the first round complied, "
-                    f"and {known[-1]:.1%} of those of the last."
-                )
+                yield f"{domain}: {known[0]:.1%} of rollouts complied in the first round, {known[-1]:.1%} in the last."
 
 
 def listed(names: list[str]) -> str:

@@ -23,7 +23,7 @@ class Unit:
     more: int = 0
 
     def beside(self, value: float) -> "Unit":
-        """The same with the digits of this value, for it and what is told of it."""
+        """The same with the digits of this value, for it, its interval and its spread."""
         return replace(self, digits=self.digits + self.more, more=0) if abs(value * self.factor) < 10 else self
 
     def write(self, value: float | None, *, signed: bool = False) -> str:
@@ -50,11 +50,12 @@ DIFFERENCES = {"perplexity": ("Log perplexity, nats a token", RATIO)}
 """By group whose differences are not in the unit of its figures: the differences' name, and how they are written."""
 
 DIFFERENCES_IN_WORDS = (
-    "A difference is method minus best, prompt by prompt (or text by text, question by question). p is adjusted by "
-    "Holm’s method over the methods compared on one figure, not over the figures; intervals are not adjusted. The best "
-    "was chosen on the same data, which p does not allow for. Prompts were resampled, not trainings, so neither p nor "
-    "interval says what another training run would bring. “Differs” means p below 0.05 or, without a p, an interval "
-    "that excludes 0; “no difference shown” does not mean that there is none."
+    "A difference is the method’s figure minus the best one’s, paired by prompt (or text, or question). p is adjusted "
+    "by Holm’s method for the number of methods compared on one figure, but not for the number of figures; intervals "
+    "are not adjusted. The best method was chosen on the same data, and p does not account for that. The tests "
+    "resample prompts, not training runs, so neither p nor the interval says what another training run would give. "
+    "“Differs” means p below 0.05 or, where there is no p, an interval that excludes 0; “no difference shown” does not "
+    "mean that there is none."
 )
 
 UNITS = {"mean_length": PLAIN, "output_perplexity": PLAIN}
@@ -371,8 +372,8 @@ def _judging(found: WinRates) -> list[str]:
     interval = f" (95% interval {bias.below})" if bias.interval else ""
     decided = f"Of the verdicts other than ties, {bias.text}% name the text shown first{interval}; 50% is no bias."
     return [
-        f"Judge {found.judge}; {found.pairs} pairs of completions in each match, shown in both orders; "
-        "a tie is half a win.",
+        f"Judge: {found.judge}. Each match has {found.pairs} pairs of completions, judged in both orders; a tie counts "
+        "as half a win.",
         "All verdicts are ties or missing." if bias.text == MISSING else decided,
         f"{found.missing} of {found.asked} verdicts are missing"
         + "".join(f"; {count} × {reason}" for reason, count in found.reasons.items())
