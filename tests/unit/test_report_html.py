@@ -307,7 +307,7 @@ def test_without_p_value_and_interval_nothing_is_claimed(report):
 
 
 def test_perplexities_differ_by_nats_a_token(report):
-    found = tables.differences(report)["Log perplexity, nats a token: novels ↓"]
+    found = tables.differences(report)["Log perplexity, nats per token: novels ↓"]
     assert [(one.method, one.cell.text, one.cell.interval, one.verdict) for one in found] == [
         ("base", "+0.035", "+0.025 to +0.045", "differs"),
         ("sft", "+0.007", "−0.003 to +0.017", "no difference shown"),

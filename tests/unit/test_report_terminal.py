@@ -85,7 +85,7 @@ def test_differences_are_in_their_unit_with_verdicts(text):
         ["filtration", "+3.0", "−0.1 to +6.1, n = 500", "0.620", "no difference shown"],
         ["constrained", "+0.6", "−2.5 to +3.7, n = 500", "0.620", "no difference shown"],
     ]
-    assert rows(text, "Log perplexity, nats a token: novels ↓")[1] == [
+    assert rows(text, "Log perplexity, nats per token: novels ↓")[1] == [
         "sft", "+0.007", "−0.003 to +0.017, n = 500", "0.620", "no difference shown"
     ]  # fmt: skip
     assert rows(text, "Classification: ROC-AUC ↑")[0] == [

@@ -46,7 +46,7 @@ GROUPS: dict[Group, tuple[str, Unit, str]] = {
 }
 """By group of figures: its name, how it is written, and the arrow of the better direction."""
 
-DIFFERENCES = {"perplexity": ("Log perplexity, nats a token", RATIO)}
+DIFFERENCES = {"perplexity": ("Log perplexity, nats per token", RATIO)}
 """By group whose differences are not in the unit of its figures: the differences' name, and how they are written."""
 
 DIFFERENCES_IN_WORDS = (
