@@ -248,6 +248,7 @@ def _regularisers(number: int, seed: int) -> dict[str, Any]:
         "rude/lambda": 4.0,
         "plain/lambda": 2.0,
         "kl/rude": (0.0021 + 0.0003 * seed) / number,
+        "kl_unreached/rude": 0.2,
         "kl/plain": 0.0282 + 0.004 * number,
     }
 

@@ -121,6 +121,7 @@ class RegulariserRound:
 
     Attributes:
         kl: KL(q‖p) in nats per prefix, the mean over the round.
+        kl_unreached: share of the corpus's prefixes that the KL left out, since no rollout can be there.
         weight: λ.
         r_reliability: per non-empty bin R's mean prediction, the observed rate and the count.
         rollouts: how many were drawn, and `rollouts_missing` how many of them have no score.
@@ -133,6 +134,7 @@ class RegulariserRound:
     compliance_low: float | None = None
     compliance_high: float | None = None
     kl: float | None = None
+    kl_unreached: float | None = None
     weight: Annotated[float | None, Field(validation_alias="lambda")] = None
     r_brier: float | None = None
     r_ece: float | None = None
@@ -372,12 +374,12 @@ def _curve(method: str, seed: str, folder: Path) -> Curve:
 
 
 def _round(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A round's record, whose keys are DOMAIN/WHAT and kl/DOMAIN, by domain."""
+    """A round's record, whose keys are DOMAIN/WHAT, kl/DOMAIN and kl_unreached/DOMAIN, by domain."""
     domains: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in record.items():
         domain, slash, what = key.rpartition("/")
-        if key.startswith("kl/"):
-            domains[key.removeprefix("kl/")]["kl"] = value
+        if domain in ("kl", "kl_unreached"):
+            domains[what][domain] = value
         elif slash:
             domains[domain][what] = value
     return {"number": record["round"], **record, "regularisers": dict(domains)}

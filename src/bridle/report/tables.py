@@ -235,8 +235,19 @@ def rounds(report: Report) -> list[Table]:
     return [
         Table(
             f"Regulariser {name}",
-            [("Rollouts", 5), ("Policy", 1), ("R", 3)],
-            ["drawn", "compliance, %", "clipped, %", "missing", "truncated", "KL(q‖p), nats", "fit", "Brier", "ECE"],
+            [("Rollouts", 5), ("KL(q‖p)", 2), ("R", 3)],
+            [
+                "drawn",
+                "compliance, %",
+                "clipped, %",
+                "missing",
+                "truncated",
+                "nats",
+                "left out, %",
+                "fit",
+                "Brier",
+                "ECE",
+            ],
             {str(one.number): _of_round(one.regularisers[name]) for one in curve.rounds if name in one.regularisers},
             of="Round",
         )
@@ -250,14 +261,19 @@ def _of_round(found: RegulariserRound) -> list[Cell]:
     return [
         _plain(found.rollouts, ","),
         to_cell(rate, PERCENT),
-        _plain(None if found.clipped is None else 100 * found.clipped, ".1f"),
+        _percent(found.clipped),
         _plain(found.rollouts_missing, ","),
         _plain(found.truncated, ",g"),
         _plain(found.kl, ".3g"),
+        _percent(found.kl_unreached),
         Cell(found.fit or MISSING),
         _plain(found.r_brier, ".3f"),
         _plain(found.r_ece, ".3f"),
     ]
+
+
+def _percent(share: float | None) -> Cell:
+    return Cell() if share is None else Cell(PERCENT.write(share))
 
 
 def _plain(value: float | None, form: str) -> Cell:
