@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-from bridle.cli.keys import COMPARISON, NO_KEYS, TRAINING, keys_of
+from bridle.cli.keys import COMPARISON, NO_KEYS, RENAMED, TRAINING, keys_of
 from bridle.settings import parse_yaml
 
 GROUPS = {heading: group for groups in (TRAINING, COMPARISON) for heading, group in groups.items()}
@@ -53,7 +53,8 @@ def test_help_lists_every_key_with_its_default(heading):
     file, _, name = places[-1].partition(":")
     cls = getattr(import_module(f"bridle.{file.removesuffix('.py').replace('/', '.')}"), name)
     ours = [vars(base).get("__annotations__", {}) for base in cls.__mro__ if base.__module__.startswith("bridle.")]
-    own = {field.name: field for field in fields(cls) if any(field.name in annotated for annotated in ours)}
+    names = [name for annotated in ours for name in annotated]
+    own = {RENAMED.get(field.name, field.name): field for field in fields(cls) if field.name in names}
     assert told.keys() == own.keys() - NO_KEYS.get(name, set())
     for key, text in told.items():
         if not text.endswith("]"):

@@ -36,6 +36,9 @@ COMPARISON = {
 NO_KEYS = {"Recipe": {"training", "resolved"}, "Domain": {"name"}, "Evaluation": {"constraints", "label"}}
 """Fields of the dataclasses that no recipe sets."""
 
+RENAMED = {"variables": "env"}
+"""Fields that a recipe sets by another key."""
+
 
 class TrainingCommand(TyperCommand):
     """A command whose help lists the keys of a recipe that `bridle train` reads."""
@@ -67,7 +70,8 @@ def keys_of(place: str) -> list[tuple[str, str]]:
     source = (Path(bridle.__file__).parent / file).read_text(encoding="utf-8")
     tree = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
     told = entries(ast.get_docstring(tree) or "", "Attributes")
-    return [(field.target.id, _described(told[field.target.id], field.value)) for field in _fields(tree)]
+    names = [(field.target.id, field.value) for field in _fields(tree)]
+    return [(RENAMED.get(name, name), _described(told[name], value)) for name, value in names]
 
 
 def entries(docstring: str, section: str) -> dict[str, str]:

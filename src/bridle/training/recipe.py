@@ -58,7 +58,7 @@ class Recipe:
         methods: options of compared methods by name, as a mapping; read by `comparison.methods`.
         resolved: the recipe as a mapping, overrides included, with its variables by name: what is saved beside the
             result.
-        variables: of the environment, that it reads.
+        variables: names of the environment variables that it reads.
     """
 
     model: str
