@@ -1,6 +1,7 @@
 # make setup   the virtual environment .venv, with everything in it
 # make test    lint, types and all tests; sets up first where that is missing
 # make unit    the fast tests only
+# make mutations   whether the tests notice small faults in the method; hours, so by hand
 # make docs    the documentation as HTML in site/, with warnings as errors
 # make quickstart   sets up where that is missing, and compares all methods on the embedded world
 
@@ -12,7 +13,7 @@ ifeq ($(shell command -v $(PYTHON)),)
 PYTHON := python3
 endif
 
-.PHONY: setup quickstart test unit lint format docs clean
+.PHONY: setup quickstart test unit mutations lint format docs clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +32,9 @@ test: setup lint
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit
+
+mutations: setup
+	$(BIN)/python tests/mutations.py
 
 lint: setup
 	$(BIN)/ruff check .
