@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributions import Bernoulli
 
 from bridle.core.calibration import calibration
 from bridle.core.decomposition import consistency_loss, future_weights, label_loss
@@ -200,6 +201,27 @@ class TestDecomposition:
         assert count == 4
         worse, _ = consistency_loss(r_logits, r_taken + 1, log_p, mask)
         assert worse > 0.01
+
+    def test_consistency_is_the_divergence_of_the_mean_from_the_parent(self):
+        """Prefix by prefix, against torch's own Bernoulli divergence; the parent of row j + 1 is what was taken at j."""
+        log_p, r_logits, r_taken = torch.randn(2, 4, 5).log_softmax(-1), torch.randn(2, 4, 5), torch.randn(2, 4)
+        mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+        expected = 0.0
+        for row, place in [(0, 1), (0, 2), (0, 3), (1, 1)]:
+            mean = (log_p[row, place].exp() * r_logits[row, place].sigmoid()).sum()
+            pair = Bernoulli(mean), Bernoulli(logits=r_taken[row, place - 1])
+            expected += torch.distributions.kl_divergence(*pair)
+        total, count = consistency_loss(r_logits, r_taken, log_p, mask)
+        torch.testing.assert_close(total, expected)
+        assert count == 4
+
+    @pytest.mark.parametrize("sure", [-60.0, 60.0])
+    def test_consistency_is_finite_where_r_is_sure(self, sure):
+        r_logits, log_p = torch.full((1, 2, 3), sure), torch.zeros(1, 2, 3).log_softmax(-1)
+        for parent in (sure, -sure):
+            total, _ = consistency_loss(r_logits, torch.full((1, 2), parent), log_p, torch.ones(1, 2, dtype=torch.bool))
+            assert total.isfinite()
+            assert (total < 1e-4) == (parent == sure)
 
     def test_masked_positions_do_not_count(self):
         r_taken, labels = torch.randn(2, 3), torch.tensor([1.0, 0.0])
