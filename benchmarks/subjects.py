@@ -171,7 +171,7 @@ def _undecided(oracle: Path, texts: Sequence[str]) -> dict[str, Any]:
     """A constraint that half of such texts violate, so that R always has something to learn."""
     options = {"model": str(oracle), "label": "LABEL_1"}
     beginnings = [" ".join(text.split()[:8]) for text in texts]
-    violations = [score.violation for score in Classifier(**options).score(beginnings)]
+    violations = [score.violation for score in Classifier(**options).score(None, beginnings)]
     return {"type": "classifier", **options, "threshold": statistics.median(violations)}
 
 

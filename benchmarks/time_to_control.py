@@ -94,7 +94,7 @@ def rate_of(recipe: Recipe, options: argparse.Namespace) -> Rate:
             batch_size=plan.batch_size,
             seed=0,
         )
-        verdicts = [score.complies for score in constraint.score([*chain.from_iterable(texts)])]
+        verdicts = [score.complies for score in constraint.score(None, [*chain.from_iterable(texts)])]
         known = [verdict for verdict in verdicts if verdict is not None]
         return 1 - sum(known) / len(known)
 

@@ -65,6 +65,16 @@ def rewards(report: dict, steps: slice) -> float:
 # ------------------------------------------------------------------ what it learns
 
 
+def test_a_constraint_that_reads_prompts_gets_the_prompt_of_each_completion(run, make):
+    constraint, asked = Fixed(0.2, 0.8), []
+    constraint.reads = "chat"
+    constraint._score = lambda chats: asked.extend(chats) or [index % 2 for index in range(len(chats))]
+    run(make(), constraint, max_steps=1)
+    assert len(asked) == OPTIONS["batch_size"]
+    assert {chat[0]["content"] for chat in asked} <= {"The old", "A", "You never", "Every morning"}
+    assert all([turn["role"] for turn in chat] == ["user", "assistant"] for chat in asked)
+
+
 @pytest.mark.parametrize(("algorithm", "kind"), [("rloo", "llama"), ("grpo", "gpt2")])
 def test_the_reward_rises(run, make, algorithm, kind):
     report = run(make(kind), max_steps=16, options={"algorithm": algorithm, "batch_size": 32})

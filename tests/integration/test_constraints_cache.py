@@ -32,7 +32,7 @@ def asked(server):
 
 
 def values(constraint, texts=TEXTS):
-    return [score.value for score in constraint.score(texts)]
+    return [score.value for score in constraint.score(None, texts)]
 
 
 def test_what_is_known_is_not_asked_again(server, remote):
@@ -42,10 +42,10 @@ def test_what_is_known_is_not_asked_again(server, remote):
 
 
 def test_what_a_number_means_can_be_changed_for_nothing(server, remote):
-    (strict,) = remote(threshold=0.2).score(["x"])
-    (mild,) = remote(threshold=0.4).score(["x"])
-    (reverse,) = remote(violates="low", range=[0, 3]).score(["x"])
-    (outside,) = remote(range=[1, 5]).score(["x"])
+    (strict,) = remote(threshold=0.2).score(None, ["x"])
+    (mild,) = remote(threshold=0.4).score(None, ["x"])
+    (reverse,) = remote(violates="low", range=[0, 3]).score(None, ["x"])
+    (outside,) = remote(range=[1, 5]).score(None, ["x"])
     assert (strict.complies, mild.complies) == (False, True)
     assert reverse.value == pytest.approx(0.1)
     assert outside.is_missing
@@ -56,8 +56,8 @@ def test_what_a_number_means_can_be_changed_for_nothing(server, remote):
     "change", [{"version": 2}, {"body": {"t": "{text}", "x": 1}}, {"score": "rude || other"}, {"headers": {"V": "2"}}]
 )
 def test_another_scorer_is_asked_itself(server, remote, change):
-    remote().score(["x"])
-    remote(**change).score(["x"])
+    remote().score(None, ["x"])
+    remote(**change).score(None, ["x"])
     assert len(server.requests) == 2
 
 
@@ -78,14 +78,14 @@ def test_any_text_has_a_key(remote, server):
 
 
 def test_texts_are_not_stored(remote, tmp_path):
-    remote().score(["you grumblefish"])
+    remote().score(None, ["you grumblefish"])
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files
     assert not any(b"grumblefish" in path.read_bytes() for path in files)
 
 
 def test_the_default_file_is_in_the_cache_folder(remote, tmp_path, monkeypatch):
-    remote(cache=True).score(["x"])
+    remote(cache=True).score(None, ["x"])
     assert (tmp_path / "cache" / "scores.sqlite").is_file()
     assert remote(cache=False).cache is None
     monkeypatch.delenv("BRIDLE_CACHE")
@@ -150,7 +150,7 @@ class TestAFileThatIsNone:
         with pytest.raises(UserError, match=f"cache {re.escape(str(path))}: cannot be used .*{match}.*move it away"):
             constraint.load()
         with pytest.raises(UserError, match="cannot be used"):
-            constraint.score(["x"])
+            constraint.score(None, ["x"])
         assert path.read_bytes() == before
 
     def test_no_database(self, remote, tmp_path):
@@ -167,11 +167,11 @@ class TestAFileThatIsNone:
 
     def test_a_damaged_database(self, server, remote, tmp_path):
         path = tmp_path / "labels.sqlite"
-        remote().score(TEXTS)
+        remote().score(None, TEXTS)
         whole = path.read_bytes()
         path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
         with pytest.raises(UserError, match=r"labels.sqlite: cannot be used .*malformed"):
-            remote().score(TEXTS)
+            remote().score(None, TEXTS)
 
     def test_no_possible_place(self, remote, tmp_path):
         (tmp_path / "file").touch()
@@ -180,12 +180,12 @@ class TestAFileThatIsNone:
 
     @pytest.mark.parametrize("stored", ["[NaN]", "[]", "0.5", '["high"]', "no JSON"])
     def test_a_label_that_is_none(self, remote, tmp_path, stored):
-        remote().score(["x"])
+        remote().score(None, ["x"])
         with sqlite3.connect(tmp_path / "labels.sqlite") as database:
             database.execute("UPDATE labels SET label = ?", (stored,))
         database.close()
         with pytest.raises(UserError, match=f"holds .{re.escape(stored)}. for a label"):
-            remote().score(["x"])
+            remote().score(None, ["x"])
 
 
 class TestAnyConstraint:
@@ -207,7 +207,7 @@ class TestAnyConstraint:
         spec = {"type": "python", "function": "lengthy:score", "cache": str(tmp_path / "labels.sqlite")}
         constraint = build_constraint(spec, name="short")
         assert isinstance(constraint, Cached)
-        scores = constraint.score(["aaaaaaa", "aaa", "", "aaa"])
+        scores = constraint.score(None, ["aaaaaaa", "aaa", "", "aaa"])
         assert [(score.value, score.complies) for score in scores] == [
             (0.7, True),
             (0.3, False),
@@ -215,10 +215,10 @@ class TestAnyConstraint:
             (0.3, False),
         ]
         assert scores[2].reason == "constraint 'short' gave no score"
-        assert build_constraint(spec, name="short").score(["aaaaaaa", "aaa", "", "aaa"]) == scores
+        assert build_constraint(spec, name="short").score(None, ["aaaaaaa", "aaa", "", "aaa"]) == scores
         assert self.calls(module) == 4, "three texts, and the missing one again"
         assert constraint.describe() == {"type": "python", "function": "lengthy:score", "name": "short"}
-        build_constraint({**spec, "version": 2}).score(["aaa"])
+        build_constraint({**spec, "version": 2}).score(None, ["aaa"])
         assert self.calls(module) == 5
 
     def test_a_function_that_was_edited_is_another(self, module, tmp_path):
@@ -250,7 +250,7 @@ class TestAnyConstraint:
         assert (one & other).identity() != (one & one).identity()
         constraint = Cached(one | ~other, str(tmp_path / "labels.sqlite"))
         for _ in range(2):
-            assert [score.complies for score in constraint.score(["muddlehead", "grumblefish"])] == [True, False]
+            assert [score.complies for score in constraint.score(None, ["muddlehead", "grumblefish"])] == [True, False]
 
     def test_a_version_needs_a_cache(self):
         with pytest.raises(UserError, match="unknown key 'version'"):

@@ -31,11 +31,11 @@ def remote(server):
 
 
 def values(constraint, texts=TEXTS):
-    return [score.value for score in constraint.score(texts)]
+    return [score.value for score in constraint.score(None, texts)]
 
 
 def test_one_text_a_request(server, remote):
-    scores = remote().score(TEXTS)
+    scores = remote().score(None, TEXTS)
     assert [score.value for score in scores] == pytest.approx([0.8, 0.1, 0.8, 0.8, 0.1])
     assert [score.complies for score in scores] == [True, False, True, True, False]
     assert sorted(body["input"] for body in server.bodies) == sorted(set(TEXTS)), "each text once, and as it is"
@@ -55,7 +55,7 @@ def test_a_batch_that_is_refused_is_asked_text_by_text(server, remote):
         return ok({"all": [{"rude": rudeness(text)} for text in request["inputs"]]})
 
     server.answer = answer
-    scores = remote(LISTS, batch_size=3).score(["a kettle", "", "you grumblefish"])
+    scores = remote(LISTS, batch_size=3).score(None, ["a kettle", "", "you grumblefish"])
     assert [score.value for score in scores] == pytest.approx([0.8, None, 0.1])
     assert scores[1].reason == "HTTP 400 input is empty"
 
@@ -63,10 +63,10 @@ def test_a_batch_that_is_refused_is_asked_text_by_text(server, remote):
 def test_the_threshold_is_on_the_endpoints_scale(remote, server):
     server.answer = lambda request: ok({"rude": float(request["input"])})
     texts = ["1", "3", "3.1", "5"]
-    scores = remote(range=[1, 5]).score(texts)
+    scores = remote(range=[1, 5]).score(None, texts)
     assert [score.value for score in scores] == pytest.approx([1, 0.5, 0.475, 0])
     assert [score.complies for score in scores] == [True, True, False, False], "at the threshold it complies"
-    scores = remote(range=[1, 5], violates="low", threshold=3.1).score(texts)
+    scores = remote(range=[1, 5], violates="low", threshold=3.1).score(None, texts)
     assert [score.value for score in scores] == pytest.approx([0, 0.5, 0.525, 1])
     assert [score.complies for score in scores] == [False, False, True, True]
 
@@ -121,7 +121,7 @@ def test_no_fault_becomes_a_label(server, remote, fault, tmp_path):
     server.answer = lambda request: fault
     timeout = 0.2 if fault in (silent, trickle) else 5
     constraint = remote(cache=str(tmp_path / "labels.sqlite"), timeout=timeout)
-    (score,) = constraint.score(["you grumblefish"])
+    (score,) = constraint.score(None, ["you grumblefish"])
     assert (score.value, score.complies) == (None, None)
     assert score.reason
     server.answer = lambda request: ok({"rude": "0.9"})
@@ -163,7 +163,7 @@ def test_a_refused_key_stops_the_scoring_and_keeps_what_was_paid_for(server, rem
     constraint = remote(cache=str(tmp_path / "labels.sqlite"), concurrency=1)
     server.script.extend([ok({"rude": 0.2}), error(401, "no credit")])
     with pytest.raises(UserError, match="refuses the key"):
-        constraint.score(["a", "b", "c"])
+        constraint.score(None, ["a", "b", "c"])
     assert len(server.requests) == 2
     assert values(constraint, ["a", "b", "c"]) == pytest.approx([0.8] * 3)
     assert sorted(body["input"] for body in server.bodies) == ["a", "b", "b", "c"]
@@ -352,7 +352,7 @@ def test_the_key_shows_nowhere(server, remote, monkeypatch, caplog, capfd, tmp_p
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     constraint = remote(cache=str(tmp_path / "labels.sqlite"), api_key_env="OPENAI_API_KEY")
     server.script.extend([error(400, f"{KEY} is no good"), ok({"rude": f"key {KEY}"}), ok({KEY: 1})])
-    reasons = [score.reason for score in constraint.score(["a", "b", "c", "d"])]
+    reasons = [score.reason for score in constraint.score(None, ["a", "b", "c", "d"])]
     assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers, _ in server.requests)
     assert sum(bool(reason) for reason in reasons) == 3
     described = f"{reasons} {constraint.describe()} {constraint.identity()} {vars(constraint)}"

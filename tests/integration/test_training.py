@@ -147,8 +147,8 @@ class TestRegularisers:
             constraint.waits = waits
             calls[waits] = asked = []
             score = constraint.score
-            constraint.score = lambda texts, asked=asked, score=score: (
-                asked.append((threading.current_thread().name, list(texts))) or score(texts)
+            constraint.score = lambda prompts, texts, asked=asked, score=score: (
+                asked.append((threading.current_thread().name, list(texts))) or score(prompts, texts)
             )
             regularisers = {"rude": Regulariser(constraint, weight=4.0)}
             trainer = trainer_of(folder, tmp_path / f"{waits}", regularisers, rollout_batch_size=8)
@@ -159,6 +159,18 @@ class TestRegularisers:
         ahead = [texts for name, texts in calls[True] if name.startswith("scoring")]
         assert len(ahead) == 8
         assert all(not texts for name, texts in calls[True] if not name.startswith("scoring")), "nothing is left over"
+
+    @pytest.mark.parametrize("waits", [False, True])
+    def test_a_constraint_that_reads_prompts_gets_those_of_its_rollouts(self, tiny_folder, tmp_path, waits):
+        constraint, asked = Letters(["unused"], reads="prompt+completion"), set()
+        constraint.waits = waits
+        score = constraint._score
+        constraint._score = lambda texts: asked.update(texts) or score(texts)
+        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(constraint)}, max_steps=1, rounds=1)
+        trainer.train()
+        rollouts = trainer.regularisers[0].rollouts
+        assert asked == {rollout.prompt + rollout.completion for rollout in rollouts}
+        assert all(rollout.complies == ("e" not in rollout.prompt + rollout.completion) for rollout in rollouts)
 
     @pytest.mark.parametrize("lora", [None, LoraOptions(r=2)])
     @pytest.mark.parametrize("anchor", ["live", "previous", "initial"])

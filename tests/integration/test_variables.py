@@ -179,9 +179,9 @@ class TestReading:
         path = tmp_path / "recipe.yaml"
         path.write_text("env: [SOME_SECRET]\nconstraints: {kind: {type: regex, pattern: '${SOME_SECRET}'}}\n")
         kind = constraint_of(f"{path}:kind")
-        assert kind.score(["an invented-secret"])[0].complies is False
+        assert kind.score(None, ["an invented-secret"])[0].complies is False
         assert kind.describe()["pattern"] == "${SOME_SECRET}"
-        assert build_constraint(Variables(frozenset({"SOME_SECRET"})).expanded(kind.describe())).score(["b"])
+        assert build_constraint(Variables(frozenset({"SOME_SECRET"})).expanded(kind.describe())).score(None, ["b"])
         path.write_text("constraints: {kind: {type: regex, pattern: '${SOME_SECRET}'}}\n")
         with pytest.raises(UserError, match=r"recipe.yaml: \$\{SOME_SECRET\}: the recipe does not say"):
             constraint_of(f"{path}:kind")

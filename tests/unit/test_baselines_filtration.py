@@ -75,6 +75,28 @@ def test_a_completion_may_be_a_chat():
     assert recorder.asked == ["good day"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "read"),
+    [
+        ({"text": ["good day"]}, "good day"),
+        ({"prompt": ["say hello: "], "completion": ["hello"]}, "say hello: hello"),
+        (
+            {"prompt": [[turn("user", "hello")]], "completion": [[turn("assistant", "good day")]]},
+            "user: hello\nassistant: good day",
+        ),
+        (
+            {"messages": [[turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]]},
+            "user: a\nassistant: b\nuser: c\nassistant: d",
+        ),
+    ],
+)
+def test_a_constraint_that_reads_prompts_gets_the_row_s(rows, read):
+    recorder = Recorder()
+    recorder.reads = "prompt+completion"
+    compliant_rows(Dataset.from_dict(rows), recorder, "corpus")
+    assert recorder.asked == [read]
+
+
 def test_no_row_left_is_an_error_that_says_why():
     rows = Dataset.from_dict({"text": ["you grumblefish", "really?"]})
     with pytest.raises(UserError, match=r"corpus: none of its 2 rows complies with 'recorder' \(1 violate, 1 got no"):

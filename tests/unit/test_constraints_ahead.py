@@ -22,11 +22,15 @@ class Distant(Constraint):
         return [float("e" not in text) for text in texts]
 
 
+def ask(scoring, texts):
+    scoring.ask([None] * len(texts), texts)
+
+
 def test_asking_does_not_wait_and_each_text_is_asked_once():
     constraint = Distant()
     with ScoringAhead(constraint) as scoring:
-        scoring.ask(["tea", "mint", "tea"])
-        scoring.ask(["mint", "sage"])
+        ask(scoring, ["tea", "mint", "tea"])
+        ask(scoring, ["mint", "sage"])
         assert constraint.asked == []
         constraint.may_answer.set()
         assert scoring.scores() == {"tea": Score(0.0, False), "mint": Score(1.0, True), "sage": Score(0.0, False)}
@@ -37,7 +41,7 @@ def test_one_that_computes_here_is_left_alone():
     constraint = Distant()
     constraint.waits = False
     with ScoringAhead(constraint) as scoring:
-        scoring.ask(["tea"])
+        ask(scoring, ["tea"])
         assert scoring.scores() == {}
     assert constraint.asked == []
 
@@ -50,16 +54,16 @@ def test_a_combination_waits_if_a_part_does():
 def test_a_mistake_is_raised_at_the_end_and_nothing_is_asked_after_it():
     constraint, calls = Distant(), []
 
-    def score(texts):
-        calls.append(texts)
+    def score(prompts, texts):
+        calls.append(list(texts))
         raise UserError("the key is refused")
 
     constraint.score = score
     with ScoringAhead(constraint) as scoring:
-        scoring.ask(["tea"])
+        ask(scoring, ["tea"])
         with pytest.raises(UserError, match="the key is refused"):
             scoring.scores()
-        scoring.ask(["mint"])
+        ask(scoring, ["mint"])
     assert calls == [["tea"]]
 
 
@@ -67,7 +71,7 @@ def test_leaving_drops_what_was_not_asked():
     constraint = Distant()
     timer = threading.Timer(0.2, constraint.may_answer.set)
     with ScoringAhead(constraint) as scoring:
-        scoring.ask(["tea"])
-        scoring.ask(["mint"])
+        ask(scoring, ["tea"])
+        ask(scoring, ["mint"])
         timer.start()
     assert constraint.asked == ["tea"]

@@ -22,7 +22,7 @@ class Fixed(Constraint):
 
 
 def test_numbers_and_verdicts_become_scores_of_the_same_order():
-    scores = Fixed([0.7, True, 0, None, Score(0.9, False)]).score(list("abcde"))
+    scores = Fixed([0.7, True, 0, None, Score(0.9, False)]).score(None, list("abcde"))
     assert [s.value for s in scores] == [0.7, 1.0, 0.0, None, 0.9]
     assert [s.complies for s in scores] == [True, True, False, None, False]
     assert "fixed" in scores[3].reason
@@ -32,7 +32,7 @@ def test_numbers_and_verdicts_become_scores_of_the_same_order():
     "raw", [torch.tensor([0.25, 1.0]), np.array([0.25, 1.0]), [np.float32(0.25), np.bool_(True)], (0.25, 1)]
 )
 def test_arrays_and_tensors_are_taken(raw):
-    scores = Fixed(raw).score(["a", "b"])
+    scores = Fixed(raw).score(None, ["a", "b"])
     assert [s.value for s in scores] == [0.25, 1.0]
     assert all(type(s.value) is float and type(s.complies) is bool for s in scores)
 
@@ -40,23 +40,23 @@ def test_arrays_and_tensors_are_taken(raw):
 @pytest.mark.parametrize("bad", [nan, -0.01, 1.01, float("inf"), "0.5", [0.5], Score(nan, True), Score(2, True)])
 def test_a_score_out_of_range_names_the_constraint_and_the_index(bad):
     with pytest.raises(UserError, match=r"'fixed', text 1: ") as error:
-        Fixed([0.5, bad, 0.5]).score(["a", "b", "c"])
+        Fixed([0.5, bad, 0.5]).score(None, ["a", "b", "c"])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("raw", [[], [0.5], [0.5] * 3, None, 0.5, "ab", {0: 0.5, 1: 0.5}])
 def test_a_wrong_number_of_scores_names_the_constraint(raw):
     with pytest.raises(UserError, match=r"'fixed'.*2, one for each text"):
-        Fixed(raw).score(["a", "b"])
+        Fixed(raw).score(None, ["a", "b"])
 
 
 def test_no_texts_give_no_scores():
-    assert Fixed(None).score([]) == []
+    assert Fixed(None).score(None, []) == []
 
 
 def test_a_single_text_is_not_taken_for_its_letters():
     with pytest.raises(TypeError, match="list of texts"):
-        Fixed([1, 1]).score("ab")
+        Fixed([1, 1]).score(None, "ab")
 
 
 def test_a_score_has_a_value_and_a_verdict_or_neither():
@@ -77,32 +77,32 @@ def test_violation_is_what_is_left_of_the_value():
 def test_and_or_not_join_values_and_verdicts():
     a, b = Fixed([0.9, 0.9, 0.2, 0.2], "a"), Fixed([0.7, 0.1, 0.8, 0.4], "b")
     texts = list("wxyz")
-    assert [s.value for s in (a & b).score(texts)] == [0.7, 0.1, 0.2, 0.2]
-    assert [s.complies for s in (a & b).score(texts)] == [True, False, False, False]
-    assert [s.value for s in (a | b).score(texts)] == [0.9, 0.9, 0.8, 0.4]
-    assert [s.complies for s in (a | b).score(texts)] == [True, True, True, False]
-    assert [s.value for s in (~b).score(texts)] == pytest.approx([0.3, 0.9, 0.2, 0.6])
-    assert [s.complies for s in (~b).score(texts)] == [False, True, False, True]
+    assert [s.value for s in (a & b).score(None, texts)] == [0.7, 0.1, 0.2, 0.2]
+    assert [s.complies for s in (a & b).score(None, texts)] == [True, False, False, False]
+    assert [s.value for s in (a | b).score(None, texts)] == [0.9, 0.9, 0.8, 0.4]
+    assert [s.complies for s in (a | b).score(None, texts)] == [True, True, True, False]
+    assert [s.value for s in (~b).score(None, texts)] == pytest.approx([0.3, 0.9, 0.2, 0.6])
+    assert [s.complies for s in (~b).score(None, texts)] == [False, True, False, True]
     assert (a & ~b | a).name == "((a & ~b) | a)"
 
 
 def test_verdicts_are_joined_as_such_and_not_read_off_the_value():
     strict = Fixed([Score(0.8, False)], "strict")
     lax = Fixed([Score(0.6, True)], "lax")
-    assert (strict & lax).score(["x"]) == [Score(0.6, False)]
-    assert (strict | lax).score(["x"]) == [Score(0.8, True)]
-    assert (~strict).score(["x"])[0].complies is True
+    assert (strict & lax).score(None, ["x"]) == [Score(0.6, False)]
+    assert (strict | lax).score(None, ["x"]) == [Score(0.8, True)]
+    assert (~strict).score(None, ["x"])[0].complies is True
 
 
 @pytest.mark.parametrize("join", [lambda a, b: a & b, lambda a, b: b | a, lambda a, b: ~a])
 def test_what_a_part_cannot_score_is_missing_with_its_reason(join):
     missing, sure = Fixed([Score.missing("no reply")], "a"), Fixed([1.0], "b")
-    assert join(missing, sure).score(["x"]) == [Score.missing("no reply")]
+    assert join(missing, sure).score(None, ["x"]) == [Score.missing("no reply")]
 
 
 def test_a_mistake_of_a_part_names_the_part():
     with pytest.raises(UserError, match="'inner', text 0"):
-        (Fixed([2.0], "inner") & Fixed([1.0], "other")).score(["x"])
+        (Fixed([2.0], "inner") & Fixed([1.0], "other")).score(None, ["x"])
 
 
 def test_loading_a_combination_loads_its_parts():

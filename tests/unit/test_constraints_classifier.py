@@ -90,11 +90,11 @@ def texts():
 
 
 def values(constraint, texts):
-    return [score.value for score in constraint.score(texts)]
+    return [score.value for score in constraint.score(None, texts)]
 
 
 def test_the_value_is_one_minus_the_probability_of_the_label(folder, network, texts):
-    scores = Classifier(folder, "grumpy", threshold=0.4, batch_size=7).score(texts)
+    scores = Classifier(folder, "grumpy", threshold=0.4, batch_size=7).score(None, texts)
     expected = [reference(network, word_tokenizer(), text).softmax(-1)[1].item() for text in texts]
     assert [s.violation for s in scores] == pytest.approx(expected, abs=1e-6)
     assert [s.complies for s in scores] == [p <= 0.4 for p in expected]
@@ -102,8 +102,8 @@ def test_the_value_is_one_minus_the_probability_of_the_label(folder, network, te
 
 
 def test_a_label_may_mean_that_the_text_complies(folder, texts):
-    violates = Classifier(folder, "calm", threshold=0.3).score(texts)
-    complies = Classifier(folder, "calm", means="complies", threshold=0.3).score(texts)
+    violates = Classifier(folder, "calm", threshold=0.3).score(None, texts)
+    complies = Classifier(folder, "calm", means="complies", threshold=0.3).score(None, texts)
     assert [s.value for s in complies] == pytest.approx([s.violation for s in violates], abs=1e-12)
     assert [s.complies for s in complies] == [not s.complies for s in violates]
 
@@ -150,9 +150,9 @@ def test_a_probability_at_the_threshold_does_not_violate(tmp_path, means):
     network = bert({0: "grumpy"})
     torch.nn.init.zeros_(network.classifier.weight)
     folder = save(tmp_path, network, word_tokenizer())
-    assert Classifier(folder, "grumpy", means=means, threshold=0.5).score(["my friend"])[0].complies
+    assert Classifier(folder, "grumpy", means=means, threshold=0.5).score(None, ["my friend"])[0].complies
     beyond = 0.49 if means == "violates" else 0.51
-    assert not Classifier(folder, "grumpy", means=means, threshold=beyond).score(["my friend"])[0].complies
+    assert not Classifier(folder, "grumpy", means=means, threshold=beyond).score(None, ["my friend"])[0].complies
 
 
 def test_the_first_tokens_of_a_long_text_are_scored_and_counted(tmp_path, network):
@@ -212,7 +212,7 @@ def test_a_decoder_without_a_pad_token_is_scored_in_batches(gpt2, texts):
     texts = [text + "!" for text in texts]  # "!" is token 0, which is no padding here
     network = GPT2ForSequenceClassification.from_pretrained(gpt2)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gpt2, truncation_side="right")
-    scored = Classifier(gpt2, "LABEL_0", means="complies").score(texts)
+    scored = Classifier(gpt2, "LABEL_0", means="complies").score(None, texts)
     inputs = [tokenizer(t, return_tensors="pt", truncation=True, max_length=64) for t in texts]
     with torch.no_grad():
         expected = [network(input_ids=i["input_ids"]).logits[0].softmax(-1)[0].item() for i in inputs]
@@ -220,8 +220,19 @@ def test_a_decoder_without_a_pad_token_is_scored_in_batches(gpt2, texts):
     assert [s.value for s in scored] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_chat_is_written_by_the_tokenizer_s_template_or_in_lines(network, tmp_path):
+    template = "[CLS]{% for m in messages %}{{ m.role }} says {{ m.content }} {% endfor %}"
+    chat, completion = [{"role": "old", "content": "the fish"}], "my friend"
+    written = {template: "old says the fish assistant says my friend ", None: "old: the fish\nassistant: my friend"}
+    for number, (given, text) in enumerate(written.items()):
+        tokenizer = word_tokenizer(chat_template=given, bos_token="[CLS]")
+        constraint = Classifier(save(tmp_path / str(number), network, tokenizer), "calm", reads="chat")
+        (score,) = constraint.score([chat], [completion])
+        assert score.violation == pytest.approx(reference(network, tokenizer, text).softmax(-1)[0].item(), abs=1e-6)
+
+
 def test_a_text_without_tokens_is_missing(gpt2):
-    empty, other = Classifier(gpt2, "LABEL_0").score(["", "grumblefish"])
+    empty, other = Classifier(gpt2, "LABEL_0").score(None, ["", "grumblefish"])
     assert empty.is_missing
     assert empty.reason == "the text has no token"
     assert not other.is_missing
@@ -238,14 +249,14 @@ def test_weights_are_float32_on_the_cpu_whatever_the_checkpoint(tmp_path, networ
     folder = save(tmp_path, half.half(), word_tokenizer())
     constraint = Classifier(folder, "grumpy", device="cpu")
     expected = [reference(half.float(), word_tokenizer(), text).softmax(-1)[1].item() for text in texts]
-    assert [s.violation for s in constraint.score(texts)] == pytest.approx(expected, abs=1e-6)
+    assert [s.violation for s in constraint.score(None, texts)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_nan_from_the_network_is_an_error(tmp_path):
     network = bert()
     torch.nn.init.constant_(network.classifier.bias, float("nan"))
     with pytest.raises(UserError, match="'mood', text 0: the score is nan"):
-        Classifier(save(tmp_path, network, word_tokenizer()), "calm", name="mood").score(["my friend"])
+        Classifier(save(tmp_path, network, word_tokenizer()), "calm", name="mood").score(None, ["my friend"])
 
 
 def test_an_unknown_label_lists_the_known_ones(folder):
@@ -255,9 +266,9 @@ def test_an_unknown_label_lists_the_known_ones(folder):
 
 def test_nothing_is_loaded_before_it_is_needed(tmp_path):
     constraint = Classifier(tmp_path / "none", "calm")
-    assert constraint.score([]) == []
+    assert constraint.score(None, []) == []
     with pytest.raises(UserError, match="no such folder"):
-        constraint.score(["my friend"])
+        constraint.score(None, ["my friend"])
 
 
 def remove(*names):
@@ -335,7 +346,7 @@ def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypa
 def test_the_stand_in_classifier_tells_toxic_rows_from_others(shared):
     with (shared / "data" / "jigsaw.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in islice(lines, 0, None, 32)]
-    scores = Classifier(shared / "models" / "mini-toxicity", "toxic").score([row["text"] for row in rows])
+    scores = Classifier(shared / "models" / "mini-toxicity", "toxic").score(None, [row["text"] for row in rows])
     flagged = [not score.complies for score in scores]
     hits = [found == bool(row["label"]) for found, row in zip(flagged, rows, strict=True)]
     assert sum(hits) / len(hits) > 0.7

@@ -37,14 +37,14 @@ def scorers(tmp_path, monkeypatch):
 
 
 def test_a_function_from_the_current_directory_scores(scorers):
-    scores = PythonFunction(f"{scorers}:soft").score(["ab", "", "abcd"])
+    scores = PythonFunction(f"{scorers}:soft").score(None, ["ab", "", "abcd"])
     assert [s.value for s in scores] == [0.5, None, 0.25]
     assert [s.complies for s in scores] == [True, None, False]
     assert "soft" in scores[1].reason
 
 
 def test_a_function_may_sit_inside_a_class(scorers):
-    assert [s.complies for s in PythonFunction(f"{scorers}:Judge.short").score(["a", "a" * 30])] == [
+    assert [s.complies for s in PythonFunction(f"{scorers}:Judge.short").score(None, ["a", "a" * 30])] == [
         True,
         False,
     ]
@@ -76,17 +76,17 @@ def test_a_module_that_fails_when_imported_is_told(tmp_path, monkeypatch, line):
     (tmp_path / f"{name}.py").write_text(line)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=f"cannot import {name}:score: "):
-        PythonFunction(f"{name}:score").score(["a"])
+        PythonFunction(f"{name}:score").score(None, ["a"])
 
 
 def test_an_exception_in_the_call_names_the_function_and_the_cause(scorers):
     with pytest.raises(UserError, match=f"{scorers}:broken failed on 2 texts: KeyError: ") as error:
-        PythonFunction(f"{scorers}:broken").score(["a", "b"])
+        PythonFunction(f"{scorers}:broken").score(None, ["a", "b"])
     assert "\n" not in str(error.value)
 
 
 def test_a_wrong_number_of_scores_names_the_constraint(scorers):
     texts = ["a", "b"]
     with pytest.raises(UserError, match="'mine': gave 1 scores"):
-        PythonFunction(f"{scorers}:one_score", name="mine").score(texts)
+        PythonFunction(f"{scorers}:one_score", name="mine").score(None, texts)
     assert texts == ["a", "b"]

@@ -5,11 +5,11 @@ from bridle.errors import UserError
 
 
 def complies(constraint, *texts):
-    return [score.complies for score in constraint.score(texts)]
+    return [score.complies for score in constraint.score(None, texts)]
 
 
 def test_regex_complies_where_nothing_matches():
-    scores = Regex(r"(?i)grumble\w*").score(["You Grumblefish!", "A fine day.", ""])
+    scores = Regex(r"(?i)grumble\w*").score(None, ["You Grumblefish!", "A fine day.", ""])
     assert [s.value for s in scores] == [0.0, 1.0, 1.0]
     assert [s.complies for s in scores] == [False, True, True]
 

@@ -36,7 +36,7 @@ def test_every_type_has_a_short_form(tmp_path):
     words = build_constraint(f"words:{tmp_path / 'mild.txt'},name=mild")
     assert isinstance(words, WordList)
     assert words.name == "mild"
-    assert [s.complies for s in words.score(["a grumblefish", "a fish"])] == [False, True]
+    assert [s.complies for s in words.score(None, ["a grumblefish", "a fish"])] == [False, True]
     regex = build_constraint("regex:a{1,2}:b,name=c")
     assert isinstance(regex, Regex)
     assert regex.pattern == "a{1,2}:b,name=c"
@@ -50,13 +50,13 @@ def test_a_string_in_braces_is_yaml():
     assert isinstance(constraint, AnyOf)
     assert isinstance(constraint.parts[1], Not)
     assert constraint.name == "pets"
-    assert [s.complies for s in constraint.score(["fish", "fish and bird", "none"])] == [False, True, True]
+    assert [s.complies for s in constraint.score(None, ["fish", "fish and bird", "none"])] == [False, True, True]
 
 
 def test_a_list_means_all_of_them():
     constraint = build_constraint(["regex:fish", {"type": "regex", "pattern": "bird"}])
     assert isinstance(constraint, AllOf)
-    assert [s.complies for s in constraint.score(["cat", "fish", "bird"])] == [True, False, False]
+    assert [s.complies for s in constraint.score(None, ["cat", "fish", "bird"])] == [True, False, False]
 
 
 def test_a_name_replaces_the_specifications_own():
@@ -97,7 +97,7 @@ def test_the_examples_of_the_page_are_constraints(tmp_path, monkeypatch):
     (tmp_path / "mild.txt").write_text("grumblefish")
     page = (ROOT / "docs" / "constraints.md").read_text(encoding="utf-8")
     recipe, *examples = (parse_yaml(block, "page") for block in re.findall(r"```yaml[^\n]*\n(.*?)```", page, re.DOTALL))
-    assert build_recipe(recipe).constraints["polite"].score(["you grumblefish"])[0].complies is False
+    assert build_recipe(recipe).constraints["polite"].score(None, ["you grumblefish"])[0].complies is False
     built = {name: build_constraint(spec, name) for example in examples for name, spec in example.items()}
     assert len(built) > 12
     assert {type(constraint) for constraint in built.values()} >= {*TYPES.values(), AllOf, AnyOf, Not, Cached}

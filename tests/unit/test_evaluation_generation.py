@@ -141,7 +141,7 @@ def test_missing_scores_are_counted_and_move_no_rate(completions):
 
 def test_scores_come_back_in_the_shape_of_the_completions_from_one_call():
     constraint = Kindness()
-    scores = score_completions([["0.1", "0.2"], ["0.3", "?"]], constraint)
+    scores = score_completions(None, [["0.1", "0.2"], ["0.3", "?"]], constraint)
     assert [[score.value for score in of_prompt] for of_prompt in scores] == [[0.1, 0.2], [0.3, None]]
     assert constraint.calls == 1
 
@@ -331,3 +331,13 @@ def test_a_completion_that_reads_longer_than_it_was_drawn_takes_room_from_the_pr
 def test_each_prompt_needs_its_completions(model, tokenizer):
     with pytest.raises(ValueError, match="zip"):
         output_perplexity(model, tokenizer, [[0]], [["oak"], ["door"]])
+
+
+def test_a_constraint_that_reads_prompts_gets_the_prompt_of_each_sample():
+    asked = []
+    constraint = Anything()
+    constraint.reads = "prompt+completion"
+    constraint._score = lambda texts: asked.extend(texts) or [1.0] * len(texts)
+    chat = [{"role": "user", "content": "ask"}]
+    evaluate_generations([["a", "b"], ["c"]], constraint, prompts=["the ", chat])
+    assert asked == ["the a", "the b", "user: ask\nassistant: c"]

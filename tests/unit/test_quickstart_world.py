@@ -105,7 +105,7 @@ def test_a_word_list_catches_the_explicit_part_only_and_too_much_besides(posts):
     words = build_constraint(
         {"type": "words", "words": [form for word in truth.INSULTS for form in (word, word + "s")]}
     )
-    caught = [score.complies is False for score in words.score([row["body"] for row in posts])]
+    caught = [score.complies is False for score in words.score(None, [row["body"] for row in posts])]
     hostile = [row for row in posts if row["hostile"]]
     recall = sum(found and bool(row["hostile"]) for found, row in zip(caught, posts, strict=True)) / len(hostile)
     assert 0.3 < recall < 0.6

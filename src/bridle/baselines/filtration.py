@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from bridle.constraints import Constraint
 from bridle.data import ROW
-from bridle.data.rows import filled_rows, format_fields, said
+from bridle.data.rows import filled_rows, format_fields, outputs_of
 from bridle.errors import UserError
 
 
@@ -29,7 +29,9 @@ def compliant_rows(rows: Dataset, constraint: Constraint, name: str) -> tuple[Da
     """Drops the rows that would teach the model to violate the constraint.
 
     What is scored is what the model would learn to say: the completion, the assistant's turns (one text,
-    a line each), or the whole text. Blank rows, which teach nothing, go uncounted but for a warning.
+    a line each), or the whole text. A constraint that reads prompts gets the row's: its `prompt`, or the turns before
+    the last of the assistant's, whose completion that one is. Blank rows, which teach nothing, go uncounted but for a
+    warning.
 
     Args:
         rows: as `DataSource.read` and `Domain.read` give them.
@@ -43,7 +45,8 @@ def compliant_rows(rows: Dataset, constraint: Constraint, name: str) -> tuple[Da
         UserError: naming the row, if a value is no text or chat; if no row is left.
     """
     filled = dict(filled_rows(rows, format_fields(rows.column_names, name), name))
-    scores = constraint.score([said(values) for values in filled.values()])
+    outputs = outputs_of(filled.values(), with_prompts=constraint.reads != "completion")
+    scores = constraint.score(*outputs)
     verdicts = dict(zip(filled, (score.complies for score in scores), strict=True))
     kept, missing = (sum(verdict is wanted for verdict in verdicts.values()) for wanted in (True, None))
     counts = Filtered(kept, len(verdicts) - kept - missing, missing)

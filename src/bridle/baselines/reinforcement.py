@@ -150,7 +150,7 @@ def reinforce(
             Where it is full, not an adapter, its weights are put down in `output_dir` for a moment.
         tokenizer: with a pad token.
         prompts: token ids, with the beginning-of-text token where the model expects one.
-        constraint: gives the reward, from the completion's text.
+        constraint: gives the reward, from the text of completion and prompt.
         options: how to reinforce.
         output_dir: for the checkpoints.
         seed: draws prompts and completions.
@@ -181,7 +181,7 @@ def reinforce(
         with _reference(model, output_dir) if options.beta else nullcontext():
             trainer = TRAINERS[options.algorithm](
                 model=model,
-                reward_funcs=constraint_reward(constraint, options.soft_reward),
+                reward_funcs=constraint_reward(constraint, options.soft_reward, tokenizer),
                 args=options.config(output_dir, seed, max_new_tokens),
                 train_dataset=_in_passes(prompts, options.max_steps * options.prompts_per_step, seed),
                 processing_class=tokenizer,
@@ -196,11 +196,18 @@ def reinforce(
 # ------------------------------------------------------------------ the reward
 
 
-def constraint_reward(constraint: Constraint, soft: bool) -> Callable[..., list[float | None]]:
-    """The constraint as TRL calls a reward: 1 complies, 0 violates (or its value, if `soft`), None missing."""
+def constraint_reward(
+    constraint: Constraint, soft: bool, tokenizer: PreTrainedTokenizerBase
+) -> Callable[..., list[float | None]]:
+    """The constraint as TRL calls a reward: 1 complies, 0 violates (or its value, if `soft`), None missing.
 
-    def compliance(completions: list[str], log_metric: Callable[[str, float], None], **_: Any) -> list[float | None]:
-        scores = constraint.score(completions)
+    Prompts are token ids, which `tokenizer` decodes.
+    """
+
+    def compliance(
+        prompts: list[list[int]], completions: list[str], log_metric: Callable[[str, float], None], **_: Any
+    ) -> list[float | None]:
+        scores = constraint.score([tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts], completions)
         log_metric("missing", float(sum(score.is_missing for score in scores)))
         return [score.value if soft or score.complies is None else float(score.complies) for score in scores]
 

@@ -1,10 +1,11 @@
-"""Policies on whole texts: text in, score out. No model under training is known here."""
+"""Policies on whole outputs: prompt and completion in, score out. No model under training is known here."""
 
 from bridle.constraints.ahead import ScoringAhead
 from bridle.constraints.base import AllOf, AnyOf, Constraint, Not, Score
 from bridle.constraints.cache import Cached, ScoreCache
 from bridle.constraints.classifier import Classifier
 from bridle.constraints.function import PythonFunction
+from bridle.constraints.reading import Given, Messages, Reads
 from bridle.constraints.remote import Remote
 from bridle.constraints.rules import Regex, WordList
 from bridle.constraints.spec import build_constraint
@@ -15,8 +16,11 @@ __all__ = [
     "Cached",
     "Classifier",
     "Constraint",
+    "Given",
+    "Messages",
     "Not",
     "PythonFunction",
+    "Reads",
     "Regex",
     "Remote",
     "Score",

@@ -1,4 +1,4 @@
-"""The oracle C on a whole output text: `Score`, `Constraint` and their and / or / not.
+"""The oracle C on a whole output: `Score`, `Constraint` and their and / or / not.
 
 C(x, y) is 1 where a text complies and 0 where it violates, or a probability in between (Meng et al.,
 Findings of EMNLP 2024). A text that cannot be scored is missing; it never becomes a number.
@@ -7,6 +7,7 @@ Findings of EMNLP 2024). A text that cannot be scored is missing; it never becom
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from json import dumps
 from math import nan
 from reprlib import repr as short_repr
 from typing import Annotated, Any, ClassVar
@@ -14,6 +15,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from bridle.constraints.options import checked
+from bridle.constraints.reading import Given, Messages, Reads, as_lines, conversation
 from bridle.errors import UserError
 from bridle.variables import NO_VARIABLES, Variables
 
@@ -60,8 +62,8 @@ class Score:
         return None if self.value is None else 1.0 - self.value
 
 
-class Constraint(ABC):
-    """A policy on whole texts. A subclass defines `_score`; callers use `score`.
+class Constraint:
+    """A policy on whole outputs. A subclass defines `_score`, of what `reads` names; callers use `score`.
 
     `a & b`, `a | b` and `~a` are constraints too: see `AllOf`, `AnyOf` and `Not`.
 
@@ -69,6 +71,9 @@ class Constraint(ABC):
         name: how errors, tables and rollouts call it.
         type_name: how a specification calls its kind.
         variables: of the environment, whose values are among its options and are told nowhere.
+        reads: what `_score` is given for each output: the "completion" alone; "prompt+completion", joined to one text;
+            or the "chat", a list of messages that ends with the completion (see `conversation`). A prompt that is a
+            chat is joined as lines "role: content". Where an output has no prompt, there is only the completion.
         waits: whether scoring is mostly waiting for another machine, so that other work can be done meanwhile. It
             must then be possible in a thread.
     """
@@ -76,32 +81,41 @@ class Constraint(ABC):
     name: str = "constraint"
     type_name: ClassVar[str] = "constraint"
     variables: Variables = NO_VARIABLES
+    reads: Reads = "completion"
     waits: bool = False
 
-    def score(self, texts: Sequence[str]) -> list[Score]:
-        """Scores whole texts.
+    def score(self, prompts: Sequence[Given] | None, completions: Sequence[str]) -> list[Score]:
+        """Scores whole outputs.
+
+        Args:
+            prompts: what each completion goes on from: text, or the messages before it, or None; None for all if there
+                are none. Only a constraint that `reads` more than the completion looks at them.
+            completions: what is judged.
 
         Returns:
-            One score for each text, in the same order.
+            One score for each completion, in the same order.
 
         Raises:
-            UserError: there is not one score for each text, or one is not a number in [0, 1]; it names
-                this constraint and the text's index.
+            UserError: there is not one score for each completion, or one is not a number in [0, 1]; it names
+                this constraint and the completion's index.
         """
-        if isinstance(texts, str):
-            raise TypeError("score takes a list of texts, not one text")
-        texts = list(texts)
-        if not texts:
+        if isinstance(prompts, str) or isinstance(completions, str):
+            raise TypeError("score takes a list of texts (and one of prompts), not one text")
+        completions = list(completions)
+        prompts = [None] * len(completions) if prompts is None else list(prompts)
+        if len(prompts) != len(completions):
+            raise ValueError(f"score: there are {len(prompts)} prompts for {len(completions)} completions")
+        if not completions:
             return []
-        raw = self._score(texts)
+        raw = self._judge(prompts, completions)
         raw = raw.tolist() if hasattr(raw, "tolist") else raw  # tensors and arrays
-        if not isinstance(raw, list | tuple) or len(raw) != len(texts):
+        if not isinstance(raw, list | tuple) or len(raw) != len(completions):
             given = f"{len(raw)} scores" if isinstance(raw, list | tuple) else f"a {type(raw).__name__}"
-            wanted = f"a list of {len(texts)}, one for each text"
+            wanted = f"a list of {len(completions)}, one for each text"
             raise UserError(f"constraint '{self.name}': gave {given}; it must give {wanted}")
         return [self._checked(score, index) for index, score in enumerate(raw)]
 
-    def load(self) -> None:  # noqa: B027 (most have nothing to load)
+    def load(self) -> None:
         """Loads what scoring needs, so that a mistake shows before long work; `score` does so by itself.
 
         Raises:
@@ -117,12 +131,34 @@ class Constraint(ABC):
         """Returns what decides the scores, as JSON values, for a cache: no names, and files by their content."""
         return self._settings()
 
-    @abstractmethod
-    def _score(self, texts: list[str]) -> Sequence[Score | float | None]:
-        """Returns for each text a `Score`, a number in [0, 1] (1 complies), or None where it is missing."""
+    def key(self, prompt: Given, completion: str) -> str:
+        """Returns a text that is equal for two outputs only if what this constraint reads of them is."""
+        return completion if self.reads == "completion" else dumps([prompt, completion], sort_keys=True)
+
+    def _judge(self, prompts: list[Given], completions: list[str]) -> Any:
+        """Returns what `_score` does, for outputs with their prompts."""
+        return self._score([self._read(*output) for output in zip(prompts, completions, strict=True)])
+
+    def _score(self, outputs: list[Any]) -> Sequence[Score | float | None]:
+        """Returns for each output a `Score`, a number in [0, 1] (1 complies), or None where it is missing."""
+        raise NotImplementedError(f"{type(self).__name__} defines no _score")
+
+    def _read(self, prompt: Given, completion: str) -> str | Messages:
+        """Returns what `reads` names of one output."""
+        if self.reads == "completion":
+            return completion
+        if self.reads == "chat":
+            return conversation(prompt, completion)
+        return (
+            self._as_text(conversation(prompt, completion)) if isinstance(prompt, list) else (prompt or "") + completion
+        )
+
+    def _as_text(self, messages: Messages) -> str:
+        return as_lines(messages)
 
     def _settings(self) -> dict[str, Any]:
-        return {"type": self.type_name}
+        reads = {} if self.reads == "completion" else {"reads": self.reads}  # not to change what caches know already
+        return {"type": self.type_name} | reads
 
     def _checked(self, raw: object, index: int) -> Score:
         if raw is None:
@@ -157,15 +193,33 @@ def _as_float(raw: Any) -> float:
         return nan
 
 
+class TextConstraint(Constraint):
+    """A constraint that takes a chat as text too."""
+
+    def _read(self, prompt: Given, completion: str) -> str | Messages:
+        read = super()._read(prompt, completion)
+        return read if isinstance(read, str) else self._as_text(read)
+
+
+def widest(parts: Sequence[Constraint]) -> Reads:
+    """What constraints read together."""
+    read = {part.reads for part in parts}
+    return next((reads for reads in ("chat", "prompt+completion") if reads in read), "completion")
+
+
 Parts = Annotated[list[Constraint], Field(min_length=1)]
 
 
-class _Combination(Constraint):
-    """Constraints joined by one operator. What a part cannot score is missing, for the part's reason."""
+class _Combination(Constraint, ABC):
+    """Constraints joined by one operator, each of which reads what it reads.
+
+    What a part cannot score is missing, for the part's reason.
+    """
 
     def __init__(self, parts: list[Constraint], name: str):
         self.parts, self.name = parts, name
         self.waits = any(part.waits for part in parts)
+        self.reads = widest(parts)
 
     def load(self) -> None:
         for part in self.parts:
@@ -177,8 +231,8 @@ class _Combination(Constraint):
     def _settings(self) -> dict[str, Any]:
         return {self.type_name: [part.describe() for part in self.parts]}
 
-    def _score(self, texts: list[str]) -> list[Score]:
-        by_part = [part.score(texts) for part in self.parts]
+    def _judge(self, prompts: list[Given], completions: list[str]) -> list[Score]:
+        by_part = [part.score(prompts, completions) for part in self.parts]
         return [self._joined(scores) for scores in zip(*by_part, strict=True)]
 
     def _joined(self, scores: Sequence[Score]) -> Score:

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from bridle.constraints.base import Constraint, Score
 from bridle.constraints.options import checked
+from bridle.constraints.reading import Given
 from bridle.errors import UserError
 
 Label = tuple[float, ...]
@@ -135,7 +136,7 @@ class Cached(Constraint):
     @checked
     def __init__(self, constraint: Constraint, cache: CacheFile = True, version: str | int = ""):
         self.constraint, self.cache, self.version = constraint, ScoreCache.of(cache), version
-        self.waits = constraint.waits
+        self.waits, self.reads = constraint.waits, constraint.reads
 
     @property
     def name(self) -> str:
@@ -159,18 +160,19 @@ class Cached(Constraint):
     def identity(self) -> dict[str, Any]:  # noqa: D102
         return {self.type_name: self.constraint.identity(), "version": self.version}
 
-    def _score(self, texts: list[str]) -> list[Score]:
+    def _judge(self, prompts: list[Given], completions: list[str]) -> list[Score]:
         if self.cache is None:
-            return self.constraint.score(texts)
-        outcomes = dict(self.cache.through(self.identity(), dict.fromkeys(texts), self._ask))
-        return [_as_score(outcomes[text]) for text in texts]
+            return self.constraint.score(prompts, completions)
+        keys = [self.key(*output) for output in zip(prompts, completions, strict=True)]
+        outputs = dict(zip(keys, zip(prompts, completions, strict=True), strict=True))
 
-    def _ask(self, texts: list[str]) -> Iterator[tuple[str, Outcome]]:
-        for text, score in zip(texts, self.constraint.score(texts), strict=True):
-            if score.value is None or score.complies is None:
-                yield text, score.reason
-            else:
-                yield text, (score.value, float(score.complies))
+        def ask(unknown: list[str]) -> Iterator[tuple[str, Outcome]]:
+            asked = [outputs[key] for key in unknown]
+            scores = self.constraint.score([prompt for prompt, _ in asked], [completion for _, completion in asked])
+            yield from zip(unknown, map(_as_outcome, scores), strict=True)
+
+        outcomes = dict(self.cache.through(self.identity(), outputs, ask))
+        return [_as_score(outcomes[key]) for key in keys]
 
 
 def _prepare(database: sqlite3.Connection) -> None:
@@ -184,6 +186,12 @@ def _prepare(database: sqlite3.Connection) -> None:
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("CREATE TABLE labels (key BLOB PRIMARY KEY, label TEXT NOT NULL) WITHOUT ROWID")
     database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+def _as_outcome(score: Score) -> Outcome:
+    if score.value is None or score.complies is None:
+        return score.reason
+    return score.value, float(score.complies)
 
 
 def _as_score(outcome: Outcome) -> Score:

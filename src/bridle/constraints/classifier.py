@@ -15,23 +15,26 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from bridle.constraints.base import Constraint, Score
+from bridle.constraints.base import Score, TextConstraint
 from bridle.constraints.options import Probability, Text, cause, checked
+from bridle.constraints.reading import Messages, Reads, as_lines
 from bridle.errors import UserError
 from bridle.progress import Progress
 from bridle.resources import RowLimit
 from bridle.weights import quiet_loading, refusal
 
 
-class Classifier(Constraint):
+class Classifier(TextConstraint):
     """Scores a text by the probability P(label) that any `AutoModelForSequenceClassification` gives it.
 
     The value is 1 − P(label) where the label means a violation, else P(label). P is a sigmoid for heads with
     one logit and for multi-label heads, else a softmax. Weights are float32 on the CPU and as the checkpoint
     stores them elsewhere; they come from safetensors only, and no code from the checkpoint is run.
 
-    Truncation: the first `max_length` tokens of a text are scored, special tokens included; the attribute
-    `truncated` counts the texts that were cut. A text without any token is missing.
+    Truncation: `max_length` tokens of a text are scored, special tokens included: the first ones of a completion, the
+    last ones where the prompt is read too. The attribute `truncated` counts the texts that were cut. A text without
+    any token is missing. A chat is written by the tokenizer's chat template, or as lines "role: content" if it has
+    none.
 
     Args:
         model: a folder written by `save_pretrained`, or a name on the hub. It is loaded at the first use.
@@ -43,6 +46,7 @@ class Classifier(Constraint):
         device: e.g. "cpu" or "cuda:1"; a GPU if there is one, by default.
         max_length: in tokens; what tokenizer and model take, by default.
         name: how errors and tables call it; "FOLDER:LABEL" if not given.
+        reads: see `Constraint`.
 
     Raises:
         UserError: from `load` and `score`: there is no such model, weight or label, or it is no classifier.
@@ -61,11 +65,12 @@ class Classifier(Constraint):
         device: str | None = None,
         max_length: PositiveInt | None = None,
         name: str | None = None,
+        reads: Reads = "completion",
     ):
         self.model, self.label, self.means, self.threshold = str(model), label, means, threshold
         self.batch_size, self.max_length = batch_size, max_length
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.name = name or f"{Path(model).name}:{label}"
+        self.name, self.reads = name or f"{Path(model).name}:{label}", reads
         self.truncated = 0
         self._network: Any = None
 
@@ -81,7 +86,7 @@ class Classifier(Constraint):
         if _is_path(self.model) and not os.path.isdir(self.model):
             raise UserError(f"{where}: there is no such folder")
         network = _load_network(where, self.model, self.device)
-        self._tokenizer = _load_tokenizer(where, self.model)
+        self._tokenizer = _load_tokenizer(where, self.model, "right" if self.reads == "completion" else "left")
         self._label_index = _index(where, network, self.label)
         self._limit = _token_limit(where, self._tokenizer, network, self.max_length)
         self._rows = RowLimit(f"scoring ({self.name})")
@@ -109,6 +114,21 @@ class Classifier(Constraint):
                     scores[index] = self._as_score(probability)
                 progress.update(len(batch))
         return scores
+
+    def _as_text(self, messages: Messages) -> str:
+        self.load()
+        if self._tokenizer.chat_template is None:
+            return as_lines(messages)
+        try:
+            written: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # whatever the template raises
+            raise UserError(
+                f"constraint '{self.name}': its chat template refuses these messages: {cause(error)}"
+            ) from error
+        # what the template begins with comes a second time where the tokenizer adds it
+        bos = self._tokenizer.bos_token
+        adds_bos = bos is not None and self._tokenizer("").input_ids[:1] == [self._tokenizer.bos_token_id]
+        return written.removeprefix(bos) if adds_bos else written
 
     def _tokenize(self, texts: list[str]) -> dict[str, list[list[int]]]:
         """Returns the network's inputs, each as one list of whole numbers for every text."""
@@ -181,8 +201,10 @@ def _load_network(where: str, model: str, device: str) -> Any:
     return network.eval()
 
 
-def _load_tokenizer(where: str, model: str) -> Any:
-    tokenizer = _from_pretrained(f"{where}: cannot load its tokenizer", AutoTokenizer, model, truncation_side="right")
+def _load_tokenizer(where: str, model: str, truncation_side: str) -> Any:
+    tokenizer = _from_pretrained(
+        f"{where}: cannot load its tokenizer", AutoTokenizer, model, truncation_side=truncation_side
+    )
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers, where there is no file
         raise UserError(f"{where}: cannot load its tokenizer: no vocabulary is saved beside the weights")
     return tokenizer

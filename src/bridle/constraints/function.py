@@ -4,11 +4,13 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from hashlib import blake2b
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, cast
 
 from bridle.constraints.base import Constraint
 from bridle.constraints.options import Text, cause, checked
+from bridle.constraints.reading import Given, Messages, Reads, as_lines, turns_of
 from bridle.errors import UserError
 
 
@@ -18,6 +20,9 @@ class PythonFunction(Constraint):
     The function returns one number in [0, 1] (1 complies, at least 0.5 counts as complying), bool, or None
     (missing) for each text. At the first use its module is imported from `sys.path` or the current directory.
 
+    A function of one argument is given what `reads` names: texts, or for "chat" lists of messages. One of two is given
+    the prompts by themselves, and then the completions; the prompts are texts, or for "chat" lists of messages.
+
     Raises:
         UserError: from `load` and `score`: it cannot be imported, is not callable, or fails on the texts.
     """
@@ -25,14 +30,23 @@ class PythonFunction(Constraint):
     type_name = "python"
 
     @checked
-    def __init__(self, function: Text, name: str | None = None):
-        self.function, self.name = function, name or f"python:{function}"
+    def __init__(self, function: Text, name: str | None = None, reads: Reads = "completion"):
+        self.function, self.name, self.reads = function, name or f"python:{function}", reads
         self._call: Callable | None = None
 
     def load(self) -> None:
-        """Imports the function."""
+        """Imports the function.
+
+        Raises:
+            UserError: it cannot be imported, or takes prompts although `reads` does not name them.
+        """
         if self._call is None:
             self._call = _import(self.function)
+        if self.reads == "completion" and _takes_prompts(self._call):
+            raise UserError(
+                f"constraint '{self.name}': {self.function} takes prompts and completions; "
+                "add reads: prompt+completion (texts) or reads: chat (messages)"
+            )
 
     def identity(self) -> dict[str, Any]:
         """As the function's module is written; what that imports is not looked at."""
@@ -43,15 +57,39 @@ class PythonFunction(Constraint):
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"function": self.function}
 
-    def _score(self, texts: list[str]) -> Any:
+    def _judge(self, prompts: list[Given], completions: list[str]) -> Any:
         self.load()
         assert self._call is not None
+        if not _takes_prompts(self._call):
+            return super()._judge(prompts, completions)
+        return self._called([self._prompt(prompt) for prompt in prompts], completions)
+
+    def _prompt(self, prompt: Given) -> str | Messages:
+        if self.reads == "chat":
+            return turns_of(prompt)
+        return as_lines(prompt) if isinstance(prompt, list) else prompt or ""
+
+    def _score(self, outputs: list[Any]) -> Any:
+        return self._called(outputs)
+
+    def _called(self, *columns: list[Any]) -> Any:
+        assert self._call is not None
         try:
-            return self._call(texts)
+            return self._call(*columns)
         except Exception as error:
             raise UserError(
-                f"constraint '{self.name}': {self.function} failed on {len(texts)} texts: {cause(error)}"
+                f"constraint '{self.name}': {self.function} failed on {len(columns[0])} texts: {cause(error)}"
             ) from error
+
+
+def _takes_prompts(function: Callable) -> bool:
+    """Whether it cannot be called without a second argument."""
+    try:
+        parameters = signature(function).parameters.values()
+    except (TypeError, ValueError):  # it is not written in Python
+        return False
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is Parameter.empty for p in parameters) == 2
 
 
 def _import(function: str) -> Callable:

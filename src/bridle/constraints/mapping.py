@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from reprlib import repr as short_repr
@@ -14,9 +14,10 @@ from jmespath.exceptions import ArityError, JMESPathError, UnknownFunctionError
 from bridle.constraints.base import Score
 from bridle.constraints.cache import Label, Outcome
 from bridle.constraints.options import cause
+from bridle.constraints.reading import Messages
 from bridle.errors import UserError
 
-PLACEHOLDERS = ("{text}", "{texts}", "{prompt}", "{model}")
+PLACEHOLDERS = ("{text}", "{texts}", "{messages}", "{prompt}", "{model}")
 MARKS = " \t\r\n*`\"'"  # what chat models put around an answer
 YES_NO = {"yes": 1.0, "no": 0.0}
 
@@ -49,9 +50,11 @@ class JsonMapping:
         for string in strings - {*PLACEHOLDERS}:
             if any(placeholder in string for placeholder in PLACEHOLDERS):
                 raise UserError(f"body: {string!r} pastes text together; a placeholder stands alone, wording in prompt")
-        texts = strings & {"{text}", "{texts}", "{prompt}"}
+        texts = strings & {"{text}", "{texts}", "{messages}", "{prompt}"}
         if not texts:
-            raise UserError("body: holds no text; write '{text}', '{texts}' or '{prompt}' where it belongs")
+            raise UserError("body: holds no text; write '{text}', '{texts}', '{messages}' or '{prompt}' there")
+        if self.takes_messages and len(texts) > 1:
+            raise UserError("body: holds '{messages}' beside the same as text; one of them will do")
         if "{model}" in strings and self.model is None:
             raise UserError("model: is missing")
         if ("{prompt}" in strings) != (self.prompt is not None):
@@ -63,15 +66,21 @@ class JsonMapping:
         if self.batch_size > 1 and self.items is None:
             raise UserError("items: is missing; it finds the list with an entry for each text of a batch")
 
+    @property
+    def takes_messages(self) -> bool:
+        """Whether the endpoint gets a chat as its messages."""
+        return "{messages}" in _strings(self.body)
+
     def settings(self) -> dict[str, Any]:
         """What decides the numbers; options that are not set are left out."""
         return {key: value for key, value in vars(self).items() if value is not None and key != "batch_size"}
 
-    def request(self, texts: list[str]) -> Any:
-        """The body for a batch of texts, as a JSON value."""
-        values = {"{text}": texts[0], "{texts}": texts, "{model}": self.model}
-        if self.prompt is not None:
-            values["{prompt}"] = self.prompt.replace("{text}", texts[0])
+    def request(self, outputs: Sequence[str | Messages]) -> Any:
+        """The body for a batch of texts, or for one chat where it `takes_messages`, as a JSON value."""
+        first = outputs[0]
+        values = {"{text}": first, "{texts}": list(outputs), "{messages}": first, "{model}": self.model}
+        if self.prompt is not None and isinstance(first, str):
+            values["{prompt}"] = self.prompt.replace("{text}", first)
         return _filled(self.body, values)
 
     def read(self, reply: Any, count: int) -> list[Outcome]:

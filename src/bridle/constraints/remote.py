@@ -1,7 +1,9 @@
 """A constraint that asks any HTTP scorer, by a small declarative mapping from texts to requests and back to numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from functools import partial
+from json import dumps
 from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -10,6 +12,7 @@ from bridle.constraints.base import Constraint, Score
 from bridle.constraints.cache import CacheFile, Outcome, ScoreCache
 from bridle.constraints.mapping import JsonMapping, Scale
 from bridle.constraints.options import Text, checked
+from bridle.constraints.reading import Given, Messages, Reads
 from bridle.endpoint import Endpoint, Reply, same_origin
 from bridle.errors import UserError
 from bridle.progress import Progress
@@ -50,14 +53,18 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+Outputs = Mapping[str, str | Messages]
+"""What is read of outputs, by a text that tells them apart."""
+
+
 class Remote(Constraint):
     """Scores texts by what an HTTP endpoint answers.
 
     `body` is sent with its placeholders replaced: "{text}" by a text, "{texts}" by a list of `batch_size` texts,
-    "{prompt}" by `prompt` with the text in it, "{model}" by `model`. A placeholder is a whole string of its own, and
-    what replaces it is a JSON value; nothing is pasted. `items` and `score` are JMESPath expressions: `items` finds
-    the list in the reply that has one entry for each text, in their order, and `score` the number in each entry, or
-    the list of numbers of which the one nearest to a violation counts.
+    "{messages}" by the messages of a chat, "{prompt}" by `prompt` with the text in it, "{model}" by `model`. A
+    placeholder is a whole string of its own, and what replaces it is a JSON value; nothing is pasted. `items` and
+    `score` are JMESPath expressions: `items` finds the list in the reply that has one entry for each text, in their
+    order, and `score` the number in each entry, or the list of numbers of which the one nearest to a violation counts.
 
     What is not a finite number in `range`, in a list as long as the batch, is missing: nothing else becomes a label.
     A batch that the endpoint refuses is asked again text by text. Labels are kept in a `ScoreCache` as they come,
@@ -80,6 +87,7 @@ class Remote(Constraint):
         version: anything; another version is another scorer to the cache.
         cache: a file for `ScoreCache`; false for none, true for the default one.
         name: how errors and tables call it; the preset or the URL if not given.
+        reads: see `Constraint`; a chat is sent as its messages where the body holds "{messages}", else as text.
         api_key_env: environment variable whose key is sent to `url`. Not given, the preset's own key is sent to the
             preset's own host, and none to any other.
         api_key_header, headers, timeout, retries, backoff, concurrency, requests_per_minute:
@@ -111,6 +119,7 @@ class Remote(Constraint):
         version: str | int = "",
         cache: CacheFile = True,
         name: str | None = None,
+        reads: Reads = "completion",
         api_key_env: Text | None = None,
         api_key_header: Text | None = None,
         headers: dict[str, str] | None = None,
@@ -147,9 +156,12 @@ class Remote(Constraint):
             self._endpoint.refuse_secrets(chosen | {"version": version, "name": name})
             self._mapping = JsonMapping(**{f.name: chosen[f.name] for f in fields(JsonMapping) if f.name in chosen})
             self._scale = Scale(range, violates, threshold)
+            if self._mapping.takes_messages and reads != "chat":
+                raise UserError(f"reads: is {reads}, but the body holds '{{messages}}', which needs reads: chat")
         except UserError as error:
             raise UserError(f"constraint 'remote': {error}") from error
         self.preset, self.version, self.name = preset, version, name or preset or self._endpoint.url
+        self.reads = reads
         self.cache = ScoreCache.of(cache)
 
     def load(self) -> None:
@@ -168,7 +180,7 @@ class Remote(Constraint):
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers. Range, direction and threshold only say what is made of them."""
-        asked = {"type": self.type_name, "url": self._endpoint.url, "headers": self._endpoint.headers}
+        asked = super()._settings() | {"url": self._endpoint.url, "headers": self._endpoint.headers}
         return asked | self._mapping.settings() | {"version": self.version}
 
     def _settings(self) -> dict[str, Any]:
@@ -176,14 +188,20 @@ class Remote(Constraint):
         optional = {"preset": self.preset, "api_key_env": self._endpoint.api_key_env}
         return self.identity() | self._scale.settings() | own | {k: v for k, v in optional.items() if v is not None}
 
-    def _score(self, texts: list[str]) -> list[Score]:
-        distinct, outcomes = list(dict.fromkeys(texts)), {}
+    def _read(self, prompt: Given, completion: str) -> str | Messages:
+        read = super()._read(prompt, completion)
+        return read if isinstance(read, str) or self._mapping.takes_messages else self._as_text(read)
+
+    def _score(self, outputs: list[str | Messages]) -> list[Score]:
+        keys = [output if isinstance(output, str) else dumps(output, sort_keys=True) for output in outputs]
+        distinct, outcomes = dict(zip(keys, outputs, strict=True)), {}
+        ask = partial(self._ask, distinct)
         with Progress(f"scoring ({self.name})", len(distinct), unit="texts") as progress:
-            found = self.cache.through(self.identity(), distinct, self._ask) if self.cache else self._ask(distinct)
-            for text, outcome in found:
-                outcomes[text] = outcome
+            found = self.cache.through(self.identity(), distinct, ask) if self.cache else ask(list(distinct))
+            for key, outcome in found:
+                outcomes[key] = outcome
                 progress.update()
-        return [self._as_score(outcomes[text]) for text in texts]
+        return [self._as_score(outcomes[key]) for key in keys]
 
     def _as_score(self, outcome: Outcome) -> Score:
         outcome = self._scale.checked(outcome)  # it may be from a cache, and of a time with another range
@@ -191,20 +209,21 @@ class Remote(Constraint):
             return Score.missing(self._endpoint.redacted(outcome))
         return self._scale.score(outcome)
 
-    def _ask(self, texts: list[str]) -> Iterator[tuple[str, Outcome]]:
+    def _ask(self, outputs: Outputs, keys: list[str]) -> Iterator[tuple[str, Outcome]]:
         size = self._mapping.batch_size
-        yield from self._ask_batches([texts[start : start + size] for start in range(0, len(texts), size)])
+        yield from self._ask_batches(outputs, [keys[start : start + size] for start in range(0, len(keys), size)])
 
-    def _ask_batches(self, batches: list[list[str]]) -> Iterator[tuple[str, Outcome]]:
+    def _ask_batches(self, outputs: Outputs, batches: list[list[str]]) -> Iterator[tuple[str, Outcome]]:
         alone = []  # one text that the endpoint will not have takes no others with it
-        for index, reply in self._endpoint.ask([self._mapping.request(batch) for batch in batches]):
+        requests = [self._mapping.request([outputs[key] for key in batch]) for batch in batches]
+        for index, reply in self._endpoint.ask(requests):
             batch = batches[index]
             if reply.is_refused and len(batch) > 1:
-                alone += [[text] for text in batch]
+                alone += [[key] for key in batch]
             else:
                 yield from zip(batch, self._outcomes(reply, len(batch)), strict=True)
         if alone:
-            yield from self._ask_batches(alone)
+            yield from self._ask_batches(outputs, alone)
 
     def _outcomes(self, reply: Reply, count: int) -> list[Outcome]:
         """[count] labels or reasons; a label out of range is none, so that it is not kept."""

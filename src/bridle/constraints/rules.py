@@ -7,15 +7,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bridle.constraints.base import Constraint
+from bridle.constraints.base import TextConstraint
 from bridle.constraints.options import Text, cause, checked
+from bridle.constraints.reading import Reads
 from bridle.errors import UserError
 
 
-class Regex(Constraint):
+class Regex(TextConstraint):
     """A text complies when `pattern` (Python's `re` syntax) is found nowhere in it.
 
-    Flags are written in the pattern, e.g. `(?i)` for either case.
+    Flags are written in the pattern, e.g. `(?i)` for either case. What a text is, `reads` says: see `Constraint`.
 
     Raises:
         UserError: the pattern cannot be compiled.
@@ -24,8 +25,8 @@ class Regex(Constraint):
     type_name = "regex"
 
     @checked
-    def __init__(self, pattern: Text, name: str | None = None):
-        self.pattern, self.name = pattern, name or f"regex:{pattern}"
+    def __init__(self, pattern: Text, name: str | None = None, reads: Reads = "completion"):
+        self.pattern, self.name, self.reads = pattern, name or f"regex:{pattern}", reads
         try:
             self._regex = re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
@@ -38,7 +39,7 @@ class Regex(Constraint):
         return [float(self._regex.search(text) is None) for text in texts]
 
 
-class WordList(Constraint):
+class WordList(TextConstraint):
     """A text complies when it holds none of the words or phrases.
 
     Whole words only, in either case and any Unicode form: "grumble" is not found in "grumblefish", while
@@ -50,6 +51,7 @@ class WordList(Constraint):
         file: instead of `words`, a UTF-8 file with one word or phrase a line. What follows a '#' at the start
             of a line or after white space is a comment.
         name: how errors and tables call it; "words" or the file's name if not given.
+        reads: see `Constraint`.
 
     Raises:
         UserError: `words` and `file` are both given or neither, the file is unreadable, or there is no word.
@@ -58,11 +60,17 @@ class WordList(Constraint):
     type_name = "words"
 
     @checked
-    def __init__(self, words: list[str] | None = None, file: str | Path | None = None, name: str | None = None):
+    def __init__(
+        self,
+        words: list[str] | None = None,
+        file: str | Path | None = None,
+        name: str | None = None,
+        reads: Reads = "completion",
+    ):
         if (words is None) == (file is None):
             raise UserError("constraint 'words': needs exactly one of the keys 'words' and 'file'")
         self.file = None if file is None else str(file)
-        self.name = name or (Path(file).name if file is not None else "words")
+        self.name, self.reads = name or (Path(file).name if file is not None else "words"), reads
         self.words = [word for word in (_read_words(file) if words is None else words) if word.strip()]
         if not self.words:
             raise UserError(f"constraint 'words': {self.file or 'the list'} holds no word; give at least one")

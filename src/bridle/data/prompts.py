@@ -24,11 +24,13 @@ class Prompt:
         text: what it says.
         ids: its tokens, with the beginning-of-text token where the tokenizer adds one.
         row: the row of the file that it came from, 1-based.
+        messages: the turns of a chat; None for a text.
     """
 
     text: str
     ids: list[int]
     row: int = 1
+    messages: Messages | None = None
 
 
 def prompts_from_domain(
@@ -138,7 +140,7 @@ def read_prompts(
         place = f"{source.path} row {row}"
         text, ids = _cut_prompt(values[field], tokenizer, place, prefix_words, prefix_tokens)
         check_room(ids, max_prompt_tokens, place)
-        prompts.append(Prompt(text, ids, row))
+        prompts.append(Prompt(text, ids, row, values[field] if isinstance(values[field], list) else None))
     if not prompts:
         raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a prompt")
     return prompts

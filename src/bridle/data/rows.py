@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -69,6 +69,27 @@ def said(values: dict[str, Any]) -> str:
         return _assistant_turns(values["messages"])
     said = values["completion"] if "completion" in values else values["text"]
     return said if isinstance(said, str) else _assistant_turns(said)
+
+
+def outputs_of(rows: Iterable[dict[str, Any]], with_prompts: bool) -> tuple[list[str | Messages | None], list[str]]:
+    """The prompts and completions of rows: what `said` gives, without prompts.
+
+    With them, the last turn of the assistant in a chat is the completion, and the turns before it are the prompt.
+    """
+    outputs = [_output(values) if with_prompts else (None, said(values)) for values in rows]
+    return [prompt for prompt, _ in outputs], [completion for _, completion in outputs]
+
+
+def _output(values: dict[str, Any]) -> tuple[str | Messages | None, str]:
+    if "text" in values:
+        return None, values["text"]
+    prompt, completion = values.get("prompt"), values.get("completion", values.get("messages"))
+    if isinstance(completion, str):
+        return prompt, completion
+    begun = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    turns: Messages = [*begun, *(completion or [])]
+    last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+    return turns[:last], _assistant_turns(turns[last:])
 
 
 def _check(value: Any, field: str, place: str) -> None:

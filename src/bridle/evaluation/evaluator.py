@@ -70,12 +70,15 @@ class Evaluator:
             read = self.read(prompts, max_new_tokens, prompt_tokens)
             asked = [prompt.ids for prompt in read]
             drawn = self.draw(asked, samples=samples, max_new_tokens=max_new_tokens)
-            found[prompts.name] = evaluate_constraints(drawn, constraints, seed=self.seed)
+            found[prompts.name] = evaluate_constraints(
+                drawn, constraints, prompts=[prompt.messages or prompt.text for prompt in read], seed=self.seed
+            )
             texts = [prompt.text for prompt in read]
-            prompt_scores = {name: constraint.score(texts) for name, constraint in constraints.items()}
+            prompt_scores = {name: constraint.score(None, texts) for name, constraint in constraints.items()}
             self.observations.add_completions(prompts.name, texts, drawn, found[prompts.name], prompt_scores)
             for name, result in found[prompts.name].items():
-                self.show(f"{prompts.name} under {name}\n{result}")
+                reads = constraints[name].reads
+                self.show(f"{prompts.name} under {name}{'' if reads == 'completion' else f' ({reads})'}\n{result}")
             if base is not None:
                 fluency[prompts.name] = output_perplexity(*base, asked, drawn, seed=self.seed)
                 self.show(f"perplexity of the completions under the base: {fluency[prompts.name]}")

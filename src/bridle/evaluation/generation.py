@@ -1,6 +1,6 @@
 """What a model says: text drawn from it, how often it violates a constraint, and how varied it is.
 
-Scoring is apart from drawing: `evaluate_generations` sees text only, so every method, a guided one
+Scoring is apart from drawing: `evaluate_generations` sees texts only, so every method, a guided one
 included, goes through the same evaluator. `completions[i][k]` is the k-th sample for prompt i. A model can
 learn to please the constraint that it was trained on, so `evaluate_constraints` sets others beside it.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.constraints.base import Constraint, Score
+from bridle.constraints import Constraint, Given, Score
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, estimate_mean, estimate_rate, estimate_ratio
 from bridle.evaluation.utility import Window, _check_finite, nll_by_text
@@ -145,29 +145,39 @@ def generate_completions(
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]
 
 
-def score_completions(completions: Sequence[Sequence[str]], constraint: Constraint) -> list[list[Score]]:
-    """Scores every completion in one call of the constraint; the result has the shape of the input."""
-    scores = iter(constraint.score(list(chain.from_iterable(completions))))
+def score_completions(
+    prompts: Sequence[Given] | None, completions: Sequence[Sequence[str]], constraint: Constraint
+) -> list[list[Score]]:
+    """Scores every completion in one call of the constraint; the result has the shape of the completions."""
+    given = [None] * len(completions) if prompts is None else prompts
+    repeated = [prompt for prompt, of_prompt in zip(given, completions, strict=True) for _ in of_prompt]
+    scores = iter(constraint.score(repeated, list(chain.from_iterable(completions))))
     return [[next(scores) for _ in of_prompt] for of_prompt in completions]
 
 
 def evaluate_generations(
-    completions: Sequence[Sequence[str]], constraint: Constraint, *, seed: int = 0
+    completions: Sequence[Sequence[str]],
+    constraint: Constraint,
+    *,
+    prompts: Sequence[Given] | None = None,
+    seed: int = 0,
 ) -> GenerationResult:
     """Scores completions and sums them up.
 
     Args:
         completions: [prompts, samples] texts.
         constraint: says which of them violate.
+        prompts: for a constraint that reads them: each a text or the messages before its completions.
         seed: of the bootstrap intervals.
     """
-    return summarise(completions, score_completions(completions, constraint), constraint.name, seed=seed)
+    return summarise(completions, score_completions(prompts, completions, constraint), constraint.name, seed=seed)
 
 
 def evaluate_constraints(
     completions: Sequence[Sequence[str]],
     constraints: Mapping[str, Constraint] | Sequence[Constraint],
     *,
+    prompts: Sequence[Given] | None = None,
     seed: int = 0,
 ) -> dict[str, GenerationResult]:
     """Evaluates one set of completions under several constraints, side by side.
@@ -175,6 +185,7 @@ def evaluate_constraints(
     Args:
         completions: [prompts, samples] texts.
         constraints: by the names that the results get, or a list in which each goes by its own.
+        prompts: as in `evaluate_generations`.
         seed: of the bootstrap intervals.
 
     Returns:
@@ -186,7 +197,7 @@ def evaluate_constraints(
     by_name = _by_name(constraints)
     text = _text_figures(completions, seed)
     return {
-        name: _result(score_completions(completions, constraint), name, text, seed)
+        name: _result(score_completions(prompts, completions, constraint), name, text, seed)
         for name, constraint in by_name.items()
     }
 

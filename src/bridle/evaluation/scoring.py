@@ -99,4 +99,4 @@ def try_constraint(constraint: Constraint, rows: Sequence[tuple[int, str]]) -> T
         UserError: as `Constraint.score`.
     """
     numbers, texts = zip(*rows, strict=True)
-    return Trial(constraint.name, numbers, texts, constraint.score(list(texts)))
+    return Trial(constraint.name, numbers, texts, constraint.score(None, list(texts)))

@@ -145,7 +145,7 @@ def sample(
     description: str = "sampling",
     share: bool = False,
     traces: dict[int, Trace] | None = None,
-    on_batch: Callable[[list[list[int]]], None] | None = None,
+    on_batch: Callable[[list[Sequence[int]], list[list[int]]], None] | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> list[list[int]]:
     """Draws one completion for each prompt.
@@ -168,7 +168,7 @@ def sample(
         description: for the progress display.
         share: among all processes of the run, which must then all call this, draw the same completions as one would.
         traces: is filled, by the prompt's index, with how each completion was drawn.
-        on_batch: is called with the completions of each batch that this process draws, as soon as they are there.
+        on_batch: gets prompts and completions of each batch that this process draws, as soon as they are there.
         on_token: is called with the tokens of each step, [batch], of the rows that go on; nothing else is then shown.
 
     Returns:
@@ -205,7 +205,7 @@ def sample(
                 if traces is not None:
                     traces[index] = trace
             if on_batch is not None:
-                on_batch([completions[index] for index in batch])
+                on_batch([prompts[index] for index in batch], [completions[index] for index in batch])
             progress.update(len(batch))
     for part in gathered(completions) if share else []:
         completions |= part

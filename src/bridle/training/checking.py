@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from bridle.constraints import Constraint
 from bridle.core.tokens import IGNORE
 from bridle.data import DOMAIN
-from bridle.data.rows import filled_rows, format_fields, said
+from bridle.data.rows import filled_rows, format_fields, outputs_of
 from bridle.errors import one_line
 from bridle.training.build import build_trainer
 from bridle.training.recipe import Recipe
@@ -118,20 +118,21 @@ def _short(text: str) -> str:
 
 def _labels_of_rows(recipe: Recipe, rows: Mapping[str, Dataset]) -> Iterator[str]:
     """Each constraint on rows of all domains, spread over each."""
-    texts = {domain: _some_texts(dataset, -(-SAMPLES // len(rows)), domain) for domain, dataset in rows.items()}
-    asked = list(chain.from_iterable(texts.values()))
+    some_of = {domain: _some_rows(dataset, -(-SAMPLES // len(rows)), domain) for domain, dataset in rows.items()}
+    asked = list(chain.from_iterable(some_of.values()))
     for name, constraint in recipe.constraints.items():
         constraint.load()
         began = time.perf_counter()
-        verdicts = iter([score.complies for score in constraint.score(asked)])
+        outputs = outputs_of(asked, with_prompts=constraint.reads != "completion")
+        verdicts = iter([score.complies for score in constraint.score(*outputs)])
         rate = len(asked) / (time.perf_counter() - began)
-        balance = [f"of {domain} {_balance(list(islice(verdicts, len(some))))}" for domain, some in texts.items()]
+        balance = [f"of {domain} {_balance(list(islice(verdicts, len(some))))}" for domain, some in some_of.items()]
         yield f"{name} on rows {', '.join(balance)}; {rate:.3g} texts a second"
 
 
-def _some_texts(dataset: Dataset, count: int, domain: str) -> list[str]:
+def _some_rows(dataset: Dataset, count: int, domain: str) -> list[dict[str, Any]]:
     some = dataset.select(np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int))
-    return [said(values) for _, values in filled_rows(some, format_fields(some.column_names, domain), domain)]
+    return [values for _, values in filled_rows(some, format_fields(some.column_names, domain), domain)]
 
 
 def _labels_of_rollouts(trainer: ConstrainedTrainer) -> Iterator[str]:

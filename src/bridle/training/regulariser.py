@@ -156,7 +156,7 @@ class DomainRegulariser:
             description=f"round {round_index}: sampling for {self.name}",
             share=True,
             traces=traces,
-            on_batch=lambda completions: scoring.ask([self._decode(completion) for completion in completions]),
+            on_batch=lambda batch, drawn: scoring.ask(list(map(self._decode, batch)), list(map(self._decode, drawn))),
         )
         model_hash = weights_hash(self.model)
         return [
@@ -198,15 +198,18 @@ class DomainRegulariser:
         in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
         return in_turn[:count]
 
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _score(self, scoring: ScoringAhead) -> None:
-        known = {text: score for part in gathered(scoring.scores()) for text, score in part.items()}
-        rest = [rollout.completion for rollout in self.rollouts if rollout.completion not in known]
-        scores = iter(joined(self.constraint.score(share(rest)), len(rest)))
-        for rollout in self.rollouts:
-            score = known.get(rollout.completion) or next(scores)
+        known = {key: score for part in gathered(scoring.scores()) for key, score in part.items()}
+        keys = [self.constraint.key(rollout.prompt, rollout.completion) for rollout in self.rollouts]
+        rest = [rollout for key, rollout in zip(keys, self.rollouts, strict=True) if key not in known]
+        mine = share(rest)
+        found = self.constraint.score([r.prompt for r in mine], [r.completion for r in mine])
+        scores = iter(joined(found, len(rest)))
+        for key, rollout in zip(keys, self.rollouts, strict=True):
+            score = known.get(key) or next(scores)
             rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
 
     def _fit(self, round_index: int, traces: dict[int, Trace]) -> dict[str, Any]:
