@@ -102,13 +102,12 @@ def compared(folder: Path) -> Path:
 
 
 def picture(page_file: Path, output: Path) -> None:
-    """The section of the report that shows a text token by token, with one token chosen."""
+    """The section of the report that shows a text token by token, opened where q moves most."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 980, "height": 900}, device_scale_factor=2)
         page.goto(page_file.as_uri())
         page.locator("[aria-controls=guided-text]").click()
-        page.locator(".token", has_text="shouted").first.click()
         for button in page.locator(".guidance .lift").all():
             if button.is_visible() and button.get_attribute("aria-expanded") == "false":
                 button.click()
