@@ -74,8 +74,8 @@ def ok(content):
     return content, 200, {}
 
 
-def error(status, message="", headers=()):
-    return {"error": {"message": message}}, status, dict(headers)
+def error(status, message="", headers=(), **named):
+    return {"error": {"message": message, **named}}, status, dict(headers)
 
 
 def completion(content, status=200, headers=()):

@@ -1,10 +1,12 @@
 """JSON over HTTP, for whatever asks another machine: remote scorers and judges.
 
 A request that fails is sent again where that may help. What still fails is a `Reply` that says why; a fault never
-becomes a value.
+becomes a value. Nothing that the other machine wrote is quoted or logged: it has seen the key, and may send it back in
+any form.
 """
 
 import json
+import logging
 import os
 import re
 import time
@@ -24,7 +26,7 @@ import httpx2
 import jmespath
 from pydantic import SecretStr
 
-from bridle.errors import UserError
+from bridle.errors import UserError, first_line
 
 LONGEST_BACKOFF, LONGEST_WAIT = 60.0, 600.0  # seconds: of our own accord, and because a server asked for it
 LARGEST_REPLY = 2**24  # bytes
@@ -32,6 +34,20 @@ GIVE_UP_AFTER = 20  # requests in a row that failed with all their retries: nobo
 
 DENIED = {401: "refuses the key", 403: "refuses the key", 404: "does not know this address or model"}
 """Answers that no retry will change and that every other request would get too."""
+
+ERROR_CODES = {
+    *("invalid_request_error", "authentication_error", "permission_error", "not_found_error", "rate_limit_error"),
+    *("rate_limit_exceeded", "insufficient_quota", "billing_hard_limit_reached", "model_not_found", "content_filter"),
+    *("context_length_exceeded", "string_above_max_length", "content_policy_violation", "invalid_api_key"),
+    *("invalid_value", "unsupported_value", "unsupported_parameter", "unknown_parameter", "overloaded_error"),
+    *("missing_required_parameter", "api_error", "server_error", "BadRequestError", "NotFoundError"),
+    *("INVALID_ARGUMENT", "FAILED_PRECONDITION", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED"),
+    *("NOT_FOUND", "UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL"),
+}
+"""What an error may call itself to be quoted: codes and types of widespread interfaces."""
+
+for _library in ("httpx2", "httpcore2"):  # which log the words and headers of every answer
+    logging.getLogger(_library).setLevel(logging.WARNING)
 
 SHORTEST_KEY = 8  # characters: local servers take any word, such as "EMPTY", that may well stand elsewhere
 SECRET_NAME = re.compile(
@@ -46,7 +62,7 @@ class Reply:
 
     Attributes:
         value: the decoded JSON; None where there is none.
-        fault: why there is none, in one line without the key; "" where there is one.
+        fault: why there is none, in one line without a word of the endpoint's own; "" where there is one.
         status: of HTTP; 0 where nothing came.
     """
 
@@ -186,11 +202,6 @@ class Endpoint:
                 f"{self.url} {DENIED[denied]} (HTTP {denied}); check the URL and the model it is asked for, and {key}"
             )
 
-    def redacted(self, text: str) -> str:
-        """One line of `text`, 200 characters at most, with stars in the place of the key."""
-        key = self._key().get_secret_value()
-        return " ".join((text.replace(key, "***") if key else text).split())[:200]
-
     def _client(self) -> httpx2.Client:
         timeout = httpx2.Timeout(self.timeout, pool=None)
         return httpx2.Client(timeout=timeout, follow_redirects=False, trust_env=not _is_this_machine(self.url))
@@ -230,14 +241,16 @@ class Endpoint:
                     content += part
                     if time.monotonic() > deadline or len(content) > LARGEST_REPLY:
                         return Reply(fault="no answer: it came too slowly or was too large")
-        except httpx2.RequestError as error:
-            return Reply(fault=self.redacted(f"no answer: {error or type(error).__name__}"))
+        except (httpx2.NetworkError, httpx2.TimeoutException) as error:  # in the system's words
+            return Reply(fault=f"no answer: {first_line(error)}")
+        except httpx2.RequestError as error:  # it may quote the answer
+            return Reply(fault=f"no answer: {type(error).__name__}")
         return self._read(response.status_code, bytes(content))
 
     def _read(self, status: int, content: bytes) -> Reply:
         value, broken = _decoded(content)
         if not 200 <= status < 300:
-            return Reply(fault=self.redacted(f"HTTP {status} {_error_message(value)}"), status=status)
+            return Reply(fault=f"HTTP {status} {_error_code(value)}".strip(), status=status)
         return Reply(fault="the answer is not JSON", status=status) if broken else Reply(value, status=status)
 
     def _key(self) -> SecretStr:
@@ -340,7 +353,7 @@ def _finite(digits: str) -> float:
     return number
 
 
-def _error_message(value: Any) -> str:
-    """What the endpoint says went wrong."""
-    message = jmespath.search("error.message || error || message || detail", value)
-    return message if isinstance(message, str) else ""
+def _error_code(value: Any) -> str:
+    """What the endpoint calls what went wrong, where it is a known name."""
+    named = jmespath.search("[error.code, error.type, error.status, error, code, type, status]", value) or []
+    return next((name for name in named if isinstance(name, str) and name in ERROR_CODES), "")

@@ -1,6 +1,12 @@
-"""The two kinds of bad news Bridle gives on purpose; anything else that is raised is a bug."""
+"""The two kinds of bad news Bridle gives on purpose, and text that a terminal shows without obeying it.
+
+Anything else that is raised is a bug.
+"""
+
+from unicodedata import category
 
 LONGEST = 1000  # characters of a message: what it quotes may be a whole file
+KEPT = "\n\t\u200c\u200d"  # the last two join letters, and emoji
 
 
 class _OneLine(Exception):  # noqa: N818 - what both kinds have in common
@@ -37,4 +43,17 @@ def one_line(text: str) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 4 :]}"
     line = " ".join(filter(None, map(str.strip, text.splitlines())))
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+    return "".join(c if c.isprintable() else _escape(c) for c in line)
+
+
+def plain(text: str) -> str:
+    """A text of several lines with everything escaped that a terminal obeys instead of showing it.
+
+    These are control characters but line feeds and tabs, and what turns the direction of writing or hides: a model or
+    a file may write what sets a terminal's title, its clipboard or its colours, or what reads otherwise than it is.
+    """
+    return "".join(c if c.isprintable() or c in KEPT or category(c) == "Zs" else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

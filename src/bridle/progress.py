@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from bridle.errors import plain
 from bridle.ranks import is_main
 
 T = TypeVar("T")
@@ -28,13 +29,13 @@ class Progress:
     """
 
     def __init__(self, description: str, total: int | None = None, unit: str = "it", shown: bool = True):
-        self.description, self.total, self.unit = description, total, unit
+        self.description, self.total, self.unit = plain(description), total, unit
         self.done, self.started = 0, time.monotonic()
         self._last_line = self.started
         self._bar = None
         self._shown = shown and is_main()
         if self._shown and sys.stderr.isatty():
-            self._bar = tqdm(desc=description, total=total, unit=unit, leave=False, dynamic_ncols=True)
+            self._bar = tqdm(desc=self.description, total=total, unit=unit, leave=False, dynamic_ncols=True)
 
     def update(self, n: int = 1) -> None:
         """Counts `n` more units as done."""
@@ -48,9 +49,9 @@ class Progress:
     def write(self, line: str) -> None:
         """Prints a line without breaking the bar."""
         if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(plain(line), file=sys.stderr)
         elif self._shown:
-            print(line, file=sys.stderr, flush=True)
+            print(plain(line), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the display; a phase long enough to have shown a line shows its last one."""

@@ -309,6 +309,14 @@ class TestMistakes:
         next(Path(yaml.safe_load(path.read_text())["model"]).glob("*.safetensors")).unlink()
         self.assert_one_line(bridle("train", path, "--output_dir", tmp_path / "a"), "no weights")
 
+    def test_what_a_prompt_or_a_model_writes_is_shown_and_not_obeyed(self, bridle, tiny_folder, tmp_path):
+        model, prompts = tiny_folder(), tmp_path / "prompts.jsonl"
+        prompts.write_text(json.dumps({"prompt": "a\x1b]0;owned\x07"}) + "\n")
+        code, out, err = bridle("generate", model, "--prompts", prompts, "--samples", 9, "--max_new_tokens", 9)
+        assert code == 0, err
+        assert out.count("a\\x1b]0;owned\\x07") == 9
+        assert all(character.isprintable() or character in "\n\t" for character in out)
+
     def test_generate_and_evaluate(self, bridle, tiny_folder, tmp_path):
         model = tiny_folder()
         long = tmp_path / "long.jsonl"

@@ -57,7 +57,7 @@ def test_a_batch_that_is_refused_is_asked_text_by_text(server, remote):
     server.answer = answer
     scores = remote(LISTS, batch_size=3).score(None, ["a kettle", "", "you grumblefish"])
     assert [score.value for score in scores] == pytest.approx([0.8, None, 0.1])
-    assert scores[1].reason == "HTTP 400 input is empty"
+    assert scores[1].reason == "HTTP 400"
 
 
 def test_the_threshold_is_on_the_endpoints_scale(remote, server):
@@ -345,6 +345,17 @@ def test_a_key_in_a_recipe_is_refused_unseen(monkeypatch, change):
     with pytest.raises(UserError, match="api_key_env") as caught:
         build_constraint({**PLAIN, "url": "https://host", **change})
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("echo", [KEY[::-1], KEY.encode().hex(), [KEY[:9], KEY[9:]], {KEY[::-1]: 1}, 1e-300])
+def test_a_reason_quotes_no_answer(server, remote, echo):
+    server.answer = lambda request: ok({"rude": echo if request["input"] == "a" else [echo, 7.123456]})
+    reasons = [score.reason for score in remote(range=[0.1, 1]).score(["a", "b"])]
+    kinds = "a text|a list|a mapping"
+    assert all(
+        re.fullmatch(rf"the reply's score is ({kinds}), which is no number|.* not in \[0.1, 1\]", reason)
+        for reason in reasons
+    )
 
 
 def test_the_key_shows_nowhere(server, remote, monkeypatch, caplog, capfd, tmp_path):

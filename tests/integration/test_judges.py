@@ -89,7 +89,7 @@ def test_many_at_once_keep_their_order(server, chat_judge):
 
 def test_an_endpoint_that_fails_gives_no_verdict(server, chat_judge):
     server.script.extend([error(500, "out of\norder"), reset, *[error(500, "out of\norder")] * 2])
-    assert chat_judge(retries=3).compare([ITEM]) == [Verdict.missing("HTTP 500 out of order")]
+    assert chat_judge(retries=3).compare([ITEM]) == [Verdict.missing("HTTP 500")]
     assert len(server.requests) == 4
 
 
@@ -100,7 +100,7 @@ def test_an_endpoint_that_fails_gives_no_verdict(server, chat_judge):
         (completion(None), "no chat completion in the answer"),
         (completion("Both have their charm."), "the reply holds no verdict"),
         (completion('{"winner": "A"}\n{"winner": "B"}'), "the reply holds several verdicts"),
-        (error(400, "unsupported value: temperature"), "HTTP 400 unsupported value: temperature"),
+        (error(400, "unsupported value: temperature", code="unsupported_value"), "HTTP 400 unsupported_value"),
         ((b"", 307, {"Location": "/elsewhere"}), "HTTP 307"),
     ],
 )
@@ -126,7 +126,7 @@ def test_the_key_shows_nowhere(server, chat_judge, monkeypatch, caplog):
     server.script.append(error(400, f"{KEY} has no credit"))
     (verdict,) = judge.compare([ITEM])
     assert server.requests[0][1]["Authorization"] == f"Bearer {KEY}"
-    assert verdict.reason == "HTTP 400 *** has no credit"
+    assert verdict.reason == "HTTP 400"
     assert KEY not in repr(vars(judge)) + repr(vars(judge.endpoint)) + caplog.text
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from bridle.errors import plain
 from bridle.report.data import Report, read_report
 from bridle.report.tables import DIFFERENCES_IN_WORDS
 from bridle.report.terminal import tables
@@ -117,3 +118,14 @@ def test_findings_and_failures_end_the_text(text):
 
 def test_without_figures_there_is_no_table():
     assert tables(Report("nothing")).strip() == ""
+
+
+def test_names_of_files_are_shown_and_not_obeyed(tmp_path):
+    folder = make_folder(tmp_path / "comparison")
+    results = folder / "results.json"
+    written = results.read_text(encoding="utf-8")
+    results.write_text(written.replace('"sft"', r'"sft\u001b[2J\u202e"'), encoding="utf-8")
+    (folder / "sft").rename(folder / "sft\x1b[2J\u202e")
+    shown = tables(read_report(folder))
+    assert r"sft\x1b[2J\u202e" in shown
+    assert plain(shown) == shown

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from bridle.cli import comparison, evaluation, generation, training
+from bridle.cli.common import PlainFormatter
 from bridle.errors import RunStopped, UserError
 
 app = typer.Typer(
@@ -46,7 +47,9 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2, a stopped run exit code 3."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     for stream in (sys.stdout, sys.stderr):

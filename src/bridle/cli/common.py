@@ -1,12 +1,13 @@
-"""Options that commands share, and what several of them load."""
+"""Options that commands share, what several of them load, and how all of them speak."""
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from bridle.errors import UserError
+from bridle.errors import UserError, plain
 
 RECIPE_KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Context settings of a command that takes any key of a recipe as an option."""
@@ -27,6 +28,19 @@ BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Rows in one
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed draws the same text.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...; the GPU where there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Type of the weights: float32, bfloat16, float16.")]
+
+
+class PlainFormatter(logging.Formatter):
+    """Shows a warning as it is, whatever of a file or a model it quotes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return plain(super().format(record))
+
+
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Prints text of models and files as it is: no terminal obeys it."""
+    typer.echo(plain(text), err=err, nl=nl)
 
 
 def quiet_libraries() -> None:

@@ -1,11 +1,12 @@
 """`bridle compare`, `quickstart` and `report`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bridle.cli.common import RECIPE_KEYS, quiet_libraries
+from bridle.cli.common import RECIPE_KEYS, quiet_libraries, say
 from bridle.cli.keys import ComparisonCommand
 
 app = typer.Typer()
@@ -56,10 +57,10 @@ def compare(
         seeds=range(first, first + seeds),
         title=recipe.stem,
         resume=resume,
-        show=lambda line: typer.echo(line, err=True),
+        show=partial(say, err=True),
     ).run()
-    typer.echo(tables(read_report(folder)))
-    typer.echo(f"Every figure is in {folder / 'results.json'}; look at {write_report(folder)} in a browser.")
+    say(tables(read_report(folder)))
+    say(f"Every figure is in {folder / 'results.json'}; look at {write_report(folder)} in a browser.")
 
 
 @app.command(
@@ -104,7 +105,7 @@ def quickstart(
     quiet_libraries()
     recipe = tour_recipe(corpus, constraint, model, parse_overrides(context.args))
     folder = output_dir or Path("runs") / ("quickstart-own" if corpus or constraint or model else "quickstart")
-    take_tour(recipe, folder, show=typer.echo, progress=lambda line: typer.echo(line, err=True))
+    take_tour(recipe, folder, show=say, progress=partial(say, err=True))
 
 
 @app.command(epilog="Example: bridle report runs/compare-detox-mini")
@@ -120,4 +121,4 @@ def report(
     """
     from bridle.report.html import write_report
 
-    typer.echo(f"The report is {write_report(folder, output)}.")
+    say(f"The report is {write_report(folder, output)}.")

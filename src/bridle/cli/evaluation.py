@@ -18,6 +18,7 @@ from bridle.cli.common import (
     Seed,
     load,
     oracles_of,
+    say,
 )
 from bridle.errors import UserError
 
@@ -135,7 +136,7 @@ def evaluate(
         "constraints": {name: oracle.describe() for name, oracle in oracles.items()},
     }
     with guided(lm, guide, guide_power) as guidance:
-        evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed, show=typer.echo)
+        evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed, show=say)
         results |= evaluator.generation(
             sets,
             oracles,
@@ -181,7 +182,7 @@ def score(
     (oracle,) = oracles_of([constraint]).values()
     trial = try_constraint(oracle, numbered_texts(DataSource.parse(file)))
     for line in trial.lines(rows, show_texts):
-        typer.echo(line)
+        say(line)
     if json_file is not None:
         write_json(json_file, {"file": file, **trial.to_json(show_texts), "specification": oracle.describe()})
 
@@ -229,7 +230,7 @@ def judge(
         else LocalJudge(*load(judge_model, device, dtype), batch_size=batch_size)
     )
     rates = win_rates(prompts, texts, arbiter, seed=seed, keep=keep)
-    typer.echo(str(rates))
+    say(str(rates))
     if json_file is not None:
         found = {"format": FORMAT, "model": ", ".join(files), "win_rate": rates.to_json()}
         write_results(json_file, found | {"environment": environment(seed)})

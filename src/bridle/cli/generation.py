@@ -18,6 +18,7 @@ from bridle.cli.common import (
     Samples,
     Seed,
     load,
+    say,
 )
 from bridle.errors import UserError
 
@@ -86,10 +87,10 @@ def generate(
         streamer.end()
     elif output is not None:
         write_rows(output, rows)
-        typer.echo(f"{len(rows)} completions are in {output}.")
+        say(f"{len(rows)} completions are in {output}.")
     else:
         for row in rows:
-            typer.echo(row["prompt"] + row["completion"] + "\n")
+            say(row["prompt"] + row["completion"] + "\n")
 
 
 def _streamer(tokenizer: Any, prompt: list[int]) -> Any:
@@ -99,7 +100,7 @@ def _streamer(tokenizer: Any, prompt: list[int]) -> Any:
 
     class ToTerminal(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            typer.echo(text, nl=stream_end)
+            say(text, nl=stream_end)
             sys.stdout.flush()
 
     streamer = ToTerminal(tokenizer, skip_special_tokens=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bridle.cli.common import RECIPE_KEYS, quiet_libraries
+from bridle.cli.common import RECIPE_KEYS, quiet_libraries, say
 from bridle.cli.keys import TrainingCommand
 
 app = typer.Typer()
@@ -28,7 +28,7 @@ def check(
     from bridle.training.recipe import load_recipe, parse_overrides
 
     quiet_libraries()
-    run(load_recipe(recipe, parse_overrides(context.args)), typer.echo)
+    run(load_recipe(recipe, parse_overrides(context.args)), say)
 
 
 @app.command(
@@ -68,4 +68,4 @@ def train(
     else:
         run(loaded, folder, resume=resume, accept_changes=accept_changes)
     if is_main():
-        typer.echo(f"The model is in {folder / 'model'}, what was measured in {folder / 'metrics.jsonl'}.")
+        say(f"The model is in {folder / 'model'}, what was measured in {folder / 'metrics.jsonl'}.")

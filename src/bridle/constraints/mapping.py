@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from reprlib import repr as short_repr
 from typing import Any
 
 import jmespath
@@ -95,7 +94,7 @@ class JsonMapping:
         numbers = [_number(answer, self.answer) for answer in (found if isinstance(found, list) else [found])]
         label = tuple(number for number in numbers if number is not None)
         if not label or len(label) < len(numbers):
-            return f"the reply's score is {short_repr(found)}, which is no {self.answer}"
+            return f"the reply's score is {_kind(found)}, which is no {self.answer}"
         return label
 
 
@@ -132,7 +131,7 @@ class Scale:
         low, high = self.range
         if isinstance(outcome, str) or all(low <= number <= high for number in outcome):
             return outcome
-        return f"the reply's score is {short_repr(list(outcome))}, not in [{low:g}, {high:g}]"
+        return f"the reply's score is not in [{low:g}, {high:g}]"
 
     def score(self, label: Label) -> Score:
         """The number nearest to a violation, as a degree of compliance."""
@@ -142,6 +141,14 @@ class Scale:
             return Score((high - worst) / (high - low), not worst > self.limit)
         worst = min(label)
         return Score((worst - low) / (high - low), not worst < self.limit)
+
+
+def _kind(found: Any) -> str:
+    """What an answer is, and not what it says: it may say anything."""
+    if found is None:
+        return "null"
+    kinds = {bool: "true or false", str: "a text", list: "a list", dict: "a mapping"}
+    return kinds.get(type(found), "a number of another kind")
 
 
 def _check_expression(key: str, expression: str) -> None:

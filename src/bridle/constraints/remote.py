@@ -206,7 +206,7 @@ class Remote(Constraint):
     def _as_score(self, outcome: Outcome) -> Score:
         outcome = self._scale.checked(outcome)  # it may be from a cache, and of a time with another range
         if isinstance(outcome, str):
-            return Score.missing(self._endpoint.redacted(outcome))
+            return Score.missing(outcome)
         return self._scale.score(outcome)
 
     def _ask(self, outputs: Outputs, keys: list[str]) -> Iterator[tuple[str, Outcome]]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from bridle.errors import plain
 from bridle.report import tables as made
 from bridle.report.data import Report
 from bridle.report.findings import failures, findings
@@ -27,20 +28,24 @@ def tables(report: Report) -> str:
         for name, differences in made.differences(report, without=made.single_tasks(report)).items():
             console.print(_differences(name, differences), "")
         if report.comparisons:
-            console.print(Text(made.DIFFERENCES_IN_WORDS), end="\n\n")
+            console.print(_plain(made.DIFFERENCES_IN_WORDS), end="\n\n")
         for sentence in findings(report):
-            console.print(Text(sentence))
+            console.print(_plain(sentence))
         for run in failures(report):
-            console.print(Text("{method}, seed {seed}: {status}: {reason}".format(**run)))
+            console.print(_plain("{method}, seed {seed}: {status}: {reason}".format(**run)))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
+def _plain(text: str) -> Text:
+    return Text(plain(text))
+
+
 def _drawn(table: Table) -> RichTable:
-    drawn = RichTable(title=Text(table.caption), caption=Text("\n".join(_notes(table))), **_STYLE)
+    drawn = RichTable(title=_plain(table.caption), caption=_plain("\n".join(_notes(table))), **_STYLE)
     for heading in ["", *_headings(table)]:
-        drawn.add_column(Text(heading), justify="right" if heading else "left")
+        drawn.add_column(_plain(heading), justify="right" if heading else "left")
     for method, cells in table.rows.items():
-        drawn.add_row(Text(method), *(Text(_text(cell)) for cell in cells))
+        drawn.add_row(_plain(method), *(_plain(_text(cell)) for cell in cells))
     return drawn
 
 
@@ -71,9 +76,9 @@ def _text(cell: Cell) -> str:
 
 
 def _differences(name: str, differences: list[Difference]) -> RichTable:
-    drawn = RichTable(title=Text(name), **_STYLE)
+    drawn = RichTable(title=_plain(name), **_STYLE)
     for heading in ("", f"minus the best,\n{differences[0].reference}", "95% interval, n", "adjusted p", ""):
-        drawn.add_column(Text(heading), justify="right" if heading else "left")
+        drawn.add_column(_plain(heading), justify="right" if heading else "left")
     for one in differences:
-        drawn.add_row(*map(Text, (one.method, one.cell.text, one.cell.below, one.p_value, one.verdict)))
+        drawn.add_row(*map(_plain, (one.method, one.cell.text, one.cell.below, one.p_value, one.verdict)))
     return drawn
