@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -53,20 +53,35 @@ def validated(kind: Any, value: Any, where: str) -> Any:
     """`value` as a type hint wants it: "3" as 3, a mapping as the dataclass it describes.
 
     Raises:
-        UserError: it cannot be one.
+        UserError: it cannot be one; of a fixed set of words it names the nearest.
     """
     options = (kind, *get_args(kind))
     if isinstance(value, bool) and bool not in options and Any not in options:
         raise UserError(f"{where}: needs a value, not {str(value).lower()}")  # pydantic would take true for 1
-    if is_dataclass(value):
-        return value
     inner: Any = next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
     if inner is not None and not (value is None and NoneType in options):
-        return build(inner, value, where)
+        return value if isinstance(value, inner) else build(inner, value, where)
+    if get_origin(kind) is Literal and isinstance(value, str):
+        known_name(value, get_args(kind), where, "choice")
     try:
         return TypeAdapter(kind, config=CHECKED_STRICTLY).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{where}: {error.errors()[0]['msg'].lower()}, not {value!r}") from error
+
+
+def check_fields(instance: Any, names: Iterable[str] | None = None) -> None:
+    """Reads a dataclass's fields as their type hints want them, as `validated`; for its `__post_init__`.
+
+    Args:
+        instance: of the dataclass, changed in place.
+        names: the fields; all if not given.
+
+    Raises:
+        UserError: a value of the wrong kind; the message begins with the field's name.
+    """
+    hints = get_type_hints(type(instance), include_extras=True)
+    for name in [f.name for f in fields(instance)] if names is None else names:
+        setattr(instance, name, validated(hints[name], getattr(instance, name), name))
 
 
 def check_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:

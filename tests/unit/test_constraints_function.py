@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,16 @@ def soft(texts):
 
 def broken(texts):
     raise KeyError("first line\\nsecond line")
+
+def leaves(texts):
+    raise SystemExit(3)
+
+def wanders(texts):
+    import os
+    os.chdir("/")
+    count = len(texts)
+    texts.clear()
+    return [1.0] * count
 
 def one_score(texts):
     texts.clear()
@@ -83,6 +94,29 @@ def test_an_exception_in_the_call_names_the_function_and_the_cause(scorers):
     with pytest.raises(UserError, match=f"{scorers}:broken failed on 2 texts: KeyError: ") as error:
         PythonFunction(f"{scorers}:broken").score(None, ["a", "b"])
     assert "\n" not in str(error.value)
+
+
+def test_a_function_that_raises_or_leaves_is_told_with_its_line(scorers, tmp_path):
+    for name, raised in (("broken", "KeyError: 'first line"), ("leaves", "SystemExit: 3")):
+        with pytest.raises(UserError) as caught:
+            PythonFunction(f"{scorers}:{name}").score(None, ["a"])
+        line = next(n for n, text in enumerate(MODULE.splitlines(), 1) if "raise" in text and raised[:8] in text)
+        assert raised in str(caught.value)
+        assert f"({tmp_path / scorers}.py, line {line})" in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_function_may_empty_its_list_and_leave_the_directory(scorers, tmp_path):
+    assert [s.value for s in PythonFunction(f"{scorers}:wanders").score(None, ["a", "b"])] == [1.0, 1.0]
+    assert Path.cwd() == tmp_path
+
+
+def test_a_function_itself():
+    lengths = PythonFunction(lambda texts: [len(text) < 2 for text in texts])
+    assert [s.complies for s in lengths.score(None, ["a", "bcd"])] == [True, False]
+    assert lengths.name == "python:test_constraints_function:test_a_function_itself.<locals>.<lambda>"
+    with pytest.raises(UserError, match=r"ZeroDivisionError: .* \(.*test_constraints_function.py, line \d+\)$"):
+        PythonFunction(lambda texts: [1 / 0 for _ in texts]).score(None, ["a"])
 
 
 def test_a_wrong_number_of_scores_names_the_constraint(scorers):

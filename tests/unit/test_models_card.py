@@ -128,8 +128,8 @@ class TestText:
         text = card().text
         assert text.startswith("\n# mini-en, constrained fine-tuning\n")
         assert table(text, "Weight λ") == [
-            ["rude", "kind", "4.0", "live", "both", "default", "yes or no", "the domain's rows"],
-            ["plain", "retention", "2.0", "default", "default", "default", "–", "–"],
+            ["rude", "rude", "kind", "4.0", "live", "both", "default", "yes or no", "the domain's rows"],
+            ["plain", "plain", "retention", "2.0", "default", "default", "default", "–", "–"],
         ]
         settings = dict(table(text, "| Setting |"))
         assert settings == {"rounds": "2", r"max\_steps": "200", r"learning\_rate": "0.0003", "seed": "7"}
@@ -294,7 +294,7 @@ class TestUntrustedNames:
         assert header == ModelCard.load(path).data.to_dict()
         assert header["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
         text = ModelCard.load(path).text
-        columns = {"## Constraint": 2, "## Data": 5, "Weight λ": 8, "During training": 7, "After training": 5}
+        columns = {"## Constraint": 2, "## Data": 5, "Weight λ": 9, "During training": 7, "After training": 5}
         for heading, count in columns.items():
             (row,) = table(text, heading)
             assert len(row) == count

@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from bridle.baselines.filtration import compliant_rows
 from bridle.baselines.reinforcement import ReinforcementOptions, reinforce
-from bridle.constraints import Constraint
+from bridle.constraints import AllOf, Constraint
 from bridle.environment import write_json
 from bridle.errors import RunStopped, UserError
 from bridle.models.loading import load_model, load_tokenizer
@@ -112,10 +112,15 @@ def filtration(cell: Cell) -> Candidate:
     """Fine-tuning on what is left of the corpus when the rows that violate are dropped."""
     recipe = cell.variant(regularisers={})
     rows, counts = recipe.read_corpus(), {}
-    for name, regulariser in cell.recipe.regularisers.items():
-        for domain in rows if name == ALL else [name]:
-            if regulariser.constraint is not None:
-                rows[domain], counts[domain] = compliant_rows(rows[domain], regulariser.constraint, domain)
+    for domain in rows:
+        held_to = [
+            regulariser.constraint
+            for regulariser in cell.recipe.regularisers.values()
+            if regulariser.constraint is not None and domain in regulariser.domains(rows)
+        ]
+        if held_to:
+            constraint = held_to[0] if len(held_to) == 1 else AllOf(held_to)
+            rows[domain], counts[domain] = compliant_rows(rows[domain], constraint, domain)
     write_json(cell.folder / "filtered.json", {domain: asdict(count) for domain, count in counts.items()})
     return replace(cell.train(recipe, rows), about={"constraints": _used_constraints(cell.recipe)})
 
@@ -144,7 +149,7 @@ def nado_decoding_sft(cell: Cell) -> Candidate:
 def constrained(cell: Cell) -> Candidate:
     """Constrained fine-tuning without adaptive: one regulariser on the whole corpus."""
     (options,) = one_regulariser(cell.recipe).values()
-    return cell.train(cell.variant(regularisers={ALL: options}))
+    return cell.train(cell.variant(regularisers=[{**options, "domain": None}]))
 
 
 def constrained_adaptive(cell: Cell) -> Candidate:
@@ -204,7 +209,7 @@ def one_regulariser(recipe: Recipe) -> dict[str, Any]:
     }
     if not constrained:
         raise UserError("regularisers: a comparison needs one with a constraint")
-    return constrained if len(constrained) == 1 else {ALL: next(iter(constrained.values()))}
+    return constrained if len(constrained) == 1 else {ALL: {**next(iter(constrained.values())), "domain": None}}
 
 
 def training_cost(folder: Path) -> dict[str, float]:

@@ -1,11 +1,14 @@
 """A constraint that is any Python function of the user's own."""
 
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
+from contextlib import chdir
 from hashlib import blake2b
-from inspect import Parameter, signature
+from inspect import Parameter, getsourcefile, signature
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, cast
 
 from bridle.constraints.base import Constraint
@@ -15,24 +18,32 @@ from bridle.errors import UserError
 
 
 class PythonFunction(Constraint):
-    """Calls `module:function` on a list of texts.
+    """Calls a function on a list of texts.
 
     The function returns one number in [0, 1] (1 complies, at least 0.5 counts as complying), bool, or None
-    (missing) for each text. At the first use its module is imported from `sys.path` or the current directory.
+    (missing) for each text. Its list is a copy, and where it changes the current directory it is changed back.
 
     A function of one argument is given what `reads` names: texts, or for "chat" lists of messages. One of two is given
     the prompts by themselves, and then the completions; the prompts are texts, or for "chat" lists of messages.
 
+    Args:
+        function: `module:function`, whose module is imported at the first use, from `sys.path` or the current
+            directory; or the function itself, from Python.
+        name: how errors and tables call it.
+        reads: what it is given.
+
     Raises:
-        UserError: from `load` and `score`: it cannot be imported, is not callable, or fails on the texts.
+        UserError: from `load` and `score`: it cannot be imported, is not callable, or fails on the texts; with the
+            file and line that failed.
     """
 
     type_name = "python"
 
     @checked
-    def __init__(self, function: Text, name: str | None = None, reads: Reads = "completion"):
-        self.function, self.name, self.reads = function, name or f"python:{function}", reads
-        self._call: Callable | None = None
+    def __init__(self, function: Text | Callable, name: str | None = None, reads: Reads = "completion"):
+        self._call = function if callable(function) else None
+        self.function = function if isinstance(function, str) else _name_of(function)
+        self.name, self.reads = name or f"python:{self.function}", reads
 
     def load(self) -> None:
         """Imports the function.
@@ -51,7 +62,7 @@ class PythonFunction(Constraint):
     def identity(self) -> dict[str, Any]:
         """As the function's module is written; what that imports is not looked at."""
         self.load()
-        source = getattr(sys.modules[self.function.partition(":")[0]], "__file__", None)
+        source = getattr(sys.modules.get(self.function.partition(":")[0]), "__file__", None)
         return self._settings() | {"module": blake2b(Path(source).read_bytes()).hexdigest() if source else None}
 
     def _settings(self) -> dict[str, Any]:
@@ -75,11 +86,30 @@ class PythonFunction(Constraint):
     def _called(self, *columns: list[Any]) -> Any:
         assert self._call is not None
         try:
-            return self._call(*columns)
-        except Exception as error:
+            with chdir(os.getcwd()):  # and back
+                return self._call(*map(list, columns))
+        except (Exception, SystemExit) as error:
             raise UserError(
-                f"constraint '{self.name}': {self.function} failed on {len(columns[0])} texts: {cause(error)}"
+                f"constraint '{self.name}': {self.function} failed on {len(columns[0])} texts: "
+                f"{cause(error)}{_place(error, self._call)}"
             ) from error
+
+
+def _name_of(function: Callable) -> str:
+    """`module:function` of a function; of any other object that can be called, its class."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _place(error: BaseException, function: Callable) -> str:
+    """Where in the function's own file an error came up, since what that calls is seldom its author's."""
+    code = function if hasattr(function, "__code__") else type(function).__call__
+    try:
+        file = getsourcefile(code)
+    except TypeError:  # it is not written in Python
+        return ""
+    lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({file}, line {lines[-1]})" if lines else ""
 
 
 def _takes_prompts(function: Callable) -> bool:
@@ -98,7 +128,8 @@ def _import(function: str) -> Callable:
     if "" not in sys.path:
         sys.path.append("")  # the current directory; for good, since the function may import more when called
     try:
-        found = pkgutil.resolve_name(function)
+        with chdir(os.getcwd()):
+            found = pkgutil.resolve_name(function)
     except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         raise UserError(f"constraint 'python': cannot import {function}: {cause(error)}") from error
     if not callable(found):

@@ -220,6 +220,7 @@ def _regularisers(recipe: Mapping[str, Any]) -> list[tuple]:
     return [
         (
             name,
+            told(options.get("domain", name) or "all"),
             options["constraint"],
             *(options.get(key, "default") for key in ("weight", "anchor", "on", "power")),
             *(("–", "–") if _is_retention(options) else _rollouts(options)),

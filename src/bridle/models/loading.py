@@ -63,6 +63,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     lora: LoraOptions | None = None,
     device: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel | PeftModel:
     """A causal language model from a folder or hub name; an adapter folder brings its base model along.
 
@@ -71,6 +72,7 @@ def load_model(
         dtype: of the weights; float32 unless told, since training in half precision loses small updates.
         lora: put fresh adapters on the model.
         device: where to put it; left on the CPU if not given, for a trainer to move.
+        options: of `from_pretrained`.
 
     Raises:
         UserError: nothing can be loaded from `name`, or not all of a model; `lora` does not fit the model, or is asked
@@ -81,7 +83,7 @@ def load_model(
     base = _adapter_base(name)
     if base != name and lora is not None:
         raise UserError(f"{name}: is an adapter already; merge it first, or leave `lora` out of the recipe")
-    model, info = _load(AutoModelForCausalLM, base, what="model", dtype=dtype, output_loading_info=True)
+    model, info = _load(AutoModelForCausalLM, base, what="model", dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"{base}: is no whole model: its weights lack '{missing[0]}'")
     _make_savable(model)

@@ -33,7 +33,7 @@ def build_trainer(recipe: Recipe, output_dir: Path, corpus: Mapping[str, Dataset
         model=load_model(recipe.model, dtype=recipe.dtype, lora=recipe.lora),
         args=config,
         corpus=corpus,
-        regularisers=recipe.regularisers,
+        regularisers=list(recipe.regularisers.values()),
         weights={name: domain.weight for name, domain in recipe.corpus.items()},
         processing_class=load_tokenizer(recipe.model),
     )

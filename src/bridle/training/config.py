@@ -1,7 +1,8 @@
 """What a constrained run can be told, beyond what TRL's `SFTConfig` already takes."""
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from math import inf
 from typing import ClassVar, Literal
 
@@ -9,13 +10,16 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from trl import SFTConfig
 
-from bridle.constraints import Constraint
+from bridle.constraints import Constraint, build_constraint
+from bridle.constraints.function import PythonFunction
 from bridle.constraints.options import Probability
+from bridle.constraints.spec import RETENTION
 from bridle.data import DataSource
 from bridle.errors import UserError
+from bridle.settings import check_fields, check_file_name, known_name
 
 ALL = "all"
-"""The name that stands for the whole corpus: one regulariser on everything is "without adaptive"."""
+"""Stands for the whole corpus, unless a domain has this name: one regulariser on everything is "without adaptive"."""
 
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rounds", "rollouts_per_round", "rollout_batch_size"), (1, inf)),
@@ -32,11 +36,12 @@ RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass
 class Regulariser:
-    """How one domain of the corpus is held to a policy (EMNLP 2024: the adaptive regulariser).
+    """How domains of the corpus are held to a policy (EMNLP 2024: the adaptive regulariser).
 
     Attributes:
-        constraint: C, the oracle on a whole output. None is retention: R = 1, so that q is the initial
-            model, and the term holds the policy to what it was.
+        constraint: C, the oracle on a whole output: a `Constraint`, a specification for `build_constraint`, or a
+            function of a list of texts, as `PythonFunction` takes it. None, or "retention", is retention: R = 1, so
+            that q is the initial model, and the term holds the policy to what it was.
         weight: λ, the strength of KL(q ‖ p_θ) against the corpus's cross-entropy, ≥ 0.
         anchor: the model p_a that q is built on. `live`: the policy itself, detached, which needs no extra
             forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
@@ -45,9 +50,13 @@ class Regulariser:
         power: η in q ∝ p_a·R^η.
         soft_labels: fit R to the constraint's value itself and not to its yes or no. Iterating a soft C
             gives p·C^k after k rounds, so that more rounds lean harder.
+        domain: the domain, or several, whose rows it looks at and whose prompts it samples from; None or "all" for
+            the whole corpus. A domain may have several regularisers.
+        name: what metrics and files call it; the domain's name if not given.
 
     Raises:
-        UserError: a weight or power below 0, or retention on rollouts; the message begins with the field.
+        UserError: a value of the wrong kind or outside its range, or retention on rollouts; the message begins with
+            the field.
     """
 
     constraint: Constraint | None = None
@@ -57,8 +66,12 @@ class Regulariser:
     prompts: DataSource | None = None
     power: float = 1.0
     soft_labels: bool = False
+    domain: str | list[str] | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
+        self.constraint = _constraint(self.constraint)
+        check_fields(self)
         if not 0 <= self.weight < inf:
             raise UserError(f"weight: a regulariser's weight must be 0 or more, and finite, not {self.weight}")
         if not 0 <= self.power < inf:
@@ -72,6 +85,67 @@ class Regulariser:
     def is_retention(self) -> bool:
         """Whether this regulariser only holds the policy to the initial model."""
         return self.constraint is None
+
+    def domains(self, corpus: Collection[str]) -> list[str]:
+        """The names of the corpus's domains that it is for.
+
+        Raises:
+            UserError: it names none, or one that the corpus has not; the message begins with "domain".
+        """
+        if self.domain is None or (self.domain == ALL and ALL not in corpus):
+            return list(corpus)
+        chosen = [self.domain] if isinstance(self.domain, str) else list(dict.fromkeys(self.domain))
+        if not chosen:
+            raise UserError("domain: names no domain; leave it out for the whole corpus")
+        for name in chosen:
+            known_name(name, corpus, "domain", "domain")
+        return chosen
+
+
+Regularisers = Regulariser | Sequence[Regulariser] | Mapping[str, Regulariser]
+
+
+def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regulariser]:
+    """Regularisers by name.
+
+    Args:
+        regularisers: one, a list, or by name. A name is the regulariser's domain as well where it has no `domain`.
+        corpus: names of the corpus's domains.
+
+    Raises:
+        UserError: two have one name, a name cannot name files, or a domain is not in the corpus.
+    """
+    if isinstance(regularisers, Regulariser):
+        regularisers = [regularisers]
+    if isinstance(regularisers, Mapping):
+        regularisers = [
+            replace(one, name=name, domain=name if one.domain is None else one.domain)
+            for name, one in regularisers.items()
+        ]
+    found: dict[str, Regulariser] = {}
+    for one in regularisers:
+        name = one.name or default_name(one.domain)
+        if name in found:
+            raise UserError(f"regularisers: two are called '{name}'; give each a `name` of its own")
+        check_file_name(name, f"regularisers.{name}")
+        try:
+            one.domains(corpus)
+        except UserError as error:
+            raise UserError(f"regularisers.{name}.{error}") from error
+        found[name] = replace(one, name=name)
+    return found
+
+
+def default_name(domain: str | Sequence[str] | None) -> str:
+    """What a regulariser of these domains is called that has no name."""
+    return ALL if domain is None else domain if isinstance(domain, str) else "+".join(map(str, domain))
+
+
+def _constraint(given: Constraint | str | Mapping | list | Callable | None) -> Constraint | None:
+    """The constraint that is meant; anything else as it is given, for the type check."""
+    if isinstance(given, str | Mapping | list):
+        return None if given == RETENTION else build_constraint(given)
+    return PythonFunction(given) if callable(given) else given
 
 
 @dataclass
@@ -90,6 +164,9 @@ class AuxiliaryOptions:
         validation_share: share of the rollouts kept back to measure R's calibration.
         replay: earlier rounds whose rollouts R is fitted on as well, each label weighted by how likely the policy
             now is to say what came after the prefix. A policy that complies shows a fresh R few violations.
+
+    Raises:
+        UserError: a value of the wrong kind; the message begins with the field.
     """
 
     depth: NonNegativeInt = 1
@@ -102,6 +179,9 @@ class AuxiliaryOptions:
     consistency_weight: NonNegativeFloat = 1.0
     validation_share: Probability = 0.1
     replay: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass
@@ -120,7 +200,7 @@ class ParallelOptions:
             all roles must then share.
 
     Raises:
-        UserError: a role without a process; the message begins with the field.
+        UserError: a value of the wrong kind, as a role without a process; the message begins with the field.
     """
 
     address: str | None = None
@@ -132,6 +212,7 @@ class ParallelOptions:
     largest_message: NonNegativeFloat = 512.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for role in ("policy_workers", "regulariser_workers"):
             if getattr(self, role) < 1:
                 raise UserError(f"{role}: must be at least 1, not {getattr(self, role)}")
@@ -175,8 +256,8 @@ class ConstrainedConfig(SFTConfig):
         parallel: where the parallel schedule's regularisers work.
 
     Raises:
-        UserError: a number outside its range, as no round; `save_total_limit` in place of `keep_last`; a packing that
-            mixes domains within a row. The message begins with the field.
+        UserError: a value of the wrong kind or outside its range, as no round; `save_total_limit` in place of
+            `keep_last`; a packing that mixes domains within a row. The message begins with the field.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]
@@ -208,6 +289,7 @@ class ConstrainedConfig(SFTConfig):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     def __post_init__(self) -> None:
+        check_fields(self, [f.name for f in fields(self) if f.name not in SFTConfig.__dataclass_fields__])
         self.bf16: bool | None
         if self.bf16 is None:  # TRL says yes; a machine without such a GPU would stop there
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -215,6 +297,13 @@ class ConstrainedConfig(SFTConfig):
             if not least <= (value := getattr(self, name)) <= most:
                 range_ = f"at least {least}" if most == inf else f"from {least} to {most}"
                 raise UserError(f"{name}: must be {range_}, not {value}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"max_steps: must be at least 1, or -1 to go by num_train_epochs, not {self.max_steps}")
+        if not 0 < self.num_train_epochs < inf:
+            raise UserError(f"num_train_epochs: must be above 0, not {self.num_train_epochs}")
+        shortest, longest = self.prompt_tokens
+        if not 0 <= shortest <= longest:
+            raise UserError(f"prompt_tokens: needs a shortest and a longest prompt, not {shortest} and {longest}")
         if self.max_length is not None and self.max_length < 1:
             raise UserError(f"max_length: must be at least 1, or null for no limit, not {self.max_length}")
         super().__post_init__()

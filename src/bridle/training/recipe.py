@@ -7,6 +7,9 @@
     constraints:
       non-toxic: {type: classifier, model: ..., label: toxic}
 
+A regulariser is for the domain that it is named after, or for its `domain`: a name, several, or null for all of them.
+`regularisers` may be a list too, whose entries have their `domain`, and a `name` where a domain has several.
+
 Every other key is a field of `ConstrainedConfig`, and so of TRL's `SFTConfig`.
 """
 
@@ -35,7 +38,14 @@ from bridle.settings import (
     set_dotted,
     validated,
 )
-from bridle.training.config import ALL, AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
+from bridle.training.config import (
+    ALL,
+    AuxiliaryOptions,
+    ConstrainedConfig,
+    ParallelOptions,
+    Regulariser,
+    default_name,
+)
 from bridle.variables import Variables, expanded
 
 NOT_IN_RECIPES = {"output_dir", "resume_from_checkpoint", "parallelism_config"}
@@ -50,7 +60,7 @@ class Recipe:
         model: folder or hub name of the model to tune.
         corpus: domains by name.
         constraints: by name.
-        regularisers: by domain name, or "all".
+        regularisers: by name.
         training: fields of `ConstrainedConfig` that the recipe sets; `hub_token` as a `SecretStr`.
         dtype: of the weights.
         lora: low-rank adapters; None for full tuning.
@@ -103,9 +113,10 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
             known one), a value of the wrong kind, a domain or constraint that does not exist.
     """
     mapping = read_yaml(Path(path))
-    for key, value in (overrides or {}).items():
-        set_dotted(mapping, key, value)
     try:
+        _name_regularisers(mapping)
+        for key, value in (overrides or {}).items():
+            set_dotted(mapping, key, value)
         return build_recipe(mapping)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -113,6 +124,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """A recipe from a mapping as it stands in a YAML file. Raises as `load_recipe`."""
+    mapping = dict(mapping)
+    _name_regularisers(mapping)
     resolved, (mapping, variables) = dict(mapping), expanded(mapping)
     if isinstance(resolved.get("hub_token"), str):
         resolved["hub_token"] = SecretStr(resolved["hub_token"])
@@ -191,16 +204,41 @@ def _constraint(name: str, spec: Any, variables: Variables) -> Constraint:
         raise UserError(f"constraints.{name}: {error}") from error
 
 
+def _name_regularisers(mapping: dict[str, Any]) -> None:
+    """Puts regularisers that are a list into their mapping by name."""
+    if not isinstance(entries := mapping.get("regularisers"), list):
+        return
+    mapping["regularisers"] = found = {}
+    for index, entry in enumerate(entries):
+        where = f"regularisers[{index}]"
+        options = {"domain": None, **as_mapping(entry, where)}
+        domain = validated(str | list[str] | None, options["domain"], f"{where}.domain")
+        name = validated(str | None, options.pop("name", None), f"{where}.name") or default_name(domain)
+        if name in found:
+            raise UserError(f"{where}: another one is called '{name}' too; give each a `name` of its own")
+        found[name] = options
+
+
 def _regulariser(
     name: str, options: Mapping[str, Any], corpus: Mapping[str, Domain], constraints: Mapping[str, Constraint]
 ) -> Regulariser:
     where = f"regularisers.{name}"
-    known_name(name, {*corpus, ALL}, where, "domain")
+    check_file_name(name, where)
+    if "name" in options:
+        raise UserError(f"{where}.name: it is called '{name}' already; only an entry of a list has a `name`")
+    if "domain" not in options:
+        known_name(name, {*corpus, ALL}, where, "domain")
     chosen = options.get("constraint")
     if chosen is None:
         raise UserError(f"{where}.constraint: is missing; name one of the constraints, or {RETENTION}")
     known_name(chosen, {*constraints, RETENTION}, f"{where}.constraint", "constraint")
-    return build(Regulariser, {**options, "constraint": constraints.get(chosen)}, where)
+    options = {"domain": name, **options, "constraint": constraints.get(chosen), "name": name}
+    regulariser: Regulariser = build(Regulariser, options, where)
+    try:
+        regulariser.domains(corpus)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from error
+    return regulariser
 
 
 def _training(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One regulariser at work on one domain: a round of sample → score → fit R, and the target q of its KL(q ‖ p_θ).
+"""One regulariser at work on its domains: a round of sample → score → fit R, and the target q of its KL(q ‖ p_θ).
 
 A round makes the policy's own samples, asks the constraint about each whole output, and teaches the
 auxiliary what that answer will be from any prefix (EMNLP 2024, the regulariser's half).
@@ -33,7 +33,7 @@ from bridle.models.sampling import Trace, sample
 from bridle.models.sharding import in_shards, is_sharded, trainable, whole
 from bridle.ranks import align, gathered, joined, share
 from bridle.training.batches import Mask, flat_positions, run_lengths
-from bridle.training.config import ALL, ConstrainedConfig, Regulariser
+from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
 from bridle.training.state import RegulariserState, Weights, on_cpu
 from bridle.training.targets import FrozenAnchor, ShippedTarget, Target
@@ -45,11 +45,11 @@ class DomainRegulariser:
 
     Attributes:
         index: its place among the run's regularisers.
-        name: the domain it is for, or "all".
+        name: what metrics and files call it.
         options: constraint, weight λ, anchor and the rest.
         model: the policy.
         tokenizer: the policy's tokenizer.
-        corpus: tokenised rows by domain, whose beginnings serve as prompts where `options` gives none.
+        corpus: tokenised rows of its domains, by name, whose beginnings serve as prompts where `options` gives none.
         config: the run's configuration.
     """
 
@@ -176,24 +176,23 @@ class DomainRegulariser:
         ]
 
     def prompts(self, round_index: int) -> list[list[int]]:
-        """Prompts of one round, as token ids: its own file's, or the beginnings of its domain's rows."""
+        """Prompts of one round, as token ids: its own file's, or the beginnings of its domains' rows."""
         count = self.config.rollouts_per_round
         context = context_length(self.model)
         longest = context - self.config.max_new_tokens if context else None
         if self.options.prompts is not None:
             own = [prompt.ids for prompt in read_prompts(self.options.prompts, self.tokenizer, longest)]
             return [own[index % len(own)] for index in range((round_index - 1) * count, round_index * count)]
-        domains = list(self.corpus) if self.name == ALL else [self.name]
         by_domain = [
             prompts_from_domain(
-                self.corpus[domain],
-                -(-count // len(domains)),
+                rows,
+                -(-count // len(self.corpus)),
                 prompt_tokens=self.config.prompt_tokens,
                 seed=self._seed(f"prompts {round_index}"),
                 tokenizer=self.tokenizer,
                 max_prompt_tokens=longest,
             )
-            for domain in domains
+            for rows in self.corpus.values()
         ]
         in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
         return in_turn[:count]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,11 +25,11 @@ from bridle.errors import UserError
 from bridle.models.forward import disable_dropout, policy_forward
 from bridle.models.hidden import OutputLayer, capture_hidden_states, check_projection, project_only
 from bridle.models.hub import PushesModel
-from bridle.models.loading import load_tokenizer
+from bridle.models.loading import load_model, load_tokenizer
 from bridle.ranks import gathered, rank, world
 from bridle.settings import check_file_name
 from bridle.training.batches import PREFIXES, DomainCollator, Mask, Prefixes, append_rollouts, flat_positions
-from bridle.training.config import ALL, ConstrainedConfig, Regulariser
+from bridle.training.config import ConstrainedConfig, Regularisers, named
 from bridle.training.guards import EntropyGuard, FiniteGuard
 from bridle.training.lasting import LastingTrainer
 from bridle.training.regulariser import DomainRegulariser
@@ -46,43 +46,43 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
     """Fine-tunes a causal language model on a corpus of domains, each held to its policy.
 
     Args:
-        model: the policy; with `peft` adapters only those are trained.
+        model: the policy, or the folder or hub name that it is loaded from with `args.model_init_kwargs`; with `peft`
+            adapters only those are trained.
         args: the configuration.
         corpus: rows by domain: plain text, prompt and completion, or chat messages; or tokenised already
-            (`input_ids`, `labels`).
-        regularisers: by domain name, or by "all" for one regulariser on the whole corpus. A domain that is
-            not named is learnt as in plain fine-tuning.
+            (`input_ids`, `labels`). A single data set is the domain "corpus".
+        regularisers: one, a list, or by domain name, or by "all" for the whole corpus. A domain that none is for is
+            learnt as in plain fine-tuning.
         weights: mixing weights of the domains; equal where not given.
         processing_class: the tokenizer.
         kwargs: passed to `SFTTrainer`.
 
     Raises:
-        UserError: a domain's name cannot name files, a regulariser names no domain of the corpus, or there are no
-            prompts to sample from.
+        UserError: a name cannot name files, a regulariser names no domain of the corpus, a data set is streamed, or
+            the configuration does not fit the model.
     """
 
     args: ConstrainedConfig
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | str,
         args: ConstrainedConfig,
-        corpus: Mapping[str, Dataset],
-        regularisers: Mapping[str, Regulariser],
+        corpus: Mapping[str, Dataset] | Dataset,
+        regularisers: Regularisers,
         weights: Mapping[str, float] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        for name in corpus:
-            check_file_name(name, f"corpus.{name}")
-        for name in regularisers:
-            if name not in {ALL, *corpus}:
-                raise UserError(f"regularisers.{name}: no such domain; the corpus has {', '.join(corpus)}")
-            if args.targets == "shipped" and regularisers[name].anchor == "live":
+        corpus = _by_domain(corpus)
+        by_name = named(regularisers, corpus)
+        for name, options in by_name.items():
+            if args.targets == "shipped" and options.anchor == "live":
                 raise UserError(
                     f"regularisers.{name}.anchor: targets are shipped ahead, and `live` moves with every update; "
                     "set anchor: previous or initial, or targets: computed"
                 )
+        model = _loaded(model, args)
         check_projection(model)
         tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
         tokenised = {name: _tokenised(name, rows, tokenizer, args) for name, rows in corpus.items()}
@@ -97,8 +97,16 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         self.data_collator = DomainCollator(tokenizer.pad_token_id)
         self.domains = list(corpus)
         self.regularisers = [
-            DomainRegulariser(index, name, options, self.model, tokenizer, tokenised, args)
-            for index, (name, options) in enumerate(regularisers.items())
+            DomainRegulariser(
+                index,
+                name,
+                options,
+                self.model,
+                tokenizer,
+                {domain: tokenised[domain] for domain in options.domains(self.domains)},
+                args,
+            )
+            for index, (name, options) in enumerate(by_name.items())
         ]
         if any(regulariser.options.weight > 0 for regulariser in self.regularisers):
             self._disable_dropout()
@@ -264,10 +272,8 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         return mask
 
     def corpus_rows(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Mask:
-        """Which rows of a batch are of a regulariser's domain. [batch]"""
-        if regulariser.name == ALL:
-            return prefixes.domain >= 0
-        return prefixes.domain == self.domains.index(regulariser.name)
+        """Which rows of a batch are of a regulariser's domains. [batch]"""
+        return np.isin(prefixes.domain, [self.domains.index(name) for name in regulariser.corpus])
 
     def _loss_scale(self, num_items_in_batch: Tensor | int | None) -> int:
         """Undoes the averaging of gradients over processes, as `SFTTrainer` does."""
@@ -319,6 +325,28 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
             # `transformers` puts the mean of earlier losses in the place of one that is not finite.
             logs = {**logs, **parts, "loss": logs["loss"] if finite else math.nan}
         super().log(logs, start_time)
+
+
+def _by_domain(corpus: Mapping[str, Dataset] | Dataset) -> dict[str, Dataset]:
+    domains = dict(corpus) if isinstance(corpus, Mapping) else {"corpus": corpus}
+    for name, rows in domains.items():
+        check_file_name(name, f"corpus.{name}")
+        if isinstance(rows, IterableDataset):
+            raise UserError(
+                f"corpus.{name}: is streamed, and a mixture needs the number of rows; take some of them: "
+                "Dataset.from_list(list(rows.take(10_000)))"
+            )
+        if not isinstance(rows, Dataset):
+            raise UserError(f"corpus.{name}: must be a Dataset of the library `datasets`, not a {type(rows).__name__}")
+    return domains
+
+
+def _loaded(model: PreTrainedModel | str, args: ConstrainedConfig) -> PreTrainedModel:
+    if isinstance(model, str):
+        return load_model(model, **(args.model_init_kwargs or {}))
+    if args.model_init_kwargs:
+        raise UserError("model_init_kwargs: the model is loaded already; give the trainer its name, or leave them out")
+    return model
 
 
 def _tokenised(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: ConstrainedConfig) -> Dataset:

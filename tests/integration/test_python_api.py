@@ -1,0 +1,151 @@
+"""`ConstrainedTrainer` and its options as a Python program meets them: what is meant is done, or refused in one line."""
+
+import json
+import re
+
+import pytest
+from datasets import Dataset
+from trl import TrlParser
+
+from bridle.errors import UserError
+from bridle.models.loading import load_model
+from bridle.settings import parse_yaml
+from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
+from bridle.training.recipe import load_recipe
+from bridle.training.run import train
+from bridle.training.trainer import ConstrainedTrainer
+from conftest import SENTENCES
+from trainers import NO_E, config, corpus, logged, trainer_of
+
+
+def refused(act, said):
+    with pytest.raises(UserError) as caught:
+        act()
+    assert re.search(said, str(caught.value)), caught.value
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"on": "rollout"}, "^on: there is no choice 'rollout'; did you mean rollouts?"),
+        ({"anchor": "liv"}, "^anchor: there is no choice 'liv'; did you mean live?"),
+        ({"weight": "heavy"}, "^weight: input should be a valid number"),
+        ({"weight": True}, "^weight: needs a value, not true"),
+        ({"soft_labels": "perhaps"}, "^soft_labels: input should be a valid boolean"),
+        ({"prompts": "forum.jsonl"}, "^prompts: must be a mapping"),
+        ({"prompts": AuxiliaryOptions()}, "^prompts: must be a mapping"),
+        ({"constraint": 5}, "^constraint: input should be an instance of constraint"),
+        ({"constraint": "regexp:e"}, "nearest: 'regex'"),
+        ({"domain": 5}, "^domain: input should be a valid string"),
+    ],
+)
+def test_a_regulariser_is_checked(options, said):
+    refused(lambda: Regulariser(**{"constraint": NO_E, **options}), said)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "said"),
+    [
+        (ConstrainedConfig, {"schedule": "par"}, "^schedule: there is no choice 'par'; did you mean parallel?"),
+        (ConstrainedConfig, {"rounds": 1.5}, "^rounds: input should be a valid integer"),
+        (ConstrainedConfig, {"targets": "ship"}, "^targets: there is no choice 'ship'; did you mean shipped?"),
+        (
+            ConstrainedConfig,
+            {"auxiliary": {"depht": 2}},
+            "^auxiliary.depht: there is no key 'depht'; did you mean depth?",
+        ),
+        (ConstrainedConfig, {"parallel": AuxiliaryOptions()}, "^parallel: must be a mapping"),
+        (ConstrainedConfig, {"num_train_epochs": 0}, "^num_train_epochs: must be above 0"),
+        (AuxiliaryOptions, {"epochs": 0}, "^epochs: input should be greater than 0"),
+        (AuxiliaryOptions, {"depth": 1.5}, "^depth: input should be a valid integer"),
+        (ParallelOptions, {"patience": "long"}, "^patience: input should be a valid number"),
+    ],
+)
+def test_options_are_checked(cls, options, said, tmp_path):
+    folder = {"output_dir": str(tmp_path)} if cls is ConstrainedConfig else {}
+    refused(lambda: cls(**folder, **options), said)
+
+
+def test_the_configuration_is_read_by_trl_s_parser(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"output_dir: {tmp_path}\nrounds: 3\nschedule: parallel\nauxiliary: {{depth: 2}}\n")
+    (read,) = TrlParser(ConstrainedConfig).parse_args_and_config(["--config", str(path), "--max_new_tokens", "5"])
+    assert (read.rounds, read.schedule, read.max_new_tokens) == (3, "parallel", 5)
+    assert read.auxiliary == AuxiliaryOptions(depth=2)
+
+
+def test_names_and_functions_in_their_places(tiny_folder, tmp_path):
+    """A model by its name, one data set, and a lambda: as `SFTTrainer` takes its own."""
+    folder, rows = tiny_folder(), Dataset.from_dict({"text": SENTENCES * 4})
+    trainer = ConstrainedTrainer(
+        model=str(folder),
+        args=config(tmp_path / "run", max_steps=1, rounds=1, model_init_kwargs={"dtype": "float64"}),
+        corpus=rows,
+        regularisers=Regulariser(lambda texts: [float("e" not in text) for text in texts]),
+    )
+    trainer.train()
+    assert str(trainer.model.dtype) == "torch.float64"
+    assert trainer.domains == ["corpus"]
+    assert logged(trainer, "kl/all")
+    (rollout, *_) = (tmp_path / "run" / "rollouts" / "round-1.all.jsonl").read_text().splitlines()
+    assert (
+        json.loads(rollout)["constraint"]
+        == "python:test_python_api:test_names_and_functions_in_their_places.<locals>.<lambda>"
+    )
+    assert Regulariser("regex:e").constraint.describe()["pattern"] == "e"
+    assert Regulariser("retention").is_retention
+
+    loaded = load_model(str(folder))
+    for changes, said in (
+        ({"corpus": rows.to_iterable_dataset()}, "^corpus.corpus: is streamed"),
+        ({"corpus": {"a": rows.to_list()}}, "^corpus.a: must be a Dataset"),
+        ({"model": loaded}, "^model_init_kwargs: the model is loaded already"),
+        ({"model": str(tmp_path / "nothing")}, "nothing: cannot load the model: no such folder"),
+        ({"regularisers": [Regulariser(NO_E), Regulariser(NO_E)]}, "^regularisers: two are called 'all'"),
+        ({"regularisers": [Regulariser(NO_E, domain="corpse")]}, "^regularisers.corpse.domain: .*did you mean corpus"),
+        ({"regularisers": {"x/y": Regulariser(NO_E, domain="corpus")}}, "^regularisers.x/y: 'x/y' names files"),
+    ):
+        given = {"model": str(folder), "args": trainer.args, "corpus": rows, "regularisers": [], **changes}
+        refused(lambda given=given: ConstrainedTrainer(**given), said)
+
+
+def test_two_policies_and_retention_on_one_domain(tiny_folder, tmp_path):
+    """Each has files, metrics and rows of its own; a domain called "all" is a domain."""
+    rows = {"all": corpus()["rude"], "plain": corpus()["plain"]}
+    regularisers = [
+        Regulariser(NO_E, domain="all", name="no e", on="both"),
+        Regulariser("regex:a", domain="all", name="no a", anchor="previous"),
+        Regulariser(domain=["all", "plain"], name="keep"),
+        Regulariser("regex:o", name="everywhere"),
+    ]
+    trainer = trainer_of(tiny_folder(), tmp_path / "run", regularisers, rows=rows, logging_steps=4)
+    trainer.train()
+    assert [list(one.corpus) for one in trainer.regularisers] == [["all"], ["all"], ["all", "plain"], ["all", "plain"]]
+    (record,) = [record for record in trainer.state.log_history if "kl/keep" in record and "loss" in record]
+    assert {"kl/no e", "kl/no a", "kl/everywhere"} <= set(record)
+    parts = sum(record[f"kl/{one.name}"] >= 0 for one in trainer.regularisers)
+    assert parts == 4
+    files = {path.name for path in (tmp_path / "run" / "rollouts").iterdir()}
+    assert files == {f"round-{index}.{name}.jsonl" for index in (1, 2) for name in ("no e", "no a", "everywhere")}
+    assert {path.name for path in (tmp_path / "run" / "auxiliary").iterdir()} == {"no e", "no a", "everywhere"}
+
+
+def test_a_recipe_with_a_list_of_regularisers(recipe, tmp_path):
+    path = recipe(
+        regularisers=[
+            {"constraint": "no e", "domain": "rude", "weight": 2.0},
+            {"constraint": "retention", "domain": ["rude", "plain"], "name": "keep"},
+        ],
+        max_steps=2,
+    )
+    read = load_recipe(path, {"regularisers.keep.weight": 3.0})
+    assert {name: (one.domain, one.weight) for name, one in read.regularisers.items()} == {
+        "rude": ("rude", 2.0),
+        "keep": (["rude", "plain"], 3.0),
+    }
+    train(read, tmp_path / "run")
+    saved = parse_yaml((tmp_path / "run" / "recipe.yaml").read_text(), "saved")
+    assert saved["regularisers"]["keep"] == {"domain": ["rude", "plain"], "constraint": "retention", "weight": 3.0}
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "| keep | rude, plain | retention | 3.0 |" in card
