@@ -1,4 +1,4 @@
-"""`ConstrainedTrainer` and its options as a Python program meets them: what is meant is done, or refused in one line."""
+"""`ConstrainedTrainer` and its options in a Python program: what is meant is done, or refused in one line."""
 
 import json
 import re

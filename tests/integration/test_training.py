@@ -410,7 +410,7 @@ class TestRegularisers:
 
     @pytest.mark.parametrize("options", [{"weight": -1.0}, {"power": -1.0}, {"weight": float("nan")}])
     def test_impossible_settings(self, options):
-        with pytest.raises(UserError, match="must be 0 or more|should be a finite number"):
+        with pytest.raises(UserError, match=r"must be 0 or more|should be a finite number"):
             Regulariser(NO_E, **options)
 
 

@@ -302,7 +302,7 @@ class ConstrainedConfig(SFTConfig):
         if not 0 < self.num_train_epochs < inf:
             raise UserError(f"num_train_epochs: must be above 0, not {self.num_train_epochs}")
         shortest, longest = self.prompt_tokens
-        if not 0 <= shortest <= longest:
+        if shortest < 0 or (longest is not None and longest < shortest):
             raise UserError(f"prompt_tokens: needs a shortest and a longest prompt, not {shortest} and {longest}")
         if self.max_length is not None and self.max_length < 1:
             raise UserError(f"max_length: must be at least 1, or null for no limit, not {self.max_length}")
