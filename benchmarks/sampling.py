@@ -72,7 +72,7 @@ class Sampler:
             prompts,
             max_new_tokens=self.new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            end_token_ids=[self.tokenizer.eos_token_id],
             batch_size=self.batch,
         )
 

@@ -1,4 +1,4 @@
-"""Real tokenizers of a few hundred tokens: byte-level BPE trained on invented sentences."""
+"""Real tokenizers of a few hundred tokens, trained on invented sentences: byte-level, or as SentencePiece has it."""
 
 from functools import cache
 
@@ -19,15 +19,23 @@ CHAT_TEMPLATE = (
 )
 
 
+SPECIAL = ("<pad>", "<bos>", "<eos>")
+
+
 @cache
-def _trained() -> str:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+def _trained(metaspace: bool) -> str:
+    if metaspace:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        alphabet = []
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[*SPECIAL, *(["<unk>"] if metaspace else [])],
+        initial_alphabet=alphabet,
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
@@ -35,10 +43,13 @@ def _trained() -> str:
 
 
 def tiny_tokenizer(
-    adds_bos: bool = True, pad_is_eos: bool = False, chat_template: str | None = CHAT_TEMPLATE
+    adds_bos: bool = True,
+    pad_is_eos: bool = False,
+    chat_template: str | None = CHAT_TEMPLATE,
+    metaspace: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer whose ids 0, 1 and 2 are <pad>, <bos> and <eos>."""
-    tokenizer = Tokenizer.from_str(_trained())
+    """A tokenizer whose ids 0, 1 and 2 are <pad>, <bos> and <eos>; byte-level, or with "▁" for a space before words."""
+    tokenizer = Tokenizer.from_str(_trained(metaspace))
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(

@@ -5,7 +5,15 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
-from bridle.data import DataSource, encode_prompt, prompts_from_domain, read_prompts, tokenize_domain
+from bridle.data import (
+    DataSource,
+    decode_parts,
+    encode_completion,
+    encode_prompt,
+    prompts_from_domain,
+    read_prompts,
+    tokenize_domain,
+)
 from bridle.errors import UserError
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
 
@@ -229,3 +237,34 @@ def test_prompts_of_the_stand_in_model(shared):
     prompts = read_prompts(source, tokenizer, 200, prefix_tokens=6)
     assert {prompt.ids.count(tokenizer.bos_token_id) for prompt in prompts} == {1}
     assert {len(prompt.ids) for prompt in prompts} == {7}
+
+
+class TestCompletions:
+    @pytest.mark.parametrize("metaspace", [False, True])
+    @pytest.mark.parametrize("border", range(1, 8))
+    def test_prompt_and_completion_are_the_text_that_a_reader_sees(self, metaspace, border):
+        tokenizer = tiny_tokenizer(metaspace=metaspace)
+        ids = [*tokenizer("The old kettle sings when the")["input_ids"], tokenizer.eos_token_id]
+        prompt, completion = decode_parts(ids[:border], ids[border:], tokenizer)
+        assert prompt + completion == "The old kettle sings when the"
+        assert prompt == tokenizer.decode(ids[:border], skip_special_tokens=True)
+
+    def test_a_completion_keeps_its_leading_space(self):
+        tokenizer = tiny_tokenizer(metaspace=True)
+        prompt = tokenizer("The old")["input_ids"]
+        ids = tokenizer("The old kettle")["input_ids"][len(prompt) :]
+        assert tokenizer.decode(ids) == "kettle"  # alone
+        assert decode_parts(prompt, ids, tokenizer) == ("The old", " kettle")
+
+    def test_a_character_on_the_border_belongs_to_the_completion(self):
+        tokenizer = tiny_tokenizer()
+        ids = tokenizer("A kettle ☕ sings")["input_ids"]
+        inside = next(n for n in range(len(ids)) if "\ufffd" in tokenizer.decode(ids[:n]))
+        assert decode_parts(ids[:inside], ids[inside:], tokenizer) == ("A kettle ", "☕ sings")
+
+    @pytest.mark.parametrize("metaspace", [False, True])
+    @pytest.mark.parametrize("text", [" kettle sings", "s and the dog", "", ".", " the", "  water"])
+    def test_a_completion_is_encoded_as_it_is_decoded(self, metaspace, text):
+        tokenizer = tiny_tokenizer(metaspace=metaspace)
+        prompt = tokenizer("The old")["input_ids"]
+        assert decode_parts(prompt, encode_completion(text, prompt, tokenizer), tokenizer) == ("The old", text)

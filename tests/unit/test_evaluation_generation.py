@@ -269,7 +269,7 @@ def test_completions_follow_the_order_of_the_prompts(tokenizer, model):
 
     prompts = [[0, 4, 5], [0, 2], [0, 3, 2, 6]]
     completions = draw(model, tokenizer, prompts, samples=2, max_new_tokens=2, guide=Echo())
-    expected = ["lantern lantern", "oak oak", "grumblefish grumblefish"]
+    expected = [" lantern lantern", " oak oak", " grumblefish grumblefish"]
     assert completions == [[text, text] for text in expected]
 
 

@@ -134,7 +134,7 @@ def test_guided_decoding_samples_from_q(world, fitted):
             [world.prompt] * 4000,
             max_new_tokens=world.length,
             pad_token_id=0,
-            eos_token_id=2,
+            end_token_ids=[2],
             batch_size=1000,
             guide=guide,
         )

@@ -15,7 +15,7 @@ from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary, new_auxiliar
 from bridle.models.forward import policy_forward
 from bridle.models.guidance import NADOGuide
 from bridle.models.hidden import capture_hidden_states, check_projection, project
-from bridle.models.loading import LoraOptions, load_model
+from bridle.models.loading import LoraOptions, end_token_ids, load_model
 from bridle.models.sampling import SHORTEST_STAGE, Decoding, sample
 from exhaustion import room_for
 from worlds import World
@@ -84,7 +84,7 @@ class TestSampling:
     def test_the_same_seed_draws_the_same_text(self, tiny_model, model_type):
         model = tiny_model(model_type)
         draws = [
-            sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, eos_token_id=2, seed=seed) for seed in (1, 1, 2)
+            sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, end_token_ids=[2], seed=seed) for seed in (1, 1, 2)
         ]
         assert draws[0] == draws[1] != draws[2]
         assert all(1 <= len(completion) <= 6 for completion in draws[0])
@@ -93,7 +93,7 @@ class TestSampling:
     @pytest.mark.parametrize("model_type", ARCHITECTURES)
     def test_the_states_it_keeps_are_those_of_a_forward_over_the_whole_text(self, tiny_model, model_type):
         model, traces, prompts = tiny_model(model_type), {}, PROMPTS * 10
-        drawn = sample(model, prompts, max_new_tokens=30, pad_token_id=0, eos_token_id=2, traces=traces)
+        drawn = sample(model, prompts, max_new_tokens=30, pad_token_id=0, end_token_ids=[2], traces=traces)
         assert len({len(completion) // SHORTEST_STAGE for completion in drawn}) > 2, "rows end in several stages"
         rows = [prompt + completion for prompt, completion in zip(prompts, drawn, strict=True)]
         expected = policy_forward(model, *pad_right(rows, 0)).detach()
@@ -107,16 +107,16 @@ class TestSampling:
 
     def test_the_model_s_own_generation_settings_do_not_leak_in(self, tiny_model):
         model = tiny_model()
-        plain = sample(model, PROMPTS * 4, max_new_tokens=6, pad_token_id=0, eos_token_id=2)
+        plain = sample(model, PROMPTS * 4, max_new_tokens=6, pad_token_id=0, end_token_ids=[2])
         model.generation_config = GenerationConfig(temperature=0.1, top_k=1, repetition_penalty=9.0)
-        assert sample(model, PROMPTS * 4, max_new_tokens=6, pad_token_id=0, eos_token_id=2) == plain
+        assert sample(model, PROMPTS * 4, max_new_tokens=6, pad_token_id=0, end_token_ids=[2]) == plain
         assert model.generation_config.top_k == 1
 
     @pytest.mark.parametrize("guided", [False, True])
     def test_a_batch_that_does_not_fit_into_memory_is_drawn_in_parts(self, tiny_model, caplog, guided):
         model, prompts = tiny_model(), PROMPTS * 8
         with NADOGuide(model, randomise(new_auxiliary(model))) as guide:
-            options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": 2, "guide": guide if guided else None}
+            options = {"max_new_tokens": 6, "pad_token_id": 0, "end_token_ids": [2], "guide": guide if guided else None}
             plain = sample(model, prompts, batch_size=20, **options)
             with room_for(model.get_input_embeddings(), 5) as refused:
                 assert sample(model, prompts, batch_size=20, **options) == plain
@@ -125,14 +125,14 @@ class TestSampling:
 
     def test_pad_may_equal_the_end_token(self, tiny_model):
         model = tiny_model(vocab_size=4, pad_token_id=2)
-        drawn = sample(model, [[1]] * 200, max_new_tokens=3, pad_token_id=2, eos_token_id=2)
+        drawn = sample(model, [[1]] * 200, max_new_tokens=3, pad_token_id=2, end_token_ids=[2])
         assert {len(completion) for completion in drawn} == {1, 2, 3}
         assert all(completion[-1] == 2 or len(completion) == 3 for completion in drawn)
 
     @pytest.mark.parametrize("model_type", ARCHITECTURES)
     def test_dropping_rows_that_have_ended_changes_no_other(self, tiny_model, model_type, monkeypatch):
         model = tiny_model(model_type)
-        options = {"max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": 2}
+        options = {"max_new_tokens": 30, "pad_token_id": 0, "end_token_ids": [2]}
         in_stages = sample(model, PROMPTS * 10, **options)
         monkeypatch.setattr("bridle.models.sampling.SHORTEST_STAGE", 30)
         assert sample(model, PROMPTS * 10, **options) == in_stages
@@ -144,7 +144,7 @@ class TestSampling:
             PROMPTS[:1],
             max_new_tokens=20,
             pad_token_id=0,
-            eos_token_id=2,
+            end_token_ids=[2],
             on_token=lambda tokens: told.extend(tokens.tolist()),
         )
         assert told == drawn
@@ -156,12 +156,24 @@ class TestSampling:
             [world.prompt] * count,
             max_new_tokens=3,
             pad_token_id=0,
-            eos_token_id=2,
+            end_token_ids=[2],
             batch_size=1000,
         )
         outputs = list(world.outputs())
         expected = torch.tensor([world.output_probability(y) for y in outputs], dtype=torch.float64)
         assert p_value(drawn, outputs, expected) > 1e-3
+
+    def test_every_end_token_ends_a_completion_and_is_its_last(self, tiny_model):
+        model, ends = tiny_model(vocab_size=8), {2, 5}
+        drawn = sample(model, [[1]] * 200, max_new_tokens=30, pad_token_id=0, end_token_ids=ends)
+        assert all(ends.isdisjoint(completion[:-1]) for completion in drawn)
+        assert {completion[-1] for completion in drawn} >= ends
+
+    def test_end_tokens_are_those_of_model_and_tokenizer(self, tiny_model, tiny_tokenizer):
+        model = tiny_model(eos_token_id=[7, 9])
+        assert end_token_ids(model, tiny_tokenizer) == [2, 7, 9]
+        model.generation_config.eos_token_id = 11
+        assert end_token_ids(model, tiny_tokenizer) == [2, 11, 7, 9]
 
     @pytest.mark.parametrize("model_type", ARCHITECTURES)
     def test_left_and_right_padding_give_the_same_logits(self, tiny_model, model_type):
@@ -190,7 +202,7 @@ class TestGuidance:
                 [world.prompt] * count,
                 max_new_tokens=3,
                 pad_token_id=0,
-                eos_token_id=2,
+                end_token_ids=[2],
                 batch_size=count,
                 guide=Remembering(guide, auxiliary),
             )
@@ -204,7 +216,7 @@ class TestGuidance:
         """Draws from (q^(1/T)) cut to its nucleus; greedy takes the likeliest of q, whatever the seed."""
         model, prompt, count = tiny_model(initializer_range=0.3), [1, 5, 9], 4000
         auxiliary = randomise(new_auxiliary(model))
-        options = {"max_new_tokens": 1, "pad_token_id": 0, "eos_token_id": 2, "batch_size": count}
+        options = {"max_new_tokens": 1, "pad_token_id": 0, "end_token_ids": [2], "batch_size": count}
         with NADOGuide(model, auxiliary) as guide, torch.no_grad():
             ids = torch.tensor([prompt])
             plain = model(ids).logits
@@ -241,7 +253,7 @@ class TestGuidance:
                 return processors
 
         with Recording(model, auxiliary) as guide:
-            sample(model, PROMPTS, max_new_tokens=5, pad_token_id=0, eos_token_id=2, guide=guide)
+            sample(model, PROMPTS, max_new_tokens=5, pad_token_id=0, end_token_ids=[2], guide=guide)
             ids, scores = recorded[-1]
             _, mask = pad_left(sorted(PROMPTS, key=len), 0)
             mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
@@ -260,9 +272,9 @@ class TestGuidance:
 
     def test_a_fresh_auxiliary_changes_nothing(self, tiny_model):
         model = tiny_model()
-        plain = sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, eos_token_id=2)
+        plain = sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, end_token_ids=[2])
         with NADOGuide(model, new_auxiliary(model)) as guide:
-            assert sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, eos_token_id=2, guide=guide) == plain
+            assert sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, end_token_ids=[2], guide=guide) == plain
 
     def test_it_works_with_generate_and_beams(self, tiny_model):
         model = tiny_model()

@@ -35,9 +35,10 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from bridle.checkpoints import last_whole
 from bridle.constraints import Constraint
+from bridle.data import decode_parts
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
-from bridle.models.loading import context_length
+from bridle.models.loading import context_length, end_token_ids
 from bridle.progress import Progress
 
 HISTORY = ("step", "seconds", "reward", "kl", "entropy", "missing")  # what the report keeps of a step's record
@@ -201,13 +202,17 @@ def constraint_reward(
 ) -> Callable[..., list[float | None]]:
     """The constraint as TRL calls a reward: 1 complies, 0 violates (or its value, if `soft`), None missing.
 
-    Prompts are token ids, which `tokenizer` decodes.
+    Prompts and completions are token ids, which `tokenizer` decodes together.
     """
 
     def compliance(
-        prompts: list[list[int]], completions: list[str], log_metric: Callable[[str, float], None], **_: Any
+        prompts: list[list[int]],
+        completion_ids: list[list[int]],
+        log_metric: Callable[[str, float], None],
+        **_: Any,
     ) -> list[float | None]:
-        scores = constraint.score([tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts], completions)
+        texts = [decode_parts(*both, tokenizer) for both in zip(prompts, completion_ids, strict=True)]
+        scores = constraint.score([prompt for prompt, _ in texts], [completion for _, completion in texts])
         log_metric("missing", float(sum(score.is_missing for score in scores)))
         return [score.value if soft or score.complies is None else float(score.complies) for score in scores]
 
@@ -372,7 +377,9 @@ def _lent(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
     lm, training = causal_lm(model), model.training
     forward, settings = vars(lm).get("forward"), lm.generation_config
     lm.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_token_ids(lm, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
     )
     if isinstance(model, PeftModel):
         model.set_adapter(model.active_adapter)  # an adapter that was loaded comes frozen

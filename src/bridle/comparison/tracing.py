@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bridle.comparison.plan import Evaluation
 from bridle.core.losses import kl_divergence
-from bridle.data import encode_prompt
+from bridle.data import decode_parts, encode_completion, encode_prompt
 from bridle.environment import write_json
 from bridle.evaluation.observations import Observations, Row
 from bridle.models.guidance import NADOGuide, guided
@@ -43,7 +43,7 @@ def trace_guidance(
             return
         method, row, score = text
         prompt = encode_prompt(row["prompt"], tokenizer)
-        ids = prompt + tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        ids = prompt + encode_completion(row["completion"], prompt, tokenizer)
         tokens = trace(guide, tokenizer, ids)
     write_json(
         folder / FILE,
@@ -82,20 +82,28 @@ def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, An
         shift = q[at] - p[at]
         traced.append(
             {
-                "text": tokenizer.decode([token]),
+                "text": _text(ids[: at + 1], token, tokenizer),
                 "p": float(p[at, token]),
                 "q": float(q[at, token]),
                 "r": float(r[at, token]),
                 "kl": float(kl_divergence(log_q[at], logits[0, at], mask[0, at].bool())[0]),
-                "gains": _entries(shift.topk(SHOWN).indices, p[at], q[at], tokenizer),
-                "losses": _entries((-shift).topk(SHOWN).indices, p[at], q[at], tokenizer),
+                "gains": _entries(shift.topk(SHOWN).indices, p[at], q[at], ids[: at + 1], tokenizer),
+                "losses": _entries((-shift).topk(SHOWN).indices, p[at], q[at], ids[: at + 1], tokenizer),
             }
         )
     return traced
 
 
-def _entries(tokens: Tensor, p: Tensor, q: Tensor, tokenizer: Any) -> list[dict[str, Any]]:
-    return [{"text": tokenizer.decode([v]), "p": float(p[v]), "q": float(q[v])} for v in tokens.tolist()]
+def _entries(tokens: Tensor, p: Tensor, q: Tensor, before: list[int], tokenizer: Any) -> list[dict[str, Any]]:
+    return [
+        {"text": _text(before, token, tokenizer), "p": float(p[token]), "q": float(q[token])}
+        for token in tokens.tolist()
+    ]
+
+
+def _text(before: list[int], token: int, tokenizer: Any) -> str:
+    """What a token adds to the tokens before it."""
+    return decode_parts(before, [token], tokenizer, skip_special_tokens=False)[1]
 
 
 def _auxiliary(folder: Path, observed: Mapping[str, Any]) -> Path | None:

@@ -1,7 +1,7 @@
 """Rows, domains, prompts and rollouts: everything that is read from or kept in files of text."""
 
 from bridle.data.corpus import DOMAIN, Domain, mix, tokenize_domain
-from bridle.data.encoding import encode_prompt
+from bridle.data.encoding import decode_parts, encode_completion, encode_prompt
 from bridle.data.labels import VerbalisedLabel, labelled_texts
 from bridle.data.prompts import Prompt, prompts_from_domain, read_prompts
 from bridle.data.readers import ROW
@@ -16,6 +16,8 @@ __all__ = [
     "Prompt",
     "Rollout",
     "VerbalisedLabel",
+    "decode_parts",
+    "encode_completion",
     "encode_prompt",
     "labelled_texts",
     "mix",

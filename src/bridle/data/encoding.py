@@ -109,6 +109,42 @@ def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, pl
     return list(ids[surplus_bos(ids, tokenizer) :])
 
 
+def decode_parts(
+    prompt_ids: Sequence[int],
+    completion_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    skip_special_tokens: bool = True,
+) -> tuple[str, str]:
+    """The texts of a prompt and its completion, which together are what a reader sees.
+
+    A completion decoded alone can lose its leading space, as with SentencePiece. A character whose bytes lie on both
+    sides of the border belongs to the completion.
+    """
+    prompt, completion = list(prompt_ids), list(completion_ids)
+    before = tokenizer.decode(prompt, skip_special_tokens=skip_special_tokens)
+    whole = tokenizer.decode(prompt + completion, skip_special_tokens=skip_special_tokens)
+    border = common_prefix_length(before, whole)
+    return whole[:border], whole[border:]
+
+
+def encode_completion(text: str, prompt_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text that goes on from a prompt, such that `decode_parts` gives the text again.
+
+    SentencePiece adds a space before a text's first word, so the text is also tried behind a character that merges
+    with nothing. Where no way gives the text again, as with unknown characters, it is what the tokenizer makes of it.
+    """
+    alone: list[int] = _ids(text, tokenizer)
+    for anchor in ("", "\n", "."):
+        start, ids = _ids(anchor, tokenizer), _ids(anchor + text, tokenizer)
+        if ids[: len(start)] == start and decode_parts(prompt_ids, ids[len(start) :], tokenizer)[1] == text:
+            return ids[len(start) :]
+    return alone
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, place: str, **options: Any) -> dict[str, Any]:
     """Applies the tokenizer's chat template; `place` names the row in the UserError if it cannot be."""
     if tokenizer.chat_template is None:

@@ -1,7 +1,7 @@
 """Prompts to sample from: prefixes of a domain's rows, or a file of prompts."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
@@ -40,6 +40,7 @@ def prompts_from_domain(
     prompt_tokens: tuple[int, int | None],
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
+    end_tokens: Collection[int] = (),
     max_prompt_tokens: int | None = None,
 ) -> list[list[int]]:
     """Draws `n` prompts from the rows of a tokenised domain.
@@ -56,6 +57,7 @@ def prompts_from_domain(
         prompt_tokens: the shortest and the longest prefix.
         seed: fixes rows and lengths.
         tokenizer: for the ids of its beginning-of-text and end-of-text tokens.
+        end_tokens: further tokens that end a text.
         max_prompt_tokens: the longest prompt that leaves room for the new tokens.
 
     Returns:
@@ -68,9 +70,10 @@ def prompts_from_domain(
     if shortest < 0 or (longest is not None and longest < shortest):
         raise UserError(f"prompt_tokens: {prompt_tokens} must be two lengths, the shorter first")
     rng = np.random.default_rng(seed)
+    ends = {tokenizer.eos_token_id, *end_tokens}
     prompts: list[list[int]] = []
     while len(prompts) < n:
-        passed = _pass_over(tokenized, prompt_tokens, rng, tokenizer)
+        passed = _pass_over(tokenized, prompt_tokens, rng, tokenizer.bos_token_id, ends)
         fitting = (ids for ids in passed if ids and (max_prompt_tokens is None or len(ids) <= max_prompt_tokens))
         drawn = list(islice(fitting, n - len(prompts)))
         if not drawn:
@@ -85,24 +88,27 @@ def _pass_over(
     tokenized: Dataset,
     prompt_tokens: tuple[int, int | None],
     rng: np.random.Generator,
-    tokenizer: PreTrainedTokenizerBase,
+    bos_token_id: int | None,
+    end_tokens: Collection[int],
 ) -> Iterator[list[int]]:
     """Goes over the rows once, in random order; yields the prompt of each, empty if it has none."""
     for index in rng.permutation(len(tokenized)):
         row = tokenized[int(index)]
         masked = sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
-        yield row["input_ids"][: masked or _prefix_length(row["input_ids"], prompt_tokens, rng, tokenizer)]
+        ids = row["input_ids"]
+        yield ids[: masked or _prefix_length(ids, prompt_tokens, rng, bos_token_id, end_tokens)]
 
 
 def _prefix_length(
     ids: Sequence[int],
     prompt_tokens: tuple[int, int | None],
     rng: np.random.Generator,
-    tokenizer: PreTrainedTokenizerBase,
+    bos_token_id: int | None,
+    end_tokens: Collection[int],
 ) -> int:
     """The length of a random prefix that leaves a token of the row's first text; 0 if there is none."""
-    bos = int(ids[0] == tokenizer.bos_token_id)
-    end = ids.index(tokenizer.eos_token_id, bos) if tokenizer.eos_token_id in ids[bos:] else len(ids)
+    bos = int(ids[0] == bos_token_id)
+    end = next((place for place, token in enumerate(ids) if place >= bos and token in end_tokens), len(ids))
     shortest = max(prompt_tokens[0] + bos, 1)
     longest = end - 1 if prompt_tokens[1] is None else min(prompt_tokens[1] + bos, end - 1)
     return int(rng.integers(shortest, longest + 1)) if shortest <= longest else 0

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint, Given, Score
+from bridle.data import decode_parts, encode_completion
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, estimate_mean, estimate_rate, estimate_ratio
 from bridle.evaluation.utility import Window, _check_finite, nll_by_text
-from bridle.models.loading import context_length
+from bridle.models.loading import context_length, end_token_ids
 from bridle.models.sampling import DRAWN, Decoding, Guide, sample
 
 TEXT_FIGURES = ("distinct_1", "distinct_2", "distinct_3", "mean_length", "empty_share")
@@ -129,19 +130,20 @@ def generate_completions(
     if samples < 1:
         raise UserError(f"samples is {samples}; at least 1 completion a prompt is needed.")
     _check_room(prompts, max_new_tokens, context_length(model))
+    asked = [prompt for prompt in prompts for _ in range(samples)]
     drawn = sample(
         model,
-        [prompt for prompt in prompts for _ in range(samples)],
+        asked,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        end_token_ids=end_token_ids(model, tokenizer),
         guide=guide,
         decoding=decoding,
         on_token=on_token,
     )
-    texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in drawn]
+    texts = [decode_parts(*both, tokenizer)[1] for both in zip(asked, drawn, strict=True)]
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]
 
 
@@ -241,7 +243,7 @@ def output_perplexity(
     texts, limit = list(chain.from_iterable(completions)), context_length(base_model)
     given = [prompt for prompt, of_prompt in zip(prompts, completions, strict=True) for _ in of_prompt]
     windows = [
-        _continuation(index, prompt, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], limit)
+        _continuation(index, prompt, encode_completion(text, prompt, tokenizer), limit)
         for index, (prompt, text) in enumerate(zip(given, texts, strict=True))
     ]
     tokens = [len(window.ids) - window.first for window in windows]

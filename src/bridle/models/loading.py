@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from bridle.constraints.options import Probability
 from bridle.errors import UserError
+from bridle.models.hidden import causal_lm
 from bridle.reading import read_json
 from bridle.weights import holds, quiet_loading, refusal
 
@@ -105,6 +106,19 @@ def load_for_inference(
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:
     """How many tokens the model's context holds; None where its configuration does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end what the model says, the tokenizer's end token first.
+
+    Models that chat end a turn by a token of its own, which their configuration names and the tokenizer may not.
+    """
+    lm = causal_lm(model)
+    found = [tokenizer.eos_token_id]
+    for config in (lm.generation_config, lm.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        found += ids if isinstance(ids, list | tuple) else [ids]
+    return [token for token in dict.fromkeys(found) if token is not None]
 
 
 def _load(factory: Any, name: str, what: str, **options: Any) -> Any:

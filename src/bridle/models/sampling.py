@@ -4,7 +4,7 @@ R is fitted on these samples, and anything but the model's own distribution woul
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -136,7 +136,7 @@ def sample(
     *,
     max_new_tokens: int,
     pad_token_id: int,
-    eos_token_id: int,
+    end_token_ids: Sequence[int],
     batch_size: int = 64,
     seed: int = 0,
     guide: Guide | None = None,
@@ -145,7 +145,7 @@ def sample(
     description: str = "sampling",
     share: bool = False,
     traces: dict[int, Trace] | None = None,
-    on_batch: Callable[[list[Sequence[int]], list[list[int]]], None] | None = None,
+    on_batch: Callable[[dict[int, list[int]]], None] | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> list[list[int]]:
     """Draws one completion for each prompt.
@@ -158,8 +158,8 @@ def sample(
         model: a causal language model, `peft` or not.
         prompts: token ids, each prompt at least one token (the beginning-of-text token will do).
         max_new_tokens: a completion that has not ended by then is cut.
-        pad_token_id: fills rows on the left; may equal `eos_token_id`.
-        eos_token_id: ends a completion, and is its last token where it was drawn.
+        pad_token_id: fills rows on the left; may be an end token.
+        end_token_ids: each ends a completion, and is its last token where it was drawn; see `end_token_ids`.
         batch_size: prompts drawn at a time; prompts of like length go together.
         seed: the same seed, prompts and batch size draw the same completions.
         guide: changes the distribution at each step (NADO decoding).
@@ -168,7 +168,8 @@ def sample(
         description: for the progress display.
         share: among all processes of the run, which must then all call this, draw the same completions as one would.
         traces: is filled, by the prompt's index, with how each completion was drawn.
-        on_batch: gets prompts and completions of each batch that this process draws, as soon as they are there.
+        on_batch: is called with the completions of each batch that this process draws, by the prompts' indices, as
+            soon as they are there.
         on_token: is called with the tokens of each step, [batch], of the rows that go on; nothing else is then shown.
 
     Returns:
@@ -177,7 +178,7 @@ def sample(
     config = GenerationConfig(
         do_sample=False,  # `InverseTransform` draws, from the whole distribution
         pad_token_id=pad_token_id,
-        eos_token_id=eos_token_id,
+        eos_token_id=list(end_token_ids),
         return_dict_in_generate=True,
     )
     limit = RowLimit(description, can_cut=not is_sharded(model))
@@ -205,7 +206,7 @@ def sample(
                 if traces is not None:
                     traces[index] = trace
             if on_batch is not None:
-                on_batch([prompts[index] for index in batch], [completions[index] for index in batch])
+                on_batch({index: completions[index] for index in batch})
             progress.update(len(batch))
     for part in gathered(completions) if share else []:
         completions |= part
@@ -232,6 +233,8 @@ def _draw(
     """
     ids, mask = (part.to(model.device) for part in pad_left([list(prompt) for prompt, _ in rows], config.pad_token_id))
     uniform = torch.stack([numbers for _, numbers in rows], dim=-1)
+    ends = frozenset(config.eos_token_id)
+    ends_there = torch.tensor(config.eos_token_id, device=model.device)
     # All processes that share a model in shards must call it equally often.
     stage = len(uniform) if is_sharded(model) else max(SHORTEST_STAGE, len(uniform) // STAGES)
     completions: list[list[int]] = [[] for _ in rows]
@@ -255,12 +258,12 @@ def _draw(
         drawn_from = torch.stack(steps, dim=1).cpu() if keep_states else None  # [rows, steps, hidden]
         likely = torch.stack(transform.log_probs, dim=1).tolist()
         for place, (row, tokens) in enumerate(zip(going_on.tolist(), new.tolist(), strict=True)):
-            tokens = _until_end(tokens, config.eos_token_id)
+            tokens = _until_end(tokens, ends)
             completions[row] += tokens
             log_probs[row] += likely[place][: len(tokens)]
             if drawn_from is not None:
                 states[row].append(drawn_from[place, : len(tokens)].clone())  # and not the filling behind it
-        open_ended = (new != config.eos_token_id).all(-1).nonzero()[:, 0]
+        open_ended = (~torch.isin(new, ends_there)).all(-1).nonzero()[:, 0]
         if not len(open_ended):
             break
         cache = _only(output.past_key_values, open_ended)
@@ -278,9 +281,10 @@ def _only(cache: Any, rows: Tensor) -> Any:
     return cache
 
 
-def _until_end(tokens: list[int], eos_token_id: int) -> list[int]:
+def _until_end(tokens: list[int], ends: Collection[int]) -> list[int]:
     """Cuts the filling after the first end token; what comes before it was drawn."""
-    return tokens[: tokens.index(eos_token_id) + 1] if eos_token_id in tokens else tokens
+    first = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: first + 1]
 
 
 @contextmanager

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint, ScoringAhead
-from bridle.data import Rollout, prompts_from_domain, read_prompts
+from bridle.data import Rollout, decode_parts, prompts_from_domain, read_prompts
 from bridle.data.targets import TargetCache, row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, new_auxiliary
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import OutputLayer, causal_lm
-from bridle.models.loading import context_length
+from bridle.models.loading import context_length, end_token_ids
 from bridle.models.sampling import Trace, sample
 from bridle.models.sharding import in_shards, is_sharded, trainable, whole
 from bridle.ranks import align, gathered, joined, share
@@ -95,6 +95,11 @@ class DomainRegulariser:
         return self.options.is_retention or self.is_fitted or (self.anchor is not None and self.has_begun)
 
     @property
+    def end_token_ids(self) -> list[int]:
+        """What ends an output of the policy."""
+        return end_token_ids(self.model, self.tokenizer)
+
+    @property
     def constraint(self) -> Constraint:
         """C; retention has none."""
         assert self.options.constraint is not None, "retention asks no oracle"
@@ -143,33 +148,36 @@ class DomainRegulariser:
 
     def _sample(self, round_index: int, traces: dict[int, Trace], scoring: ScoringAhead) -> list[Rollout]:
         prompts = self.prompts(round_index)
-        end = self.tokenizer.eos_token_id
+        ends = self.end_token_ids
         completions = sample(
             self.model,
             prompts,
             max_new_tokens=self.config.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=end,
+            end_token_ids=ends,
             batch_size=self.config.rollout_batch_size,
             seed=self._seed(f"sampling {round_index}"),
             dtype=self.config.autocast_dtype,
             description=f"round {round_index}: sampling for {self.name}",
             share=True,
             traces=traces,
-            on_batch=lambda batch, drawn: scoring.ask(list(map(self._decode, batch)), list(map(self._decode, drawn))),
+            on_batch=lambda drawn: scoring.ask(
+                *zip(*(self._decode(prompts[at], said) for at, said in drawn.items()), strict=True)
+            ),
         )
         model_hash = weights_hash(self.model)
+        texts = [self._decode(*both) for both in zip(prompts, completions, strict=True)]
         return [
             Rollout(
                 prompt_ids=prompt,
                 completion_ids=completion,
-                prompt=self._decode(prompt),
-                completion=self._decode(completion),
+                prompt=texts[index][0],
+                completion=texts[index][1],
                 round=round_index,
                 regulariser=self.name,
                 model_hash=model_hash,
                 constraint=self.constraint.name,
-                finished=completion[-1] == end,
+                finished=completion[-1] in ends,
                 log_probs=traces[index].log_probs,
             )
             for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
@@ -190,6 +198,7 @@ class DomainRegulariser:
                 prompt_tokens=self.config.prompt_tokens,
                 seed=self._seed(f"prompts {round_index}"),
                 tokenizer=self.tokenizer,
+                end_tokens=self.end_token_ids,
                 max_prompt_tokens=longest,
             )
             for rows in self.corpus.values()
@@ -197,8 +206,8 @@ class DomainRegulariser:
         in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
         return in_turn[:count]
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+    def _decode(self, prompt: list[int], completion: list[int]) -> tuple[str, str]:
+        return decode_parts(prompt, completion, self.tokenizer)
 
     def _score(self, scoring: ScoringAhead) -> None:
         known = {key: score for part in gathered(scoring.scores()) for key, score in part.items()}
