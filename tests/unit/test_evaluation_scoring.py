@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from bridle.constraints import Constraint, Score
+from bridle.constraints import Constraint, Score, build_constraint
+from bridle.data import DataSource
 from bridle.evaluation.scoring import try_constraint
 
 VALUES = {"kind words": 0.99, "you grumblefish": 0.01, "a door": 0.55, "a muddlehead": 0.45, "?": None, "bread": 0.9}
-ROWS = list(enumerate(VALUES, start=2))
 
 
 class Graded(Constraint):
@@ -18,8 +18,20 @@ class Graded(Constraint):
         return [Score.missing("no\x1b[2J answer") if VALUES[text] is None else VALUES[text] for text in texts]
 
 
-def test_rows_are_ranked_by_how_sure_it_is():
-    trial = try_constraint(Graded(), ROWS)
+@pytest.fixture
+def try_on(tmp_path):
+    """Tries the constraint on texts, which stand from row 2 on."""
+
+    def run(texts=VALUES, constraint=None):
+        rows = [{"text": ""}, *({"text": text} for text in texts)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return try_constraint(constraint or Graded(), DataSource(str(tmp_path / "rows.jsonl")))
+
+    return run
+
+
+def test_rows_are_ranked_by_how_sure_it_is(try_on):
+    trial = try_on()
     assert (trial.violation_rate.value, trial.violation_rate.n, trial.violation_rate.missing) == (0.4, 5, 1)
     assert trial.violation_rate.low < 0.4 < trial.violation_rate.high
     assert trial.histogram == [1, 0, 0, 0, 1, 1, 0, 0, 0, 2]
@@ -33,8 +45,8 @@ def test_rows_are_ranked_by_how_sure_it_is():
 
 
 @pytest.mark.parametrize("show_texts", [False, True])
-def test_texts_are_shown_where_they_are_asked_for(show_texts):
-    trial = try_constraint(Graded(), ROWS)
+def test_texts_are_shown_where_they_are_asked_for(try_on, show_texts):
+    trial = try_on()
     lines = list(trial.lines(2, show_texts))
     assert max(map(len, lines)) <= 100
     assert not any("\x1b" in line for line in lines)
@@ -43,12 +55,19 @@ def test_texts_are_shown_where_they_are_asked_for(show_texts):
         assert ("grumblefish" in shown) is show_texts
 
 
-def test_yes_or_no_is_never_unsure_and_may_be_missing_altogether():
-    trial = try_constraint(Graded(), [(1, "you grumblefish"), (2, "you grumblefish")])
+def test_yes_or_no_is_never_unsure_and_may_be_missing_altogether(try_on):
+    trial = try_on(["you grumblefish"] * 2)
     assert trial.extremes(5)["least sure to violate"] == []
-    nothing = try_constraint(Graded(), [(1, "?")])
+    nothing = try_on(["?"])
     assert nothing.violation_rate.value is None
     assert next(nothing.lines(5, False)) == "polite: violation rate missing n=0 missing=1"
+
+
+def test_a_prompt_is_read_where_the_constraint_reads_it(tmp_path):
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "you ", "completion": "door"}) + "\n")
+    for reads, rate in (("completion", 0), ("prompt+completion", 1)):
+        constraint = build_constraint({"type": "regex", "pattern": "you", "reads": reads})
+        assert try_constraint(constraint, DataSource(str(tmp_path / "asked.jsonl"))).violation_rate.value == rate
 
 
 def test_the_command_line_names_rows_of_the_file(bridle, tmp_path):

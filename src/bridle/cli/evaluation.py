@@ -162,7 +162,7 @@ def evaluate(
 def score(
     constraint: Annotated[str, typer.Argument(metavar="SPEC", help="A constraint, as bridle evaluate takes it.")],
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Rows with a column text, or lines; FILE,rows=0:100 takes some.")
+        str, typer.Argument(metavar="FILE", help="Rows of text, prompts and completions, or chats; FILE,rows=0:100.")
     ],
     rows: Annotated[
         int, typer.Option("--rows", min=0, help="How many of the surest and of the least sure rows to name.")
@@ -175,12 +175,12 @@ def score(
     ] = None,
 ) -> None:
     """Try a constraint on texts: how often they violate, how sure it is of it, and of which rows."""
-    from bridle.data import DataSource, numbered_texts
+    from bridle.data import DataSource
     from bridle.environment import write_json
     from bridle.evaluation.scoring import try_constraint
 
     (oracle,) = oracles_of([constraint]).values()
-    trial = try_constraint(oracle, numbered_texts(DataSource.parse(file)))
+    trial = try_constraint(oracle, DataSource.parse(file))
     for line in trial.lines(rows, show_texts):
         say(line)
     if json_file is not None:

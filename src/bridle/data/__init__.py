@@ -6,7 +6,7 @@ from bridle.data.labels import VerbalisedLabel, labelled_texts
 from bridle.data.prompts import Prompt, prompts_from_domain, read_prompts
 from bridle.data.readers import ROW
 from bridle.data.rollouts import Rollout, read_rollouts, write_rollouts
-from bridle.data.source import DataSource, numbered_texts, texts_of
+from bridle.data.source import DataSource, texts_of
 
 __all__ = [
     "DOMAIN",
@@ -21,7 +21,6 @@ __all__ = [
     "encode_prompt",
     "labelled_texts",
     "mix",
-    "numbered_texts",
     "prompts_from_domain",
     "read_prompts",
     "read_rollouts",

@@ -121,12 +121,7 @@ class DataSource:
 
 
 def texts_of(source: DataSource) -> list[str]:
-    """The texts of a source's rows, from its column `text`. Raises as `numbered_texts`."""
-    return [text for _, text in numbered_texts(source)]
-
-
-def numbered_texts(source: DataSource) -> list[tuple[int, str]]:
-    """The texts of a source's rows with their row numbers; rows without a text are left out with a warning.
+    """The texts of a source's rows, from its column `text`; rows without one are left out with a warning.
 
     Raises:
         UserError: as `DataSource.read`, and if there is no text.
@@ -134,7 +129,7 @@ def numbered_texts(source: DataSource) -> list[tuple[int, str]]:
     dataset = source.read()
     if "text" not in dataset.column_names:
         raise absent_column(source.path, "text", dataset.column_names)
-    texts = [(number, values["text"]) for number, values in filled_rows(dataset, ["text"], source.path)]
+    texts = [values["text"] for _, values in filled_rows(dataset, ["text"], source.path)]
     if not texts:
         raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a text")
     return texts

@@ -6,7 +6,9 @@ from textwrap import shorten
 from typing import Any
 
 from bridle.constraints import Constraint, Score
-from bridle.errors import one_line
+from bridle.data import DataSource
+from bridle.data.rows import filled_rows, format_fields, outputs_of
+from bridle.errors import UserError, one_line
 from bridle.evaluation.statistics import Estimate, estimate_rate
 
 BINS, WIDEST_BAR = 10, 50  # of the histogram; in characters
@@ -20,7 +22,7 @@ class Trial:
     Attributes:
         constraint: its name.
         numbers: of the rows, in the file.
-        texts: of the rows.
+        texts: what the rows say: their completions, or all of their text.
         scores: of the texts.
     """
 
@@ -92,11 +94,15 @@ class Trial:
         return shorten(one_line(text), LONGEST_TEXT, placeholder=" ...") if show_texts else f"{len(text.split())} words"
 
 
-def try_constraint(constraint: Constraint, rows: Sequence[tuple[int, str]]) -> Trial:
-    """Scores numbered texts.
+def try_constraint(constraint: Constraint, source: DataSource) -> Trial:
+    """Scores the rows of a source: what each says, with its prompt where it has one and the constraint reads it.
 
     Raises:
-        UserError: as `Constraint.score`.
+        UserError: as `DataSource.read` and `Constraint.score`, and if no row holds a text.
     """
-    numbers, texts = zip(*rows, strict=True)
-    return Trial(constraint.name, numbers, texts, constraint.score(None, list(texts)))
+    dataset = source.read()
+    rows = dict(filled_rows(dataset, format_fields(dataset.column_names, source.path), source.path))
+    if not rows:
+        raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a text")
+    prompts, texts = outputs_of(rows.values(), with_prompts=constraint.reads != "completion")
+    return Trial(constraint.name, [*rows], texts, constraint.score(prompts, texts))
