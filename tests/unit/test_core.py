@@ -203,7 +203,7 @@ class TestDecomposition:
         assert worse > 0.01
 
     def test_consistency_is_the_divergence_of_the_mean_from_the_parent(self):
-        """Prefix by prefix, against torch's own Bernoulli divergence; the parent of row j + 1 is what was taken at j."""
+        """Prefix by prefix, against torch's own Bernoulli divergence; row j + 1's parent is what was taken at j."""
         log_p, r_logits, r_taken = torch.randn(2, 4, 5).log_softmax(-1), torch.randn(2, 4, 5), torch.randn(2, 4)
         mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
         expected = 0.0
