@@ -501,7 +501,7 @@ COMPARISONS = [
     ("results.json", '{"methods": {"../../x": {}}, "seeds": [0]}', "there is no method '../../x'"),
     ("recipe.yaml", "model: [", "recipe.yaml: not valid YAML"),
     ("recipe.yaml", "- a", "recipe.yaml: a recipe is a mapping"),
-    ("recipe.yaml", "model: another\n", "recipe.yaml: was another recipe: constraints, corpus"),
+    ("recipe.yaml", "model: another\n", "recipe.yaml: was another recipe: corpus, model differ"),
 ]
 """(a file of a comparison's folder that is to be resumed, what is in it, what is said)."""
 

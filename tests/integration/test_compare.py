@@ -98,7 +98,11 @@ def test_a_failure_stops_no_other_method_and_resuming_makes_only_what_is_missing
     folder, names = tmp_path / "out", "broken,base,sft"
     plugged_in(broken=broken)
     code, out, err = bridle("compare", comparison, "--methods", names, "--output_dir", folder)
-    assert code == 0, err
+    assert code == 3
+    assert err.splitlines()[-1] == (
+        f"bridle: {folder}: 1 of 3 runs failed: broken, seed 0; fix the cause and add --resume"
+    )
+    assert (folder / "report.html").exists()
     found = results_of(folder)["methods"]
     assert found["broken"]["seeds"]["0"] == {
         "status": "failed",
@@ -113,9 +117,9 @@ def test_a_failure_stops_no_other_method_and_resuming_makes_only_what_is_missing
     code, _, err = bridle("compare", comparison, "--methods", names, "--output_dir", folder)
     assert code == 2
     assert "--resume" in err
-    code, _, err = bridle("compare", comparison, "--output_dir", folder, "--resume", "--evaluation.samples", 3)
+    code, _, err = bridle("compare", comparison, "--output_dir", folder, "--resume", "--corpus.rude.rows", "0:8")
     assert code == 2
-    assert "evaluation.samples differ" in err
+    assert "corpus.rude.rows differ" in err
 
     plugged_in(broken=lambda cell: Candidate(cell.recipe.model))
     (folder / "base" / "seed-0" / "results.json").unlink()
@@ -137,12 +141,43 @@ def test_a_failure_stops_no_other_method_and_resuming_makes_only_what_is_missing
     assert results_of(moved)["methods"]["sft"]["figures"]["violation"] == found["sft"]["figures"]["violation"]
 
 
+def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tmp_path, plugged_in):
+    folder, changes = tmp_path / "out", []
+    plugged_in(
+        other=lambda cell: Candidate(cell.recipe.model),
+        upon=lambda cell: Candidate(cell.candidate("sft").model),
+    )
+
+    def made_after(*change):
+        changes.extend(change)
+        code, _, err = bridle(
+            *("compare", comparison, "--methods", "base,sft,other,upon", "--output_dir", folder, "--resume"), *changes
+        )
+        assert code == 0, err
+        assert {method["seeds"]["0"]["status"] for method in results_of(folder)["methods"].values()} == {"complete"}
+        return {line.partition(",")[0] for line in err.splitlines() if line.endswith(": making")}, err
+
+    assert made_after()[0] == {"base", "sft", "other", "upon"}
+    assert made_after()[0] == set()
+    made, err = made_after("--methods.other.option", 1)
+    assert made == {"other"}
+    assert "other, seed-0: is made again, as methods.other differ" in err
+    assert made_after("--methods.sft.option", 1)[0] == {"sft", "upon"}
+    assert made_after("--regularisers.rude.weight", 8)[0] == {"other", "upon"}
+    assert made_after("--learning_rate", 1e-3)[0] == {"sft", "other", "upon"}
+    made, err = made_after("--evaluation.samples", 3)
+    assert made == set()
+    assert err.count("measuring") == 4
+    assert results_of(folder)["methods"]["base"]["figures"]["violation"]["rude"]["no p"]["n"] == 6 * 3
+
+
 def test_a_method_whose_model_another_needs_fails_once_and_says_why(bridle, comparison, tmp_path, monkeypatch):
     monkeypatch.setitem(built_in.BUILT_IN, "sft", broken)
     code, _, err = bridle(
         "compare", comparison, "--methods", "base,nado-decoding-sft,sft", "--output_dir", tmp_path / "o"
     )
-    assert code == 0, err
+    assert code == 3
+    assert "2 of 3 runs failed: nado-decoding-sft, seed 0; sft, seed 0; fix the cause" in err.splitlines()[-1]
     found = results_of(tmp_path / "o")["methods"]
     assert found["nado-decoding-sft"]["seeds"]["0"]["reason"] == "it needs sft, which failed: RuntimeError: no luck"
     assert err.count("sft, seed 0: making") == 2  # itself, and nado-decoding-sft

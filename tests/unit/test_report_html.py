@@ -415,6 +415,26 @@ def test_a_name_is_spelt_alike_in_tables_plots_and_sentences(report):
     assert "perplexity on my_novels" in " ".join(findings(renamed))
 
 
+def test_equal_methods_crown_no_winner(report):
+    base = report.methods["base"]
+    violation = tables.main_violation(report.main)
+    (alike,) = [one for one in report.comparisons if violation.is_of(one) and one.method == "constrained"]
+    others = [replace(alike, method=name, reference="base") for name in ("sft", "filtration")]
+    found = "21.4% (95% interval 18.9 to 23.9%, n\u00a0=\u00a01,000) of base’s completions of rude violate non-rude"
+
+    equal = replace(report, methods=dict.fromkeys(("base", "sft"), base), comparisons=others[:1])
+    assert findings(equal)[0] == f"No difference in violation rate is shown among base and sft: {found}."
+    assert "lowest" not in " ".join(findings(equal))
+    assert {cell.mark for cells in tables.overview(equal).rows.values() for cell in cells} == {""}
+
+    alone = replace(report, methods={"base": base}, comparisons=[])
+    assert findings(alone)[:1] == [f"{found}; there is no other method to compare it with."]
+
+    worse = report.methods["constrained-adaptive"]
+    two = replace(report, methods={"base": worse, "sft": worse, "filtration": base}, comparisons=others)
+    assert [cells[0].mark for cells in tables.overview(two).rows.values()] == ["best", "best", "alike"]
+
+
 def test_samples_are_picked_evenly():
     assert texts.evenly(range(100), 4) == [0, 25, 50, 75]
     assert texts.evenly("ab", 4) == ["a", "b"]

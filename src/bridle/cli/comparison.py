@@ -33,12 +33,15 @@ def compare(
     output_dir: Annotated[
         Path | None, typer.Option("--output_dir", help="Where everything goes. [default: runs/compare-NAME OF RECIPE]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Make only what is missing or failed.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Make only what is missing, failed or set otherwise.")
+    ] = False,
 ) -> None:
     """Train and measure several methods on a recipe's corpus and constraint, and show the trade-off.
 
     Any key of the recipe can be set here, as in `bridle train`. The folder then holds results.json, a report to
-    open in a browser, and for each method and seed its model, figures and completions.
+    open in a browser, and for each method and seed its model, figures and completions. Where a method failed, the exit
+    code is 3.
     """
     from bridle.comparison.compare import Comparison
     from bridle.report.data import read_report
@@ -50,7 +53,7 @@ def compare(
     loaded = load_recipe(recipe, parse_overrides(context.args))
     folder = output_dir or Path("runs") / f"compare-{recipe.stem}"
     first = loaded.training.get("seed", 0)
-    Comparison(
+    comparison = Comparison(
         loaded,
         folder,
         names=[name.strip() for name in methods.split(",")] if methods else (),
@@ -58,9 +61,11 @@ def compare(
         title=recipe.stem,
         resume=resume,
         show=partial(say, err=True),
-    ).run()
+    )
+    comparison.run()
     say(tables(read_report(folder)))
     say(f"Every figure is in {folder / 'results.json'}; look at {write_report(folder)} in a browser.")
+    comparison.check_complete()
 
 
 @app.command(

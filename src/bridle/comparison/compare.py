@@ -4,10 +4,12 @@
     DIR/METHOD/seed-N/   candidate.json, results.json, completions.jsonl, likelihoods.jsonl, answers.jsonl,
                          the method's own files, or failed.json
 
-A run that has a `candidate.json` is not made again, and one with a `results.json` is not measured again.
+A run that has a `candidate.json` is not made again, and one with a `results.json` is not measured again. Where the
+recipe has changed, the runs that it concerns lose both first.
 """
 
 import os
+import shutil
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +27,7 @@ from bridle.comparison.methods import (
     method_named,
     methods,
     rl_options,
+    shapes,
 )
 from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
 from bridle.comparison.summary import comparisons, figures_of, first_completions, over_seeds
@@ -47,6 +50,10 @@ from bridle.training.run import RECIPE_FILE, describe_run
 
 FORMAT = 1
 RESULTS, CANDIDATE, FAILED = "results.json", "candidate.json", "failed.json"
+COMMON = ("model", "dtype", "corpus")
+"""Keys of a recipe without which figures do not go together."""
+MEASURED = ("evaluation", "constraints", "max_new_tokens")
+"""Keys of a recipe that say what is measured."""
 
 
 @dataclass
@@ -75,7 +82,8 @@ class Comparison:
         names: methods, in the order in which they are made and shown.
         seeds: each method is made with each of them.
         title: what the results call the recipe.
-        resume: keep what `folder` holds already, and make only what is missing or failed.
+        resume: keep what `folder` holds already, and make only what is missing or failed, or what a change of the
+            recipe concerns.
         show: is told what is being done, a line at a time.
     """
 
@@ -88,6 +96,7 @@ class Comparison:
     show: Callable[[str], None] = field(default=lambda line: None)
     _failed: dict[tuple[str, int], str] = field(init=False, default_factory=dict)  # in this call, and why
     _measured_now: bool = field(init=False, default=False)  # in this call
+    _changed: list[str] = field(init=False, default_factory=list)  # keys of the recipe, since an earlier call
 
     def __post_init__(self) -> None:
         self.plan: Evaluation = evaluation_of(self.recipe)
@@ -99,14 +108,16 @@ class Comparison:
         self._take_up()
 
     def _take_up(self) -> None:
-        """Goes on with what `folder` holds: the same recipe, and at least the same methods and seeds."""
+        """Goes on with what `folder` holds: the same model and corpus, and at least the same methods and seeds."""
         path = self.folder / RECIPE_FILE
         if not os.path.exists(path):  # Path's own raises where a name is too long
             return
         if not self.resume:
             raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")
-        if changed := different_keys(read_yaml(path), without_token(self.recipe.resolved)):
-            raise UserError(f"{path}: was another recipe: {', '.join(changed)} differ; name another --output_dir")
+        earlier, now = ({"methods": {}} | recipe for recipe in (read_yaml(path), without_token(self.recipe.resolved)))
+        self._changed = different_keys(earlier, now)
+        if others := [key for key in self._changed if _section(key) in COMMON]:
+            raise UserError(f"{path}: was another recipe: {', '.join(others)} differ; name another --output_dir")
         if (self.folder / RESULTS).exists():
             before = read_json(self.folder / RESULTS, Earlier)
             for name in before.methods:
@@ -124,6 +135,7 @@ class Comparison:
         """
         self.plan.check()  # a mistake shows now and not after an hour
         with stopping_when_exhausted(self.folder), only_writer(self.folder):
+            self._discard_outdated()  # before the recipe that shows what has changed is written over
             self._carry_out_all()
             self._sum_up()
 
@@ -135,6 +147,43 @@ class Comparison:
             for name, seed in runs:
                 self._carry_out(name, seed)
                 progress.update()
+
+    def check_complete(self) -> None:
+        """Raises a `RunStopped` that names the methods that failed; the others are in `results.json`."""
+        failed = [
+            f"{name}, seed {seed}"
+            for name in self.names
+            for seed in self.seeds
+            if not (self._folder(name, seed) / RESULTS).exists()
+        ]
+        if failed:
+            count = f"{len(failed)} of {len(self.names) * len(self.seeds)} runs failed"
+            raise RunStopped(f"{self.folder}: {count}: {'; '.join(failed)}; fix the cause and add --resume")
+
+    def _discard_outdated(self) -> None:
+        """Removes what the recipe, as it is now, would make or measure otherwise."""
+        runs = [(name, folder) for name in methods() for folder in sorted((self.folder / name).glob("seed-*"))]
+        for name, folder in runs if self._changed else []:
+            if changed := [key for key in self._changed if shapes(key, self._builds_on(name, folder.name))]:
+                self.show(f"{name}, {folder.name}: is made again, as {', '.join(changed)} differ")
+                for file in (RESULTS, CANDIDATE):  # first, so that what is half removed does not look whole
+                    (folder / file).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+            elif any(_section(key) in MEASURED for key in self._changed):
+                (folder / RESULTS).unlink(missing_ok=True)
+
+    def _builds_on(self, name: str, seed: str) -> set[str]:
+        """A method and all that it builds on, by name: any method, where it was not made to its end."""
+        found: set[str] = set()
+        ahead = [name]
+        while ahead:
+            name = ahead.pop()
+            if not (self.folder / name / seed / CANDIDATE).exists():
+                return set(methods())
+            found.add(name)
+            needs = read_json(self.folder / name / seed / CANDIDATE, Candidate).needs
+            ahead += [other for other in needs if other not in found]
+        return found
 
     # ------------------------------------------------------------------ one method, one seed
 
@@ -167,9 +216,15 @@ class Comparison:
             raise UserError(self._failed[name, seed])
         self.show(f"{name}, seed {seed}: making")
         folder.mkdir(parents=True, exist_ok=True)
-        cell = Cell(name, self.recipe, seed, folder, lambda other: self._needed(other, seed), self.resume)
+        needs: dict[str, None] = {}
+
+        def needed(other: str) -> Candidate:
+            needs[other] = None
+            return self._needed(other, seed)
+
+        cell = Cell(name, self.recipe, seed, folder, needed, self.resume)
         try:
-            candidate = method_named(name)(cell)
+            candidate = replace(method_named(name)(cell), needs=list(needs))
         except Exception as error:
             self._note_failure(name, seed, error)
             raise
@@ -283,6 +338,10 @@ def _judge(options: JudgeOptions, dtype: str, name: str) -> Judge:
     if options.url is not None:
         return ChatJudge(options.url, options.model, options.api_key_env, name=name)
     return LocalJudge(*load_for_inference(options.model, dtype), name=name)
+
+
+def _section(key: str) -> str:
+    return key.partition(".")[0]
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ gets the wall-clock time of `constrained-adaptive` on top of the plain fine-tuni
 """
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -26,7 +26,7 @@ from bridle.settings import build, known_name
 from bridle.training.build import build_trainer
 from bridle.training.config import ALL
 from bridle.training.recipe import Recipe, build_recipe
-from bridle.training.run import fit_guide, train
+from bridle.training.run import SHAPES_NOTHING, fit_guide, train
 
 ENTRY_POINTS = "bridle.methods"
 REPORT = "reinforcement.json"
@@ -43,6 +43,7 @@ class Candidate:
             `updates` of the policy; `tokens_trained` and `tokens_sampled`. What is unknown is left out.
         rows: how many rows each domain of the corpus gave.
         about: what its model card tells besides the recipe that was carried out, or where none was.
+        needs: the methods whose candidates it was made from; noted where they are asked for.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Candidate:
     cost: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    needs: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -168,6 +170,24 @@ BUILT_IN: dict[str, Method] = {
     "constrained": constrained,
     "constrained-adaptive": constrained_adaptive,
 }
+
+
+UNSEEN: dict[str, tuple[str, ...]] = {"sft": ("constraints", "regularisers")}
+"""By method, the sections of a recipe that it leaves out."""
+
+
+def shapes(key: str, names: Collection[str]) -> bool:
+    """Whether a key of the recipe, as "regularisers.forum.weight", has a part in what any of these methods makes.
+
+    A method goes by its own options, `methods.NAME`, and by all other keys, but for those of its `UNSEEN`; the model
+    and the seed are the cell's.
+    """
+    section, _, rest = key.partition(".")
+    if section == "methods":
+        return rest.partition(".")[0] in names
+    if key.startswith(SHAPES_NOTHING) or section == "seed":
+        return False
+    return any(name != "base" and section not in UNSEEN.get(name, ()) for name in names)
 
 
 def methods() -> list[str]:

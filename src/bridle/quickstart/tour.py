@@ -67,11 +67,16 @@ def take_tour(recipe: Recipe, folder: Path, show: Callable[[str], None], progres
         folder: where everything goes.
         show: is given the tables and the ways to go on.
         progress: is told what is being done, a line at a time.
+
+    Raises:
+        RunStopped: a method failed; everything is shown before.
     """
-    Comparison(recipe, folder, names=METHODS, title="quickstart", resume=True, show=progress).run()
+    comparison = Comparison(recipe, folder, names=METHODS, title="quickstart", resume=True, show=progress)
+    comparison.run()
     show(tables(read_report(folder)))
     show(f"The report: {write_report(folder).resolve()}")
     show(next_steps(recipe, folder))
+    comparison.check_complete()
 
 
 def next_steps(recipe: Recipe, folder: Path) -> str:

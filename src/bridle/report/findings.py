@@ -50,14 +50,20 @@ def _of_best(report: Report, violation: Measure) -> Iterator[str]:
     top = best(report, violation)
     if top is None or top not in report.methods:
         return
-    others = {top: violation.of(report.methods[top])}
-    if "base" in report.methods:
-        others["base"] = violation.of(report.methods["base"])
-    said = {name: to_cell(figure, violation.unit) for name, figure in others.items()}
+    values = {name: figure for name, method in report.methods.items() if (figure := violation.of(method))}
+    said = {name: to_cell(figure, violation.unit) for name, figure in values.items() if figure.value is not None}
     interval = f" (95% interval {said[top].interval}%, n\u00a0=\u00a0{said[top].n:,})" if said[top].interval else ""
+    rate = f"{said[top].text}%{interval}"
+    if len(said) == 1 or not any(significant(one) for one in report.comparisons if violation.is_of(one)):
+        found = f"{rate} of {top}’s completions of {violation.on} violate {violation.within}"
+        if len(said) == 1:
+            yield f"{found}; there is no other method to compare it with."
+        else:
+            yield f"No difference in violation rate is shown among {listed(list(said))}: {found}."
+        return
     compared = f", against {said['base'].text}% for base" if top != "base" and "base" in said else ""
     yield (
-        f"{top} has the lowest violation rate: {said[top].text}%{interval} of its completions of {violation.on} "
+        f"{top} has the lowest violation rate: {rate} of its completions of {violation.on} "
         f"violate {violation.within}{compared}."
     )
 
@@ -67,12 +73,12 @@ def _of_significance(comparisons: list[FigureComparison]) -> Iterator[str]:
     alike = [one.method for one in comparisons if significant(one) is False]
     if differ:
         yield f"Significantly different from it, after Holm’s correction: {listed(differ)}."
-    if alike:
-        yield f"No significant difference from it was found for {listed(alike)}."
+        if alike:
+            yield f"No significant difference from it was found for {listed(alike)}."
 
 
 def _of_front(report: Report) -> Iterator[str]:
-    for first in tradeoffs(report)[:1]:
+    for first in [one for one in tradeoffs(report) if len(one.points) > 1][:1]:
         names = list(first.front)
         title = "accuracy" if first.more_is_better else "perplexity"
         verb = "is" if len(names) == 1 else "are"

@@ -371,11 +371,16 @@ def _table(report: Report, caption: str, columns: list[Measure]) -> Table | None
 
 
 def _marks(report: Report, measure: Measure) -> dict[str, str]:
+    """The methods as good as the best, as far as a reader sees, and those not shown to differ from it."""
     top = best(report, measure)
     if top is None:
         return {}
+    written = {name: to_cell(measure.of(method), measure.unit).text for name, method in report.methods.items()}
+    equal = [name for name, text in written.items() if text == written.get(top)]
+    if {*written.values()} <= {written.get(top), MISSING}:
+        return {}  # nothing differs
     alike = (one.method for one in report.comparisons if measure.is_of(one) and significant(one) is False)
-    return dict.fromkeys(alike, "alike") | {top: "best"}
+    return dict.fromkeys(alike, "alike") | dict.fromkeys(equal, "best")
 
 
 def _matches(found: WinRates, row: str) -> list[Cell]:
