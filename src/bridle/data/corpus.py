@@ -79,7 +79,10 @@ def tokenize_domain(
     max_length: int | None,
     name: str = "data set",
     assistant_only: bool = False,
+    completion_only: bool | None = None,
+    keep_end: bool = False,
     packing: bool = False,
+    shuffle: int | None = None,
 ) -> Dataset:
     """Tokenises rows into `input_ids` and `labels` (int32, of one length), as TRL's `SFTTrainer` does.
 
@@ -90,10 +93,14 @@ def tokenize_domain(
     Args:
         dataset: rows with the columns `messages`, or `prompt` and `completion`, or `text`.
         tokenizer: the model's tokenizer.
-        max_length: tokens of a row, or of a packed row; the start is kept. None keeps all.
+        max_length: tokens of a row, or of a packed row. None keeps all.
         name: what errors call the rows: the file or the domain.
         assistant_only: learn only the assistant's turns of a chat.
+        completion_only: whether a prompt's labels are -100, as they are unless this is False. True refuses rows
+            without a completion.
+        keep_end: keep a long row's end, not its start.
         packing: fill rows of `max_length` one after the other, cutting texts in the middle ("wrapped").
+        shuffle: a seed that puts the rows in random order before they are packed; None keeps their order.
 
     Raises:
         UserError: naming the row, if a value is no text or chat, or the chat template refuses it; if the
@@ -101,11 +108,15 @@ def tokenize_domain(
     """
     if packing and max_length is None:
         raise UserError("packing: needs max_length, the length of the rows to fill")
-    rows = _encoded(dataset, RowEncoder(tokenizer, assistant_only), name)
-    kept = _learnable(rows, None if packing else max_length, name)
+    if completion_only and "completion" not in format_fields(dataset.column_names, name):
+        raise UserError(f"completion_only_loss: the rows of {name} have no completion; leave it out")
+    rows = _encoded(dataset, RowEncoder(tokenizer, assistant_only, completion_only is not False), name)
+    kept = _learnable(rows, None if packing else max_length, keep_end, name)
     tokens = gather(({"input_ids": ids, "labels": labels} for ids, labels in kept), _TOKENS)
     if not len(tokens):
         raise UserError(f"{name}: none of its {len(dataset)} rows holds a token to learn")
+    if shuffle is not None:
+        tokens = tokens.shuffle(seed=shuffle)
     return pack_dataset(tokens, max_length, "wrapped") if packing else tokens
 
 
@@ -115,14 +126,15 @@ def _encoded(dataset: Dataset, encoder: RowEncoder, name: str) -> Iterator[Encod
         yield encoder.encode(values, f"{name} row {number}")
 
 
-def _learnable(rows: Iterator[Encoded], max_length: int | None, name: str) -> Iterator[Encoded]:
+def _learnable(rows: Iterator[Encoded], max_length: int | None, keep_end: bool, name: str) -> Iterator[Encoded]:
     """Cuts rows to `max_length` and drops those that then have no label, as a prompt alone has none."""
+    kept = slice(-max_length, None) if max_length is not None and keep_end else slice(max_length)
     dropped = 0
     for ids, labels in rows:
-        if set(labels[:max_length]) <= {IGNORE}:
+        if set(labels[kept]) <= {IGNORE}:
             dropped += 1
         else:
-            yield ids[:max_length], labels[:max_length]
+            yield ids[kept], labels[kept]
     if dropped:
         log.warning("%s: dropped %d rows without a token to learn in max_length=%s", name, dropped, max_length)
 

@@ -27,13 +27,14 @@ class RowEncoder:
     Args:
         tokenizer: the model's tokenizer.
         assistant_only: learn only the assistant's turns of a chat.
+        completion_only: learn a completion and not its prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False):
-        self.tokenizer, self.assistant_only = tokenizer, assistant_only
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False, completion_only: bool = True):
+        self.tokenizer, self.assistant_only, self.completion_only = tokenizer, assistant_only, completion_only
 
     def encode(self, values: dict[str, Any], place: str) -> Encoded:
-        """Encodes one row: {"text"}, {"messages"} or {"prompt", "completion"}, the labels of a prompt -100.
+        """Encodes one row: {"text"}, {"messages"} or {"prompt", "completion"}, an unlearnt token's label -100.
 
         Raises:
             UserError: beginning with `place`, if the tokenizer or its chat template cannot.
@@ -49,6 +50,8 @@ class RowEncoder:
             raise UserError(f"{place}: prompt and completion must both be text or both be chat messages")
         whole = prompt + (self._ended(completion) if isinstance(completion, str) else completion)
         ids, labels = self._tokenize(whole, place)
+        if not self.completion_only:
+            return ids, labels
         prompt_ids, _ = self._tokenize(prompt, place, add_generation_prompt=True)
         # Tokens may merge across the border: the completion starts where the two tokenisations part.
         start = common_prefix_length(prompt_ids, ids)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,9 @@ def run_lengths(mask: Mask) -> NDArray[np.int64]:
     return counted - np.maximum.accumulate(np.where(mask, 0, counted), axis=-1)
 
 
-def append_rollouts(inputs: dict[str, Any], rollouts: Sequence[Rollout], regulariser: int, pad: int) -> dict[str, Any]:
+def append_rollouts(
+    inputs: dict[str, Any], rollouts: Sequence[Rollout], regulariser: int, pad: int, multiple: int = 1
+) -> dict[str, Any]:
     """Adds rollouts as rows that the cross-entropy ignores, so that one forward serves corpus and rollouts.
 
     Args:
@@ -91,17 +94,18 @@ def append_rollouts(inputs: dict[str, Any], rollouts: Sequence[Rollout], regular
         rollouts: rows to add, at least one.
         regulariser: index of the regulariser they were drawn for.
         pad: token id that fills rows.
+        multiple: of which the rows' length is one.
     """
     ids, attention_mask, mask = rollout_rows(rollouts, pad)
+    time = ceil(max(inputs["input_ids"].shape[1], ids.shape[1]) / multiple) * multiple
     added = {
         "input_ids": (ids, pad),
         "attention_mask": (attention_mask, 0),
         "labels": (torch.full_like(ids, IGNORE), IGNORE),
     }
-    joined = {key: _stack(inputs[key], new, fill) for key, (new, fill) in added.items()}
+    joined = {key: _stack(inputs[key], new, time, fill) for key, (new, fill) in added.items()}
     known, new = inputs[PREFIXES], np.ones(len(ids), dtype=np.int64)
-    time = joined["labels"].shape[1] - 1
-    masks = (np.pad(part, ((0, 0), (0, time - part.shape[1]))) for part in (known.mask, mask.numpy()))
+    masks = (np.pad(part, ((0, 0), (0, time - 1 - part.shape[1]))) for part in (known.mask, mask.numpy()))
     prefixes = Prefixes(
         domain=np.concatenate([known.domain, NO_DOMAIN * new]),
         regulariser=np.concatenate([known.regulariser, regulariser * new]),
@@ -131,9 +135,8 @@ def rollout_rows(rollouts: Sequence[Rollout], pad: int) -> tuple[Tensor, Tensor,
     return ids, attention_mask, mask[:, :-1]
 
 
-def _stack(above: Tensor, below: Tensor, fill: int | bool) -> Tensor:
-    """Stacks two batches of rows, the shorter one padded on the right to the other's length."""
-    time = max(above.shape[1], below.shape[1])
+def _stack(above: Tensor, below: Tensor, time: int, fill: int | bool) -> Tensor:
+    """Stacks two batches of rows, padded on the right to the length `time`."""
     parts = [
         torch.nn.functional.pad(part, (0, time - part.shape[1]), value=fill) for part in (above, below.to(above.device))
     ]

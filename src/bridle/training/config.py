@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -17,6 +17,7 @@ from bridle.constraints.spec import RETENTION
 from bridle.data import DataSource
 from bridle.errors import UserError
 from bridle.settings import check_fields, check_file_name, known_name
+from bridle.training.options import check_needed, check_refused, in_one_line
 
 ALL = "all"
 """Stands for the whole corpus, unless a domain has this name: one regulariser on everything is "without adaptive"."""
@@ -256,8 +257,8 @@ class ConstrainedConfig(SFTConfig):
         parallel: where the parallel schedule's regularisers work.
 
     Raises:
-        UserError: a value of the wrong kind or outside its range, as no round; `save_total_limit` in place of
-            `keep_last`; a packing that mixes domains within a row. The message begins with the field.
+        UserError: a value of the wrong kind or outside its range, as no round; an option of TRL or `transformers` that
+            would have no effect, or for which Bridle has another. The message begins with the field.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]
@@ -306,16 +307,19 @@ class ConstrainedConfig(SFTConfig):
             raise UserError(f"prompt_tokens: needs a shortest and a longest prompt, not {shortest} and {longest}")
         if self.max_length is not None and self.max_length < 1:
             raise UserError(f"max_length: must be at least 1, or null for no limit, not {self.max_length}")
-        super().__post_init__()
+        check_refused(self)
+        with in_one_line():
+            super().__post_init__()
+        check_needed(self)
         if self.torch_compile:
             # Block by block: a graph of the whole model would keep the first update's hooks on it for ever.
             os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
         if self.keep_last is not None and self.keep_last < 1:
             raise UserError(f"keep_last: must be at least 1, or null for all, not {self.keep_last}")
-        if self.save_total_limit is not None:
-            raise UserError("save_total_limit: could remove the only checkpoint that is whole; set keep_last")
-        if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
-            raise UserError(
-                "packing_strategy: only `wrapped` keeps each row within one domain, which λ_d needs; "
-                "set packing_strategy: wrapped and padding_free: false"
-            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as trackers keep them: the options in `auxiliary` and `parallel` by dotted keys."""
+        found: dict[str, Any] = super().to_dict()
+        for group in ("auxiliary", "parallel"):
+            found |= {f"{group}.{key}": value for key, value in asdict(found.pop(group)).items()}
+        return found | {"eos_token": self.eos_token, "pad_token": self.pad_token}  # which are no secrets

@@ -46,6 +46,7 @@ from bridle.training.config import (
     Regulariser,
     default_name,
 )
+from bridle.training.options import EVALUATION
 from bridle.variables import Variables, expanded
 
 NOT_IN_RECIPES = {"output_dir", "resume_from_checkpoint", "parallelism_config"}
@@ -245,7 +246,7 @@ def _training(options: dict[str, Any]) -> dict[str, Any]:
     for key, cls in (("auxiliary", AuxiliaryOptions), ("parallel", ParallelOptions)):
         if key in options:
             options = {**options, key: build(cls, options[key], key)}
-    if options.get("trust_remote_code"):
-        raise UserError("trust_remote_code: Bridle runs no code that comes with a model; leave the key out")
+    for key in options.keys() & EVALUATION:
+        raise UserError(f"{key}: a recipe has no rows that are evaluated on in training; leave it out")
     hints = get_type_hints(ConstrainedConfig, include_extras=True) | {"hub_token": SecretStr | None}
     return {key: validated(hints[key], value, key) for key, value in options.items()}

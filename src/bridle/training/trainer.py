@@ -6,7 +6,7 @@ callback at round boundaries, and leaves the rest as it is. With every λ at 0 i
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.data_utils import is_conversational
 
 from bridle.core.chunked import Divergence, Sums, constrained_loss
 from bridle.data import DOMAIN, Rollout, mix, tokenize_domain
@@ -32,12 +33,21 @@ from bridle.training.batches import PREFIXES, DomainCollator, Mask, Prefixes, ap
 from bridle.training.config import ConstrainedConfig, Regularisers, named
 from bridle.training.guards import EntropyGuard, FiniteGuard
 from bridle.training.lasting import LastingTrainer
+from bridle.training.options import check_optimiser, in_one_line
 from bridle.training.regulariser import DomainRegulariser
+from bridle.training.reporting import log_scalars_to_trackers
 from bridle.training.schedules.parallel import ParallelSchedule
 from bridle.training.schedules.sequential import SequentialSchedule
 from bridle.training.tally import Tally
 
 Riders = Sequence[tuple[DomainRegulariser, list[Rollout]]]  # the rollouts of one micro-batch, by whose they are
+
+NOT_TAKEN = {
+    "data_collator": "the trainer's own keeps each row's domain",
+    "compute_loss_func": "the loss is that of the method",
+    "quantization_config": "the model is loaded already",
+}
+"""Arguments of `SFTTrainer` that `ConstrainedTrainer` has no use for."""
 
 SCHEDULES = {"sequential": SequentialSchedule, "parallel": ParallelSchedule}
 
@@ -84,18 +94,21 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
                 )
         model = _loaded(model, args)
         check_projection(model)
+        for name in kwargs.keys() & NOT_TAKEN:
+            raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
+        if kwargs.get("eval_dataset") is None and (args.eval_strategy != "no" or args.eval_on_start):
+            raise UserError("eval_strategy: there are no rows to evaluate on; give the trainer an eval_dataset")
+        check_optimiser(args, model)
         tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
-        tokenised = {name: _tokenised(name, rows, tokenizer, args) for name, rows in corpus.items()}
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=mix(tokenised, weights or dict.fromkeys(corpus, 1.0), args.seed),
-            processing_class=tokenizer,
-            **kwargs,
-        )
-        self._check_sharding()
-        self.data_collator = DomainCollator(tokenizer.pad_token_id)
         self.domains = list(corpus)
+        self._corpus, self._weights = corpus, weights or dict.fromkeys(corpus, 1.0)
+        with in_one_line():
+            super().__init__(
+                model=model, args=args, train_dataset=_sample(corpus, args), processing_class=tokenizer, **kwargs
+            )
+        self._check_sharding()
+        log_scalars_to_trackers(self.callback_handler.callbacks)
+        self.data_collator = DomainCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
         self.regularisers = [
             DomainRegulariser(
                 index,
@@ -103,7 +116,7 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
                 options,
                 self.model,
                 tokenizer,
-                {domain: tokenised[domain] for domain in options.domains(self.domains)},
+                {domain: self.tokenised[domain] for domain in options.domains(self.domains)},
                 args,
             )
             for index, (name, options) in enumerate(by_name.items())
@@ -131,9 +144,9 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         if self._coming:
             self._rollouts, self._coming = deque(self._share_rollouts(self._coming)), []
         if self._rollouts:
-            pad = self._tokenizer.pad_token_id
+            pad, multiple = self._tokenizer.pad_token_id, self.args.pad_to_multiple_of or 1
             for regulariser, rollouts in self._rollouts.popleft():
-                inputs = append_rollouts(inputs, rollouts, regulariser.index, pad)
+                inputs = append_rollouts(inputs, rollouts, regulariser.index, pad, multiple)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _share_rollouts(self, batches: list[Prefixes]) -> Iterator[Riders]:
@@ -240,7 +253,7 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
     @property
     def _cross_entropy_is_trls(self) -> bool:
         """Whether the corpus's loss is another than the plain one, so that it cannot share a pass with the KL."""
-        return self.args.loss_type != "nll" or self.aux_loss_enabled or self.label_smoother is not None
+        return self.args.loss_type != "nll" or self.aux_loss_enabled
 
     def _note(self, sums: Sums, tokens: int) -> None:
         """Keeps what is logged of a batch: the divergences, and what `SFTTrainer` logs where it did not see it."""
@@ -296,9 +309,22 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         if self.is_fsdp_enabled and self.args.schedule == "parallel":
             raise UserError("schedule: parallel needs the whole model in each process; use sequential with FSDP2")
 
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """The mixture is tokenised, cut and packed already, domain by domain; anything else is TRL's."""
-        return dataset if DOMAIN in dataset.column_names else super()._prepare_dataset(dataset, *args, **kwargs)
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: ConstrainedConfig,
+        packing: bool,
+        formatting_func: Callable[[dict[str, Any]], str] | None,
+        dataset_name: str,
+    ) -> Dataset:
+        """The mixture, where TRL would prepare its rows for training: with the tokenizer and template of `args`."""
+        if dataset_name != "train":
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self.tokenised = {
+            name: _tokenised(name, rows, processing_class, args, formatting_func) for name, rows in self._corpus.items()
+        }
+        return mix(self.tokenised, self._weights, args.seed)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -349,15 +375,32 @@ def _loaded(model: PreTrainedModel | str, args: ConstrainedConfig) -> PreTrained
     return model
 
 
-def _tokenised(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: ConstrainedConfig) -> Dataset:
+def _tokenised(
+    name: str,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: ConstrainedConfig,
+    formatting_func: Callable[[dict[str, Any]], str] | None,
+) -> Dataset:
     """Rows of one domain as `input_ids` and `labels`. Packed on its own, so that no row belongs to two."""
     if "input_ids" in rows.column_names:
         return rows
+    if formatting_func is not None:
+        rows = rows.map(lambda row: {"text": formatting_func(row)}, remove_columns=rows.column_names)
     return tokenize_domain(
         rows,
         tokenizer,
         max_length=args.max_length,
         name=name,
         assistant_only=args.assistant_only_loss,
+        completion_only=args.completion_only_loss,
+        keep_end=args.truncation_mode == "keep_end",
         packing=args.packing,
+        shuffle=args.seed if args.shuffle_dataset else None,
     )
+
+
+def _sample(corpus: Mapping[str, Dataset], args: ConstrainedConfig) -> Dataset:
+    """The domain whose first row shows TRL what the corpus is: a chat, where only the assistant is learnt."""
+    chats = [rows for rows in corpus.values() if is_conversational(rows[0])] if args.assistant_only_loss else []
+    return next(iter(chats or corpus.values()))

@@ -1,0 +1,103 @@
+"""TensorBoard, trackio and MLflow get every number of a run, with no network."""
+
+import json
+import math
+
+import pytest
+
+from bridle.errors import UserError
+from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
+from bridle.training.reporting import scalars
+from trainers import NO_E, trainer_of
+
+
+def test_scalars():
+    record = {"loss": 1.5, "round": 2, "warnings": ["a", "b"], "low": None, "bad": math.nan, "name": "rude"}
+    record |= {"rude/bins": [{"count": 3, "mean": 0.5, "note": "x"}, {"count": 0, "mean": None}], "kl": {"rude": 0.1}}
+    assert scalars(record) == {
+        "loss": 1.5,
+        "round": 2,
+        "warnings": 2,
+        "rude/bins/0/count": 3,
+        "rude/bins/0/mean": 0.5,
+        "rude/bins/1/count": 0,
+        "kl/rude": 0.1,
+    }
+
+
+def tensorboard(folder):
+    """What TensorBoard has: the values of each key, and the options."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "board"))
+    events.Reload()
+    values = {key: [event.value for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
+    (options,) = events.Tensors("args/text_summary")
+    return values, json.loads(options.tensor_proto.string_val[0])
+
+
+def mlflow(folder):
+    """What MLflow has, which keeps options as text."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"file:{folder}/mlruns")
+    (run,) = client.search_runs(["0"])
+    assert run.info.run_name == "first"
+    values = {key: [m.value for m in client.get_metric_history(run.info.run_id, key)] for key in run.data.metrics}
+    return {f"train/{key}": value for key, value in values.items()}, run.data.params
+
+
+def trackio(folder):
+    """What trackio has."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    points = SQLiteStorage.get_logs("bridle-tests", "first")
+    values = {}
+    for key, value in ((key, value) for point in points for key, value in point.items()):
+        values.setdefault(key, []).append(value)
+    return values, SQLiteStorage.get_run_config("bridle-tests", "first")
+
+
+@pytest.mark.parametrize(("tracker", "kept"), [("tensorboard", tensorboard), ("mlflow", mlflow), ("trackio", trackio)])
+def test_trackers(tracker, kept, tiny_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    for name, value in {
+        "TENSORBOARD_LOGGING_DIR": tmp_path / "board",
+        "MLFLOW_TRACKING_URI": f"file:{tmp_path}/mlruns",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    pytest.importorskip(tracker, reason=f"{tracker} is not installed")
+    trainer = trainer_of(
+        tiny_folder(),
+        tmp_path / "run",
+        {"rude": Regulariser(NO_E, weight=4.0)},
+        report_to=tracker,
+        run_name="first",
+        **({"project": "bridle-tests"} if tracker == "trackio" else {}),
+        auxiliary=AuxiliaryOptions(epochs=1, batch_size=8, depth=2),
+        calibration_bound=0.0,  # so that each round warns
+    )
+    trainer.train()
+    values, options = kept(tmp_path)
+    assert float(options["auxiliary.depth"]) == 2
+    assert len(values["train/kl/rude"]) >= 4
+    assert values["train/rude/compliance"] == [
+        record["rude/compliance"] for record in trainer.state.log_history if "round" in record
+    ]
+    for record in trainer.state.log_history[:-1]:  # the last is of the whole run: trackio keeps it elsewhere
+        for key, value in scalars(record).items():
+            if key not in ("step", "epoch"):
+                assert any(found == pytest.approx(value, rel=1e-5) for found in values[f"train/{key}"]), key
+    assert "attempting to log" not in caplog.text
+
+
+def test_spaces_of_trackio():
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    names = {"trackio_space_id": "me/board", "trackio_bucket_id": "me/bucket", "trackio_static_space_id": "me/static"}
+    config = ConstrainedConfig("unused", use_cpu=True, bf16=False, report_to="trackio", **names)
+    assert {name: getattr(config, name) for name in names} == names
+    with pytest.raises(UserError, match="trackio_space_id: "):
+        ConstrainedConfig("unused", use_cpu=True, bf16=False, report_to="tensorboard", trackio_space_id="me/board")
