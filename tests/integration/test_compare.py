@@ -249,6 +249,8 @@ def test_a_judge_that_fails_takes_nothing_else_with_it(bridle, comparison, tmp_p
     )
     assert code == 0, err
     assert "no win rates: " in err
+    assert "nowhere" in results_of(tmp_path / "out")["judge_failed"]
+    assert "There are no win rates, because the judge failed: " in (tmp_path / "out" / "report.html").read_text()
     results = results_of(tmp_path / "out")
     assert "win_rate" not in results
     assert results["methods"]["base"]["figures"]["violation"]

@@ -374,6 +374,12 @@ def test_a_judge_that_tells_nothing_apart_is_named_in_the_summary(report, counts
     assert [part in sentence for sentence, part in zip(found, said, strict=True)] == [True] * len(said)
 
 
+def test_a_judge_that_failed_is_named_in_the_summary(report):
+    failed = replace(report, win_rate=None, judge_failed="judge tiny: 20 of 100 verdicts are missing")
+    said = "There are no win rates, because the judge failed: judge tiny: 20 of 100 verdicts are missing."
+    assert said in findings(failed)
+
+
 def test_the_contents_call_the_sections_as_their_headings_do(page, tmp_path):
     for one in (page, Page(rendered(data.read_report(report_folder.make_run(tmp_path / "run"))))):
         links = [text for text, above in one.texts if "nav" in [tag for tag, _ in above] and above[-1][0] == "a"]

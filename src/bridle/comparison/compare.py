@@ -301,7 +301,7 @@ class Comparison:
             "environment": environment(self.seeds[0]),
         }
         judged = self._judged(observed)  # before the file that may hold older win rates is written over
-        write_json(self.folder / RESULTS, self._hidden(results | ({"win_rate": judged} if judged else {})))
+        write_json(self.folder / RESULTS, self._hidden(results | judged))
         trace_guidance(self.folder, self.recipe, observed, self.plan)
 
     def _figures(self, name: str, seed: int) -> dict[str, Any]:
@@ -315,23 +315,23 @@ class Comparison:
             return {"status": "complete", **where}
         return {"status": "failed", "reason": read_json(folder / FAILED, Failure).reason, **where}
 
-    def _judged(self, observed: dict[str, dict[int, Observations]]) -> dict[str, Any] | None:
-        """Win rates; those known where nothing is new; None, and a line that says why, where the judge fails."""
+    def _judged(self, observed: dict[str, dict[int, Observations]]) -> dict[str, Any]:
+        """`win_rate`, the known one where nothing is new, or `judge_failed` with the reason; empty without a judge."""
         options, results = self.plan.judge, self.folder / RESULTS
         if options is None or len(observed) < 2:
-            return None
+            return {}
         known = read_json(results, Earlier).win_rate if results.exists() else None
         if known and not self._measured_now:
-            return known
+            return {"win_rate": known}
         prompts, said = first_completions(observed, next(iter(self.plan.prompts)), options.prompts)
         verdicts = self.folder / "verdicts.jsonl"
         verdicts.unlink(missing_ok=True)  # they are added to
         try:
             judge = _judge(options, self.recipe.dtype, self._hidden(options.model))
-            return win_rates(prompts, said, judge, seed=self.seeds[0], keep=verdicts).to_json()
+            return {"win_rate": win_rates(prompts, said, judge, seed=self.seeds[0], keep=verdicts).to_json()}
         except Exception as error:
             self.show(f"no win rates: {_reason(error)}")
-            return None
+            return {"judge_failed": _reason(error)}
 
 
 def _judge(options: JudgeOptions, dtype: str, name: str) -> Judge:

@@ -271,7 +271,8 @@ class Report:
         settings: what was asked of the evaluation.
         methods: by name, in the order of the tables.
         comparisons: of each method with the best.
-        win_rate: None where no judge was asked.
+        win_rate: None where no judge was asked, or it failed.
+        judge_failed: why there are no win rates.
         environment: where and how the results were made.
         curves: one a training run, in the order of methods and seeds.
         completions: of all methods and seeds.
@@ -287,6 +288,7 @@ class Report:
     methods: dict[str, Method] = field(default_factory=dict)
     comparisons: list[FigureComparison] = field(default_factory=list)
     win_rate: WinRates | None = None
+    judge_failed: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from bridle.evaluation.win_rate import WinRates
 from bridle.report.data import Curve, FigureComparison, Report
 from bridle.report.pareto import tradeoffs
 from bridle.report.tables import Measure, best, main_violation, significant, spelt, to_cell
@@ -22,7 +21,7 @@ def findings(report: Report) -> list[str]:
         *_of_significance([one for one in report.comparisons if violation.is_of(one)]),
         *_of_front(report),
         *_of_failures(report),
-        *_of_judge(report.win_rate),
+        *_of_judge(report),
         *_of_warnings(report),
     ]
 
@@ -92,8 +91,11 @@ def _of_failures(report: Report) -> Iterator[str]:
         yield f"Figures are missing for {listed(lacking)}: not every run is complete."
 
 
-def _of_judge(found: WinRates | None) -> Iterator[str]:
-    """A judge that sees no difference, or only the place of a text, makes every win rate 50%."""
+def _of_judge(report: Report) -> Iterator[str]:
+    """A judge that sees no difference, or only the place of a text, makes every win rate 50%; or it failed."""
+    if report.judge_failed:
+        yield f"There are no win rates, because the judge failed: {report.judge_failed}."
+    found = report.win_rate
     if found is None:
         return
     names = list(found.matrix)
