@@ -44,7 +44,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     accept_changes: Annotated[
-        bool, typer.Option("--accept_changes", help="Go on although the recipe has changed.")
+        bool, typer.Option("--accept_changes", help="Go on although the recipe or its files have changed.")
     ] = False,
 ) -> None:
     """Fine-tune a model as a recipe says.

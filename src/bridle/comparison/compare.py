@@ -45,6 +45,7 @@ from bridle.progress import Progress
 from bridle.reading import read_json
 from bridle.resources import is_disk_full, stopping_when_exhausted
 from bridle.settings import check_keys, different_keys, known_name, read_yaml
+from bridle.training.inputs import check_inputs, write_inputs
 from bridle.training.recipe import Recipe, load_recipe
 from bridle.training.run import RECIPE_FILE, describe_run
 
@@ -118,6 +119,7 @@ class Comparison:
         self._changed = different_keys(earlier, now)
         if others := [key for key in self._changed if _section(key) in COMMON]:
             raise UserError(f"{path}: was another recipe: {', '.join(others)} differ; name another --output_dir")
+        check_inputs(self.recipe, self.folder, "or name another --output_dir", tuple(self._changed), self.plan.files())
         if (self.folder / RESULTS).exists():
             before = read_json(self.folder / RESULTS, Earlier)
             for name in before.methods:
@@ -142,6 +144,7 @@ class Comparison:
     def _carry_out_all(self) -> None:
         resolved = without_token(self.recipe.resolved)
         write_text(self.folder / RECIPE_FILE, yaml.safe_dump(resolved, sort_keys=False))
+        write_inputs(self.recipe, self.folder, self.plan.files())
         runs = [(name, seed) for seed in self.seeds for name in self.names]
         with Progress("comparing", len(runs), "runs") as progress:
             for name, seed in runs:

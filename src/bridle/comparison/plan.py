@@ -108,11 +108,19 @@ class Evaluation:
         """
         for constraint in self.constraints.values():
             constraint.load()
-        rows = [*self.perplexity.values(), *(prompts.source for prompts in self.prompts.values())]
-        if self.classification:
-            rows += [self.classification.validation, self.classification.test]
-        for source in rows:
+        for source in self._sources():
             source.read()
+
+    def files(self) -> list[Path]:
+        """The local files and folders that it is measured with."""
+        judge = [Path(self.judge.model)] if self.judge is not None and self.judge.url is None else []
+        tasks = [self.task_data] if self.task_data is not None else []
+        readers: list[Constraint | DataSource] = [*self.constraints.values(), *self._sources()]
+        return [*judge, *tasks, *(file for one in readers for file in one.files())]
+
+    def _sources(self) -> list[DataSource]:
+        rows = [*self.perplexity.values(), *(prompts.source for prompts in self.prompts.values())]
+        return rows + ([self.classification.validation, self.classification.test] if self.classification else [])
 
     @property
     def main(self) -> dict[str, str | None]:

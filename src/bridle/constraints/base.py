@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from json import dumps
 from math import nan
+from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Annotated, Any, ClassVar
 
@@ -122,6 +123,10 @@ class Constraint:
             UserError: it cannot be loaded.
         """
 
+    def files(self) -> list[Path]:
+        """Returns the local files and folders that decide the scores."""
+        return []
+
     def describe(self) -> dict[str, Any]:
         """Returns what decides the scores, as JSON values that `build_constraint` takes back."""
         described: dict[str, Any] = self.variables.hidden(self._settings() | {"name": self.name})
@@ -224,6 +229,9 @@ class _Combination(Constraint, ABC):
     def load(self) -> None:
         for part in self.parts:
             part.load()
+
+    def files(self) -> list[Path]:
+        return [file for part in self.parts for file in part.files()]
 
     def identity(self) -> dict[str, Any]:
         return {self.type_name: [part.identity() for part in self.parts]}

@@ -153,6 +153,10 @@ class Cached(Constraint):
         if self.cache is not None:
             self.cache.check()
 
+    def files(self) -> list[Path]:
+        """The constraint's own."""
+        return self.constraint.files()
+
     def describe(self) -> dict[str, Any]:
         """Returns the constraint's own description: the cache decides no score."""
         return self.variables.hidden(self.constraint.describe())

@@ -92,6 +92,10 @@ class Classifier(TextConstraint):
         self._rows = RowLimit(f"scoring ({self.name})")
         self._network = network
 
+    def files(self) -> list[Path]:
+        """The model's folder, where it is one."""
+        return [Path(self.model)] if Path(self.model).is_dir() else []
+
     def identity(self) -> dict[str, Any]:
         """With the time and size of each of the model's files, where it is a folder."""
         files = {path.name: path.stat() for path in sorted(Path(self.model).glob("*"))}

@@ -61,9 +61,14 @@ class PythonFunction(Constraint):
 
     def identity(self) -> dict[str, Any]:
         """As the function's module is written; what that imports is not looked at."""
+        module = [blake2b(file.read_bytes()).hexdigest() for file in self.files()]
+        return self._settings() | {"module": module[0] if module else None}
+
+    def files(self) -> list[Path]:
+        """The function's module; what that imports is not looked at."""
         self.load()
         source = getattr(sys.modules.get(self.function.partition(":")[0]), "__file__", None)
-        return self._settings() | {"module": blake2b(Path(source).read_bytes()).hexdigest() if source else None}
+        return [Path(source)] if source else []
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"function": self.function}

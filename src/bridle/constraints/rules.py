@@ -76,6 +76,9 @@ class WordList(TextConstraint):
             raise UserError(f"constraint 'words': {self.file or 'the list'} holds no word; give at least one")
         self._regex = _whole_words(self.words)
 
+    def files(self) -> list[Path]:  # noqa: D102
+        return [Path(self.file)] if self.file is not None else []
+
     def identity(self) -> dict[str, Any]:  # noqa: D102
         return super()._settings() | {"words": self.words}
 

@@ -1,9 +1,11 @@
 """References to rows: which file, folder or hub name, which of its rows, and what its columns are called."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,11 @@ class DataSource:
                 where.setdefault(key, []).append(parse_yaml(value, f"{text!r}: {key}"))
         filters = {column: values[0] if len(values) == 1 else values for column, values in where.items()}
         return cls(path, where=filters or None, **fields)
+
+    def files(self) -> list[Path]:
+        """The file or folder that is read; none for a hub data set."""
+        path = Path(os.path.expanduser(self.path))
+        return [path] if os.path.exists(path) else []
 
     def read(self) -> Dataset:
         """Reads the rows, afresh each time, with the column `ROW` added.

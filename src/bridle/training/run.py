@@ -22,6 +22,7 @@ from bridle.resources import stopping_when_exhausted
 from bridle.settings import different_keys, read_yaml
 from bridle.training.build import build_trainer
 from bridle.training.config import ConstrainedConfig
+from bridle.training.inputs import check_inputs, write_inputs
 from bridle.training.recipe import Recipe
 from bridle.training.reporting import MetricsFile, TrainingProgress
 from bridle.training.schedules.sequential import last_checkpoint
@@ -46,9 +47,10 @@ def train(
         recipe: what to do.
         output_dir: afterwards holds `model/` (a `from_pretrained` folder or adapter), `auxiliary/` (the
             last R, and each round's in `round-N/`; a folder per regulariser where there are several),
-            `rollouts/`, `metrics.jsonl`, `recipe.yaml`, `environment.json` and the checkpoints.
+            `rollouts/`, `metrics.jsonl`, `recipe.yaml`, `environment.json`, `inputs.json` and the
+            checkpoints.
         resume: go on from the last checkpoint in `output_dir`.
-        accept_changes: resume although the recipe is no longer the one that `output_dir` was begun with.
+        accept_changes: resume although the recipe or a file that it reads is not as it was when `output_dir` was begun.
         corpus: rows by domain in place of those the recipe's domains read.
 
     Returns:
@@ -80,6 +82,8 @@ def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bo
             f"{folder / RECIPE_FILE}: was another recipe: {', '.join(changed)} differ; add --accept_changes to go on "
             "with the new one, or name another --output_dir"
         )
+    if not accept_changes:
+        check_inputs(recipe, folder, "add --accept_changes to go on, or name another --output_dir", SHAPES_NOTHING)
 
 
 def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bool) -> ConstrainedTrainer:
@@ -90,6 +94,7 @@ def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bo
     if is_main():
         write_text(folder / RECIPE_FILE, yaml.safe_dump(without_token(recipe.resolved), sort_keys=False))
         write_json(folder / "environment.json", environment(config.seed))
+        write_inputs(recipe, folder)
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if trainer.is_fsdp_enabled:  # a model in shards would be no `from_pretrained` folder

@@ -1,0 +1,124 @@
+"""What a run was made from, by content: so that it goes on with the same files and variables, or says which changed.
+
+`inputs.json` in a run's folder has a hash of every local file that the recipe reads, and of every value that an
+environment variable gave it. Sizes and times alone would not do: an edit may keep both.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bridle.environment import write_json
+from bridle.errors import UserError
+from bridle.reading import read_json
+from bridle.training.recipe import Recipe
+from bridle.variables import expanded
+
+INPUTS_FILE = "inputs.json"
+MADE_BY_READING = ("cache-*", "*.pyc", ".*")  # what `datasets` and Python put beside what they read
+
+
+def write_inputs(recipe: Recipe, folder: Path, more: Iterable[Path] = ()) -> None:
+    """Writes down what a recipe reads, into `inputs.json` of a run's folder.
+
+    Args:
+        recipe: of the run.
+        folder: the run's.
+        more: files and folders that are read besides.
+    """
+    salt = secrets.token_hex(16)
+    write_json(
+        folder / INPUTS_FILE,
+        {"files": _hashes(recipe, more), "salt": salt, "variables": _digests(recipe.resolved, salt)},
+    )
+
+
+def check_inputs(
+    recipe: Recipe, folder: Path, advice: str, ignored: tuple[str, ...] = (), more: Iterable[Path] = ()
+) -> None:
+    """Makes sure that a run which is taken up again reads what it was begun with.
+
+    Args:
+        recipe: of the run.
+        folder: the run's; one without an `inputs.json` is not looked at.
+        advice: what else can be done than to put things back.
+        ignored: beginnings of keys whose variables may change.
+        more: as in `write_inputs`.
+
+    Raises:
+        UserError: a file has changed, or the value of a variable; it names the first ones.
+    """
+    if not (folder / INPUTS_FILE).is_file():
+        return
+    known = read_json(folder / INPUTS_FILE, dict[str, Any])
+    before, now = known.get("files", {}), _hashes(recipe, more)
+    changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])  # others: other keys
+    values, told = _digests(recipe.resolved, known.get("salt", "")), known.get("variables", {})
+    changed += [
+        f"the variable in {key}"
+        for key in sorted(values)
+        if key in told and told[key] != values[key] and not key.startswith(ignored)
+    ]
+    if changed:
+        rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(f"{', '.join(changed[:3])}{rest}: not as it was when {folder} was begun; restore it, {advice}")
+
+
+def _hashes(recipe: Recipe, more: Iterable[Path]) -> dict[str, str]:
+    """The hash of every file that a recipe reads, by its name, in which variables stand by name."""
+    files = sorted({file for path in [*_read(recipe), *more] for file in _files_of(path)})
+    with ThreadPoolExecutor() as pool:  # hashing runs beside Python
+        found = zip(files, pool.map(_hash, files), strict=True)
+    return {recipe.variables.hidden(str(file)): content for file, content in found}
+
+
+def _read(recipe: Recipe) -> Iterator[Path]:
+    yield Path(recipe.model)
+    for domain in recipe.corpus.values():
+        yield from domain.files()
+    for regulariser in recipe.regularisers.values():
+        if regulariser.constraint is not None:
+            yield from regulariser.constraint.files()
+        if regulariser.prompts is not None:
+            yield from regulariser.prompts.files()
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        inside = (file for file in path.rglob("*") if file.is_file())
+        yield from (file for file in inside if not any(file.match(pattern) for pattern in MADE_BY_READING))
+
+
+def _hash(file: Path) -> str:
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "blake2b").hexdigest()[:32]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _digests(recipe: Mapping[str, Any], salt: str) -> dict[str, str]:
+    """By dotted key, a slow hash of what a variable gave: it may be a secret, and is not to be guessed back."""
+    values = dict(_differing(recipe, expanded(recipe)[0], ""))
+    return {
+        key: hashlib.scrypt(value.encode(), salt=salt.encode(), n=2**12, r=8, p=1).hex()[:32]
+        for key, value in values.items()
+        if not os.path.exists(os.path.expanduser(value))  # a file is known by its content, wherever it lies
+    }
+
+
+def _differing(written: Any, read: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(read, Mapping):
+        for name, value in read.items():
+            yield from _differing(written[name], value, f"{key}.{name}" if key else str(name))
+    elif isinstance(read, list):
+        for index, (mine, value) in enumerate(zip(written, read, strict=True)):
+            yield from _differing(mine, value, f"{key}.{index}")
+    elif isinstance(read, str) and "${" in written:
+        yield key, read

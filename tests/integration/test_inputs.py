@@ -1,0 +1,102 @@
+"""What a run was begun with is what it goes on with: a file that was edited meanwhile is named."""
+
+import json
+import os
+import sys
+
+import pytest
+import yaml
+
+from bridle.training.inputs import INPUTS_FILE, write_inputs
+from bridle.training.recipe import load_recipe
+from conftest import SENTENCES
+
+
+def edited(path):
+    """Changes one letter, and neither size nor time."""
+    before, content = path.stat(), path.read_bytes()
+    path.write_bytes(content.replace(b"the", b"thy", 1))
+    assert path.read_bytes() != content
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return content
+
+
+@pytest.fixture
+def path(recipe, corpus_files, tmp_path, monkeypatch):
+    """A recipe that reads a file of every kind."""
+    (tmp_path / "words.txt").write_text("the\nmuddlehead\n")
+    (tmp_path / "given_scorers.py").write_text("def mild(texts):\n    return ['the fog' not in t for t in texts]\n")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in SENTENCES))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("STEPS", "3")
+    words = {"type": "words", "file": str(tmp_path / "words.txt")}
+    function = {"type": "python", "function": "given_scorers:mild"}
+    yield recipe(
+        env=["STEPS"],
+        constraints={"mild": {"any": [words, function, {"type": "regex", "pattern": "e"}]}},
+        regularisers={"rude": {"constraint": "mild", "prompts": {"path": str(tmp_path / "prompts.jsonl")}}},
+        rounds=1,
+        max_steps="${STEPS}",
+    )
+    sys.modules.pop("given_scorers", None)
+
+
+def test_a_run_goes_on_with_the_files_it_was_begun_with(bridle, path, tmp_path, corpus_files, monkeypatch):
+    run = ("train", path, "--output_dir", tmp_path / "run")
+    assert bridle(*run)[0] == 0
+    inputs = json.loads((tmp_path / "run" / INPUTS_FILE).read_text())
+    model = tmp_path / "tiny-llama"
+    for file in (
+        *corpus_files.values(),
+        *(tmp_path / name for name in ("words.txt", "given_scorers.py", "prompts.jsonl")),
+        model / "model.safetensors",
+        model / "tokenizer.json",
+    ):
+        assert str(file) in inputs["files"]
+    for name in ("plain.jsonl", "words.txt", "given_scorers.py", "prompts.jsonl"):
+        content = edited(tmp_path / name)
+        code, _, err = bridle(*run, "--resume")
+        assert code == 2
+        (line,) = err.splitlines()
+        assert f"{tmp_path / name}: not as it was when" in line
+        assert "--accept_changes" in line
+        (tmp_path / name).write_bytes(content)
+    assert bridle(*run, "--resume")[0] == 0, "as nothing has changed"
+    monkeypatch.setenv("STEPS", "4")
+    code, _, err = bridle(*run, "--resume")
+    assert code == 2
+    assert "the variable in max_steps: not as it was" in err
+    edited(corpus_files["plain"])
+    assert bridle(*run, "--resume", "--accept_changes")[0] == 0
+    assert bridle(*run, "--resume")[0] == 0, "the new ones are what it has now"
+
+
+def test_a_comparison_goes_on_with_the_files_it_was_begun_with(bridle, path, tmp_path, corpus_files):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_bytes(corpus_files["plain"].read_bytes())
+    evaluation = {
+        "prompts": {"rude": {"path": str(corpus_files["rude"]), "rows": "0:4", "prompt_tokens": 2}},
+        "perplexity": {"plain": {"path": str(held_out), "rows": "0:4"}},
+        "samples": 1,
+    }
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"evaluation": evaluation}))
+    compare = ("compare", path, "--methods", "base", "--output_dir", tmp_path / "out")
+    assert bridle(*compare)[0] == 0
+    assert bridle(*compare, "--resume")[0] == 0
+    for file in (held_out, tmp_path / "words.txt", corpus_files["plain"]):
+        content = edited(file)
+        code, _, err = bridle(*compare, "--resume")
+        assert code == 2
+        assert f"{file}: not as it was when" in err.splitlines()[-1]
+        file.write_bytes(content)
+
+
+def test_no_value_of_a_variable_is_written_down(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPS", "3000000000")
+    write_inputs(load_recipe(path), tmp_path / "one")
+    write_inputs(load_recipe(path), tmp_path / "two")
+    one, two = (json.loads((tmp_path / name / INPUTS_FILE).read_text()) for name in ("one", "two"))
+    assert one["files"] == two["files"]
+    assert one["variables"].keys() == two["variables"].keys() == {"max_steps"}
+    assert one["variables"] != two["variables"], "no table of likely values finds it"
+    assert "3000000000" not in json.dumps(one)
