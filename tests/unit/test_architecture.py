@@ -9,7 +9,7 @@ SOURCE = Path(bridle.__file__).parent
 ROWS = [
     # may be imported by all
     {"errors", "progress", "environment", "reading", "settings", "lock", "endpoint", "ranks"}
-    | {"resources", "checkpoints", "weights", "variables"},
+    | {"resources", "checkpoints", "weights", "variables", "interruption"},
     {"core", "constraints"},
     {"models", "data"},
     {"training", "evaluation", "baselines"},

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shlex
 import sys
 import warnings
 from importlib.metadata import version
@@ -13,6 +14,7 @@ import typer
 from bridle.cli import comparison, evaluation, generation, training
 from bridle.cli.common import PlainFormatter
 from bridle.errors import RunStopped, UserError
+from bridle.interruption import Interrupted, catching_signals
 
 app = typer.Typer(
     name="bridle",
@@ -24,7 +26,8 @@ app = typer.Typer(
 for group in (training, generation, evaluation, comparison):
     app.add_typer(group.app)
 
-USER_ERROR, RUN_STOPPED = 2, 3  # exit codes
+USER_ERROR, RUN_STOPPED, SIGNALLED = 2, 3, 128  # exit codes; a signal's number is added
+RESUMABLE = ("train", "compare")
 
 
 def _tell_version(asked: bool) -> None:
@@ -44,7 +47,7 @@ def options(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 2, a stopped run exit code 3."""
+    """Entry point: one line on stderr; exit code 2 for a user's mistake, 3 for a stopped run, 130 or 143 by signal."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = logging.StreamHandler()
@@ -56,7 +59,19 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # whatever a model or a file says, it can be printed
     try:
-        app(prog_name="bridle")
+        with catching_signals():
+            app(prog_name="bridle")
+    except Interrupted as interrupted:
+        print(f"bridle: {'; '.join([str(interrupted), *_what_is_left(interrupted)])}", file=sys.stderr)
+        sys.exit(SIGNALLED + interrupted.signal)
     except (UserError, RunStopped) as error:
         print(f"bridle: {error}", file=sys.stderr)
         sys.exit(USER_ERROR if isinstance(error, UserError) else RUN_STOPPED)
+
+
+def _what_is_left(interrupted: Interrupted) -> list[str]:
+    """What was kept of a command's work, and how it goes on."""
+    arguments = sys.argv[1:]
+    resume = ["bridle", *arguments, *([] if "--resume" in arguments else ["--resume"])]
+    goes_on = [f"go on with: {shlex.join(resume)}"] if arguments[:1] and arguments[0] in RESUMABLE else []
+    return [*filter(None, [interrupted.kept]), *goes_on]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState
 
+from bridle.interruption import is_pending
 from bridle.ranks import is_main
 from bridle.training.config import ConstrainedConfig
 
@@ -89,6 +90,14 @@ class EntropyGuard(Guard):
                 f"the policy's entropy fell from {first:.2f} to {entropy:.2f} nats at step {state.global_step}, "
                 f"below entropy_floor {args.entropy_floor}; try a smaller regulariser weight or more rounds"
             )
+
+
+class InterruptionGuard(TrainerCallback):
+    """Ends a run with a checkpoint, after the update in which a signal came."""
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        if is_pending():
+            control.should_training_stop = control.should_save = True
 
 
 # ---------------------------------------------------------------------- a round

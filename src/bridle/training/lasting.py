@@ -1,6 +1,7 @@
 """What makes a long run last: whole checkpoints and exact resuming, updates that are skipped, a stop that is told."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from bridle.checkpoints import keep_last, whole_or_gone
 from bridle.errors import RunStopped
-from bridle.ranks import is_main
+from bridle.interruption import deferring
+from bridle.ranks import is_main, world
 from bridle.training.config import ConstrainedConfig
 from bridle.training.memory import CuttingTrainer
 from bridle.training.schedules.sequential import SCHEDULE, SequentialSchedule
@@ -36,9 +38,12 @@ class LastingTrainer(CuttingTrainer):
 
         Raises:
             RunStopped: a guard stopped the run, or more than `max_missing` of a round's rollouts got no score.
+            Interrupted: a signal came; the update under way was finished and a checkpoint written, unless it came in a
+                round or there are several processes, which would have to agree on the update.
         """
         self.verdict = None
-        output = super().train(*args, **kwargs)
+        with deferring() if world() == 1 else nullcontext():
+            output = super().train(*args, **kwargs)
         if self.verdict is not None:
             raise RunStopped(f"{self.args.output_dir}: {self.verdict}; the last checkpoint is kept")
         return output

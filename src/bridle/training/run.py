@@ -13,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from bridle.environment import environment, write_json, write_text
 from bridle.errors import RunStopped, UserError
+from bridle.interruption import Interrupted
 from bridle.lock import only_writer
 from bridle.models.card import with_names, write_card
 from bridle.models.hub import without_token
@@ -61,6 +62,7 @@ def train(
             of another recipe, or another process is writing there.
         RunStopped: the run cannot go on usefully, or the disk or the memory does not do; what it has done is in
             `output_dir`.
+        Interrupted: a signal came; it says which checkpoint is kept.
     """
     folder = Path(output_dir)
     recipe.config(folder)  # by which processes that were started together find one another
@@ -68,7 +70,12 @@ def train(
         _check_recipe(recipe, folder, resume, accept_changes)
     wait()  # so that none takes for another run's what the main process writes
     with stopping_when_exhausted(folder), only_writer(folder) if is_main() else nullcontext():
-        return _train(recipe, folder, corpus or recipe.read_corpus(), resume)
+        try:
+            return _train(recipe, folder, corpus or recipe.read_corpus(), resume)
+        except Interrupted as interrupted:
+            last = last_checkpoint(folder)
+            interrupted.kept = f"{last} is kept" if last else f"{folder} holds no checkpoint yet"
+            raise
 
 
 def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bool) -> None:

@@ -31,7 +31,7 @@ from bridle.ranks import gathered, rank, world
 from bridle.settings import check_file_name
 from bridle.training.batches import PREFIXES, DomainCollator, Mask, Prefixes, append_rollouts, flat_positions
 from bridle.training.config import ConstrainedConfig, Regularisers, named
-from bridle.training.guards import EntropyGuard, FiniteGuard
+from bridle.training.guards import EntropyGuard, FiniteGuard, InterruptionGuard
 from bridle.training.lasting import LastingTrainer
 from bridle.training.options import check_optimiser, in_one_line
 from bridle.training.regulariser import DomainRegulariser
@@ -128,7 +128,7 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         self._rollouts: deque[Riders] = deque()  # of its micro-batches that have not been taken
         self._sampled: dict[int, int] = {}  # sampled tokens in the update, on all processes, by regulariser
         self.schedule = SCHEDULES[args.schedule](self)
-        for callback in (self.schedule, FiniteGuard(self), EntropyGuard(self)):
+        for callback in (self.schedule, FiniteGuard(self), EntropyGuard(self), InterruptionGuard()):
             self.add_callback(callback)
 
     # ------------------------------------------------------------------ the update

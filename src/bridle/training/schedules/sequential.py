@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerState
 from bridle.checkpoints import last_whole
 from bridle.data import Rollout, write_rollouts
 from bridle.environment import sync_files, whole_files, write_json
+from bridle.interruption import at_once
 from bridle.ranks import is_main, rank
 from bridle.reading import read_json
 from bridle.training.guards import round_warnings, tell, unreached_warnings
@@ -61,9 +62,10 @@ class SequentialSchedule(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):  # noqa: D102
         due = self._round_of(state.global_step, state)
-        if due > self.round:
-            self.begin_round(due)
-        self._make_targets()
+        with at_once():  # a round is long, and the last checkpoint goes on from before it
+            if due > self.round:
+                self.begin_round(due)
+            self._make_targets()
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         finished = state.global_step == state.max_steps

@@ -1,0 +1,94 @@
+"""SIGINT and SIGTERM end a run with what it has done kept, and say how it goes on."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bridle.training.regulariser as regulariser
+from bridle.interruption import Interrupted, catching_signals
+from bridle.training.recipe import load_recipe
+from bridle.training.run import train
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Lets signals come as a function is called for the given time."""
+
+    def at(owner, name, call, signals=1):
+        real, calls = getattr(owner, name), []
+
+        def signalling(*args, **kwargs):
+            calls.append(True)
+            if len(calls) == call:
+                for _ in range(signals):
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, signalling)
+
+    with catching_signals():
+        yield at
+
+
+def interrupted(recipe, folder):
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM") as caught:
+        train(load_recipe(recipe), folder)
+    assert caught.value.signal == signal.SIGTERM
+    return caught.value.kept
+
+
+def test_the_update_is_finished_and_the_run_goes_on_to_the_same_weights(recipe, tmp_path, signalled, monkeypatch):
+    path, folder = recipe(max_steps=8, save_strategy="no"), tmp_path / "run"
+    with monkeypatch.context():
+        train(load_recipe(path), tmp_path / "whole")
+    signalled(regulariser.DomainRegulariser, "target", 2)
+    assert interrupted(path, folder) == f"{folder / 'checkpoint-2'} is kept"
+    train(load_recipe(path), folder, resume=True)
+    whole, resumed = weights(tmp_path / "whole"), weights(folder)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_in_a_round_it_stops_at_once_and_the_last_checkpoint_is_named(recipe, tmp_path, signalled):
+    signalled(regulariser, "sample", 2)
+    folder = tmp_path / "run"
+    assert interrupted(recipe(), folder) == f"{folder / 'checkpoint-2'} is kept"
+
+
+def test_before_the_first_checkpoint_nothing_is_promised(recipe, tmp_path, signalled):
+    signalled(regulariser, "fit_auxiliary", 1)
+    assert interrupted(recipe(), tmp_path / "run") == f"{tmp_path / 'run'} holds no checkpoint yet"
+
+
+def test_a_second_signal_stops_at_once(recipe, tmp_path, signalled):
+    signalled(regulariser.DomainRegulariser, "target", 3, signals=2)
+    folder = tmp_path / "run"
+    assert interrupted(recipe(max_steps=8, save_strategy="no"), folder) == f"{folder} holds no checkpoint yet"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_line_says_what_is_kept_and_how_to_go_on(recipe, tmp_path, number, code):
+    folder = tmp_path / "run"
+    command = ["train", str(recipe(max_steps=5000, rounds=1)), "--output_dir", str(folder)]
+    process = subprocess.Popen([sys.executable, "-m", "bridle", *command], stderr=subprocess.PIPE, text=True)
+    deadline, log = time.monotonic() + 120, folder / "metrics.jsonl"
+    while not (log.exists() and '"kl/rude"' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    (checkpoint,) = folder.glob("checkpoint-*")
+    assert said.splitlines()[-1] == (
+        f"bridle: interrupted by {number.name}; {checkpoint} is kept; "
+        f"go on with: {shlex.join(['bridle', *command, '--resume'])}"
+    )
