@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -96,6 +97,22 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
         UserError: the file cannot be written.
     """
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def check_output(*paths: str | os.PathLike[str] | None) -> None:
+    """Makes sure that files can be written, before hours of work are done for them; None is no file.
+
+    Raises:
+        UserError: one of them is a folder, or its own folder cannot be written to.
+    """
+    for path in (Path(path) for path in paths if path is not None):
+        try:
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder; name a file")
+            with TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+                pass  # the folders below are made when the file is
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:

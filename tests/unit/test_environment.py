@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridle.environment import PACKAGES, append_text, environment, whole_files, write_json
+from bridle.environment import PACKAGES, append_text, check_output, environment, whole_files, write_json
 from bridle.errors import UserError
 
 JSON = st.recursive(
@@ -171,3 +171,16 @@ def test_what_a_dead_run_left_unfinished_is_no_file_of_the_next(tmp_path):
     with whole_files(tmp_path) as unfinished:
         (unfinished / "config.json").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_outputs_are_checked_before_the_work(tmp_path):
+    check_output(None, tmp_path / "new" / "deeper" / "file.json", tmp_path / "file.json")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file.json").touch()
+    for path, said in {
+        tmp_path: "is a folder; name a file",
+        tmp_path / "file.json" / "a": r"cannot be written \(Not a directory\)",
+        tmp_path / ("x" * 300): r"cannot be written \(File name too long\)",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            check_output(path)

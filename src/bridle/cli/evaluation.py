@@ -108,7 +108,7 @@ def evaluate(
     A figure's n counts what it is made from; texts that could not be scored are missing, never a number.
     """
     from bridle.data import DataSource, VerbalisedLabel, texts_of
-    from bridle.environment import environment, write_rows
+    from bridle.environment import check_output, environment, write_rows
     from bridle.evaluation import FORMAT, Evaluator, prompt_set, write_results
     from bridle.models.guidance import guided
 
@@ -122,6 +122,7 @@ def evaluate(
         raise UserError("--classify and --validation go together: the threshold is chosen on rows of its own")
     if not (prompts or perplexity or tasks or classify):
         raise UserError("nothing to measure: give --prompts with --constraint, --perplexity, --tasks or --classify")
+    check_output(json_file, completions)
     sets = [prompt_set(name, data_dir=prompt_data) for name in prompts or []]
     oracles = oracles_of(constraint or [])
     held_out = {name: texts_of(DataSource.parse(name)) for name in perplexity or []}
@@ -176,9 +177,10 @@ def score(
 ) -> None:
     """Try a constraint on texts: how often they violate, how sure it is of it, and of which rows."""
     from bridle.data import DataSource
-    from bridle.environment import write_json
+    from bridle.environment import check_output, write_json
     from bridle.evaluation.scoring import try_constraint
 
+    check_output(json_file)
     (oracle,) = oracles_of([constraint]).values()
     trial = try_constraint(oracle, DataSource.parse(file))
     for line in trial.lines(rows, show_texts):
@@ -215,7 +217,7 @@ def judge(
     dtype: Dtype = "float32",
 ) -> None:
     """Let a language model judge which method's completions are better, pair by pair and in both orders."""
-    from bridle.environment import environment
+    from bridle.environment import check_output, environment
     from bridle.evaluation import FORMAT, ChatJudge, LocalJudge, read_methods, win_rates, write_results
 
     files = dict(part.partition("=")[::2] for part in completions)
@@ -223,6 +225,7 @@ def judge(
         raise UserError("give at least two methods as NAME=FILE")
     if api_key_env is not None and url is None:
         raise UserError("--api_key_env: a local judge needs no key; give --url, or leave it out")
+    check_output(json_file, keep)
     prompts, texts = read_methods(files)
     arbiter = (
         ChatJudge(url, judge_model, api_key_env)

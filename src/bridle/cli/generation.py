@@ -55,7 +55,7 @@ def generate(
     dtype: Dtype = "float32",
 ) -> None:
     """Draw text from a model, guided or not: by default at temperature 1, from its whole distribution."""
-    from bridle.environment import write_rows
+    from bridle.environment import check_output, write_rows
     from bridle.evaluation import Evaluator, prompt_set
     from bridle.models.guidance import guided
     from bridle.models.sampling import Decoding
@@ -70,6 +70,7 @@ def generate(
         raise UserError("--greedy has one completion for each prompt; leave out --samples")
     if stream and (prompts is not None or samples > 1 or output is not None):
         raise UserError("--stream prints one text; give it one --prompt, and neither --samples nor --output")
+    check_output(output)
     options: dict[str, Any] = {"decoding": Decoding(temperature, top_p, greedy)}
     lm, tokenizer = load(model, device, dtype)
     with guided(lm, guide, guide_power) as guidance:

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from bridle.environment import write_text
+from bridle.environment import check_output, write_text
 from bridle.progress import Progress
 from bridle.report import plots, tables, texts
 from bridle.report.data import Report, read_report
@@ -65,6 +65,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     folder, output = Path(folder), Path(output or Path(folder) / "report.html")
     with Progress("report", total=3, unit="parts") as progress:
         report = read_report(folder)
+        check_output(output)
         progress.update()
         figures = plots.draw_plots(report)
         plots.write_plots(figures, folder / "plots")

@@ -22,6 +22,9 @@ from bridle.training.options import check_needed, check_refused, in_one_line
 ALL = "all"
 """Stands for the whole corpus, unless a domain has this name: one regulariser on everything is "without adaptive"."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""What weights and powers may be: losses are in float32."""
+
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rounds", "rollouts_per_round", "rollout_batch_size"), (1, inf)),
     **dict.fromkeys(("max_new_tokens", "target_tokens"), (1, inf)),
@@ -73,10 +76,10 @@ class Regulariser:
     def __post_init__(self) -> None:
         self.constraint = _constraint(self.constraint)
         check_fields(self)
-        if not 0 <= self.weight < inf:
-            raise UserError(f"weight: a regulariser's weight must be 0 or more, and finite, not {self.weight}")
-        if not 0 <= self.power < inf:
-            raise UserError(f"power: must be 0 or more, and finite, not {self.power}")
+        if not 0 <= self.weight <= LARGEST:
+            raise UserError(f"weight: a regulariser's weight must be 0 or more, and a float32, not {self.weight}")
+        if not 0 <= self.power <= LARGEST:
+            raise UserError(f"power: must be 0 or more, and a float32, not {self.power}")
         if self.is_retention:
             if self.on != "corpus":
                 raise UserError("on: retention has no rollouts; leave `on` at corpus")
