@@ -61,6 +61,10 @@ class TestTokens:
         assert length_mask(torch.tensor([0, 2]), 2).tolist() == [[False, False], [True, True]]
 
 
+def test_the_ignored_label_is_torch_s_own():
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE
+
+
 class TestLosses:
     def test_cross_entropy_is_torch_s(self):
         logits, targets = torch.randn(3, 4, 7), torch.randint(7, (3, 4))
