@@ -247,6 +247,11 @@ class TestCalibration:
         assert measured.expected_calibration_error == pytest.approx((0.45 + 0.05) / 2, abs=1e-6)
         assert [count for *_, count in measured.bins] == [2, 2]
 
+    def test_certainty_belongs_to_the_last_bin_and_its_opposite_to_the_first(self):
+        measured = calibration(torch.tensor([0.0, 0.05, 0.95, 1.0]), torch.tensor([0.0, 0.0, 1.0, 1.0]), bins=10)
+        assert [count for *_, count in measured.bins] == [2, 2]
+        assert [mean for mean, *_ in measured.bins] == pytest.approx([0.025, 0.975])
+
     def test_a_perfect_forecast(self):
         generator = torch.Generator().manual_seed(0)
         p = torch.rand(20_000, generator=generator)
