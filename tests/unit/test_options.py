@@ -44,7 +44,7 @@ OBEYED = {
     "test_optimisers_that_are_refused": ("optim_target_modules",),
     "test_the_loop": (
         *("output_dir", "per_device_train_batch_size", "max_steps", "logging_strategy", "logging_steps"),
-        *("logging_first_step", "log_level", "log_level_replica", "disable_tqdm", "include_num_input_tokens_seen"),
+        *("logging_first_step", "log_level", "log_level_replica", "include_num_input_tokens_seen"),
         *("save_strategy", "save_steps", "skip_memory_metrics", "torch_empty_cache_steps", "debug", "use_cpu"),
         *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
     ),
@@ -71,6 +71,7 @@ OBEYED = {
     ),
     "test_state_of_callbacks": ("restore_callback_states_from_checkpoint",),
     "test_sharding_needs_several_processes": ("fsdp", "fsdp_config", "deepspeed"),
+    "unit/test_training_reporting.py::test_progress_is_shown_unless_it_is_disabled": ("disable_tqdm",),
     "integration/test_trackers.py::test_trackers": ("report_to", "run_name", "project"),
     "integration/test_trackers.py::test_spaces_of_trackio": (
         *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),

@@ -1,8 +1,10 @@
 """The lines that people read while a run goes on."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from bridle.training.reporting import round_line
+from bridle.training.reporting import TrainingProgress, round_line
 
 
 def record(*names, kl=3e-5, **more):
@@ -35,3 +37,13 @@ def test_a_small_divergence_is_not_zero(kl, shown):
 def test_retention_has_a_divergence_alone():
     line = round_line({"round": 2, "plain/lambda": 2.0, "ce": 1.0, "kl/plain": 0.25}, 2)
     assert line == "round 2/2  CE 1.000  plain: λ·KL 0.5"
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_progress_is_shown_unless_it_is_disabled(disabled, capsys):
+    args, state = SimpleNamespace(disable_tqdm=disabled, rounds=2), SimpleNamespace(max_steps=3, global_step=0)
+    progress = TrainingProgress()
+    progress.on_train_begin(args, state, None)
+    progress.on_log(args, state, None, logs=record("rude"))
+    progress.on_train_end(args, state, None)
+    assert ("round 1/2" in capsys.readouterr().err) != disabled

@@ -50,6 +50,8 @@ class MetricsFile(TrainerCallback):
 class TrainingProgress(TrainerCallback):
     """Shows the policy's steps with rate and time left, and a line at the end of each round.
 
+    `disable_tqdm` shows neither.
+
     Args:
         description: what is being trained.
     """
@@ -60,7 +62,7 @@ class TrainingProgress(TrainerCallback):
         self.description = description
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
-        self._progress = Progress(self.description, state.max_steps, "steps")
+        self._progress = Progress(self.description, state.max_steps, "steps", shown=not args.disable_tqdm)
         self._progress.update(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
