@@ -114,7 +114,7 @@ def reinforced(algorithm: str, recipe: Recipe, clock: ControlClock, folder: Path
     reinforce(
         load_model(recipe.model, dtype=recipe.dtype, lora=recipe.lora),
         held.tokenizer,
-        [prompt for index in range(1, trainer.args.rounds + 1) for prompt in held.prompts(index)],
+        [prompt.ids for index in range(1, trainer.args.rounds + 1) for prompt in held.prompts(index)],
         held.constraint,
         replace(rl_options(recipe), algorithm=algorithm, max_steps=updates, save_every=updates),
         output_dir=folder,

@@ -25,7 +25,8 @@ def tokenized(rows, tokenizer, **options):
 
 
 def draw(rows, n, lengths, tokenizer, seed=0, **options):
-    return prompts_from_domain(rows, n, prompt_tokens=lengths, seed=seed, tokenizer=tokenizer, **options)
+    drawn = prompts_from_domain(rows, n, prompt_tokens=lengths, seed=seed, tokenizer=tokenizer, **options)
+    return [prompt.ids for prompt in drawn]
 
 
 def prompt_file(path, rows):

@@ -6,6 +6,7 @@ completions, leaves the policy gradient unbiased. GRPO (Shao et al., 2024, arXiv
 rewards by their spread, which blows up rare outcomes of a boolean reward; it is there for those who prefer it.
 """
 
+import json
 import logging
 import math
 import time
@@ -36,6 +37,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from bridle.checkpoints import last_whole
 from bridle.constraints import Constraint
 from bridle.data import decode_parts
+from bridle.data.rows import Messages
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
 from bridle.models.loading import context_length, end_token_ids
@@ -137,6 +139,7 @@ def reinforce(
     seed: int,
     max_new_tokens: int,
     seconds: float | None,
+    messages: Sequence[Messages | None] | None = None,
     resume: bool = False,
     resume_from: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -156,6 +159,7 @@ def reinforce(
         output_dir: for the checkpoints.
         seed: draws prompts and completions.
         max_new_tokens: a completion that has not ended by then is cut.
+        messages: of prompts that are chats, the turns, by prompt; the constraint reads them instead of the text.
         seconds: of training, those before a resumption included; the update under way is finished.
         resume: go on from the last checkpoint in `output_dir`, if there is one.
         resume_from: a checkpoint of another run with the same options to begin with.
@@ -184,7 +188,7 @@ def reinforce(
                 model=model,
                 reward_funcs=constraint_reward(constraint, options.soft_reward, tokenizer),
                 args=options.config(output_dir, seed, max_new_tokens),
-                train_dataset=_in_passes(prompts, options.max_steps * options.prompts_per_step, seed),
+                train_dataset=_in_passes(prompts, messages, options.max_steps * options.prompts_per_step, seed),
                 processing_class=tokenizer,
                 callbacks=[*rules, progress, *callbacks],
             )
@@ -202,17 +206,19 @@ def constraint_reward(
 ) -> Callable[..., list[float | None]]:
     """The constraint as TRL calls a reward: 1 complies, 0 violates (or its value, if `soft`), None missing.
 
-    Prompts and completions are token ids, which `tokenizer` decodes together.
+    Prompts and completions are token ids, which `tokenizer` decodes together; of a chat the constraint gets the turns.
     """
 
     def compliance(
         prompts: list[list[int]],
         completion_ids: list[list[int]],
         log_metric: Callable[[str, float], None],
+        turns: list[str],
         **_: Any,
     ) -> list[float | None]:
         texts = [decode_parts(*both, tokenizer) for both in zip(prompts, completion_ids, strict=True)]
-        scores = constraint.score([prompt for prompt, _ in texts], [completion for _, completion in texts])
+        given = [json.loads(of_chat) or text for of_chat, (text, _) in zip(turns, texts, strict=True)]
+        scores = constraint.score(given, [completion for _, completion in texts])
         log_metric("missing", float(sum(score.is_missing for score in scores)))
         return [score.value if soft or score.complies is None else float(score.complies) for score in scores]
 
@@ -358,14 +364,18 @@ class _GRPO(_BridleTrainer, GRPOTrainer):
 TRAINERS: dict[str, Any] = {"rloo": _RLOO, "grpo": _GRPO}
 
 
-def _in_passes(prompts: Sequence[Sequence[int]], count: int, seed: int) -> Dataset:
+def _in_passes(
+    prompts: Sequence[Sequence[int]], messages: Sequence[Messages | None] | None, count: int, seed: int
+) -> Dataset:
     """`count` prompts for one epoch: pass after pass over all of them, each in its own order.
 
     TRL shuffles each epoch with a generator that no checkpoint keeps, so a resumed run would begin it anew.
     """
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))])
-    return Dataset.from_dict({"prompt": [list(prompts[index]) for index in order[:count]]})
+    turns = [json.dumps(of_chat) for of_chat in messages or [None] * len(prompts)]
+    drawn = order[:count]
+    return Dataset.from_dict({"prompt": [list(prompts[n]) for n in drawn], "turns": [turns[n] for n in drawn]})
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from datasets import Dataset
 from bridle.baselines.filtration import compliant_rows
 from bridle.baselines.reinforcement import ReinforcementOptions, reinforce
 from bridle.constraints import AllOf, Constraint
+from bridle.data import Prompt
 from bridle.environment import write_json
 from bridle.errors import RunStopped, UserError
 from bridle.models.loading import load_model, load_tokenizer
@@ -258,13 +259,14 @@ def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path |
     report = reinforce(
         model,
         tokenizer,
-        prompts,
+        [prompt.ids for prompt in prompts],
         constraint,
         options,
         output_dir=cell.folder,
         seed=cell.seed,
         max_new_tokens=max_new_tokens,
         seconds=seconds,
+        messages=[prompt.messages for prompt in prompts],
         resume=cell.resume,
         resume_from=resume_from,
     )
@@ -287,7 +289,7 @@ def rl_options(recipe: Recipe) -> ReinforcementOptions:
     return options
 
 
-def _rollout_prompts(recipe: Recipe, folder: Path) -> tuple[list[list[int]], Constraint, int]:
+def _rollout_prompts(recipe: Recipe, folder: Path) -> tuple[list[Prompt], Constraint, int]:
     """What the recipe's regulariser would sample from in all its rounds, its constraint, and how long it samples."""
     trainer = build_trainer(recipe, folder, recipe.read_corpus())
     (regulariser,), args = trainer.regularisers, trainer.args

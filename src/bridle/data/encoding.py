@@ -1,5 +1,6 @@
 """Texts, completions and chats as token ids, exactly as TRL's `SFTTrainer` prepares them."""
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import takewhile
@@ -12,8 +13,10 @@ from trl.data_utils import common_prefix_length
 
 from bridle.core.tokens import IGNORE
 from bridle.data.readers import whole_text
-from bridle.data.rows import Messages
+from bridle.data.rows import TEMPLATE_COLUMNS, Messages
 from bridle.errors import UserError, first_line
+
+SYSTEM = ("system", "developer")  # roles of the turns that set the scene
 
 Encoded = tuple[list[int], list[int]]  # the input_ids and the labels of one row, of one length
 
@@ -39,20 +42,21 @@ class RowEncoder:
         Raises:
             UserError: beginning with `place`, if the tokenizer or its chat template cannot.
         """
+        options = template_options(values, place)
         if "completion" in values:
-            return self._completion(values["prompt"], values["completion"], place)
+            return self._completion(values["prompt"], values["completion"], place, options)
         if "text" in values:
             return self._tokenize(self._ended(values["text"]), place)
-        return self._tokenize(values["messages"], place)
+        return self._tokenize(values["messages"], place, **options)
 
-    def _completion(self, prompt: Any, completion: Any, place: str) -> Encoded:
+    def _completion(self, prompt: Any, completion: Any, place: str, options: dict[str, Any]) -> Encoded:
         if type(prompt) is not type(completion):
             raise UserError(f"{place}: prompt and completion must both be text or both be chat messages")
         whole = prompt + (self._ended(completion) if isinstance(completion, str) else completion)
-        ids, labels = self._tokenize(whole, place)
+        ids, labels = self._tokenize(whole, place, **options)
         if not self.completion_only:
             return ids, labels
-        prompt_ids, _ = self._tokenize(prompt, place, add_generation_prompt=True)
+        prompt_ids, _ = self._tokenize(prompt, place, add_generation_prompt=True, **options)
         # Tokens may merge across the border: the completion starts where the two tokenisations part.
         start = common_prefix_length(prompt_ids, ids)
         return ids, [IGNORE] * start + labels[start:]
@@ -91,10 +95,13 @@ class RowEncoder:
         return text if text.endswith(end) else text + end
 
 
-def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, place: str = "prompt") -> list[int]:
+def encode_prompt(
+    prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, place: str = "prompt", **template: Any
+) -> list[int]:
     """The tokens of a prompt: one beginning-of-text token at most, and no end-of-text token after a text.
 
-    A chat gets the template's opening of the assistant's turn, unless it ends in such a turn to go on with.
+    A chat gets the template's opening of the assistant's turn, unless it ends in such a turn to go on with; `template`
+    is what the chat template takes beside the messages.
 
     Raises:
         UserError: beginning with `place`, if there is nothing to encode or no template for a chat.
@@ -106,10 +113,52 @@ def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, pl
     else:
         open_turn = prompt[-1]["role"] == "assistant"
         options = {"add_generation_prompt": not open_turn, "continue_final_message": open_turn}
-        ids = render_chat(prompt, tokenizer, place, **options)["input_ids"]
+        ids = render_chat(prompt, tokenizer, place, **options, **template)["input_ids"]
     if not ids:
         raise UserError(f"{place}: the prompt is empty; give at least one token to go on from")
     return list(ids[surplus_bos(ids, tokenizer) :])
+
+
+def fit_chat(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, longest: int | None, place: str, **template: Any
+) -> tuple[Messages, list[int]]:
+    """A chat as a prompt of at most `longest` tokens, cut from the left by whole exchanges; system turns stay.
+
+    Returns:
+        The turns that are kept and their tokens, as `encode_prompt` gives them: those of the last exchange where even
+        they are too many.
+    """
+    system = list(takewhile(lambda turn: turn["role"] in SYSTEM, messages))
+    rest = messages[len(system) :]
+    for start in [0, *(n for n, turn in enumerate(rest) if n and turn["role"] == "user")]:
+        kept = system + rest[start:]
+        ids = encode_prompt(kept, tokenizer, place, **template)
+        if longest is None or len(ids) <= longest:
+            break
+    return kept, ids
+
+
+def template_options(values: dict[str, Any], place: str) -> dict[str, Any]:
+    """What a row gives its chat template beside the turns: the columns `tools` and `chat_template_kwargs`, as in TRL.
+
+    Raises:
+        UserError: beginning with `place`, if they are no list of tools or no mapping.
+    """
+    tools, options = (_from_json(values.get(column)) for column in TEMPLATE_COLUMNS)
+    if not isinstance(tools, list | None):
+        raise UserError(f"{place}: column 'tools' holds no list of tools; see chat templates in transformers")
+    if not isinstance(options, dict | None):
+        raise UserError(
+            f"{place}: column 'chat_template_kwargs' holds no mapping, such as {{\"enable_thinking\": false}}"
+        )
+    return ({"tools": tools} if tools else {}) | (options or {})
+
+
+def _from_json(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def decode_parts(

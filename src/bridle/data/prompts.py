@@ -1,17 +1,19 @@
-"""Prompts to sample from: prefixes of a domain's rows, or a file of prompts."""
+"""Prompts to sample from: prefixes of a domain's rows, what comes before an assistant's turn, or a file of prompts."""
 
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from bridle.core.tokens import IGNORE
-from bridle.data.encoding import encode_prompt
-from bridle.data.rows import Messages, absent_column, filled_rows
+from bridle.data.encoding import encode_prompt, fit_chat, template_options
+from bridle.data.readers import ROW
+from bridle.data.rows import Messages, absent_column, conversation, filled_rows, holds_chats
 from bridle.data.source import DataSource
 from bridle.errors import UserError
 
@@ -42,17 +44,19 @@ def prompts_from_domain(
     tokenizer: PreTrainedTokenizerBase,
     end_tokens: Collection[int] = (),
     max_prompt_tokens: int | None = None,
-) -> list[list[int]]:
-    """Draws `n` prompts from the rows of a tokenised domain.
+) -> list[Prompt]:
+    """Draws `n` prompts from the rows of a domain.
 
-    A row that begins with masked labels (-100) gives those tokens: its prompt. Any other row gives a prefix whose
-    length, beyond the beginning-of-text token, is uniform over `prompt_tokens`, both ends included, as far as a token
-    of its first text is left over to predict. A longest length of None takes prefixes from any depth of the row. Rows
+    A chat gives all turns before one of the assistant's, each of which is as likely. A tokenised row that begins with
+    masked labels (-100) gives those tokens: its prompt. Any other row gives a prefix whose length, beyond
+    the beginning-of-text token, is uniform over `prompt_tokens`, both ends included, as far as a token of its first
+    text is left over to predict. A longest length of None takes prefixes from any depth of the row. Rows
     that are too short for that, or whose prompt is too long, are passed over. Rows are drawn without replacement until
     all have been, then again.
 
     Args:
-        tokenized: rows with `input_ids` and `labels`; a packed row may begin in the middle of a text.
+        tokenized: rows with `input_ids` and `labels`, of which a packed one may begin in the middle of a text; or rows
+            that are chats, as they were read.
         n: how many prompts.
         prompt_tokens: the shortest and the longest prefix.
         seed: fixes rows and lengths.
@@ -61,7 +65,7 @@ def prompts_from_domain(
         max_prompt_tokens: the longest prompt that leaves room for the new tokens.
 
     Returns:
-        `n` lists of token ids, none of them empty.
+        `n` prompts, none of them empty.
 
     Raises:
         UserError: if `prompt_tokens` is no range, or no row has such a prompt.
@@ -71,12 +75,20 @@ def prompts_from_domain(
         raise UserError(f"prompt_tokens: {prompt_tokens} must be two lengths, the shorter first")
     rng = np.random.default_rng(seed)
     ends = {tokenizer.eos_token_id, *end_tokens}
-    prompts: list[list[int]] = []
+    chats = holds_chats(tokenized)
+    prompts: list[Prompt] = []
     while len(prompts) < n:
-        passed = _pass_over(tokenized, prompt_tokens, rng, tokenizer.bos_token_id, ends)
-        fitting = (ids for ids in passed if ids and (max_prompt_tokens is None or len(ids) <= max_prompt_tokens))
+        if chats:
+            passed = _chats(tokenized, rng, tokenizer, max_prompt_tokens)
+        else:
+            passed = _pass_over(tokenized, prompt_tokens, rng, tokenizer, ends)
+        fitting = (
+            one for one in passed if one.ids and (max_prompt_tokens is None or len(one.ids) <= max_prompt_tokens)
+        )
         drawn = list(islice(fitting, n - len(prompts)))
         if not drawn:
+            if chats:
+                raise UserError(_no_chat(max_prompt_tokens))
             reach = f"{shortest} or more" if longest is None else f"{shortest} to {longest}"
             limit = f", or none of at most {max_prompt_tokens}" if max_prompt_tokens is not None else ""
             raise UserError(f"prompt_tokens: no row holds a prompt of {reach} tokens{limit}")
@@ -88,15 +100,45 @@ def _pass_over(
     tokenized: Dataset,
     prompt_tokens: tuple[int, int | None],
     rng: np.random.Generator,
-    bos_token_id: int | None,
+    tokenizer: PreTrainedTokenizerBase,
     end_tokens: Collection[int],
-) -> Iterator[list[int]]:
+) -> Iterator[Prompt]:
     """Goes over the rows once, in random order; yields the prompt of each, empty if it has none."""
     for index in rng.permutation(len(tokenized)):
         row = tokenized[int(index)]
         masked = sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
         ids = row["input_ids"]
-        yield ids[: masked or _prefix_length(ids, prompt_tokens, rng, bos_token_id, end_tokens)]
+        prompt = ids[: masked or _prefix_length(ids, prompt_tokens, rng, tokenizer.bos_token_id, end_tokens)]
+        yield Prompt(tokenizer.decode(prompt, skip_special_tokens=True), prompt)
+
+
+def _chats(
+    rows: Dataset, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, longest: int | None
+) -> Iterator[Prompt]:
+    """Goes over chats once, in random order; yields the turns before one of the assistant's, of those that have one."""
+    for index in rng.permutation(len(rows)):
+        values = rows[int(index)]
+        turns, answers = conversation(values)
+        if answers:
+            number = values.get(ROW, int(index) + 1)
+            yield _chat(turns[: rng.choice(answers)], values, number, tokenizer, longest, f"row {number}")
+
+
+def _chat(
+    turns: Messages,
+    values: dict[str, Any],
+    row: int,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int | None,
+    place: str,
+) -> Prompt:
+    kept, ids = fit_chat(turns, tokenizer, longest, place, **template_options(values, place))
+    return Prompt(tokenizer.decode(ids, skip_special_tokens=True), ids, row, kept)
+
+
+def _no_chat(longest: int | None) -> str:
+    limit = f" whose last turns take at most {longest} tokens" if longest is not None else ""
+    return f"prompts: no chat has a turn of the assistant after another's{limit}"
 
 
 def _prefix_length(
@@ -122,9 +164,10 @@ def read_prompts(
     prefix_words: int | None = None,
     prefix_tokens: int | None = None,
 ) -> list[Prompt]:
-    """Reads prompts from the column `prompt` (text or chat messages), else `text`, or the lines of a .txt.
+    """Reads prompts from the column `prompt` (text or chat messages), `messages` or `text`, or the lines of a .txt.
 
-    Blank rows are left out and counted in a warning.
+    Of `messages` that end with an answer of the assistant the prompt is what comes before it. A chat that is too long
+    is cut from the left by whole exchanges. Blank rows are left out and counted in a warning.
 
     Args:
         source: the rows; its `prompt` or `text` names the column.
@@ -144,9 +187,17 @@ def read_prompts(
     prompts = []
     for row, values in filled_rows(dataset, [field], source.path):
         place = f"{source.path} row {row}"
-        text, ids = _cut_prompt(values[field], tokenizer, place, prefix_words, prefix_tokens)
-        check_room(ids, max_prompt_tokens, place)
-        prompts.append(Prompt(text, ids, row, values[field] if isinstance(values[field], list) else None))
+        value = values[field]
+        if isinstance(value, list):
+            if prefix_words or prefix_tokens:
+                raise UserError(f"{place}: a chat cannot be cut to its first words or tokens")
+            answered = field == "messages" and value[-1]["role"] == "assistant"
+            turns = value[:-1] if answered else value
+            prompt = _chat(turns, values, row, tokenizer, max_prompt_tokens, place)
+        else:
+            prompt = Prompt(*_cut_prompt(value, tokenizer, place, prefix_words, prefix_tokens), row)
+        check_room(prompt.ids, max_prompt_tokens, place)
+        prompts.append(prompt)
     if not prompts:
         raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a prompt")
     return prompts
@@ -160,28 +211,25 @@ def check_room(ids: Sequence[int], max_prompt_tokens: int | None, place: str) ->
 
 
 def _prompt_field(columns: Sequence[str], path: str) -> str:
-    for field in ("prompt", "text"):
+    for field in ("prompt", "messages", "text"):
         if field in columns:
             return field
     raise absent_column(path, "prompt", columns)
 
 
 def _cut_prompt(
-    value: str | Messages,
+    value: str,
     tokenizer: PreTrainedTokenizerBase,
     place: str,
     words: int | None,
     tokens: int | None,
 ) -> tuple[str, list[int]]:
     """The text and the ids of a prompt's first `words` words and `tokens` tokens; None keeps all."""
-    if isinstance(value, list) and (words or tokens):
-        raise UserError(f"{place}: a chat cannot be cut to its first words or tokens")
-    prompt = _first_words(value, words) if isinstance(value, str) and words else value
+    prompt = _first_words(value, words) if words else value
     ids = encode_prompt(prompt, tokenizer, place)
-    if isinstance(prompt, str) and tokens is None:
+    if tokens is None:
         return prompt, ids
-    if tokens is not None:
-        ids = ids[: tokens + int(ids[0] == tokenizer.bos_token_id)]
+    ids = ids[: tokens + int(ids[0] == tokenizer.bos_token_id)]
     return tokenizer.decode(ids, skip_special_tokens=True), ids
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
 
+from bridle.data.rows import Messages
 from bridle.environment import whole_file
 from bridle.errors import UserError, first_line
 
@@ -23,6 +24,7 @@ _TYPES: dict[str, type | UnionType] = {
     "reason": str,
     "finished": bool,
     "log_probs": list | None,
+    "messages": list | None,
 }
 
 
@@ -42,6 +44,7 @@ class Rollout:
         reason: why the score is missing.
         finished: whether the model ended it; false where it was cut at the horizon.
         log_probs: of the completion's tokens under the model that drew them, in nats; None if not known.
+        messages: the turns of the chat before the completion; None where the prompt is text.
 
     Raises:
         UserError: if a field has another type, or the value is neither None nor in [0, 1].
@@ -60,6 +63,12 @@ class Rollout:
     reason: str = ""
     finished: bool = True
     log_probs: list[float] | None = None
+    messages: Messages | None = None
+
+    @property
+    def given(self) -> str | Messages:
+        """The prompt as a constraint reads it: the turns of a chat, or a text."""
+        return self.messages or self.prompt
 
     def __post_init__(self) -> None:
         for name, kind in _TYPES.items():

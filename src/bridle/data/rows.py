@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 FORMATS = (("messages",), ("prompt", "completion"), ("text",))  # each format's columns, the first match wins
 
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what chat templates take beside the turns, by row
+
 Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": ...} by turns
 
 _TEXT, _CHAT = "text", "chat messages"
@@ -43,24 +45,45 @@ def absent_column(name: str, column: str, columns: Sequence[str]) -> UserError:
 def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the row number and `fields` of every row in which none of them is blank.
 
-    Blank is null, white space only, or a chat without messages; such rows are counted in a warning.
+    Rows that may be chats bring along what their template takes, `TEMPLATE_COLUMNS`, where they have it. Blank is null,
+    white space only, or a chat without messages; such rows are counted in a warning.
 
     Raises:
         UserError: naming the row, if a column holds neither text nor, where it may, a chat.
     """
     blank = 0
-    read = [column for column in (*fields, ROW) if column in dataset.column_names]
+    options = TEMPLATE_COLUMNS if "text" not in fields else ()
+    read = [column for column in (*fields, *options, ROW) if column in dataset.column_names]
     for index, row in enumerate(dataset.select_columns(read), start=1):
         number = row.get(ROW, index)
         values = {field: row[field] for field in fields}
         for field, value in values.items():
             _check(value, field, f"{name} row {number}")
         if all(map(_is_filled, values.values())):
-            yield number, values
+            yield number, values | {option: row[option] for option in options if row.get(option)}
         else:
             blank += 1
     if blank:
         log.warning("%s: left out %d of %d rows that hold no text", name, blank, len(dataset))
+
+
+def holds_chats(dataset: Dataset) -> bool:
+    """Whether the rows are chats, by the first that is not blank; rows of tokens are none."""
+    field = next((field for field in ("messages", "completion") if field in dataset.column_names), None)
+    first = next((value for value in dataset[field] if value), None) if field is not None else None
+    return isinstance(first, list)
+
+
+def conversation(values: dict[str, Any]) -> tuple[Messages, list[int]]:
+    """The turns of a row that is a chat, and at which of them an assistant's answer begins that is learnt.
+
+    A row whose messages end or whose completion begins otherwise has no such place, and neither has a blank one.
+    """
+    begun, rest = values.get("prompt") or [], values.get("completion", values.get("messages")) or []
+    if not (isinstance(begun, list) and isinstance(rest, list)):
+        return [], []
+    turns: Messages = [*begun, *rest]
+    return turns, [n for n, turn in enumerate(turns) if n >= max(1, len(begun)) and turn["role"] == "assistant"]
 
 
 def said(values: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import PositiveFloat, PositiveInt
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -111,14 +112,28 @@ def context_length(model: PreTrainedModel | PeftModel) -> int | None:
 def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end what the model says, the tokenizer's end token first.
 
-    Models that chat end a turn by a token of its own, which their configuration names and the tokenizer may not.
+    Models that chat end a turn by a token of its own, which their configuration or chat template names and the
+    tokenizer may not.
     """
     lm = causal_lm(model)
     found = [tokenizer.eos_token_id]
     for config in (lm.generation_config, lm.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         found += ids if isinstance(ids, list | tuple) else [ids]
-    return [token for token in dict.fromkeys(found) if token is not None]
+    return [token for token in dict.fromkeys([*found, _end_of_turn(tokenizer)]) if token is not None]
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token by which the chat template closes an assistant's turn; None where there is none."""
+    said = "yes"
+    try:
+        chat = [{"role": "user", "content": "no"}, {"role": "assistant", "content": said}]
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except (TemplateError, ValueError, TypeError, KeyError):  # no template, or one that takes no such chat
+        return None
+    closing = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return next((token for token in closing if token in special), None)
 
 
 def _load(factory: Any, name: str, what: str, **options: Any) -> Any:

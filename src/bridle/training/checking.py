@@ -105,7 +105,7 @@ def _marked(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[st
 def _prompts(trainer: ConstrainedTrainer) -> Iterator[str]:
     for regulariser in trainer.regularisers:
         if not regulariser.options.is_retention:
-            asked = [trainer.processing_class.decode(ids) for ids in regulariser.prompts(1)[:PROMPTS]]
+            asked = [trainer.processing_class.decode(prompt.ids) for prompt in regulariser.prompts(1)[:PROMPTS]]
             yield f"rollouts for {regulariser.name} start at: {' · '.join(map(_short, asked))}"
 
 

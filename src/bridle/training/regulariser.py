@@ -20,8 +20,8 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.constraints import Constraint, ScoringAhead
-from bridle.data import Rollout, decode_parts, prompts_from_domain, read_prompts
+from bridle.constraints import Constraint, Given, ScoringAhead
+from bridle.data import Prompt, Rollout, decode_parts, prompts_from_domain, read_prompts
 from bridle.data.targets import TargetCache, row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
@@ -49,7 +49,8 @@ class DomainRegulariser:
         options: constraint, weight λ, anchor and the rest.
         model: the policy.
         tokenizer: the policy's tokenizer.
-        corpus: tokenised rows of its domains, by name, whose beginnings serve as prompts where `options` gives none.
+        corpus: rows of its domains, by name, that prompts are drawn from where `options` gives none: tokenised ones, or
+            chats as they were read.
         config: the run's configuration.
     """
 
@@ -149,9 +150,10 @@ class DomainRegulariser:
     def _sample(self, round_index: int, traces: dict[int, Trace], scoring: ScoringAhead) -> list[Rollout]:
         prompts = self.prompts(round_index)
         ends = self.end_token_ids
+        asked = [prompt.ids for prompt in prompts]
         completions = sample(
             self.model,
-            prompts,
+            asked,
             max_new_tokens=self.config.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
             end_token_ids=ends,
@@ -162,14 +164,14 @@ class DomainRegulariser:
             share=True,
             traces=traces,
             on_batch=lambda drawn: scoring.ask(
-                *zip(*(self._decode(prompts[at], said) for at, said in drawn.items()), strict=True)
+                *zip(*(self._output(prompts[at], said) for at, said in drawn.items()), strict=True)
             ),
         )
         model_hash = weights_hash(self.model)
-        texts = [self._decode(*both) for both in zip(prompts, completions, strict=True)]
+        texts = [decode_parts(*both, self.tokenizer) for both in zip(asked, completions, strict=True)]
         return [
             Rollout(
-                prompt_ids=prompt,
+                prompt_ids=prompt.ids,
                 completion_ids=completion,
                 prompt=texts[index][0],
                 completion=texts[index][1],
@@ -179,17 +181,18 @@ class DomainRegulariser:
                 constraint=self.constraint.name,
                 finished=completion[-1] in ends,
                 log_probs=traces[index].log_probs,
+                messages=prompt.messages,
             )
             for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
 
-    def prompts(self, round_index: int) -> list[list[int]]:
-        """Prompts of one round, as token ids: its own file's, or the beginnings of its domains' rows."""
+    def prompts(self, round_index: int) -> list[Prompt]:
+        """Prompts of one round: its own file's, or the beginnings of its domains' rows."""
         count = self.config.rollouts_per_round
         context = context_length(self.model)
         longest = context - self.config.max_new_tokens if context else None
         if self.options.prompts is not None:
-            own = [prompt.ids for prompt in read_prompts(self.options.prompts, self.tokenizer, longest)]
+            own = read_prompts(self.options.prompts, self.tokenizer, longest)
             return [own[index % len(own)] for index in range((round_index - 1) * count, round_index * count)]
         by_domain = [
             prompts_from_domain(
@@ -206,15 +209,17 @@ class DomainRegulariser:
         in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
         return in_turn[:count]
 
-    def _decode(self, prompt: list[int], completion: list[int]) -> tuple[str, str]:
-        return decode_parts(prompt, completion, self.tokenizer)
+    def _output(self, prompt: Prompt, completion: list[int]) -> tuple[Given, str]:
+        """Prompt and completion as the constraint reads them."""
+        text, said = decode_parts(prompt.ids, completion, self.tokenizer)
+        return prompt.messages or text, said
 
     def _score(self, scoring: ScoringAhead) -> None:
         known = {key: score for part in gathered(scoring.scores()) for key, score in part.items()}
-        keys = [self.constraint.key(rollout.prompt, rollout.completion) for rollout in self.rollouts]
+        keys = [self.constraint.key(rollout.given, rollout.completion) for rollout in self.rollouts]
         rest = [rollout for key, rollout in zip(keys, self.rollouts, strict=True) if key not in known]
         mine = share(rest)
-        found = self.constraint.score([r.prompt for r in mine], [r.completion for r in mine])
+        found = self.constraint.score([r.given for r in mine], [r.completion for r in mine])
         scores = iter(joined(found, len(rest)))
         for key, rollout in zip(keys, self.rollouts, strict=True):
             score = known.get(key) or next(scores)

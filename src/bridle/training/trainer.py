@@ -22,6 +22,7 @@ from trl.data_utils import is_conversational
 
 from bridle.core.chunked import Divergence, Sums, constrained_loss
 from bridle.data import DOMAIN, Rollout, mix, tokenize_domain
+from bridle.data.rows import holds_chats
 from bridle.errors import UserError
 from bridle.models.forward import disable_dropout, policy_forward
 from bridle.models.hidden import OutputLayer, capture_hidden_states, check_projection, project_only
@@ -109,6 +110,10 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         self._check_sharding()
         log_scalars_to_trackers(self.callback_handler.callbacks)
         self.data_collator = DomainCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
+        formatted = kwargs.get("formatting_func") is not None
+        starts = {
+            name: rows if holds_chats(rows) and not formatted else self.tokenised[name] for name, rows in corpus.items()
+        }
         self.regularisers = [
             DomainRegulariser(
                 index,
@@ -116,7 +121,7 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
                 options,
                 self.model,
                 tokenizer,
-                {domain: self.tokenised[domain] for domain in options.domains(self.domains)},
+                {domain: starts[domain] for domain in options.domains(self.domains)},
                 args,
             )
             for index, (name, options) in enumerate(by_name.items())
