@@ -143,8 +143,8 @@ def test_every_kind_of_method_on_chats(bridle, recipe, folder, tmp_path):
     path = recipe(
         model=str(folder("gemma3")),
         corpus={"talk": {"path": rows}},
-        constraints={"polite": {"type": "words", "words": ["grumblefish"]}, "no e": {"type": "regex", "pattern": "e"}},
-        regularisers={"talk": {"constraint": "no e"}},
+        constraints={"polite": {"type": "words", "words": ["grumblefish"]}, "ends": {"type": "regex", "pattern": "you|[aeiou]$"}},
+        regularisers={"talk": {"constraint": "ends"}},
         rollouts_per_round=16,
         max_length=120,
         max_steps=2,
