@@ -267,6 +267,7 @@ def parquet(column: pa.Array, name: str = "text") -> bytes:
 
 
 GOOD = lines({"text": "a kettle"})
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 NOT_UTF8 = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
 
 DATA_FILES = [
@@ -345,13 +346,34 @@ DATA_FILES = [
     ("a.parquet", parquet(pa.array([5])), "a.parquet row 1: column 'text' holds int, not text"),
     ("a.parquet", parquet(pa.array([b"a"])), "a.parquet row 1: column 'text' holds bytes, not text"),
     ("a.parquet", parquet(pa.array(["a"]), "txt"), "has no column 'text'; it has 'txt'"),
-    ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-4], "not a kind of file known here"),
+    ("a.jsonl", GOOD + lines({"messages": TALK}), "a.jsonl row 1 has no 'messages', but 'text': rows of two formats"),
+    ("a.jsonl", lines({"messages": TALK}) + "\n" + GOOD, "a.jsonl row 3 has no 'messages', but 'text'"),
+    ("a.jsonl", GOOD + lines({"prompt": "a", "completion": "b"}), "a.jsonl row 1 has no 'prompt', but 'text'"),
+    ("a.jsonl", lines({"conversations": "a"}), "a.jsonl row 1: column 'conversations' holds str, not a list of turns"),
+    ("a.jsonl", lines({"conversations": ["a"]}), "a.jsonl row 1: column 'conversations' holds a turn without 'from'"),
+    ("a.jsonl", lines({"conversations": [{"from": "gpt"}]}), "row 1: column 'conversations' holds a turn without"),
+    (
+        "a.jsonl",
+        lines({"conversations": [{"from": "cat", "value": "a"}]}),
+        "a.jsonl row 1: a turn is from 'cat'; known",
+    ),
+    ("a.jsonl", lines({"instruction": "a", "output": 5}), "a.jsonl row 1: column 'output' holds int, not text"),
+    ("a.jsonl", lines({"instruction": "a", "input": "b"}), "has no column 'text'; it has 'instruction', 'input'"),
+    ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-4], "cannot read"),
+    ("a.jsonl.gz", GOOD, "cannot read"),
+    ("a.jsonl.gz", gzip.compress((GOOD + "5").encode(), mtime=0), "a.jsonl.gz row 2: expected a mapping of columns"),
+    ("a.jsonl.zst", pa.Codec("zstd").compress(GOOD.encode(), asbytes=True)[:-4], "cannot read"),
+    ("a.jsonl.zst", GOOD, "cannot read"),
+    ("a.parquet.gz", gzip.compress(parquet(pa.array(["a"])), mtime=0), "not a kind of file known here"),
+    ("a.gz", gzip.compress(GOOD.encode(), mtime=0), "not a kind of file known here"),
     ("a.tsv", "text\na\n", "not a kind of file known here"),
     ("a", GOOD, "not a kind of file known here"),
 ]
 """(the file's name, what is in it, what is said)."""
 
 DATA_PATHS = [
+    ("no-*.jsonl", "no-*.jsonl: no file matches this pattern"),
+    ("[", "[: no file matches this pattern"),
     ("nowhere.jsonl", "nowhere.jsonl: no such file"),
     ("", "path: is empty"),
     ("a\0b.jsonl", "a\\x00b.jsonl"),

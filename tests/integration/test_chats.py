@@ -143,7 +143,10 @@ def test_every_kind_of_method_on_chats(bridle, recipe, folder, tmp_path):
     path = recipe(
         model=str(folder("gemma3")),
         corpus={"talk": {"path": rows}},
-        constraints={"polite": {"type": "words", "words": ["grumblefish"]}, "ends": {"type": "regex", "pattern": "you|[aeiou]$"}},
+        constraints={
+            "polite": {"type": "words", "words": ["grumblefish"]},
+            "ends": {"type": "regex", "pattern": "you|[aeiou]$"},
+        },
         regularisers={"talk": {"constraint": "ends"}},
         rollouts_per_round=16,
         max_length=120,
@@ -156,5 +159,5 @@ def test_every_kind_of_method_on_chats(bridle, recipe, folder, tmp_path):
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]
     assert all(results[name]["seeds"]["0"]["status"] == "complete" for name in methods.split(","))
-    (file,) = (tmp_path / "out" / "constrained").rglob("rollouts/**/round-1.jsonl")
+    file = min((tmp_path / "out" / "constrained").rglob("rollouts/**/*.jsonl"))
     assert all(rollout.messages[-1]["role"] == "user" for rollout in read_rollouts(file))

@@ -58,12 +58,12 @@ class Domain(DataSource):
                 learn from or rows that take no label.
         """
         dataset = super().read()
-        fields = format_fields(dataset.column_names, self.path)
+        fields = format_fields(dataset.column_names, self.place)
         if self.label is None:
             return dataset
         if fields != ("text",):
-            raise UserError(f"label: {self.path} has {' and '.join(fields)}; only plain text takes a label in words")
-        return self.label.written(dataset, self.path)
+            raise UserError(f"label: {self.place} has {' and '.join(fields)}; only plain text takes a label in words")
+        return self.label.written(dataset, self.place)
 
 
 def check_weight(key: str, weight: float) -> None:

@@ -94,12 +94,14 @@ def labelled_texts(source: DataSource, label: VerbalisedLabel) -> tuple[list[str
         UserError: as `DataSource.read` and `VerbalisedLabel.written`, and if no row holds a text.
     """
     dataset = source.read()
-    rows = zip(_column(dataset, "text", source.path), label.targets(dataset, source.path), strict=True)
+    rows = zip(_column(dataset, "text", source.place), label.targets(dataset, source.place), strict=True)
     kept = [(text, target) for text, target in rows if _is_filled(text)]
     if not kept:
-        raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a text")
+        raise UserError(f"{source.place}: none of its {len(dataset)} rows holds a text")
     if len(kept) < len(dataset):
-        log.warning("%s: left out %d of %d rows that hold no text", source.path, len(dataset) - len(kept), len(dataset))
+        log.warning(
+            "%s: left out %d of %d rows that hold no text", source.place, len(dataset) - len(kept), len(dataset)
+        )
     return [text for text, _ in kept], [target for _, target in kept]
 
 

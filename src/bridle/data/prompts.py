@@ -183,10 +183,10 @@ def read_prompts(
     if any(length is not None and length < 1 for length in (prefix_words, prefix_tokens)):
         raise UserError(f"prefix_words={prefix_words} and prefix_tokens={prefix_tokens} must be at least 1")
     dataset = source.read()
-    field = _prompt_field(dataset.column_names, source.path)
+    field = _prompt_field(dataset.column_names, source.place)
     prompts = []
-    for row, values in filled_rows(dataset, [field], source.path):
-        place = f"{source.path} row {row}"
+    for row, values in filled_rows(dataset, [field], source.place):
+        place = f"{source.place} row {row}"
         value = values[field]
         if isinstance(value, list):
             if prefix_words or prefix_tokens:
@@ -199,7 +199,7 @@ def read_prompts(
         check_room(prompt.ids, max_prompt_tokens, place)
         prompts.append(prompt)
     if not prompts:
-        raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a prompt")
+        raise UserError(f"{source.place}: none of its {len(dataset)} rows holds a prompt")
     return prompts
 
 

@@ -1,15 +1,18 @@
 """Files, folders and hub names as `datasets.Dataset`s; a broken row is named by its number."""
 
 import csv
+import io
 import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from glob import glob, has_magic
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -54,7 +57,7 @@ def read_dataset(name: str, split: str, text_columns: Collection[str]) -> Datase
         UserError: if it cannot be read, naming the file and, where there is one, the row.
     """
     path = Path(os.path.expanduser(name))  # Path's own raises where there is no such user
-    reader = _READERS.get(path.suffix.lower())
+    reader = _READERS.get(_kind(path))
     try:
         if path.is_dir():
             return _read_folder(path, split)
@@ -67,8 +70,62 @@ def read_dataset(name: str, split: str, text_columns: Collection[str]) -> Datase
     except _UNREADABLE as error:
         raise UserError(f"cannot read {name}: {first_line(error)}") from error
     if path.exists():
-        raise UserError(f"{name}: not a kind of file known here; use one of {', '.join(_READERS)}")
+        packed = f", the first four also with {' or '.join(_COMPRESSIONS)} behind it"
+        raise UserError(f"{name}: not a kind of file known here; use one of {', '.join(_READERS)}{packed}")
     return _read_hub(name, split)
+
+
+def read_files(names: Sequence[str], split: str, text_columns: Collection[str]) -> Dataset:
+    """Reads several files, folders or hub data sets, one after the other; `ROW` counts on from one to the next.
+
+    A pattern such as "chats/*.jsonl" stands for the files that `paths_of` finds. A column that some of them lack is
+    null there.
+
+    Raises:
+        UserError: as `read_dataset`, and for a pattern that matches no file.
+    """
+    found = list(chain.from_iterable(map(_expanded, names)))
+    if len(found) == 1:
+        return read_dataset(found[0], split, text_columns)
+    parts, before = [], 0
+    for name in found:
+        part = read_dataset(name, split, text_columns)
+        numbers = np.array(part[ROW], dtype=np.int64) if ROW in part.column_names else np.arange(1, len(part) + 1)
+        part = part.remove_columns([ROW] if ROW in part.column_names else [])
+        if len(part):
+            parts.append(part.add_column(ROW, numbers + before))
+            before += int(numbers[-1])
+    features = [part.features for part in parts]
+    if not all(feature == features[0] for feature in features):
+        shared = {name: [known[name] for known in features if name in known] for known in features for name in known}
+        types = {
+            name: kinds[0] if all(kind == kinds[0] for kind in kinds) else Json() for name, kinds in shared.items()
+        }
+        return gather(chain.from_iterable(parts), Features(types))
+    return concatenate_datasets(parts) if parts else gather([], Features({}))
+
+
+def paths_of(name: str) -> list[Path]:
+    """The files that a pattern matches, in the order of their names; otherwise the path that `name` is."""
+    path = Path(os.path.expanduser(name))
+    if not has_magic(name) or os.path.exists(path):
+        return [path]
+    return sorted(Path(file) for file in glob(str(path), recursive=True) if os.path.isfile(file))
+
+
+def _expanded(name: str) -> list[str]:
+    if not has_magic(name):
+        return [name]  # which may be a hub name
+    if not (paths := paths_of(name)):
+        raise UserError(f"{name}: no file matches this pattern")
+    return list(map(str, paths))
+
+
+def _kind(path: Path) -> str:
+    """What tells the format of a file: its suffix, without that of a compression of lines."""
+    packed = path.suffix.lower() in _COMPRESSIONS
+    inner = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
+    return path.suffix.lower() if packed and inner == ".parquet" else inner
 
 
 def gather(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
@@ -144,7 +201,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     first = next(lines, None)
     if first is None:
         return
-    if path.suffix.lower() == ".json" and first[1].lstrip().startswith("["):
+    if _kind(path) == ".json" and first[1].lstrip().startswith("["):
         text = first[1] + "".join(line for _, line in lines)
         rows: Iterable[tuple[int, Any]] = enumerate(_parse_json(text, str(path)), start=1)
     else:
@@ -228,7 +285,8 @@ def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends; only a line feed ends a line, as JSON strings may hold other breaks."""
-    with open(path, "rb") as file:
+    compression = _COMPRESSIONS.get(path.suffix.lower())
+    with pa.input_stream(str(path), compression=compression) as stream, io.BufferedReader(stream) as file:
         for number, line in enumerate(file, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -237,10 +295,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
 _READERS: dict[str, Callable[[Path, Collection[str]], Dataset]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
     ".txt": _read_text,
+    ".parquet": _read_parquet,
 }

@@ -49,11 +49,14 @@ def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[
     white space only, or a chat without messages; such rows are counted in a warning.
 
     Raises:
-        UserError: naming the row, if a column holds neither text nor, where it may, a chat.
+        UserError: naming the row, if a column holds neither text nor, where it may, a chat; or if it is of another
+            format.
     """
     blank = 0
+    others = [column for format in FORMATS for column in format if column not in {*fields, "completion"}]
+    others = [column for column in others if column in dataset.column_names]
     options = TEMPLATE_COLUMNS if "text" not in fields else ()
-    read = [column for column in (*fields, *options, ROW) if column in dataset.column_names]
+    read = [column for column in (*fields, *others, *options, ROW) if column in dataset.column_names]
     for index, row in enumerate(dataset.select_columns(read), start=1):
         number = row.get(ROW, index)
         values = {field: row[field] for field in fields}
@@ -61,6 +64,11 @@ def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[
             _check(value, field, f"{name} row {number}")
         if all(map(_is_filled, values.values())):
             yield number, values | {option: row[option] for option in options if row.get(option)}
+        elif not any(map(_is_filled, values.values())) and (other := next((c for c in others if row[c]), None)):
+            raise UserError(
+                f"{name} row {number} has no {fields[0]!r}, but {other!r}: rows of two formats; give each a source of "
+                f"its own, or name the column to read"
+            )
         else:
             blank += 1
     if blank:

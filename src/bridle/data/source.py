@@ -6,18 +6,19 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, Features, Json, concatenate_datasets
 
-from bridle.data.readers import ROW, gather, read_dataset
+from bridle.data.conversions import ALPACA, CONVERSIONS, converted, foreign_format
+from bridle.data.readers import ROW, gather, paths_of, read_files
 from bridle.data.rows import FORMATS, absent_column, filled_rows
 from bridle.errors import UserError
 from bridle.settings import parse_yaml
 
 _FIELDS = tuple(field for fields in FORMATS for field in fields)
-_OPTIONS = {"split", "shuffle", "rows", *_FIELDS}  # keys of `parse` that are no filter
+_OPTIONS = {"split", "shuffle", "rows", "format", *_FIELDS}  # keys of `parse` that are no filter
 _BOUND = r"(-?\d{1,18}|-?\d{1,18}(?:\.\d{1,18})?%)?"
 _ROWS = re.compile(f"{_BOUND}:{_BOUND}")
 
@@ -27,8 +28,9 @@ class DataSource:
     """Rows of a file, of a `datasets` folder or of a hub data set.
 
     Attributes:
-        path: a .jsonl, .json, .csv, .parquet or .txt file (one text a line), a folder written by
-            `save_to_disk`, or a hub name: "name" or "name:config".
+        path: a .jsonl, .json, .csv, .txt (one text a line) or .parquet file, the first four also as .gz or .zst; a
+            pattern of files, "chats/*.jsonl"; a folder written by `save_to_disk`; a hub name, "name" or "name:config";
+            or a list of these, read one after the other.
         split: which split of a folder or a hub data set; files have no splits.
         shuffle: a seed that puts the rows in random order before `rows` are taken, as a file sorted by
             label needs before it is split; None keeps the order of the file.
@@ -37,13 +39,15 @@ class DataSource:
         text, prompt, completion, messages: what those columns are called here; "a.b" is the key b of the
             mappings in column a, unless a column has that name. Naming one also fixes the format;
             otherwise it is read off the columns that are there.
+        format: "sharegpt" (`conversations` of from and value) or "alpaca" (`instruction`, `input`, `output`), which
+            become `messages`, and `prompt` and `completion`; without it they are recognised where no other format is.
 
     Raises:
         UserError: for a `shuffle` that is no seed, `rows` that are no slice, or column names of two
             formats at once; the message begins with the field.
     """
 
-    path: str
+    path: str | list[str]
     split: str = "train"
     shuffle: int | None = None
     rows: str | None = None
@@ -52,10 +56,17 @@ class DataSource:
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
+    format: Literal["sharegpt", "alpaca"] | None = None
 
     def __post_init__(self) -> None:
-        if not self.path:
+        if not self._paths or not all(self._paths):
             raise UserError("path: is empty; give a file, a folder or a hub name")
+        if self.format is not None and self.format not in CONVERSIONS:
+            raise UserError(f"format: there is no {self.format!r}; use {' or '.join(CONVERSIONS)}, or leave it out")
+        if self.format is not None and self._named:
+            raise UserError(
+                f"{next(iter(self._named))}: format: {self.format} has columns of its own; name one or other"
+            )
         if self.shuffle is not None and not (isinstance(self.shuffle, int) and self.shuffle >= 0):
             raise UserError(f"shuffle: {self.shuffle!r} is no seed; give a whole number, 0 or more")
         if self.rows is not None:
@@ -63,6 +74,15 @@ class DataSource:
         if not any(self._named.keys() <= set(fields) for fields in FORMATS):
             first, *others = self._named
             raise UserError(f"{first}: is of another format than {', '.join(others)}; name one format's columns")
+
+    @property
+    def place(self) -> str:
+        """What errors call the rows: the path, or all of them."""
+        return ", ".join(self._paths)
+
+    @property
+    def _paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
 
     @property
     def _named(self) -> dict[str, str]:
@@ -73,7 +93,7 @@ class DataSource:
     def parse(cls, text: str) -> "DataSource":
         """Reads the command line's form "FILE,rows=80%:90%,label=0,text=column".
 
-        `split`, `shuffle`, `rows` and the four column names set those fields; any other key is a `where`
+        `split`, `shuffle`, `rows`, `format` and the four column names set those fields; any other key is a `where`
         filter, its value a YAML scalar. A filter given twice keeps the rows that have either value.
 
         Raises:
@@ -94,9 +114,8 @@ class DataSource:
         return cls(path, where=filters or None, **fields)
 
     def files(self) -> list[Path]:
-        """The file or folder that is read; none for a hub data set."""
-        path = Path(os.path.expanduser(self.path))
-        return [path] if os.path.exists(path) else []
+        """The files and folders that are read; none for a hub data set."""
+        return [path for name in self._paths for path in paths_of(name) if os.path.exists(path)]
 
     def read(self) -> Dataset:
         """Reads the rows, afresh each time, with the column `ROW` added.
@@ -109,10 +128,11 @@ class DataSource:
             UserError: if the path cannot be read, a row is malformed, a column named here is absent, or
                 no rows are left.
         """
-        dataset = read_dataset(self.path, self.split, {*_FIELDS, *self._named.values()})
+        text_columns = {*_FIELDS, *ALPACA, *self._named.values()}
+        dataset = read_files(self._paths, self.split, text_columns)
         total = len(dataset)
         if not total:
-            raise UserError(f"{self.path} holds no rows")
+            raise UserError(f"{self.place} holds no rows")
         if ROW not in dataset.column_names:
             dataset = dataset.add_column(ROW, np.arange(1, total + 1))
         if self.shuffle is not None:
@@ -120,11 +140,13 @@ class DataSource:
         if self.rows is not None:
             dataset = dataset.select(row_range(self.rows, total))
         for column, wanted in (self.where or {}).items():
-            dataset = _keep(dataset, column, wanted, self.path)
+            dataset = _keep(dataset, column, wanted, self.place)
         if not len(dataset):
             kept = f"rows={self.rows} and where={self.where}"
-            raise UserError(f"{self.path}: {kept} keep none of its {total} rows")
-        return _standard_columns(dataset, self._named, self.path)
+            raise UserError(f"{self.place}: {kept} keep none of its {total} rows")
+        dataset = _standard_columns(dataset, self._named, self.place)
+        chosen = self.format or (None if self._named else foreign_format(dataset.column_names))
+        return dataset if chosen is None else converted(dataset, chosen, self.place)
 
 
 def texts_of(source: DataSource) -> list[str]:
@@ -135,10 +157,10 @@ def texts_of(source: DataSource) -> list[str]:
     """
     dataset = source.read()
     if "text" not in dataset.column_names:
-        raise absent_column(source.path, "text", dataset.column_names)
-    texts = [values["text"] for _, values in filled_rows(dataset, ["text"], source.path)]
+        raise absent_column(source.place, "text", dataset.column_names)
+    texts = [values["text"] for _, values in filled_rows(dataset, ["text"], source.place)]
     if not texts:
-        raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a text")
+        raise UserError(f"{source.place}: none of its {len(dataset)} rows holds a text")
     return texts
 
 

@@ -67,11 +67,11 @@ def prompt_set(name_or_path: str, *, data_dir: str | os.PathLike[str] | None = N
         UserError: there is no such set, file or hub name; `data_dir` lacks the set's file; or an option is malformed.
     """
     asked = DataSource.parse(name_or_path)
-    known = KNOWN.get(asked.path)
+    known = KNOWN.get(asked.place)
     if known is None:
-        _check_path(asked.path)
+        _check_path(asked.place)
         return PromptSet(name_or_path, asked)
-    options = name_or_path[len(asked.path) :]
+    options = name_or_path[len(asked.place) :]
     file = _local_file(known, data_dir)
     if file is None:
         return PromptSet(name_or_path, DataSource.parse(known.hub + options), known.prompt_tokens)
@@ -84,7 +84,7 @@ def _local_file(known: _Known, data_dir: str | os.PathLike[str] | None) -> Path 
     folder = _shared_data() if data_dir is None else Path(data_dir)
     if folder is None:
         return None
-    file = folder / DataSource.parse(known.local).path
+    file = folder / DataSource.parse(known.local).place
     if file.is_file():
         return file
     if data_dir is not None:

@@ -101,8 +101,8 @@ def try_constraint(constraint: Constraint, source: DataSource) -> Trial:
         UserError: as `DataSource.read` and `Constraint.score`, and if no row holds a text.
     """
     dataset = source.read()
-    rows = dict(filled_rows(dataset, format_fields(dataset.column_names, source.path), source.path))
+    rows = dict(filled_rows(dataset, format_fields(dataset.column_names, source.place), source.place))
     if not rows:
-        raise UserError(f"{source.path}: none of its {len(dataset)} rows holds a text")
+        raise UserError(f"{source.place}: none of its {len(dataset)} rows holds a text")
     prompts, texts = outputs_of(rows.values(), with_prompts=constraint.reads != "completion")
     return Trial(constraint.name, [*rows], texts, constraint.score(prompts, texts))

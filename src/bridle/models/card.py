@@ -129,7 +129,7 @@ def told(value: Any, key: str = "") -> str:
 def with_names(options: Any) -> dict[str, Any]:
     """A regulariser's options as a recipe has them: constraint and prompts by name."""
     constraint = RETENTION if options.constraint is None else options.constraint.name
-    return {**vars(options), "constraint": constraint, "prompts": options.prompts and options.prompts.path}
+    return {**vars(options), "constraint": constraint, "prompts": options.prompts and options.prompts.place}
 
 
 # ---------------------------------------------------------------------- the header
