@@ -53,8 +53,8 @@ def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[
             format.
     """
     blank = 0
-    others = [column for format in FORMATS for column in format if column not in {*fields, "completion"}]
-    others = [column for column in others if column in dataset.column_names]
+    others = {column for format in FORMATS if tuple(fields) in FORMATS for column in format} - {*fields, "completion"}
+    others &= {*dataset.column_names}
     options = TEMPLATE_COLUMNS if "text" not in fields else ()
     read = [column for column in (*fields, *others, *options, ROW) if column in dataset.column_names]
     for index, row in enumerate(dataset.select_columns(read), start=1):
@@ -64,7 +64,9 @@ def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[
             _check(value, field, f"{name} row {number}")
         if all(map(_is_filled, values.values())):
             yield number, values | {option: row[option] for option in options if row.get(option)}
-        elif not any(map(_is_filled, values.values())) and (other := next((c for c in others if row[c]), None)):
+        elif not any(map(_is_filled, values.values())) and (
+            other := next((column for column in sorted(others) if row[column]), None)
+        ):
             raise UserError(
                 f"{name} row {number} has no {fields[0]!r}, but {other!r}: rows of two formats; give each a source of "
                 f"its own, or name the column to read"
