@@ -1,4 +1,5 @@
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,22 @@ def test_a_wrong_number_of_scores_names_the_constraint(scorers):
     with pytest.raises(UserError, match="'mine': gave 1 scores"):
         PythonFunction(f"{scorers}:one_score", name="mine").score(None, texts)
     assert texts == ["a", "b"]
+
+
+def test_a_function_that_hangs_is_given_up_and_its_texts_are_missing():
+    def hangs(texts):
+        if "hang" in texts:
+            threading.Event().wait()
+        return [1.0] * len(texts)
+
+    scores = PythonFunction(hangs, batch_size=2, timeout=0.2).score(None, ["a", "b", "hang", "c", "d"])
+    assert [score.value for score in scores] == [1.0, 1.0, None, None, 1.0]
+    assert scores[2].reason == "timed out: 0.2 s are over for its batch"
+
+
+def test_a_time_out_of_the_function_s_own_is_its_failure():
+    def late(texts):
+        raise TimeoutError("of a socket")
+
+    with pytest.raises(UserError, match="TimeoutError: of a socket"):
+        PythonFunction(late).score(None, ["a"])

@@ -96,3 +96,10 @@ def test_a_word_list_has_one_source(arguments):
 def test_a_list_of_blanks_holds_no_word():
     with pytest.raises(UserError, match="holds no word"):
         WordList([" ", ""])
+
+
+def test_a_pattern_that_backtracks_without_end_is_given_up():
+    texts = ["kettle", "a" * 40 + "!", "aaa"]
+    scores = Regex("^(a|aa)+$", timeout=0.3).score(None, texts)
+    assert [score.complies for score in scores] == [True, None, False]
+    assert scores[1].reason == "timed out: 0.3 s are over for its batch"

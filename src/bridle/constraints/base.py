@@ -108,12 +108,7 @@ class Constraint:
             raise ValueError(f"score: there are {len(prompts)} prompts for {len(completions)} completions")
         if not completions:
             return []
-        raw = self._judge(prompts, completions)
-        raw = raw.tolist() if hasattr(raw, "tolist") else raw  # tensors and arrays
-        if not isinstance(raw, list | tuple) or len(raw) != len(completions):
-            given = f"{len(raw)} scores" if isinstance(raw, list | tuple) else f"a {type(raw).__name__}"
-            wanted = f"a list of {len(completions)}, one for each text"
-            raise UserError(f"constraint '{self.name}': gave {given}; it must give {wanted}")
+        raw = self._listed(self._judge(prompts, completions), len(completions))
         return [self._checked(score, index) for index, score in enumerate(raw)]
 
     def load(self) -> None:
@@ -164,6 +159,15 @@ class Constraint:
     def _settings(self) -> dict[str, Any]:
         reads = {} if self.reads == "completion" else {"reads": self.reads}  # not to change what caches know already
         return {"type": self.type_name} | reads
+
+    def _listed(self, raw: Any, count: int) -> Sequence[Any]:
+        """Returns the scores of `count` texts, in whatever they were given, as a list or tuple."""
+        raw = raw.tolist() if hasattr(raw, "tolist") else raw  # tensors and arrays
+        if not isinstance(raw, list | tuple) or len(raw) != count:
+            given = f"{len(raw)} scores" if isinstance(raw, list | tuple) else f"a {type(raw).__name__}"
+            wanted = f"a list of {count}, one for each text"
+            raise UserError(f"constraint '{self.name}': gave {given}; it must give {wanted}")
+        return raw
 
     def _checked(self, raw: object, index: int) -> Score:
         if raw is None:

@@ -5,23 +5,29 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from contextlib import chdir
+from functools import partial
 from hashlib import blake2b
 from inspect import Parameter, getsourcefile, signature
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, cast
 
-from bridle.constraints.base import Constraint
+from pydantic import PositiveFloat, PositiveInt
+
+from bridle.constraints.base import Constraint, Score
+from bridle.constraints.deadline import BATCH, TimedOut, within
 from bridle.constraints.options import Text, cause, checked
 from bridle.constraints.reading import Given, Messages, Reads, as_lines, turns_of
 from bridle.errors import UserError
+from bridle.progress import Progress
 
 
 class PythonFunction(Constraint):
     """Calls a function on a list of texts.
 
     The function returns one number in [0, 1] (1 complies, at least 0.5 counts as complying), bool, or None
-    (missing) for each text. Its list is a copy, and where it changes the current directory it is changed back.
+    (missing) for each text. It runs in a thread of its own, on a batch at a time. Its list is a copy, and where it
+    changes the current directory it is changed back.
 
     A function of one argument is given what `reads` names: texts, or for "chat" lists of messages. One of two is given
     the prompts by themselves, and then the completions; the prompts are texts, or for "chat" lists of messages.
@@ -31,6 +37,9 @@ class PythonFunction(Constraint):
             directory; or the function itself, from Python.
         name: how errors and tables call it.
         reads: what it is given.
+        batch_size: texts in one call.
+        timeout: seconds for a call. After that its texts are missing, while its thread is left alone: nothing can stop
+            it.
 
     Raises:
         UserError: from `load` and `score`: it cannot be imported, is not callable, or fails on the texts; with the
@@ -40,10 +49,18 @@ class PythonFunction(Constraint):
     type_name = "python"
 
     @checked
-    def __init__(self, function: Text | Callable, name: str | None = None, reads: Reads = "completion"):
+    def __init__(
+        self,
+        function: Text | Callable,
+        name: str | None = None,
+        reads: Reads = "completion",
+        batch_size: PositiveInt = BATCH,
+        timeout: PositiveFloat = 60.0,
+    ):
         self._call = function if callable(function) else None
         self.function = function if isinstance(function, str) else _name_of(function)
         self.name, self.reads = name or f"python:{self.function}", reads
+        self.batch_size, self.timeout = batch_size, timeout
 
     def load(self) -> None:
         """Imports the function.
@@ -88,11 +105,25 @@ class PythonFunction(Constraint):
     def _score(self, outputs: list[Any]) -> Any:
         return self._called(outputs)
 
-    def _called(self, *columns: list[Any]) -> Any:
+    def _called(self, *columns: list[Any]) -> list[Any]:
+        """Scores of all outputs: `columns` are the function's arguments."""
+        scores: list[Any] = []
+        with Progress(f"scoring ({self.name})", len(columns[0]), "texts") as progress:
+            for start in range(0, len(columns[0]), self.batch_size):
+                batch = [column[start : start + self.batch_size] for column in columns]
+                count = len(batch[0])  # the function may do what it likes with its lists
+                try:
+                    scores += self._listed(within(self.timeout, partial(self._call_once, batch)), count)
+                except TimedOut as late:
+                    scores += [Score.missing(str(late))] * count
+                progress.update(count)
+        return scores
+
+    def _call_once(self, columns: list[list[Any]]) -> Any:
         assert self._call is not None
         try:
             with chdir(os.getcwd()):  # and back
-                return self._call(*map(list, columns))
+                return self._call(*columns)
         except (Exception, SystemExit) as error:
             raise UserError(
                 f"constraint '{self.name}': {self.function} failed on {len(columns[0])} texts: "

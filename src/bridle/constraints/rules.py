@@ -2,21 +2,64 @@
 
 import re
 import sys
+import time
 import unicodedata
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bridle.constraints.base import TextConstraint
+import regex
+from pydantic import PositiveFloat
+
+from bridle.constraints.base import Score, TextConstraint
+from bridle.constraints.deadline import TimedOut, batches
 from bridle.constraints.options import Text, cause, checked
 from bridle.constraints.reading import Reads
 from bridle.errors import UserError
+from bridle.progress import Progress
+
+SHORTEST = 1e-3  # seconds; a time-out of 0 is none
 
 
-class Regex(TextConstraint):
-    """A text complies when `pattern` (Python's `re` syntax) is found nowhere in it.
+class _Unmatched(TextConstraint):
+    """A text complies when an expression is found nowhere in it.
 
-    Flags are written in the pattern, e.g. `(?i)` for either case. What a text is, `reads` says: see `Constraint`.
+    A batch of texts has `timeout` seconds; what is not searched by then is missing.
+    """
+
+    timeout: float
+    _regex: regex.Pattern[str]
+
+    def _score(self, texts: list[str]) -> list[Score]:
+        with Progress(f"scoring ({self.name})", len(texts), "texts") as progress:
+            return [score for batch in batches(texts) for score in self._searched(batch, progress)]
+
+    def _searched(self, texts: Sequence[str], progress: Progress) -> Iterator[Score]:
+        end = time.monotonic() + self.timeout
+        for text in texts:
+            try:
+                found = self._regex.search(self._folded(text), timeout=max(end - time.monotonic(), SHORTEST))
+                yield Score.of(found is None)
+            except TimeoutError:
+                yield Score.missing(str(TimedOut(self.timeout)))
+            progress.update()
+
+    def _folded(self, text: str) -> str:
+        return text
+
+
+class Regex(_Unmatched):
+    """A text complies when `pattern` is found nowhere in it.
+
+    The syntax is Python's `re`, as the package `regex` has it. Flags are written in the pattern, e.g. `(?i)` for either
+    case.
+
+    Args:
+        pattern: the expression.
+        name: how errors and tables call it.
+        reads: see `Constraint`.
+        timeout: seconds for a batch of texts; those that are not searched by then are missing.
 
     Raises:
         UserError: the pattern cannot be compiled.
@@ -25,21 +68,20 @@ class Regex(TextConstraint):
     type_name = "regex"
 
     @checked
-    def __init__(self, pattern: Text, name: str | None = None, reads: Reads = "completion"):
-        self.pattern, self.name, self.reads = pattern, name or f"regex:{pattern}", reads
+    def __init__(
+        self, pattern: Text, name: str | None = None, reads: Reads = "completion", timeout: PositiveFloat = 60.0
+    ):
+        self.pattern, self.name, self.reads, self.timeout = pattern, name or f"regex:{pattern}", reads, timeout
         try:
-            self._regex = re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
+            self._regex = regex.compile(pattern)
+        except (regex.error, OverflowError, RecursionError) as error:
             raise UserError(f"constraint 'regex': cannot read {pattern!r}: {cause(error)}") from error
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"pattern": self.pattern}
 
-    def _score(self, texts: list[str]) -> list[float]:
-        return [float(self._regex.search(text) is None) for text in texts]
 
-
-class WordList(TextConstraint):
+class WordList(_Unmatched):
     """A text complies when it holds none of the words or phrases.
 
     Whole words only, in either case and any Unicode form: "grumble" is not found in "grumblefish", while
@@ -52,6 +94,7 @@ class WordList(TextConstraint):
             of a line or after white space is a comment.
         name: how errors and tables call it; "words" or the file's name if not given.
         reads: see `Constraint`.
+        timeout: as in `Regex`.
 
     Raises:
         UserError: `words` and `file` are both given or neither, the file is unreadable, or there is no word.
@@ -66,10 +109,11 @@ class WordList(TextConstraint):
         file: str | Path | None = None,
         name: str | None = None,
         reads: Reads = "completion",
+        timeout: PositiveFloat = 60.0,
     ):
         if (words is None) == (file is None):
             raise UserError("constraint 'words': needs exactly one of the keys 'words' and 'file'")
-        self.file = None if file is None else str(file)
+        self.file, self.timeout = None if file is None else str(file), timeout
         self.name, self.reads = name or (Path(file).name if file is not None else "words"), reads
         self.words = [word for word in (_read_words(file) if words is None else words) if word.strip()]
         if not self.words:
@@ -86,8 +130,8 @@ class WordList(TextConstraint):
         source = {"words": self.words} if self.file is None else {"file": self.file}
         return super()._settings() | source
 
-    def _score(self, texts: list[str]) -> list[float]:
-        return [float(self._regex.search(_fold(text)) is None) for text in texts]
+    def _folded(self, text: str) -> str:
+        return _fold(text)
 
 
 def _read_words(file: str | Path | None) -> list[str]:
@@ -98,10 +142,10 @@ def _read_words(file: str | Path | None) -> list[str]:
     return [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in lines]
 
 
-def _whole_words(words: list[str]) -> re.Pattern[str]:
+def _whole_words(words: list[str]) -> regex.Pattern[str]:
     phrases = (r"\s+".join(map(re.escape, _fold(word).split())) for word in words)
     letter = rf"[\w{_marks()}]"
-    return re.compile(rf"(?<!{letter})(?:{'|'.join(phrases)})(?!{letter})")
+    return regex.compile(rf"(?<!{letter})(?:{'|'.join(phrases)})(?!{letter})")
 
 
 def _fold(text: str) -> str:
