@@ -4,18 +4,23 @@ import json
 import re
 
 import pytest
+import torch
 from datasets import Dataset
+from peft import LoraConfig
 from trl import TrlParser
 
 from bridle.errors import UserError
-from bridle.models.loading import load_model
+from bridle.models.auxiliary import new_auxiliary
+from bridle.models.hidden import causal_lm, project
+from bridle.models.loading import LoraOptions, load_for_inference, load_model, load_tokenizer
 from bridle.settings import parse_yaml
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
 from bridle.training.recipe import load_recipe
+from bridle.training.regulariser import weights_hash
 from bridle.training.run import train
 from bridle.training.trainer import ConstrainedTrainer
 from conftest import SENTENCES
-from trainers import NO_E, config, corpus, logged, trainer_of
+from trainers import NO_E, config, corpus, logged, trainer_of, weights
 
 
 def refused(act, said):
@@ -149,3 +154,70 @@ def test_a_recipe_with_a_list_of_regularisers(recipe, tmp_path):
     assert saved["regularisers"]["keep"] == {"domain": ["rude", "plain"], "constraint": "retention", "weight": 3.0}
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "| keep | rude, plain | retention | 3.0 |" in card
+
+
+def test_what_cannot_train_is_refused(tiny_folder, tmp_path):
+    folder = tiny_folder()
+    held = {"rude": Regulariser(NO_E)}
+    refused(lambda: trainer_of(folder, tmp_path, held, max_new_tokens=64), "^max_new_tokens: 64 leave no room")
+    refused(
+        lambda: trainer_of(folder, tmp_path, held, rounds=5).train(), "^rounds: 5 are more than the run's 4 updates"
+    )
+    trainer_of(folder, tmp_path, {}, rounds=5)  # without samples rounds are nothing
+
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens([f"<{number}>" for number in range(5)])
+    tokenizer.save_pretrained(folder)
+    said = f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {len(tokenizer) - 5}"
+    refused(lambda: trainer_of(folder, tmp_path, held), said)
+    refused(lambda: load_for_inference(str(folder)), said)
+
+    model = load_model(str(folder))
+    model.get_input_embeddings().weight.data[3, 3] = float("nan")
+    model.save_pretrained(folder)
+    said = "the weights 'model.embed_tokens.weight' hold numbers that are not finite"
+    refused(lambda: trainer_of(folder, tmp_path, held), said)
+    refused(lambda: load_for_inference(str(folder)), said)
+
+
+def test_an_output_layer_that_is_saved_whole_is_trained(tiny_folder, tmp_path):
+    """Beside adapters, and where R has a network of its own."""
+    trainer = ConstrainedTrainer(
+        model=str(tiny_folder()),
+        args=config(tmp_path, auxiliary=AuxiliaryOptions(epochs=2, batch_size=8, own_network=True), max_steps=2),
+        corpus=corpus(),
+        regularisers={"rude": Regulariser(NO_E, anchor="previous")},
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, modules_to_save=["lm_head"]),
+    )
+    start = weights(trainer)
+    trainer.train()
+    (name,) = (name for name in start if "lm_head" in name)
+    assert not weights(trainer)[name].equal(start[name])
+    lm = causal_lm(trainer.model).eval()
+    states = lm.base_model(torch.arange(3, 9)[None]).last_hidden_state
+    torch.testing.assert_close(project(lm, states), lm.lm_head(states))
+
+
+def test_an_adapter_of_the_output_layer_is_refused(tiny_folder, tmp_path):
+    lora = LoraOptions(r=2, target_modules=["q_proj", "lm_head"])
+    said = "^target_modules: an adapter of the output layer would never be trained"
+    refused(lambda: trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, lora=lora), said)
+
+
+def test_a_trained_adapter_is_merged_into_an_own_network(tiny_folder):
+    model = load_model(str(tiny_folder()), lora=LoraOptions(r=2)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ids = torch.arange(3, 9)[None]
+    network = new_auxiliary(model, own_network=True).network.eval()
+    states = causal_lm(model).base_model(ids).last_hidden_state
+    torch.testing.assert_close(network(ids).last_hidden_state, states, atol=1e-4, rtol=1e-3)
+
+
+def test_a_weight_without_dimensions_has_a_hash():
+    model = torch.nn.Linear(2, 2)
+    model.scale = torch.nn.Parameter(torch.tensor(1.0))
+    before = weights_hash(model)
+    model.scale.data += 1
+    assert weights_hash(model) != before

@@ -11,6 +11,7 @@ from bridle.constraints import Constraint
 from bridle.data import DataSource, Prompt, VerbalisedLabel, encode_prompt, labelled_texts, read_prompts
 from bridle.data.prompts import check_room
 from bridle.data.readers import whole_text
+from bridle.errors import UserError
 from bridle.evaluation.generation import evaluate_constraints, generate_completions, output_perplexity
 from bridle.evaluation.observations import Observations
 from bridle.evaluation.prompt_sets import PromptSet
@@ -102,6 +103,8 @@ class Evaluator:
     def _room(self, max_new_tokens: int) -> int | None:
         """Tokens that a prompt may have; None where the context has no end."""
         context = context_length(self.model)
+        if context and max_new_tokens >= context:
+            raise UserError(f"max_new_tokens: {max_new_tokens} leave no room for a prompt in a context of {context}")
         return context - max_new_tokens if context else None
 
     def draw(

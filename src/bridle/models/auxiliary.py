@@ -5,14 +5,17 @@ has a body of its own ("a separate network"), which then reads tokens instead of
 """
 
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from bridle.errors import UserError
+from bridle.models.hidden import causal_lm
 from bridle.models.loading import reason
 
 
@@ -139,19 +142,22 @@ AutoModel.register(AuxiliaryConfig, AuxiliaryModel)
 
 
 def new_auxiliary(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     *,
     depth: int = 1,
     expansion: float = 2.0,
     head_rank: int | None = None,
     own_network: bool = False,
 ) -> AuxiliaryModel:
-    """A fresh auxiliary for `model`, a causal language model; an own network starts as a copy of its body."""
+    """A fresh auxiliary for `model`, a causal language model; an own network starts as a copy of its body.
+
+    Adapters are merged into the copy.
+    """
     text_config = model.config.get_text_config()
     config = AuxiliaryConfig(
         hidden_size=text_config.hidden_size,
         # The output layer, not the configuration: padding a vocabulary can make the two differ.
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=causal_lm(model).get_output_embeddings().weight.shape[0],
         depth=depth,
         expansion=expansion,
         head_rank=head_rank,
@@ -159,7 +165,8 @@ def new_auxiliary(
     )
     auxiliary = AuxiliaryModel(config).float()
     if auxiliary.network is not None:
-        auxiliary.network.load_state_dict(model.base_model.state_dict())
+        merged = deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+        auxiliary.network.load_state_dict(merged.base_model.state_dict())
     return auxiliary.to(model.device)
 
 

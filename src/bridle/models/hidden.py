@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -157,6 +158,19 @@ class OutputLayer:
         if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+
+def check_output_adapter(model: torch.nn.Module) -> None:
+    """Refuses an adapter of the output layer, whose own weight alone is read, so that it would never be trained.
+
+    Raises:
+        UserError: there is one.
+    """
+    if isinstance(causal_lm(model).get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            "target_modules: an adapter of the output layer would never be trained; leave lm_head out, or train the "
+            "layer itself by modules_to_save"
+        )
 
 
 def project(model: torch.nn.Module, hidden_states: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from bridle.constraints.options import Probability
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
+from bridle.ranks import from_main, is_main
 from bridle.reading import read_json
 from bridle.weights import holds, quiet_loading, refusal
 
@@ -101,7 +102,26 @@ def load_for_inference(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A model on `device`, the GPU where there is one if not given, and its tokenizer. Raises as `load_model`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(name, dtype=dtype, device=device).eval(), load_tokenizer(name)
+    model, tokenizer = load_model(name, dtype=dtype, device=device).eval(), load_tokenizer(name)
+    check_model(model, tokenizer, name)
+    return model, tokenizer
+
+
+def check_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuses a model that cannot work, or not with this tokenizer.
+
+    Raises:
+        UserError: a weight is not finite, or the tokenizer has more tokens than the model.
+    """
+    broken = (n for n, p in model.named_parameters() if p.numel() and not torch.stack(p.aminmax()).isfinite().all())
+    if found := from_main(next(broken, None) if is_main() else None):  # the others may have been given no weights yet
+        raise UserError(f"{name}: the weights '{found}' hold numbers that are not finite; the model is broken")
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > known:
+        raise UserError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens and the model's embedding {known}; take the tokenizer "
+            "that the model was made with, or resize the embedding"
+        )
 
 
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:

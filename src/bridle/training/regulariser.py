@@ -27,7 +27,7 @@ from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, new_auxiliary
 from bridle.models.forward import policy_forward
-from bridle.models.hidden import OutputLayer, causal_lm
+from bridle.models.hidden import OutputLayer
 from bridle.models.loading import context_length, end_token_ids
 from bridle.models.sampling import Trace, sample
 from bridle.models.sharding import in_shards, is_sharded, trainable, whole
@@ -77,7 +77,7 @@ class DomainRegulariser:
             with self._seeded("auxiliary"):
                 shape = self.config.auxiliary
                 self.auxiliary = new_auxiliary(
-                    causal_lm(self.model),
+                    self.model,
                     depth=shape.depth,
                     head_rank=shape.head_rank,
                     own_network=shape.own_network,
@@ -431,7 +431,7 @@ def weights_hash(model: nn.Module) -> str:
     with in_shards(model):
         for name, parameter in trainable(model):
             digest.update(name.encode())
-            digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(whole(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

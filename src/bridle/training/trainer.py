@@ -6,7 +6,7 @@ callback at round boundaries, and leaves the rest as it is. With every λ at 0 i
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -25,13 +25,19 @@ from bridle.data import DOMAIN, Rollout, mix, tokenize_domain
 from bridle.data.rows import holds_chats
 from bridle.errors import UserError
 from bridle.models.forward import disable_dropout, policy_forward
-from bridle.models.hidden import OutputLayer, capture_hidden_states, check_projection, project_only
+from bridle.models.hidden import (
+    OutputLayer,
+    capture_hidden_states,
+    check_output_adapter,
+    check_projection,
+    project_only,
+)
 from bridle.models.hub import PushesModel
-from bridle.models.loading import load_model, load_tokenizer
+from bridle.models.loading import check_model, context_length, load_model, load_tokenizer
 from bridle.ranks import gathered, rank, world
 from bridle.settings import check_file_name
 from bridle.training.batches import PREFIXES, DomainCollator, Mask, Prefixes, append_rollouts, flat_positions
-from bridle.training.config import ConstrainedConfig, Regularisers, named
+from bridle.training.config import ConstrainedConfig, Regulariser, Regularisers, named
 from bridle.training.guards import EntropyGuard, FiniteGuard, InterruptionGuard
 from bridle.training.lasting import LastingTrainer
 from bridle.training.options import check_optimiser, in_one_line
@@ -94,13 +100,16 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
                     "set anchor: previous or initial, or targets: computed"
                 )
         model = _loaded(model, args)
+        tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
+        check_model(model, tokenizer, model.config._name_or_path)
         check_projection(model)
+        check_output_adapter(model)
+        _check_room(model, args, by_name.values())
         for name in kwargs.keys() & NOT_TAKEN:
             raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
         if kwargs.get("eval_dataset") is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise UserError("eval_strategy: there are no rows to evaluate on; give the trainer an eval_dataset")
         check_optimiser(args, model)
-        tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
         self.domains = list(corpus)
         self._corpus, self._weights = corpus, weights or dict.fromkeys(corpus, 1.0)
         with in_one_line():
@@ -378,6 +387,14 @@ def _loaded(model: PreTrainedModel | str, args: ConstrainedConfig) -> PreTrained
     if args.model_init_kwargs:
         raise UserError("model_init_kwargs: the model is loaded already; give the trainer its name, or leave them out")
     return model
+
+
+def _check_room(model: PreTrainedModel, args: ConstrainedConfig, regularisers: Iterable[Regulariser]) -> None:
+    context = context_length(model)
+    if context and args.max_new_tokens >= context and not all(one.is_retention for one in regularisers):
+        raise UserError(
+            f"max_new_tokens: {args.max_new_tokens} leave no room for a prompt in the model's context of {context}"
+        )
 
 
 def _tokenised(

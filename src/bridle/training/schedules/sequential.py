@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerState
 from bridle.checkpoints import last_whole
 from bridle.data import Rollout, write_rollouts
 from bridle.environment import sync_files, whole_files, write_json
+from bridle.errors import UserError
 from bridle.interruption import at_once
 from bridle.ranks import is_main, rank
 from bridle.reading import read_json
@@ -59,6 +60,13 @@ class SequentialSchedule(TrainerCallback):
         self.round = 0
         self._record: dict[str, Any] = {}
         self._policy_began = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+        if self.trainer.args.rounds > state.max_steps and any(one.auxiliary for one in self.trainer.regularisers):
+            raise UserError(
+                f"rounds: {self.trainer.args.rounds} are more than the run's {state.max_steps} updates; lower rounds, "
+                "or train for longer"
+            )
 
     def on_step_begin(self, args, state, control, **kwargs):  # noqa: D102
         due = self._round_of(state.global_step, state)
