@@ -103,8 +103,8 @@ class Evaluator:
     def _room(self, max_new_tokens: int) -> int | None:
         """Tokens that a prompt may have; None where the context has no end."""
         context = context_length(self.model)
-        if context and max_new_tokens >= context:
-            raise UserError(f"max_new_tokens: {max_new_tokens} leave no room for a prompt in a context of {context}")
+        if context and max_new_tokens > context:
+            raise UserError(f"max_new_tokens: {max_new_tokens} are more than the model's context of {context}")
         return context - max_new_tokens if context else None
 
     def draw(
