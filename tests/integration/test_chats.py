@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from trl.chat_template_utils import qwen3_chat_template
 
+from bridle.comparison.tracing import FILE
 from bridle.constraints import PythonFunction
 from bridle.data import DataSource, prompts_from_domain, read_prompts, read_rollouts, tokenize_domain
 from bridle.data.encoding import RowEncoder
@@ -161,3 +162,5 @@ def test_every_kind_of_method_on_chats(bridle, recipe, folder, tmp_path):
     assert all(results[name]["seeds"]["0"]["status"] == "complete" for name in methods.split(","))
     file = min((tmp_path / "out" / "constrained").rglob("rollouts/**/*.jsonl"))
     assert all(rollout.messages[-1]["role"] == "user" for rollout in read_rollouts(file))
+    traced = json.loads((tmp_path / "out" / FILE).read_text())["tokens"]
+    assert "".join(token["text"] for token in traced).startswith("<bos><start_of_turn>user\nBe kind.")

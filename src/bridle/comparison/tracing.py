@@ -42,7 +42,7 @@ def trace_guidance(
         if text is None:
             return
         method, row, score = text
-        prompt = encode_prompt(row["prompt"], tokenizer)
+        prompt = encode_prompt(row.get("messages") or row["prompt"], tokenizer)
         ids = prompt + encode_completion(row["completion"], prompt, tokenizer)
         tokens = trace(guide, tokenizer, ids)
     write_json(

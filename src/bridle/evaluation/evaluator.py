@@ -76,7 +76,7 @@ class Evaluator:
             )
             texts = [prompt.text for prompt in read]
             prompt_scores = {name: constraint.score(None, texts) for name, constraint in constraints.items()}
-            self.observations.add_completions(prompts.name, texts, drawn, found[prompts.name], prompt_scores)
+            self.observations.add_completions(prompts.name, read, drawn, found[prompts.name], prompt_scores)
             for name, result in found[prompts.name].items():
                 reads = constraints[name].reads
                 self.show(f"{prompts.name} under {name}{'' if reads == 'completion' else f' ({reads})'}\n{result}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bridle.constraints import Score
+from bridle.data import Prompt
 from bridle.environment import write_text
 from bridle.evaluation.generation import GenerationResult
 from bridle.evaluation.tasks import TaskResult
@@ -35,6 +36,7 @@ class _Completion:
     completion: str
     scores: dict[str, _Scored]
     prompt_scores: dict[str, _Scored] = field(default_factory=dict)
+    messages: list[dict[str, Any]] | None = None
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Observations:
     Attributes:
         completions: prompt_set, index (of the prompt, from 0), sample, prompt, completion, and `scores`: by
             constraint its value (1 complies .. 0 violates), complies, and the reason where both are null;
-            `prompt_scores`: the same of the prompt.
+            `prompt_scores`: the same of the prompt; `messages`: of a chat, the turns before the completion.
         likelihoods: held_out, index (of the text), nll in nats, tokens and bytes.
         answers: task, index (of the document), whether the answer was correct, null where missing, and the weight
             of the document in the task's figure, 1 on average.
@@ -86,7 +88,7 @@ class Observations:
     def add_completions(
         self,
         prompt_set: str,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         drawn: Sequence[Sequence[str]],
         results: Mapping[str, GenerationResult],
         prompt_scores: Mapping[str, Sequence[Score]],
@@ -101,10 +103,11 @@ class Observations:
                         "prompt_set": prompt_set,
                         "index": index,
                         "sample": sample,
-                        "prompt": prompt,
+                        "prompt": prompt.text,
                         "completion": text,
                         "scores": scores,
                         "prompt_scores": of_prompt,
+                        **({"messages": prompt.messages} if prompt.messages else {}),
                     }
                 )
 
