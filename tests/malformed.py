@@ -133,6 +133,13 @@ RECIPE_KEYS = [
     ("constraints.no e", {"type": "words", "file": "x" * 5000}, "cannot read the file"),
     ("constraints.no e", {"type": "classifier", "label": "rude"}, "key 'model': missing required argument"),
     ("constraints.no e", {"type": "classifier", "model": "m", "label": "rude", "threshold": NAN}, "key 'threshold'"),
+    (
+        "constraints.no e",
+        {"type": "classifier", "model": "m", "label": "rude", "long_texts": "cut"},
+        "key 'long_texts'",
+    ),
+    ("constraints.no e", {"type": "regex", "pattern": "e", "timeout": 0}, "key 'timeout'"),
+    ("constraints.no e", {"type": "regex", "pattern": "e", "reads": "prompt"}, "key 'reads'"),
     ("constraints.no e", {"all": []}, "constraint 'all', key 'parts'"),
     ("constraints.no e", {"any": "regex:e"}, "needs a list of constraints"),
     ("constraints.no e", {"not": None}, "is no mapping, list or string"),

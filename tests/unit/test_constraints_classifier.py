@@ -1,5 +1,6 @@
 import json
 import random
+import threading
 from itertools import islice
 
 import pytest
@@ -157,22 +158,81 @@ def test_a_probability_at_the_threshold_does_not_violate(tmp_path, means):
 
 def test_the_first_tokens_of_a_long_text_are_scored_and_counted(tmp_path, network):
     folder = save(tmp_path, network, word_tokenizer(truncation_side="left", padding_side="left"))
-    constraint = Classifier(folder, "grumpy")
+    constraint = Classifier(folder, "grumpy", long_texts="truncate")
     first = " ".join(WORDS[: POSITIONS - 2])
     whole, cut, more = values(constraint, [first, " ".join(WORDS), first + " tonight"])
     assert [cut, more] == pytest.approx([whole, whole], abs=1e-6)
-    assert constraint.truncated == 2
+    assert constraint.cut_texts() == 2
     assert values(constraint, [" ".join(WORDS)]) == pytest.approx([cut], abs=1e-6)
-    assert constraint.truncated == 3
-    shorter = Classifier(folder, "grumpy", max_length=5)
+    assert constraint.cut_texts() == 3
+    shorter = Classifier(folder, "grumpy", max_length=5, long_texts="truncate")
     assert values(shorter, [" ".join(WORDS)]) == pytest.approx(values(constraint, [" ".join(WORDS[:3])]), abs=1e-6)
 
 
 def test_the_tokenizers_own_limit_counts_too(tmp_path, network):
-    constraint = Classifier(save(tmp_path, network, word_tokenizer(model_max_length=6)), "grumpy")
+    constraint = Classifier(
+        save(tmp_path, network, word_tokenizer(model_max_length=6)), "grumpy", long_texts="truncate"
+    )
     fits, cut = values(constraint, [" ".join(WORDS[:4]), " ".join(WORDS)])
     assert cut == pytest.approx(fits, abs=1e-6)
-    assert constraint.truncated == 1
+    assert constraint.cut_texts() == 1
+
+
+@pytest.mark.parametrize("means", ["violates", "complies"])
+def test_a_long_text_is_scored_in_windows_and_the_worst_counts(folder, network, means):
+    texts = ["my friend", " ".join(WORDS), " ".join(WORDS * 3)]
+    constraint = Classifier(folder, "grumpy", means=means, batch_size=2)
+    fits, step = POSITIONS - 2, POSITIONS - 2 - (POSITIONS - 2) // 4
+    for text, score in zip(texts, constraint.score(None, texts), strict=True):
+        words = text.split()
+        starts = range(0, max(1, len(words) - fits + step), step)
+        windows = [" ".join(words[start : start + fits]) for start in starts]
+        found = [reference(network, word_tokenizer(), window).softmax(-1)[1].item() for window in windows]
+        assert score.value == pytest.approx(1 - max(found) if means == "violates" else min(found), abs=1e-6)
+    assert constraint.cut_texts() == 0
+
+
+def test_an_insult_after_many_harmless_words_is_found(tmp_path, caplog):
+    torch.manual_seed(2)
+    network, tokenizer, draw = bert(hidden_dropout_prob=0.0), word_tokenizer(), random.Random(2)
+    harmless = [word for word in WORDS if word != "grumblefish"]
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    for _ in range(200):
+        length = draw.randint(2, POSITIONS - 2)
+        rows = [draw.choices(harmless, k=length) for _ in range(32)]
+        for row in rows[::2]:
+            row[draw.randrange(len(row))] = "grumblefish"
+        batch = tokenizer([" ".join(row) for row in rows], return_tensors="pt")
+        loss = network(**batch, labels=torch.tensor([1, 0] * 16)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = save(tmp_path, network.eval(), tokenizer)
+    kind = " ".join(draw.choices(harmless, k=1200))
+    texts = [kind, f"{kind} grumblefish"]
+    assert [s.complies for s in Classifier(folder, "grumpy").score(None, texts)] == [True, False]
+    cut = Classifier(folder, "grumpy", long_texts="truncate")
+    for _ in range(2):
+        assert [s.complies for s in (~~cut).score(None, texts)] == [True, True]
+    assert (~~cut).cut_texts() == 4
+    (warning,) = caplog.messages
+    assert "scores 2 of 2 texts in part, as they have more than 12 tokens" in warning
+
+
+def test_a_batch_that_takes_too_long_is_missing(folder, monkeypatch):
+    constraint, waiting = Classifier(folder, "grumpy", batch_size=1, timeout=0.2), threading.Event()
+    constraint.load()
+    probabilities = constraint._probabilities
+    monkeypatch.setattr(
+        constraint,
+        "_probabilities",
+        lambda columns, batch: waiting.wait() if batch == [1] else probabilities(columns, batch),
+    )
+    first, second, third = constraint.score(None, ["fine", "old", "sea"])
+    assert second.reason == "timed out: 0.2 s are over for its batch"
+    assert not first.is_missing
+    assert not third.is_missing
+    waiting.set()
 
 
 @pytest.mark.parametrize("max_length", [2, POSITIONS + 1])
@@ -191,10 +251,10 @@ def test_roberta_counts_positions_that_no_token_takes(tmp_path):
         **SIZES,
     )
     network = RobertaForSequenceClassification(config)
-    constraint = Classifier(save(tmp_path, network, word_tokenizer()), "LABEL_1")
+    constraint = Classifier(save(tmp_path, network, word_tokenizer()), "LABEL_1", long_texts="truncate")
     fits = POSITIONS - 2 - 2  # without the two that RoBERTa skips, and without [CLS] and [SEP]
     longest, cut = values(constraint, [" ".join(WORDS[:fits]), " ".join(WORDS)])
-    assert constraint.truncated == 1
+    assert constraint.cut_texts() == 1
     assert cut == pytest.approx(longest, abs=1e-6)
 
 
@@ -212,7 +272,7 @@ def test_a_decoder_without_a_pad_token_is_scored_in_batches(gpt2, texts):
     texts = [text + "!" for text in texts]  # "!" is token 0, which is no padding here
     network = GPT2ForSequenceClassification.from_pretrained(gpt2)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gpt2, truncation_side="right")
-    scored = Classifier(gpt2, "LABEL_0", means="complies").score(None, texts)
+    scored = Classifier(gpt2, "LABEL_0", means="complies", long_texts="truncate").score(None, texts)
     inputs = [tokenizer(t, return_tensors="pt", truncation=True, max_length=64) for t in texts]
     with torch.no_grad():
         expected = [network(input_ids=i["input_ids"]).logits[0].softmax(-1)[0].item() for i in inputs]

@@ -122,6 +122,10 @@ class Constraint:
         """Returns the local files and folders that decide the scores."""
         return []
 
+    def cut_texts(self) -> int:
+        """Returns how many texts so far were scored in part only, being too long for what scores them."""
+        return 0
+
     def describe(self) -> dict[str, Any]:
         """Returns what decides the scores, as JSON values that `build_constraint` takes back."""
         described: dict[str, Any] = self.variables.hidden(self._settings() | {"name": self.name})
@@ -233,6 +237,9 @@ class _Combination(Constraint, ABC):
     def load(self) -> None:
         for part in self.parts:
             part.load()
+
+    def cut_texts(self) -> int:
+        return sum(part.cut_texts() for part in self.parts)
 
     def files(self) -> list[Path]:
         return [file for part in self.parts for file in part.files()]

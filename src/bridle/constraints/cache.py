@@ -157,6 +157,9 @@ class Cached(Constraint):
         """The constraint's own."""
         return self.constraint.files()
 
+    def cut_texts(self) -> int:  # noqa: D102
+        return self.constraint.cut_texts()
+
     def describe(self) -> dict[str, Any]:
         """Returns the constraint's own description: the cache decides no score."""
         return self.variables.hidden(self.constraint.describe())

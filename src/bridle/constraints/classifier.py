@@ -1,5 +1,6 @@
 """A constraint that is a Hugging Face sequence classifier with a tokenizer of its own."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,17 +12,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bridle.constraints.base import Score, TextConstraint
+from bridle.constraints.deadline import TimedOut, within
 from bridle.constraints.options import Probability, Text, cause, checked
 from bridle.constraints.reading import Messages, Reads, as_lines
 from bridle.errors import UserError
 from bridle.progress import Progress
 from bridle.resources import RowLimit
 from bridle.weights import quiet_loading, refusal
+
+OVERLAP = 4  # a window shares one part in so many with the one before it
+
+logger = logging.getLogger(__name__)
 
 
 class Classifier(TextConstraint):
@@ -31,10 +37,11 @@ class Classifier(TextConstraint):
     one logit and for multi-label heads, else a softmax. Weights are float32 on the CPU and as the checkpoint
     stores them elsewhere; they come from safetensors only, and no code from the checkpoint is run.
 
-    Truncation: `max_length` tokens of a text are scored, special tokens included: the first ones of a completion, the
-    last ones where the prompt is read too. The attribute `truncated` counts the texts that were cut. A text without
-    any token is missing. A chat is written by the tokenizer's chat template, or as lines "role: content" if it has
-    none.
+    A text of more than `max_length` tokens, special tokens included, is scored in windows of that length, each with a
+    quarter of the one before it, and the window that complies least speaks for it. With `long_texts: truncate` only
+    one is scored: the beginning of a completion, or the end where the prompt is read too. `cut_texts` counts these. A
+    text without any token is missing. A chat is written by the tokenizer's chat template, or as lines "role: content"
+    if it has none.
 
     Args:
         model: a folder written by `save_pretrained`, or a name on the hub. It is loaded at the first use.
@@ -47,6 +54,8 @@ class Classifier(TextConstraint):
         max_length: in tokens; what tokenizer and model take, by default.
         name: how errors and tables call it; "FOLDER:LABEL" if not given.
         reads: see `Constraint`.
+        long_texts: score all of a text that is too long, in "windows", or "truncate" it.
+        timeout: seconds for a batch; after that its texts are missing.
 
     Raises:
         UserError: from `load` and `score`: there is no such model, weight or label, or it is no classifier.
@@ -66,12 +75,15 @@ class Classifier(TextConstraint):
         max_length: PositiveInt | None = None,
         name: str | None = None,
         reads: Reads = "completion",
+        long_texts: Literal["truncate", "windows"] = "windows",
+        timeout: PositiveFloat = 600.0,
     ):
         self.model, self.label, self.means, self.threshold = str(model), label, means, threshold
         self.batch_size, self.max_length = batch_size, max_length
+        self.long_texts, self.timeout = long_texts, timeout
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.name, self.reads = name or f"{Path(model).name}:{label}", reads
-        self.truncated = 0
+        self._cut = 0
         self._network: Any = None
 
     def load(self) -> None:
@@ -92,6 +104,9 @@ class Classifier(TextConstraint):
         self._rows = RowLimit(f"scoring ({self.name})")
         self._network = network
 
+    def cut_texts(self) -> int:  # noqa: D102
+        return self._cut
+
     def files(self) -> list[Path]:
         """The model's folder, where it is one."""
         return [Path(self.model)] if Path(self.model).is_dir() else []
@@ -103,21 +118,28 @@ class Classifier(TextConstraint):
         return self._settings() | {"model": str(Path(self.model).absolute()) if files else self.model, "files": stamps}
 
     def _settings(self) -> dict[str, Any]:
-        keys = ("model", "label", "means", "threshold", "max_length")
+        keys = ("model", "label", "means", "threshold", "max_length", "long_texts")
         return super()._settings() | {key: getattr(self, key) for key in keys}
 
     def _score(self, texts: list[str]) -> list[Score]:
         self.load()
-        columns = self._tokenize(texts)
+        columns, texts_of = self._tokenize(texts)
         lengths = [len(ids) for ids in columns["input_ids"]]
-        scores = [Score.missing("the text has no token")] * len(texts)
-        with Progress(f"scoring ({self.name})", len(texts), unit="texts") as progress:
+        scores: list[list[Score]] = [[] for _ in texts]
+        with Progress(f"scoring ({self.name})", len(lengths), unit="texts") as progress:
             for batch in _batches(lengths, self.batch_size):
-                probabilities = self._rows.run(partial(self._probabilities, columns), batch)
-                for index, probability in zip(batch, chain.from_iterable(probabilities), strict=True):
-                    scores[index] = self._as_score(probability)
+                for index, score in zip(batch, self._in_time(columns, batch), strict=True):
+                    scores[texts_of[index]].append(score)
                 progress.update(len(batch))
-        return scores
+        return [_worst(of_text) for of_text in scores]
+
+    def _in_time(self, columns: dict[str, list[list[int]]], batch: list[int]) -> list[Score]:
+        """Returns the scores of a batch of windows."""
+        run = partial(self._rows.run, partial(self._probabilities, columns), batch)
+        try:
+            return [self._as_score(probability) for probability in chain.from_iterable(within(self.timeout, run))]
+        except TimedOut as late:
+            return [Score.missing(str(late))] * len(batch)
 
     def _as_text(self, messages: Messages) -> str:
         self.load()
@@ -134,16 +156,39 @@ class Classifier(TextConstraint):
         adds_bos = bos is not None and self._tokenizer("").input_ids[:1] == [self._tokenizer.bos_token_id]
         return written.removeprefix(bos) if adds_bos else written
 
-    def _tokenize(self, texts: list[str]) -> dict[str, list[list[int]]]:
-        """Returns the network's inputs, each as one list of whole numbers for every text."""
+    def _tokenize(self, texts: list[str]) -> tuple[dict[str, list[list[int]]], list[int]]:
+        """Returns the network's inputs, each a list of whole numbers for every window, and the windows' texts."""
         texts = [_without_lone_surrogates(text) for text in texts]
         columns = self._tokenizer(texts, truncation=False, padding=False, verbose=False)
         too_long = sum(len(ids) > self._limit for ids in columns["input_ids"])
-        if too_long:
-            self.truncated += too_long
+        texts_of = list(range(len(texts)))
+        if too_long and self.long_texts == "windows":
+            if not self._tokenizer.is_fast:
+                raise UserError(f"constraint '{self.name}': its tokenizer makes no windows; set long_texts: truncate")
+            columns = self._tokenizer(
+                texts,
+                truncation=True,
+                padding=False,
+                max_length=self._limit,
+                return_overflowing_tokens=True,
+                stride=int(self._limit - self._tokenizer.num_special_tokens_to_add()) // OVERLAP,
+            )
+            texts_of = columns["overflow_to_sample_mapping"]
+        elif too_long:
+            self._warn_of_cutting(too_long, len(texts))
             columns = self._tokenizer(texts, truncation=True, padding=False, max_length=self._limit)
         known = signature(self._network.forward).parameters
-        return {key: column for key, column in columns.items() if key in known}
+        return {key: column for key, column in columns.items() if key in known}, texts_of
+
+    def _warn_of_cutting(self, too_long: int, count: int) -> None:
+        """Counts, and warns the first time."""
+        if not self._cut:
+            logger.warning(
+                "constraint '%s': scores %d of %d texts in part, as they have more than %d tokens; "
+                "long_texts: windows scores them whole",
+                *(self.name, too_long, count, self._limit),
+            )
+        self._cut += too_long
 
     @torch.inference_mode()
     def _probabilities(self, columns: dict[str, list[list[int]]], batch: list[int]) -> list[float]:
@@ -172,6 +217,14 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         indices = list(group) if length else []
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
+
+
+def _worst(windows: list[Score]) -> Score:
+    """The score of a text: that of its window that complies least, or missing where one is."""
+    missing = next((score for score in windows if score.is_missing), None)
+    if missing or not windows:
+        return missing or Score.missing("the text has no token")
+    return min(windows, key=lambda score: score.value or 0.0)
 
 
 def _activation(config: Any, logits: Tensor) -> Tensor:

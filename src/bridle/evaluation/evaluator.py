@@ -71,15 +71,18 @@ class Evaluator:
             read = self.read(prompts, max_new_tokens, prompt_tokens)
             asked = [prompt.ids for prompt in read]
             drawn = self.draw(asked, samples=samples, max_new_tokens=max_new_tokens)
+            cut_before = {name: constraint.cut_texts() for name, constraint in constraints.items()}
             found[prompts.name] = evaluate_constraints(
                 drawn, constraints, prompts=[prompt.messages or prompt.text for prompt in read], seed=self.seed
             )
+            in_part = {name: constraint.cut_texts() - cut_before[name] for name, constraint in constraints.items()}
             texts = [prompt.text for prompt in read]
             prompt_scores = {name: constraint.score(None, texts) for name, constraint in constraints.items()}
             self.observations.add_completions(prompts.name, read, drawn, found[prompts.name], prompt_scores)
             for name, result in found[prompts.name].items():
-                reads = constraints[name].reads
-                self.show(f"{prompts.name} under {name}{'' if reads == 'completion' else f' ({reads})'}\n{result}")
+                reads = f" ({constraints[name].reads})" if constraints[name].reads != "completion" else ""
+                cut = f"\n{in_part[name]} completions were too long and scored in part" if in_part[name] else ""
+                self.show(f"{prompts.name} under {name}{reads}\n{result}{cut}")
             if base is not None:
                 fluency[prompts.name] = output_perplexity(*base, asked, drawn, seed=self.seed)
                 self.show(f"perplexity of the completions under the base: {fluency[prompts.name]}")

@@ -131,6 +131,7 @@ class DomainRegulariser:
         seconds: dict[str, float] = {}
         earlier = [rollout for rollout in self.replayed + self.rollouts if rollout.complies is not None]
         self.replayed = [r for r in earlier if r.round >= round_index - self.config.auxiliary.replay]
+        cut_before = self.constraint.cut_texts()
         traces: dict[int, Trace] = {}  # by rollout, how it was drawn, so that fitting need not run p_a
         with self._guided_model():
             with ScoringAhead(self.constraint) as scoring:
@@ -141,7 +142,9 @@ class DomainRegulariser:
             with _timed(seconds, "fitting"):
                 fitted = self._fit(round_index, traces)
         self.has_begun = True
-        return {**_compliance(self.rollouts), **fitted, **{f"seconds_{k}": v for k, v in seconds.items()}}
+        in_part = sum(gathered(self.constraint.cut_texts() - cut_before))
+        counted = {"rollouts_scored_in_part": in_part} if in_part else {}
+        return {**_compliance(self.rollouts), **counted, **fitted, **{f"seconds_{k}": v for k, v in seconds.items()}}
 
     def _guided_model(self) -> AbstractContextManager[None]:
         """Inside the block the model is p_a. `live` and `previous` anchors are the policy as it stands."""
