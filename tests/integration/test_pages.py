@@ -35,7 +35,7 @@ PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "d
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n\n?)?```(?P<head>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-KEYS = {"model", "corpus", "constraints", "regularisers", "evaluation", "methods"}
+KEYS = {"model", "corpus", "constraints", "regularisers", "eval", "evaluation", "methods"}
 KEYS |= {field.name for field in fields(ConstrainedConfig)}
 CONTEXT = 128  # tokens
 MODELS = ["huggyllama/llama-7b", "HuggingFaceTB/SmolLM2-135M", "shared/models/mini-en"]

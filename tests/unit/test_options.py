@@ -154,8 +154,10 @@ def test_has_no_effect_without_another(name):
 
 @pytest.mark.parametrize("name", sorted(EVALUATION))
 def test_a_recipe_has_no_rows_to_evaluate_on(name):
-    with pytest.raises(UserError, match=f"^{name}: a recipe has no rows"):
+    with pytest.raises(UserError, match=f"^{name}: there are no rows to evaluate on"):
         build_recipe({**RECIPE, name: True})
+    value = "steps" if name == "eval_strategy" else [] if name == "include_for_metrics" else 1
+    assert name in build_recipe({**RECIPE, name: value, "eval": {"share": 0.1}}).training
 
 
 @pytest.fixture(scope="module")

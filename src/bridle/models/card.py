@@ -100,6 +100,7 @@ def write_card(
         settings=_settings(recipe),
         made=_made(environment or {}),
         rounds=[*_rounds(metrics)],
+        best=_best(metrics),
         figures=[_figure_row(figure) for figure in _figures(results or {})],
         adapter=adapter,
         guided=any(not _is_retention(options) for options in _mapping(recipe, "regularisers").values()),
@@ -268,6 +269,12 @@ def _rounds(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple]:
                 *((of["rollouts"] or 0) - missing, missing),
                 *(fit or _number(of["r_ece"]), fit or _number(of["r_brier"])),
             )
+
+
+def _best(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Of which update the weights are, where a rule chose them."""
+    chosen = next((record for record in reversed(metrics) if "best_step" in record), None)
+    return chosen and {key: value if key == "best_step" else _number(value) for key, value in chosen.items()}
 
 
 def _figures(results: Mapping[str, Any]) -> Iterator[Figure]:

@@ -25,9 +25,10 @@ def build_trainer(recipe: Recipe, output_dir: Path, corpus: Mapping[str, Dataset
     """
     config = recipe.config(output_dir)
     check_strategy(config)
-    for regulariser in recipe.regularisers.values():
-        if regulariser.constraint is not None:
-            regulariser.constraint.load()  # a mistake shows now and not after an hour
+    used = [regulariser.constraint for regulariser in recipe.regularisers.values()]
+    for constraint in used + (recipe.eval.constraints if recipe.eval else []):
+        if constraint is not None:
+            constraint.load()  # a mistake shows now and not after an hour
     set_seed(config.seed)  # adapters are drawn at random
     return ConstrainedTrainer(
         model=load_model(recipe.model, dtype=recipe.dtype, lora=recipe.lora),
@@ -36,4 +37,5 @@ def build_trainer(recipe: Recipe, output_dir: Path, corpus: Mapping[str, Dataset
         regularisers=list(recipe.regularisers.values()),
         weights={name: domain.weight for name, domain in recipe.corpus.items()},
         processing_class=load_tokenizer(recipe.model),
+        eval_options=recipe.eval,
     )

@@ -228,6 +228,55 @@ class ParallelOptions:
 
 
 @dataclass
+class BestOptions:
+    """Which checkpoint is the best: of those whose violation rate is low enough, that of least `eval_loss`.
+
+    Attributes:
+        violation: the highest violation rate, under each of the constraints, that the best may have.
+        patience: evaluations in a row without a better one after which training stops, once one was allowed; None
+            trains to the end.
+
+    Raises:
+        UserError: a value of the wrong kind; the message begins with the field.
+    """
+
+    violation: Probability
+    patience: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass
+class EvalOptions:
+    """What the policy is measured on at the end of each round.
+
+    Attributes:
+        share: of the rows of each domain, held out of training.
+        corpus: held-out rows by domain, sources or rows as the trainer's corpus; these domains give no share.
+        constraints: judge the completions; those of the regularisers if none is given.
+        prompts: what is completed; None for the beginnings of the held-out rows of domains with a constraint.
+        completions: how many, one a prompt.
+        best: which checkpoint the model is taken from in the end; None takes the last.
+
+    Raises:
+        UserError: a value of the wrong kind, or nothing is held out; the message begins with the field.
+    """
+
+    share: Probability = 0.0
+    corpus: dict[str, Any] = field(default_factory=dict)
+    constraints: list[Constraint] = field(default_factory=list)
+    prompts: DataSource | None = None
+    completions: PositiveInt = 256
+    best: BestOptions | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.share and not self.corpus:
+            raise UserError("share: nothing is held out; set a share of the rows, or name other rows in corpus")
+
+
+@dataclass
 class ConstrainedConfig(SFTConfig):
     """Configuration of a `ConstrainedTrainer`: TRL's `SFTConfig` and the fields below.
 

@@ -42,6 +42,7 @@ from bridle.training.config import (
     ALL,
     AuxiliaryOptions,
     ConstrainedConfig,
+    EvalOptions,
     ParallelOptions,
     Regulariser,
     default_name,
@@ -65,6 +66,7 @@ class Recipe:
         training: fields of `ConstrainedConfig` that the recipe sets; `hub_token` as a `SecretStr`.
         dtype: of the weights.
         lora: low-rank adapters; None for full tuning.
+        eval: what the policy is measured on at the end of each round.
         evaluation: how `bridle compare` measures, as a mapping; read by `comparison.plan`.
         methods: options of compared methods by name, as a mapping; read by `comparison.methods`.
         resolved: the recipe as a mapping, overrides included, with its variables by name: what is saved beside the
@@ -79,6 +81,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     lora: LoraOptions | None = None
+    eval: EvalOptions | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -130,13 +133,13 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     resolved, (mapping, variables) = dict(mapping), expanded(mapping)
     if isinstance(resolved.get("hub_token"), str):
         resolved["hub_token"] = SecretStr(resolved["hub_token"])
-    own = {"model", "dtype", "lora", "corpus", "constraints", "regularisers", "evaluation", "methods"}
+    own = {"model", "dtype", "lora", "corpus", "constraints", "regularisers", "eval", "evaluation", "methods"}
     trained = {f.name for f in fields(ConstrainedConfig) if f.init} - NOT_IN_RECIPES
     check_keys(mapping, own | trained, "")
     for key in ("model", "corpus"):
         if not mapping.get(key):
             raise UserError(f"{key}: is missing; a recipe needs it")
-    corpus = {name: _domain(name, options) for name, options in as_named(mapping["corpus"], "corpus").items()}
+    corpus = {name: _domain(name, options, "corpus") for name, options in as_named(mapping["corpus"], "corpus").items()}
     specs = as_named(mapping.get("constraints"), "constraints")
     constraints = {name: _constraint(name, spec, variables) for name, spec in specs.items()}
     return Recipe(
@@ -147,9 +150,10 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
             name: _regulariser(name, as_mapping(options, f"regularisers.{name}"), corpus, constraints)
             for name, options in as_named(mapping.get("regularisers"), "regularisers").items()
         },
-        training=_training({key: mapping[key] for key in mapping.keys() & trained}),
+        training=_training({key: mapping[key] for key in mapping.keys() & trained}, bool(mapping.get("eval"))),
         dtype=validated(str, mapping.get("dtype", "float32"), "dtype"),
         lora=build(LoraOptions, mapping["lora"], "lora") if mapping.get("lora") else None,
+        eval=_eval(mapping, corpus, constraints) if mapping.get("eval") else None,
         evaluation=dict(as_mapping(mapping.get("evaluation"), "evaluation")),
         methods=dict(as_mapping(mapping.get("methods"), "methods")),
         resolved=resolved,
@@ -191,8 +195,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def _domain(name: str, options: Any) -> Domain:
-    where = f"corpus.{name}"
+def _domain(name: str, options: Any, section: str) -> Domain:
+    where = f"{section}.{name}"
     check_file_name(name, where)
     domain: Domain = build(Domain, {**as_mapping(options, where), "name": name}, where)
     return domain
@@ -242,11 +246,31 @@ def _regulariser(
     return regulariser
 
 
-def _training(options: dict[str, Any]) -> dict[str, Any]:
+def _eval(
+    mapping: Mapping[str, Any], corpus: Mapping[str, Domain], constraints: Mapping[str, Constraint]
+) -> EvalOptions:
+    options = dict(as_mapping(mapping["eval"], "eval"))
+    held_out = as_named(options.get("corpus"), "eval.corpus")
+    for name in held_out:
+        known_name(name, corpus, f"eval.corpus.{name}", "domain")
+    names = validated(list[str], options.get("constraints") or [], "eval.constraints")
+    if not mapping.get("regularisers"):  # plain fine-tuning is judged by all
+        names = names or list(constraints)
+    for name in names:
+        known_name(name, constraints, "eval.constraints", "constraint")
+    given = {
+        "corpus": {name: _domain(name, rows, "eval.corpus") for name, rows in held_out.items()},
+        "constraints": [constraints[name] for name in names],
+    }
+    found: EvalOptions = build(EvalOptions, options | given, "eval")
+    return found
+
+
+def _training(options: dict[str, Any], is_evaluated: bool) -> dict[str, Any]:
     for key, cls in (("auxiliary", AuxiliaryOptions), ("parallel", ParallelOptions)):
         if key in options:
             options = {**options, key: build(cls, options[key], key)}
-    for key in options.keys() & EVALUATION:
-        raise UserError(f"{key}: a recipe has no rows that are evaluated on in training; leave it out")
+    for key in () if is_evaluated else options.keys() & EVALUATION:
+        raise UserError(f"{key}: there are no rows to evaluate on; hold some out in the section eval, or leave it out")
     hints = get_type_hints(ConstrainedConfig, include_extras=True) | {"hub_token": SecretStr | None}
     return {key: validated(hints[key], value, key) for key, value in options.items()}

@@ -71,6 +71,8 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         if logs and "round" in logs:
             self._progress.write(round_line(logs, args.rounds))
+        elif logs and ("eval_loss" in logs or "eval_completions" in logs):
+            self._progress.write(evaluation_line(logs))
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
         self._progress.close()
@@ -124,6 +126,18 @@ def scalars(record: Any, key: str = "") -> dict[str, int | float]:
         parts = (scalars(value, f"{key}/{name}" if key else name) for name, value in record.items())
         return {name: value for part in parts for name, value in part.items()}
     return {key: +record} if isinstance(record, int | float) and math.isfinite(record) else {}  # +True is 1
+
+
+def evaluation_line(record: dict[str, Any]) -> str:
+    """One line that says what an evaluation on held-out rows measured."""
+    parts = [f"held out: loss {record['eval_loss']:.3f}"] if "eval_loss" in record else ["held out:"]
+    for key, value in record.items():
+        what, _, name = key.partition("/")
+        if what == "eval_violation" and name:
+            low, high = record[f"eval_violation_low/{name}"], record[f"eval_violation_high/{name}"]
+            n = record["eval_completions"] - record[f"eval_missing/{name}"]
+            parts.append(f"{name} violated {value:.3f} [{low:.3f}, {high:.3f}] of {n}")
+    return "  ".join(parts)
 
 
 def _step(line: str, place: str) -> int:

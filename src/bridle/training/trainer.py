@@ -37,9 +37,9 @@ from bridle.models.loading import check_model, context_length, load_model, load_
 from bridle.ranks import gathered, rank, world
 from bridle.settings import check_file_name
 from bridle.training.batches import PREFIXES, DomainCollator, Mask, Prefixes, append_rollouts, flat_positions
-from bridle.training.config import ConstrainedConfig, Regulariser, Regularisers, named
+from bridle.training.config import ConstrainedConfig, EvalOptions, Regulariser, Regularisers, named
+from bridle.training.evaluating import EvaluatedTrainer, hold_out, with_domain
 from bridle.training.guards import EntropyGuard, FiniteGuard, InterruptionGuard
-from bridle.training.lasting import LastingTrainer
 from bridle.training.options import check_optimiser, in_one_line
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.reporting import log_scalars_to_trackers
@@ -59,7 +59,7 @@ NOT_TAKEN = {
 SCHEDULES = {"sequential": SequentialSchedule, "parallel": ParallelSchedule}
 
 
-class ConstrainedTrainer(PushesModel, LastingTrainer):
+class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
     """Fine-tunes a causal language model on a corpus of domains, each held to its policy.
 
     Args:
@@ -72,6 +72,7 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
             learnt as in plain fine-tuning.
         weights: mixing weights of the domains; equal where not given.
         processing_class: the tokenizer.
+        eval_options: what the policy is measured on at the end of each round, and which checkpoint is the best.
         kwargs: passed to `SFTTrainer`.
 
     Raises:
@@ -89,6 +90,7 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         regularisers: Regularisers,
         weights: Mapping[str, float] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        eval_options: EvalOptions | None = None,
         **kwargs: Any,
     ):
         corpus = _by_domain(corpus)
@@ -107,11 +109,14 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         _check_room(model, args, by_name.values())
         for name in kwargs.keys() & NOT_TAKEN:
             raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
+        corpus, held_out = hold_out(corpus, eval_options)
+        if held_out:
+            kwargs["eval_dataset"] = held_out
         if kwargs.get("eval_dataset") is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise UserError("eval_strategy: there are no rows to evaluate on; give the trainer an eval_dataset")
         check_optimiser(args, model)
         self.domains = list(corpus)
-        self._corpus, self._weights = corpus, weights or dict.fromkeys(corpus, 1.0)
+        self._corpus, self._held_out, self._weights = corpus, held_out, weights or dict.fromkeys(corpus, 1.0)
         with in_one_line():
             super().__init__(
                 model=model, args=args, train_dataset=_sample(corpus, args), processing_class=tokenizer, **kwargs
@@ -137,6 +142,12 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         ]
         if any(regulariser.options.weight > 0 for regulariser in self.regularisers):
             self._disable_dropout()
+        if eval_options is not None:
+            self.eval_options = eval_options
+            judges = [regulariser for regulariser in self.regularisers if not regulariser.options.is_retention]
+            judged = [name for name in held_out if any(name in regulariser.corpus for regulariser in judges)]
+            constraints = {regulariser.constraint.name: regulariser.constraint for regulariser in judges}
+            self.evaluate_on(self.eval_dataset, self._weights, judged, list(constraints.values()))
         self.tally = Tally()
         self._coming: list[Prefixes] = []  # the micro-batches of an update that has not begun
         self._rollouts: deque[Riders] = deque()  # of its micro-batches that have not been taken
@@ -333,10 +344,14 @@ class ConstrainedTrainer(PushesModel, LastingTrainer):
         dataset_name: str,
     ) -> Dataset:
         """The mixture, where TRL would prepare its rows for training: with the tokenizer and template of `args`."""
+        if dataset is self._held_out.get(dataset_name):
+            rows = _tokenised(dataset_name, dataset, processing_class, args, formatting_func, packing)
+            return with_domain(rows, self.domains.index(dataset_name))
         if dataset_name != "train":
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         self.tokenised = {
-            name: _tokenised(name, rows, processing_class, args, formatting_func) for name, rows in self._corpus.items()
+            name: _tokenised(name, rows, processing_class, args, formatting_func, packing)
+            for name, rows in self._corpus.items()
         }
         return mix(self.tokenised, self._weights, args.seed)
 
@@ -403,6 +418,7 @@ def _tokenised(
     tokenizer: PreTrainedTokenizerBase,
     args: ConstrainedConfig,
     formatting_func: Callable[[dict[str, Any]], str] | None,
+    packing: bool,
 ) -> Dataset:
     """Rows of one domain as `input_ids` and `labels`. Packed on its own, so that no row belongs to two."""
     if "input_ids" in rows.column_names:
@@ -417,7 +433,7 @@ def _tokenised(
         assistant_only=args.assistant_only_loss,
         completion_only=args.completion_only_loss,
         keep_end=args.truncation_mode == "keep_end",
-        packing=args.packing,
+        packing=packing,
         shuffle=args.seed if args.shuffle_dataset else None,
     )
 

@@ -80,6 +80,7 @@ class SequentialSchedule(TrainerCallback):
         if finished or self._round_of(state.global_step, state) > self.round:
             self._end_round()
             control.should_save = args.save_strategy != "no"
+            control.should_evaluate |= self.trainer.eval_options is not None
         return control
 
     def _round_of(self, step: int, state: TrainerState) -> int:

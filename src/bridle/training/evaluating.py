@@ -1,0 +1,279 @@
+"""Held-out evaluation during training: losses, violation rates, and which checkpoint is the best by both.
+
+At the end of each round, and where `eval_strategy` says so, the policy is measured on rows that it does not learn from:
+the cross-entropy of each domain, as `transformers` does with a dictionary of data sets, and the share of its
+completions of held-out prompts that violate. None of this draws from the training's random numbers.
+"""
+
+import math
+import random
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.stats import binomtest
+
+from bridle.constraints import Constraint, Given
+from bridle.data import DOMAIN, DataSource, Prompt, decode_parts, prompts_from_domain, read_prompts
+from bridle.errors import UserError
+from bridle.models.loading import context_length, end_token_ids
+from bridle.models.sampling import sample
+from bridle.ranks import joined, share
+from bridle.training.config import BestOptions, EvalOptions
+from bridle.training.guards import tell
+from bridle.training.lasting import LastingTrainer
+
+Record = Mapping[str, Any]
+
+
+def hold_out(
+    corpus: Mapping[str, Dataset], options: EvalOptions | None
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """The rows of each domain that are trained on, and those that are held out.
+
+    A share is the same rows whatever the run's seed.
+
+    Raises:
+        UserError: a domain that is not in the corpus, or too small a one to be shared.
+    """
+    trained, held_out = dict(corpus), dict[str, Dataset]()
+    if options is None:
+        return trained, held_out
+    for name, rows in options.corpus.items():
+        if name not in corpus:
+            raise UserError(f"eval.corpus.{name}: no such domain; the corpus has {', '.join(corpus)}")
+        held_out[name] = rows.read() if isinstance(rows, DataSource) else rows
+    for name, rows in corpus.items():
+        if options.share and name not in held_out:
+            count = math.ceil(options.share * len(rows))
+            if count == len(rows):
+                raise UserError(f"eval.share: leaves domain {name} with its {len(rows)} rows none to train on")
+            order = np.random.default_rng(0).permutation(len(rows))
+            trained[name], held_out[name] = (rows.select(np.sort(part)) for part in (order[count:], order[:count]))
+    return trained, held_out
+
+
+class EvaluatedTrainer(LastingTrainer):
+    """A trainer that may measure its policy on held-out rows and prompts.
+
+    Attributes:
+        eval_options: what is measured; None for nothing beyond what `transformers` does.
+        eval_weights: by domain the share of its loss in `eval_loss`.
+        eval_prompts: what is completed.
+        eval_constraints: each judges the same completions.
+    """
+
+    eval_options: EvalOptions | None = None
+    eval_weights: Mapping[str, float]
+    eval_prompts: Sequence[Prompt] = ()
+    eval_constraints: Sequence[Constraint] = ()
+
+    def evaluate_on(
+        self, held_out: Mapping[str, Dataset], weights: Mapping[str, float], judged: Sequence[str], constraints: Any
+    ) -> None:
+        """Prepares evaluation.
+
+        Args:
+            held_out: tokenised rows by domain.
+            weights: the domains' mixing weights.
+            judged: the domains whose rows give the prompts.
+            constraints: judge where `eval_options` names none.
+
+        Raises:
+            UserError: a rule without a constraint or without a prompt to judge by.
+        """
+        options = self.eval_options
+        assert options is not None
+        self.eval_weights = {name: weights[name] for name in held_out}
+        self.eval_constraints = options.constraints or constraints
+        if self.eval_constraints:
+            self.eval_prompts = self._held_out_prompts(options, {name: held_out[name] for name in judged} or held_out)
+        if options.best is not None and not self.eval_prompts:
+            raise UserError("eval.best: goes by a violation rate; name eval.constraints that can be asked")
+        if options.best is not None and self.args.load_best_model_at_end:
+            raise UserError("load_best_model_at_end: eval.best says which model is the best; leave one of them out")
+
+    def _held_out_prompts(self, options: EvalOptions, rows: Mapping[str, Dataset]) -> list[Prompt]:
+        """Different prompts: those of a file, or the beginnings of held-out rows, of the domains in turn."""
+        context = context_length(self.model)
+        longest = context - self.args.max_new_tokens if context else None
+        if options.prompts is not None:
+            return read_prompts(options.prompts, self._tokenizer, longest)[: options.completions]
+        found: list[Prompt] = []
+        for domain in rows.values():
+            found += prompts_from_domain(
+                domain,
+                min(-(-options.completions // len(rows)), len(domain)),
+                prompt_tokens=self.args.prompt_tokens,
+                seed=self._eval_seed("prompts"),
+                tokenizer=self._tokenizer,
+                end_tokens=self._end_token_ids,
+                max_prompt_tokens=longest,
+            )
+        return list({tuple(prompt.ids): prompt for prompt in found}.values())
+
+    @property
+    def _end_token_ids(self) -> list[int]:
+        return end_token_ids(self.model, self._tokenizer)
+
+    def _eval_seed(self, purpose: str) -> int:
+        """The same in each round, so that rounds differ by their policies alone."""
+        return zlib.crc32(f"{self.args.seed}/eval {purpose}".encode())
+
+    # ------------------------------------------------------------------ measuring
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates, as `SFTTrainer` does; on the held-out rows of all domains with `eval_loss` and violation rates."""
+        training = self.model.training
+        with _undisturbed(self.model.device):
+            metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+            if eval_dataset is None and self.eval_options is not None:
+                record = {**self._mean_loss(metrics), **self._violations()}
+                self.log_apart(record)
+                metrics |= record
+        self.model.train(training)
+        return metrics
+
+    def _mean_loss(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Of the domains, by their weights in the mixture."""
+        total = sum(self.eval_weights.values())
+        losses = [weight * metrics[f"eval_{name}_loss"] for name, weight in self.eval_weights.items()]
+        return {"eval_loss": sum(losses) / total} if losses else {}
+
+    def _violations(self) -> dict[str, Any]:
+        """By constraint the share of completions that violate, with its 95% Wilson interval; and the worst of them.
+
+        A constraint that scored nothing has no rate, and then there is no worst.
+        """
+        if not self.eval_prompts:
+            return {}
+        drawn = self._complete([prompt.ids for prompt in self.eval_prompts])
+        outputs = [self._output(*both) for both in zip(self.eval_prompts, drawn, strict=True)]
+        mine = share(outputs)
+        asked, said = [prompt for prompt, _ in mine], [completion for _, completion in mine]
+        record: dict[str, Any] = {"eval_completions": len(outputs)}
+        rates = []
+        for constraint in self.eval_constraints:
+            scores = joined(constraint.score(asked, said), len(outputs))
+            verdicts = [not score.complies for score in scores if score.complies is not None]
+            record[f"eval_missing/{constraint.name}"] = len(outputs) - len(verdicts)
+            if verdicts:
+                low, high = binomtest(sum(verdicts), len(verdicts)).proportion_ci(method="wilson")
+                rates.append(sum(verdicts) / len(verdicts))
+                record[f"eval_violation/{constraint.name}"] = rates[-1]
+                record |= {f"eval_violation_low/{constraint.name}": low, f"eval_violation_high/{constraint.name}": high}
+        return record | ({"eval_violation": max(rates)} if len(rates) == len(self.eval_constraints) else {})
+
+    def _output(self, prompt: Prompt, completion: list[int]) -> tuple[Given, str]:
+        """Prompt and completion as constraints read them."""
+        text, said = decode_parts(prompt.ids, completion, self._tokenizer)
+        return prompt.messages or text, said
+
+    def _complete(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        return sample(
+            self.model,
+            prompts,
+            max_new_tokens=self.args.max_new_tokens,
+            pad_token_id=self._tokenizer.pad_token_id,
+            end_token_ids=self._end_token_ids,
+            batch_size=self.args.rollout_batch_size,
+            seed=self._eval_seed("sampling"),
+            dtype=self.args.autocast_dtype,
+            description="evaluating",
+            share=True,
+        )
+
+    # ------------------------------------------------------------------ the best checkpoint
+
+    @property
+    def _rule(self) -> BestOptions | None:
+        return self.eval_options.best if self.eval_options else None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Has a checkpoint of the best policy so far written, and stops a run that has found no better for long."""
+        if self._rule is None:
+            return super()._determine_best_metric(metrics, trial)
+        best = best_evaluation(self.state.log_history, self._rule)
+        is_new = False
+        if best is not None and best["step"] == self.state.global_step:
+            is_new = True
+            self.state.best_global_step, self.state.best_metric = best["step"], best["eval_loss"]
+            self.state.best_model_checkpoint = str(self._checkpoint(best))
+        self.control.should_training_stop |= self._has_waited()
+        self.control.should_save |= is_new or self.control.should_training_stop
+        return is_new
+
+    def _checkpoint(self, evaluation: Record) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{evaluation['step']}"
+
+    def _has_waited(self) -> bool:
+        return self._rule is not None and has_waited(self.state.log_history, self._rule)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """A run that is resumed where it had stopped early takes no further step."""
+        if self._has_waited():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, and goes back to the best checkpoint where `eval_options` has a rule for it. Raises as before."""
+        output = super().train(*args, **kwargs)
+        if self._rule is not None:
+            self._go_to_best(self._rule)
+        return output
+
+    def _go_to_best(self, rule: BestOptions) -> None:
+        best = best_evaluation(self.state.log_history, rule)
+        if best is None:
+            warning = f"eval.best: no violation rate was {rule.violation} or less, so the last model is kept"
+            tell(warning)
+            self.log_apart({"warnings": [warning]})
+            return
+        self.state.best_model_checkpoint = str(self._checkpoint(best))
+        self._load_best_model()
+        named = {"best_step": "step", "best_loss": "eval_loss", "best_violation": "eval_violation"}
+        self.log_apart({key: best[of] for key, of in named.items()} | {"best_bound": rule.violation})
+
+
+def best_evaluation(log: Sequence[Record], rule: BestOptions) -> Record | None:
+    """The evaluation of least loss among those whose violation rate is at or below the bound; the first of equal ones.
+
+    Args:
+        log: all records of a run.
+        rule: has the bound.
+    """
+    allowed = [one for one in _evaluations(log) if one.get("eval_violation", math.inf) <= rule.violation]
+    return min(allowed, key=lambda one: one["eval_loss"], default=None)
+
+
+def has_waited(log: Sequence[Record], rule: BestOptions) -> bool:
+    """Whether `patience` evaluations in a row brought no better one, once one was at or below the bound."""
+    best, evaluations = best_evaluation(log, rule), _evaluations(log)
+    if best is None or rule.patience is None:
+        return False
+    return sum(one["step"] > best["step"] for one in evaluations) >= rule.patience
+
+
+def _evaluations(log: Sequence[Record]) -> list[Record]:
+    return [one for one in log if math.isfinite(one.get("eval_loss", math.nan))]
+
+
+def with_domain(rows: Dataset, index: int) -> Dataset:
+    """Tokenised rows as a batch of the corpus has them, [rows] with the column `domain`."""
+    return rows.add_column(DOMAIN, np.full(len(rows), index))
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Leaves all random number generators as they were: a data loader draws from torch's, a constraint may from any."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

@@ -1,0 +1,170 @@
+"""Evaluation on held-out rows while a run goes on: what it measures, that it disturbs nothing, the best checkpoint."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from bridle.errors import UserError
+from bridle.training.config import BestOptions, EvalOptions, Regulariser
+from bridle.training.evaluating import best_evaluation, has_waited, hold_out
+from conftest import SENTENCES
+from trainers import NO_E, corpus, logged, trainer_of, weights
+
+HELD_OUT = {"plain": Dataset.from_dict({"text": SENTENCES[:6]}), "rude": Dataset.from_dict({"text": SENTENCES[2:]})}
+
+
+ALIEN = {"rude": Dataset.from_dict({"text": ["ZZ9 qqq 7#7#7 XX", "%% JJJ 0x0x0x", "QWVX 123123 @@@", "{}{}{} KKK"]})}
+"""What a model says ever less likely as it learns the corpus."""
+
+
+class Restless(type(NO_E)):
+    """Draws from every generator of random numbers at each score."""
+
+    def _score(self, texts):
+        torch.rand(1), random.random(), np.random.rand()
+        return super()._score(texts)
+
+
+@pytest.fixture
+def trained(tiny_folder, tmp_path):
+    folder = tiny_folder("gpt2", resid_pdrop=0.2)  # dropout draws from torch's generator
+
+    def train(name, resume=None, **options):
+        trainer = trainer_of(
+            folder, tmp_path / name, {"rude": Regulariser(NO_E)}, **{"save_strategy": "steps", **options}
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return train
+
+
+def evaluations(trainer):
+    return [record for record in trainer.state.log_history if "eval_violation" in record]
+
+
+def test_each_round_is_measured_and_training_is_not_disturbed(trained):
+    plain = trained("plain", max_steps=6, rounds=3)
+    measured = trained(
+        "measured",
+        max_steps=6,
+        rounds=3,
+        eval_options=EvalOptions(corpus=HELD_OUT, constraints=[NO_E, Restless(["unused"], name="restless")]),
+    )
+    assert [record["step"] for record in evaluations(measured)] == [2, 4, 6]
+    for record in evaluations(measured):
+        assert record["eval_violation/no e"] == record["eval_violation/restless"] == record["eval_violation"]
+        assert record["eval_violation_low/no e"] <= record["eval_violation"] <= record["eval_violation_high/no e"]
+        assert record["eval_missing/no e"] == 0
+        assert 1 < record["eval_completions"] <= len(HELD_OUT["rude"]), "prompts of the regularised domain, each once"
+    losses = [logged(measured, f"eval_{name}_loss") for name in ("plain", "rude")]
+    assert logged(measured, "eval_loss") == pytest.approx([sum(pair) / 2 for pair in zip(*losses, strict=True)])
+    assert "eval_loss" not in {key for record in plain.state.log_history for key in record}
+    assert all(map(torch.equal, weights(plain).values(), weights(measured).values()))
+    trained_on = ("loss", "ce", "kl/rude", "entropy", "mean_token_accuracy", "num_tokens")
+    assert all(logged(plain, key) == logged(measured, key) for key in trained_on)
+
+
+def test_the_best_checkpoint_is_kept_and_a_resumed_run_finds_the_same(trained, tmp_path):
+    def options(bound, patience=None):
+        best = BestOptions(bound, patience)
+        return {
+            "max_steps": 8,
+            "rounds": 4,
+            "learning_rate": 0.05,
+            "keep_last": 1,
+            "eval_options": EvalOptions(corpus=ALIEN, best=best),
+        }
+
+    every = trained("every", **options(1.0) | {"keep_last": None})
+    losses = logged(every, "eval_loss")
+    best = losses.index(min(losses))
+    assert best < 3, "the last is not the best here"
+    (told,) = [record for record in every.state.log_history if "best_step" in record]
+    assert told["best_step"] == 2 * (best + 1)
+    assert told["best_loss"] == min(losses)
+    kept = load_file(tmp_path / "every" / f"checkpoint-{told['best_step']}" / "model.safetensors")
+    assert all(torch.equal(weight, kept[name]) for name, weight in weights(every).items() if name in kept)
+
+    rates = logged(every, "eval_violation")
+    allowed = [i for i, rate in enumerate(rates) if rate <= min(rates)]
+    strict = trained("strict", **options(min(rates)))
+    assert logged(strict, "best_step") == [2 * (min(allowed, key=losses.__getitem__) + 1)]
+    assert logged(strict, "eval_loss") == losses, "the rule chooses and does not train"
+
+    none = trained("none", **options(0.0) if min(rates) else options(0.0) | {"max_steps": 4})
+    if min(rates):
+        assert not logged(none, "best_step")
+        assert "no violation rate was 0.0 or less" in logged(none, "warnings")[-1][0]
+
+    early = trained("early", **options(1.0, patience=1))
+    steps = [record["step"] for record in evaluations(early)]
+    assert steps[-1] == 2 * (next(i for i in range(1, 4) if losses[i] >= min(losses[:i])) + 1) < 8
+    assert early.state.global_step == steps[-1]
+
+    again = trained("early", resume=str(tmp_path / "early" / f"checkpoint-{steps[-1]}"), **options(1.0, patience=1))
+    assert again.state.global_step == steps[-1], "it takes no further step"
+    assert all(map(torch.equal, weights(early).values(), weights(again).values()))
+
+    whole = trained("whole", **options(1.0) | {"keep_last": None})
+    resumed = trained("whole", resume=str(tmp_path / "whole" / "checkpoint-4"), **options(1.0))
+    assert logged(whole, "eval_loss") == logged(resumed, "eval_loss") == losses
+    assert all(map(torch.equal, weights(whole).values(), weights(resumed).values()))
+
+
+def test_the_rule_names_both():
+    log = [
+        {"step": 1, "eval_loss": 1.0, "eval_violation": 0.5},
+        {"step": 2, "eval_loss": 3.0, "eval_violation": 0.05},
+        {"step": 3, "eval_loss": 2.0, "eval_violation": 0.01},
+        {"step": 4, "eval_loss": 1.5},  # nothing was scored
+        {"step": 5, "eval_loss": math.nan, "eval_violation": 0.0},
+        {"step": 5, "loss": 0.1},
+        {"step": 6, "eval_loss": 2.0, "eval_violation": 0.02},
+    ]
+    assert best_evaluation(log, BestOptions(0.05))["step"] == 3
+    assert best_evaluation(log, BestOptions(0.6))["step"] == 1
+    assert best_evaluation(log, BestOptions(0.001)) is None
+    assert has_waited(log, BestOptions(0.05, patience=2))
+    assert not has_waited(log, BestOptions(0.05, patience=3))
+    assert not has_waited(log, BestOptions(0.05))
+    assert not has_waited(log, BestOptions(0.001, patience=1)), "patience begins with the first that is allowed"
+
+
+def test_a_share_is_held_out_of_each_domain_that_has_no_other_rows():
+    rows = corpus()
+    trained, held_out = hold_out(rows, EvalOptions(share=0.1, corpus={"plain": HELD_OUT["plain"]}))
+    assert trained["plain"] is rows["plain"]
+    assert held_out["plain"] is HELD_OUT["plain"]
+    assert len(held_out["rude"]) == 4
+    assert sorted([*trained["rude"]["text"], *held_out["rude"]["text"]]) == sorted(rows["rude"]["text"])
+    with pytest.raises(UserError, match=r"eval\.share: leaves domain plain with its 32 rows none to train on"):
+        hold_out(rows, EvalOptions(share=1.0))
+    with pytest.raises(UserError, match="share: nothing is held out"):
+        EvalOptions()
+
+
+def test_a_recipe_with_the_section(bridle, recipe, tmp_path):
+    path = recipe(
+        constraints={"no e": {"type": "regex", "pattern": "e"}, "no a": {"type": "regex", "pattern": "a"}},
+        eval={"share": 0.2, "constraints": ["no a"], "completions": 8, "best": {"violation": 1.0}},
+    )
+    code, _, err = bridle("train", path, "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [record for record in records if "eval_violation" in record]
+    assert len(found) == 2
+    assert all(record["eval_violation"] == record["eval_violation/no a"] for record in found)
+    (best,) = [record for record in records if "best_step" in record]
+    kept = load_file(tmp_path / "run" / f"checkpoint-{best['best_step']}" / "model.safetensors")
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in kept.items())
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"after update {best['best_step']}" in card
+    assert "no a violated" in err
