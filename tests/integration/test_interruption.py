@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM end a run with what it has done kept, and say how it goes on."""
 
+import json
 import os
 import shlex
 import signal
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import bridle.training.regulariser as regulariser
+from bridle.comparison.compare import Comparison
 from bridle.interruption import Interrupted, catching_signals
 from bridle.training.recipe import load_recipe
 from bridle.training.run import train
@@ -74,6 +76,20 @@ def test_a_second_signal_stops_at_once(recipe, tmp_path, signalled):
     signalled(regulariser.DomainRegulariser, "target", 3, signals=2)
     folder = tmp_path / "run"
     assert interrupted(recipe(max_steps=8, save_strategy="no"), folder) == f"{folder} holds no checkpoint yet"
+
+
+def test_a_comparison_is_no_failed_method_and_goes_on(recipe, corpus_files, tmp_path, signalled):
+    prompts = {"rude": {"path": str(corpus_files["rude"]), "rows": "0:2", "prompt_tokens": 2}}
+    path = recipe(max_steps=4, evaluation={"prompts": prompts})
+    compare = {"recipe": load_recipe(path), "folder": tmp_path / "run", "names": ["base", "constrained-adaptive"]}
+    signalled(regulariser.DomainRegulariser, "target", 1)
+    with pytest.raises(Interrupted) as caught:
+        Comparison(**compare).run()
+    assert caught.value.kept.endswith("checkpoint-1 is kept")
+    Comparison(**compare, resume=True).run()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [method["seeds"]["0"]["status"] for method in results["methods"].values()] == ["complete", "complete"]
+    assert results["settings"]["reads"] == {"no e": "completion"}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -169,7 +169,7 @@ class TestRegularisers:
         constraint.cut_texts = lambda: len(asked)
         trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(constraint)}, max_steps=1, rounds=1)
         trainer.train()
-        assert logged(trainer, "rude/rollouts_scored_in_part") == [len(asked)]
+        assert logged(trainer, "rude/truncated") == [len(asked)]
         rollouts = trainer.regularisers[0].rollouts
         assert asked == {rollout.prompt + rollout.completion for rollout in rollouts}
         assert all(rollout.complies == ("e" not in rollout.prompt + rollout.completion) for rollout in rollouts)

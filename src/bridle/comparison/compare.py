@@ -286,12 +286,13 @@ class Comparison:
             if seeds
         }
         figures = {name: over_seeds([self._figures(name, seed) for seed in measured[name]]) for name in observed}
+        reads = {name: constraint.reads for name, constraint in self.plan.constraints.items()}
         results = {
             "format": FORMAT,
             "recipe": self.title,
             "seeds": list(self.seeds),
             "main": self.plan.main,
-            "settings": self.recipe.resolved["evaluation"],
+            "settings": {**self.recipe.resolved["evaluation"], "reads": reads},
             "methods": {
                 name: {
                     "description": description(method_named(name)),

@@ -143,7 +143,7 @@ class DomainRegulariser:
                 fitted = self._fit(round_index, traces)
         self.has_begun = True
         in_part = sum(gathered(self.constraint.cut_texts() - cut_before))
-        counted = {"rollouts_scored_in_part": in_part} if in_part else {}
+        counted = {"truncated": in_part} if in_part else {}
         return {**_compliance(self.rollouts), **counted, **fitted, **{f"seconds_{k}": v for k, v in seconds.items()}}
 
     def _guided_model(self) -> AbstractContextManager[None]:
