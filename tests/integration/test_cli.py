@@ -183,7 +183,7 @@ class TestWholeRuns:
             )
         )
         assert code == 3
-        assert "entropy fell" in err.splitlines()[-1]
+        assert "the entropy of the policy's samples for rude fell from" in err.splitlines()[-1]
         assert list((tmp_path / "run").glob("checkpoint-*"))
 
 

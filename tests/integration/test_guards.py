@@ -126,15 +126,25 @@ class TestSkippedUpdates:
         assert [r["skipped_in_a_row"] for r in records(tmp_path) if "skipped_in_a_row" in r] == [1, 2, 3]
 
 
-def test_a_resumed_run_knows_its_first_entropy(tiny_folder, tmp_path):
-    whole = make(tiny_folder, tmp_path, save_strategy="steps", save_steps=4, entropy_floor=0.0)
+def test_the_entropy_of_its_own_samples_stops_a_run_also_a_resumed_one(tiny_folder, tmp_path):
+    options = {"rounds": 4, "max_steps": 8, "save_strategy": "steps", "learning_rate": 0.05}
+    whole = make(tiny_folder, tmp_path, **options, entropy_floor=0.0)
     whole.train()
-    entropy = logged(whole, "entropy")
-    since_the_start, since_the_resume = min(entropy[4:]) / entropy[0], min(entropy[4:]) / entropy[4]
+    entropy = logged(whole, "rude/entropy_sampled")
+    drawn = [p for rollout in whole.regularisers[0].rollouts for p in rollout.log_probs]
+    assert entropy[-1] == pytest.approx(-sum(drawn) / len(drawn))
+    assert math.log(len(whole.processing_class)) > entropy[0] > entropy[2] > 0
+    since_the_start, since_the_resume = min(entropy[2:]) / entropy[0], min(entropy[2:]) / max(entropy[1:])
     assert since_the_start < since_the_resume
-    resumed = make(tiny_folder, tmp_path, entropy_floor=(since_the_start + since_the_resume) / 2)
-    with pytest.raises(RunStopped, match=f"entropy fell from {entropy[0]:.2f} "):
+    resumed = make(tiny_folder, tmp_path, **options, entropy_floor=(since_the_start + since_the_resume) / 2)
+    with pytest.raises(RunStopped, match=f"samples for rude fell from {entropy[0]:.2f} "):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_plain_fine_tuning_is_not_stopped_for_its_entropy(tiny_folder, tmp_path):
+    trainer = trainer_of(tiny_folder(), tmp_path, {}, learning_rate=0.1, max_steps=8, entropy_floor=0.99)
+    trainer.train()
+    assert min(logged(trainer, "entropy")) < 0.99 * logged(trainer, "entropy")[0]
 
 
 def test_a_broken_model_is_not_sampled_from(tiny_folder, tmp_path):

@@ -299,7 +299,8 @@ class ConstrainedConfig(SFTConfig):
         max_missing: share of rollouts without a score above which the run stops.
         max_skipped_steps: updates in a row that are skipped, their loss or gradient not being finite, before the run
             stops.
-        entropy_floor: share of the first logged entropy below which the run stops; 0 turns the guard off.
+        entropy_floor: share of the first round's entropy of the policy's samples below which the run stops; 0 turns the
+            guard off. A run without rollouts has nothing to guard.
         calibration_bound: expected calibration error of R above which a round warns; 1 turns the guard off. It is not
             judged on fewer than 20 rollouts kept back.
         empty_bound: share of rollouts that say nothing above which a round warns; 1 turns the guard off.

@@ -79,16 +79,24 @@ def _skipped_before(state: TrainerState) -> int:
 
 
 class EntropyGuard(Guard):
-    """Stops a run whose policy loses its entropy: a stale R and a strong λ drive it towards one text."""
+    """Stops a run whose policy loses its entropy: a stale R and a strong λ drive its samples towards one text."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
-        known = (record.get("entropy", math.nan) for record in state.log_history)
+    def check(self, name: str, measured: Measured) -> None:
+        """Compares a regulariser's round with the first one of the run.
+
+        Args:
+            name: the regulariser's.
+            measured: what its round measured.
+        """
+        state, floor = self.trainer.state, self.trainer.args.entropy_floor
+        known = (record.get(f"{name}/entropy_sampled", math.nan) for record in state.log_history)
         first = next(filter(math.isfinite, known), math.nan)
-        entropy = (logs or {}).get("entropy", math.nan)
-        if entropy < args.entropy_floor * first:
+        entropy = measured.get("entropy_sampled", math.nan)
+        if entropy < floor * first:
             self.stop(
-                f"the policy's entropy fell from {first:.2f} to {entropy:.2f} nats at step {state.global_step}, "
-                f"below entropy_floor {args.entropy_floor}; try a smaller regulariser weight or more rounds"
+                f"the entropy of the policy's samples for {name} fell from {first:.2f} to {entropy:.2f} nats a token "
+                f"by step {state.global_step}, below entropy_floor {floor}; try a smaller regulariser weight or more "
+                "rounds"
             )
 
 

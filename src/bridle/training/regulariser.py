@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -439,7 +440,8 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _compliance(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Compliance rate of a round's rollouts, with its 95% Wilson interval."""
+    """Compliance rate of a round's rollouts, with its 95% Wilson interval, and their entropy in nats a token."""
+    drawn = [log_prob for rollout in rollouts for log_prob in rollout.log_probs or ()]
     scored = [rollout.complies for rollout in rollouts if rollout.complies is not None]
     complying = sum(scored)
     interval = binomtest(complying, len(scored)).proportion_ci(method="wilson") if scored else (None, None)
@@ -449,6 +451,7 @@ def _compliance(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "rollouts_empty": sum(not rollout.completion.strip() for rollout in rollouts),
         "clipped": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
         "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
+        "entropy_sampled": -fmean(drawn),  # without bias: the mean of −log p of what p has drawn
         "compliance": complying / len(scored) if scored else None,
         "compliance_low": interval[0],
         "compliance_high": interval[1],

@@ -39,7 +39,7 @@ from bridle.settings import check_file_name
 from bridle.training.batches import PREFIXES, DomainCollator, Mask, Prefixes, append_rollouts, flat_positions
 from bridle.training.config import ConstrainedConfig, EvalOptions, Regulariser, Regularisers, named
 from bridle.training.evaluating import EvaluatedTrainer, hold_out, with_domain
-from bridle.training.guards import EntropyGuard, FiniteGuard, InterruptionGuard
+from bridle.training.guards import FiniteGuard, InterruptionGuard
 from bridle.training.options import check_optimiser, in_one_line
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.reporting import log_scalars_to_trackers
@@ -153,7 +153,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         self._rollouts: deque[Riders] = deque()  # of its micro-batches that have not been taken
         self._sampled: dict[int, int] = {}  # sampled tokens in the update, on all processes, by regulariser
         self.schedule = SCHEDULES[args.schedule](self)
-        for callback in (self.schedule, FiniteGuard(self), EntropyGuard(self), InterruptionGuard()):
+        for callback in (self.schedule, FiniteGuard(self), InterruptionGuard()):
             self.add_callback(callback)
 
     # ------------------------------------------------------------------ the update

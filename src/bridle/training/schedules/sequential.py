@@ -18,7 +18,7 @@ from bridle.errors import UserError
 from bridle.interruption import at_once
 from bridle.ranks import is_main, rank
 from bridle.reading import read_json
-from bridle.training.guards import round_warnings, tell, unreached_warnings
+from bridle.training.guards import EntropyGuard, round_warnings, tell, unreached_warnings
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.schedules.shipping import make_targets, upcoming
 from bridle.training.state import RegulariserState
@@ -136,6 +136,7 @@ class SequentialSchedule(TrainerCallback):
         self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
         log, config = self.trainer.state.log_history, self.trainer.args
         self._warn(round_warnings(regulariser.name, index, measured, log, config))
+        EntropyGuard(self.trainer).check(regulariser.name, measured)
 
     def _warn(self, warnings: list[str]) -> None:
         for warning in warnings:
