@@ -74,7 +74,7 @@ def config(folder, **options):
         "rounds": 2,
         "rollouts_per_round": 32,
         "max_new_tokens": 8,
-        "prompt_tokens": (1, 3),
+        "prompt_tokens": (0, None),  # from any depth, so that the KL leaves no prefix out
         "clipped_bound": 1.0,  # a random model ends hardly any text
         "auxiliary": AuxiliaryOptions(epochs=2, batch_size=8),
     }
