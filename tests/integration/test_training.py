@@ -8,13 +8,14 @@ import pytest
 import torch
 from accelerate.utils import has_compiled_regions
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from bridle.data import read_rollouts
 from bridle.environment import write_json
 from bridle.errors import RunStopped, UserError
 from bridle.models.auxiliary import AuxiliaryModel
+from bridle.models.guidance import guided
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
 from bridle.ranks import gathered
 from bridle.training import regulariser
@@ -308,6 +309,24 @@ class TestRegularisers:
         with waits:
             bool(torch.ones(3)[torch.ones(3) > 0].sum() > 0)
         assert len(waits.found) == 2, "the test must be able to see them"
+
+    @pytest.mark.parametrize("lora", [None, LoraOptions(r=2)])
+    def test_an_r_that_guides_another_model_than_its_own_warns(self, tiny_folder, tmp_path, caplog, lora):
+        folder = tiny_folder()
+        trainer = trainer_of(folder, tmp_path, {"rude": Regulariser(NO_E)}, lora=lora, max_steps=2, rounds=1)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "model"))
+        torch.manual_seed(1)
+        other = AutoModelForCausalLM.from_config(trainer.model.config)
+        for model, warns in (
+            (load_model(str(tmp_path / "model")), False),
+            (load_model(str(tmp_path / "model"), dtype="bfloat16"), False),
+            (other, True),
+            *([] if lora else [(load_model(str(folder)), False)]),  # R was fitted on it
+        ):
+            caplog.clear()
+            with guided(model, str(tmp_path / "auxiliary")):
+                assert ("R was fitted on another model" in caplog.text) == warns
 
     def test_packing_keeps_each_row_in_one_domain(self, tiny_folder, tmp_path):
         trainer = trainer_of(

@@ -6,6 +6,7 @@ has a body of its own ("a separate network"), which then reads tokens instead of
 
 import os
 from copy import deepcopy
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
 from bridle.models.loading import reason
+from bridle.models.sharding import in_shards, whole
+
+FINGERPRINT = 256  # numbers of each parameter
 
 
 class AuxiliaryConfig(PreTrainedConfig):
@@ -29,7 +33,8 @@ class AuxiliaryConfig(PreTrainedConfig):
         expansion: inner width of a block, in multiples of `hidden_size`.
         head_rank: rank of the vocabulary head; None for a full one.
         network: configuration of a body of its own, as a dictionary; None to borrow hidden states.
-        provenance: where it was fitted: constraint, model, round. Kept for people, not read by code.
+        provenance: where it was fitted: constraint, round, and under `fitted_on` and `trained_model` the fingerprints
+            of the models that it goes with.
     """
 
     model_type = "bridle-auxiliary"
@@ -168,6 +173,17 @@ def new_auxiliary(
         merged = deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
         auxiliary.network.load_state_dict(merged.base_model.state_dict())
     return auxiliary.to(model.device)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of some of a model's weights, the same in float32 and bfloat16: which models an R goes with."""
+    digest = blake2b(digest_size=8)
+    with in_shards(model):
+        for name, parameter in model.named_parameters():
+            digest.update(name.replace("_checkpoint_wrapped_module.", "").encode())
+            some = whole(parameter.detach()).flatten()[:FINGERPRINT].to("cpu", torch.bfloat16)
+            digest.update(some.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel:

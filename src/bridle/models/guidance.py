@@ -1,5 +1,6 @@
 """NADO decoding: at each step, sample from q(v|s) ∝ p(v|s)·R(s∘v)^η instead of p (NeurIPS 2022)."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
@@ -11,8 +12,10 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 from bridle.core.target import log_target
 from bridle.core.tokens import positions
 from bridle.errors import UserError
-from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary
+from bridle.models.auxiliary import AuxiliaryModel, fingerprint, load_auxiliary
 from bridle.models.hidden import HiddenStates, capture_hidden_states, causal_lm
+
+logger = logging.getLogger(__name__)
 
 
 class NADOLogitsProcessor(LogitsProcessor):
@@ -113,5 +116,9 @@ def guided(model: PreTrainedModel, auxiliary: str | None, power: float = 1.0) ->
     if auxiliary is None:
         yield None
         return
-    with NADOGuide(model, load_auxiliary(auxiliary, causal_lm(model)), power) as guide:
+    loaded = load_auxiliary(auxiliary, causal_lm(model))
+    goes_with = {loaded.config.provenance.get(key) for key in ("fitted_on", "trained_model")} - {None}
+    if goes_with and model.dtype != torch.float16 and fingerprint(model) not in goes_with:
+        logger.warning("%s: R was fitted on another model, and its guidance may be wrong for this one", auxiliary)
+    with NADOGuide(model, loaded, power) as guide:
         yield guide

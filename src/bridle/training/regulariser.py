@@ -26,7 +26,7 @@ from bridle.data import Prompt, Rollout, decode_parts, prompts_from_domain, read
 from bridle.data.targets import TargetCache, row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
-from bridle.models.auxiliary import AuxiliaryModel, new_auxiliary
+from bridle.models.auxiliary import AuxiliaryModel, fingerprint, new_auxiliary
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import OutputLayer
 from bridle.models.loading import context_length, end_token_ids
@@ -284,6 +284,7 @@ class DomainRegulariser:
             "regulariser": self.name,
             "round": round_index,
             "model_hash": fresh[0].model_hash,
+            "fitted_on": fingerprint(self.model),
         }
         return report
 

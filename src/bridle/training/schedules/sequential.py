@@ -16,6 +16,7 @@ from bridle.data import Rollout, write_rollouts
 from bridle.environment import sync_files, whole_files, write_json
 from bridle.errors import UserError
 from bridle.interruption import at_once
+from bridle.models.auxiliary import fingerprint
 from bridle.ranks import is_main, rank
 from bridle.reading import read_json
 from bridle.training.guards import EntropyGuard, round_warnings, tell, unreached_warnings
@@ -127,11 +128,14 @@ class SequentialSchedule(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
         for regulariser in self.trainer.regularisers:
             regulariser.targets = None
+            if regulariser.auxiliary is not None and regulariser.is_fitted:  # the last R goes with the final model too
+                regulariser.auxiliary.config.provenance["trained_model"] = fingerprint(self.trainer.model)
+                self._keep_auxiliary(regulariser)
         self._drop_old_targets()
 
     def _note(self, index: int, regulariser: DomainRegulariser, measured: dict[str, Any]) -> None:
         """Keeps R of round `index` and writes down what was measured."""
-        self._keep_auxiliary(index, regulariser)
+        self._keep_auxiliary(regulariser, index)
         measured = measured | {"lambda": regulariser.options.weight, "term_on": regulariser.active}
         self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
         log, config = self.trainer.state.log_history, self.trainer.args
@@ -155,13 +159,13 @@ class SequentialSchedule(TrainerCallback):
             folder = Path(self.trainer.args.output_dir) / "rollouts"
             write_rollouts(folder / f"round-{index}.{name}.jsonl", rollouts)
 
-    def _keep_auxiliary(self, index: int, regulariser: DomainRegulariser) -> None:
-        """Writes R twice: where the latest is found, and by round, since R_1 is what guides the base model."""
+    def _keep_auxiliary(self, regulariser: DomainRegulariser, index: int | None = None) -> None:
+        """Writes R where the latest is found, and by round, since R_1 is what guides the base model."""
         if is_main() and regulariser.auxiliary is not None and regulariser.is_fitted:
             folder = Path(self.trainer.args.output_dir) / "auxiliary"
             if sum(other.auxiliary is not None for other in self.trainer.regularisers) > 1:
                 folder = folder / regulariser.name
-            for place in (folder, folder / f"round-{index}"):
+            for place in (folder, *([folder / f"round-{index}"] if index is not None else [])):
                 with whole_files(place) as unfinished:
                     regulariser.auxiliary.save_pretrained(unfinished)
 
