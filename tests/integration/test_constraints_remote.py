@@ -350,7 +350,7 @@ def test_a_key_in_a_recipe_is_refused_unseen(monkeypatch, change):
 @pytest.mark.parametrize("echo", [KEY[::-1], KEY.encode().hex(), [KEY[:9], KEY[9:]], {KEY[::-1]: 1}, 1e-300])
 def test_a_reason_quotes_no_answer(server, remote, echo):
     server.answer = lambda request: ok({"rude": echo if request["input"] == "a" else [echo, 7.123456]})
-    reasons = [score.reason for score in remote(range=[0.1, 1]).score(["a", "b"])]
+    reasons = [score.reason for score in remote(range=[0.1, 1]).score(None, ["a", "b"])]
     kinds = "a text|a list|a mapping"
     assert all(
         re.fullmatch(rf"the reply's score is ({kinds}), which is no number|.* not in \[0.1, 1\]", reason)
