@@ -23,6 +23,8 @@ TRAINING = {
     ),
     "R": ("auxiliary.", ["training/config.py:AuxiliaryOptions"]),
     "Schedule: parallel": ("parallel.", ["training/config.py:ParallelOptions"]),
+    "Evaluation on held-out rows": ("eval.", ["training/config.py:EvalOptions"]),
+    "The best checkpoint": ("eval.best.", ["training/config.py:BestOptions"]),
     "Adapters": ("lora.", ["models/loading.py:LoraOptions"]),
 }
 COMPARISON = {
