@@ -99,7 +99,7 @@ class TestAssistantOnly:
 
 
 @KINDS
-def test_rollouts_answer_the_user_and_end_with_the_turn(folder, tmp_path, kind):
+def test_rollouts_answer_the_user_and_end_with_the_turn(folder, tmp_path, caplog, kind):
     seen = []
 
     def short(prompts, completions):
@@ -116,6 +116,7 @@ def test_rollouts_answer_the_user_and_end_with_the_turn(folder, tmp_path, kind):
         max_length=120,
         max_new_tokens=12,
     )
+    assert "R is fitted on the assistant's turns of talk, and the KL looks at the users' turns too" in caplog.text
     end = trainer.processing_class.convert_tokens_to_ids(TEMPLATES[kind][1])
     assert end in end_token_ids(trainer.model, trainer.processing_class)
     likely = 5.0 * torch.nn.functional.one_hot(torch.tensor(end), len(trainer.processing_class))

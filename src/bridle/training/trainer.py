@@ -39,7 +39,7 @@ from bridle.settings import check_file_name
 from bridle.training.batches import PREFIXES, DomainCollator, Mask, Prefixes, append_rollouts, flat_positions
 from bridle.training.config import ConstrainedConfig, EvalOptions, Regulariser, Regularisers, named
 from bridle.training.evaluating import EvaluatedTrainer, hold_out, with_domain
-from bridle.training.guards import FiniteGuard, InterruptionGuard
+from bridle.training.guards import FiniteGuard, InterruptionGuard, tell
 from bridle.training.options import check_optimiser, in_one_line
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.reporting import log_scalars_to_trackers
@@ -142,6 +142,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         ]
         if any(regulariser.options.weight > 0 for regulariser in self.regularisers):
             self._disable_dropout()
+        self._warn_of_user_turns()
         if eval_options is not None:
             self.eval_options = eval_options
             judges = [regulariser for regulariser in self.regularisers if not regulariser.options.is_retention]
@@ -318,6 +319,18 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         if num_items_in_batch is None or not self.args.average_tokens_across_devices:
             return 1
         return self.accelerator.num_processes // self.get_tp_size()
+
+    def _warn_of_user_turns(self) -> None:
+        """Says where the KL looks at prefixes within users' turns, on which R is not fitted."""
+        for regulariser in self.regularisers:
+            options = regulariser.options
+            looks = options.weight > 0 and not options.is_retention and options.on != "rollouts"
+            chats = [name for name, rows in regulariser.corpus.items() if "messages" in rows.column_names]
+            if looks and chats and not self.args.assistant_only_loss:
+                tell(
+                    f"regularisers.{regulariser.name}: R is fitted on the assistant's turns of {', '.join(chats)}, and "
+                    "the KL looks at the users' turns too; set assistant_only_loss: true, or on: rollouts"
+                )
 
     def _disable_dropout(self) -> None:
         """Makes the policy that is trained the one that is sampled."""
