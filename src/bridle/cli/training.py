@@ -21,7 +21,7 @@ def check(
 ) -> None:
     """Try a recipe: its rows, prompts and labels, and what time and memory the run would take.
 
-    One short round of the recipe is carried out: 64 rollouts and three updates. Nothing is written, and no label is
+    This runs one short round of the recipe: 64 rollouts and three updates. Nothing is written, and no label is
     kept. Any key of the recipe can be set here, as in `bridle train`.
     """
     from bridle.training.checking import check as run

@@ -71,7 +71,7 @@ class Constraint:
     Attributes:
         name: how errors, tables and rollouts call it.
         type_name: how a specification calls its kind.
-        variables: of the environment, whose values are among its options and are told nowhere.
+        variables: of the environment, whose values are among its options and are shown nowhere.
         reads: what `_score` is given for each output: the "completion" alone; "prompt+completion", joined to one text;
             or the "chat", a list of messages that ends with the completion (see `conversation`). A prompt that is a
             chat is joined as lines "role: content". Where an output has no prompt, there is only the completion.

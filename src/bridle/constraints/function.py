@@ -38,7 +38,7 @@ class PythonFunction(Constraint):
         name: how errors and tables call it.
         reads: what it is given.
         batch_size: texts in one call.
-        timeout: seconds for a call. After that its texts are missing, while its thread is left alone: nothing can stop
+        timeout: seconds for a call. After that its texts are missing, while its thread goes on: nothing can stop
             it.
 
     Raises:
