@@ -102,7 +102,8 @@ def tiny_folder(tiny_model, tiny_tokenizer, tmp_path):
 
     def make(model_type: str = "llama", **options) -> Path:
         folder = tmp_path / f"tiny-{model_type}"
-        tiny_model(model_type, vocab_size=len(tiny_tokenizer), initializer_range=0.1, **options).save_pretrained(folder)
+        tokens = len(tiny_tokenizer) + (model_type == "qwen2")  # its own class of tokenizer adds an end-of-text token
+        tiny_model(model_type, vocab_size=tokens, initializer_range=0.1, **options).save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
         return folder
 

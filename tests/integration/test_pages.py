@@ -48,6 +48,7 @@ ROWS = [
 ]
 SHORT = {
     "max_steps": "2",
+    "rounds": "2",
     "rollouts_per_round": "32",
     "max_new_tokens": "8",
     "prompt_tokens": "[1, 4]",

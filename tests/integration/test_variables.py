@@ -123,7 +123,7 @@ def test_no_file_of_a_comparison_holds_a_variables_value(written, bridle, tmp_pa
     statuses = {name: method["seeds"]["0"]["status"] for name, method in results["methods"].items()}
     assert statuses == dict.fromkeys(statuses, "complete") | {"telling": "failed"}
     assert results["methods"]["telling"]["seeds"]["0"]["reason"] == "RuntimeError: no ${PROMPT_WORD} here"
-    assert results["settings"] == evaluation
+    assert results["settings"] == evaluation | {"reads": {"mild": "completion"}}
     assert results["win_rate"]["judge"] == "${SCORER_NAME}"
     assert server.bodies[-1]["model"] == os.environ["SCORER_NAME"]
     assert json.loads((folder / "base" / "seed-0" / "candidate.json").read_text())["model"] == "${MODEL_DIR}"

@@ -82,6 +82,6 @@ def test_a_mistyped_file_shows_before_anything_is_made(tmp_path):
 def test_without_adaptive_there_is_one_regulariser():
     assert list(one_regulariser(build_recipe(RECIPE))) == ["forum"], "retention is none of constraints"
     both = {"forum": {"constraint": "polite", "weight": 3}, "wiki": {"constraint": "polite"}}
-    assert one_regulariser(build_recipe({**RECIPE, "regularisers": both})) == {"all": both["forum"]}
+    assert one_regulariser(build_recipe({**RECIPE, "regularisers": both})) == {"all": both["forum"] | {"domain": None}}
     with pytest.raises(UserError, match="needs one with a constraint"):
         one_regulariser(build_recipe({**RECIPE, "regularisers": {"wiki": {"constraint": "retention"}}}))

@@ -71,10 +71,11 @@ class SequentialSchedule(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):  # noqa: D102
         due = self._round_of(state.global_step, state)
-        with at_once():  # a round is long, and the last checkpoint goes on from before it
-            if due > self.round:
-                self.begin_round(due)
-            self._make_targets()
+        if due > self.round or any(self._lacking_targets()):
+            with at_once():  # a round is long, and the last checkpoint goes on from before it
+                if due > self.round:
+                    self.begin_round(due)
+                self._make_targets()
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         finished = state.global_step == state.max_steps
@@ -90,15 +91,18 @@ class SequentialSchedule(TrainerCallback):
 
     def _make_targets(self) -> None:
         """Makes the targets that this round's updates lack: all of them, or after a resume."""
-        if self.trainer.args.targets == "shipped":
-            lacking = [regulariser.active and regulariser.targets is None for regulariser in self.trainer.regularisers]
-            if any(lacking):
-                began = time.perf_counter()
-                rows = upcoming(self.trainer, self.round)
-                for regulariser in compress(self.trainer.regularisers, lacking):
-                    regulariser.targets = make_targets(regulariser, rows[regulariser.index], self.round)
-                self._record["seconds_targets"] = time.perf_counter() - began
-                self._policy_began += self._record["seconds_targets"]
+        if any(lacking := self._lacking_targets()):
+            began = time.perf_counter()
+            rows = upcoming(self.trainer, self.round)
+            for regulariser in compress(self.trainer.regularisers, lacking):
+                regulariser.targets = make_targets(regulariser, rows[regulariser.index], self.round)
+            self._record["seconds_targets"] = time.perf_counter() - began
+            self._policy_began += self._record["seconds_targets"]
+
+    def _lacking_targets(self) -> list[bool]:
+        """Of which regularisers targets are to be made."""
+        shipped = self.trainer.args.targets == "shipped"
+        return [shipped and one.active and one.targets is None for one in self.trainer.regularisers]
 
     def begin_round(self, index: int) -> dict[str, Any]:
         """Refreshes every R from the policy as it stands; returns what was measured, by regulariser."""
