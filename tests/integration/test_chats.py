@@ -139,11 +139,12 @@ def test_rollouts_answer_the_user_and_end_with_the_turn(folder, tmp_path, caplog
     assert len(drawn[0]) == 2
 
 
-def test_every_kind_of_method_on_chats(bridle, recipe, folder, tmp_path):
+@KINDS
+def test_every_kind_of_method_on_chats(bridle, recipe, folder, tmp_path, kind):
     """Training, guided decoding, filtration, reinforcement learning and evaluation of one comparison."""
     rows = str(write_rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS]))
     path = recipe(
-        model=str(folder("gemma3")),
+        model=str(folder(kind)),
         corpus={"talk": {"path": rows}},
         constraints={
             "polite": {"type": "words", "words": ["grumblefish"]},
@@ -164,4 +165,6 @@ def test_every_kind_of_method_on_chats(bridle, recipe, folder, tmp_path):
     file = min((tmp_path / "out" / "constrained").rglob("rollouts/**/*.jsonl"))
     assert all(rollout.messages[-1]["role"] == "user" for rollout in read_rollouts(file))
     traced = json.loads((tmp_path / "out" / FILE).read_text())["tokens"]
-    assert "".join(token["text"] for token in traced).startswith("<bos><start_of_turn>user\nBe kind.")
+    tokenizer = load_tokenizer(str(folder(kind)))
+    asked = tokenizer.apply_chat_template(CHATS[0][:2], add_generation_prompt=True, tokenize=False)
+    assert "".join(token["text"] for token in traced).startswith(asked[:20])
