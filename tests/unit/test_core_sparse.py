@@ -236,3 +236,9 @@ def test_a_target_moves_between_devices():
     moved = sparse_target(log_q, 4).to("meta")
     assert isinstance(moved, SparseTarget)
     assert {part.device.type for part in (moved.indices, moved.log_probs, moved.log_rest)} == {"meta"}
+
+
+def test_beside_an_anchor_it_keeps_where_q_moves_and_not_where_both_are_large():
+    q, anchor = torch.tensor([0.5, 0.3, 0.199, 0.001]), torch.tensor([0.5, 0.05, 0.05, 0.4])
+    assert sparse_target(q.log(), 1, anchor.log()).indices.tolist() == [3]
+    assert sparse_target(q.log(), 1).indices.tolist() == [0]
