@@ -64,6 +64,8 @@ def written(recipe, server, monkeypatch, tmp_path, corpus_files, unlike):
         corpus={name: {"path": f"${{DATA_DIR}}/{name}.jsonl"} for name in corpus_files},
         env=LISTED,
         hub_token="${HUB_WORD}",
+        run_name="${PROMPT_WORD}",
+        report_to=["tensorboard"],
         save_strategy="steps",
         save_steps=2,
     )

@@ -18,6 +18,7 @@ from bridle.data import DataSource
 from bridle.errors import UserError
 from bridle.settings import check_fields, check_file_name, known_name
 from bridle.training.options import check_needed, check_refused, in_one_line
+from bridle.variables import NO_VARIABLES, Variables
 
 ALL = "all"
 """Stands for the whole corpus, unless a domain has this name: one regulariser on everything is "without adaptive"."""
@@ -314,6 +315,7 @@ class ConstrainedConfig(SFTConfig):
             would have no effect, or for which Bridle has another. The message begins with the field.
     """
 
+    variables: ClassVar[Variables] = NO_VARIABLES  # a recipe's configuration has its own
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]
 
     schedule: Literal["sequential", "parallel"] = field(default="sequential", metadata={"help": "Order of updates."})
@@ -371,8 +373,9 @@ class ConstrainedConfig(SFTConfig):
             raise UserError(f"keep_last: must be at least 1, or null for all, not {self.keep_last}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as trackers keep them: the options in `auxiliary` and `parallel` by dotted keys."""
+        """All fields, as trackers keep them: options by dotted keys, variables of a recipe by name."""
         found: dict[str, Any] = super().to_dict()
         for group in ("auxiliary", "parallel"):
             found |= {f"{group}.{key}": value for key, value in asdict(found.pop(group)).items()}
-        return found | {"eos_token": self.eos_token, "pad_token": self.pad_token}  # which are no secrets
+        found |= {"eos_token": self.eos_token, "pad_token": self.pad_token}  # which are no secrets
+        return self.variables.hidden(found)

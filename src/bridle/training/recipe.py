@@ -100,9 +100,11 @@ class Recipe:
         secret = self.training.get("hub_token")
         token = {"hub_token": secret.get_secret_value()} if secret else {}
         try:
-            return ConstrainedConfig(output_dir=str(output_dir), **self.training | token)
+            config = ConstrainedConfig(output_dir=str(output_dir), **self.training | token)
         except (TypeError, ValueError, OSError, ImportError) as error:
             raise UserError(f"recipe: {error}") from error
+        config.variables = self.variables  # type: ignore[misc]
+        return config
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
