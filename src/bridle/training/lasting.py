@@ -1,4 +1,4 @@
-"""What makes a long run last: whole checkpoints and exact resuming, updates that are skipped, a stop that is told."""
+"""Whole checkpoints and exact resume, updates that are skipped, and a stop with its reason."""
 
 import math
 from contextlib import nullcontext

@@ -34,7 +34,7 @@ REFUSED = {
     "padding_free": "each row must stay within one domain, which λ_d needs; leave it out",
     "label_smoothing_factor": "the corpus's loss is nll or dft, without smoothing; leave it out",
     "neftune_noise_alpha": "the KL compares q with the model itself, not with noise in its embeddings; leave it out",
-    # What makes a run last
+    # Checkpoints and resume
     "auto_find_batch_size": "a batch that does not fit into memory is cut into parts anyway; leave it out",
     "save_total_limit": "could remove the only checkpoint that is whole; set keep_last",
     "save_only_model": "such a checkpoint cannot be resumed; to save room set keep_last: 1",
