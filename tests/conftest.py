@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 # Before anything is imported that might ask a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # else in the user's home
 
 import pytest
 import torch

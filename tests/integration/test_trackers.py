@@ -60,7 +60,6 @@ def trackio(folder):
 
 @pytest.mark.parametrize(("tracker", "kept"), [("tensorboard", tensorboard), ("mlflow", mlflow), ("trackio", trackio)])
 def test_trackers(tracker, kept, tiny_folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     for name, value in {
         "TENSORBOARD_LOGGING_DIR": tmp_path / "board",
         "MLFLOW_TRACKING_URI": f"file:{tmp_path}/mlruns",

@@ -18,7 +18,7 @@ from bridle.data import DataSource
 from bridle.errors import UserError
 from bridle.settings import check_fields, check_file_name, known_name
 from bridle.training.options import check_needed, check_refused, in_one_line
-from bridle.variables import NO_VARIABLES, Variables
+from bridle.variables import NO_VARIABLES
 
 ALL = "all"
 """Stands for the whole corpus, unless a domain has this name: one regulariser on everything is "without adaptive"."""
@@ -315,7 +315,7 @@ class ConstrainedConfig(SFTConfig):
             would have no effect, or for which Bridle has another. The message begins with the field.
     """
 
-    variables: ClassVar[Variables] = NO_VARIABLES  # a recipe's configuration has its own
+    variables = NO_VARIABLES  # a recipe's configuration has its own
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]
 
     schedule: Literal["sequential", "parallel"] = field(default="sequential", metadata={"help": "Order of updates."})

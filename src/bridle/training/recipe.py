@@ -103,7 +103,7 @@ class Recipe:
             config = ConstrainedConfig(output_dir=str(output_dir), **self.training | token)
         except (TypeError, ValueError, OSError, ImportError) as error:
             raise UserError(f"recipe: {error}") from error
-        config.variables = self.variables  # type: ignore[misc]
+        config.variables = self.variables
         return config
 
 
