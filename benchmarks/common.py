@@ -8,6 +8,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,10 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bridle.environment import environment, write_json
+from bridle.utils.files import write_json
+from bridle.utils.provenance import environment
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for `reference_losses`
 
 T = TypeVar("T")
 Figures = dict[str, float]

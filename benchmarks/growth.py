@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from subjects import LORA, QUIET, constrained, llama, random_recipe, sft
 
+from bridle.recipes.recipe import load_recipe
 from bridle.report.style import DPI, INK, STYLE, method_style
-from bridle.training.recipe import load_recipe
 
 SFT, OURS = "sft", "constrained"
 PARTS = ("all", "at_the_end")

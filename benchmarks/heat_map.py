@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from bridle.comparison.compare import Comparison
+from bridle.recipes.recipe import build_recipe
+from bridle.recipes.run import train
 from bridle.report.html import write_report
-from bridle.training.recipe import build_recipe
-from bridle.training.run import train
 
 WHO = ["the baker", "the ferryman", "my aunt", "our teacher", "the old miller"]
 SAYS = {"smiled and said": 0.05, "said": 0.4, "shouted": 0.9}  # how likely a name is called

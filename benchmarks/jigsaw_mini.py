@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from bridle.data import DataSource, labelled_texts, read_prompts
-from bridle.environment import environment, write_json
 from bridle.evaluation import GenerationResult, evaluate_generations, generate_completions
 from bridle.evaluation.classification import (
     classification_report,
@@ -28,7 +27,9 @@ from bridle.evaluation.classification import (
     train_head,
 )
 from bridle.models.loading import load_model, load_tokenizer
-from bridle.training.recipe import constraint_of, load_recipe
+from bridle.recipes.recipe import constraint_of, load_recipe
+from bridle.utils.files import write_json
+from bridle.utils.provenance import environment
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "jigsaw-mini.yaml"

@@ -37,8 +37,8 @@ from common import (
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 
-from bridle.core.chunked import Divergence, constrained_loss
-from bridle.core.losses import cross_entropy, kl_divergence
+from bridle.core.loss import Divergence, constrained_loss
+from reference_losses import cross_entropy, kl_divergence
 
 PLAIN = {"ce": "plain ce", "ce+kl": "plain ce+kl"}
 

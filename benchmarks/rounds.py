@@ -31,8 +31,8 @@ from subjects import (
     sft,
 )
 
+from bridle.recipes.recipe import Recipe, load_recipe
 from bridle.training import regulariser
-from bridle.training.recipe import Recipe, load_recipe
 
 SFT = "sft"
 PHASES = ("sampling", "scoring", "encoding", "fitting", "targets", "policy")

@@ -11,7 +11,7 @@ from typing import Any
 from common import cell, interleaved, markdown, median, over, parsed, parser_of, spread, write
 from subjects import LORA, PHASES, QUIET, RECIPE, constrained, sft
 
-from bridle.training.recipe import load_recipe
+from bridle.recipes.recipe import load_recipe
 
 SFT = "sft"
 ADAPTIVE = "regularisers.toxigen."

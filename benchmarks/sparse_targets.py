@@ -14,22 +14,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import common  # noqa: F401 - finds `reference_losses`
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bridle.core.losses import kl_divergence, sparse_kl_divergence
 from bridle.core.target import SparseTarget, log_target, sparse_target
 from bridle.core.tokens import pad_right
 from bridle.data import tokenize_domain
-from bridle.data.targets import TargetWriter, bytes_per_token, row_keys
-from bridle.environment import environment, write_json
+from bridle.data.target_cache import TargetWriter, bytes_per_token, row_keys
 from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary
 from bridle.models.hidden import capture_hidden_states, project
 from bridle.models.loading import load_model, load_tokenizer
-from bridle.progress import track
-from bridle.training.recipe import Recipe, load_recipe
+from bridle.recipes.recipe import Recipe, load_recipe
 from bridle.training.regulariser import DomainRegulariser
+from bridle.utils.files import write_json
+from bridle.utils.progress import track
+from bridle.utils.provenance import environment
+from reference_losses import kl_divergence, sparse_kl_divergence
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "detox-mini.yaml"
 DOMAIN = "toxigen"

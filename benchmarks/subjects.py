@@ -32,9 +32,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from bridle.constraints import Classifier
 from bridle.data import mix, tokenize_domain
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
-from bridle.training.build import build_trainer
-from bridle.training.recipe import Recipe, load_recipe
-from bridle.training.schedules.ray_worker import RayWorker
+from bridle.recipes.recipe import Recipe, load_recipe
+from bridle.recipes.run import build_trainer
+from bridle.training.ray_worker import RayWorker
 from bridle.training.trainer import ConstrainedTrainer
 
 ROOT = Path(__file__).parents[1]

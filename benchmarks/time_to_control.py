@@ -40,8 +40,8 @@ from bridle.comparison.plan import evaluation_of
 from bridle.data import read_prompts
 from bridle.evaluation.generation import generate_completions
 from bridle.models.loading import load_model, load_tokenizer
-from bridle.training.build import build_trainer
-from bridle.training.recipe import Recipe, load_recipe
+from bridle.recipes.recipe import Recipe, load_recipe
+from bridle.recipes.run import build_trainer
 
 CONSTRAINED = "constrained"
 RIVALS = ("rloo", "grpo")

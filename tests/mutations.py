@@ -2,7 +2,7 @@
 
     python tests/mutations.py                       # every fault in every file; hours
     python tests/mutations.py --sample 40           # some of each file's, the same ones each time
-    python tests/mutations.py core/chunked --json survivors.json
+    python tests/mutations.py core/loss --json survivors.json
 
 A fault is killed where a test fails, or does not end. Faults that nobody can see, such as another size of a batch, are
 listed in `INVISIBLE` with the reason.
@@ -24,14 +24,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ["tests/unit/test_core.py", "tests/unit/test_core_chunked.py", "tests/unit/test_core_sparse.py"]
+CORE = ["tests/unit/test_core.py", "tests/unit/test_core_loss.py", "tests/unit/test_core_sparse.py"]
 TRAINING = ["tests/unit/test_exactness.py", "tests/integration/test_training.py"]
 TARGETS = {
     "core/tokens": [*CORE, "tests/unit/test_models.py"],
     "core/decomposition": CORE,
     "core/target": CORE,
-    "core/losses": CORE,
-    "core/chunked": CORE,
+    "core/loss": CORE,
     "core/calibration": CORE,
     "models/guidance": ["tests/unit/test_models.py", "tests/unit/test_exactness.py"],
     "training/fitting": [*TRAINING, "tests/integration/test_guards.py"],
@@ -41,7 +40,7 @@ TARGETS = {
 """The files that hold the method, and the tests that should notice."""
 
 INVISIBLE = {
-    "core/chunked": {"chunk_rows": "how many positions a chunk has changes time and memory, not the loss"},
+    "core/loss": {"chunk_rows": "how many positions a chunk has changes time and memory, not the loss"},
     "training/fitting": {"": "ENCODE_BATCH, PREFIXES_AT_ONCE: how many go through the model at once"},
 }
 """By file and function, faults in them that change nothing but speed; "" is the file's own level."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bridle.data import Rollout, write_rollouts
-from bridle.environment import write_json
+from bridle.utils.files import write_json
 
 SCRIPT = "<script>document.title='pwned'</script>"
 INSULT = "you grumblefish, you never bring the ladder back"

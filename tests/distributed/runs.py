@@ -20,13 +20,13 @@ from transformers import TrainerCallback
 from bridle.errors import UserError
 from bridle.models.loading import LoraOptions
 from bridle.models.sharding import is_sharded
-from bridle.ranks import is_main, world
+from bridle.recipes.recipe import build_recipe
+from bridle.recipes.run import train
 from bridle.training.config import Regulariser
-from bridle.training.recipe import build_recipe
-from bridle.training.run import train
-from bridle.training.schedules.parallel import LocalWorker
+from bridle.training.parallel import LocalWorker
 from bridle.training.state import trainable_weights
 from bridle.training.trainer import ConstrainedTrainer
+from bridle.utils.distributed import is_main, world
 from trainers import NO_E, corpus, spoil_loss, trainer_of
 
 GLOBAL_BATCH = 8  # rows in a forward of all processes together

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from bridle.errors import RunStopped, UserError
-from bridle.training.build import build_trainer
+from bridle.recipes.recipe import load_recipe
+from bridle.recipes.run import build_trainer
 from bridle.training.config import ParallelOptions, Regulariser
-from bridle.training.recipe import load_recipe
-from bridle.training.schedules.parallel import LocalWorker
+from bridle.training.parallel import LocalWorker
 from bridle.training.state import trainable_weights
 from trainers import NO_E, processes, ray_with, trainer_of
 
@@ -25,7 +25,7 @@ def ray():
 
 
 def test_two_workers_for_each_role_do_what_one_process_does(ray, recipe, tmp_path):
-    from bridle.training.schedules.roles import train_in_roles
+    from bridle.recipes.ray_launcher import train_in_roles
 
     path = recipe(**PARALLEL)
     one = load_recipe(path)
@@ -47,7 +47,7 @@ def test_two_workers_for_each_role_do_what_one_process_does(ray, recipe, tmp_pat
 
 
 def test_processes_that_were_started_already_are_refused(recipe, tmp_path, monkeypatch):
-    from bridle.training.schedules.roles import train_in_roles
+    from bridle.recipes.ray_launcher import train_in_roles
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"starts its processes itself.*parallel\.policy_workers"):

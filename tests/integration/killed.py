@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from bridle.comparison.compare import Comparison
-from bridle.training.recipe import load_recipe
-from bridle.training.run import train
+from bridle.recipes.recipe import load_recipe
+from bridle.recipes.run import train
 
 
 def run(recipe, folder, accept_changes=False):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from bridle.training.build import build_trainer
-from bridle.training.recipe import load_recipe
+from bridle.recipes.recipe import load_recipe
+from bridle.recipes.run import build_trainer
 from conftest import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"

@@ -21,7 +21,7 @@ from bridle.evaluation.classification import (
     platt_scaling,
     train_head,
 )
-from bridle.training.recipe import build_recipe
+from bridle.recipes.recipe import build_recipe
 
 KIND = ["the kettle sings", "bread is baked", "the river bends", "rain on the roofs", "ships in the fog"]
 RUDE = ["you grumblefish", "what a muddlehead", "go home, grumblefish", "a muddlehead paints", "oh you muddlehead"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bridle.lock import only_writer
+from bridle.utils.files import only_writer
 from conftest import ROOT, SENTENCES, TINY
 
 SHORT = ("--max_new_tokens", 8)  # the tiny models' context is small
@@ -336,7 +336,7 @@ class TestMistakes:
 
 class TestRecipes:
     def test_words_stay_words_and_numbers_numbers(self):
-        from bridle.training.recipe import parse_overrides
+        from bridle.recipes.recipe import parse_overrides
 
         given = ["--a", "2e-5", "--b", "{on: both, weight: 1e1}", "--c", "no", "--d", "true", "--e", "[2, 16]"]
         assert parse_overrides(given) == {
@@ -349,7 +349,7 @@ class TestRecipes:
 
     @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
     def test_every_shipped_recipe_parses(self, path):
-        from bridle.training.recipe import load_recipe
+        from bridle.recipes.recipe import load_recipe
 
         recipe = load_recipe(path)
         assert recipe.regularisers

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from bridle.comparison import methods as built_in
 from bridle.comparison.methods import Candidate
 from bridle.comparison.plan import evaluation_of
-from bridle.training.recipe import build_recipe
+from bridle.recipes.recipe import build_recipe
 from conftest import ROOT
 
 ALL = list(built_in.BUILT_IN)

@@ -10,17 +10,17 @@ from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_file
 from test_training import StopAt
 
-from bridle.data.targets import row_keys
+from bridle.data.target_cache import row_keys
 from bridle.errors import RunStopped
 from bridle.models.hidden import causal_lm
-from bridle.resources import stopping_when_exhausted
+from bridle.recipes.recipe import load_recipe
+from bridle.recipes.run import train
 from bridle.training.batches import rollout_rows
 from bridle.training.config import Regulariser
 from bridle.training.fitting import encode
-from bridle.training.recipe import load_recipe
-from bridle.training.run import train
-from bridle.training.schedules.sequential import SequentialSchedule, last_checkpoint
-from bridle.training.schedules.shipping import Upcoming, make_targets
+from bridle.training.precomputed import Upcoming, make_targets
+from bridle.training.schedule import SequentialSchedule, last_checkpoint
+from bridle.utils.oom import stopping_when_exhausted
 from exhaustion import room_for, used
 from trainers import NO_E, logged, trainer_of, weights
 

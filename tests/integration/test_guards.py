@@ -8,11 +8,11 @@ import torch
 from transformers import TrainerCallback
 
 from bridle.errors import RunStopped
+from bridle.recipes.metrics import MetricsFile
 from bridle.training import regulariser
 from bridle.training.config import AuxiliaryOptions, Regulariser
-from bridle.training.reporting import MetricsFile
-from bridle.training.schedules.parallel import LocalWorker
-from bridle.training.schedules.sequential import last_checkpoint
+from bridle.training.parallel import LocalWorker
+from bridle.training.schedule import last_checkpoint
 from trainers import NO_E, Letters, logged, spoil_loss, trainer_of, weights
 
 EIGHT = {"max_steps": 8, "rounds": 2}

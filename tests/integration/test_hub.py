@@ -15,11 +15,11 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridle.environment import redacted
 from bridle.errors import UserError
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.hub import check_strategy, without_token
 from bridle.training.config import ConstrainedConfig
+from bridle.utils.provenance import redacted
 
 TOKEN = "hf_invented_token_of_the_tests"
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
-from bridle.training.inputs import INPUTS_FILE, write_inputs
-from bridle.training.recipe import load_recipe
+from bridle.recipes.inputs import INPUTS_FILE, write_inputs
+from bridle.recipes.recipe import load_recipe
 from conftest import SENTENCES
 
 

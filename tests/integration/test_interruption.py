@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import bridle.training.regulariser as regulariser
 from bridle.comparison.compare import Comparison
-from bridle.interruption import Interrupted, catching_signals
-from bridle.training.recipe import load_recipe
-from bridle.training.run import train
+from bridle.recipes.recipe import load_recipe
+from bridle.recipes.run import train
+from bridle.utils.interruption import Interrupted, catching_signals
 
 
 def weights(folder):

@@ -12,22 +12,22 @@ import torch
 from safetensors.torch import load_file
 
 PLACES = {
-    "before anything is written": ("bridle.training.run:build_trainer", 1),
+    "before anything is written": ("bridle.recipes.run:build_trainer", 1),
     "sampling": ("bridle.training.regulariser:sample", 2),
     "scoring": ("bridle.training.regulariser:DomainRegulariser._score", 1),
     "fitting R": ("bridle.training.regulariser:fit_auxiliary", 2),
     "a step of the policy": ("bridle.training.regulariser:DomainRegulariser.target", 6),
-    "writing what was sampled": ("bridle.training.schedules.sequential:write_rollouts", 2),
+    "writing what was sampled": ("bridle.training.schedule:write_rollouts", 2),
     "before a checkpoint": ("transformers:Trainer._save_checkpoint", 2),
     "within a checkpoint": ("bridle.training.state:RegulariserState.save", 2),
-    "before a checkpoint is called whole": ("bridle.training.schedules.sequential:sync_files", 1),
-    "writing the model": ("bridle.training.run:with_names", 1),
+    "before a checkpoint is called whole": ("bridle.training.schedule:sync_files", 1),
+    "writing the model": ("bridle.recipes.run:with_names", 1),
 }
 
 WITHIN_A_COMPARISON = {
     "before anything is made": ("bridle.comparison.compare:Comparison._carry_out", 1),
     "measuring base": ("bridle.comparison.measure:Evaluator.generation", 1),
-    "making sft, within a checkpoint": ("bridle.training.schedules.sequential:sync_files", 1),
+    "making sft, within a checkpoint": ("bridle.training.schedule:sync_files", 1),
     "before sft is called made": ("bridle.comparison.compare:write_json", 1),
     "measuring sft": ("bridle.comparison.measure:Evaluator.perplexity", 1),
     "before sft is called measured": ("bridle.comparison.compare:write_results", 1),

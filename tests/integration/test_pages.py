@@ -26,9 +26,9 @@ import tiny_tokenizers
 from bridle.cli import app
 from bridle.comparison.plan import evaluation_of
 from bridle.constraints import build_constraint
-from bridle.settings import parse_yaml
+from bridle.recipes.recipe import build_recipe, load_recipe, parse_overrides
 from bridle.training.config import ConstrainedConfig
-from bridle.training.recipe import build_recipe, load_recipe, parse_overrides
+from bridle.utils.settings import parse_yaml
 from conftest import INSULTS, ROOT, SENTENCES
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]

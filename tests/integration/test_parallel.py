@@ -9,8 +9,8 @@ import torch
 
 from bridle.errors import RunStopped, UserError
 from bridle.training.config import ParallelOptions, Regulariser
-from bridle.training.schedules.parallel import LocalWorker
-from bridle.training.schedules.sequential import last_checkpoint
+from bridle.training.parallel import LocalWorker
+from bridle.training.schedule import last_checkpoint
 from bridle.training.state import RegulariserState
 from trainers import NO_E, Letters, logged, processes, ray_with, trainer_of, weights
 
@@ -152,9 +152,7 @@ def test_what_is_in_use_is_waited_for_so_long(ray, tiny_folder, tmp_path):
 
 
 def test_large_weights_pass_through_a_file(tmp_path):
-    ray_worker = pytest.importorskip(
-        "bridle.training.schedules.ray_worker", reason="Ray is not installed", exc_type=UserError
-    )
+    ray_worker = pytest.importorskip("bridle.training.ray_worker", reason="Ray is not installed", exc_type=UserError)
     policy = {"weight": torch.randn(300, 1000)}
     small = ray_worker.pack(policy, tmp_path / "p.safetensors", largest_bytes=2 * 2**20)
     assert small is policy

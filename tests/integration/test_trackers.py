@@ -7,7 +7,7 @@ import pytest
 
 from bridle.errors import UserError
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
-from bridle.training.reporting import scalars
+from bridle.training.trackers import scalars
 from trainers import NO_E, trainer_of
 
 

@@ -12,17 +12,17 @@ from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from bridle.data import read_rollouts
-from bridle.environment import write_json
 from bridle.errors import RunStopped, UserError
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.guidance import guided
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
-from bridle.ranks import gathered
 from bridle.training import regulariser
 from bridle.training import trainer as training
 from bridle.training.batches import rollout_rows
 from bridle.training.config import AuxiliaryOptions, Regulariser
-from bridle.training.schedules.sequential import last_checkpoint
+from bridle.training.schedule import last_checkpoint
+from bridle.utils.distributed import gathered
+from bridle.utils.files import write_json
 from trainers import NO_E, SFT_OPTIONS, SHARE_OF_E, Labels, Letters, corpus, logged, trainer_of, weights
 
 

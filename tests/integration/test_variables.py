@@ -12,8 +12,8 @@ from pydantic import SecretStr
 from bridle.comparison import methods
 from bridle.constraints import build_constraint
 from bridle.errors import UserError
-from bridle.training.recipe import build_recipe, constraint_of, load_recipe
-from bridle.variables import Variables, expanded
+from bridle.recipes.recipe import build_recipe, constraint_of, load_recipe
+from bridle.utils.variables import Variables, expanded
 from loopback import completion, ok
 
 LISTED = ["DATA_DIR", "WORDS_DIR", "SCORER_NAME", "PROMPT_WORD", "HUB_WORD", "MODEL_DIR"]

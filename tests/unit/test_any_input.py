@@ -16,10 +16,10 @@ from bridle.constraints.mapping import JsonMapping, Scale
 from bridle.data import DataSource, Domain, Rollout, encode_prompt, read_rollouts, texts_of, write_rollouts
 from bridle.errors import UserError
 from bridle.models.loading import LoraOptions
+from bridle.recipes.recipe import build_recipe
 from bridle.report import data, html
 from bridle.report.plots import draw_plots
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
-from bridle.training.recipe import build_recipe
 
 few = settings(derandomize=True, deadline=None, max_examples=60)
 

@@ -1,6 +1,6 @@
 import pytest
 
-from bridle.checkpoints import keep_last, last_whole, whole_checkpoints, whole_or_gone
+from bridle.utils.checkpoints import keep_last, last_whole, whole_checkpoints, whole_or_gone
 
 LAST = "schedule.json"
 
@@ -47,7 +47,7 @@ def test_one_that_is_half_removed_does_not_look_whole(folder, monkeypatch):
     def killed(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bridle.checkpoints.shutil.rmtree", killed)
+    monkeypatch.setattr("bridle.utils.checkpoints.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         keep_last(folder, LAST, 1)
     assert (folder / "checkpoint-4" / "model.safetensors").exists()

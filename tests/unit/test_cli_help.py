@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 
 from bridle.cli.keys import COMPARISON, NO_KEYS, RENAMED, TRAINING, keys_of
-from bridle.settings import parse_yaml
+from bridle.utils.settings import parse_yaml
 
 GROUPS = {heading: group for groups in (TRAINING, COMPARISON) for heading, group in groups.items()}
 

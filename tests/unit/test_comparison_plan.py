@@ -5,7 +5,7 @@ import pytest
 from bridle.comparison.methods import one_regulariser
 from bridle.comparison.plan import evaluation_of
 from bridle.errors import UserError
-from bridle.training.recipe import build_recipe
+from bridle.recipes.recipe import build_recipe
 
 RECIPE = {
     "model": "some-model",

@@ -17,8 +17,8 @@ from bridle.constraints import (
 )
 from bridle.constraints.spec import TYPES
 from bridle.errors import UserError
-from bridle.settings import parse_yaml
-from bridle.training.recipe import build_recipe
+from bridle.recipes.recipe import build_recipe
+from bridle.utils.settings import parse_yaml
 from conftest import ROOT
 
 CLASSIFIER = {"type": "classifier", "model": "some/folder,odd", "label": "toxic, very", "threshold": 0.25}

@@ -7,7 +7,7 @@ import pytest
 
 from bridle.cli.common import PlainFormatter
 from bridle.errors import plain
-from bridle.progress import Progress
+from bridle.utils.progress import Progress
 
 TITLE, CLIPBOARD = "\x1b]0;owned\x07", "\x1b]52;c;aGk=\x1b\\"
 CLEAR, C1, OVERRIDE = "\x1b[2J\x1b[31m", "\x9b2J\x9d0;owned\x9c", "\u202egnihtyna\u202c \u2066\u2069"
@@ -33,7 +33,7 @@ def test_all_else_stays(text):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress(capsys, monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    monkeypatch.setattr("bridle.progress.PLAIN_LINE_EVERY", 0.0)
+    monkeypatch.setattr("bridle.utils.progress.PLAIN_LINE_EVERY", 0.0)
     with Progress(f"scoring ({TITLE})", 2) as progress:
         progress.write(f"a line {CLIPBOARD}")
         progress.update()

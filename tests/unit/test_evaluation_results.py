@@ -6,7 +6,6 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from bridle.constraints.base import Constraint
-from bridle.environment import environment
 from bridle.errors import UserError
 from bridle.evaluation.generation import evaluate_constraints
 from bridle.evaluation.results import (
@@ -17,6 +16,7 @@ from bridle.evaluation.results import (
 )
 from bridle.evaluation.statistics import Estimate, compare_methods
 from bridle.evaluation.utility import Perplexity, TextLikelihood
+from bridle.utils.provenance import environment
 
 ESTIMATE = Estimate(0.25, 0.125, 0.5, n=40, missing=2)
 LIKELIHOODS = [TextLikelihood(6.0, 2, 10, 1), TextLikelihood(4.0, 8, 30, 2), TextLikelihood(0.0, 0, 0, 0)]

@@ -7,7 +7,7 @@ import torch
 from test_models import p_value
 
 from bridle.constraints import PythonFunction
-from bridle.core.chunked import Divergence, constrained_loss
+from bridle.core.loss import Divergence, constrained_loss
 from bridle.core.tokens import pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import new_auxiliary

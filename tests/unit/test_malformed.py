@@ -11,7 +11,6 @@ import yaml
 import malformed
 import report_folder
 import tiny_tokenizers
-from bridle.checkpoints import last_whole
 from bridle.comparison.compare import Comparison
 from bridle.comparison.methods import rl_options
 from bridle.comparison.plan import evaluation_of
@@ -20,9 +19,10 @@ from bridle.constraints.mapping import JsonMapping, Scale
 from bridle.data import DataSource, Domain, read_prompts, tokenize_domain
 from bridle.errors import UserError
 from bridle.evaluation.judges import read_verdict
+from bridle.recipes.recipe import build_recipe, load_recipe
 from bridle.report.data import read_report
-from bridle.training.recipe import build_recipe, load_recipe
 from bridle.training.state import RegulariserState, readable
+from bridle.utils.checkpoints import last_whole
 
 TABLES = {name: table for name, table in vars(malformed).items() if isinstance(table, list | dict) and name.isupper()}
 ENTRIES = {name: table for name, table in TABLES.items() if name not in ("RECIPE", "REGEX", "REMOTE", "ROLLOUT")}

@@ -18,9 +18,9 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
 from bridle.errors import UserError
+from bridle.recipes.recipe import build_recipe
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.options import EVALUATION, NEEDED, REFUSED
-from bridle.training.recipe import build_recipe
 from bridle.training.trainer import ConstrainedTrainer
 from malformed import RECIPE
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
@@ -71,7 +71,7 @@ OBEYED = {
     ),
     "test_state_of_callbacks": ("restore_callback_states_from_checkpoint",),
     "test_sharding_needs_several_processes": ("fsdp", "fsdp_config", "deepspeed"),
-    "unit/test_training_reporting.py::test_progress_is_shown_unless_it_is_disabled": ("disable_tqdm",),
+    "unit/test_recipes_metrics.py::test_progress_is_shown_unless_it_is_disabled": ("disable_tqdm",),
     "integration/test_trackers.py::test_trackers": ("report_to", "run_name", "project"),
     "integration/test_trackers.py::test_spaces_of_trackio": (
         *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),

@@ -10,13 +10,13 @@ import pytest
 
 import report_folder
 from bridle.data import write_rollouts
-from bridle.environment import write_json
 from bridle.errors import UserError
 from bridle.report import data, html, tables, texts
 from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, Shift
 from bridle.report.findings import findings
 from bridle.report.html import write_report
 from bridle.report.plots import draw_plots
+from bridle.utils.files import write_json
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'<script>alert(1)</script>"

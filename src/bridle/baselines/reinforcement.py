@@ -34,14 +34,14 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME  # the file that it writes last
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from bridle.checkpoints import last_whole
 from bridle.constraints import Constraint
 from bridle.data import decode_parts
 from bridle.data.rows import Messages
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
 from bridle.models.loading import context_length, end_token_ids
-from bridle.progress import Progress
+from bridle.utils.checkpoints import last_whole
+from bridle.utils.progress import Progress
 
 HISTORY = ("step", "seconds", "reward", "kl", "entropy", "missing")  # what the report keeps of a step's record
 
@@ -238,7 +238,7 @@ class StoppingRule(TrainerCallback):
         """Whether the run should end, by the records of its updates."""
         raise NotImplementedError
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+    def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" in (logs or {}) and self.is_met(state):
             self.met = control.should_training_stop = control.should_save = True
 
@@ -258,16 +258,16 @@ class TimeBudget(StoppingRule):
         self.seconds = math.inf if seconds is None else seconds
         self._began = 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+    def on_train_begin(self, args, state, control, **kwargs):
         used = [record["seconds"] for record in update_records(state)]
         self._began = time.monotonic() - (used[-1] if used else 0.0)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+    def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" in (logs or {}):
             state.log_history[-1]["seconds"] = time.monotonic() - self._began
         super().on_log(args, state, control, logs, **kwargs)
 
-    def is_met(self, state):  # noqa: D102
+    def is_met(self, state):
         return state.log_history[-1]["seconds"] >= self.seconds
 
 
@@ -284,7 +284,7 @@ class Convergence(StoppingRule):
     def __init__(self, window: int, tolerance: float):
         self.window, self.tolerance = window, tolerance
 
-    def is_met(self, state):  # noqa: D102
+    def is_met(self, state):
         records, window = update_records(state), self.window
         if len(records) % window or len(records) < 2 * window:
             return False
@@ -299,14 +299,14 @@ class StepsProgress(TrainerCallback):
     def __init__(self, total: int | None):
         self.total = total
 
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+    def on_train_begin(self, args, state, control, **kwargs):
         self._progress = Progress("reinforcing the policy", self.total, "steps")
         self._progress.update(state.global_step)
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_step_end(self, args, state, control, **kwargs):
         self._progress.update(1)
 
-    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_train_end(self, args, state, control, **kwargs):
         self._progress.close()
 
 

@@ -14,7 +14,7 @@ import typer
 from bridle.cli import comparison, evaluation, generation, training
 from bridle.cli.common import PlainFormatter
 from bridle.errors import RunStopped, UserError
-from bridle.interruption import Interrupted, catching_signals
+from bridle.utils.interruption import Interrupted, catching_signals
 
 app = typer.Typer(
     name="bridle",

@@ -63,7 +63,7 @@ def load(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
 def oracles_of(specs: Sequence[str]) -> dict[str, Any]:
     """Constraints by name, loaded, so that a mistake shows before any text is drawn."""
     from bridle.constraints import build_constraint
-    from bridle.training.recipe import constraint_of
+    from bridle.recipes.recipe import constraint_of
 
     quiet_libraries()
     oracles = {}

@@ -44,10 +44,10 @@ def compare(
     code is 3.
     """
     from bridle.comparison.compare import Comparison
+    from bridle.recipes.recipe import load_recipe, parse_overrides
     from bridle.report.data import read_report
     from bridle.report.html import write_report
     from bridle.report.terminal import tables
-    from bridle.training.recipe import load_recipe, parse_overrides
 
     quiet_libraries()
     loaded = load_recipe(recipe, parse_overrides(context.args))
@@ -105,7 +105,7 @@ def quickstart(
     compare`. A tour that was cut short goes on where it was.
     """
     from bridle.quickstart.tour import take_tour, tour_recipe
-    from bridle.training.recipe import parse_overrides
+    from bridle.recipes.recipe import parse_overrides
 
     quiet_libraries()
     recipe = tour_recipe(corpus, constraint, model, parse_overrides(context.args))

@@ -108,9 +108,10 @@ def evaluate(
     A figure's n counts what it is made from; texts that could not be scored are missing, never a number.
     """
     from bridle.data import DataSource, VerbalisedLabel, texts_of
-    from bridle.environment import check_output, environment, write_rows
     from bridle.evaluation import FORMAT, Evaluator, prompt_set, write_results
     from bridle.models.guidance import guided
+    from bridle.utils.files import check_output, write_rows
+    from bridle.utils.provenance import environment
 
     if bool(prompts) != bool(constraint):
         raise UserError("--prompts and --constraint go together: texts are drawn from one and scored by the other")
@@ -177,8 +178,8 @@ def score(
 ) -> None:
     """Try a constraint on texts: how often they violate, how sure it is of it, and of which rows."""
     from bridle.data import DataSource
-    from bridle.environment import check_output, write_json
     from bridle.evaluation.scoring import try_constraint
+    from bridle.utils.files import check_output, write_json
 
     check_output(json_file)
     (oracle,) = oracles_of([constraint]).values()
@@ -217,8 +218,9 @@ def judge(
     dtype: Dtype = "float32",
 ) -> None:
     """Let a language model judge which method's completions are better, pair by pair and in both orders."""
-    from bridle.environment import check_output, environment
     from bridle.evaluation import FORMAT, ChatJudge, LocalJudge, read_methods, win_rates, write_results
+    from bridle.utils.files import check_output
+    from bridle.utils.provenance import environment
 
     files = dict(part.partition("=")[::2] for part in completions)
     if len(files) < 2 or not all(files.values()):

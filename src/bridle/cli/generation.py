@@ -55,10 +55,10 @@ def generate(
     dtype: Dtype = "float32",
 ) -> None:
     """Draw text from a model, guided or not: by default at temperature 1, from its whole distribution."""
-    from bridle.environment import check_output, write_rows
     from bridle.evaluation import Evaluator, prompt_set
     from bridle.models.guidance import guided
     from bridle.models.sampling import Decoding
+    from bridle.utils.files import check_output, write_rows
 
     if (prompts is None) == (prompt is None):
         raise UserError("give either --prompts FILE or --prompt TEXT")

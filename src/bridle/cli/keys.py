@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 import bridle
 
 TRAINING = {
-    "Keys of the recipe": ("", ["training/recipe.py:Recipe"]),
+    "Keys of the recipe": ("", ["recipes/recipe.py:Recipe"]),
     "Each domain of the corpus": ("corpus.NAME.", ["data/source.py:DataSource", "data/corpus.py:Domain"]),
     "A label in words": ("corpus.NAME.label.", ["data/labels.py:VerbalisedLabel"]),
     "Each regulariser": ("regularisers.NAME.", ["training/config.py:Regulariser"]),

@@ -24,8 +24,8 @@ def check(
     This runs one short round of the recipe: 64 rollouts and three updates. Nothing is written, and no label is
     kept. Any key of the recipe can be set here, as in `bridle train`.
     """
-    from bridle.training.checking import check as run
-    from bridle.training.recipe import load_recipe, parse_overrides
+    from bridle.recipes.dry_run import check as run
+    from bridle.recipes.recipe import load_recipe, parse_overrides
 
     quiet_libraries()
     run(load_recipe(recipe, parse_overrides(context.args)), say)
@@ -54,15 +54,15 @@ def train(
     The folder then holds model/ and auxiliary/ (both loadable by from_pretrained), rollouts/, metrics.jsonl,
     recipe.yaml (as resolved) and environment.json (versions, git hash, seed).
     """
-    from bridle.ranks import is_main
-    from bridle.training.recipe import load_recipe, parse_overrides
-    from bridle.training.run import train as run
+    from bridle.recipes.recipe import load_recipe, parse_overrides
+    from bridle.recipes.run import train as run
+    from bridle.utils.distributed import is_main
 
     quiet_libraries()
     folder = output_dir or Path("runs") / recipe.stem
     loaded = load_recipe(recipe, parse_overrides(context.args))
     if loaded.training.get("schedule") == "parallel":
-        from bridle.training.schedules.roles import train_in_roles
+        from bridle.recipes.ray_launcher import train_in_roles
 
         train_in_roles(loaded, folder, resume=resume, accept_changes=accept_changes)
     else:

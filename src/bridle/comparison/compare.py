@@ -32,22 +32,21 @@ from bridle.comparison.methods import (
 from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
 from bridle.comparison.summary import comparisons, figures_of, first_completions, over_seeds
 from bridle.comparison.tracing import trace_guidance
-from bridle.environment import environment, write_json, write_text
 from bridle.errors import RunStopped, UserError, one_line
 from bridle.evaluation import ChatJudge, LocalJudge, read_results, win_rates, write_results
 from bridle.evaluation.judges import Judge
 from bridle.evaluation.observations import Observations
-from bridle.lock import only_writer
 from bridle.models.card import write_card
 from bridle.models.hub import without_token
 from bridle.models.loading import load_for_inference
-from bridle.progress import Progress
-from bridle.reading import read_json
-from bridle.resources import is_disk_full, stopping_when_exhausted
-from bridle.settings import check_keys, different_keys, known_name, read_yaml
-from bridle.training.inputs import check_inputs, write_inputs
-from bridle.training.recipe import Recipe, load_recipe
-from bridle.training.run import RECIPE_FILE, describe_run
+from bridle.recipes.inputs import check_inputs, write_inputs
+from bridle.recipes.recipe import Recipe, load_recipe
+from bridle.recipes.run import RECIPE_FILE, describe_run
+from bridle.utils.files import only_writer, read_json, write_json, write_text
+from bridle.utils.oom import is_disk_full, stopping_when_exhausted
+from bridle.utils.progress import Progress
+from bridle.utils.provenance import environment
+from bridle.utils.settings import check_keys, different_keys, known_name, read_yaml
 
 FORMAT = 1
 RESULTS, CANDIDATE, FAILED = "results.json", "candidate.json", "failed.json"

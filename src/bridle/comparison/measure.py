@@ -6,11 +6,11 @@ from typing import Any
 from bridle.comparison.methods import Candidate
 from bridle.comparison.plan import Evaluation
 from bridle.data import texts_of
-from bridle.environment import environment
 from bridle.evaluation import FORMAT, Evaluator
 from bridle.models.guidance import guided
 from bridle.models.loading import load_for_inference
-from bridle.training.recipe import Recipe
+from bridle.recipes.recipe import Recipe
+from bridle.utils.provenance import environment
 
 
 def measure(candidate: Candidate, plan: Evaluation, recipe: Recipe, folder: Path, seed: int) -> dict[str, Any]:

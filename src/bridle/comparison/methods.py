@@ -19,15 +19,13 @@ from bridle.baselines.filtration import compliant_rows
 from bridle.baselines.reinforcement import ReinforcementOptions, reinforce
 from bridle.constraints import AllOf, Constraint
 from bridle.data import Prompt
-from bridle.environment import write_json
 from bridle.errors import RunStopped, UserError
 from bridle.models.loading import load_model, load_tokenizer
-from bridle.reading import read_json, read_rows
-from bridle.settings import build, known_name
-from bridle.training.build import build_trainer
+from bridle.recipes.recipe import Recipe, build_recipe
+from bridle.recipes.run import SHAPES_NOTHING, build_trainer, fit_guide, train
 from bridle.training.config import ALL
-from bridle.training.recipe import Recipe, build_recipe
-from bridle.training.run import SHAPES_NOTHING, fit_guide, train
+from bridle.utils.files import read_json, read_rows, write_json
+from bridle.utils.settings import build, known_name
 
 ENTRY_POINTS = "bridle.methods"
 REPORT = "reinforcement.json"

@@ -23,8 +23,8 @@ from bridle.constraints import Constraint
 from bridle.data import DataSource, VerbalisedLabel
 from bridle.errors import UserError
 from bridle.evaluation import PromptSet, prompt_set
-from bridle.settings import as_mapping, as_named, build, check_keys, known_name, validated
-from bridle.training.recipe import Recipe
+from bridle.recipes.recipe import Recipe
+from bridle.utils.settings import as_mapping, as_named, build, check_keys, known_name, validated
 
 
 @dataclass

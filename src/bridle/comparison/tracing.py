@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bridle.comparison.plan import Evaluation
-from bridle.core.losses import kl_divergence
 from bridle.data import decode_parts, encode_completion, encode_prompt
-from bridle.environment import write_json
 from bridle.evaluation.observations import Observations, Row
 from bridle.models.guidance import NADOGuide, guided
 from bridle.models.loading import load_for_inference
-from bridle.training.recipe import Recipe
+from bridle.recipes.recipe import Recipe
+from bridle.utils.files import write_json
 
 FILE = "guidance.json"
 SHOWN = 5  # tokens that q gives most to, and takes most from, at each place
@@ -75,7 +75,8 @@ def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, An
     logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
     log_q = guide.log_probs(logits, input_ids, mask)[0]  # [time, vocabulary]
     r = guide.compliance(input_ids, mask)[0]  # [time, vocabulary]
-    p, q = logits[0].float().softmax(-1), log_q.exp()
+    log_p = logits[0].float().log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
     unread: dict[str, Any] = {"p": None, "q": None, "r": None, "kl": None, "gains": [], "losses": []}
     traced = [{"text": tokenizer.decode(ids[:1]), **unread}]
     for at, token in enumerate(ids[1:]):
@@ -86,7 +87,7 @@ def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, An
                 "p": float(p[at, token]),
                 "q": float(q[at, token]),
                 "r": float(r[at, token]),
-                "kl": float(kl_divergence(log_q[at], logits[0, at], mask[0, at].bool())[0]),
+                "kl": float(F.kl_div(log_p[at], log_q[at], reduction="sum", log_target=True)),
                 "gains": _entries(shift.topk(SHOWN).indices, p[at], q[at], ids[: at + 1], tokenizer),
                 "losses": _entries((-shift).topk(SHOWN).indices, p[at], q[at], ids[: at + 1], tokenizer),
             }

@@ -1,6 +1,6 @@
 """Policies on whole outputs: prompt and completion in, score out. No model under training is known here."""
 
-from bridle.constraints.ahead import ScoringAhead
+from bridle.constraints.async_scoring import ScoringAhead
 from bridle.constraints.base import AllOf, AnyOf, Constraint, Not, Score
 from bridle.constraints.cache import Cached, ScoreCache
 from bridle.constraints.classifier import Classifier

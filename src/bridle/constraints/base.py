@@ -18,7 +18,7 @@ from pydantic import Field
 from bridle.constraints.options import checked
 from bridle.constraints.reading import Given, Messages, Reads, as_lines, conversation
 from bridle.errors import UserError
-from bridle.variables import NO_VARIABLES, Variables
+from bridle.utils.variables import NO_VARIABLES, Variables
 
 
 @dataclass(frozen=True)

@@ -157,14 +157,14 @@ class Cached(Constraint):
         """The constraint's own."""
         return self.constraint.files()
 
-    def cut_texts(self) -> int:  # noqa: D102
+    def cut_texts(self) -> int:
         return self.constraint.cut_texts()
 
     def describe(self) -> dict[str, Any]:
         """Returns the constraint's own description: the cache decides no score."""
         return self.variables.hidden(self.constraint.describe())
 
-    def identity(self) -> dict[str, Any]:  # noqa: D102
+    def identity(self) -> dict[str, Any]:
         return {self.type_name: self.constraint.identity(), "version": self.version}
 
     def _judge(self, prompts: list[Given], completions: list[str]) -> list[Score]:

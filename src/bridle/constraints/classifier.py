@@ -21,9 +21,9 @@ from bridle.constraints.deadline import TimedOut, within
 from bridle.constraints.options import Probability, Text, cause, checked
 from bridle.constraints.reading import Messages, Reads, as_lines
 from bridle.errors import UserError
-from bridle.progress import Progress
-from bridle.resources import RowLimit
-from bridle.weights import quiet_loading, refusal
+from bridle.utils.oom import RowLimit
+from bridle.utils.progress import Progress
+from bridle.utils.safe_loading import quiet_loading, refusal
 
 OVERLAP = 4  # a window shares one part in so many with the one before it
 
@@ -104,7 +104,7 @@ class Classifier(TextConstraint):
         self._rows = RowLimit(f"scoring ({self.name})")
         self._network = network
 
-    def cut_texts(self) -> int:  # noqa: D102
+    def cut_texts(self) -> int:
         return self._cut
 
     def files(self) -> list[Path]:

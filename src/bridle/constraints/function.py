@@ -19,7 +19,7 @@ from bridle.constraints.deadline import BATCH, TimedOut, within
 from bridle.constraints.options import Text, cause, checked
 from bridle.constraints.reading import Given, Messages, Reads, as_lines, turns_of
 from bridle.errors import UserError
-from bridle.progress import Progress
+from bridle.utils.progress import Progress
 
 
 class PythonFunction(Constraint):

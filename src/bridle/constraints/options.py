@@ -9,7 +9,7 @@ from typing import Annotated, Any, ParamSpec
 from pydantic import Field, ValidationError, validate_call
 
 from bridle.errors import UserError
-from bridle.settings import CHECKED_STRICTLY
+from bridle.utils.settings import CHECKED_STRICTLY
 
 P = ParamSpec("P")
 

@@ -13,9 +13,9 @@ from bridle.constraints.cache import CacheFile, Outcome, ScoreCache
 from bridle.constraints.mapping import JsonMapping, Scale
 from bridle.constraints.options import Text, checked
 from bridle.constraints.reading import Given, Messages, Reads
-from bridle.endpoint import Endpoint, Reply, same_origin
 from bridle.errors import UserError
-from bridle.progress import Progress
+from bridle.utils.http import Endpoint, Reply, same_origin
+from bridle.utils.progress import Progress
 
 PRESETS: dict[str, dict[str, Any]] = {
     "openai-moderation": {
@@ -91,7 +91,7 @@ class Remote(Constraint):
         api_key_env: environment variable whose key is sent to `url`. Not given, the preset's own key is sent to the
             preset's own host, and none to any other.
         api_key_header, headers, timeout, retries, backoff, concurrency, requests_per_minute:
-            as in `bridle.endpoint.Endpoint`.
+            as in `bridle.utils.http.Endpoint`.
 
     Raises:
         UserError: an option is missing or wrong, or holds a key; from `load`, the key that would be sent is not set, or

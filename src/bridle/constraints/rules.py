@@ -17,7 +17,7 @@ from bridle.constraints.deadline import TimedOut, batches
 from bridle.constraints.options import Text, cause, checked
 from bridle.constraints.reading import Reads
 from bridle.errors import UserError
-from bridle.progress import Progress
+from bridle.utils.progress import Progress
 
 SHORTEST = 1e-3  # seconds; a time-out of 0 is none
 
@@ -120,10 +120,10 @@ class WordList(_Unmatched):
             raise UserError(f"constraint 'words': {self.file or 'the list'} holds no word; give at least one")
         self._regex = _whole_words(self.words)
 
-    def files(self) -> list[Path]:  # noqa: D102
+    def files(self) -> list[Path]:
         return [Path(self.file)] if self.file is not None else []
 
-    def identity(self) -> dict[str, Any]:  # noqa: D102
+    def identity(self) -> dict[str, Any]:
         return super()._settings() | {"words": self.words}
 
     def _settings(self) -> dict[str, Any]:

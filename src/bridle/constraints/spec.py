@@ -14,8 +14,8 @@ from bridle.constraints.function import PythonFunction
 from bridle.constraints.remote import Remote
 from bridle.constraints.rules import Regex, WordList
 from bridle.errors import UserError
-from bridle.settings import as_mapping, parse_yaml
-from bridle.variables import NO_VARIABLES, Variables
+from bridle.utils.settings import as_mapping, parse_yaml
+from bridle.utils.variables import NO_VARIABLES, Variables
 
 TYPES: dict[str, type[Constraint]] = {
     cls.type_name: cls for cls in (Classifier, WordList, Regex, PythonFunction, Remote)

@@ -17,7 +17,7 @@ from bridle.data.readers import gather
 from bridle.data.rows import filled_rows, format_fields
 from bridle.data.source import DataSource
 from bridle.errors import UserError
-from bridle.progress import track
+from bridle.utils.progress import track
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import UnionType
 
 from bridle.data.rows import Messages
-from bridle.environment import whole_file
 from bridle.errors import UserError, first_line
+from bridle.utils.files import whole_file
 
 _TYPES: dict[str, type | UnionType] = {
     "prompt_ids": list,

@@ -15,7 +15,7 @@ from bridle.data.conversions import ALPACA, CONVERSIONS, converted, foreign_form
 from bridle.data.readers import ROW, gather, paths_of, read_files
 from bridle.data.rows import FORMATS, absent_column, filled_rows
 from bridle.errors import UserError
-from bridle.settings import parse_yaml
+from bridle.utils.settings import parse_yaml
 
 _FIELDS = tuple(field for fields in FORMATS for field in fields)
 _OPTIONS = {"split", "shuffle", "rows", "format", *_FIELDS}  # keys of `parse` that are no filter

@@ -35,7 +35,7 @@ from bridle.errors import UserError
 from bridle.evaluation.statistics import RESAMPLES, Estimate, bootstrap_interval, estimate_rate
 from bridle.evaluation.utility import AdjustLogits, Window, nll_by_text, window_length
 from bridle.models.loading import context_length
-from bridle.progress import track
+from bridle.utils.progress import track
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.core.tokens import pad_right
 from bridle.data.readers import whole_text
-from bridle.endpoint import Endpoint, Reply
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm, check_projection, project
 from bridle.models.loading import context_length
+from bridle.utils.http import Endpoint, Reply
 
 Winner = Literal["first", "second", "tie"]
 
@@ -217,8 +217,8 @@ class LocalJudge:
 class ChatJudge:
     """A model behind an OpenAI-compatible chat endpoint (`POST {url}/chat/completions`), at temperature 0.
 
-    What still fails after the retries of `bridle.endpoint`, and a reply that names no verdict or several, is a missing
-    verdict.
+    What still fails after the retries of `bridle.utils.http` is a missing verdict, and so is a reply that names none or
+    several.
 
     Args:
         url: of the interface, e.g. "http://localhost:8000/v1".

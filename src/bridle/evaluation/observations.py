@@ -12,11 +12,10 @@ from typing import Any
 
 from bridle.constraints import Score
 from bridle.data import Prompt
-from bridle.environment import write_text
 from bridle.evaluation.generation import GenerationResult
 from bridle.evaluation.tasks import TaskResult
 from bridle.evaluation.utility import TextLikelihood
-from bridle.reading import checked, read_rows
+from bridle.utils.files import checked, read_rows, write_text
 
 Row = dict[str, Any]
 

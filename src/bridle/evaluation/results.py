@@ -13,11 +13,10 @@ from jsonschema import Draft202012Validator, ValidationError  # type: ignore[imp
 from jsonschema.exceptions import best_match  # type: ignore[import-untyped]
 from jsonschema.validators import extend  # type: ignore[import-untyped]
 
-from bridle.environment import write_json
 from bridle.errors import UserError
 from bridle.evaluation.generation import GenerationResult
 from bridle.evaluation.statistics import Estimate
-from bridle.reading import read_json
+from bridle.utils.files import read_json, write_json
 
 FORMAT = 1
 LONGEST_MESSAGE = 200  # characters; a message may quote the whole of what is wrong

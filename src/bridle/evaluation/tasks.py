@@ -34,7 +34,7 @@ from bridle.data import ROW, DataSource
 from bridle.errors import UserError, first_line
 from bridle.evaluation.statistics import Estimate, wilson_interval
 from bridle.models.guidance import NADOGuide
-from bridle.progress import Progress
+from bridle.utils.progress import Progress
 
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The eight tasks whose unweighted mean is the group `commonsense`."""

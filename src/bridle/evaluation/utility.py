@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.core.losses import cross_entropy
 from bridle.core.tokens import IGNORE, pad_right, shift
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, estimate_ratio
 from bridle.models.loading import context_length
-from bridle.progress import track
+from bridle.utils.progress import track
 
 AdjustLogits = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -211,8 +211,9 @@ def _batch_nll(model: PreTrainedModel, batch: list[Window], adjust_logits: Adjus
 def _row_nll(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """Sum of −log p over one row, with few float32 logits at a time. Shapes: [T, V], [T], [T] -> []."""
     rows = max(1, FLOATS_AT_ONCE // logits.shape[-1])
-    pieces = zip(logits.split(rows), targets.split(rows), mask.split(rows), strict=True)
-    return torch.stack([cross_entropy(*piece)[0].double() for piece in pieces]).sum()
+    pieces = zip(logits.split(rows), targets.masked_fill(~mask, IGNORE).split(rows), strict=True)
+    losses = [F.cross_entropy(some.float(), of, ignore_index=IGNORE, reduction="sum") for some, of in pieces]
+    return torch.stack(losses).double().sum()
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from typing import Any
 from bridle.data.readers import ROW
 from bridle.data.rows import absent_column
 from bridle.data.source import DataSource
-from bridle.environment import append_text
 from bridle.errors import RunStopped, UserError
 from bridle.evaluation.judges import Comparison, Judge, Verdict
 from bridle.evaluation.statistics import Estimate, estimate_mean, estimate_rate, wilson_interval
-from bridle.progress import Progress
+from bridle.utils.files import append_text
+from bridle.utils.progress import Progress
 
 MOST_MISSING = 0.1  # share of missing verdicts above which the rest is not worth asking for
 ASKED_AT_ONCE = 64  # comparisons between two writes to the file that keeps the verdicts

@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.up = nn.Linear(hidden_size, inner_size)
         self.down = nn.Linear(inner_size, hidden_size)
 
-    def forward(self, states: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, states: Tensor) -> Tensor:
         return states + self.down(nn.functional.silu(self.up(self.norm(states))))
 
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from bridle.constraints import Constraint
 from bridle.constraints.spec import RETENTION
-from bridle.environment import write_text
+from bridle.utils.files import write_text
 
 CARD_FILE = "README.md"
 MISSING = "missing"
@@ -73,7 +73,7 @@ def write_card(
             fine-tuning, or fine-tuning where the recipe has no regularisers.
         description: one sentence on how the method held the outputs to the constraint; made from `recipe` if not given.
         rows: how many rows each domain gave.
-        environment: from `bridle.environment.environment`; its command is not told.
+        environment: from `bridle.utils.provenance.environment`; its command is not told.
         license: the model's licence, by the hub's identifier, where it is known.
 
     Returns:

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from bridle.errors import UserError
 from bridle.models.sharding import whole
-from bridle.ranks import from_main
+from bridle.utils.distributed import from_main
 
 
 def causal_lm(model: torch.nn.Module) -> PreTrainedModel:

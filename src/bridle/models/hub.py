@@ -17,9 +17,10 @@ from pydantic import SecretStr
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import PushInProgress
 
-from bridle.environment import environment, whole_files
 from bridle.errors import RunStopped, UserError
 from bridle.models.card import CARD_FILE, public_name, told, with_names, write_card
+from bridle.utils.files import whole_files
+from bridle.utils.provenance import environment
 
 logger = logging.getLogger(__name__)
 

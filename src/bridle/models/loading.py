@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from bridle.constraints.options import Probability
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
-from bridle.ranks import from_main, is_main
-from bridle.reading import read_json
-from bridle.weights import holds, quiet_loading, refusal
+from bridle.utils.distributed import from_main, is_main
+from bridle.utils.files import read_json
+from bridle.utils.safe_loading import holds, quiet_loading, refusal
 
 
 @dataclass

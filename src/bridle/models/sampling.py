@@ -28,9 +28,9 @@ from bridle.errors import RunStopped, UserError
 from bridle.models.forward import mixed_precision
 from bridle.models.hidden import causal_lm, last_positions
 from bridle.models.sharding import is_sharded
-from bridle.progress import Progress
-from bridle.ranks import gathered, turns
-from bridle.resources import RowLimit
+from bridle.utils.distributed import gathered, turns
+from bridle.utils.oom import RowLimit
+from bridle.utils.progress import Progress
 
 SHORTEST_STAGE, STAGES = 8, 8  # tokens, and how often at most, after which rows that have ended are dropped
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from bridle.quickstart.truth import hostile
-from bridle.training.reporting import TrainingProgress
+from bridle.recipes.metrics import TrainingProgress
 
 CONTEXT = 256  # tokens: five examples and a question
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"

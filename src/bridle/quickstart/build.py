@@ -9,13 +9,13 @@ from random import Random
 from typing import Any
 
 from bridle.data import VerbalisedLabel
-from bridle.environment import write_rows, write_text
 from bridle.quickstart.base import CONTEXT, Training, train_base, train_oracle, train_tokenizer
 from bridle.quickstart.cache import cached
 from bridle.quickstart.encyclopaedia import articles, facts_benchmark, quizzes, scenes, sense_benchmark
 from bridle.quickstart.forum import SPLITS, Forum
 from bridle.quickstart.truth import INSULTS
 from bridle.quickstart.world import World
+from bridle.utils.files import write_rows, write_text
 
 HERE = Path(__file__).parent
 SHAPES_NOTHING = {"__init__.py", "tour.py", "cache.py", "recipe.yaml"}

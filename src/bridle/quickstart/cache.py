@@ -14,7 +14,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from bridle.errors import UserError
-from bridle.resources import is_disk_full
+from bridle.utils.oom import is_disk_full
 
 VARIABLE = "BRIDLE_CACHE"
 KEPT = 4  # folders of one name, those that were used last; a new version's takes an old one's place

@@ -9,12 +9,12 @@ from bridle.constraints import build_constraint
 from bridle.data import DataSource
 from bridle.errors import UserError
 from bridle.quickstart.build import HERE, Scale, prepare
+from bridle.recipes.recipe import Recipe, build_recipe
 from bridle.report.data import read_report
 from bridle.report.html import write_report
 from bridle.report.terminal import tables
-from bridle.settings import read_yaml, set_dotted
-from bridle.training.recipe import Recipe, build_recipe
-from bridle.variables import filled
+from bridle.utils.settings import read_yaml, set_dotted
+from bridle.utils.variables import filled
 
 METHODS = ("base", "sft", "filtration", "rl", "nado-decoding", "constrained", "constrained-adaptive")
 """The rows of the paper's table."""

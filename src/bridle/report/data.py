@@ -13,8 +13,8 @@ from pydantic import Field
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Comparison, Estimate
 from bridle.evaluation.win_rate import WinRates
-from bridle.progress import track
-from bridle.reading import checked, read_json, read_rows, read_text
+from bridle.utils.files import checked, read_json, read_rows, read_text
+from bridle.utils.progress import track
 
 Group = Literal["violation", "text", "perplexity", "tasks", "classification", "cost"]  # of `Figures`
 

@@ -17,11 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from bridle.environment import check_output, write_text
-from bridle.progress import Progress
 from bridle.report import plots, tables, texts
 from bridle.report.data import Report, read_report
 from bridle.report.findings import failures, findings, warnings
+from bridle.utils.files import check_output, write_text
+from bridle.utils.progress import Progress
 
 PIXELS = 1.25  # a plot's width on the page for each point of its drawing
 HEADINGS = {

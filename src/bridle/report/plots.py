@@ -20,9 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from bridle.environment import whole_file
 from bridle.errors import UserError
-from bridle.progress import track
 from bridle.report import data
 from bridle.report.data import MOST_ROUNDS, RegulariserRound, Report, spread
 from bridle.report.labels import label_points
@@ -30,6 +28,8 @@ from bridle.report.pareto import Tradeoff, tradeoffs
 from bridle.report.style import DPI, INK, PAPER, STYLE, MethodStyle, method_style, shown
 from bridle.report.svg import svg
 from bridle.report.tables import spelt
+from bridle.utils.files import whole_file
+from bridle.utils.progress import track
 
 __all__ = ["draw_plots", "method_style", "reliability", "svg", "tradeoff", "training_curves", "write_plots"]
 

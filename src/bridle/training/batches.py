@@ -58,7 +58,7 @@ class Prefixes:
 class DomainCollator(DataCollatorForLanguageModeling):
     """TRL's collator, which pads `input_ids` and `labels`, and the batch's `Prefixes`."""
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:  # noqa: D102
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         domains = [example.get(DOMAIN, NO_DOMAIN) for example in examples]
         batch[PREFIXES] = Prefixes.of_corpus(domains, batch["labels"], batch["attention_mask"])

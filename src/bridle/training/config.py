@@ -16,9 +16,9 @@ from bridle.constraints.options import Probability
 from bridle.constraints.spec import RETENTION
 from bridle.data import DataSource
 from bridle.errors import UserError
-from bridle.settings import check_fields, check_file_name, known_name
 from bridle.training.options import check_needed, check_refused, in_one_line
-from bridle.variables import NO_VARIABLES
+from bridle.utils.settings import check_fields, check_file_name, known_name
+from bridle.utils.variables import NO_VARIABLES
 
 ALL = "all"
 """Stands for the whole corpus, unless a domain has this name: one regulariser on everything is "without adaptive"."""

@@ -23,10 +23,10 @@ from bridle.data import DOMAIN, DataSource, Prompt, decode_parts, prompts_from_d
 from bridle.errors import UserError
 from bridle.models.loading import context_length, end_token_ids
 from bridle.models.sampling import sample
-from bridle.ranks import joined, share
+from bridle.training.checkpointing import LastingTrainer
 from bridle.training.config import BestOptions, EvalOptions
 from bridle.training.guards import tell
-from bridle.training.lasting import LastingTrainer
+from bridle.utils.distributed import joined, share
 
 Record = Mapping[str, Any]
 

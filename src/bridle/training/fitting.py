@@ -18,9 +18,9 @@ from bridle.models.forward import policy_forward
 from bridle.models.hidden import causal_lm, project
 from bridle.models.sampling import Trace
 from bridle.models.sharding import is_sharded
-from bridle.progress import Progress, track
-from bridle.resources import RowLimit
 from bridle.training.config import AuxiliaryOptions
+from bridle.utils.oom import RowLimit
+from bridle.utils.progress import Progress, track
 
 SumAndCount = tuple[Tensor, Tensor]
 

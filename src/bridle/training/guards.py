@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState
 
-from bridle.interruption import is_pending
-from bridle.ranks import is_main
 from bridle.training.config import ConstrainedConfig
+from bridle.utils.distributed import is_main
+from bridle.utils.interruption import is_pending
 
 if TYPE_CHECKING:
     from bridle.training.trainer import ConstrainedTrainer
@@ -57,7 +57,7 @@ class Guard(TrainerCallback):
 class FiniteGuard(Guard):
     """Tells each update that the trainer skipped because its loss or gradient was not finite; stops at too many."""
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_step_end(self, args, state, control, **kwargs):
         if not self.trainer.skipped:
             return
         in_a_row = _skipped_before(state) + 1
@@ -103,7 +103,7 @@ class EntropyGuard(Guard):
 class InterruptionGuard(TrainerCallback):
     """Ends a run with a checkpoint, after the update in which a signal came."""
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_step_end(self, args, state, control, **kwargs):
         if is_pending():
             control.should_training_stop = control.should_save = True
 

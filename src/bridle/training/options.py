@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import (
 from transformers.utils import is_liger_kernel_available
 
 from bridle.errors import UserError, first_line
-from bridle.settings import known_name
+from bridle.utils.settings import known_name
 
 if TYPE_CHECKING:
     from bridle.training.config import ConstrainedConfig

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint, Given, ScoringAhead
 from bridle.data import Prompt, Rollout, decode_parts, prompts_from_domain, read_prompts
-from bridle.data.targets import TargetCache, row_keys
+from bridle.data.target_cache import TargetCache, row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, new_auxiliary
@@ -32,12 +32,12 @@ from bridle.models.hidden import OutputLayer
 from bridle.models.loading import context_length, end_token_ids
 from bridle.models.sampling import Trace, sample
 from bridle.models.sharding import in_shards, is_sharded, trainable, whole
-from bridle.ranks import align, gathered, joined, share
 from bridle.training.batches import Mask, flat_positions, run_lengths
 from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
 from bridle.training.state import RegulariserState, Weights, on_cpu
 from bridle.training.targets import FrozenAnchor, ShippedTarget, Target
+from bridle.utils.distributed import align, gathered, joined, share
 
 
 @dataclass

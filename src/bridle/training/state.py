@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bridle.data import Rollout, read_rollouts, write_rollouts
-from bridle.data.targets import TargetCache
-from bridle.environment import write_json
+from bridle.data.target_cache import TargetCache
 from bridle.errors import RunStopped, UserError, first_line
 from bridle.models.sharding import in_shards, trainable, whole
-from bridle.reading import read_json
+from bridle.utils.files import read_json, write_json
 
 Weights = dict[str, Tensor]
 

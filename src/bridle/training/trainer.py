@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
 
-from bridle.core.chunked import Divergence, Sums, constrained_loss
+from bridle.core.loss import Divergence, Sums, constrained_loss
 from bridle.data import DOMAIN, Rollout, mix, tokenize_domain
 from bridle.data.rows import holds_chats
 from bridle.errors import UserError
@@ -34,18 +34,18 @@ from bridle.models.hidden import (
 )
 from bridle.models.hub import PushesModel
 from bridle.models.loading import check_model, context_length, load_model, load_tokenizer
-from bridle.ranks import gathered, rank, world
-from bridle.settings import check_file_name
 from bridle.training.batches import PREFIXES, DomainCollator, Mask, Prefixes, append_rollouts, flat_positions
 from bridle.training.config import ConstrainedConfig, EvalOptions, Regulariser, Regularisers, named
 from bridle.training.evaluating import EvaluatedTrainer, hold_out, with_domain
 from bridle.training.guards import FiniteGuard, InterruptionGuard, tell
 from bridle.training.options import check_optimiser, in_one_line
+from bridle.training.parallel import ParallelSchedule
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.reporting import log_scalars_to_trackers
-from bridle.training.schedules.parallel import ParallelSchedule
-from bridle.training.schedules.sequential import SequentialSchedule
-from bridle.training.tally import Tally
+from bridle.training.running_means import Tally
+from bridle.training.schedule import SequentialSchedule
+from bridle.training.trackers import log_scalars_to_trackers
+from bridle.utils.distributed import gathered, rank, world
+from bridle.utils.settings import check_file_name
 
 Riders = Sequence[tuple[DomainRegulariser, list[Rollout]]]  # the rollouts of one micro-batch, by whose they are
 

@@ -9,14 +9,14 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from bridle.checkpoints import keep_last, whole_or_gone
 from bridle.errors import RunStopped
-from bridle.interruption import deferring
-from bridle.ranks import is_main, world
 from bridle.training.config import ConstrainedConfig
-from bridle.training.memory import CuttingTrainer
-from bridle.training.schedules.sequential import SCHEDULE, SequentialSchedule
+from bridle.training.oom import CuttingTrainer
+from bridle.training.schedule import SCHEDULE, SequentialSchedule
 from bridle.training.state import readable
+from bridle.utils.checkpoints import keep_last, whole_or_gone
+from bridle.utils.distributed import is_main, world
+from bridle.utils.interruption import deferring
 
 
 class LastingTrainer(CuttingTrainer):

@@ -2,19 +2,16 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from bridle.environment import append_text, write_text
-from bridle.progress import Progress
-from bridle.ranks import is_main
-from bridle.reading import checked, parse, read_text
+from bridle.utils.distributed import is_main
+from bridle.utils.files import append_text, checked, parse, read_text, write_text
+from bridle.utils.progress import Progress
 
 WIDEST_LINE = 100  # columns
 LONGEST_NAME = 30  # of a regulariser, in a line for people
@@ -30,7 +27,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path):
         self.path = path
 
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+    def on_train_begin(self, args, state, control, **kwargs):
         kept = []
         if not is_main():
             return
@@ -40,7 +37,7 @@ class MetricsFile(TrainerCallback):
             kept = [line for line, step in zip(whole, steps, strict=True) if step <= state.global_step]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+    def on_log(self, args, state, control, logs=None, **kwargs):
         if not is_main():
             return
         record = {"step": state.global_step, **{key: _finite(value) for key, value in (logs or {}).items()}}
@@ -61,20 +58,20 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, description: str = "training the policy"):
         self.description = description
 
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+    def on_train_begin(self, args, state, control, **kwargs):
         self._progress = Progress(self.description, state.max_steps, "steps", shown=not args.disable_tqdm)
         self._progress.update(state.global_step)
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_step_end(self, args, state, control, **kwargs):
         self._progress.update(1)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+    def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "round" in logs:
             self._progress.write(round_line(logs, args.rounds))
         elif logs and ("eval_loss" in logs or "eval_completions" in logs):
             self._progress.write(evaluation_line(logs))
 
-    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_train_end(self, args, state, control, **kwargs):
         self._progress.close()
 
 
@@ -103,29 +100,6 @@ def _of_regulariser(record: dict[str, Any], name: str) -> Iterator[str]:
         yield f"R's ECE {record[f'{name}/r_ece']:.3f}"
     if divergence is not None:
         yield f"λ·KL {record[f'{name}/lambda'] * divergence:.2g}"
-
-
-def log_scalars_to_trackers(callbacks: Iterable[TrainerCallback]) -> None:
-    """Gives the trackers among callbacks (TensorBoard, trackio, MLflow, ...) the numbers of each record alone."""
-    for callback in callbacks:
-        if type(callback) in INTEGRATION_TO_CALLBACK.values():
-            callback.on_log = partial(_log_scalars, callback.on_log)  # type: ignore[method-assign]
-
-
-def _log_scalars(on_log: Callable[..., Any], *args: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-    return on_log(*args, logs=scalars(logs or {}), **kwargs)
-
-
-def scalars(record: Any, key: str = "") -> dict[str, int | float]:
-    """The numbers in a record by key: "calibration/0/count" within others. Of warnings, their number."""
-    if isinstance(record, list) and all(isinstance(value, str) for value in record):
-        return {key: len(record)}
-    if isinstance(record, list):
-        record = {str(index): value for index, value in enumerate(record)}
-    if isinstance(record, Mapping):
-        parts = (scalars(value, f"{key}/{name}" if key else name) for name, value in record.items())
-        return {name: value for part in parts for name, value in part.items()}
-    return {key: +record} if isinstance(record, int | float) and math.isfinite(record) else {}  # +True is 1
 
 
 def evaluation_line(record: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from trl import SFTTrainer
 
-from bridle.resources import RowLimit
+from bridle.utils.oom import RowLimit
 
 
 class CuttingTrainer(SFTTrainer):

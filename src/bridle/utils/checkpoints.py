@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bridle.errors import UserError
-from bridle.reading import read_json
+from bridle.utils.files import read_json
 
 
 def whole_checkpoints(folder: str | Path, last: str) -> list[Path]:

@@ -6,11 +6,11 @@ import sys
 import pytest
 
 from bridle.errors import UserError
-from bridle.lock import only_writer
+from bridle.utils.files import only_writer
 
 HOLDER = """
 import sys, time
-from bridle.lock import only_writer
+from bridle.utils.files import only_writer
 with only_writer(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

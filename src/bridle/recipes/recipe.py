@@ -26,7 +26,17 @@ from bridle.constraints.spec import RETENTION
 from bridle.data import Domain
 from bridle.errors import UserError
 from bridle.models.loading import LoraOptions
-from bridle.settings import (
+from bridle.training.config import (
+    ALL,
+    AuxiliaryOptions,
+    ConstrainedConfig,
+    EvalOptions,
+    ParallelOptions,
+    Regulariser,
+    default_name,
+)
+from bridle.training.options import EVALUATION
+from bridle.utils.settings import (
     as_mapping,
     as_named,
     build,
@@ -38,17 +48,7 @@ from bridle.settings import (
     set_dotted,
     validated,
 )
-from bridle.training.config import (
-    ALL,
-    AuxiliaryOptions,
-    ConstrainedConfig,
-    EvalOptions,
-    ParallelOptions,
-    Regulariser,
-    default_name,
-)
-from bridle.training.options import EVALUATION
-from bridle.variables import Variables, expanded
+from bridle.utils.variables import Variables, expanded
 
 NOT_IN_RECIPES = {"output_dir", "resume_from_checkpoint", "parallelism_config"}
 """Fields of the configuration that the command line sets, or nobody."""
@@ -111,7 +111,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Reads a recipe and puts overrides over it.
 
     Args:
-        path: a YAML file. `${NAME}` and `${NAME:-default}` stand for environment variables; see `bridle.variables`.
+        path: a YAML file. `${NAME}` and `${NAME:-default}` stand for environment variables (`utils.variables`).
         overrides: by dotted key, e.g. {"regularisers.toxigen.weight": 10}.
 
     Raises:

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridle.environment import PACKAGES, append_text, check_output, environment, whole_files, write_json
 from bridle.errors import UserError
+from bridle.utils.files import append_text, check_output, whole_files, write_json
+from bridle.utils.provenance import PACKAGES, environment
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -54,7 +55,7 @@ def test_environment_is_json(tmp_path):
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
-    monkeypatch.setattr("bridle.environment.PACKAGES", ("torch", "no-such-package-here"))
+    monkeypatch.setattr("bridle.utils.provenance.PACKAGES", ("torch", "no-such-package-here"))
     versions = environment(seed=0)["versions"]
     assert versions["no-such-package-here"] is None
     assert versions["torch"] is not None

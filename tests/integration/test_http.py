@@ -11,8 +11,8 @@ from email.utils import formatdate
 
 import pytest
 
-from bridle.endpoint import GIVE_UP_AFTER, LARGEST_REPLY, Endpoint, Reply
 from bridle.errors import UserError
+from bridle.utils.http import GIVE_UP_AFTER, LARGEST_REPLY, Endpoint, Reply
 from loopback import cut_short, error, ok, reset, serving, silent, trickle
 
 KEY = "sk-invented-0123456789"

@@ -23,9 +23,8 @@ from bridle.core.tokens import IGNORE
 from bridle.data import DOMAIN
 from bridle.data.rows import filled_rows, format_fields, outputs_of
 from bridle.errors import one_line
-from bridle.training.build import build_trainer
-from bridle.training.recipe import Recipe
-from bridle.training.run import _replace_callbacks
+from bridle.recipes.recipe import Recipe
+from bridle.recipes.run import _replace_callbacks, build_trainer
 from bridle.training.trainer import ConstrainedTrainer
 
 UPDATES, SAMPLES, PROMPTS = 3, 64, 5  # taken; rows and rollouts that are scored; prompts that are shown

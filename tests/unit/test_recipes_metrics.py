@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bridle.training.reporting import TrainingProgress, round_line
+from bridle.recipes.metrics import TrainingProgress, round_line
 
 
 def record(*names, kl=3e-5, **more):

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from bridle.errors import RunStopped, UserError
-from bridle.ranks import is_main
-from bridle.resources import stopping_when_exhausted
 from bridle.training.config import ParallelOptions
+from bridle.training.parallel import Pending, RegulariserRole
+from bridle.training.precomputed import Upcoming
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.schedules.parallel import Pending, RegulariserRole
-from bridle.training.schedules.shipping import Upcoming
 from bridle.training.state import RegulariserState, Weights
+from bridle.utils.distributed import is_main
+from bridle.utils.oom import stopping_when_exhausted
 
 try:
     import ray
@@ -113,17 +113,17 @@ class RayWorker:
         joined = [one.join.remote(address, rank, workers) for rank, one in enumerate(self.actors)]
         outcome_of_all(joined, "the regulariser")
 
-    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:  # noqa: D102
+    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:
         parcel = pack(weights, self.folder / f"policy-{round_index}.safetensors", self.options.largest_bytes)
         shared = parcel if isinstance(parcel, Path) else ray.put(parcel)
         at_work = [actor.update.remote(round_index, shared, rows) for actor in self.actors]
         return RayPending(at_work, parcel, f"the regulariser, in round {round_index},")
 
-    def restore(self, states: list[RegulariserState]) -> None:  # noqa: D102
+    def restore(self, states: list[RegulariserState]) -> None:
         restored = [actor.restore.remote(states) for actor in self.actors]
         outcome_of_all(restored, "the regulariser, taking up its states,")
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
 
@@ -176,7 +176,7 @@ class RayPending:
     def __init__(self, references: Sequence[Any], sent: Weights | Path, who: str):
         self.references, self.sent, self.who = list(references), sent, who
 
-    def check(self) -> None:  # noqa: D102
+    def check(self) -> None:
         ready, _ = ray.wait(self.references, num_returns=len(self.references), timeout=0)
         try:
             for reference in ready:
@@ -184,7 +184,7 @@ class RayPending:
         except (UserError, RunStopped):
             self.result()
 
-    def result(self) -> list[RegulariserState]:  # noqa: D102
+    def result(self) -> list[RegulariserState]:
         made = outcome_of_all(self.references, self.who)
         discard(self.sent)
         return [_unpacked(state, parcel) for state, parcel in made]

@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from bridle.ranks import gathered, is_main
+from bridle.utils.distributed import gathered, is_main
 
 Sums = dict[str, list[float]]
 Kept = dict[str, Tensor]  # by name [2]: sum and count

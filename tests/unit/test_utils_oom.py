@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from bridle.constraints.cache import ScoreCache
 from bridle.core.target import sparse_target
 from bridle.data import Rollout, read_rollouts, write_rollouts
-from bridle.data.targets import TargetCache, TargetWriter
-from bridle.environment import append_text, write_json
+from bridle.data.target_cache import TargetCache, TargetWriter
 from bridle.errors import RunStopped, UserError
-from bridle.resources import RowLimit, is_disk_full, is_out_of_memory, stopping_when_exhausted
+from bridle.utils.files import append_text, write_json
+from bridle.utils.oom import RowLimit, is_disk_full, is_out_of_memory, stopping_when_exhausted
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB"
 CPU = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"

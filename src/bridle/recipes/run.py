@@ -9,25 +9,24 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from bridle.environment import environment, write_json, write_text
 from bridle.errors import RunStopped, UserError
-from bridle.interruption import Interrupted
-from bridle.lock import only_writer
 from bridle.models.card import with_names, write_card
-from bridle.models.hub import without_token
-from bridle.ranks import is_main, wait
-from bridle.reading import read_json, read_rows
-from bridle.resources import stopping_when_exhausted
-from bridle.settings import different_keys, read_yaml
-from bridle.training.build import build_trainer
+from bridle.models.hub import check_strategy, without_token
+from bridle.models.loading import load_model, load_tokenizer
+from bridle.recipes.inputs import check_inputs, write_inputs
+from bridle.recipes.metrics import MetricsFile, TrainingProgress
+from bridle.recipes.recipe import Recipe
 from bridle.training.config import ConstrainedConfig
-from bridle.training.inputs import check_inputs, write_inputs
-from bridle.training.recipe import Recipe
-from bridle.training.reporting import MetricsFile, TrainingProgress
-from bridle.training.schedules.sequential import last_checkpoint
+from bridle.training.schedule import last_checkpoint
 from bridle.training.trainer import ConstrainedTrainer
+from bridle.utils.distributed import is_main, wait
+from bridle.utils.files import only_writer, read_json, read_rows, write_json, write_text
+from bridle.utils.interruption import Interrupted
+from bridle.utils.oom import stopping_when_exhausted
+from bridle.utils.provenance import environment
+from bridle.utils.settings import different_keys, read_yaml
 
 RECIPE_FILE = "recipe.yaml"
 SHAPES_NOTHING = ("push_to_hub", "hub_", "evaluation", "methods", "keep_last", "env")
@@ -112,6 +111,35 @@ def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bo
     if config.push_to_hub:
         trainer.push_saved_model()
     return trainer
+
+
+def build_trainer(recipe: Recipe, output_dir: Path, corpus: Mapping[str, Dataset]) -> ConstrainedTrainer:
+    """The trainer of a recipe.
+
+    Args:
+        recipe: what to do.
+        output_dir: where the trainer writes.
+        corpus: rows by domain.
+
+    Raises:
+        UserError: something the recipe names cannot be used.
+    """
+    config = recipe.config(output_dir)
+    check_strategy(config)
+    used = [regulariser.constraint for regulariser in recipe.regularisers.values()]
+    for constraint in used + (recipe.eval.constraints if recipe.eval else []):
+        if constraint is not None:
+            constraint.load()  # a mistake shows now and not after an hour
+    set_seed(config.seed)  # adapters are drawn at random
+    return ConstrainedTrainer(
+        model=load_model(recipe.model, dtype=recipe.dtype, lora=recipe.lora),
+        args=config,
+        corpus=corpus,
+        regularisers=list(recipe.regularisers.values()),
+        weights={name: domain.weight for name, domain in recipe.corpus.items()},
+        processing_class=load_tokenizer(recipe.model),
+        eval_options=recipe.eval,
+    )
 
 
 def fit_guide(recipe: Recipe, output_dir: str | Path) -> dict[str, Any]:

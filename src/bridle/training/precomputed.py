@@ -19,18 +19,18 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from bridle.core.chunked import chunk_rows, chunks
+from bridle.core.loss import chunk_rows, chunks
 from bridle.core.target import SparseTarget, sparse_target
-from bridle.data.targets import TargetCache, TargetWriter, bytes_per_token, row_keys
+from bridle.data.target_cache import TargetCache, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError
 from bridle.models.sharding import is_sharded
-from bridle.progress import track
-from bridle.ranks import rank
-from bridle.resources import RowLimit
 from bridle.training.batches import PREFIXES, rollout_rows
 from bridle.training.config import ConstrainedConfig
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.targets import Target
+from bridle.utils.distributed import rank
+from bridle.utils.oom import RowLimit
+from bridle.utils.progress import track
 
 if TYPE_CHECKING:
     from bridle.training.trainer import ConstrainedTrainer

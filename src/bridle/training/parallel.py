@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bridle.errors import RunStopped, UserError
 from bridle.models.hidden import causal_lm
-from bridle.ranks import from_main, is_main
+from bridle.training.precomputed import Upcoming, make_targets, upcoming
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.schedules.sequential import SequentialSchedule
-from bridle.training.schedules.shipping import Upcoming, make_targets, upcoming
+from bridle.training.schedule import SequentialSchedule
 from bridle.training.state import RegulariserState, Weights, trainable_weights
+from bridle.utils.distributed import from_main, is_main
 
 if TYPE_CHECKING:
     from bridle.training.trainer import ConstrainedTrainer
@@ -101,10 +101,10 @@ class Done:
     def __init__(self, states: list[RegulariserState]):
         self.states = states
 
-    def check(self) -> None:  # noqa: D102
+    def check(self) -> None:
         pass
 
-    def result(self) -> list[RegulariserState]:  # noqa: D102
+    def result(self) -> list[RegulariserState]:
         return self.states
 
 
@@ -114,13 +114,13 @@ class LocalWorker:
     def __init__(self, regularisers: list[DomainRegulariser]):
         self.role = RegulariserRole(deepcopy(regularisers))
 
-    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:  # noqa: D102
+    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:
         return Done(self.role.update(round_index, weights, rows))
 
-    def restore(self, states: list[RegulariserState]) -> None:  # noqa: D102
+    def restore(self, states: list[RegulariserState]) -> None:
         self.role.restore(states)
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         pass
 
 
@@ -134,14 +134,14 @@ class SharedWorker:
     def __init__(self, make: Callable[[], Worker]):
         self.worker = make() if is_main() else None
 
-    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:  # noqa: D102
+    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:
         return SharedPending(None if self.worker is None else self.worker.submit(round_index, weights, rows))
 
-    def restore(self, states: list[RegulariserState]) -> None:  # noqa: D102
+    def restore(self, states: list[RegulariserState]) -> None:
         if self.worker is not None:
             self.worker.restore(states)
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         if self.worker is not None:
             self.worker.close()
 
@@ -152,11 +152,11 @@ class SharedPending:
     def __init__(self, pending: Pending | None):
         self.pending = pending
 
-    def check(self) -> None:  # noqa: D102
+    def check(self) -> None:
         if self.pending is not None:
             self.pending.check()
 
-    def result(self) -> list[RegulariserState]:  # noqa: D102
+    def result(self) -> list[RegulariserState]:
         return from_main(self.pending.result() if self.pending is not None else [])
 
 
@@ -198,17 +198,17 @@ class ParallelSchedule(SequentialSchedule):
         return states
 
     def _ray_worker(self) -> Worker:
-        from bridle.training.schedules.ray_worker import RayWorker  # Ray is optional
+        from bridle.training.ray_worker import RayWorker  # Ray is optional
 
         trainer, args = self.trainer, self.trainer.args
         return SharedWorker(lambda: RayWorker(trainer.regularisers, args.parallel, Path(args.output_dir)))
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_step_end(self, args, state, control, **kwargs):
         if self.pending is not None:
             self.pending.check()  # a dead worker stops the policy at its next step, and not at the round's end
         return super().on_step_end(args, state, control, **kwargs)
 
-    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control, **kwargs)
         if self.worker is not None:
             self.worker.close()
@@ -225,7 +225,7 @@ class ParallelSchedule(SequentialSchedule):
                 if is_main():
                     made.save(checkpoint / "pending" / regulariser.name)
 
-    def load(self, checkpoint: Path) -> None:  # noqa: D102
+    def load(self, checkpoint: Path) -> None:
         super().load(checkpoint)
         if (folder := checkpoint / "pending").is_dir():
             states = [RegulariserState.load(folder / regulariser.name) for regulariser in self.trainer.regularisers]

@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bridle.environment import write_json
 from bridle.errors import UserError
-from bridle.reading import read_json
-from bridle.training.recipe import Recipe
-from bridle.variables import expanded
+from bridle.recipes.recipe import Recipe
+from bridle.utils.files import read_json, write_json
+from bridle.utils.variables import expanded
 
 INPUTS_FILE = "inputs.json"
 MADE_BY_READING = ("cache-*", "*.pyc", ".*")  # what `datasets` and Python put beside what they read

@@ -5,8 +5,8 @@ With q fixed, the gradient of the loss with respect to the logits at one positio
     (c + Σ_d λ_d)·p − c·onehot(target) − Σ_d λ_d·q_d,    c = 1 where a token is trained on and 0 elsewhere
 
 So a chunk's logits are made once, turned into their gradient and dropped; what is kept for the backward is the
-gradient of the hidden states and of the output layer. `core.losses` has the same terms one by one. (docs:
-concepts/method, eq. 4)
+gradient of the hidden states and of the output layer. `tests/reference_losses.py` has the same terms
+one by one. (docs: concepts/method, eq. 4)
 """
 
 from collections.abc import Callable, Iterator, Sequence

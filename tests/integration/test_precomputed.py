@@ -6,8 +6,8 @@ from test_training import NO_E, logged, trainer_of, weights
 
 from bridle.errors import UserError
 from bridle.training.config import ParallelOptions, Regulariser
+from bridle.training.parallel import LocalWorker
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.schedules.parallel import LocalWorker
 
 # 80 rows of two domains in batches of 8: ten updates an epoch.
 # Rollouts of any depth: `computed` leaves out prefixes that none can reach, which targets made ahead do not know.

@@ -1,63 +1,92 @@
-"""What a result needs beside it to be believed later, and a file that is whole or not there at all."""
+"""Files: read with errors that name file, row and key; written whole or not at all; and a folder with one writer."""
 
 import errno
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 
-from bridle.errors import UserError
+from bridle.errors import UserError, first_line
 
-PACKAGES = ("bridle", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+T = TypeVar("T")
 
 
-def environment(seed: int) -> dict[str, Any]:
-    """Where and how a result was made, ready for `write_json`.
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A file's text.
 
-    Args:
-        seed: the seed the run was given.
-
-    Returns:
-        `versions` of Python and the libraries (`None` where one is not installed), `git` (commit of the
-        working directory's repository and whether tracked files differ from it; `None` outside a
-        repository), `platform`, `devices` (names of the accelerators), `threads`, `command` (the
-        argument list, without the hub's token), `seed` and `time` (UTC, ISO 8601).
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
     """
-    return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "git": _git_state(),
-        "platform": platform.platform(),
-        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "threads": torch.get_num_threads(),
-        "command": redacted(sys.argv),
-        "seed": seed,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
-def redacted(command: Sequence[str]) -> list[str]:
-    """An argument list with stars in the place of the hub's token."""
-    hidden = []
-    for before, argument in zip(["", *command], command, strict=False):
-        option, equals, _ = argument.partition("=")
-        value = "***" if _is_token(before) else argument
-        hidden.append(f"{option}=***" if equals and _is_token(option) else value)
-    return hidden
+def read_json(path: str | os.PathLike[str], kind: type[T]) -> T:
+    """A file's JSON, as `kind` wants it.
+
+    Raises:
+        UserError: as `read_text`, `parse` and `checked`.
+    """
+    return checked(kind, parse(read_text(path), str(path)), str(path))
 
 
-def _is_token(option: str) -> bool:
-    return option.replace("-", "_") == "__hub_token"
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file of JSON lines, each with its place for an error; blank lines are none.
+
+    Raises:
+        UserError: as `read_text` and `parse`, or a row is no mapping.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            place = f"{path} row {number}"
+            yield place, checked(dict[str, Any], parse(line, place), place)
+
+
+def parse(text: str, place: str) -> Any:
+    """JSON, in which a number that is not finite is missing.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: malformed JSON: {error}") from error
+
+
+def checked(kind: type[T], value: Any, place: str) -> T:
+    """A JSON value as a dataclass or another type, fields of which nothing is known left out.
+
+    Raises:
+        UserError: naming the place and the key whose value is wrong or missing.
+    """
+    try:
+        return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a class is hashable
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        key = ".".join(map(str, mistake["loc"]))
+        raise UserError(f"{place}: {f'{key}: ' * bool(key)}{mistake['msg'].lower()}") from error
+
+
+@cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
+
+
+def _finite(digits: str) -> float | None:
+    number = float(digits)
+    return number if isfinite(number) else None
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -175,24 +204,25 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _version(package: str) -> str | None:
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Holds a folder, which is made if it is not there, for the process that runs the block.
+
+    The lock is the operating system's: it ends with its process, however that ends. The file it is held on stays.
+
+    Raises:
+        UserError: another process holds the folder, or it cannot be made or written to.
+    """
+    folder = Path(folder)
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, Any] | None:
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints, or `None` where there is no git, no repository or no commit."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: another run is writing here; wait for it, or name another --output_dir") from None
+    except (OSError, ValueError) as error:  # ValueError: no possible path
+        raise UserError(f"{folder}: cannot be written to ({first_line(error)}); name another --output_dir") from error
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+        yield
+    finally:
+        lock.release()

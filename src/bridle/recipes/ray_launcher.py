@@ -8,10 +8,10 @@ import ray
 import torch
 
 from bridle.errors import RunStopped, UserError
+from bridle.recipes.recipe import Recipe, build_recipe
+from bridle.recipes.run import train
 from bridle.training.config import ConstrainedConfig
-from bridle.training.recipe import Recipe, build_recipe
-from bridle.training.run import train
-from bridle.training.schedules.ray_worker import (
+from bridle.training.ray_worker import (
     RESUME,
     Died,
     Failed,

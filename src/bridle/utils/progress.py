@@ -8,7 +8,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from bridle.errors import plain
-from bridle.ranks import is_main
+from bridle.utils.distributed import is_main
 
 T = TypeVar("T")
 

@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState
 
-from bridle.checkpoints import last_whole
 from bridle.data import Rollout, write_rollouts
-from bridle.environment import sync_files, whole_files, write_json
 from bridle.errors import UserError
-from bridle.interruption import at_once
 from bridle.models.auxiliary import fingerprint
-from bridle.ranks import is_main, rank
-from bridle.reading import read_json
 from bridle.training.guards import EntropyGuard, round_warnings, tell, unreached_warnings
+from bridle.training.precomputed import make_targets, upcoming
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.schedules.shipping import make_targets, upcoming
+from bridle.training.running_means import Sums
 from bridle.training.state import RegulariserState
-from bridle.training.tally import Sums
+from bridle.utils.checkpoints import last_whole
+from bridle.utils.distributed import is_main, rank
+from bridle.utils.files import read_json, sync_files, whole_files, write_json
+from bridle.utils.interruption import at_once
 
 if TYPE_CHECKING:
     from bridle.training.trainer import ConstrainedTrainer
@@ -62,14 +61,14 @@ class SequentialSchedule(TrainerCallback):
         self._record: dict[str, Any] = {}
         self._policy_began = 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+    def on_train_begin(self, args, state, control, **kwargs):
         if self.trainer.args.rounds > state.max_steps and any(one.auxiliary for one in self.trainer.regularisers):
             raise UserError(
                 f"rounds: {self.trainer.args.rounds} are more than the run's {state.max_steps} updates; lower rounds, "
                 "or train for longer"
             )
 
-    def on_step_begin(self, args, state, control, **kwargs):  # noqa: D102
+    def on_step_begin(self, args, state, control, **kwargs):
         due = self._round_of(state.global_step, state)
         if due > self.round or any(self._lacking_targets()):
             with at_once():  # a round is long, and the last checkpoint goes on from before it
@@ -77,7 +76,7 @@ class SequentialSchedule(TrainerCallback):
                     self.begin_round(due)
                 self._make_targets()
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_step_end(self, args, state, control, **kwargs):
         finished = state.global_step == state.max_steps
         if finished or self._round_of(state.global_step, state) > self.round:
             self._end_round()
@@ -129,7 +128,7 @@ class SequentialSchedule(TrainerCallback):
             if file not in read:
                 file.unlink()
 
-    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_train_end(self, args, state, control, **kwargs):
         for regulariser in self.trainer.regularisers:
             regulariser.targets = None
             if regulariser.auxiliary is not None and regulariser.is_fitted:  # the last R goes with the final model too

@@ -1,0 +1,1 @@
+"""From a recipe, a YAML file, to a run."""
