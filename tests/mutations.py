@@ -2,10 +2,10 @@
 
     python tests/mutations.py                       # every fault in every file; hours
     python tests/mutations.py --sample 40           # some of each file's, the same ones each time
-    python tests/mutations.py core/loss --json survivors.json
+    python tests/mutations.py core/loss --jobs 2 --json fates.json
 
-A fault is killed where a test fails, or does not end. Faults that nobody can see, such as another size of a batch, are
-listed in `INVISIBLE` with the reason.
+A fault is killed where a test fails, or does not end. Only the tests that enter its function are run, the quickest
+first. Faults that nobody can see, such as another size of a batch, are listed in `INVISIBLE` with the reason.
 """
 
 import argparse
@@ -14,28 +14,41 @@ import copy
 import importlib.abc
 import importlib.util
 import json
+import math
 import os
 import random
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
+from multiprocessing import get_context
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ["tests/unit/test_core.py", "tests/unit/test_core_loss.py", "tests/unit/test_core_sparse.py"]
-TRAINING = ["tests/unit/test_exactness.py", "tests/integration/test_training.py"]
+SOURCES = str(ROOT / "src" / "bridle")
+CORE = ["unit/test_core", "unit/test_core_loss", "unit/test_core_sparse"]
+TRAINING = ["integration/test_training", "integration/test_guards"]
 TARGETS = {
-    "core/tokens": [*CORE, "tests/unit/test_models.py"],
+    "core/tokens": [*CORE, "unit/test_models"],
     "core/decomposition": CORE,
     "core/target": CORE,
     "core/loss": CORE,
     "core/calibration": CORE,
-    "models/guidance": ["tests/unit/test_models.py", "tests/unit/test_exactness.py"],
-    "training/fitting": [*TRAINING, "tests/integration/test_guards.py"],
-    "training/regulariser": [*TRAINING, "tests/integration/test_guards.py"],
-    "training/trainer": [*TRAINING, "tests/integration/test_guards.py"],
+    "models/guidance": ["unit/test_models", "integration/test_training"],
+    "training/fitting": ["unit/test_fitting", *TRAINING, "unit/test_exactness"],
+    "training/regulariser": [*TRAINING, "integration/test_shipping", "integration/test_chats", "unit/test_exactness"],
+    "training/trainer": [
+        *TRAINING,
+        *("unit/test_options", "integration/test_python_api", "integration/test_shipping", "integration/test_chats"),
+    ],
 }
 """The files that hold the method, and the tests that should notice."""
 
@@ -52,15 +65,9 @@ SWAPS: dict[type, type] = {
     **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And},
 }
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "exp": "log", "log": "exp", "zeros": "ones"}
-SAYING = {
-    "Progress",
-    "track",
-    "RowLimit",
-    "warning",
-    "UserError",
-    "RunStopped",
-    "field",
-}  # calls that only say something
+SAYING = {"Progress", "track", "RowLimit", "warning", "tell", "UserError", "RunStopped", "field"}  # and do nothing
+
+UNSEEN = {"strict", "non_blocking", "fused"}  # arguments that check, as an `assert` does, or change nothing but speed
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,9 @@ class Changer(ast.NodeTransformer):
 
     def visit_Assert(self, node):
         return node
+
+    def visit_keyword(self, node):
+        return node if node.arg in UNSEEN else self.generic_visit(node)
 
     def visit_JoinedStr(self, node):
         return node
@@ -165,6 +175,10 @@ class Changer(ast.NodeTransformer):
         return node
 
 
+def path(test: str) -> str:
+    return f"tests/{test}.py"
+
+
 def source(file: str) -> Path:
     return ROOT / "src" / "bridle" / f"{file}.py"
 
@@ -198,29 +212,100 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
         return compile(ast.fix_missing_locations(tree), path, "exec")
 
 
-def run(tests: list[str], fault: Fault | None, seconds: float) -> tuple[str, float]:
-    """Runs tests in a process of their own: "killed", "survived" or "timeout", and how long it took."""
-    began = time.monotonic()
+class Watch:
+    """Notes how long each test takes, and which functions of bridle it enters, its fixtures' included."""
+
+    def __init__(self):
+        self.entered = self.at_import = set[str]()
+        self.fixtures, self.tests = dict[str, tuple[float, set[str]]](), dict[str, tuple[float, set[str]]]()
+        sys.settrace(self._trace)
+        threading.settrace(self._trace)
+
+    def _trace(self, frame, event, argument):
+        if frame.f_code.co_filename.startswith(SOURCES):
+            name = frame.f_code.co_qualname.replace("<locals>.", "").removeprefix("<module>")
+            self.entered.add(f"{frame.f_code.co_filename}:{name}")
+
+    @contextmanager
+    def _noting(self, found: dict[str, tuple[float, set[str]]], name: str):
+        began, outer, self.entered = time.monotonic(), self.entered, set()
+        yield
+        found[name] = (time.monotonic() - began, self.entered | found.get(name, (0, set()))[1])
+        self.entered = outer
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        if fixturedef.scope == "function":
+            return (yield)
+        with self._noting(self.fixtures, fixturedef.argname):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        with self._noting(self.tests, item.nodeid):
+            result = yield
+        seconds, entered = self.tests[item.nodeid]
+        of_fixtures = [self.fixtures[name] for name in item.fixturenames if name in self.fixtures]
+        seconds += sum(more for more, _ in of_fixtures)
+        self.tests[item.nodeid] = seconds, entered.union(self.at_import, *(names for _, names in of_fixtures))
+        return result
+
+
+class Choose:
+    """Runs some tests in a given order."""
+
+    def __init__(self, chosen: list[str]):
+        self.chosen = chosen
+
+    def pytest_collection_modifyitems(self, items):
+        found = {item.nodeid: item for item in items}
+        items[:] = [found[name] for name in self.chosen]
+
+
+def tested(tests: Iterable[str], plugin: Watch | Choose) -> int:
+    """Runs tests in this process, silently, up to the first that fails: pytest's exit code."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1), os.dup2(null, 2)
+    sys.path[:0] = [str(ROOT / "src")]
+    options = ["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT)]
+    return int(pytest.main([*options, *(str(ROOT / test) for test in tests)], plugins=[plugin]))
+
+
+def watched(files: Iterable[str]) -> dict[str, tuple[float, set[str]]]:
+    """The seconds of each test of some files, and the functions that it enters, without any fault."""
+    watch = Watch()
+    return {} if tested(files, watch) else watch.tests
+
+
+def fate_of(fault: Fault, tests: dict[str, tuple[float, set[str]]], most: float) -> str:
+    """Runs the tests that enter a fault's function in a process of their own: "killed", "survived" or "timeout".
+
+    Args:
+        fault: to be found.
+        tests: from `watched`.
+        most: seconds of tests, the quickest first.
+    """
+    place, files = f"{source(fault.file)}:{fault.function}", set(map(path, TARGETS[fault.file]))
+    entering = {name: s for name, (s, entered) in tests.items() if place in entered and name.split("::")[0] in files}
+    ordered = sorted(entering, key=entering.__getitem__)
+    ends = accumulate(entering[name] for name in ordered)
+    ordered = [name for name, end in zip(ordered, ends, strict=True) if end <= most]
+    if not ordered:
+        return "survived"
     child = os.fork()
     if not child:
         os.setsid()
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)
-        if fault is not None:
-            sys.meta_path.insert(0, Finder(fault))
-        sys.path[:0] = [str(ROOT / "src")]
-        import pytest
-
-        options = ["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT)]
-        os._exit(int(pytest.main([*options, *(str(ROOT / test) for test in tests)])))
-    while time.monotonic() - began < seconds:
+        sys.meta_path.insert(0, Finder(fault))
+        os._exit(tested({name.split("::")[0] for name in ordered}, Choose(ordered)))
+    end = time.monotonic() + 5 * sum(map(entering.__getitem__, ordered)) + 30
+    while time.monotonic() < end:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return ("killed" if status else "survived"), time.monotonic() - began
+            return "killed" if status else "survived"
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return "timeout", seconds
+    return "timeout"
 
 
 def chosen(files: list[str], sample: int | None, seed: int) -> Iterator[Fault]:
@@ -236,36 +321,50 @@ def main() -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--sample", type=int, help="faults of each file; all if not given")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write every fault and its fate here, as they come")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of tests for one fault; all if not given")
+    parser.add_argument("--jobs", type=int, default=1, help="faults tried at a time")
+    parser.add_argument(
+        "--json", type=Path, help="write every fault and its fate here, as they come; what it has as killed is not run"
+    )
     options = parser.parse_args()
     import datasets  # noqa: F401 - what takes long to import is imported once, and forked
     import peft  # noqa: F401
     import torch
     import transformers
-    import trl  # noqa: F401
+    import trl
 
     torch.set_num_threads(1)
-    transformers.AutoModelForCausalLM  # noqa: B018 - loads it
-    files, fates = options.files or list(TARGETS), list[dict]()
+    transformers.AutoModelForCausalLM, trl.SFTTrainer  # noqa: B018 - loads them
+    fates = dict[Fault, str]()
+    if options.json and options.json.exists():
+        known = json.loads(options.json.read_text())
+        fates = {Fault(**fault): fate for fault in known if (fate := fault.pop("fate")) != "survived"}
+    files = options.files or list(TARGETS)
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        tests = pool.submit(watched, {path(test) for file in files for test in TARGETS[file]}).result()
+    if not tests:
+        sys.exit("a test fails without any fault")
     for file in files:
-        fate, seconds = run(TARGETS[file], None, 3600)
-        if fate != "survived":
-            sys.exit(f"{file}: its tests fail without any fault")
-        of_file = []
-        for fault in chosen([file], options.sample, options.seed):
-            fate, _ = run(TARGETS[file], fault, 5 * seconds + 10)
-            of_file.append(asdict(fault) | {"fate": fate})
-            if fate == "survived":
-                print(f"survived: {file}.py:{fault.line} in {fault.function or 'the file'}: {fault.what}", flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(fates + of_file, indent=1))
-        fates += of_file
-        print(f"{file}: {_share(of_file)}", flush=True)
-    print(f"all: {_share(fates)}")
+        todo = list(chosen([file], options.sample, options.seed))
+        left = [fault for fault in todo if fault not in fates]
+        with ThreadPoolExecutor(options.jobs) as threads:
+            for fault, fate in zip(
+                left, threads.map(partial(fate_of, tests=tests, most=options.seconds), left), strict=True
+            ):
+                fates[fault] = fate
+                if fate == "survived":
+                    print(
+                        f"survived: {file}.py:{fault.line} in {fault.function or 'the file'}: {fault.what}", flush=True
+                    )
+                if options.json:
+                    found = [asdict(fault) | {"fate": fate} for fault, fate in fates.items()]
+                    options.json.write_text(json.dumps(found, indent=1))
+        print(f"{file}: {_share([fates[fault] for fault in todo])}", flush=True)
+    print(f"all: {_share(list(fates.values()))}")
 
 
-def _share(fates: list[dict]) -> str:
-    killed = sum(fate["fate"] != "survived" for fate in fates)
+def _share(fates: list[str]) -> str:
+    killed = sum(fate != "survived" for fate in fates)
     return f"{killed} of {len(fates)} killed ({killed / max(1, len(fates)):.1%})"
 
 

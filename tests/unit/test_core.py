@@ -221,7 +221,7 @@ class TestDecomposition:
 
     @pytest.mark.parametrize("sure", [-60.0, 60.0])
     def test_consistency_is_finite_where_r_is_sure(self, sure):
-        r_logits, log_p = torch.full((1, 2, 3), sure), torch.zeros(1, 2, 3).log_softmax(-1)
+        r_logits, log_p = torch.full((1, 2, 4), sure), torch.zeros(1, 2, 4).log_softmax(-1)
         for parent in (sure, -sure):
             total, _ = consistency_loss(r_logits, torch.full((1, 2), parent), log_p, torch.ones(1, 2, dtype=torch.bool))
             assert total.isfinite()
@@ -234,6 +234,9 @@ class TestDecomposition:
         changed = torch.where(mask, r_taken, 99.0)
         assert count == 3
         torch.testing.assert_close(label_loss(changed, mask, labels)[0], total)
+        weighted, weight = label_loss(changed, mask, labels, torch.full((2, 3), 2.0))
+        assert weight == 2 * count
+        torch.testing.assert_close(weighted, 2 * total)
         r_logits, log_p = torch.randn(2, 3, 4), torch.randn(2, 3, 4).log_softmax(-1)
         total, count = consistency_loss(r_logits, r_taken, log_p, mask)
         assert count == 1
@@ -248,9 +251,10 @@ class TestCalibration:
         assert [count for *_, count in measured.bins] == [2, 2]
 
     def test_certainty_belongs_to_the_last_bin_and_its_opposite_to_the_first(self):
-        measured = calibration(torch.tensor([0.0, 0.05, 0.95, 1.0]), torch.tensor([0.0, 0.0, 1.0, 1.0]), bins=10)
-        assert [count for *_, count in measured.bins] == [2, 2]
-        assert [mean for mean, *_ in measured.bins] == pytest.approx([0.025, 0.975])
+        predicted = torch.tensor([0.0, 0.05, 0.15, 0.85, 0.95, 1.0])
+        measured = calibration(predicted, torch.zeros(6), bins=10)
+        assert [mean for mean, *_ in measured.bins] == pytest.approx([0.025, 0.15, 0.85, 0.975])
+        assert [count for *_, count in measured.bins] == [2, 1, 1, 2]
 
     def test_a_perfect_forecast(self):
         generator = torch.Generator().manual_seed(0)

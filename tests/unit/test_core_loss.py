@@ -129,8 +129,10 @@ def test_bf16_is_within_its_rounding():
 
 
 def test_mixed_precision_keeps_the_weights_gradient_in_float32():
-    given = world()
+    given, made_in = world(), set()
+    given.layer.shape = lambda logits: made_in.add(logits.dtype) or logits
     gradients = given.gradients(in_one_pass(given, dtype=torch.bfloat16)[0])
+    assert made_in == {torch.bfloat16}
     for ours, theirs in zip(gradients, given.gradients(given.plainly()[0]), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2 * theirs.abs().max().item())

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import AutoModel, GenerationConfig
 
+from bridle.core.target import log_target
 from bridle.core.tokens import pad_left, pad_right, positions
 from bridle.errors import UserError
 from bridle.models.anchor import Anchor
@@ -280,14 +281,22 @@ class TestGuidance:
         model = tiny_model()
         auxiliary = randomise(new_auxiliary(model, own_network=True))
         ids = torch.tensor([[1, 5, 9]])
+
+        def without_a_cache(seen, scores):
+            states = auxiliary.network(input_ids=seen).last_hidden_state
+            return log_target(scores, auxiliary(states[:, -1]))
+
         with NADOGuide(model, auxiliary) as guide:
-            beams = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                num_beams=3,
-                do_sample=False,
-                max_new_tokens=4,
-                logits_processor=guide.processors(torch.ones_like(ids)),
+            beams, same = (
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    num_beams=3,
+                    do_sample=False,
+                    max_new_tokens=8,
+                    logits_processor=processors,
+                )
+                for processors in (guide.processors(torch.ones_like(ids)), [without_a_cache])
             )
             log_q = guide.log_probs  # greedy by hand agrees with one beam
             greedy = model.generate(
@@ -306,7 +315,7 @@ class TestGuidance:
                 if step == 2:
                     break
         assert greedy[0, : by_hand.shape[1]].tolist() == by_hand[0].tolist()
-        assert beams.shape[0] == 1
+        assert torch.equal(beams, same)
 
 
 class TestAuxiliary:

@@ -30,7 +30,7 @@ def calibration(predicted: Tensor, compliance: Tensor, bins: int = 10) -> Calibr
         bins: how many bins [0, 1] is cut into.
     """
     predicted, compliance = predicted.double(), compliance.double()
-    bin_of = (predicted * bins).long().clamp(0, bins - 1)
+    bin_of = (predicted * bins).long().clamp(max=bins - 1)
     rows = []
     for index in bin_of.unique().tolist():
         inside = bin_of == index

@@ -53,7 +53,7 @@ def label_loss(
     labels = compliance[:, None].expand_as(r_taken).to(r_taken.dtype)
     counted = mask.to(r_taken.dtype) if weights is None else weights.masked_fill(~mask, 0)
     losses = F.binary_cross_entropy_with_logits(r_taken, labels, reduction="none")
-    return (losses.masked_fill(~mask, 0) * counted).sum(), counted.sum()
+    return (losses * counted).sum(), counted.sum()
 
 
 def consistency_loss(

@@ -1,0 +1,162 @@
+"""Fitting R on labelled samples, against the equations one sample at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bridle.core.decomposition import consistency_loss, label_loss
+from bridle.core.tokens import pad_right
+from bridle.data import Rollout
+from bridle.models.auxiliary import new_auxiliary
+from bridle.models.forward import policy_forward
+from bridle.models.hidden import project
+from bridle.training import fitting
+from bridle.training.config import AuxiliaryOptions
+from bridle.training.fitting import fit_auxiliary
+from bridle.utils.progress import Progress
+
+encode = torch.no_grad()(fitting.encode)  # as in a round
+
+STANDING_STILL = {"learning_rate": 1e-30, "weight_decay": 0.0, "validation_share": 0.0}
+
+
+def rollout(prompt, completion, value=1.0, **options):
+    known = {"prompt": "", "completion": "", "round": 1, "regulariser": "all", "model_hash": "", "constraint": ""}
+    return Rollout(prompt_ids=prompt, completion_ids=completion, value=value, complies=value >= 0.5, **known | options)
+
+
+ROLLOUTS = [
+    rollout([1, 5, 9], [3, 4, 8, 2], log_probs=[-4.0, -4.2, -4.0, -4.1]),
+    rollout([1], [7], 0.0, log_probs=[-3.0]),
+    rollout([1, 7, 8, 9, 10], [11], 0.0, log_probs=[-4.0]),
+    rollout([1, 4], [13, 2, 6], finished=False, log_probs=[-4.5, -4.3, -4.0]),
+    rollout([1, 6, 6, 6], [12, 12], 0.0, log_probs=[-3.9, -4.4]),
+]
+"""Rows of several lengths; the longest prompt has the shortest completion."""
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model("gpt2", initializer_range=0.1)
+
+
+@pytest.fixture
+def auxiliary(model):
+    """An R that has something to say."""
+    made = new_auxiliary(model)
+    torch.nn.init.normal_(made.head.weight)
+    return made
+
+
+def fit(auxiliary, model, examples, fresh=None, **options):
+    return fit_auxiliary(
+        auxiliary, model, examples, AuxiliaryOptions(**options), torch.Generator().manual_seed(0), fresh=fresh
+    )
+
+
+class TestExamples:
+    def test_each_token_goes_with_the_state_that_predicts_it(self, model):
+        examples = encode(model.train(), ROLLOUTS, 0)
+        assert model.training
+        model.eval()
+        for row, one in enumerate(ROLLOUTS):
+            length = len(one.completion_ids)
+            assert examples.mask[row].tolist() == [True] * length + [False] * (4 - length)
+            assert examples.completion[row, :length].tolist() == one.completion_ids
+            states = policy_forward(model, *pad_right([one.prompt_ids + one.completion_ids], 0))[0]
+            predicting = slice(len(one.prompt_ids) - 1, -1)
+            torch.testing.assert_close(examples.hidden[row, :length], states[predicting])
+            at = torch.arange(len(states))[predicting]
+            assert torch.equal(examples.positions[row, :length], at)
+        assert examples.compliance.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0]
+        assert (examples.weights == 1).all()
+
+    def test_a_replayed_label_counts_by_how_likely_what_came_after_is_now(self, model):
+        fresh = 2
+        examples = encode(model, ROLLOUTS, 0, fresh=fresh)
+        assert (examples.weights[:fresh] == 1).all()
+        for row, one in list(enumerate(ROLLOUTS))[fresh:]:
+            ids = torch.tensor([one.prompt_ids + one.completion_ids])
+            log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            now = log_p.gather(-1, ids[0, 1:, None])[len(one.prompt_ids) - 1 :, 0]
+            ratios = (now - torch.tensor(one.log_probs)).exp()
+            expected = [ratios[place + 1 :].prod().clamp(max=4.0) for place in range(len(ratios))]
+            torch.testing.assert_close(examples.weights[row, : len(ratios)], torch.stack(expected))
+
+
+class TestLosses:
+    def test_what_is_reported_is_the_mean_over_all_prefixes(self, model, auxiliary):
+        examples = encode(model, ROLLOUTS, 0)
+        report = fit(auxiliary, model, examples, batch_size=1, epochs=2, **STANDING_STILL)
+        r_taken = auxiliary(examples.hidden, examples.completion)
+        bce, prefixes = label_loss(r_taken, examples.mask, examples.compliance)
+        assert report["r_bce"] == pytest.approx((bce / prefixes).item(), rel=1e-5)
+        log_p = project(model, examples.hidden).log_softmax(-1)
+        apart, pairs = consistency_loss(auxiliary(examples.hidden), r_taken, log_p, examples.mask)
+        assert report["r_consistency"] == pytest.approx((apart / pairs).item(), rel=1e-4)
+        assert report["r_steps_skipped"] == report["r_kept_back"] == 0
+
+    def test_of_an_output_that_was_cut_r_is_taught_its_own_estimate_at_the_cut(self, model, auxiliary):
+        for one, teaches_itself in [(ROLLOUTS[0], False), (ROLLOUTS[3], True)]:
+            examples = encode(model, [one], 0, bootstrap=True)
+            report = fit(auxiliary, model, examples, epochs=1, **STANDING_STILL)
+            r_taken = auxiliary(examples.hidden, examples.completion)[0].detach()
+            label = r_taken[-1].sigmoid() if teaches_itself else torch.tensor(1.0)
+            expected = F.binary_cross_entropy_with_logits(r_taken, label.expand_as(r_taken))
+            assert report["r_bce"] == pytest.approx(expected.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("length", [1, 2, 4])
+    def test_a_step_goes_down_the_mean_of_each_term(self, model, auxiliary, length):
+        """Also of one token alone, which is no pair of a prefix and its continuations."""
+        examples = encode(model, [rollout([1, 5], [3, 4, 8, 2][:length])], 0)
+        found, head = [], auxiliary.head.weight
+        hook = head.register_hook(lambda gradient: found.append(gradient.clone()))
+        report = fit(auxiliary, model, examples, epochs=1, consistency_weight=0.7, **STANDING_STILL)
+        hook.remove()
+        r_logits = auxiliary(examples.hidden)[0]
+        r_taken = r_logits.gather(-1, examples.completion[0, :, None])[:, 0]
+        loss = F.binary_cross_entropy_with_logits(r_taken, torch.ones(length))
+        if length > 1:
+            log_p = project(model, examples.hidden).log_softmax(-1)
+            apart, _ = consistency_loss(r_logits[None], r_taken[None], log_p, examples.mask)
+            loss = loss + 0.7 * apart / (length - 1)
+        torch.testing.assert_close(found[0], torch.autograd.grad(loss, head)[0], rtol=1e-4, atol=1e-7)
+        assert (report["r_consistency"] is None) == (length == 1)
+
+    def test_gradients_are_cut_to_a_norm_of_one(self, model, auxiliary):
+        fit(auxiliary, model, encode(model, ROLLOUTS, 0), epochs=1, consistency_weight=100.0, **STANDING_STILL)
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in auxiliary.parameters()])
+        assert norm.item() == pytest.approx(1.0, rel=1e-4)
+
+    def test_a_quarter_of_the_rows_pays_for_the_whole_vocabulary(self, model, auxiliary):
+        examples, seen = encode(model, ROLLOUTS + ROLLOUTS[:4], 0), []
+        auxiliary.register_forward_hook(lambda _, __, r_logits: seen.append(tuple(r_logits.shape)))
+        fit(auxiliary, model, examples, epochs=1, batch_size=9, **STANDING_STILL)
+        assert seen == [(9, 4), (3, 4, 64)]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(4, 2), (5, 2), (5, 8)])
+def test_it_shows_as_many_steps_as_it_makes(model, auxiliary, monkeypatch, count, batch_size):
+    shown = []
+
+    class Kept(Progress):
+        def close(self):
+            shown.append((self.done, self.total))
+            super().close()
+
+    monkeypatch.setattr(fitting, "Progress", Kept)
+    fit(auxiliary, model, encode(model, ROLLOUTS[:count], 0), epochs=3, batch_size=batch_size, **STANDING_STILL)
+    assert shown == [(3 * len(range(0, count, batch_size)),) * 2]
+
+
+@pytest.mark.parametrize(("fresh", "share", "kept"), [(5, 0.4, 2), (5, 1.0, 4), (3, 0.5, 2), (1, 1.0, 0)])
+def test_a_share_of_the_fresh_ones_is_kept_back(model, auxiliary, fresh, share, kept):
+    alike = [rollout(one.prompt_ids, one.completion_ids, float(row < fresh)) for row, one in enumerate(ROLLOUTS)]
+    rows = []
+    auxiliary.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])) if auxiliary.training else None)
+    options = STANDING_STILL | {"validation_share": share}
+    report = fit(auxiliary, model, encode(model, alike, 0), fresh, epochs=1, consistency_weight=0.0, **options)
+    assert report["r_kept_back"] == kept
+    assert rows[0] == len(ROLLOUTS) - kept
+    assert [rate for _, rate, _ in report.get("r_reliability", [])] == [1.0] * len(report.get("r_reliability", []))
+    assert ("r_brier" in report) == (kept > 0)
