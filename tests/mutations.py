@@ -44,7 +44,13 @@ TARGETS = {
     "core/calibration": CORE,
     "models/guidance": ["unit/test_models", "integration/test_training"],
     "training/fitting": ["unit/test_fitting", *TRAINING, "unit/test_exactness"],
-    "training/regulariser": [*TRAINING, "integration/test_shipping", "integration/test_chats", "unit/test_exactness"],
+    "training/regulariser": [
+        "unit/test_regulariser",
+        *TRAINING,
+        "integration/test_shipping",
+        "integration/test_chats",
+        "unit/test_exactness",
+    ],
     "training/trainer": [
         *TRAINING,
         *("unit/test_options", "integration/test_python_api", "integration/test_shipping", "integration/test_chats"),

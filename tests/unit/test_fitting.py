@@ -10,6 +10,7 @@ from bridle.data import Rollout
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import project
+from bridle.models.sampling import Trace
 from bridle.training import fitting
 from bridle.training.config import AuxiliaryOptions
 from bridle.training.fitting import fit_auxiliary
@@ -70,6 +71,18 @@ class TestExamples:
             assert torch.equal(examples.positions[row, :length], at)
         assert examples.compliance.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0]
         assert (examples.weights == 1).all()
+
+    def test_states_that_are_known_are_not_made_again(self, model):
+        read, one = [], torch.ones(4, 32)
+        model.register_forward_pre_hook(lambda _, __, given: read.append(len(given["input_ids"])), with_kwargs=True)
+        examples = encode(model, ROLLOUTS, 0, traces={0: Trace([-1.0] * 4, one), 1: Trace([-1.0], None)})
+        assert read == [len(ROLLOUTS) - 1]
+        assert torch.equal(examples.hidden[0], one)
+
+    def test_a_label_is_the_verdict_or_the_degree(self, model):
+        degrees = [rollout([1, 5], [3, 4], degree) for degree in (0.3, 0.75)]
+        assert encode(model, degrees, 0).compliance.tolist() == [0.0, 1.0]
+        torch.testing.assert_close(encode(model, degrees, 0, soft_labels=True).compliance, torch.tensor([0.3, 0.75]))
 
     def test_a_replayed_label_counts_by_how_likely_what_came_after_is_now(self, model):
         fresh = 2

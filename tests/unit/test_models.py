@@ -14,7 +14,7 @@ from bridle.errors import UserError
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary, new_auxiliary
 from bridle.models.forward import policy_forward
-from bridle.models.guidance import NADOGuide
+from bridle.models.guidance import NADOGuide, guided
 from bridle.models.hidden import capture_hidden_states, check_projection, project
 from bridle.models.loading import LoraOptions, end_token_ids, load_model
 from bridle.models.sampling import SHORTEST_STAGE, Decoding, sample
@@ -276,6 +276,17 @@ class TestGuidance:
         plain = sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, end_token_ids=[2])
         with NADOGuide(model, new_auxiliary(model)) as guide:
             assert sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, end_token_ids=[2], guide=guide) == plain
+
+    def test_its_power_is_finite_and_0_or_more(self, tiny_model):
+        for power in (0.0, 0.5):
+            with guided(tiny_model(), None, power) as guide:
+                assert guide is None
+        for power in (-0.1, float("inf")):
+            with (
+                pytest.raises(UserError, match="guide_power: must be a finite number"),
+                guided(tiny_model(), None, power),
+            ):
+                pass
 
     def test_it_works_with_generate_and_beams(self, tiny_model):
         model = tiny_model()
