@@ -1,36 +1,24 @@
-"""A run in two roles on a Ray cluster: the policy's here, which starts the regulariser's in turn."""
+"""A run of the parallel schedule: Ray starts the policy's processes, and those start the regulariser's."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
-from bridle.errors import RunStopped, UserError
+from bridle.errors import UserError
 from bridle.recipes.recipe import Recipe, build_recipe
 from bridle.recipes.run import train
 from bridle.training.config import ConstrainedConfig
-from bridle.training.ray_worker import (
-    RESUME,
-    Died,
-    Failed,
-    cause_of_death,
-    check_resources,
-    connect,
-    first_line,
-    gpus_of_each,
-    outcome,
-    wait_for_resources,
-)
+from bridle.training.ray_cluster import gpus_per_process, group_error, ray, reserve, result_of
 
 
 def train_in_roles(
     recipe: Recipe, output_dir: str | Path, *, resume: bool = False, accept_changes: bool = False
 ) -> None:
-    """`train`, with the policy in a process of its own, or several, placed by Ray.
+    """`train`, with the policy in one process or several that Ray places.
 
-    The regulariser's processes belong to the policy's and end with it, whatever ends that.
+    The regulariser's processes are the policy's children and end with it.
 
     Args:
         recipe: one with the parallel schedule.
@@ -47,37 +35,34 @@ def train_in_roles(
         )
     config = recipe.config(output_dir)
     options = config.parallel
-    connect(options)
-    check_resources(options, options.policy_workers + options.regulariser_workers)
-    wait_for_resources(options, "the policy", options.policy_workers)
-    folder = str(Path(output_dir).resolve())
+    reserve(options, "the policy", options.policy_workers, options.policy_workers + options.regulariser_workers)
     run = {
         "mapping": recipe.resolved,
-        "output_dir": folder,
+        "output_dir": str(Path(output_dir).resolve()),
         "resume": resume,
         "accept_changes": accept_changes,
         "working_folder": os.getcwd(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus_of_each(options),
+        "gpus": gpus_per_process(options),
     }
     if options.policy_workers > 1:
-        _train_together(run, config)
+        _train_in_group(run, config)
     else:
-        resources: dict[str, Any] = {"num_cpus": options.num_cpus, "num_gpus": run["gpus"]}
-        outcome(ray.remote(**resources, max_retries=0)(_policy).remote(run), "the policy")
+        policy = ray.remote(num_cpus=options.num_cpus, num_gpus=run["gpus"], max_retries=0)(_policy)
+        result_of(policy.remote(run), "the policy")
 
 
 def _policy(run: dict[str, Any]) -> None:
-    os.chdir(run["working_folder"])  # where the recipe's relative paths begin
+    os.chdir(run["working_folder"])  # the recipe's relative paths start there
     torch.set_num_threads(run["threads"])
     if not run["gpus"]:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # or `accelerate` would not look for the other processes
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # or `accelerate` does not look for the other processes
     how = {key: run[key] for key in ("resume", "accept_changes")}
     train(build_recipe(run["mapping"]), run["output_dir"], **how)
 
 
-def _train_together(run: dict[str, Any], config: ConstrainedConfig) -> None:
-    """Has several processes play the policy's role, which Ray Train makes a group of `torch.distributed`."""
+def _train_in_group(run: dict[str, Any], config: ConstrainedConfig) -> None:
+    """Trains the policy in several processes, which Ray Train joins in a group of `torch.distributed`."""
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -95,16 +80,4 @@ def _train_together(run: dict[str, Any], config: ConstrainedConfig) -> None:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _told(error) from error
-
-
-def _told(error: Any) -> UserError | RunStopped:
-    """What Ray Train reports of failed processes, in one line."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    for failure in failures:
-        if isinstance(failure, UserError | RunStopped):
-            return failure
-    for failure in failures:
-        if (death := getattr(failure, "health_check_failure", None)) is not None:
-            return Died(f"the process of the policy died ({cause_of_death(death)}); {RESUME}")
-    return Failed(f"the policy failed: {first_line(failures[0] if failures else error)}")
+        raise group_error(error, "the policy") from error

@@ -1,8 +1,6 @@
 """The regulariser's role in other processes, placed by Ray: on this machine's cores, other GPUs, or other nodes."""
 
-import os
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,75 +14,13 @@ from bridle.errors import RunStopped, UserError
 from bridle.training.config import ParallelOptions
 from bridle.training.parallel import Pending, RegulariserRole
 from bridle.training.precomputed import Upcoming
+from bridle.training.ray_cluster import gpus_per_process, ray, reserve, result_of, result_of_all
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.state import RegulariserState, Weights
 from bridle.utils.distributed import is_main
 from bridle.utils.oom import stopping_when_exhausted
 
-try:
-    import ray
-    from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
-except ImportError as error:
-    raise UserError("schedule: parallel needs Ray; install it with: pip install 'bridle[parallel]'") from error
-
-RESUME = "--resume goes on from the last checkpoint"
 PARTS = ("auxiliary", "anchor")  # of a state, that may be as large as a model
-GRACE = 5.0  # seconds in which one failure may show itself as another's consequence
-
-
-def connect(options: ParallelOptions) -> None:
-    """Joins the Ray cluster at `options.address`, or starts one on this machine; does nothing if one is joined.
-
-    Raises:
-        UserError: there is no cluster at that address.
-    """
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        ray.init(address=options.address, include_dashboard=False, log_to_driver=True, logging_level="WARNING")
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        raise UserError(f"parallel.address: {options.address}: {first_line(error)}") from error
-
-
-def gpus_of_each(options: ParallelOptions) -> float:
-    """GPUs that each process asks for: what the options say, or one each where the cluster has one for all."""
-    if options.num_gpus is not None:
-        return options.num_gpus
-    processes = options.policy_workers + options.regulariser_workers
-    return 1.0 if ray.cluster_resources().get("GPU", 0) >= processes else 0.0
-
-
-def check_resources(options: ParallelOptions, processes: int) -> None:
-    """Refuses what the cluster could never give, instead of waiting for it.
-
-    Raises:
-        UserError: the cluster has fewer CPUs or GPUs than so many processes ask for.
-    """
-    has = ray.cluster_resources()
-    for resource, each in (("CPU", options.num_cpus), ("GPU", gpus_of_each(options))):
-        if processes * each > has.get(resource, 0):
-            raise UserError(
-                f"parallel: {processes} process(es) ask for {each:g} {resource} each, but the Ray cluster has "
-                f"{has.get(resource, 0):g}; lower parallel.num_{resource.lower()}s or join a larger cluster"
-            )
-
-
-def wait_for_resources(options: ParallelOptions, who: str, processes: int) -> None:
-    """Waits until the cluster has free what so many processes of a role ask for.
-
-    Raises:
-        UserError: it has not, after `options.patience` seconds.
-    """
-    deadline = time.monotonic() + options.patience
-    wanted = {"CPU": processes * options.num_cpus, "GPU": processes * gpus_of_each(options)}
-    while any(amount > ray.available_resources().get(resource, 0) for resource, amount in wanted.items()):
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"parallel: the Ray cluster had nothing free for {who} within {options.patience:g} seconds; "
-                "try again later, or lower parallel.num_cpus or num_gpus"
-            )
-        time.sleep(0.2)
 
 
 class RayWorker:
@@ -100,18 +36,17 @@ class RayWorker:
     """
 
     def __init__(self, regularisers: list[DomainRegulariser], options: ParallelOptions, folder: Path):
-        connect(options)
-        workers, gpus = options.regulariser_workers, gpus_of_each(options)
-        check_resources(options, workers)
-        wait_for_resources(options, "the regulariser", workers)
+        workers = options.regulariser_workers
+        reserve(options, "the regulariser", workers)
+        gpus = gpus_per_process(options)
         self.options, self.folder = options, folder / "exchange"
         actor = ray.remote(num_cpus=options.num_cpus, num_gpus=gpus, max_restarts=0)(RegulariserActor)
         shared, threads, device = ray.put(regularisers), torch.get_num_threads(), "cuda" if gpus else "cpu"
         place = (self.folder.resolve(), options.largest_bytes)
         self.actors = [actor.remote(shared, threads, device, *place) for _ in range(workers)]
-        address = outcome(self.actors[0].address.remote(), "the regulariser")
+        address = result_of(self.actors[0].address.remote(), "the regulariser")
         joined = [one.join.remote(address, rank, workers) for rank, one in enumerate(self.actors)]
-        outcome_of_all(joined, "the regulariser")
+        result_of_all(joined, "the regulariser")
 
     def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:
         parcel = pack(weights, self.folder / f"policy-{round_index}.safetensors", self.options.largest_bytes)
@@ -121,7 +56,7 @@ class RayWorker:
 
     def restore(self, states: list[RegulariserState]) -> None:
         restored = [actor.restore.remote(states) for actor in self.actors]
-        outcome_of_all(restored, "the regulariser, taking up its states,")
+        result_of_all(restored, "the regulariser, taking up its states,")
 
     def close(self) -> None:
         for actor in self.actors:
@@ -180,12 +115,12 @@ class RayPending:
         ready, _ = ray.wait(self.references, num_returns=len(self.references), timeout=0)
         try:
             for reference in ready:
-                outcome(reference, self.who)
+                result_of(reference, self.who)
         except (UserError, RunStopped):
             self.result()
 
     def result(self) -> list[RegulariserState]:
-        made = outcome_of_all(self.references, self.who)
+        made = result_of_all(self.references, self.who)
         discard(self.sent)
         return [_unpacked(state, parcel) for state, parcel in made]
 
@@ -219,62 +154,3 @@ def discard(parcel: Weights | Path) -> None:
     """Removes the file of what all have unpacked, if it has one."""
     if isinstance(parcel, Path):
         parcel.unlink(missing_ok=True)
-
-
-class Failed(RunStopped):
-    """A role that raised what nobody had foreseen."""
-
-
-class Died(RunStopped):
-    """A role whose process is gone."""
-
-
-def outcome_of_all(references: Sequence[Any], who: str) -> Any:
-    """What the first of several processes returns that work together, when all have; arguments and errors as `outcome`.
-
-    A process that dies lets the others fail, so its death is told before that.
-    """
-    waiting, errors = list(references), list[UserError | RunStopped]()
-    while waiting:
-        ready, waiting = ray.wait(waiting, timeout=GRACE if errors else None)
-        if not ready:
-            break
-        try:
-            outcome(ready[0], who)
-        except (UserError, RunStopped) as error:
-            errors.append(error)
-    if errors:
-        raise min(errors, key=lambda error: (isinstance(error, Failed), isinstance(error, Died)))
-    return outcome(references[0], who)
-
-
-def outcome(reference: Any, who: str) -> Any:
-    """What another process returns; its errors as they are, and its death in one line.
-
-    Args:
-        reference: of Ray.
-        who: the role and what it is at, e.g. "the policy".
-
-    Raises:
-        UserError: as the role raised it.
-        RunStopped: as the role raised it, or it failed or died.
-    """
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError | RunStopped):
-            raise error.cause from None
-        raise Failed(f"{who} failed: {first_line(error.cause)}") from error
-    except (RayActorError, WorkerCrashedError) as error:
-        raise Died(f"the process of {who} died ({cause_of_death(error)}); {RESUME}") from error
-
-
-def cause_of_death(error: BaseException) -> str:
-    """Ray's first line; its last one where the process could not be set up, as when a module is not found there."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if "creation task" in lines[0] else 0].strip()[:300]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
