@@ -2,16 +2,26 @@
 
 import json
 import math
+from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from bridle.core.target import log_target
+from bridle.core.tokens import pad_right
 from bridle.data import DataSource, Rollout
-from bridle.errors import UserError
+from bridle.data.target_cache import row_keys
+from bridle.errors import RunStopped, UserError
+from bridle.models.forward import policy_forward
+from bridle.models.sampling import Trace
 from bridle.training import regulariser as module
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.regulariser import DomainRegulariser
 from trainers import NO_E, Labels, Letters, trainer_of
+
+PADS = SimpleNamespace(pad_token_id=0)
 
 
 @pytest.fixture
@@ -20,7 +30,7 @@ def of(tiny_model, tmp_path):
 
     def make(constraint=NO_E, config=None, **options):
         args = ConstrainedConfig(output_dir=str(tmp_path), report_to="none", **(config or {}))
-        return DomainRegulariser(0, "rude", Regulariser(constraint, **options), tiny_model(), None, {}, args)
+        return DomainRegulariser(0, "rude", Regulariser(constraint, **options), tiny_model(), PADS, {}, args)
 
     return make
 
@@ -165,6 +175,176 @@ class TestRound:
         assert measured["truncated"] == len(asked)
         assert sorted(set(asked)) == sorted({one.completion for one in held.rollouts})
         assert all(one.complies == ("e" not in one.completion) for one in held.rollouts)
+
+
+class TestFit:
+    """What R is fitted on, by what labels there are."""
+
+    @staticmethod
+    def fit(held, fresh, replayed=(), **options):
+        def scored(labels):
+            known = {"log_probs": [-1.0, -1.0], **options}
+            return [rollout([1, 5], [3, 4], complies=label, value=label, **known) for label in labels]
+
+        held.rollouts, held.replayed = scored(fresh), scored(replayed)
+        return held._fit(2, {row: Trace([-1.0, -1.0], None) for row in range(len(fresh))})
+
+    @pytest.mark.parametrize(
+        ("fresh", "replayed", "fitted", "fit"),
+        [
+            ([True, False], [], False, "fitted"),
+            ([True, False], [True], True, "fitted"),
+            ([True, True], [], False, "none"),
+            ([True, True], [], True, "kept"),
+            ([True, True], [True], False, "none"),
+            ([True, True], [True], True, "kept"),
+            ([True, True], [False], False, "replay"),
+            ([True, True], [False], True, "replay"),
+            ([True, None, False, None], [], False, "fitted"),  # half of them, and no more, may be missing
+        ],
+    )
+    def test_labels_that_differ_are_fitted(self, of, fresh, replayed, fitted, fit):
+        held = of(config={"max_missing": 0.5})
+        held.is_fitted, before = fitted, deepcopy(held.auxiliary.state_dict())
+        measured = self.fit(held, fresh, replayed, finished=True)
+        assert measured["fit"] == fit
+        assert ("r_brier_before" in measured) == fitted
+        same = all(torch.equal(weight, before[name]) for name, weight in held.auxiliary.state_dict().items())
+        assert same == (fit in ("kept", "none"))
+        assert held.is_fitted == (fit != "none")
+
+    def test_without_any_score_it_stays_as_it_is(self, of):
+        held = of(config={"max_missing": 1.0})
+        held.is_fitted = True
+        assert self.fit(held, [None, None]) == {"fit": "kept"}
+        with pytest.raises(RunStopped, match="2 of 3 rollouts got no score"):
+            self.fit(of(config={"max_missing": 0.5}), [None, None, True])
+
+    @pytest.mark.parametrize("soft", [False, True])
+    def test_degrees_differ_where_verdicts_do_not(self, of, soft):
+        held = of(soft_labels=soft)
+        held.rollouts = [rollout([1, 5], [3, 4], complies=True, value=value, finished=True) for value in (0.6, 0.9)]
+        measured = held._fit(1, {0: Trace([-1.0] * 2, None), 1: Trace([-1.0] * 2, None)})
+        assert measured["fit"] == ("fitted" if soft else "none")
+
+    @pytest.mark.parametrize("truncated", ["label", "mask", "bootstrap"])
+    def test_the_label_of_what_was_cut_counts_where_it_says_so(self, of, truncated):
+        found = []
+        for of_the_cut in (True, False):
+            held = of(config={"truncated": truncated, "auxiliary": AuxiliaryOptions(epochs=1)})
+            ends = [rollout([1, 5], [3, 2], complies=label, value=label, finished=True) for label in (True, False)]
+            cut = rollout([1, 5], [3, 4], complies=of_the_cut, value=of_the_cut, finished=False)
+            held.rollouts = [*ends, cut]
+            measured = held._fit(1, {row: Trace([-1.0, -1.0], None) for row in range(3)})
+            assert measured["fit"] == "fitted"
+            found.append(measured["r_bce"])
+        assert (found[0] == found[1]) == (truncated != "label")
+        held.rollouts, held.is_fitted = [cut, rollout([1], [3], complies=True, value=True)], False
+        assert held._fit(1, dict.fromkeys(range(2), Trace([-1.0], None)))["fit"] == (
+            "none" if truncated == "mask" else "fitted"
+        )
+
+
+class TestTarget:
+    """q at the prefixes of a batch of three rows, of which the second has none."""
+
+    @pytest.fixture(autouse=True)
+    def _without_gradients(self):
+        with torch.no_grad():
+            yield
+
+    ids, attention_mask = pad_right([[1, 5, 9, 3, 4], [1, 7], [1, 6, 8, 2]], 0)
+    mask = np.array([[False, True, True, True], [False] * 4, [True, True, True, False]])
+
+    def batch(self, held):
+        return policy_forward(held.model, self.ids, self.attention_mask), self.ids, self.attention_mask
+
+    def counted(self, states):
+        return states[:, :-1][torch.from_numpy(self.mask)]
+
+    @pytest.mark.parametrize("own_network", [False, True])
+    @pytest.mark.parametrize("anchor", ["live", "previous"])
+    def test_it_is_the_anchor_times_r(self, of, anchor, own_network):
+        held = of(anchor=anchor, power=2.0, config={"auxiliary": AuxiliaryOptions(own_network=own_network)})
+        torch.nn.init.normal_(held.auxiliary.head.weight)
+        p_a = held.model if anchor == "live" else deepcopy(held.model)
+        for weight in held.model.parameters():
+            weight.mul_(1.5)
+        target = held.target(*self.batch(held), self.mask)
+        of_policy, of_anchor = (
+            self.counted(model(input_ids=self.ids, attention_mask=self.attention_mask).logits)
+            for model in (held.model, p_a)
+        )
+        states = policy_forward(p_a, self.ids, self.attention_mask)
+        r_logits = held.auxiliary(self.counted(held.auxiliary.features(states, self.ids, self.attention_mask)))
+        torch.testing.assert_close(target(slice(None), of_policy), log_target(of_anchor, r_logits, 2.0))
+
+    def test_of_retention_it_is_the_initial_model(self, of):
+        held = of(None)
+        initial = self.counted(held.model(input_ids=self.ids, attention_mask=self.attention_mask).logits)
+        for weight in held.model.parameters():
+            weight.mul_(1.5)
+        target = held.target(*self.batch(held), self.mask)
+        torch.testing.assert_close(target(slice(None), torch.zeros_like(initial)), initial.log_softmax(-1))
+
+    def test_one_made_ahead_is_taken_where_every_row_has_one(self, of):
+        class Made(set):
+            def gather(self, keys, mask):
+                return [key in self for key in keys]
+
+        held, counted = of(anchor="previous"), torch.from_numpy(self.mask)
+        keys = [row_keys(*(part[[row]] for part in (self.ids, self.attention_mask, counted)))[0] for row in (0, 2)]
+        held.targets = Made(keys)
+        assert held.target(*self.batch(held), self.mask).kept == [True, True]
+        held.targets = Made(keys[:1])
+        assert len(held.target(*self.batch(held), self.mask).features) == 6
+
+    def test_an_anchor_in_shards_runs_even_where_no_prefix_counts(self, of, monkeypatch):
+        held, ran = of(anchor="previous"), []
+        batch = self.batch(held)
+        monkeypatch.setattr(module, "is_sharded", lambda model: True)
+        held.model.register_forward_pre_hook(lambda *given: ran.append(len(given[2]["input_ids"])), with_kwargs=True)
+        for mask, prefixes in ((self.mask, 6), (np.zeros_like(self.mask), 0)):
+            assert len(held.target(*batch, mask).features) == prefixes
+        assert ran == [2, 1]
+
+
+@pytest.mark.parametrize("constraint", [NO_E, None])
+@pytest.mark.parametrize("anchor", ["live", "previous"])
+def test_a_state_has_everything(of, constraint, anchor):
+    held, other = of(constraint, anchor=anchor), of(constraint, anchor=anchor)
+    held.is_fitted, held.has_begun, held.drawn = True, True, 7
+    held.rollouts, held.replayed = [rollout([1], [2])], [rollout([1], [3])]
+    if held.auxiliary is not None:
+        torch.nn.init.normal_(held.auxiliary.head.weight)
+        held.auxiliary.config.provenance = {"round": 3}
+    if held.anchor is not None:
+        for weight in held.model.parameters():
+            weight.data.add_(1.0)
+        held.anchor.refresh()
+    state = held.state({"compliance": 0.5})
+    other.adopt(state)
+    again = other.state()
+    assert (state.measured, again.measured) == ({"compliance": 0.5}, {})
+    for name in ("is_fitted", "has_begun", "drawn", "rollouts", "replayed", "provenance"):
+        assert getattr(again, name) == getattr(held.state(), name), name
+    assert again.provenance == ({"round": 3} if constraint else None)
+    for mine, its in ((state.auxiliary, again.auxiliary), (state.anchor, again.anchor)):
+        assert mine.keys() == its.keys()
+        assert all(torch.equal(mine[name], its[name]) for name in mine)
+    assert bool(state.anchor) == (held.anchor is not None)
+    assert bool(state.auxiliary) == (constraint is not None)
+    held.to("cpu")
+
+
+def test_it_takes_the_policy_s_trainable_weights(of):
+    held = of()
+    name, weight = next(iter(held.model.named_parameters()))
+    others = [other.clone() for _, other in list(held.model.named_parameters())[1:]]
+    moved = weight.detach() + 1
+    held.set_policy({name: moved, "another": weight})
+    assert torch.equal(weight, moved)
+    assert all(map(torch.equal, others, list(held.model.parameters())[1:]))
 
 
 def test_what_a_round_measures_by_hand():

@@ -96,7 +96,7 @@ def encode(
     prompt_lengths = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
     mask = length_mask(lengths, int(lengths.max()))
     at = completion_positions(prompt_lengths, mask.shape[1]).clamp(max=input_ids.shape[1] - 2)
-    completion = input_ids.gather(1, at + 1).masked_fill(~mask, 0)
+    completion = input_ids.gather(1, at + 1)
     known = {row: trace.states for row, trace in (traces or {}).items() if trace.states is not None}
     hidden = _hidden_states(model, input_ids, attention_mask, at, known, dtype)
     weights = torch.ones(mask.shape)
