@@ -52,8 +52,8 @@ TARGETS = {
         "unit/test_exactness",
     ],
     "training/trainer": [
-        *TRAINING,
-        *("unit/test_options", "integration/test_python_api", "integration/test_shipping", "integration/test_chats"),
+        *("unit/test_trainer", "unit/test_options", "integration/test_python_api", "integration/test_shipping"),
+        *("integration/test_chats", *TRAINING),
     ],
 }
 """The files that hold the method, and the tests that should notice."""

@@ -11,7 +11,7 @@ import torch
 
 from bridle.core.target import log_target
 from bridle.core.tokens import pad_right
-from bridle.data import DataSource, Rollout
+from bridle.data import DataSource, Prompt, Rollout, decode_parts
 from bridle.data.target_cache import row_keys
 from bridle.errors import RunStopped, UserError
 from bridle.models.forward import policy_forward
@@ -119,8 +119,8 @@ class TestPrompts:
         held = trained_on(options={"prompts": DataSource(str(path))}, rollouts_per_round=2)
         own = [held.tokenizer.decode(prompt.ids[1:]) for index in (1, 2, 3) for prompt in held.prompts(index)]
         assert own == ["one", "two", "three", "one", "two", "three"]
-        path.write_text(json.dumps({"prompt": "%7 " * 40}) + "\n")
-        assert len(held.tokenizer("%7 " * 40)["input_ids"]) > 64 - 8
+        path.write_text(json.dumps({"prompt": "%7 " * 20}) + "\n")
+        assert 64 - 8 < len(held.tokenizer("%7 " * 20)["input_ids"]) < 64
         with pytest.raises(UserError, match="row 1"):
             held.prompts(1)
 
@@ -145,6 +145,21 @@ class TestRound:
         assert held.drawn == 0
         assert [(one.round, one.complies) for one in held.replayed] == [(2, True), (3, False)]
         assert {one.round for one in held.rollouts} == {4}
+
+    def test_a_rollout_is_what_was_asked_and_drawn(self, trained_on):
+        held = trained_on(max_new_tokens=4)
+        end = held.tokenizer.eos_token_id
+        likely = 3.0 * torch.nn.functional.one_hot(torch.tensor(end), len(held.tokenizer))
+        held.model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits + likely)
+        held.update(1)
+        assert {one.finished for one in held.rollouts} == {True, False}
+        for one in held.rollouts:
+            assert one.finished == (one.completion_ids[-1] == end)
+            parts = decode_parts(one.prompt_ids, one.completion_ids, held.tokenizer)
+            assert (one.prompt, one.completion) == parts
+            assert held._output(Prompt("", one.prompt_ids), one.completion_ids) == parts
+        chat = [{"role": "user", "content": "Is it a hat?"}]
+        assert held._output(Prompt("", [1, 5], messages=chat), [7])[0] == chat
 
     def test_retention_and_a_weight_of_0_ask_nobody(self, of):
         assert of(None).update(1) == of(weight=0.0).update(1) == {}
