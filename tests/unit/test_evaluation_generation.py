@@ -274,7 +274,7 @@ def test_completions_follow_the_order_of_the_prompts(tokenizer, model):
 
 
 def test_a_prompt_without_room_is_named(model, tokenizer):
-    with pytest.raises(UserError, match=r"prompts\[1\] has 30 tokens, .* 6 new ones .* context of 32"):
+    with pytest.raises(UserError, match=r"prompts\[1\]: the prompt has 30 tokens, but at most 26 leave room"):
         draw(model, tokenizer, prompts=[[0], [2] * 30])
     assert len(draw(model, tokenizer, prompts=[[2] * 26], samples=1)) == 1
 

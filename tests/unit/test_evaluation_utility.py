@@ -229,7 +229,7 @@ def test_a_perplexity_reads_well_and_is_json(tokenizer):
     model = tiny_llama()
     torch.nn.init.zeros_(model.lm_head.weight)
     found = perplexity(model, tokenizer, ["abc"])
-    assert str(found) == "per token               258 n=3\nbits per byte           8.01 n=3"
+    assert str(found) == "per token      258 n=3\nbits per byte  8.01 n=3"
     alone = {"low": None, "high": None, "n": 3, "missing": 0}  # one text has no interval
     assert found.to_json() == {
         "per_token": {"value": pytest.approx(258), **alone},

@@ -1,4 +1,4 @@
-"""Measuring what a model says and what it knows, each figure with its uncertainty."""
+"""Evaluation of a model's outputs and knowledge, each figure with its uncertainty."""
 
 from bridle.evaluation.evaluator import Evaluator
 from bridle.evaluation.generation import (

@@ -1,14 +1,13 @@
-"""What a model can tell apart: classification by the likelihood of a label in words, or by a head, and its report.
+"""Classification by the likelihood of a label in words or by a classification head, and its figures.
 
-The experiment of Meng et al. (EMNLP 2024): a model learns from labelled toxic text to recognise it, and should
-not come to write it. A score is the log-odds of the positive class before any calibration; `None` is missing.
+The experiment of Meng et al. (EMNLP 2024): a model learns to recognise toxic text from labelled examples, without
+learning to write it. A score is the uncalibrated log-odds of the positive class; `None` is missing.
 """
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import takewhile
+from dataclasses import dataclass
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,8 +30,8 @@ from transformers import (
 
 from bridle.core.calibration import calibration
 from bridle.data import VerbalisedLabel, encode_prompt
-from bridle.errors import UserError
-from bridle.evaluation.statistics import RESAMPLES, Estimate, bootstrap_interval, estimate_rate
+from bridle.errors import UserError, first_line
+from bridle.evaluation.statistics import RESAMPLES, Estimate, Result, bootstrap_interval, estimate_proportion
 from bridle.evaluation.utility import AdjustLogits, Window, nll_by_text, window_length
 from bridle.models.loading import context_length
 from bridle.utils.progress import track
@@ -44,22 +43,22 @@ Labelled = tuple[Sequence[str], Sequence[int]]  # texts and their classes, 0 or 
 
 
 @dataclass(frozen=True)
-class ClassificationResult:
-    """How well scores tell the classes of test rows apart.
+class ClassificationResult(Result):
+    """How well scores separate the classes of test rows.
 
-    Rows without a finite score are left out of every figure and counted in `missing`. All intervals resample
-    rows, except the accuracy's and the share's, which are Wilson's.
+    Rows without a finite score are excluded from every figure and counted in `missing`. Intervals resample rows, except
+    Wilson's for the accuracy and the share.
 
     Attributes:
-        roc_auc: chance that a positive row scores above a negative one; ties count half.
+        roc_auc: probability that a positive row scores above a negative one; ties count half.
         average_precision: mean precision over the recalls, without interpolation; `positive_share` by chance.
         accuracy: at `threshold`.
         brier: mean squared error of the calibrated probability (`platt_scaling`).
-        expected_calibration_error: of the same, in ten bins; never below 0, so above it by chance alone.
+        expected_calibration_error: of the same, in ten bins; above 0 by chance alone, since it is never negative.
         positive_share: share of the positive class.
-        threshold: the score from which a row counts as positive: the most accurate on the validation rows.
-        validation_n: how many validation rows chose the threshold and the calibration.
-        validation_missing: how many of them had no score.
+        threshold: the score from which a row counts as positive, the most accurate one on the validation rows.
+        validation_n: number of validation rows that choose the threshold and the calibration.
+        validation_missing: number of validation rows without a score.
     """
 
     roc_auc: Estimate
@@ -71,17 +70,6 @@ class ClassificationResult:
     threshold: float
     validation_n: int
     validation_missing: int
-
-    def estimates(self) -> dict[str, Estimate]:
-        """The figures by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Estimate)}
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields by name, ready for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return "\n".join(f"{name.replace('_', ' '):<28}{value}" for name, value in self.estimates().items())
 
 
 # ---------------------------------------------------------------------- scores
@@ -99,15 +87,15 @@ def classify(
 ) -> list[float | None]:
     """log p(positive label | text) − log p(negative label | text), both labels in words, for each text.
 
-    Each label is tokenised together with its text, as in training, and counts from the first token in
-    which the two differ. A text too long for the context loses its end, and a warning counts those.
+    Each label is tokenised together with its text, as in training, and counts from the first token in which the two
+    differ. A text too long for the context is cut at its end, with a warning.
 
     Args:
-        model: a causal language model; it is put into evaluation mode for the time of the call.
+        model: a causal language model; it is in evaluation mode during the call.
         tokenizer: the model's.
         texts: without their labels.
         label: how training wrote the labels.
-        batch_size: rows read at once, two for each text.
+        batch_size: rows in one forward, two for each text.
         max_length: tokens of a row; the model's context by default.
         adjust_logits: as in `bridle.evaluation.utility.likelihoods`, for a guided model.
 
@@ -140,18 +128,18 @@ def train_head(
     max_length: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Trains a classification head and the model below it; the epoch of the lowest validation loss is kept.
+    """Trains a model with a classification head, and keeps the epoch with the lowest validation loss.
 
     Args:
         model: folder or hub name of a causal language model.
         tokenizer: the model's, with a pad token.
-        train: texts to learn from, and their classes.
-        validation: texts to choose the epoch by, and their classes.
+        train: training texts and their classes.
+        validation: texts that choose the epoch, and their classes.
         epochs: passes over `train`.
-        learning_rate: of AdamW; it falls linearly to 0.
-        batch_size: texts a step.
-        max_length: tokens of a text; the start is kept. None: the model's context.
-        seed: of the new head and of the order of the texts.
+        learning_rate: of AdamW; it decays linearly to 0.
+        batch_size: texts per step.
+        max_length: tokens of a text, whose end is cut; the model's context by default.
+        seed: of the head's initialisation and the order of the texts.
 
     Returns:
         A model for `head_scores`, in evaluation mode.
@@ -202,10 +190,10 @@ def head_scores(
     """Scores from a classification head: the positive class's logit − the negative's, `None` if not finite.
 
     Args:
-        model: what `train_head` returns.
+        model: as `train_head` returns it.
         tokenizer: the model's.
         texts: to score.
-        batch_size: texts read at once.
+        batch_size: texts in one forward.
         max_length: as in `train_head`.
     """
     collate, scores = DataCollatorWithPadding(tokenizer), []
@@ -230,17 +218,16 @@ def classification_report(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> ClassificationResult:
-    """Figures of the test rows, with the threshold and the calibration that the validation rows choose.
+    """Figures of the test rows, with the threshold and the calibration chosen on the validation rows.
 
     Args:
         scores_validation, labels_validation: [n] scores, higher for the positive class, and classes 0 or 1.
-        scores_test, labels_test: the same of the rows that the figures are for.
+        scores_test, labels_test: the same of the test rows.
         seed: of the bootstrap intervals.
         resamples: of each bootstrap.
 
     Raises:
-        UserError: a label is not 0 or 1, there are more or fewer of them than scores, or the rows do not
-            hold both classes.
+        UserError: a label is not 0 or 1, their number is not that of the scores, or a class is absent.
     """
     fit_scores, fit_targets, fit_missing = _usable(scores_validation, labels_validation, "validation")
     scores, targets, missing = _usable(scores_test, labels_test, "test")
@@ -253,10 +240,10 @@ def classification_report(
     return ClassificationResult(
         roc_auc=figure(_roc_auc, scores),
         average_precision=figure(_average_precision, scores),
-        accuracy=estimate_rate([[flag] for flag in (scores >= threshold) == targets], missing=missing),
+        accuracy=estimate_proportion((scores >= threshold) == targets, missing=missing),
         brier=figure(_brier, probabilities),
         expected_calibration_error=figure(_calibration_error, probabilities),
-        positive_share=estimate_rate([[flag] for flag in targets == 1], missing=missing),
+        positive_share=estimate_proportion(targets == 1, missing=missing),
         threshold=threshold,
         validation_n=len(fit_scores),
         validation_missing=fit_missing,
@@ -271,23 +258,23 @@ def compare_auc(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """Mean ROC-AUC of one method's runs − that of a reference's on the same rows.
+    """Mean ROC-AUC of a method's runs − that of a reference's runs on the same rows.
 
     Args:
         scores: [runs, rows] of the method.
-        reference: [runs, rows]; it may have another number of runs.
+        reference: [runs, rows] of the reference, whose number of runs may differ.
         labels: [rows], 1 where positive and 0 elsewhere.
         seed: of the bootstrap.
-        resamples: of it.
+        resamples: of the bootstrap.
 
     Returns:
-        The difference, with an interval that resamples rows, the same ones of every run. A row that lacks a score in
-        any run is missing.
+        The difference, with an interval that resamples rows, the same ones of every run. A row without a score in any
+        run is missing.
 
     Raises:
         UserError: as `classification_report`.
     """
-    rows = [row if all(map(_is_finite, row)) else None for row in zip(*scores, *reference, strict=True)]
+    rows = [None if None in map(_finite, row) else row for row in zip(*scores, *reference, strict=True)]
     _, targets, missing = _usable([row[0] if row else None for row in rows], labels, "test")
     values = np.array([row for row in rows if row], dtype=float)  # [rows, runs]
 
@@ -299,18 +286,18 @@ def compare_auc(
 
 
 def best_threshold(scores: np.ndarray, targets: np.ndarray) -> float:
-    """The score from which calling a row positive is right most often; [n] scores and classes of both kinds."""
+    """The most accurate threshold for [n] scores and classes of both kinds."""
     false_rate, true_rate, thresholds = roc_curve(targets, scores, drop_intermediate=False)
     right = true_rate * targets.sum() + (1 - false_rate) * (1 - targets).sum()
-    # The first threshold, "none is positive", is infinite, which JSON cannot hold.
+    # The first threshold, which makes no row positive, is infinite; JSON has no infinity.
     return float(np.nan_to_num(thresholds[right.argmax()]))
 
 
 def platt_scaling(scores: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Fits P(positive) = sigmoid(a·score + b) to [n] scores and classes (Platt, 1999).
 
-    The classes are smoothed as in his equation (12), so that classes which the scores separate do not make
-    the probabilities 0 and 1: n₊ rows count as (n₊ + 1)/(n₊ + 2) positive, n₋ rows as 1/(n₋ + 2).
+    The classes are smoothed as in his equation (12), so that separable scores do not give probabilities of 0 and 1: n₊
+    rows count as (n₊ + 1)/(n₊ + 2) positive, n₋ rows as 1/(n₋ + 2).
     """
     positive = np.where(targets == 1, (targets.sum() + 1) / (targets.sum() + 2), 1 / ((1 - targets).sum() + 2))
     model = LogisticRegression(C=np.inf)  # no penalty
@@ -328,7 +315,7 @@ def platt_scaling(scores: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarr
 def _fitting_pair(
     text: str, label: VerbalisedLabel, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> tuple[list[list[int]], bool]:
-    """The tokens of a text with the negative and with the positive label, and whether it lost its end to fit."""
+    """The tokens of a text with the negative and with the positive label, and whether the text was cut to fit."""
 
     def pair_of(text: str) -> list[list[int]]:
         return [encode_prompt(label.prompt(text) + name, tokenizer) for name in label.names.values()]
@@ -337,7 +324,7 @@ def _fitting_pair(
     if max(map(len, pair)) <= limit:
         return pair, False
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    while (surplus := max(map(len, pair)) - limit) > 0:  # again, since a cut text may tokenise anew
+    while (surplus := max(map(len, pair)) - limit) > 0:  # repeated, since a cut text may tokenise differently
         if surplus >= len(ids):
             raise UserError(f"max_length: {limit} tokens leave no room for a text beside the label's template")
         ids = ids[:-surplus]
@@ -346,9 +333,9 @@ def _fitting_pair(
 
 
 def _windows(index: int, pair: list[list[int]]) -> list[Window]:
-    """A window for each of a pair, texts `index` and `index + 1`, that predict from where the two part."""
-    agreed = takewhile(lambda tokens: tokens[0] == tokens[1], zip(*pair, strict=False))
-    first = max(1, sum(1 for _ in agreed))
+    """A window for each of a pair, texts `index` and `index + 1`, that predicts from where the two differ."""
+    differ = (place for place, (one, other) in enumerate(zip(*pair, strict=False)) if one != other)
+    first = max(1, next(differ, min(map(len, pair))))
     return [Window(index + offset, ids, first) for offset, ids in enumerate(pair)]
 
 
@@ -358,9 +345,8 @@ def _with_head(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMode
             model, num_labels=2, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{model}: cannot load the model with a classification head: {reason}") from error
-    network.config.pad_token_id = tokenizer.pad_token_id  # where the last token of a padded text is looked for
+        raise UserError(f"{model}: cannot load the model with a classification head: {first_line(error)}") from error
+    network.config.pad_token_id = tokenizer.pad_token_id  # the head reads the last token before the padding
     return network
 
 
@@ -374,11 +360,11 @@ def _examples(labelled: Labelled, tokenizer: PreTrainedTokenizerBase, max_length
 
 
 def _usable(scores: Scores, labels: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """The scores that are there, their classes, and how many are missing."""
+    """The finite scores, their classes, and the number of missing ones."""
     if len(scores) != len(labels):
         raise UserError(f"the {name} rows have {len(scores)} scores, but {len(labels)} labels")
     _check_classes(labels, f"the {name} labels")
-    kept = [(score, int(target)) for score, target in zip(scores, labels, strict=True) if _is_finite(score)]
+    kept = [(score, int(of)) for score, of in zip(scores, labels, strict=True) if _finite(score) is not None]
     if len({target for _, target in kept}) < 2:
         raise UserError(
             f"the {name} rows with a score are not of both classes; if the file is sorted by label, shuffle it"
@@ -390,7 +376,7 @@ def _usable(scores: Scores, labels: Sequence[int], name: str) -> tuple[np.ndarra
 def _check_classes(labels: Sequence[int], name: str) -> None:
     for index, target in enumerate(labels):
         if target not in (0, 1):
-            raise UserError(f"{name}: entry {index} is {target!r}; only two classes, 0 and 1, can be told apart")
+            raise UserError(f"{name}: entry {index} is {target!r}; the classes are 0 and 1")
 
 
 def _figure(
@@ -411,11 +397,11 @@ def _figure(
     return Estimate(of_rows(rows), low, high, len(rows), missing)
 
 
-# scikit-learn's functions give the same, but check their arguments for milliseconds, thousands of times a bootstrap.
+# scikit-learn's functions give the same values but are 20 times slower, which counts in a bootstrap.
 
 
 def _roc_auc(targets: np.ndarray, scores: np.ndarray) -> float:
-    """The Mann-Whitney statistic; ties count half. A resample of one class has none, and its figure no interval."""
+    """The Mann-Whitney statistic, in which ties count half; NaN for a resample of one class."""
     positive = int(targets.sum())
     if not 0 < positive < len(targets):
         return math.nan
@@ -440,9 +426,5 @@ def _calibration_error(targets: np.ndarray, probabilities: np.ndarray) -> float:
     return calibration(torch.from_numpy(probabilities), torch.from_numpy(targets)).expected_calibration_error
 
 
-def _finite(score: float) -> float | None:
-    return score if math.isfinite(score) else None
-
-
-def _is_finite(score: float | None) -> bool:
-    return score is not None and math.isfinite(score)
+def _finite(score: float | None) -> float | None:
+    return score if score is not None and math.isfinite(score) else None

@@ -1,4 +1,4 @@
-"""Everything that `bridle evaluate` measures of one model, through one path for every method, a guided one included."""
+"""All measurements of `bridle evaluate`, the same for every method, guided ones included."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,21 +21,21 @@ from bridle.evaluation.utility import Perplexity, likelihoods
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import context_length
 
-DRAWN_PER_ROW = 4  # completions drawn side by side for each row of a forward: a step of theirs is one position
+COMPLETIONS_PER_ROW = 4  # sampled at once for each row of a forward, since a step reads one position only
 
 
 @dataclass
 class Evaluator:
-    """A model and how it is to be measured.
+    """A model and the settings of its evaluation.
 
     Attributes:
         model: a causal language model.
         tokenizer: the model's.
-        guide: measure the model as guided by this (entered) guide.
+        guide: an (entered) guide; the guided model is evaluated.
         batch_size: rows in one forward.
         seed: of sampling and of bootstraps.
-        show: is told each figure as it is made.
-        observations: what the figures were made from, item by item.
+        show: called with each figure as a line of text.
+        observations: the observations behind the figures.
     """
 
     model: PreTrainedModel
@@ -60,36 +60,37 @@ class Evaluator:
 
         Args:
             sets: prompts to complete.
-            constraints: by name; each judges the same completions.
-            samples: completions a prompt.
-            max_new_tokens: at which a completion is cut.
-            prompt_tokens: take only the first so many tokens of each row; None does as the set says.
-            base: model and tokenizer under which the perplexity of the completions is measured.
+            constraints: by name; each scores the same completions.
+            samples: completions per prompt.
+            max_new_tokens: maximal length of a completion.
+            prompt_tokens: length of the prompt at the start of each row; by default the set's own.
+            base: model and tokenizer that measure the perplexity of the completions.
         """
         found, fluency = {}, {}
         for prompts in sets:
             read = self.read(prompts, max_new_tokens, prompt_tokens)
-            asked = [prompt.ids for prompt in read]
-            drawn = self.draw(asked, samples=samples, max_new_tokens=max_new_tokens)
+            ids = [prompt.ids for prompt in read]
+            drawn = self.draw(ids, samples=samples, max_new_tokens=max_new_tokens)
             cut_before = {name: constraint.cut_texts() for name, constraint in constraints.items()}
             found[prompts.name] = evaluate_constraints(
                 drawn, constraints, prompts=[prompt.messages or prompt.text for prompt in read], seed=self.seed
             )
-            in_part = {name: constraint.cut_texts() - cut_before[name] for name, constraint in constraints.items()}
+            for name, result in found[prompts.name].items():
+                constraint = constraints[name]
+                reads = f" ({constraint.reads})" if constraint.reads != "completion" else ""
+                cut = constraint.cut_texts() - cut_before[name]
+                note = f"\n{cut} completions were too long and scored in part" if cut else ""
+                self.show(f"{prompts.name} under {name}{reads}\n{result}{note}")
             texts = [prompt.text for prompt in read]
             prompt_scores = {name: constraint.score(None, texts) for name, constraint in constraints.items()}
             self.observations.add_completions(prompts.name, read, drawn, found[prompts.name], prompt_scores)
-            for name, result in found[prompts.name].items():
-                reads = f" ({constraints[name].reads})" if constraints[name].reads != "completion" else ""
-                cut = f"\n{in_part[name]} completions were too long and scored in part" if in_part[name] else ""
-                self.show(f"{prompts.name} under {name}{reads}\n{result}{cut}")
             if base is not None:
-                fluency[prompts.name] = output_perplexity(*base, asked, drawn, seed=self.seed)
+                fluency[prompts.name] = output_perplexity(*base, ids, drawn, seed=self.seed)
                 self.show(f"perplexity of the completions under the base: {fluency[prompts.name]}")
         return generation_parts(found, fluency)
 
     def read(self, prompts: PromptSet, max_new_tokens: int, prompt_tokens: int | None = None) -> list[Prompt]:
-        """The prompts of a set; one that leaves no room for the new tokens is a `UserError`."""
+        """Reads the prompts of a set; a `UserError` names one that leaves no room for the new tokens."""
         return read_prompts(
             prompts.source,
             self.tokenizer,
@@ -98,13 +99,13 @@ class Evaluator:
         )
 
     def prompt(self, text: str, max_new_tokens: int) -> Prompt:
-        """A single prompt, as a shell hands it over; raises as `read`."""
+        """A single prompt from the command line. Raises as `read`."""
         ids = encode_prompt(text, self.tokenizer)
         check_room(ids, self._room(max_new_tokens), "prompt")
         return Prompt(whole_text(text), ids)
 
     def _room(self, max_new_tokens: int) -> int | None:
-        """Tokens that a prompt may have; None where the context has no end."""
+        """Maximal length of a prompt; None where the context is unlimited."""
         context = context_length(self.model)
         if context and max_new_tokens > context:
             raise UserError(f"max_new_tokens: {max_new_tokens} are more than the model's context of {context}")
@@ -113,30 +114,24 @@ class Evaluator:
     def draw(
         self, prompts: Sequence[list[int]], *, samples: int, max_new_tokens: int, **options: Any
     ) -> list[list[str]]:
-        """Completions, [prompts, samples]; `options` are those of `generate_completions`."""
+        """[prompts, samples] completions; `options` are those of `generate_completions`."""
         return generate_completions(
             self.model,
             self.tokenizer,
             prompts,
             samples=samples,
             max_new_tokens=max_new_tokens,
-            batch_size=DRAWN_PER_ROW * self.batch_size,
+            batch_size=COMPLETIONS_PER_ROW * self.batch_size,
             seed=self.seed,
             guide=self.guide,
             **options,
         )
 
     def perplexity(self, held_out: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        """The part `perplexity`: held-out texts by the name of their file."""
+        """The part `perplexity` of the results, of held-out texts by the name of their file."""
         part = {}
         for name, texts in held_out.items():
-            found = likelihoods(
-                self.model,
-                self.tokenizer,
-                texts,
-                batch_size=self.batch_size,
-                adjust_logits=self.guide.log_probs if self.guide else None,
-            )
+            found = likelihoods(self.model, self.tokenizer, texts, **self._reading())
             self.observations.add_likelihoods(name, found)
             measured = Perplexity.of(found, seed=self.seed)
             self.show(f"perplexity of {name}\n{measured}")
@@ -144,39 +139,32 @@ class Evaluator:
         return part
 
     def classification(self, test: DataSource, validation: DataSource, label: VerbalisedLabel) -> dict[str, Any]:
-        """The part `classification`: the model as a classifier by the likelihood of its labels in words.
+        """The part `classification` of the results: the likelihoods of labels in words as a classifier.
 
         Args:
-            test: rows that are measured.
-            validation: rows that choose the threshold and fit the calibration.
-            label: how text and label are written as one text; that of training.
+            test: rows to classify.
+            validation: rows that choose the threshold and the calibration.
+            label: the template of text and label, as in training.
         """
         from bridle.evaluation.classification import classification_report, classify  # scikit-learn takes a second
 
         scored = {}
         for name, source in (("validation", validation), ("test", test)):
             texts, classes = labelled_texts(source, label)
-            adjust_logits = self.guide.log_probs if self.guide else None
-            scored[name] = (
-                classify(
-                    self.model,
-                    self.tokenizer,
-                    texts,
-                    label,
-                    batch_size=self.batch_size,
-                    adjust_logits=adjust_logits,
-                ),
-                classes,
-            )
+            scored[name] = classify(self.model, self.tokenizer, texts, label, **self._reading()), classes
         result = classification_report(*scored["validation"], *scored["test"], seed=self.seed)
         self.observations.add_classified(*scored["test"])
         self.show(str(result))
         return result.to_json()
 
+    def _reading(self) -> dict[str, Any]:
+        """The options of every function that reads texts."""
+        return {"batch_size": self.batch_size, "adjust_logits": self.guide and self.guide.log_probs}
+
     def tasks(
         self, names: Sequence[str], *, task_data: Path | None, limit: int | None, shots: int | None
     ) -> dict[str, Any]:
-        """The part `tasks`, through lm-eval."""
+        """The part `tasks` of the results, by lm-eval."""
         found = evaluate_tasks(
             self.model,
             self.tokenizer,

@@ -1,6 +1,6 @@
-"""What figures are made from, item by item: texts with their scores, likelihoods, answers.
+"""The observations behind the figures: texts with their scores, likelihoods and answers.
 
-Paired tests between methods, reports and judges need these; `results.json` holds the figures alone.
+Paired tests, reports and judges need them; `results.json` holds the figures only.
 """
 
 import json
@@ -35,7 +35,7 @@ class _Completion:
     completion: str
     scores: dict[str, _Scored]
     prompt_scores: dict[str, _Scored] = field(default_factory=dict)
-    messages: list[dict[str, Any]] | None = None
+    messages: list[Row] | None = None
 
 
 @dataclass
@@ -62,20 +62,20 @@ class _Classified:
 
 
 KINDS = {"completions": _Completion, "likelihoods": _Likelihood, "answers": _Answer, "classified": _Classified}
-"""What a row of each kind must have to be read back."""
+"""The columns that the rows of each kind need when they are read."""
 
 
 @dataclass
 class Observations:
-    """Everything that was observed of one model, as rows ready for JSON lines.
+    """All observations of one model, as rows ready for JSON lines.
 
     Attributes:
         completions: prompt_set, index (of the prompt, from 0), sample, prompt, completion, and `scores`: by
             constraint its value (1 complies .. 0 violates), complies, and the reason where both are null;
             `prompt_scores`: the same of the prompt; `messages`: of a chat, the turns before the completion.
         likelihoods: held_out, index (of the text), nll in nats, tokens and bytes.
-        answers: task, index (of the document), whether the answer was correct, null where missing, and the weight
-            of the document in the task's figure, 1 on average.
+        answers: task, index (of the document), correct (null where missing), and the weight of the document in the
+            task's figure, 1 on average.
         classified: index (of the row), score and label.
     """
 
@@ -111,33 +111,33 @@ class Observations:
                 )
 
     def add_likelihoods(self, held_out: str, texts: Iterable[TextLikelihood]) -> None:
-        """Adds the likelihoods of a held-out file's texts."""
+        """Adds the likelihoods of the texts of a held-out file."""
         for index, text in enumerate(texts):
             row = {"nll": text.nll, "tokens": text.tokens, "bytes": text.bytes}
             self.likelihoods.append({"held_out": held_out, "index": index, **row})
 
     def add_answers(self, task: str, result: TaskResult) -> None:
-        """Adds the answers to a task's documents."""
+        """Adds the answers to the documents of a task."""
         for index, (right, weight) in enumerate(zip(result.correct, result.weights, strict=True)):
             self.answers.append({"task": task, "index": index, "correct": right, "weight": weight})
 
     def add_classified(self, scores: Sequence[float | None], labels: Sequence[int]) -> None:
-        """Adds rows that were classified."""
+        """Adds classified rows."""
         for index, (score, label) in enumerate(zip(scores, labels, strict=True)):
             self.classified.append({"index": index, "score": score, "label": label})
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a file NAME.jsonl for each kind of which there is something."""
+        """Writes a file NAME.jsonl for each kind with observations."""
         for name, rows in vars(self).items():
             if rows:
                 write_text(Path(folder) / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> "Observations":
-        """What `write` left; a kind without a file is empty.
+        """Reads the files of `write`; a kind without a file is empty.
 
         Raises:
-            UserError: a row is malformed, or lacks what its kind has.
+            UserError: a row is malformed, or lacks a column.
         """
         return cls(**{name: list(_rows(Path(folder) / f"{name}.jsonl", kind)) for name, kind in KINDS.items()})
 

@@ -1,4 +1,4 @@
-"""One format for everything that is measured: `results.json`, described by `results.schema.json` beside this file."""
+"""The format of all results: `results.json`, described by `results.schema.json` beside this file."""
 
 import json
 import math
@@ -30,10 +30,10 @@ def results_schema() -> dict[str, Any]:
 
 
 def validate_results(results: Any) -> None:
-    """Checks an object against `results_schema`; NaN and infinities are no numbers to it.
+    """Checks an object against `results_schema`; NaN and infinities are not numbers.
 
     Raises:
-        UserError: naming the place that is wrong, as in "$.text.toxigen.distinct_1.n", and what it should be.
+        UserError: naming the wrong place, as in "$.text.toxigen.distinct_1.n", and what it should be.
     """
     error = best_match(_validator().iter_errors(results))
     if error is not None:
@@ -41,7 +41,7 @@ def validate_results(results: Any) -> None:
 
 
 def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:
-    """Writes results that are valid; an older file stays as it is where they are not.
+    """Writes valid results; an older file stays where they are not valid.
 
     Raises:
         UserError: as `validate_results`, or the file cannot be written.
@@ -51,10 +51,10 @@ def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> N
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_results` wrote.
+    """Reads what `write_results` wrote.
 
     Raises:
-        UserError: naming the file: it cannot be read, or `validate_results` refuses it.
+        UserError: naming the file, which cannot be read or is not valid.
     """
     results = read_json(path, dict[str, Any])
     try:
@@ -67,36 +67,23 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 def generation_parts(
     found: Mapping[str, Mapping[str, GenerationResult]], output_perplexities: Mapping[str, Estimate] | None = None
 ) -> dict[str, Any]:
-    """The parts `generation` and `text`.
+    """The parts `generation` and `text` of the results.
 
     Args:
-        found: by prompt set what `evaluate_constraints` returned for it.
-        output_perplexities: by prompt set what `output_perplexity` returned.
+        found: results of `evaluate_constraints` by prompt set.
+        output_perplexities: results of `output_perplexity` by prompt set.
     """
-    perplexities = output_perplexities or {}
-    return {
-        "generation": {
-            prompt_set: {constraint: _under_constraint(result) for constraint, result in results.items()}
-            for prompt_set, results in found.items()
-        },
-        "text": {
-            prompt_set: _json(_text_figures(results) | _given("output_perplexity", perplexities.get(prompt_set)))
-            for prompt_set, results in found.items()
-        },
-    }
-
-
-def _under_constraint(result: GenerationResult) -> dict[str, Any]:
-    return {"prompts": result.prompts, "incomplete": result.incomplete, **_json(result.violation_figures())}
-
-
-def _text_figures(results: Mapping[str, GenerationResult]) -> dict[str, Estimate]:
-    """Those under the first constraint: they are the same under all."""
-    return next((result.text_figures() for result in results.values()), {})
-
-
-def _given(name: str, estimate: Estimate | None) -> dict[str, Estimate]:
-    return {} if estimate is None else {name: estimate}
+    generation, text = {}, {}
+    for prompt_set, results in found.items():
+        generation[prompt_set] = {
+            name: {"prompts": result.prompts, "incomplete": result.incomplete, **_json(result.violation_figures())}
+            for name, result in results.items()
+        }
+        figures = next((result.text_figures() for result in results.values()), {})  # the same under every constraint
+        if output_perplexities and prompt_set in output_perplexities:
+            figures["output_perplexity"] = output_perplexities[prompt_set]
+        text[prompt_set] = _json(figures)
+    return {"generation": generation, "text": text}
 
 
 def _json(figures: Mapping[str, Estimate]) -> dict[str, Any]:
@@ -115,12 +102,12 @@ def _is_finite_number(_: Any, value: Any) -> bool:
 
 
 def _is_whole_number(_: Any, value: Any) -> bool:
-    # By the standard 1.0 is whole too: a measured share of exactly 1 would pass for a count.
+    # In JSON Schema 1.0 is an integer too, but a measured share of exactly 1 is not a count.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _explained(error: ValidationError) -> str:
-    """What is wrong, in one line, and what the schema says of the place."""
+    """What is wrong, in one line, and the schema's description of the place."""
     said = error.schema.get("description") if isinstance(error.schema, dict) else None
     message = shorten(error.message, LONGEST_MESSAGE, placeholder=" ...")
     return f"{message} ({said.rstrip('.')})" if said else message

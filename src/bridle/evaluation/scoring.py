@@ -1,5 +1,6 @@
-"""A constraint tried on texts, before anything is trained on it: `bridle score`."""
+"""A constraint applied to texts before training: `bridle score`."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
@@ -9,7 +10,7 @@ from bridle.constraints import Constraint, Score
 from bridle.data import DataSource
 from bridle.data.rows import filled_rows, format_fields, outputs_of
 from bridle.errors import UserError, one_line
-from bridle.evaluation.statistics import Estimate, estimate_rate
+from bridle.evaluation.statistics import Estimate, estimate_proportion
 
 BINS, WIDEST_BAR = 10, 50  # of the histogram; in characters
 LONGEST_TEXT = 75  # characters of a row's text on a terminal
@@ -17,12 +18,12 @@ LONGEST_TEXT = 75  # characters of a row's text on a terminal
 
 @dataclass(frozen=True)
 class Trial:
-    """What a constraint says of the rows of a file.
+    """The scores of a constraint on the rows of a file.
 
     Attributes:
-        constraint: its name.
-        numbers: of the rows, in the file.
-        texts: what the rows say: their completions, or all of their text.
+        constraint: name of the constraint.
+        numbers: row numbers in the file.
+        texts: the rows' completions, or whole texts.
         scores: of the texts.
     """
 
@@ -34,37 +35,35 @@ class Trial:
     @property
     def violation_rate(self) -> Estimate:
         """Share of the scored texts that violate, with Wilson's interval."""
-        verdicts = [[not score.complies] for score in self.scores if not score.is_missing]
-        return estimate_rate(verdicts, missing=len(self.scores) - len(verdicts))
+        verdicts = [not score.complies for score in self.scores if not score.is_missing]
+        return estimate_proportion(verdicts, missing=len(self.scores) - len(verdicts))
 
     @property
     def histogram(self) -> list[int]:
-        """How many values lie in each tenth of [0, 1], 1 complying."""
+        """Number of values in each tenth of [0, 1]."""
         values = [score.value for score in self.scores if score.value is not None]
         return [sum(min(int(value * BINS), BINS - 1) == place for value in values) for place in range(BINS)]
 
     def extremes(self, count: int) -> dict[str, list[int]]:
-        """The indices of the most and the least certain rows on either side, at most `count` of each, by title.
+        """The indices of at most `count` most and least certain rows of each verdict, by title.
 
-        The least certain are those next to the other verdict; a side whose values are all alike has none.
+        The least certain are those closest to the other verdict; there are none where all values are equal.
         """
+        values = {index: score.value for index, score in enumerate(self.scores) if score.value is not None}
         found: dict[str, list[int]] = {}
         for title, complies in (("violate", False), ("comply", True)):
-            values = {
-                index: score.value or 0.0 for index, score in enumerate(self.scores) if score.complies is complies
-            }
-            surest = sorted(values, key=lambda index: -values[index] if complies else values[index])
+            alike = [index for index in values if self.scores[index].complies is complies]
+            surest = sorted(alike, key=values.__getitem__, reverse=complies)
             unsure = [index for index in reversed(surest) if values[index] != values[surest[0]]]
             found |= {f"surest to {title}": surest[:count], f"least sure to {title}": unsure[:count]}
         return found
 
     def reasons(self) -> dict[str, int]:
-        """Why scores are missing, and how often."""
-        given = [score.reason for score in self.scores if score.is_missing]
-        return {reason: given.count(reason) for reason in dict.fromkeys(given)}
+        """The number of missing scores by reason."""
+        return Counter(score.reason for score in self.scores if score.is_missing)
 
     def lines(self, count: int, show_texts: bool) -> Iterator[str]:
-        """What a terminal shows: rate, histogram, and rows by their number; their texts only where asked for."""
+        """Lines for a terminal: rate, histogram, and rows by number, with their texts if `show_texts`."""
         yield f"{self.constraint}: violation rate {self.violation_rate}"
         yield "scores, from 0, where a text violates, to 1, where it complies:"
         most = max(*self.histogram, 1)
@@ -81,7 +80,7 @@ class Trial:
             yield f"{number} without a score, the first in row {self.numbers[first]}: {one_line(reason)}"
 
     def to_json(self, show_texts: bool) -> dict[str, Any]:
-        """Rate, histogram and every row with its score; its text only where asked for."""
+        """Rate, histogram and every row with its score, and with its text if `show_texts`."""
         rows = [
             {"row": number, **vars(score), **({"text": text} if show_texts else {})}
             for number, text, score in zip(self.numbers, self.texts, self.scores, strict=True)
@@ -95,10 +94,10 @@ class Trial:
 
 
 def try_constraint(constraint: Constraint, source: DataSource) -> Trial:
-    """Scores the rows of a source: what each says, with its prompt where it has one and the constraint reads it.
+    """Scores the rows of a source, with their prompts if the constraint reads them.
 
     Raises:
-        UserError: as `DataSource.read` and `Constraint.score`, and if no row holds a text.
+        UserError: as `DataSource.read` and `Constraint.score`, or no row holds a text.
     """
     dataset = source.read()
     rows = dict(filled_rows(dataset, format_fields(dataset.column_names, source.place), source.place))

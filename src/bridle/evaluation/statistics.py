@@ -1,13 +1,11 @@
-"""Numbers with their uncertainty: every estimate carries its interval, its n and what is missing.
+"""Estimates with confidence intervals, and paired tests between methods.
 
-Samples drawn for one prompt resemble each other, so where a prompt has several the unit that is
-resampled is the prompt (a cluster), not the sample: otherwise K samples a prompt would pass for K times
-as much evidence as there is. Methods are compared prompt by prompt, since the prompts differ from each
-other more than the methods do.
+Samples of one prompt are correlated, so intervals resample prompts (clusters), not samples. Methods are compared
+prompt by prompt, since prompts differ from each other more than methods do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from statistics import fmean
 from typing import Any
@@ -30,11 +28,11 @@ class Estimate:
     """One figure of a result.
 
     Attributes:
-        value: the figure; `None` where nothing was there to make it from.
-        low: lower end of its 95% interval; `None` where there is no interval.
+        value: the figure; `None` without observations.
+        low: lower end of the 95% interval; `None` where there is no interval.
         high: upper end.
-        n: how many observations it is made from.
-        missing: how many observations should have been there and were left out.
+        n: number of observations.
+        missing: number of observations that are missing.
     """
 
     value: float | None
@@ -44,7 +42,7 @@ class Estimate:
     missing: int = 0
 
     def map(self, increasing: Callable[[float], float]) -> "Estimate":
-        """The estimate of an increasing function of the figure: percentiles go through it unchanged."""
+        """The estimate of an increasing function of the figure: percentiles map to percentiles."""
         value, low, high = (None if x is None else increasing(x) for x in (self.value, self.low, self.high))
         return replace(self, value=value, low=low, high=high)
 
@@ -60,17 +58,35 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How a method differs from a reference on the same prompts.
+class Result:
+    """Base class of results, some of whose fields are estimates."""
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The figures by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Estimate)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON, except single observations (fields that `repr` hides)."""
+        shown = [field.name for field in fields(self) if field.repr]
+        return {name: value for name, value in asdict(self).items() if name in shown}
+
+    def __str__(self) -> str:
+        figures = self.estimates()
+        width = max(map(len, figures)) + 2
+        return "\n".join(f"{name.replace('_', ' '):<{width}}{value}" for name, value in figures.items())
+
+
+@dataclass(frozen=True)
+class Comparison(Result):
+    """The difference between a method and a reference on the same prompts.
 
     Attributes:
         method: name of the method.
-        reference: name of what it is compared with.
-        difference: mean over prompts of (method − reference), below 0 where the method is lower; its 95%
-            interval is not adjusted for other comparisons. `n` counts prompts, `missing` those left out
-            because either method has no observation there.
-        p_value: chance of a difference at least as large where there is none; `None` without prompts.
-        adjusted_p_value: the same after Holm's correction over all methods compared on this figure.
+        reference: name of the reference.
+        difference: mean over prompts of (method − reference), with a 95% interval that is not adjusted for other
+            comparisons. `n` counts prompts, `missing` those without an observation of either method.
+        p_value: probability of a difference at least as large under the null hypothesis; `None` without prompts.
+        adjusted_p_value: `p_value` after Holm's correction over all methods compared on this figure.
         test: "mcnemar" or "permutation".
     """
 
@@ -81,19 +97,15 @@ class Comparison:
     adjusted_p_value: float | None
     test: str
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON."""
-        return asdict(self)
-
     def __str__(self) -> str:
         p, adjusted = ("missing" if p is None else f"{p:.2g}" for p in (self.p_value, self.adjusted_p_value))
         return f"{self.method} − {self.reference}: {self.difference} p={p}, adjusted p={adjusted}"
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval | None:
-    """Wilson's score interval for a proportion of independent trials (Wilson, JASA 1927).
+    """Wilson's score interval for a proportion of independent trials (Wilson, JASA 1927); `None` where n = 0.
 
-    It stays within [0, 1] and keeps its width at 0 and n successes. `None` where n = 0.
+    It stays within [0, 1] and keeps its width at 0 and n successes.
     """
     if n == 0:
         return None
@@ -114,13 +126,13 @@ def bootstrap_interval(
     Args:
         values: [n] observations.
         statistic: a function of an array and `axis`, as in NumPy, or of a 1-D array alone (slower).
-        confidence: share of intervals that should hold the true value.
+        confidence: coverage of the interval.
         seed: the same seed gives the same interval.
-        resamples: how many times the observations are drawn anew.
+        resamples: number of resamples.
 
     Returns:
-        (low, high), or `None` where the spread is unknown: with fewer than two observations, or where
-        all resamples agree, which an interval without width would pass off as certainty.
+        (low, high), or `None` where the spread is unknown: with fewer than two observations, or where all resamples
+        agree, since an interval without width would suggest certainty.
     """
     values = np.asarray(values)
     if len(values) < 2:
@@ -142,9 +154,9 @@ def estimate_mean(clusters: Sequence[Sequence[float]], *, missing: int = 0, seed
     """Mean over all observations, with an interval that resamples whole clusters.
 
     Args:
-        clusters: per prompt its observations; an empty cluster adds nothing. One prompt alone is a
-            question about that prompt, and its samples are then the independent observations.
-        missing: how many observations were left out.
+        clusters: observations by prompt; an empty cluster adds nothing. The samples of a single prompt are independent
+            observations, since the figure is then about that prompt.
+        missing: number of missing observations.
         seed: of the bootstrap.
     """
     return estimate_ratio([[(value, 1) for value in cluster] for cluster in clusters], missing=missing, seed=seed)
@@ -154,7 +166,7 @@ def estimate_ratio(clusters: Sequence[Sequence[tuple[float, int]]], *, missing: 
     """Σ a / Σ b over all observations (a, b), with an interval that resamples whole clusters.
 
     Args:
-        clusters: as in `estimate_mean`, of pairs; for a text its −log p and its tokens, for instance.
+        clusters: as in `estimate_mean`, of pairs, such as the −log p and the tokens of a text.
         missing: as in `estimate_mean`.
         seed: of the bootstrap.
 
@@ -173,12 +185,15 @@ def estimate_ratio(clusters: Sequence[Sequence[tuple[float, int]]], *, missing: 
     return Estimate(float(tops.sum() / n) if n else None, low, high, n, missing)
 
 
-def estimate_rate(clusters: Sequence[Sequence[bool]], *, missing: int = 0, seed: int = 0) -> Estimate:
-    """Share of true observations: Wilson's interval where they are independent, clustered otherwise.
+def estimate_proportion(outcomes: Sequence[bool] | np.ndarray, *, missing: int = 0) -> Estimate:
+    """Share of true outcomes of independent trials, with Wilson's interval."""
+    n, successes = len(outcomes), int(sum(outcomes))
+    low, high = wilson_interval(successes, n) or (None, None)
+    return Estimate(successes / n if n else None, low, high, n, missing)
 
-    Where all clusters have the same rate, as when nothing violates, a bootstrap has no width, and the
-    interval is Wilson's with each cluster as one trial: the widest reading, in which a prompt's further
-    samples tell nothing new.
+
+def estimate_rate(clusters: Sequence[Sequence[bool]], *, missing: int = 0, seed: int = 0) -> Estimate:
+    """Share of true observations, with Wilson's interval where they are independent and a clustered one otherwise.
 
     Args:
         clusters: as in `estimate_mean`.
@@ -186,26 +201,33 @@ def estimate_rate(clusters: Sequence[Sequence[bool]], *, missing: int = 0, seed:
         seed: of the bootstrap.
     """
     units = _independent_units(clusters)
-    found = estimate_mean(units, missing=missing, seed=seed)
-    clustered = found.n > len(units) and found.low is not None
-    if clustered or found.value is None:
-        return found
-    low, high = wilson_interval(round(found.value * len(units)), len(units)) or (None, None)
-    return replace(found, low=low, high=high)
+    outcomes = [*chain.from_iterable(units)]
+    if len(outcomes) == len(units):
+        return estimate_proportion(outcomes, missing=missing)
+    return with_width(estimate_mean(units, missing=missing, seed=seed), len(units))
+
+
+def with_width(rate: Estimate, clusters: int) -> Estimate:
+    """A rate that has an interval also where all clusters agree, so that the bootstrap has no width.
+
+    The interval is then Wilson's, with each cluster as one trial: the most conservative reading, in which further
+    samples of a prompt are no further evidence.
+    """
+    if rate.value is None or rate.low is not None:
+        return rate
+    low, high = wilson_interval(round(rate.value * clusters), clusters) or (None, None)
+    return replace(rate, low=low, high=high)
 
 
 def mcnemar(a: Sequence[bool | None], b: Sequence[bool | None]) -> float | None:
     """Exact two-sided McNemar test of paired yes/no outcomes (McNemar, Psychometrika 1947).
 
-    Where both methods have the same rate, a pair that disagrees does so either way with probability 1/2, so
-    the count of one way is binomial. Pairs that agree say nothing.
-
     Args:
         a: [n] outcomes of one method, None where missing.
-        b: [n] outcomes of the other, for the same prompts in the same order.
+        b: [n] outcomes of the other method on the same prompts.
 
     Returns:
-        The p-value; 1 where no pair disagrees, `None` where no pair is complete.
+        The p-value; 1 where no pair differs, `None` where no pair is complete.
     """
     pairs = [pair for pair in zip(a, b, strict=True) if None not in pair]
     only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
@@ -217,14 +239,12 @@ def mcnemar(a: Sequence[bool | None], b: Sequence[bool | None]) -> float | None:
 def paired_bootstrap(a: Clusters, b: Clusters, *, seed: int) -> tuple[Estimate, float | None]:
     """Mean over prompts of (a − b), with a bootstrap interval over prompts and a permutation p-value.
 
-    Each prompt's samples become one mean first, whatever their number, so that all prompts weigh the same.
-    The p-value is that of the paired permutation test (Fisher, The Design of Experiments, 1935): where
-    the methods are alike, each prompt's difference is as likely with the other sign. A bootstrap's own
-    p-value would be below its nominal one with few prompts.
+    The samples of a prompt are averaged first, so that all prompts weigh the same. The p-value is that of the paired
+    permutation test (Fisher, The Design of Experiments, 1935): with few prompts, a bootstrap's own is too small.
 
     Args:
         a: [prompts, samples] observations of one method, None where missing.
-        b: the same of the other, for the same prompts in the same order; it may have other numbers of samples.
+        b: the same of the other method on the same prompts, with any number of samples.
         seed: of the resamples and permutations.
 
     Returns:
@@ -232,40 +252,36 @@ def paired_bootstrap(a: Clusters, b: Clusters, *, seed: int) -> tuple[Estimate, 
     """
     means = [(_mean(of_a), _mean(of_b)) for of_a, of_b in zip(a, b, strict=True)]
     differences = np.array([x - y for x, y in means if x is not None and y is not None])
-    found = estimate_mean([[difference] for difference in differences.tolist()], seed=seed)
-    found = replace(found, missing=len(means) - len(differences))
+    missing = len(means) - len(differences)
+    found = estimate_mean([[difference] for difference in differences.tolist()], missing=missing, seed=seed)
     return found, _sign_flip_test(differences, seed) if len(differences) else None
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down adjustment of p-values for several comparisons (Holm, Scand. J. Statist. 1979).
 
-    Rejecting where the adjusted value is at most α keeps the chance of even one false claim in the family at
-    most α, however the comparisons depend on each other. A false discovery rate would bound only the share
-    of false claims: fit for screening hundreds of hypotheses, too weak for a table of a few methods of which
-    each row is read as a claim.
+    It controls the family-wise error rate under any dependence. A false discovery rate would be too weak for a table of
+    a few methods in which each row is read as a claim.
 
     Args:
-        p_values: in any order; a missing one stays missing and is not counted as a comparison.
+        p_values: in any order; a missing one stays missing and does not count as a comparison.
     """
     order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
     for rank, (p, index) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
-        adjusted[index] = largest
+        adjusted[index] = largest = max(largest, min(1.0, (len(order) - rank) * p))
     return adjusted
 
 
 def compare_methods(observations: Mapping[str, Clusters], reference: str, *, seed: int = 0) -> list[Comparison]:
-    """Compares the mean of every other method, a violation rate for instance, with a reference on the same prompts.
+    """Compares the mean of every other method, such as a violation rate, with a reference on the same prompts.
 
-    With one yes or no a prompt the test is McNemar's, otherwise the permutation test of `paired_bootstrap`,
-    which is McNemar's too where both apply. The p-values are adjusted by `holm` over all methods.
+    With one yes or no per prompt the test is McNemar's, otherwise the permutation test of `paired_bootstrap`. The
+    p-values are adjusted by `holm` over all methods.
 
     Args:
-        observations: per method [prompts, samples]: whether a completion violates, for instance, None where it
-            has no score. The prompts are the same, in the same order.
+        observations: [prompts, samples] by method, None where one is missing; all on the same prompts.
         reference: the method that the others are compared with.
         seed: of the resamples and permutations.
 
@@ -297,15 +313,14 @@ def _check_methods(observations: Mapping[str, Clusters], reference: str) -> None
 
 def _tested(values: Clusters, base: Clusters, seed: int) -> tuple[Estimate, float | None, str]:
     difference, p = paired_bootstrap(values, base, seed=seed)
-    every = [*chain(values, base)]
-    if any(len(samples) != 1 or not isinstance(samples[0], bool | None) for samples in every):
+    if any(len(samples) != 1 or not isinstance(samples[0], bool | None) for samples in chain(values, base)):
         return difference, p, "permutation"
     return difference, mcnemar([flag for (flag,) in values], [flag for (flag,) in base]), "mcnemar"  # type: ignore[misc]
 
 
 def _sign_flip_test(differences: np.ndarray, seed: int) -> float:
     """Two-sided p-value of the mean of paired differences, exact where few enough are not 0."""
-    differences = differences[differences != 0]  # a sign makes no difference to 0
+    differences = differences[differences != 0]  # a sign does not change 0
     if len(differences) < 2:
         return 1.0
     result = stats.permutation_test(

@@ -1,10 +1,10 @@
-"""What a model knows: the exact likelihood of held-out text, per token and per byte."""
+"""The exact likelihood of held-out text, per token and per byte."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.core.tokens import IGNORE, pad_right, shift
+from bridle.core.tokens import pad_right
 from bridle.errors import UserError
-from bridle.evaluation.statistics import Estimate, estimate_ratio
+from bridle.evaluation.statistics import Estimate, Result, estimate_ratio
 from bridle.models.loading import context_length
 from bridle.utils.progress import track
 
@@ -25,13 +25,13 @@ FLOATS_AT_ONCE = 2**24  # float32 logits in memory at a time, 64 MB; the model's
 
 @dataclass(frozen=True)
 class TextLikelihood:
-    """How likely one text is.
+    """The likelihood of one text.
 
     Attributes:
         nll: −log p of its predicted tokens, in nats.
-        tokens: how many tokens were predicted.
-        bytes: how many UTF-8 bytes those tokens stand for.
-        windows: in how many windows it was read; more than 1 where it is longer than the context.
+        tokens: number of predicted tokens.
+        bytes: number of UTF-8 bytes of those tokens.
+        windows: number of windows; more than 1 where the text is longer than the context.
     """
 
     nll: float
@@ -41,15 +41,15 @@ class TextLikelihood:
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """Perplexity of a set of texts, all tokens weighing the same; the intervals resample whole texts.
+class Perplexity(Result):
+    """Perplexity of a set of texts, each token with the same weight; the intervals resample whole texts.
 
     Attributes:
         per_token: exp of the mean −log p of a token; it depends on the tokenizer. Its `n` counts predicted tokens, its
-            `missing` the texts of which nothing was predicted.
+            `missing` texts without any.
         bits_per_byte: −log2 p over UTF-8 bytes; it compares models with different tokenizers. Its `n` counts bytes.
-        texts: how many texts there were.
-        windowed: how many of them are longer than the context and were read in overlapping windows.
+        texts: number of texts.
+        windowed: number of texts longer than the context, which are read in overlapping windows.
     """
 
     per_token: Estimate
@@ -59,7 +59,7 @@ class Perplexity:
 
     @classmethod
     def of(cls, texts: Sequence[TextLikelihood], *, seed: int = 0) -> "Perplexity":
-        """The perplexity of texts whose likelihoods are known; `seed` is the bootstrap's."""
+        """The perplexity of texts with known likelihoods; `seed` is the bootstrap's."""
         read = [text for text in texts if text.tokens]
         missing = len(texts) - len(read)
         by_token = estimate_ratio([[(text.nll, text.tokens)] for text in read], missing=missing, seed=seed)
@@ -71,24 +71,15 @@ class Perplexity:
             windowed=sum(text.windows > 1 for text in texts),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        figures = {"per token": self.per_token, "bits per byte": self.bits_per_byte}
-        return "\n".join(f"{name:<24}{value}" for name, value in figures.items())
-
 
 def perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, seed: int = 0, **options: Any
 ) -> Perplexity:
-    """Perplexity of `texts`: exp(Σ −log p / tokens).
+    """Perplexity of texts: exp(Σ −log p / tokens).
 
     Args:
-        model, tokenizer, texts: as in `likelihoods`.
+        model, tokenizer, texts, options: as in `likelihoods`.
         seed: of the bootstrap over texts.
-        options: those of `likelihoods`.
 
     Raises:
         UserError: as `likelihoods`.
@@ -106,23 +97,22 @@ def likelihoods(
     stride: int | None = None,
     adjust_logits: AdjustLogits | None = None,
 ) -> list[TextLikelihood]:
-    """−log p of each text under a causal language model, in the order given.
+    """−log p of each text under a causal language model.
 
-    A text has exactly one beginning-of-text (BOS) token in front, which is given and not predicted; the
-    end-of-text token is not part of it. A tokenizer without BOS leaves the first token as the one that is
-    given: neither it nor its bytes count. A text longer than `max_length` is read in windows, each
-    `stride` tokens further on; every token is predicted once, from all of the text before it or from the
-    last `max_length - stride` tokens at least.
+    Each text starts with one beginning-of-text (BOS) token, which is not predicted; the end-of-text token is excluded.
+    With a tokenizer without BOS, the first token is not predicted, and its bytes do not count. A text longer than
+    `max_length` is read in windows that move by `stride`: every token is predicted once, from all of the text before it
+    or from at least the last `max_length - stride` tokens.
 
     Args:
-        model: a causal language model; it is put into evaluation mode for the time of the call.
+        model: a causal language model; it is in evaluation mode during the call.
         tokenizer: the model's.
-        texts: what is read; an empty text counts nothing.
-        batch_size: windows read at once; it does not change the result.
+        texts: an empty text adds nothing.
+        batch_size: windows in one forward; it does not change the result.
         max_length: tokens in a window, BOS included; the model's context by default.
-        stride: how far windows move, 1 to `max_length - 1`; half a window by default.
+        stride: between 1 and `max_length - 1`; half a window by default.
         adjust_logits: (logits [B, T, V], input_ids [B, T], attention_mask [B, T]) -> log-probabilities
-            [B, T, V] of what is decoded from instead, for instance log q of a guided model.
+            [B, T, V] that are measured instead, such as log q of a guided model.
 
     Raises:
         UserError: `max_length` or `stride` is out of range, or a text's likelihood is not finite.
@@ -134,7 +124,7 @@ def likelihoods(
     encoded = [_encode(tokenizer, text) for text in texts]
     windows = [window for index, (ids, _) in enumerate(encoded) for window in _windows(index, ids, max_length, stride)]
     nll = nll_by_text(model, windows, len(encoded), batch_size, adjust_logits)
-    _check_finite(nll)
+    check_finite(nll)
     parts = Counter(window.text for window in windows)
     return [
         TextLikelihood(nll[index], max(0, len(ids) - 1), size, parts[index])
@@ -144,12 +134,12 @@ def likelihoods(
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens that are read at once.
+    """Tokens of one forward.
 
     Attributes:
-        text: index of the text they are cut from.
+        text: index of their text.
         ids: token ids.
-        first: position of the first token that is predicted here, at least 1; those before are context.
+        first: position of the first predicted token, at least 1; the tokens before it are context.
     """
 
     text: int
@@ -158,11 +148,11 @@ class Window:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
-    """Token ids with their given first token, and how many bytes the tokens after it stand for."""
+    """Token ids with the first one, which is not predicted, and the number of bytes of the others."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     size = len(text.encode())
     bos = tokenizer.bos_token_id
-    if bos is None or ids[:1] == [bos]:  # a chat template may have written the BOS already
+    if bos is None or ids[:1] == [bos]:  # a chat template may have added the BOS already
         return ids, size - len(tokenizer.decode(ids[:1]).encode())
     return [bos, *ids], size
 
@@ -183,12 +173,12 @@ def nll_by_text(
     adjust_logits: AdjustLogits | None,
     description: str = "perplexity",
 ) -> list[float]:
-    """−log p of the predicted tokens of each of so many texts, summed over its windows, in nats."""
-    # Longest first: little padding, and memory runs out at once or never.
+    """−log p of the predicted tokens of each text, summed over its windows, in nats."""
+    # Longest first: little padding, and if memory runs out, it does so at once.
     windows = sorted(windows, key=lambda window: -len(window.ids))
     batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     nll = [0.0] * texts
-    with _evaluating(model):
+    with evaluating(model):
         for batch in track(batches, description, len(batches), unit="batches"):
             for window, value in zip(batch, _batch_nll(model, batch, adjust_logits).tolist(), strict=True):
                 nll[window.text] += value
@@ -197,27 +187,24 @@ def nll_by_text(
 
 def _batch_nll(model: PreTrainedModel, batch: list[Window], adjust_logits: AdjustLogits | None) -> Tensor:
     """[B] sums of −log p over the predicted tokens of each window."""
-    input_ids, attention_mask = pad_right([window.ids for window in batch], pad=0)
-    labels, _ = pad_right([[IGNORE] * window.first + window.ids[window.first :] for window in batch], pad=IGNORE)
-    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    input_ids, attention_mask = (part.to(model.device) for part in pad_right([window.ids for window in batch], pad=0))
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     if adjust_logits is not None:
         logits = adjust_logits(logits, input_ids, attention_mask)
-    targets, mask = (part.to(logits.device) for part in shift(labels))
-    rows = zip(logits[:, :-1], targets, mask, strict=True)
-    return torch.stack([_row_nll(*row) for row in rows])
+    return torch.stack([_window_nll(row, window) for row, window in zip(logits, batch, strict=True)])
 
 
-def _row_nll(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Sum of −log p over one row, with few float32 logits at a time. Shapes: [T, V], [T], [T] -> []."""
+def _window_nll(logits: Tensor, window: Window) -> Tensor:
+    """−log p of a window's predicted tokens, with few float32 logits at a time. Shapes: [T, V] -> []."""
     rows = max(1, FLOATS_AT_ONCE // logits.shape[-1])
-    pieces = zip(logits.split(rows), targets.masked_fill(~mask, IGNORE).split(rows), strict=True)
-    losses = [F.cross_entropy(some.float(), of, ignore_index=IGNORE, reduction="sum") for some, of in pieces]
-    return torch.stack(losses).double().sum()
+    targets = torch.tensor(window.ids[window.first :], dtype=torch.long, device=logits.device)
+    pieces = zip(logits[window.first - 1 : len(window.ids) - 1].split(rows), targets.split(rows), strict=True)
+    return torch.stack([F.cross_entropy(some.float(), of, reduction="sum") for some, of in pieces]).double().sum()
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Puts a model into evaluation mode, without gradients, inside the block."""
     was_training = model.training
     model.eval()
     try:
@@ -228,7 +215,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def window_length(model: PreTrainedModel, max_length: int | None) -> int:
-    """`max_length`, or the model's context; a UserError where there is neither or it is out of range."""
+    """`max_length`, or the model's context; a `UserError` where there is neither or it is out of range."""
     limit = context_length(model)
     max_length = limit if max_length is None else max_length
     if max_length is None:
@@ -238,7 +225,8 @@ def window_length(model: PreTrainedModel, max_length: int | None) -> int:
     return int(max_length)
 
 
-def _check_finite(nll: list[float]) -> None:
+def check_finite(nll: Sequence[float]) -> None:
+    """Raises a `UserError` that names the first text whose −log p is not finite."""
     for index, value in enumerate(nll):
         if not math.isfinite(value):
             raise UserError(
