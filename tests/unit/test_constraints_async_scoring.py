@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from bridle.constraints import Constraint, Not, Score, ScoringAhead
+from bridle.constraints import AsyncScoring, Constraint, Not, Score
 from bridle.errors import UserError
 
 
@@ -23,12 +23,12 @@ class Distant(Constraint):
 
 
 def ask(scoring, texts):
-    scoring.ask([None] * len(texts), texts)
+    scoring.submit([None] * len(texts), texts)
 
 
 def test_asking_does_not_wait_and_each_text_is_asked_once():
     constraint = Distant()
-    with ScoringAhead(constraint) as scoring:
+    with AsyncScoring(constraint) as scoring:
         ask(scoring, ["tea", "mint", "tea"])
         ask(scoring, ["mint", "sage"])
         assert constraint.asked == []
@@ -40,7 +40,7 @@ def test_asking_does_not_wait_and_each_text_is_asked_once():
 def test_one_that_computes_here_is_left_alone():
     constraint = Distant()
     constraint.waits = False
-    with ScoringAhead(constraint) as scoring:
+    with AsyncScoring(constraint) as scoring:
         ask(scoring, ["tea"])
         assert scoring.scores() == {}
     assert constraint.asked == []
@@ -59,7 +59,7 @@ def test_a_mistake_is_raised_at_the_end_and_nothing_is_asked_after_it():
         raise UserError("the key is refused")
 
     constraint.score = score
-    with ScoringAhead(constraint) as scoring:
+    with AsyncScoring(constraint) as scoring:
         ask(scoring, ["tea"])
         with pytest.raises(UserError, match="the key is refused"):
             scoring.scores()
@@ -70,7 +70,7 @@ def test_a_mistake_is_raised_at_the_end_and_nothing_is_asked_after_it():
 def test_leaving_drops_what_was_not_asked():
     constraint = Distant()
     timer = threading.Timer(0.2, constraint.may_answer.set)
-    with ScoringAhead(constraint) as scoring:
+    with AsyncScoring(constraint) as scoring:
         ask(scoring, ["tea"])
         ask(scoring, ["mint"])
         timer.start()

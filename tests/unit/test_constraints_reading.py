@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from bridle.constraints import Cached, Constraint, PythonFunction, Regex, ScoringAhead, build_constraint
+from bridle.constraints import AsyncScoring, Cached, Constraint, PythonFunction, Regex, build_constraint
 from bridle.constraints.reading import conversation
 from bridle.errors import UserError
 from loopback import ok
@@ -96,11 +96,11 @@ def test_a_cache_tells_apart_what_is_read(tmp_path):
     assert alone.constraint.asked == ["x"]
 
 
-def test_scoring_ahead_tells_apart_what_is_read():
+def test_async_scoring_tells_apart_what_is_read():
     recorder = Recorder("chat")
     recorder.waits = True
-    with ScoringAhead(recorder) as scoring:
-        scoring.ask(["a", "b", "a"], ["x", "x", "x"])
+    with AsyncScoring(recorder) as scoring:
+        scoring.submit(["a", "b", "a"], ["x", "x", "x"])
         assert set(scoring.scores()) == {recorder.key("a", "x"), recorder.key("b", "x")}
     assert len(recorder.asked) == 2
 

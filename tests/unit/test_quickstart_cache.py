@@ -9,7 +9,7 @@ import pytest
 
 from bridle.errors import UserError
 from bridle.quickstart import build
-from bridle.quickstart.cache import cache_folder, cached
+from bridle.quickstart.cache import cached
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +73,6 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("BRIDLE_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match="set BRIDLE_CACHE"):
         cached("x", {}, write)
-
-
-def test_without_the_variable_it_is_the_users_own(monkeypatch):
-    monkeypatch.delenv("BRIDLE_CACHE")
-    assert "bridle" in str(cache_folder())
 
 
 def test_everything_that_shapes_the_world_is_in_its_name(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Policies on whole outputs: prompt and completion in, score out. No model under training is known here."""
 
-from bridle.constraints.async_scoring import ScoringAhead
+from bridle.constraints.async_scoring import AsyncScoring
 from bridle.constraints.base import AllOf, AnyOf, Constraint, Not, Score
 from bridle.constraints.cache import Cached, ScoreCache
 from bridle.constraints.classifier import Classifier
@@ -13,6 +13,7 @@ from bridle.constraints.spec import build_constraint
 __all__ = [
     "AllOf",
     "AnyOf",
+    "AsyncScoring",
     "Cached",
     "Classifier",
     "Constraint",
@@ -25,7 +26,6 @@ __all__ = [
     "Remote",
     "Score",
     "ScoreCache",
-    "ScoringAhead",
     "WordList",
     "build_constraint",
 ]

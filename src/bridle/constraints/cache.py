@@ -1,7 +1,6 @@
 """Labels on disk, so that what was paid for once is not paid for again: an SQLite file that processes share."""
 
 import json
-import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -17,6 +16,7 @@ from bridle.constraints.base import Constraint, Score
 from bridle.constraints.options import checked
 from bridle.constraints.reading import Given
 from bridle.errors import UserError
+from bridle.utils.files import cache_folder
 
 Label = tuple[float, ...]
 """The numbers that a scorer gave a text."""
@@ -40,11 +40,11 @@ class ScoreCache:
     next one finds what the last one learnt. The file must lie on a disk of this machine.
 
     Args:
-        path: of the file; by default `scores.sqlite` in $BRIDLE_CACHE, or else in `bridle` in the user's cache folder.
+        path: of the file; by default `scores.sqlite` in `cache_folder()`.
     """
 
     def __init__(self, path: str | Path | None = None):
-        self.path = Path(os.path.expanduser(path if path is not None else _default_folder() / "scores.sqlite"))
+        self.path = Path(cache_folder() / "scores.sqlite" if path is None else path).expanduser()
 
     @classmethod
     def of(cls, cache: bool | Path) -> "ScoreCache | None":
@@ -231,7 +231,3 @@ def _key(scorer_hash: "blake2b", text: str) -> bytes:
     key = scorer_hash.copy()
     key.update(text.encode("utf-8", "surrogatepass"))
     return key.digest()
-
-
-def _default_folder() -> Path:
-    return Path(os.environ.get("BRIDLE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bridle"))

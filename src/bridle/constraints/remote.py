@@ -1,21 +1,24 @@
 """A constraint that asks any HTTP scorer, by a small declarative mapping from texts to requests and back to numbers."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from json import dumps
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from bridle.constraints.base import Constraint, Score
 from bridle.constraints.cache import CacheFile, Outcome, ScoreCache
+from bridle.constraints.deadline import batches
 from bridle.constraints.mapping import JsonMapping, Scale
 from bridle.constraints.options import Text, checked
 from bridle.constraints.reading import Given, Messages, Reads
 from bridle.errors import UserError
 from bridle.utils.http import Endpoint, Reply, same_origin
 from bridle.utils.progress import Progress
+
+T = TypeVar("T")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "openai-moderation": {
@@ -45,13 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """What each preset sets; every key can be set otherwise beside it. The key goes to the preset's own host alone."""
 
-DEFAULTS: dict[str, Any] = {
-    "answer": "number",
-    "batch_size": 1,
-    "api_key_env": None,
-    "api_key_header": "Authorization",
-}
-
+DEFAULTS: dict[str, Any] = {"answer": "number", "batch_size": 1, "api_key_env": None, "api_key_header": "Authorization"}
 
 Outputs = Mapping[str, str | Messages]
 """What is read of outputs, by a text that tells them apart."""
@@ -129,40 +126,24 @@ class Remote(Constraint):
         concurrency: PositiveInt = 8,
         requests_per_minute: PositiveFloat | None = None,
     ):
-        own: dict[str, Any] = {
+        given = {
             **{"url": url, "model": model, "prompt": prompt, "body": body, "items": items, "score": score},
-            **{"answer": answer, "batch_size": batch_size, "requests_per_minute": requests_per_minute},
-            **{"api_key_env": api_key_env, "api_key_header": api_key_header},
+            **{"answer": answer, "range": range, "violates": violates, "threshold": threshold},
+            **{"batch_size": batch_size, "api_key_env": api_key_env, "api_key_header": api_key_header},
+            **{"headers": headers, "timeout": timeout, "retries": retries, "backoff": backoff},
+            **{"concurrency": concurrency, "requests_per_minute": requests_per_minute},
         }
-        preset_own = PRESETS[preset] if preset else {}
-        chosen = DEFAULTS | preset_own | {key: value for key, value in own.items() if value is not None}
         try:
-            for key in ("url", "body", "score"):
-                if key not in chosen:
-                    raise UserError(f"{key}: is missing")
-            if api_key_env is None and preset and url and not same_origin(url, preset_own["url"]):
-                chosen["api_key_env"] = None
-            self._endpoint = Endpoint(
-                chosen["url"],
-                chosen["api_key_env"],
-                api_key_header=chosen["api_key_header"],
-                headers=headers,
-                timeout=timeout,
-                retries=retries,
-                backoff=backoff,
-                concurrency=concurrency,
-                requests_per_minute=chosen.get("requests_per_minute"),
-            )
-            self._endpoint.refuse_secrets(chosen | {"version": version, "name": name})
-            self._mapping = JsonMapping(**{f.name: chosen[f.name] for f in fields(JsonMapping) if f.name in chosen})
-            self._scale = Scale(range, violates, threshold)
+            options = _with_preset(preset, given)
+            self._endpoint = _build(Endpoint, options)
+            self._endpoint.refuse_secrets(options | {"version": version, "name": name})
+            self._mapping, self._scale = _build(JsonMapping, options), _build(Scale, options)
             if self._mapping.takes_messages and reads != "chat":
                 raise UserError(f"reads: is {reads}, but the body holds '{{messages}}', which needs reads: chat")
         except UserError as error:
             raise UserError(f"constraint 'remote': {error}") from error
-        self.preset, self.version, self.name = preset, version, name or preset or self._endpoint.url
-        self.reads = reads
-        self.cache = ScoreCache.of(cache)
+        self.preset, self.version, self.reads = preset, version, reads
+        self.name, self.cache = name or preset or self._endpoint.url, ScoreCache.of(cache)
 
     def load(self) -> None:
         """Makes sure that the key is set, where one is needed, and opens the cache.
@@ -204,20 +185,17 @@ class Remote(Constraint):
         return [self._as_score(outcomes[key]) for key in keys]
 
     def _as_score(self, outcome: Outcome) -> Score:
-        outcome = self._scale.checked(outcome)  # it may be from a cache, and of a time with another range
-        if isinstance(outcome, str):
-            return Score.missing(outcome)
-        return self._scale.score(outcome)
+        outcome = self._scale.checked(outcome)  # a cached label may come from a time with another range
+        return Score.missing(outcome) if isinstance(outcome, str) else self._scale.score(outcome)
 
     def _ask(self, outputs: Outputs, keys: list[str]) -> Iterator[tuple[str, Outcome]]:
-        size = self._mapping.batch_size
-        yield from self._ask_batches(outputs, [keys[start : start + size] for start in range(0, len(keys), size)])
+        yield from self._ask_batches(outputs, [*batches(keys, self._mapping.batch_size)])
 
-    def _ask_batches(self, outputs: Outputs, batches: list[list[str]]) -> Iterator[tuple[str, Outcome]]:
-        alone = []  # one text that the endpoint will not have takes no others with it
-        requests = [self._mapping.request([outputs[key] for key in batch]) for batch in batches]
+    def _ask_batches(self, outputs: Outputs, parts: list[Sequence[str]]) -> Iterator[tuple[str, Outcome]]:
+        alone: list[Sequence[str]] = []  # a text that the endpoint refuses must not cost the others of its batch
+        requests = [self._mapping.request([outputs[key] for key in part]) for part in parts]
         for index, reply in self._endpoint.ask(requests):
-            batch = batches[index]
+            batch = parts[index]
             if reply.is_refused and len(batch) > 1:
                 alone += [[key] for key in batch]
             else:
@@ -226,6 +204,24 @@ class Remote(Constraint):
             yield from self._ask_batches(outputs, alone)
 
     def _outcomes(self, reply: Reply, count: int) -> list[Outcome]:
-        """[count] labels or reasons; a label out of range is none, so that it is not kept."""
+        """Returns [count] labels or reasons; a label out of range becomes a reason, so that it is not cached."""
         found = [reply.fault] * count if reply.fault else self._mapping.read(reply.value, count)
         return [self._scale.checked(outcome) for outcome in found]
+
+
+def _with_preset(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options that are given, the preset's and the defaults, in this order of precedence."""
+    given = {key: value for key, value in given.items() if value is not None}
+    options = DEFAULTS | (PRESETS[preset] if preset else {})
+    if "url" in given and "url" in options and not same_origin(given["url"], options["url"]):
+        options["api_key_env"] = None  # the preset's key is for its own host
+    options |= given
+    for key in ("url", "body", "score"):
+        if key not in options:
+            raise UserError(f"{key}: is missing")
+    return options
+
+
+def _build(cls: type[T], options: Mapping[str, Any]) -> T:
+    """Builds an object from those of the options that it takes."""
+    return cls(**{name: options[name] for name in signature(cls).parameters if name in options})

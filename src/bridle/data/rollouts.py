@@ -8,7 +8,7 @@ from types import UnionType
 
 from bridle.data.rows import Messages
 from bridle.errors import UserError, first_line
-from bridle.utils.files import whole_file
+from bridle.utils.files import atomic_file
 
 _TYPES: dict[str, type | UnionType] = {
     "prompt_ids": list,
@@ -85,7 +85,7 @@ def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
 
     The lines are ASCII: everything else, lone surrogates too, is escaped and comes back as it was.
     """
-    with whole_file(Path(path)) as temporary, temporary.open("w", encoding="ascii") as file:
+    with atomic_file(Path(path)) as temporary, temporary.open("w", encoding="ascii") as file:
         file.writelines(json.dumps(asdict(rollout), allow_nan=False) + "\n" for rollout in rollouts)
 
 

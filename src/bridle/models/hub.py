@@ -19,7 +19,7 @@ from transformers.utils import PushInProgress
 
 from bridle.errors import RunStopped, UserError
 from bridle.models.card import CARD_FILE, public_name, told, with_names, write_card
-from bridle.utils.files import whole_files
+from bridle.utils.files import atomic_files
 from bridle.utils.provenance import environment
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class PushesModel:
         if not self.args.should_save:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
-        with whole_files(Path(output_dir or self.args.output_dir)) as unfinished:
+        with atomic_files(Path(output_dir or self.args.output_dir)) as unfinished:
             super()._save(str(unfinished), state_dict)  # type: ignore[misc]
             for name in (CARD_FILE, TRAINING_ARGS_NAME):
                 (unfinished / name).unlink(missing_ok=True)

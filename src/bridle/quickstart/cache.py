@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,12 +10,11 @@ from tempfile import mkdtemp
 from typing import Any
 
 from filelock import FileLock
-from platformdirs import user_cache_path
 
 from bridle.errors import UserError
+from bridle.utils.files import cache_folder
 from bridle.utils.oom import is_disk_full
 
-VARIABLE = "BRIDLE_CACHE"
 KEPT = 4  # folders of one name, those that were used last; a new version's takes an old one's place
 
 
@@ -44,16 +42,11 @@ def cached(name: str, shaped_by: Mapping[str, Any], make: Callable[[Path], None]
     except Exception as error:
         if not isinstance(error, OSError) and not is_disk_full(error):
             raise
-        raise UserError(f"{folder.parent}: cannot be written ({error}); set {VARIABLE} to a folder") from error
+        raise UserError(f"{folder.parent}: cannot be written ({error}); set BRIDLE_CACHE to a folder") from error
     with suppress(OSError):  # one that may only be read will do
         folder.touch()
         _drop_old(folder.parent, name)
     return folder
-
-
-def cache_folder() -> Path:
-    """`BRIDLE_CACHE`, or else the place that the system has for a user's caches."""
-    return Path(os.environ.get(VARIABLE) or user_cache_path("bridle"))
 
 
 def _fill(folder: Path, make: Callable[[Path], None]) -> None:

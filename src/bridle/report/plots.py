@@ -28,7 +28,7 @@ from bridle.report.pareto import Tradeoff, tradeoffs
 from bridle.report.style import DPI, INK, PAPER, STYLE, MethodStyle, method_style, shown
 from bridle.report.svg import svg
 from bridle.report.tables import spelt
-from bridle.utils.files import whole_file
+from bridle.utils.files import atomic_file
 from bridle.utils.progress import track
 
 __all__ = ["draw_plots", "method_style", "reliability", "svg", "tradeoff", "training_curves", "write_plots"]
@@ -151,7 +151,7 @@ def write_plots(figures: Mapping[str, Figure], folder: Path) -> dict[str, dict[s
 def _write(figure: Figure, path: Path) -> Path:
     options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": DPI}
     try:
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:], **options)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.constraints import Constraint, Given, ScoringAhead
+from bridle.constraints import AsyncScoring, Constraint, Given
 from bridle.data import Prompt, Rollout, decode_parts, prompts_from_domain, read_prompts
 from bridle.data.target_cache import TargetCache, row_keys
 from bridle.errors import RunStopped
@@ -135,7 +135,7 @@ class DomainRegulariser:
         cut_before = self.constraint.cut_texts()
         traces: dict[int, Trace] = {}  # by rollout, how it was drawn, so that fitting need not run p_a
         with self._guided_model():
-            with ScoringAhead(self.constraint) as scoring:
+            with AsyncScoring(self.constraint) as scoring:
                 with _timed(seconds, "sampling"):
                     self.rollouts, self.drawn = self._sample(round_index, traces, scoring), 0
                 with _timed(seconds, "scoring"):
@@ -151,7 +151,7 @@ class DomainRegulariser:
         """Inside the block the model is p_a. `live` and `previous` anchors are the policy as it stands."""
         return self.anchor.active() if self.anchor is not None and self.options.anchor == "initial" else nullcontext()
 
-    def _sample(self, round_index: int, traces: dict[int, Trace], scoring: ScoringAhead) -> list[Rollout]:
+    def _sample(self, round_index: int, traces: dict[int, Trace], scoring: AsyncScoring) -> list[Rollout]:
         prompts = self.prompts(round_index)
         ends = self.end_token_ids
         asked = [prompt.ids for prompt in prompts]
@@ -167,7 +167,7 @@ class DomainRegulariser:
             description=f"round {round_index}: sampling for {self.name}",
             share=True,
             traces=traces,
-            on_batch=lambda drawn: scoring.ask(
+            on_batch=lambda drawn: scoring.submit(
                 *zip(*(self._output(prompts[at], said) for at, said in drawn.items()), strict=True)
             ),
         )
@@ -218,7 +218,7 @@ class DomainRegulariser:
         text, said = decode_parts(prompt.ids, completion, self.tokenizer)
         return prompt.messages or text, said
 
-    def _score(self, scoring: ScoringAhead) -> None:
+    def _score(self, scoring: AsyncScoring) -> None:
         known = {key: score for part in gathered(scoring.scores()) for key, score in part.items()}
         keys = [self.constraint.key(rollout.given, rollout.completion) for rollout in self.rollouts]
         rest = [rollout for key, rollout in zip(keys, self.rollouts, strict=True) if key not in known]

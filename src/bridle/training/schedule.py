@@ -21,7 +21,7 @@ from bridle.training.running_means import Sums
 from bridle.training.state import RegulariserState
 from bridle.utils.checkpoints import last_whole
 from bridle.utils.distributed import is_main, rank
-from bridle.utils.files import read_json, sync_files, whole_files, write_json
+from bridle.utils.files import atomic_files, read_json, sync_files, write_json
 from bridle.utils.interruption import at_once
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class SequentialSchedule(TrainerCallback):
             if sum(other.auxiliary is not None for other in self.trainer.regularisers) > 1:
                 folder = folder / regulariser.name
             for place in (folder, *([folder / f"round-{index}"] if index is not None else [])):
-                with whole_files(place) as unfinished:
+                with atomic_files(place) as unfinished:
                     regulariser.auxiliary.save_pretrained(unfinished)
 
     # ------------------------------------------------------------------ resume

@@ -1,4 +1,4 @@
-"""Files: read with errors that name file, row and key; written whole or not at all; and a folder with one writer."""
+"""Files: JSON and text with errors that name file, row and key; atomic writes; a folder's lock; the cache folder."""
 
 import errno
 import json
@@ -13,6 +13,7 @@ from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 from pydantic import TypeAdapter, ValidationError
 
 from bridle.errors import UserError, first_line
@@ -20,11 +21,19 @@ from bridle.errors import UserError, first_line
 T = TypeVar("T")
 
 
+def cache_folder() -> Path:
+    """Returns `$BRIDLE_CACHE`, or else the folder `bridle` in the user's cache folder."""
+    return Path(os.environ.get("BRIDLE_CACHE") or user_cache_path("bridle")).expanduser()
+
+
+# ------------------------------------------------------------------- reading
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A file's text.
+    """Reads UTF-8 text.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: the file cannot be read or is not UTF-8.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -33,7 +42,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: str | os.PathLike[str], kind: type[T]) -> T:
-    """A file's JSON, as `kind` wants it.
+    """Reads a JSON file as `kind`.
 
     Raises:
         UserError: as `read_text`, `parse` and `checked`.
@@ -42,10 +51,10 @@ def read_json(path: str | os.PathLike[str], kind: type[T]) -> T:
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file of JSON lines, each with its place for an error; blank lines are none.
+    """Yields the rows of a JSON lines file, each with its place for an error; skips blank lines.
 
     Raises:
-        UserError: as `read_text` and `parse`, or a row is no mapping.
+        UserError: as `read_text` and `parse`, or a row is not a mapping.
     """
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -54,10 +63,10 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
 
 
 def parse(text: str, place: str) -> Any:
-    """JSON, in which a number that is not finite is missing.
+    """Parses JSON; a number that is not finite becomes None.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is not JSON.
     """
     try:
         return json.loads(text, parse_constant=_finite, parse_float=_finite)
@@ -66,10 +75,10 @@ def parse(text: str, place: str) -> Any:
 
 
 def checked(kind: type[T], value: Any, place: str) -> T:
-    """A JSON value as a dataclass or another type, fields of which nothing is known left out.
+    """Converts a JSON value to a dataclass or another type; ignores unknown fields.
 
     Raises:
-        UserError: naming the place and the key whose value is wrong or missing.
+        UserError: a value is wrong or missing; it names the place and the key.
     """
     try:
         return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a class is hashable
@@ -89,84 +98,17 @@ def _finite(digits: str) -> float | None:
     return number if isfinite(number) else None
 
 
-def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Writes `obj` as JSON, atomically: a reader sees the old file or the new one, never a part.
-
-    Missing folders on the way are made.
-
-    Raises:
-        ValueError: `obj` holds NaN or an infinity, which are not JSON. What was at `path` stays.
-        UserError: the file cannot be written.
-    """
-    try:
-        text = json.dumps(obj, indent=2, allow_nan=False)
-    except ValueError as error:
-        raise ValueError(f"{path}: not written, since JSON cannot hold it: {error}") from error
-    write_text(path, text + "\n")
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text, atomically, as `write_json` does; lone surrogates become "?".
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    path = Path(path)
-    try:
-        with whole_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
-
-
-def write_rows(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
-    """Writes JSON lines, atomically, as `write_text` does; characters stand as they are.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def check_output(*paths: str | os.PathLike[str] | None) -> None:
-    """Makes sure that files can be written, before hours of work are done for them; None is no file.
-
-    Raises:
-        UserError: one of them is a folder, or its own folder cannot be written to.
-    """
-    for path in (Path(path) for path in paths if path is not None):
-        try:
-            if path.is_dir():
-                raise UserError(f"{path}: is a folder; name a file")
-            with TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
-                pass  # the folders below are made when the file is
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
-
-
-def append_text(path: str | os.PathLike[str], text: str) -> None:
-    """Adds UTF-8 text to a file, all of it or, where the disk has no room for that, nothing.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    content = text.encode("utf-8", errors="replace")
-    with open(path, "ab", buffering=0) as file:
-        before = file.tell()
-        if file.write(content) < len(content):
-            file.truncate(before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+# ------------------------------------------------------------------- writing
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there at the block's end is put on the disk and takes `path`'s place at once.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, which replaces `path` when the block ends; creates missing parent folders.
 
-    Missing folders on the way are made.
+    A reader sees the old file or the new one, never a part; if the block fails, the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a rename is atomic only within a file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a rename is atomic only within a file system
     try:
         yield temporary
         _sync(temporary)
@@ -176,10 +118,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
-    """A folder to write files to; at the block's end each takes its place in `folder` at once. Others there stay."""
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Yields a folder to write to, whose files replace those in `folder` when the block ends. Other files stay."""
     temporary = folder / ".unfinished"
-    shutil.rmtree(temporary, ignore_errors=True)  # a dead run's
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that died
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -193,7 +135,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
 
 
 def sync_files(folder: str | os.PathLike[str]) -> None:
-    """Waits until every file below a folder is on the disk, so that what is written next says so truly."""
+    """Waits until every file below a folder is on the disk."""
     for path in Path(folder).rglob("*"):
         if path.is_file():
             _sync(path)
@@ -204,14 +146,80 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-@contextmanager
-def only_writer(folder: str | Path) -> Iterator[None]:
-    """Holds a folder, which is made if it is not there, for the process that runs the block.
-
-    The lock is the operating system's: it ends with its process, however that ends. The file it is held on stays.
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text with `atomic_file`; lone surrogates become "?".
 
     Raises:
-        UserError: another process holds the folder, or it cannot be made or written to.
+        UserError: the file cannot be written.
+    """
+    try:
+        with atomic_file(Path(path)) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Writes JSON as `write_text` does.
+
+    Raises:
+        ValueError: `obj` holds NaN or an infinity, which are not JSON.
+        UserError: as `write_text`.
+    """
+    try:
+        text = json.dumps(obj, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: not written, since JSON cannot hold it: {error}") from error
+    write_text(path, text + "\n")
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
+    """Writes JSON lines as `write_text` does, without escaping characters.
+
+    Raises:
+        UserError: as `write_text`.
+    """
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Appends UTF-8 text; if the disk has no room for all of it, appends nothing.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    content = text.encode("utf-8", errors="replace")
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        if file.write(content) < len(content):
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+
+
+def check_output(*paths: str | os.PathLike[str] | None) -> None:
+    """Checks before long work that its output files can be written; skips None.
+
+    Raises:
+        UserError: a path is a folder, or its own folder cannot be written to.
+    """
+    for path in (Path(path) for path in paths if path is not None):
+        try:
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder; name a file")
+            with TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+                pass  # writing creates the folders below it
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Locks a folder for this process while the block runs; creates the folder if it is missing.
+
+    The operating system drops the lock when the process ends, however it ends. The lock file stays.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be created or written to.
     """
     folder = Path(folder)
     lock = FileLock(folder / ".lock", timeout=0)
@@ -220,7 +228,7 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(f"{folder}: another run is writing here; wait for it, or name another --output_dir") from None
-    except (OSError, ValueError) as error:  # ValueError: no possible path
+    except (OSError, ValueError) as error:  # ValueError: not a possible path
         raise UserError(f"{folder}: cannot be written to ({first_line(error)}); name another --output_dir") from error
     try:
         yield
