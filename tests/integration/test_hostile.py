@@ -172,7 +172,7 @@ def test_half_a_model_is_none(tiny_folder):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     message = refused(lambda: load_model(str(folder)))
-    assert "is no whole model: its weights lack 'model.layers.1.mlp.up_proj.weight'" in message
+    assert "the model is incomplete: its weights lack 'model.layers.1.mlp.up_proj.weight'" in message
 
 
 def test_half_an_auxiliary_is_none(tiny_folder, tmp_path):
@@ -181,6 +181,6 @@ def test_half_an_auxiliary_is_none(tiny_folder, tmp_path):
     weights = load_file(tmp_path / "R" / "model.safetensors")
     del weights["head.weight"]
     save_file(weights, tmp_path / "R" / "model.safetensors", metadata={"format": "pt"})
-    assert "is no whole auxiliary: its weights lack 'head.weight'" in refused(
+    assert "the auxiliary is incomplete: its weights lack 'head.weight'" in refused(
         lambda: load_auxiliary(tmp_path / "R", model)
     )

@@ -1,9 +1,7 @@
-"""The frozen model p_a that the target q is built on: a snapshot of whatever the policy trains.
+"""The frozen model p_a that the target q is built on: a snapshot of the policy's trainable parameters.
 
-Only trainable parameters are kept, so with LoRA the anchor is a copy of the adapter and nothing else. A
-snapshot, and not the base model with its adapter switched off: training may begin from a trained adapter.
-
-Where the policy is sharded (FSDP2) so is the snapshot: each process keeps and exchanges its own shards.
+With LoRA that is a copy of the adapter. The base model with its adapter disabled would not do, because training may
+start from a trained adapter. Where the policy is sharded (FSDP2), each process keeps and exchanges its own shards.
 """
 
 from collections.abc import Iterator
@@ -16,11 +14,7 @@ from bridle.models.sharding import in_shards, is_sharded, local, reshard, shard_
 
 
 class Anchor:
-    """A snapshot of a model's trainable parameters, and the means to run the model as it was then.
-
-    Args:
-        model: the policy; the snapshot is taken now, and again at each `refresh`.
-    """
+    """A snapshot of the policy's trainable parameters, taken now and at each `refresh`."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -29,7 +23,7 @@ class Anchor:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes the snapshot anew."""
+        """Takes a new snapshot."""
         with in_shards(self.model):
             self.weights = {name: parameter.detach().clone() for name, parameter in trainable(self.model)}
 
@@ -37,7 +31,7 @@ class Anchor:
     def active(self) -> Iterator[None]:
         """Inside the block the model is the anchor: its weights, evaluation mode, no gradients.
 
-        A backward of the policy that is still to come finds everything as it was.
+        A pending backward of the policy is not affected.
         """
         training = self.model.training
         self.model.eval()
@@ -51,23 +45,23 @@ class Anchor:
                 self.model.train(training)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The snapshot, for a checkpoint: whole, on every process."""
+        """The snapshot for a checkpoint, gathered from its shards on every process."""
         return {name: whole(weight) for name, weight in self.weights.items()}
 
     def load_state_dict(self, weights: dict[str, Tensor]) -> None:
-        """Puts a saved snapshot back."""
+        """Restores a saved snapshot."""
         with in_shards(self.model):
             self.weights = {name: shard_like(weights[name], parameter) for name, parameter in trainable(self.model)}
 
     def _swap(self) -> None:
-        """Exchanges what the model has and what the snapshot has."""
+        """Exchanges the model's parameters and the snapshot."""
         reshard(self.model)
         for name, parameter in trainable(self.model):
-            if is_sharded(self.model):  # FSDP2 gathers from the memory that it laid out, which therefore must stay
-                kept = self.weights[name] = shard_like(self.weights[name], parameter)
-                mine, others = local(parameter), local(kept)
-                before = mine.clone()
-                mine.copy_(others)
-                others.copy_(before)
+            if is_sharded(self.model):  # in place, because FSDP2 gathers from the memory that it allocated
+                self.weights[name] = shard_like(self.weights[name], parameter)
+                policy, snapshot = local(parameter), local(self.weights[name])
+                before = policy.clone()
+                policy.copy_(snapshot)
+                snapshot.copy_(before)
             else:
                 parameter.data, self.weights[name] = self.weights[name], parameter.data

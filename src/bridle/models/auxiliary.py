@@ -1,7 +1,7 @@
-"""The auxiliary model R (NADO): an output for every prefix and next token, the shape of a language model.
+"""The auxiliary model R (NADO): one output for every prefix and next token, in the shape of a language model's logits.
 
-It is a small trunk over the hidden states of the model it guides, and a vocabulary head. By option it
-has a body of its own ("a separate network"), which then reads tokens instead of borrowed states.
+It is a small trunk over the hidden states of the model that it guides, and a vocabulary head. Optionally it has a body
+of its own ("a separate network"), which reads tokens instead of those hidden states.
 """
 
 import os
@@ -27,14 +27,13 @@ class AuxiliaryConfig(PreTrainedConfig):
     """Shape of an auxiliary model.
 
     Args:
-        hidden_size: width of the hidden states it reads.
-        vocab_size: entries in its output; that of the model it guides.
+        hidden_size, vocab_size: those of the model that it guides.
         depth: residual blocks in the trunk.
         expansion: inner width of a block, in multiples of `hidden_size`.
         head_rank: rank of the vocabulary head; None for a full one.
-        network: configuration of a body of its own, as a dictionary; None to borrow hidden states.
-        provenance: where it was fitted: constraint, round, and under `fitted_on` and `trained_model` the fingerprints
-            of the models that it goes with.
+        network: configuration of a body of its own, as a dictionary; None to read the guided model's hidden states.
+        provenance: what it was fitted with: constraint, round, and under `fitted_on` and `trained_model` the
+            fingerprints of the models that it fits.
     """
 
     model_type = "bridle-auxiliary"
@@ -61,7 +60,7 @@ class AuxiliaryConfig(PreTrainedConfig):
 
 
 class Block(nn.Module):
-    """A residual block that works on each position by itself. [..., hidden] -> [..., hidden]."""
+    """A residual block over each position alone. [..., hidden] -> [..., hidden]."""
 
     def __init__(self, hidden_size: int, inner_size: int):
         super().__init__()
@@ -76,9 +75,8 @@ class Block(nn.Module):
 class AuxiliaryModel(PreTrainedModel):
     """R for every prefix and next token, as logits before the sigmoid (NADO, NeurIPS 2022).
 
-    `r_logits[..., t, v]` scores the prefix up to t followed by v. It is the sum of what the prefix is worth
-    (one number) and what the token changes (a vocabulary head that starts at zero, so that a fresh auxiliary
-    leaves the guided model as it is).
+    `r_logits[..., t, v]` scores the prefix up to t followed by v: the sum of the prefix's value (one number) and the
+    token's (a vocabulary head that starts at zero, so that a new auxiliary does not change the guided model).
     """
 
     config_class = AuxiliaryConfig
@@ -107,14 +105,11 @@ class AuxiliaryModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
 
     def forward(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """R of the continuations of a prefix: of all, or of one given token at a fraction of the cost.
+        """R of all next tokens of each prefix, or of one: r_logits [..., vocabulary], or [...] with `tokens`.
 
         Args:
             states: [..., hidden], from `features`.
-            tokens: [...], one next token for each prefix; None for the whole vocabulary.
-
-        Returns:
-            r_logits [..., vocabulary], or [...] with `tokens`.
+            tokens: [...], one next token for each prefix.
         """
         states = self.trunk(self.norm(states.to(self.value.weight.dtype)))
         value, codes = self.value(states), self.down(states)
@@ -126,16 +121,12 @@ class AuxiliaryModel(PreTrainedModel):
     def features(
         self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """What the trunk reads: the borrowed hidden states, or those of the auxiliary's own network.
+        """The trunk's input: the guided model's hidden states, or those of the own network. [batch, time, hidden]
 
         Args:
-            hidden_states: [batch, time, hidden] of the guided model; not used with an own network.
-            input_ids: [batch, time]; used with an own network only.
-            attention_mask: [batch, time].
-            kwargs: passed to the own network, e.g. a cache.
-
-        Returns:
-            [batch, time, hidden]
+            hidden_states: [batch, time, hidden]; ignored with an own network.
+            input_ids, attention_mask: [batch, time]; only an own network reads them.
+            kwargs: of the own network, such as a cache.
         """
         if self.network is None:
             return hidden_states.detach()
@@ -154,10 +145,7 @@ def new_auxiliary(
     head_rank: int | None = None,
     own_network: bool = False,
 ) -> AuxiliaryModel:
-    """A fresh auxiliary for `model`, a causal language model; an own network starts as a copy of its body.
-
-    Adapters are merged into the copy.
-    """
+    """A new auxiliary for a causal language model; an own network starts as a copy of its body, adapters merged."""
     text_config = model.config.get_text_config()
     config = AuxiliaryConfig(
         hidden_size=text_config.hidden_size,
@@ -176,7 +164,7 @@ def new_auxiliary(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of some of a model's weights, the same in float32 and bfloat16: which models an R goes with."""
+    """A short hash of some of a model's weights, the same in float32 and bfloat16; it tells which models an R fits."""
     digest = blake2b(digest_size=8)
     with in_shards(model):
         for name, parameter in model.named_parameters():
@@ -187,7 +175,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel:
-    """The auxiliary saved in `folder`, checked against the causal language model that it is to guide.
+    """Loads the auxiliary of a folder and checks that it fits the causal language model that it shall guide.
 
     Raises:
         UserError: the folder holds no auxiliary, several, or one for a model of another shape.
@@ -204,7 +192,7 @@ def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel
     except Exception as error:
         raise UserError(f"{folder}: cannot load the auxiliary: {reason(folder, error)}") from error
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
-        raise UserError(f"{folder}: is no whole auxiliary: its weights lack '{missing[0]}'")
+        raise UserError(f"{folder}: the auxiliary is incomplete: its weights lack '{missing[0]}'")
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if auxiliary.config.vocab_size != vocab_size:
         raise UserError(

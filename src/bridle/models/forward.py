@@ -1,8 +1,8 @@
-"""One way to run the policy, for sampling, reading, anchors and the update, so that all of them see the same model.
+"""The policy's forward, the same for sampling, reading, anchors and the update.
 
-Dropout is off, as in TRL's RLOO and GRPO: with it, the policy that is trained would not be the one that was sampled.
-Mixed precision is that of the update. Rows are padded on the right, so that positions count from the row's start; only
-sampling pads on the left, where `generate` counts positions by the attention mask.
+Dropout is off, as in TRL's RLOO and GRPO: with it, the trained policy would differ from the sampled one.
+Mixed precision is that of the update. Rows are padded on the right, so positions count from the row's start; only
+sampling pads on the left, where `generate` derives positions from the attention mask.
 """
 
 from contextlib import AbstractContextManager
@@ -15,9 +15,9 @@ from bridle.models.hidden import capture_hidden_states, without_logits
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every probability of dropping something to 0: those of layers, of attention and of whole layers.
+    """Sets every dropout probability to 0: of layers, of attention and of whole layers.
 
-    `transformers` keeps some as layers and some as plain numbers of a module, such as `attention_dropout`.
+    `transformers` keeps some of them as plain attributes of a module, such as `attention_dropout`.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -28,7 +28,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def mixed_precision(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Inside the block matrix products are made in `dtype`; None leaves them in the weights' own."""
+    """Inside the block matrix products are computed in `dtype`; None keeps the weights' own."""
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype, enabled=dtype is not None)
 
@@ -36,17 +36,14 @@ def mixed_precision(model: nn.Module, dtype: torch.dtype | None) -> AbstractCont
 def policy_forward(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, dtype: torch.dtype | None = None, **inputs: Any
 ) -> Tensor:
-    """The hidden states that enter the output layer, without the logits.
+    """The hidden states that enter the output layer, without the logits: [batch, time, hidden].
 
     Args:
-        model: a causal language model, wrapped by `peft` or `accelerate` or not. Its own mode decides whether
-            activations are checkpointed, and nothing else.
+        model: a causal language model, wrapped by `peft` or `accelerate` or not. Its mode only decides whether
+            activations are checkpointed.
         input_ids, attention_mask: [batch, time], padded on the right.
-        dtype: of mixed precision; None where there is none, or the model brings its own.
+        dtype: of mixed precision; None where there is none, or the model sets its own.
         inputs: further arguments of the model.
-
-    Returns:
-        [batch, time, hidden]
     """
     with mixed_precision(model, dtype), capture_hidden_states(model) as hidden, without_logits(model):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)

@@ -21,14 +21,13 @@ logger = logging.getLogger(__name__)
 class NADOLogitsProcessor(LogitsProcessor):
     """Turns the logits of `model.generate` into log q.
 
-    An auxiliary that borrows hidden states finds them in `hidden`, filled by the forward that made the
-    scores, so guidance costs no second forward. One with an own network keeps a cache of its own and is fed
-    only the tokens it has not seen; rows that are reordered (beam search) make it start over.
+    An auxiliary without a network of its own reads the hidden states of the forward that computed the scores. One with
+    an own network keeps a cache and reads only the new tokens; reordered rows (beam search) make it start over.
 
     Args:
         auxiliary: R.
-        hidden: filled by `capture_hidden_states` around `generate`.
-        attention_mask: [batch, time] of the prompt batch.
+        hidden: from `capture_hidden_states` around `generate`.
+        attention_mask: [batch, time] of the prompts.
         power: η, the strength of the guidance.
     """
 
@@ -46,7 +45,7 @@ class NADOLogitsProcessor(LogitsProcessor):
         return log_target(scores, self.auxiliary(states[:, -1]), self.power).to(scores.dtype)
 
     def _own_states(self, input_ids: Tensor) -> Tensor:
-        """States of the auxiliary's own network, over the tokens it has not seen."""
+        """States of the auxiliary's own network at the new tokens."""
         if self._seen is None or not torch.equal(input_ids[:, : self._seen.shape[1]], self._seen):
             self._seen, self._cache = input_ids[:, :0], DynamicCache()
         new = input_ids[:, self._seen.shape[1] :]
@@ -54,7 +53,7 @@ class NADOLogitsProcessor(LogitsProcessor):
         mask = torch.cat([rows, rows.new_ones(len(rows), input_ids.shape[1] - rows.shape[1])], dim=1)
         self._seen = input_ids
         return self.auxiliary.features(
-            input_ids[..., None],  # not read: the network makes its own states
+            input_ids[..., None],  # ignored: the network computes its own states
             new,
             mask,
             position_ids=positions(mask)[:, -new.shape[1] :],
@@ -64,12 +63,10 @@ class NADOLogitsProcessor(LogitsProcessor):
 
 
 class NADOGuide:
-    """Guides a model's sampling by an auxiliary; pass it as `guide` to `sample`.
-
-    Use it as a context manager, so that the model's hidden states are kept while it samples.
+    """Guides a model's sampling by an auxiliary: the `guide` of `sample`, inside the guide's `with` block.
 
     Args:
-        model: the causal language model that is sampled from.
+        model: the causal language model.
         auxiliary: R, fitted on that model.
         power: η, the strength of the guidance.
     """
@@ -86,12 +83,12 @@ class NADOGuide:
         self._capture.__exit__(*exc)  # type: ignore[arg-type]
 
     def processors(self, attention_mask: Tensor) -> LogitsProcessorList:
-        """Processors for one left-padded prompt batch, [batch, time]."""
+        """Processors for a left-padded batch of prompts, [batch, time]."""
         return LogitsProcessorList([NADOLogitsProcessor(self.auxiliary, self._hidden, attention_mask, self.power)])
 
     @torch.no_grad()
     def log_probs(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """log q at every position, right after the model ran on `input_ids`. All [batch, time, ...]."""
+        """log q at every position, right after the model ran on `input_ids`. All [batch, time, ...]"""
         return log_target(logits, self._r_logits(input_ids, attention_mask), self.power)
 
     @torch.no_grad()
@@ -106,10 +103,10 @@ class NADOGuide:
 
 @contextmanager
 def guided(model: PreTrainedModel, auxiliary: str | None, power: float = 1.0) -> Iterator[NADOGuide | None]:
-    """The guide that an auxiliary's folder makes for a model; None where there is no folder.
+    """The guide of an auxiliary's folder for a model; None without a folder.
 
     Raises:
-        UserError: the folder holds no auxiliary, or one for another model; the power is below 0 or not finite.
+        UserError: the folder holds no auxiliary for this model; the power is below 0 or not finite.
     """
     if not 0 <= power < inf:
         raise UserError(f"guide_power: must be a finite number, 0 or more, not {power}")
@@ -117,8 +114,8 @@ def guided(model: PreTrainedModel, auxiliary: str | None, power: float = 1.0) ->
         yield None
         return
     loaded = load_auxiliary(auxiliary, causal_lm(model))
-    goes_with = {loaded.config.provenance.get(key) for key in ("fitted_on", "trained_model")} - {None}
-    if goes_with and model.dtype != torch.float16 and fingerprint(model) not in goes_with:
+    fits = {loaded.config.provenance.get(key) for key in ("fitted_on", "trained_model")} - {None}
+    if fits and model.dtype != torch.float16 and fingerprint(model) not in fits:
         logger.warning("%s: R was fitted on another model, and its guidance may be wrong for this one", auxiliary)
     with NADOGuide(model, loaded, power) as guide:
         yield guide

@@ -88,7 +88,7 @@ def load_model(
         raise UserError(f"{name}: is an adapter already; merge it first, or leave `lora` out of the recipe")
     model, info = _load(AutoModelForCausalLM, base, what="model", dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
-        raise UserError(f"{base}: is no whole model: its weights lack '{missing[0]}'")
+        raise UserError(f"{base}: the model is incomplete: its weights lack '{missing[0]}'")
     _make_savable(model)
     if base != name:
         model = _with_adapter(model, name)

@@ -1,12 +1,12 @@
-"""One interface for drawing text from a model: as it is, at temperature 1, where no other `Decoding` is asked for.
+"""Sampling text from a model: from its own distribution, unless a `Guide` or a `Decoding` changes that.
 
-R is fitted on these samples, and anything but the model's own distribution would bias it.
+R is fitted on these samples, and any other distribution would bias it.
 """
 
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from math import inf
@@ -32,11 +32,11 @@ from bridle.utils.distributed import gathered, turns
 from bridle.utils.oom import RowLimit
 from bridle.utils.progress import Progress
 
-SHORTEST_STAGE, STAGES = 8, 8  # tokens, and how often at most, after which rows that have ended are dropped
+SHORTEST_STAGE, STAGES = 8, 8  # tokens of a stage at least, and stages at most; see `_draw`
 
 
 class Guide(Protocol):
-    """Makes the logits processors of one batch of prompts; `NADOGuide` is one."""
+    """Makes the logits processors for a batch of prompts; `NADOGuide` is one."""
 
     def processors(self, attention_mask: Tensor) -> LogitsProcessorList:
         """Processors for a left-padded batch with this attention mask, [batch, time]."""
@@ -48,26 +48,28 @@ class Trace:
     """How a completion was drawn.
 
     Attributes:
+        tokens: of the completion.
         log_probs: of each token, in nats, under the distribution that it was drawn from.
         states: [tokens, hidden] on the CPU, the hidden states that the tokens were drawn from; None where another
-            process drew it.
+            process drew them, or nothing reads them.
     """
 
+    tokens: list[int]
     log_probs: list[float]
     states: Tensor | None
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen from the distribution, a guided one included; by default it is drawn from the whole.
+    """How the next token is chosen from the model's or the guide's distribution; by default, drawn from all of it.
 
     Attributes:
         temperature: divides the log-probabilities; above 0.
-        top_p: draw from the likeliest tokens only, as many as have this probability together.
+        top_p: draw from the likeliest tokens only, as many as together have this probability.
         greedy: take the likeliest token.
 
     Raises:
-        UserError: a number out of its range, or `greedy` beside another choice; the message begins with the field.
+        UserError: a number out of range, or `greedy` with another choice; the message begins with the field.
     """
 
     temperature: float = 1.0
@@ -83,22 +85,26 @@ class Decoding:
             raise UserError("greedy: takes the likeliest token whatever temperature and top_p are; leave them out")
 
     def processors(self) -> list[LogitsProcessor]:
-        """What is done to the log-probabilities, after guidance."""
+        """What changes the log-probabilities, after guidance."""
         if self.greedy:
             return [TopPLogitsWarper(0.0)]  # it keeps one token
-        warmed = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else []
-        return [*warmed, TopPLogitsWarper(self.top_p)] if self.top_p != 1 else warmed
+        tempered = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else []
+        return [*tempered, TopPLogitsWarper(self.top_p)] if self.top_p != 1 else tempered
+
+
+DRAWN = Decoding()
+"""From the whole distribution, unchanged."""
 
 
 class InverseTransform(LogitsProcessor):
-    """Draws the next token by one uniform number a row, and leaves `generate` no other choice.
+    """Draws the next token of each row by one uniform number, and leaves `generate` no other choice.
 
-    `generate` itself draws one exponential number for every token of the vocabulary, which takes a third of
-    the time of sampling from a small model on a CPU.
+    `generate` itself draws an exponential number for every token of the vocabulary, a third of the time of sampling
+    from a small model on a CPU.
 
     Args:
-        uniform: [steps, batch] numbers in [0, 1), for one token after the other.
-        on_token: is called with the token of each row, [batch], as it is drawn.
+        uniform: [steps, batch] numbers in [0, 1).
+        on_token: called with the tokens of each step, [batch].
 
     Attributes:
         log_probs: of the tokens drawn so far, in nats: [batch] for each step.
@@ -115,18 +121,14 @@ class InverseTransform(LogitsProcessor):
         cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
         if not cumulative[:, -1].isfinite().all():
             raise RunStopped(
-                "sampling: the model's probabilities are not finite, so its weights are broken or half precision does "
-                "not hold them; go back to an earlier checkpoint, or try dtype: float32"
+                "sampling: the model's probabilities are not finite, so its weights are broken or overflow in half "
+                "precision; go back to an earlier checkpoint, or try dtype: float32"
             )
         token = torch.searchsorted(cumulative, next(self.uniform)[:, None] * cumulative[:, -1:], right=True)
         self.log_probs.append(probabilities.gather(1, token)[:, 0].log())
         if self.on_token is not None:
             self.on_token(token[:, 0])
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-
-
-DRAWN = Decoding()
-"""From the whole distribution, as it is."""
 
 
 @torch.no_grad()
@@ -148,143 +150,139 @@ def sample(
     on_batch: Callable[[dict[int, list[int]]], None] | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> list[list[int]]:
-    """Draws one completion for each prompt.
+    """Draws one completion for each prompt: token ids, in the order of the prompts.
 
-    A batch that does not fit into memory is drawn in parts, and so are those after it. Each row has its numbers from
-    the batch's seed beforehand, so that it says the same in a part: but for rounding, which moves a token whose number
-    falls on the border of two.
+    A batch that does not fit into memory is drawn in parts. Each row has its own random numbers, so its tokens stay the
+    same, but for rounding.
 
     Args:
-        model: a causal language model, `peft` or not.
-        prompts: token ids, each prompt at least one token (the beginning-of-text token will do).
+        prompts: token ids, at least one for each prompt (the beginning-of-text token will do).
         max_new_tokens: a completion that has not ended by then is cut.
         pad_token_id: fills rows on the left; may be an end token.
-        end_token_ids: each ends a completion, and is its last token where it was drawn; see `end_token_ids`.
-        batch_size: prompts drawn at a time; prompts of like length go together.
+        end_token_ids: each ends a completion and is its last token.
+        batch_size: prompts drawn at a time, those of similar length together.
         seed: the same seed, prompts and batch size draw the same completions.
         guide: changes the distribution at each step (NADO decoding).
-        decoding: how tokens are chosen from it.
         dtype: of mixed precision, as in `policy_forward`.
-        description: for the progress display.
-        share: among all processes of the run, which must then all call this, draw the same completions as one would.
+        share: all processes call this; each draws a part of the batches and returns all completions.
         traces: is filled, by the prompt's index, with how each completion was drawn.
-        on_batch: is called with the completions of each batch that this process draws, by the prompts' indices, as
-            soon as they are there.
-        on_token: is called with the tokens of each step, [batch], of the rows that go on; nothing else is then shown.
-
-    Returns:
-        Completions as token ids, in the order of the prompts.
+        on_batch: called with the completions of each batch of this process, by the prompt's index.
+        on_token: called with the tokens of each step, [batch], of the rows that continue; hides the progress display.
     """
-    config = GenerationConfig(
-        do_sample=False,  # `InverseTransform` draws, from the whole distribution
-        pad_token_id=pad_token_id,
-        eos_token_id=list(end_token_ids),
-        return_dict_in_generate=True,
-    )
+    draw = partial(_draw, model, guide, decoding, pad_token_id, end_token_ids, on_token, traces is not None)
     limit = RowLimit(description, can_cut=not is_sharded(model))
-    draw = partial(_draw, model, guide, config, decoding, on_token, traces is not None)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    mine = turns(len(batches)) if share else range(len(batches))
-    completions: dict[int, list[int]] = {}
+    batches = _batches(prompts, batch_size, share)
+    drawn = {} if traces is None else traces
     with (
         _plain_generation(model),
         mixed_precision(model, dtype),
-        Progress(description, sum(len(batches[index]) for index in mine), "texts", on_token is None) as progress,
+        Progress(description, sum(map(len, batches.values())), "texts", on_token is None) as progress,
     ):
-        for number in mine:
-            batch = batches[number]
-            generator = torch.Generator(model.device)
-            generator.manual_seed(zlib.crc32(f"{seed}/{number}".encode()))  # whoever draws it, it is the same
-            uniform = torch.rand(
-                max_new_tokens, len(batch), dtype=torch.float64, device=model.device, generator=generator
-            )
-            rows = [(prompts[index], numbers) for index, numbers in zip(batch, uniform.T, strict=True)]
-            drawn = chain.from_iterable(limit.run(draw, rows))
-            for index, (completion, trace) in zip(batch, drawn, strict=True):
-                completions[index] = completion
-                if traces is not None:
-                    traces[index] = trace
+        for number, batch in batches.items():
+            numbers = _uniform(f"{seed}/{number}", max_new_tokens, len(batch), model.device)
+            rows = [(prompts[index], row) for index, row in zip(batch, numbers.T, strict=True)]
+            drawn.update(zip(batch, chain.from_iterable(limit.run(draw, rows)), strict=True))
             if on_batch is not None:
-                on_batch({index: completions[index] for index in batch})
+                on_batch({index: drawn[index].tokens for index in batch})
             progress.update(len(batch))
-    for part in gathered(completions) if share else []:
-        completions |= part
-    if traces is not None and share:
-        log_probs = {index: trace.log_probs for index, trace in traces.items()}
-        for known in gathered(log_probs):
-            traces |= {index: Trace(drawn, None) for index, drawn in known.items() if index not in traces}
-    return [completions[index] for index in range(len(prompts))]
+    for part in gathered({index: replace(trace, states=None) for index, trace in drawn.items()}) if share else []:
+        drawn.update(part | drawn)
+    return [drawn[index].tokens for index in range(len(prompts))]
+
+
+def _batches(prompts: Sequence[Sequence[int]], size: int, share: bool) -> dict[int, list[int]]:
+    """This process's batches by number: the indices of prompts of similar length."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return {number: batches[number] for number in (turns(len(batches)) if share else range(len(batches)))}
+
+
+def _uniform(seed: str, steps: int, rows: int, device: torch.device) -> Tensor:
+    """The random numbers of a batch, the same on every process: [steps, rows] in [0, 1)."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(seed.encode()))
+    return torch.rand(steps, rows, dtype=torch.float64, device=device, generator=generator)
 
 
 def _draw(
     model: PreTrainedModel,
     guide: Guide | None,
-    config: GenerationConfig,
     decoding: Decoding,
+    pad_token_id: int,
+    end_token_ids: Sequence[int],
     on_token: Callable[[Tensor], None] | None,
     keep_states: bool,
     rows: Sequence[tuple[Sequence[int], Tensor]],
-) -> list[tuple[list[int], Trace]]:
-    """Completions of prompts, each with the numbers that draw it, [steps]; and how they were drawn.
+) -> list[Trace]:
+    """Draws completions of prompts, each with its own random numbers, [steps].
 
-    `generate` carries rows that have ended along to the end of the last one, so it is called for some tokens at a time,
-    and goes on with the others.
+    `generate` computes every row until the last one ends. So it draws one stage of tokens at a time, and each stage
+    continues only the rows that have not ended.
     """
-    ids, mask = (part.to(model.device) for part in pad_left([list(prompt) for prompt, _ in rows], config.pad_token_id))
+    ids, mask = (part.to(model.device) for part in pad_left([list(prompt) for prompt, _ in rows], pad_token_id))
     uniform = torch.stack([numbers for _, numbers in rows], dim=-1)
-    ends = frozenset(config.eos_token_id)
-    ends_there = torch.tensor(config.eos_token_id, device=model.device)
-    # All processes that share a model in shards must call it equally often.
+    ends = torch.tensor(list(end_token_ids), device=model.device)
+    # Processes that share a sharded model must call it equally often.
     stage = len(uniform) if is_sharded(model) else max(SHORTEST_STAGE, len(uniform) // STAGES)
-    completions: list[list[int]] = [[] for _ in rows]
-    log_probs: list[list[float]] = [[] for _ in rows]
-    states: list[list[Tensor]] = [[] for _ in rows]
-    going_on, cache = torch.arange(len(rows), device=model.device), None
+    drawn: list[list[Trace]] = [[] for _ in rows]  # by row and stage
+    continuing, cache = torch.arange(len(rows), device=model.device), None
     for numbers in uniform.split(stage):
-        config.max_new_tokens = len(numbers)
-        processors = [*(guide.processors(mask) if guide else []), *decoding.processors()]
-        transform = InverseTransform(numbers[:, going_on], on_token)
-        with last_positions(model) as steps:
+        transform = InverseTransform(numbers[:, continuing], on_token)
+        processors = [*(guide.processors(mask) if guide else []), *decoding.processors(), transform]
+        config = GenerationConfig(
+            do_sample=False,  # `InverseTransform` draws
+            max_new_tokens=len(numbers),
+            pad_token_id=pad_token_id,
+            eos_token_id=list(end_token_ids),
+            return_dict_in_generate=True,
+        )
+        with last_positions(model) as states:
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=cache,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([*processors, transform]),
-                synced_gpus=is_sharded(model) or None,  # all go on until all have ended
+                logits_processor=LogitsProcessorList(processors),
+                synced_gpus=is_sharded(model) or None,  # no process stops before all rows have ended
             )
         new = output.sequences[:, ids.shape[1] :]
-        drawn_from = torch.stack(steps, dim=1).cpu() if keep_states else None  # [rows, steps, hidden]
-        likely = torch.stack(transform.log_probs, dim=1).tolist()
-        for place, (row, tokens) in enumerate(zip(going_on.tolist(), new.tolist(), strict=True)):
-            tokens = _until_end(tokens, ends)
-            completions[row] += tokens
-            log_probs[row] += likely[place][: len(tokens)]
-            if drawn_from is not None:
-                states[row].append(drawn_from[place, : len(tokens)].clone())  # and not the filling behind it
-        open_ended = (~torch.isin(new, ends_there)).all(-1).nonzero()[:, 0]
-        if not len(open_ended):
+        before_end = (torch.isin(new, ends).cumsum(-1) == 0).sum(-1)  # tokens; what follows the end token is padding
+        hidden = torch.stack(states, dim=1).cpu() if keep_states else None
+        traces = _traces(new, torch.stack(transform.log_probs, dim=1), hidden, before_end + 1)
+        for row, trace in zip(continuing.tolist(), traces, strict=True):
+            drawn[row].append(trace)
+        open_rows = (before_end == new.shape[1]).nonzero()[:, 0]
+        if not len(open_rows):
             break
-        cache = _only(output.past_key_values, open_ended)
-        ids, going_on = output.sequences[open_ended], going_on[open_ended]
-        mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)[open_ended]
-    traces = [Trace(p, torch.cat(s) if s else None) for p, s in zip(log_probs, states, strict=True)]
-    return list(zip(completions, traces, strict=True))
+        cache = _select_rows(output.past_key_values, open_rows)
+        ids, continuing = output.sequences[open_rows], continuing[open_rows]
+        mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)[open_rows]
+    return [_joined(stages) for stages in drawn]
 
 
-def _only(cache: Any, rows: Tensor) -> Any:
-    """A cache of some rows; None, so that it is made anew, where the model's kind cannot be cut."""
+def _traces(tokens: Tensor, log_probs: Tensor, states: Tensor | None, lengths: Tensor) -> list[Trace]:
+    """The first `lengths` tokens of each row. [rows, steps], [rows, steps], [rows, steps, hidden], [rows]"""
+    rows = zip(tokens.tolist(), log_probs.tolist(), lengths.tolist(), strict=True)
+    return [
+        Trace(ids[:length], likely[:length], None if states is None else states[row, :length].clone())
+        for row, (ids, likely, length) in enumerate(rows)
+    ]
+
+
+def _joined(stages: Sequence[Trace]) -> Trace:
+    states = [stage.states for stage in stages if stage.states is not None]
+    return Trace(
+        [token for stage in stages for token in stage.tokens],
+        [log_prob for stage in stages for log_prob in stage.log_probs],
+        torch.cat(states) if states else None,
+    )
+
+
+def _select_rows(cache: Any, rows: Tensor) -> Any:
+    """A cache of some rows; None, so that `generate` makes a new one, for a kind of cache that cannot select rows."""
     if not hasattr(cache, "batch_select_indices"):
         return None
     cache.batch_select_indices(rows)
     return cache
-
-
-def _until_end(tokens: list[int], ends: Collection[int]) -> list[int]:
-    """Cuts the filling after the first end token; what comes before it was drawn."""
-    first = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: first + 1]
 
 
 @contextmanager
@@ -292,7 +290,7 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """Hides the model's own generation settings, which would fill in what ours leave open."""
     lm, training = causal_lm(model), model.training
     own, lm.generation_config = lm.generation_config, GenerationConfig()
-    model.eval()  # no dropout, and no gradient checkpointing, which would rule out the KV cache
+    model.eval()  # gradient checkpointing would rule out the KV cache
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""Models whose parameters lie in shards over several processes (FSDP2), read and written as if they were whole.
+"""Reading and writing models that FSDP2 shards over several processes.
 
-FSDP2 shards a model in place, so whoever holds it finds its parameters replaced by `DTensor`s. A module's are whole
-while it runs, and the last modules' stay so until the backward. What gathers shards must be called by all processes.
+FSDP2 replaces a model's parameters by `DTensor`s in place. A module's parameters are gathered while it runs, and those
+of the last modules until the backward. All processes must call the functions that gather shards.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has sharded it."""
+    """Whether FSDP2 shards the model."""
     return isinstance(model, FSDPModule)
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What training changes, by names that stay the same when `accelerate` wraps layers to recompute them."""
+    """The trainable parameters, by names that activation checkpointing by `accelerate` does not change."""
     return (
         (name.replace("_checkpoint_wrapped_module.", ""), parameter)
         for name, parameter in model.named_parameters()
@@ -28,15 +28,12 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from its shards; itself where it has none. [...] -> [...]"""
+    """A tensor gathered from its shards; a tensor without shards as it is. [...] -> [...]"""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a tensor, cut as a parameter of its shape is. [...] -> [...]
-
-    What the first process has counts.
-    """
+    """The first process's tensor, sharded as a parameter of the same shape. [...] -> [...]"""
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
         tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
@@ -44,7 +41,7 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, without a graph: writing to it writes to the tensor. [...] -> [...]"""
+    """This process's shard of a tensor, detached; writing to it changes the tensor. [...] -> [...]"""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -53,7 +50,7 @@ def local(tensor: Tensor) -> Tensor:
 def in_shards(model: nn.Module) -> Iterator[None]:
     """Inside the block every parameter of a sharded model is in shards, as its optimizer knows it.
 
-    Those that were whole before are so again after, since a backward may be waiting for them.
+    Parameters that were gathered before are gathered again after it, because a backward may need them.
     """
     innermost = {parameter: module for module in _sharded_modules(model) for parameter in module.parameters()}
     gathered = {module for parameter, module in innermost.items() if not isinstance(parameter, DTensor)}
@@ -68,11 +65,11 @@ def in_shards(model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of what is whole; nothing where the model is not sharded."""
+    """Frees gathered parameters; does nothing if the model is not sharded."""
     for module in _sharded_modules(model):
         module.reshard()
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
-    """Outer ones first."""
+    """Outer modules first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)] if is_sharded(model) else []
