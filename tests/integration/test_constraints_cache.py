@@ -253,5 +253,5 @@ class TestAnyConstraint:
             assert [score.complies for score in constraint.score(None, ["muddlehead", "grumblefish"])] == [True, False]
 
     def test_a_version_needs_a_cache(self):
-        with pytest.raises(UserError, match="unknown key 'version'"):
+        with pytest.raises(UserError, match="there is no key 'version'"):
             build_constraint({"type": "regex", "pattern": "x", "version": 1})

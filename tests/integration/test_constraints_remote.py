@@ -319,7 +319,7 @@ def test_a_description_builds_the_same_again(remote):
         ({"answer": "word"}, "key 'answer'"),
         ({"preset": "openai"}, "key 'preset'"),
         ({"timeout": 0}, "key 'timeout'"),
-        ({"retrys": 3}, "unknown key 'retrys'; nearest: 'retries'"),
+        ({"retrys": 3}, "there is no key 'retrys'; did you mean retries"),
     ],
 )
 def test_a_mistake_is_told_when_the_recipe_is_read(change, message):

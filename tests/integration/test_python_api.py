@@ -41,7 +41,7 @@ def refused(act, said):
         ({"prompts": "forum.jsonl"}, "^prompts: must be a mapping"),
         ({"prompts": AuxiliaryOptions()}, "^prompts: must be a mapping"),
         ({"constraint": 5}, "^constraint: input should be an instance of constraint"),
-        ({"constraint": "regexp:e"}, "nearest: 'regex'"),
+        ({"constraint": "regexp:e"}, "did you mean regex"),
         ({"domain": 5}, "^domain: input should be a valid string"),
     ],
 )

@@ -47,7 +47,8 @@ def test_it_is_let_go_of_when_the_block_fails(tmp_path):
 
 
 def test_caches_are_in_the_users_folder_by_default(monkeypatch, tmp_path):
-    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.setenv("BRIDLE_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
     monkeypatch.delenv("BRIDLE_CACHE")
     assert "bridle" in str(cache_folder())
 

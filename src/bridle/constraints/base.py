@@ -1,7 +1,7 @@
 """The oracle C on a whole output: `Score`, `Constraint` and their and / or / not.
 
-C(x, y) is 1 where a text complies and 0 where it violates, or a probability in between (Meng et al.,
-Findings of EMNLP 2024). A text that cannot be scored is missing; it never becomes a number.
+C(x, y) is 1 if a text complies and 0 if it violates, or a probability in between (Meng et al., Findings of EMNLP
+2024). A text that cannot be scored is missing; it never becomes a number.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from json import dumps
 from math import nan
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import Field
 
@@ -23,11 +23,11 @@ from bridle.utils.variables import NO_VARIABLES, Variables
 
 @dataclass(frozen=True)
 class Score:
-    """What a constraint says of one text.
+    """A constraint's score of one text.
 
     Attributes:
-        value: degree or probability in [0, 1] that the text complies; None where it is missing.
-        complies: the value as a verdict; None where it is missing.
+        value: degree or probability in [0, 1] that the text complies; None if it is missing.
+        complies: the verdict; None if it is missing.
         reason: why it is missing.
 
     Raises:
@@ -59,24 +59,25 @@ class Score:
 
     @property
     def violation(self) -> float | None:
-        """Degree or probability that the text violates, 1 − `value`; None where it is missing."""
+        """Degree or probability that the text violates, 1 − `value`; None if it is missing."""
         return None if self.value is None else 1.0 - self.value
 
 
 class Constraint:
-    """A policy on whole outputs. A subclass defines `_score`, of what `reads` names; callers use `score`.
+    """A policy on whole outputs. A subclass defines `_score` on what it `reads`; callers use `score`.
 
     `a & b`, `a | b` and `~a` are constraints too: see `AllOf`, `AnyOf` and `Not`.
 
     Attributes:
-        name: how errors, tables and rollouts call it.
-        type_name: how a specification calls its kind.
-        variables: of the environment, whose values are among its options and are shown nowhere.
-        reads: what `_score` is given for each output: the "completion" alone; "prompt+completion", joined to one text;
-            or the "chat", a list of messages that ends with the completion (see `conversation`). A prompt that is a
-            chat is joined as lines "role: content". Where an output has no prompt, there is only the completion.
-        waits: whether scoring is mostly waiting for another machine, so that other work can be done meanwhile. It
-            must then be possible in a thread.
+        name: its name in errors, tables and rollouts.
+        type_name: its type in a specification.
+        variables: environment variables whose values are among its options and are never shown.
+        reads: the input of `_score` for each output: the "completion"; "prompt+completion", joined to one text; or the
+            "chat", a list of messages that ends with the completion (see `conversation`). A chat prompt is joined as
+            lines "role: content". An output without a prompt is its completion alone.
+        waits: whether scoring mostly waits for another host, so that other work can run meanwhile. Scoring must then
+            work in a thread.
+        parts: the constraints whose scores it uses.
     """
 
     name: str = "constraint"
@@ -84,14 +85,14 @@ class Constraint:
     variables: Variables = NO_VARIABLES
     reads: Reads = "completion"
     waits: bool = False
+    parts: Sequence["Constraint"] = ()
 
     def score(self, prompts: Sequence[Given] | None, completions: Sequence[str]) -> list[Score]:
         """Scores whole outputs.
 
         Args:
-            prompts: what each completion goes on from: text, or the messages before it, or None; None for all if there
-                are none. Only a constraint that `reads` more than the completion looks at them.
-            completions: what is judged.
+            prompts: of each completion: text, the messages before it, or None; None if no completion has one.
+            completions: the texts to judge.
 
         Returns:
             One score for each completion, in the same order.
@@ -112,39 +113,41 @@ class Constraint:
         return [self._checked(score, index) for index, score in enumerate(raw)]
 
     def load(self) -> None:
-        """Loads what scoring needs, so that a mistake shows before long work; `score` does so by itself.
+        """Loads what `score` needs, which otherwise does it at its first call, so that mistakes show early.
 
         Raises:
             UserError: it cannot be loaded.
         """
+        for part in self.parts:
+            part.load()
 
     def files(self) -> list[Path]:
         """Returns the local files and folders that decide the scores."""
-        return []
+        return [file for part in self.parts for file in part.files()]
 
     def cut_texts(self) -> int:
-        """Returns how many texts so far were scored in part only, being too long for what scores them."""
-        return 0
+        """Returns how many texts so far were too long and scored in part only."""
+        return sum(part.cut_texts() for part in self.parts)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what decides the scores, as JSON values that `build_constraint` takes back."""
+        """Returns the options that decide the scores, as JSON values that `build_constraint` accepts."""
         described: dict[str, Any] = self.variables.hidden(self._settings() | {"name": self.name})
         return described
 
     def identity(self) -> dict[str, Any]:
-        """Returns what decides the scores, as JSON values, for a cache: no names, and files by their content."""
+        """Returns a cache key as JSON values: what decides the scores, without names, and files by their content."""
         return self._settings()
 
     def key(self, prompt: Given, completion: str) -> str:
-        """Returns a text that is equal for two outputs only if what this constraint reads of them is."""
+        """Returns a text that two outputs share only if this constraint reads the same of both."""
         return completion if self.reads == "completion" else dumps([prompt, completion], sort_keys=True)
 
     def _judge(self, prompts: list[Given], completions: list[str]) -> Any:
-        """Returns what `_score` does, for outputs with their prompts."""
+        """Returns what `_score` returns, for outputs with their prompts."""
         return self._score([self._read(*output) for output in zip(prompts, completions, strict=True)])
 
     def _score(self, outputs: list[Any]) -> Sequence[Score | float | None]:
-        """Returns for each output a `Score`, a number in [0, 1] (1 complies), or None where it is missing."""
+        """Returns for each output a `Score`, a number in [0, 1] (1 complies), or None if it is missing."""
         raise NotImplementedError(f"{type(self).__name__} defines no _score")
 
     def _read(self, prompt: Given, completion: str) -> str | Messages:
@@ -153,24 +156,25 @@ class Constraint:
             return completion
         if self.reads == "chat":
             return conversation(prompt, completion)
-        return (
-            self._as_text(conversation(prompt, completion)) if isinstance(prompt, list) else (prompt or "") + completion
-        )
+        if isinstance(prompt, list):
+            return self._as_text(conversation(prompt, completion))
+        return (prompt or "") + completion
 
     def _as_text(self, messages: Messages) -> str:
         return as_lines(messages)
 
     def _settings(self) -> dict[str, Any]:
-        reads = {} if self.reads == "completion" else {"reads": self.reads}  # not to change what caches know already
+        reads = {} if self.reads == "completion" else {"reads": self.reads}  # earlier cache keys have no `reads`
         return {"type": self.type_name} | reads
 
     def _listed(self, raw: Any, count: int) -> Sequence[Any]:
-        """Returns the scores of `count` texts, in whatever they were given, as a list or tuple."""
-        raw = raw.tolist() if hasattr(raw, "tolist") else raw  # tensors and arrays
+        """Returns the scores of `count` texts, which may be a tensor or array, as a list or tuple."""
+        raw = raw.tolist() if hasattr(raw, "tolist") else raw
         if not isinstance(raw, list | tuple) or len(raw) != count:
             given = f"{len(raw)} scores" if isinstance(raw, list | tuple) else f"a {type(raw).__name__}"
-            wanted = f"a list of {count}, one for each text"
-            raise UserError(f"constraint '{self.name}': gave {given}; it must give {wanted}")
+            raise UserError(
+                f"constraint '{self.name}': gave {given}; it must give a list of {count}, one for each text"
+            )
         return raw
 
     def _checked(self, raw: object, index: int) -> Score:
@@ -199,7 +203,7 @@ class Constraint:
 
 
 def _as_float(raw: Any) -> float:
-    """Returns a number of any library as a float, and NaN for what is no number."""
+    """Returns a number of any library as a float, and NaN for anything else."""
     try:
         return nan if isinstance(raw, str | bytes) else float(raw)
     except (TypeError, ValueError, OverflowError):
@@ -207,42 +211,27 @@ def _as_float(raw: Any) -> float:
 
 
 class TextConstraint(Constraint):
-    """A constraint that takes a chat as text too."""
+    """A constraint that reads a chat as text."""
 
     def _read(self, prompt: Given, completion: str) -> str | Messages:
         read = super()._read(prompt, completion)
         return read if isinstance(read, str) else self._as_text(read)
 
 
-def widest(parts: Sequence[Constraint]) -> Reads:
-    """What constraints read together."""
-    read = {part.reads for part in parts}
-    return next((reads for reads in ("chat", "prompt+completion") if reads in read), "completion")
-
-
 Parts = Annotated[list[Constraint], Field(min_length=1)]
 
 
 class _Combination(Constraint, ABC):
-    """Constraints joined by one operator, each of which reads what it reads.
+    """Constraints joined by one operator. A score that a part misses is missing, for the part's reason."""
 
-    What a part cannot score is missing, for the part's reason.
-    """
+    sign: ClassVar[str]
 
-    def __init__(self, parts: list[Constraint], name: str):
-        self.parts, self.name = parts, name
+    @checked
+    def __init__(self, parts: Parts, name: str | None = None):
+        self.parts, self.name = parts, name or f"({f' {self.sign} '.join(part.name for part in parts)})"
         self.waits = any(part.waits for part in parts)
-        self.reads = widest(parts)
-
-    def load(self) -> None:
-        for part in self.parts:
-            part.load()
-
-    def cut_texts(self) -> int:
-        return sum(part.cut_texts() for part in self.parts)
-
-    def files(self) -> list[Path]:
-        return [file for part in self.parts for file in part.files()]
+        read = {part.reads for part in parts}
+        self.reads = max(read, key=get_args(Reads).index)  # the widest
 
     def identity(self) -> dict[str, Any]:
         return {self.type_name: [part.identity() for part in self.parts]}
@@ -262,37 +251,29 @@ class _Combination(Constraint, ABC):
 
     @abstractmethod
     def _join(self, values: list[float], complies: list[bool]) -> Score:
-        """Returns the joint score of one text, of which no part is missing."""
+        """Returns the joint score of one text that every part has scored."""
 
 
 class AllOf(_Combination):
-    """Complies where every part does; its value is the smallest of theirs."""
+    """Complies if every part does; its value is the smallest of theirs."""
 
-    type_name = "all"
-
-    @checked
-    def __init__(self, parts: Parts, name: str | None = None):
-        super().__init__(parts, name or f"({' & '.join(part.name for part in parts)})")
+    type_name, sign = "all", "&"
 
     def _join(self, values: list[float], complies: list[bool]) -> Score:
         return Score(min(values), all(complies))
 
 
 class AnyOf(_Combination):
-    """Complies where at least one part does; its value is the largest of theirs."""
+    """Complies if at least one part does; its value is the largest of theirs."""
 
-    type_name = "any"
-
-    @checked
-    def __init__(self, parts: Parts, name: str | None = None):
-        super().__init__(parts, name or f"({' | '.join(part.name for part in parts)})")
+    type_name, sign = "any", "|"
 
     def _join(self, values: list[float], complies: list[bool]) -> Score:
         return Score(max(values), any(complies))
 
 
 class Not(_Combination):
-    """Complies where its part does not; its value is 1 − the part's."""
+    """Complies if its part does not; its value is 1 − the part's."""
 
     type_name = "not"
 

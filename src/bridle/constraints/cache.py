@@ -1,4 +1,4 @@
-"""Labels on disk, so that what was paid for once is not paid for again: an SQLite file that processes share."""
+"""Labels on disk, so that no text is scored twice: an SQLite file that processes share."""
 
 import json
 import sqlite3
@@ -19,25 +19,25 @@ from bridle.errors import UserError
 from bridle.utils.files import cache_folder
 
 Label = tuple[float, ...]
-"""The numbers that a scorer gave a text."""
+"""A scorer's numbers for a text."""
 
 Outcome = Label | str
-"""A label, or the reason why there is none."""
+"""A label, or the reason why it is missing."""
 
 Ask = Callable[[list[str]], Iterable[tuple[str, Outcome]]]
-"""Asks a scorer about texts; gives (text, outcome) for each, in any order and as they come."""
+"""Scores texts and returns (text, outcome) for each, in any order and as they come."""
 
 CacheFile = Annotated[bool | Path, Field(union_mode="left_to_right")]
-"""An option that says where labels are kept: a file, true for the default one, or false for nowhere."""
+"""An option: the file of a `ScoreCache`, true for the default one, or false for none."""
 
-APPLICATION_ID = 0x42524C43  # says in the file's header that it is ours
+APPLICATION_ID = 0x42524C43  # marks our files in SQLite's header
 
 
 class ScoreCache:
-    """Labels by scorer and text, of which only a hash is stored.
+    """Labels by scorer and text; only a hash of these is stored.
 
-    A label is written as soon as it is there. Where several processes ask one scorer, they take turns, so that the
-    next one finds what the last one learnt. The file must lie on a disk of this machine.
+    Each label is written as soon as it arrives. Processes that ask one scorer take turns, so that each finds the labels
+    of those before it. The file must lie on a local disk.
 
     Args:
         path: of the file; by default `scores.sqlite` in `cache_folder()`.
@@ -48,29 +48,29 @@ class ScoreCache:
 
     @classmethod
     def of(cls, cache: bool | Path) -> "ScoreCache | None":
-        """The cache that an option asks for."""
+        """Returns the cache that an option names."""
         return (cls() if cache is True else cls(cache)) if cache else None
 
     def check(self) -> None:
-        """Opens the file, and makes it where there is none.
+        """Opens the file, and creates it if it is missing.
 
         Raises:
-            UserError: it is damaged, somebody else's, or cannot be written.
+            UserError: it is damaged, another program's, or cannot be written.
         """
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
 
     def through(self, scorer: Mapping[str, Any], texts: Iterable[str], ask: Ask) -> Iterator[tuple[str, Outcome]]:
-        """Looks texts up, and asks about those that have no label.
+        """Looks texts up and asks about those without a label.
 
         Args:
             scorer: what decides its numbers, as JSON values.
-            texts: each once.
-            ask: called with the texts that are not known.
+            texts: without repetition.
+            ask: called with the unknown texts.
 
         Yields:
-            (text, outcome) for each text, in any order; reasons are not kept.
+            (text, outcome) for each text, in any order; reasons are not stored.
 
         Raises:
             UserError: as `check`, or from `ask`.
@@ -82,8 +82,8 @@ class ScoreCache:
             unknown = [text for text in texts if text not in known]
             if not unknown:
                 return
-            with self._alone(f".{scorer_hash.hexdigest()[:16]}"):
-                known = _look_up(database, scorer_hash, unknown)  # while we waited
+            with self._locked(f".{scorer_hash.hexdigest()[:16]}"):
+                known = _look_up(database, scorer_hash, unknown)  # another process may have added them meanwhile
                 yield from known.items()
                 for text, outcome in ask([text for text in unknown if text not in known]):
                     if not isinstance(outcome, str):
@@ -94,7 +94,7 @@ class ScoreCache:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
-            with self._alone():  # SQLite does not wait for a change of its journal's mode
+            with self._locked():  # SQLite does not wait for another process that changes the journal mode
                 database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
                 _prepare(database)
             with closing(database):
@@ -103,8 +103,7 @@ class ScoreCache:
             raise self._unusable(error) from error
 
     @contextmanager
-    def _alone(self, part: str = "") -> Iterator[None]:
-        """Keeps other processes out of a part of the work."""
+    def _locked(self, part: str = "") -> Iterator[None]:
         lock = FileLock(f"{self.path}{part}.lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,19 +122,20 @@ class ScoreCache:
 
 
 class Cached(Constraint):
-    """Another constraint, whose scores are kept in a `ScoreCache`.
+    """Another constraint, with its scores in a `ScoreCache`. Missing scores are not stored.
 
     Args:
-        constraint: asked about texts that have no score yet; what it cannot score is asked again the next time.
+        constraint: scores texts that the cache does not hold.
         cache: a file for `ScoreCache`; true for the default one, false for none.
-        version: anything; another version is another scorer.
+        version: any value; the cache treats each version as another scorer.
     """
 
     type_name = "cached"
 
     @checked
     def __init__(self, constraint: Constraint, cache: CacheFile = True, version: str | int = ""):
-        self.constraint, self.cache, self.version = constraint, ScoreCache.of(cache), version
+        self.constraint, self.parts = constraint, [constraint]
+        self.cache, self.version = ScoreCache.of(cache), version
         self.waits, self.reads = constraint.waits, constraint.reads
 
     @property
@@ -148,20 +148,12 @@ class Cached(Constraint):
         self.constraint.name = name
 
     def load(self) -> None:
-        """Loads the constraint, and opens the file."""
-        self.constraint.load()
+        super().load()
         if self.cache is not None:
             self.cache.check()
 
-    def files(self) -> list[Path]:
-        """The constraint's own."""
-        return self.constraint.files()
-
-    def cut_texts(self) -> int:
-        return self.constraint.cut_texts()
-
     def describe(self) -> dict[str, Any]:
-        """Returns the constraint's own description: the cache decides no score."""
+        """Returns the constraint's own description."""
         return self.variables.hidden(self.constraint.describe())
 
     def identity(self) -> dict[str, Any]:
@@ -183,8 +175,8 @@ class Cached(Constraint):
 
 
 def _prepare(database: sqlite3.Connection) -> None:
-    """Makes the table in a new file, and refuses one that is not ours."""
-    database.execute("PRAGMA synchronous = NORMAL")  # a label outlives this process, if not a failure of the power
+    """Creates the table in a new file, and refuses another program's file."""
+    database.execute("PRAGMA synchronous = NORMAL")  # labels survive a crash of this process, not a loss of power
     (found,) = database.execute("PRAGMA application_id").fetchone()
     if found == APPLICATION_ID:
         return

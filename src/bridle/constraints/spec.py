@@ -1,8 +1,7 @@
-"""From what a recipe or a command line says to a `Constraint`."""
+"""Builds a `Constraint` from its specification in a recipe or on the command line."""
 
 import re
-from collections.abc import Collection, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from inspect import signature
 from reprlib import repr as short_repr
 from typing import Any
@@ -14,7 +13,7 @@ from bridle.constraints.function import PythonFunction
 from bridle.constraints.remote import Remote
 from bridle.constraints.rules import Regex, WordList
 from bridle.errors import UserError
-from bridle.utils.settings import as_mapping, parse_yaml
+from bridle.utils.settings import as_mapping, known_name, parse_yaml
 from bridle.utils.variables import NO_VARIABLES, Variables
 
 TYPES: dict[str, type[Constraint]] = {
@@ -23,30 +22,30 @@ TYPES: dict[str, type[Constraint]] = {
 # The key that VALUE sets in the short form TYPE:VALUE
 SHORT_KEYS = {"classifier": "model", "words": "file", "regex": "pattern", "python": "function", "remote": "preset"}
 OPERATORS = ("all", "any", "not")
-CACHE_KEYS = ("cache", "version")  # of any constraint; a remote one has its own
+CACHE_KEYS = ("cache", "version")  # of any constraint; a remote one has them among its own
 RETENTION = "retention"
-"""Stands in the place of a constraint's name where a domain is only to be held to the initial model."""
+"""In the place of a constraint's name: a domain is only held to the initial model."""
 
 
 def build_constraint(
     spec: str | Mapping | list, name: str | None = None, variables: Variables = NO_VARIABLES
 ) -> Constraint:
-    """Builds a constraint, without loading models or functions yet: `Constraint.load` does.
+    """Builds a constraint; `Constraint.load` loads its models and functions.
 
     Args:
         spec: one of
             a mapping with the key `type` (classifier, words, regex, python, remote) and that class's arguments;
             a mapping `{all: [..]}`, `{any: [..]}` or `{not: ..}` of further specifications;
-            either of them with `cache: FILE`, and `version` beside it: see `Cached`;
+            either of them with `cache: FILE` and optionally `version`: see `Cached`;
             a list, which means all of them;
             a string `TYPE:VALUE[,key=value ...]`, e.g. "classifier:FOLDER,label=toxic,threshold=0.5",
             "words:FILE", "python:module:function" or "regex:PATTERN" (no options: the rest is the pattern);
             a string that begins with "{": a mapping in YAML.
-        name: how errors and tables call it, instead of the specification's own name.
-        variables: of the environment, whose values stand in `spec` and are to stand nowhere else.
+        name: replaces the specification's own name.
+        variables: environment variables whose values stand in `spec` and are never shown.
 
     Raises:
-        UserError: an unknown type or key (the nearest known one is named), or a wrong or missing option.
+        UserError: a type or key is unknown (it names the nearest known one), or an option is wrong or missing.
     """
     constraint = _build(spec)
     if name is not None:
@@ -74,15 +73,16 @@ def _build(spec: object) -> Constraint:
 
 
 def _build_type(kind: object, options: dict[Any, Any]) -> Constraint:
-    cls = TYPES.get(str(kind))
-    if cls is None:
-        raise _unknown("constraint", "type", kind, TYPES)
-    _refuse_unknown_keys(cls.type_name, options, signature(cls).parameters)
+    known_name(str(kind), TYPES, "constraint", "type")
+    cls = TYPES[str(kind)]
+    for key in options:
+        known_name(key, signature(cls).parameters, f"constraint '{kind}'", "key")
     return cls(**options)
 
 
 def _build_operator(operator: str, value: object, options: dict[Any, Any]) -> Constraint:
-    _refuse_unknown_keys(operator, options, ["name"])
+    for key in options:
+        known_name(key, ["name"], f"constraint '{operator}'", "key")
     if operator == "not":
         return Not(_build(value), **options)
     if not isinstance(value, list):
@@ -98,21 +98,9 @@ def _parse(spec: str) -> Mapping[str, Any]:
     kind, colon, value = spec.partition(":")
     if not colon or not value:
         raise UserError(f"constraint '{spec}': write TYPE:VALUE; the types are {', '.join(SHORT_KEYS)}")
-    if kind not in SHORT_KEYS:
-        raise _unknown(f"constraint '{spec}'", "type", kind, SHORT_KEYS)
+    known_name(kind, SHORT_KEYS, f"constraint '{spec}'", "type")
     if kind == "regex":
         return {"type": kind, "pattern": value}
-    # a comma inside a value is a comma unless `key=` follows
+    # a comma separates only before `key=`
     value, *pairs = re.split(r",(?=\w+=)", value)
     return {"type": kind, SHORT_KEYS[kind]: value} | dict(pair.split("=", 1) for pair in pairs)
-
-
-def _refuse_unknown_keys(kind: str, options: Mapping, known: Collection[str]) -> None:
-    for key in options:
-        if key not in known:
-            raise _unknown(f"constraint '{kind}'", "key", key, known)
-
-
-def _unknown(where: str, what: str, given: object, known: Collection[str]) -> UserError:
-    nearest = get_close_matches(str(given), known, n=1, cutoff=0)[0]
-    return UserError(f"{where}: unknown {what} '{given}'; nearest: '{nearest}'; known: {', '.join(known)}")
