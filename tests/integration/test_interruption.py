@@ -106,5 +106,5 @@ def test_the_command_line_says_what_is_kept_and_how_to_go_on(recipe, tmp_path, n
     (checkpoint,) = folder.glob("checkpoint-*")
     assert said.splitlines()[-1] == (
         f"bridle: interrupted by {number.name}; {checkpoint} is kept; "
-        f"go on with: {shlex.join(['bridle', *command, '--resume'])}"
+        f"resume with: {shlex.join(['bridle', *command, '--resume'])}"
     )

@@ -30,8 +30,8 @@ USER_ERROR, RUN_STOPPED, SIGNALLED = 2, 3, 128  # exit codes; a signal's number 
 RESUMABLE = ("train", "compare")
 
 
-def _tell_version(asked: bool) -> None:
-    if asked:
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
         typer.echo("  ".join(f"{name} {version(name)}" for name in ("bridle", "torch", "transformers", "trl")))
         raise typer.Exit
 
@@ -40,7 +40,7 @@ def _tell_version(asked: bool) -> None:
 def options(
     versions: Annotated[
         bool,
-        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show Bridle's version, and libraries'."),
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show Bridle's version, and libraries'."),
     ] = False,
 ) -> None:
     """Fine-tune a language model on a corpus while holding its outputs to a policy."""
@@ -57,21 +57,21 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # whatever a model or a file says, it can be printed
+            stream.reconfigure(errors="backslashreplace")  # a model or a file may hold any character
     try:
         with catching_signals():
             app(prog_name="bridle")
     except Interrupted as interrupted:
-        print(f"bridle: {'; '.join([str(interrupted), *_what_is_left(interrupted)])}", file=sys.stderr)
+        print("bridle: " + "; ".join([str(interrupted), *_how_to_resume(interrupted)]), file=sys.stderr)
         sys.exit(SIGNALLED + interrupted.signal)
     except (UserError, RunStopped) as error:
         print(f"bridle: {error}", file=sys.stderr)
         sys.exit(USER_ERROR if isinstance(error, UserError) else RUN_STOPPED)
 
 
-def _what_is_left(interrupted: Interrupted) -> list[str]:
-    """What was kept of a command's work, and how it goes on."""
-    arguments = sys.argv[1:]
-    resume = ["bridle", *arguments, *([] if "--resume" in arguments else ["--resume"])]
-    goes_on = [f"go on with: {shlex.join(resume)}"] if arguments[:1] and arguments[0] in RESUMABLE else []
-    return [*filter(None, [interrupted.kept]), *goes_on]
+def _how_to_resume(interrupted: Interrupted) -> list[str]:
+    """What is kept of a command's work, and the command that resumes it."""
+    command, *rest = sys.argv[1:] or [""]
+    resume = ["bridle", command, *rest, *([] if "--resume" in rest else ["--resume"])]
+    hint = [f"resume with: {shlex.join(resume)}"] if command in RESUMABLE else []
+    return [*filter(None, [interrupted.kept]), *hint]

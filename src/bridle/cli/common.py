@@ -1,21 +1,27 @@
-"""Options that commands share, what several of them load, and how all of them speak."""
+"""Options that several commands have, and helpers of all commands."""
 
 import logging
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bridle.errors import UserError, plain
 
+if TYPE_CHECKING:
+    from bridle.evaluation import PromptSet
+    from bridle.recipes.recipe import Recipe
+
 RECIPE_KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Context settings of a command that takes any key of a recipe as an option."""
 
+RecipeFile = Annotated[Path, typer.Argument(help="YAML file: model, corpus, constraints, regularisers.")]
 Model = Annotated[str, typer.Argument(help="Folder written by save_pretrained, adapter folder, or hub name.")]
 Guide = Annotated[
-    str | None,
-    typer.Option("--guide", metavar="AUXILIARY", help="Guide sampling by this auxiliary model (NADO decoding)."),
+    str | None, typer.Option(metavar="AUXILIARY", help="Guide sampling by this auxiliary model (NADO decoding).")
 ]
 GuidePower = Annotated[float, typer.Option("--guide_power", help="η: strength of the guidance; 1 is the method.")]
 PromptTokens = Annotated[
@@ -23,15 +29,20 @@ PromptTokens = Annotated[
     typer.Option("--prompt_tokens", min=1, help="Take only the first so many tokens of each row as the prompt."),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Tokens at which a completion is cut.")]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="K: completions drawn for each prompt.")]
+Samples = Annotated[int, typer.Option(min=1, help="K: completions drawn for each prompt.")]
 BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Rows in one forward.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed draws the same text.")]
-Device = Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...; the GPU where there is one.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Type of the weights: float32, bfloat16, float16.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed draws the same text.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; the GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16, float16.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here; see the schema.")
+]
+
+POWER_WITHOUT_GUIDE = "--guide_power is the strength of a --guide; name one, or leave it out"
 
 
 class PlainFormatter(logging.Formatter):
-    """Shows a warning as it is, whatever of a file or a model it quotes."""
+    """Escapes what a terminal would obey in a warning that quotes a file or a model."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
@@ -39,12 +50,19 @@ class PlainFormatter(logging.Formatter):
 
 
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:
-    """Prints text of models and files as it is: no terminal obeys it."""
+    """Prints text of models and files, with everything escaped that a terminal would obey."""
     typer.echo(plain(text), err=err, nl=nl)
 
 
+def refuse(*mistakes: tuple[object, str]) -> None:
+    """Raises a UserError for the first of several (condition, message) that is true."""
+    for is_made, message in mistakes:
+        if is_made:
+            raise UserError(message)
+
+
 def quiet_libraries() -> None:
-    """Bars of `transformers` and `datasets` for work of milliseconds; the phases that take long have ours."""
+    """Hides the progress bars of `transformers` and `datasets`: their work is short, and long phases have our bars."""
     import datasets
     import transformers
 
@@ -52,26 +70,34 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    """A model, ready for inference, and its tokenizer."""
-    from bridle.models.loading import load_for_inference
+def read_recipe(path: Path, context: typer.Context) -> "Recipe":
+    """The recipe of a file, with the keys that are set on the command line."""
+    from bridle.recipes.recipe import load_recipe, parse_overrides
 
     quiet_libraries()
-    return load_for_inference(model, dtype, device)
+    return load_recipe(path, parse_overrides(context.args))
 
 
-def oracles_of(specs: Sequence[str]) -> dict[str, Any]:
+def load_constraints(specs: Iterable[str]) -> dict[str, Any]:
     """Constraints by name, loaded, so that a mistake shows before any text is drawn."""
     from bridle.constraints import build_constraint
     from bridle.recipes.recipe import constraint_of
 
     quiet_libraries()
-    oracles = {}
+    constraints: dict[str, Any] = {}
     for spec in specs:
-        refers_to_recipe = re.fullmatch(r"[^{:]+\.ya?ml:[^:]+", spec)
-        oracle = constraint_of(spec) if refers_to_recipe else build_constraint(spec)
-        oracle.load()
-        if oracle.name in oracles:
-            raise UserError(f"--constraint: two constraints are called '{oracle.name}'; name them in a recipe")
-        oracles[oracle.name] = oracle
-    return oracles
+        is_in_recipe = re.fullmatch(r"[^{:]+\.ya?ml:[^:]+", spec)
+        constraint = constraint_of(spec) if is_in_recipe else build_constraint(spec)
+        constraint.load()
+        if constraint.name in constraints:
+            raise UserError(f"--constraint: two constraints are called '{constraint.name}'; name them in a recipe")
+        constraints[constraint.name] = constraint
+    return constraints
+
+
+def prompt_sets(names: Sequence[str], tokens: int | None, data_dir: Path | None = None) -> "dict[str, PromptSet]":
+    """Prompt sets by name, of whose rows the prompt is the first so many tokens, or what the set says."""
+    from bridle.evaluation import prompt_set
+
+    sets = {name: prompt_set(name, data_dir=data_dir) for name in names}
+    return {name: replace(one, prompt_tokens=tokens or one.prompt_tokens) for name, one in sets.items()}

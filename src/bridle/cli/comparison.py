@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bridle.cli.common import RECIPE_KEYS, quiet_libraries, say
+from bridle.cli.common import RECIPE_KEYS, quiet_libraries, read_recipe, say
 from bridle.cli.keys import ComparisonCommand
 
 app = typer.Typer()
@@ -23,13 +23,12 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            "--methods",
             metavar="NAMES",
             help="By comma: base, sft, filtration, rl, rl-converged, nado-decoding, nado-decoding-sft, constrained, "
             "constrained-adaptive, or one of an installed package. [default: all]",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds, from the recipe's own on.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the recipe's own on.")] = 1,
     output_dir: Annotated[
         Path | None, typer.Option("--output_dir", help="Where everything goes. [default: runs/compare-NAME OF RECIPE]")
     ] = None,
@@ -44,13 +43,11 @@ def compare(
     code is 3.
     """
     from bridle.comparison.compare import Comparison
-    from bridle.recipes.recipe import load_recipe, parse_overrides
     from bridle.report.data import read_report
     from bridle.report.html import write_report
     from bridle.report.terminal import tables
 
-    quiet_libraries()
-    loaded = load_recipe(recipe, parse_overrides(context.args))
+    loaded = read_recipe(recipe, context)
     folder = output_dir or Path("runs") / f"compare-{recipe.stem}"
     first = loaded.training.get("seed", 0)
     comparison = Comparison(
@@ -76,22 +73,18 @@ def quickstart(
     context: typer.Context,
     corpus: Annotated[
         str | None,
-        typer.Option(
-            "--corpus", metavar="FILE", help="Rows of your own instead of the embedded forum; needs --constraint."
-        ),
+        typer.Option(metavar="FILE", help="Rows of your own instead of the embedded forum; needs --constraint."),
     ] = None,
     constraint: Annotated[
         str | None,
         typer.Option(
-            "--constraint",
             metavar="SPEC",
             help="What a text must not be: words:FILE | regex:PATTERN | python:module:function | "
             "classifier:MODEL,label=toxic",
         ),
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="MODEL", help="A folder or a hub's name instead of the embedded model."),
+        str | None, typer.Option(metavar="MODEL", help="A folder or a hub's name instead of the embedded model.")
     ] = None,
     output_dir: Annotated[
         Path | None,
@@ -102,7 +95,7 @@ def quickstart(
 
     Nothing is downloaded: the world's texts, a model of a million parameters that has read them and a classifier are
     made at first use and kept in the user's cache (BRIDLE_CACHE). Any key of the recipe can be set, as in `bridle
-    compare`. A tour that was cut short goes on where it was.
+    compare`. A tour that was cut short resumes where it was.
     """
     from bridle.quickstart.tour import take_tour, tour_recipe
     from bridle.recipes.recipe import parse_overrides
@@ -116,9 +109,7 @@ def quickstart(
 @app.command(epilog="Example: bridle report runs/compare-detox-mini")
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `bridle compare` or `bridle train` wrote.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="The page. [default: DIR/report.html]")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="The page. [default: DIR/report.html]")] = None,
 ) -> None:
     """Write one HTML page with tables, plots and texts, and every plot as PNG and SVG.
 

@@ -33,7 +33,7 @@ COMPARISON = {
     "Judge": ("evaluation.judge.", ["comparison/plan.py:JudgeOptions"]),
     "Reinforcement learning": ("methods.rl.", ["baselines/reinforcement.py:ReinforcementOptions"]),
 }
-"""By heading: what stands before a key, and the dataclasses, each in its file, whose fields are the keys."""
+"""By heading: the prefix of the keys, and the dataclasses, each in its file, whose fields are the keys."""
 
 NO_KEYS = {"Recipe": {"training", "resolved"}, "Domain": {"name"}, "Evaluation": {"constraints", "label"}}
 """Fields of the dataclasses that no recipe sets."""
@@ -50,13 +50,13 @@ class TrainingCommand(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Writes the options, then the keys, group by group."""
         super().format_options(ctx, formatter)
-        for heading, (above, classes) in self.groups.items():
+        for heading, (prefix, classes) in self.groups.items():
             with formatter.section(heading):
-                formatter.write_dl([(above + key, text) for place in classes for key, text in keys_of(place)])
+                formatter.write_dl([(prefix + key, text) for place in classes for key, text in keys_of(place)])
 
 
 class ComparisonCommand(TrainingCommand):
-    """A command whose help lists the keys that `bridle compare` reads beside those of `bridle train`."""
+    """A command whose help lists the keys that only `bridle compare` reads."""
 
     groups = COMPARISON
 
@@ -66,21 +66,21 @@ def keys_of(place: str) -> list[tuple[str, str]]:
     """The fields of a dataclass, "file:class", each with the first clause of its description and its default.
 
     Raises:
-        KeyError: a field is not told under `Attributes` of its class.
+        KeyError: a field is missing under `Attributes` of its class.
     """
     file, _, name = place.partition(":")
     source = (Path(bridle.__file__).parent / file).read_text(encoding="utf-8")
     tree = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
-    told = entries(ast.get_docstring(tree) or "", "Attributes")
+    meanings = entries(ast.get_docstring(tree) or "", "Attributes")
     names = [(field.target.id, field.value) for field in _fields(tree)]
-    return [(RENAMED.get(name, name), _described(told[name], value)) for name, value in names]
+    return [(RENAMED.get(name, name), _described(meanings[name], value)) for name, value in names]
 
 
 def entries(docstring: str, section: str) -> dict[str, str]:
-    """What a section of a docstring says of each name; of "one, two: ..." it says the same of both."""
+    """The meaning of each name in a section of a docstring; "one, two: ..." gives both the same."""
     found = re.search(rf"^{section}:\n((?:    .*\n?|\n)*)", docstring, re.MULTILINE)
-    told = re.findall(r"^    ([*\w, ]+):((?:.*(?:\n     .*)*))", found[1] if found else "", re.MULTILINE)
-    return {name.strip(): meaning.strip() for names, meaning in told for name in names.split(",")}
+    pairs = re.findall(r"^    ([*\w, ]+):((?:.*(?:\n     .*)*))", found[1] if found else "", re.MULTILINE)
+    return {name.strip(): meaning.strip() for names, meaning in pairs for name in names.split(",")}
 
 
 def _fields(tree: ast.ClassDef) -> Iterator[Any]:
@@ -97,7 +97,7 @@ def _described(meaning: str, value: ast.expr | None) -> str:
 
 
 def _default(value: ast.expr | None) -> str | None:
-    """The default as a recipe would have it; None for what is computed."""
+    """The default as YAML; None if it is computed."""
     if value is None:
         return "required"
     if isinstance(value, ast.Call):  # field(default=..., ...)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bridle.cli.common import RECIPE_KEYS, quiet_libraries, say
+from bridle.cli.common import RECIPE_KEYS, RecipeFile, read_recipe, say
 from bridle.cli.keys import TrainingCommand
 
 app = typer.Typer()
@@ -15,20 +15,15 @@ app = typer.Typer()
     context_settings=RECIPE_KEYS,
     epilog="Example: bridle check recipes/detox-mini.yaml --regularisers.toxigen.prompts.path prompts.txt",
 )
-def check(
-    context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="YAML file: model, corpus, constraints, regularisers.")],
-) -> None:
+def check(context: typer.Context, recipe: RecipeFile) -> None:
     """Try a recipe: its rows, prompts and labels, and what time and memory the run would take.
 
     This runs one short round of the recipe: 64 rollouts and three updates. Nothing is written, and no label is
     kept. Any key of the recipe can be set here, as in `bridle train`.
     """
     from bridle.recipes.dry_run import check as run
-    from bridle.recipes.recipe import load_recipe, parse_overrides
 
-    quiet_libraries()
-    run(load_recipe(recipe, parse_overrides(context.args)), say)
+    run(read_recipe(recipe, context), say)
 
 
 @app.command(
@@ -38,13 +33,13 @@ def check(
 )
 def train(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="YAML file: model, corpus, constraints, regularisers.")],
+    recipe: RecipeFile,
     output_dir: Annotated[
         Path | None, typer.Option("--output_dir", help="Where the run goes. [default: runs/NAME OF RECIPE]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")] = False,
     accept_changes: Annotated[
-        bool, typer.Option("--accept_changes", help="Go on although the recipe or its files have changed.")
+        bool, typer.Option("--accept_changes", help="Resume although the recipe or its files have changed.")
     ] = False,
 ) -> None:
     """Fine-tune a model as a recipe says.
@@ -54,13 +49,11 @@ def train(
     The folder then holds model/ and auxiliary/ (both loadable by from_pretrained), rollouts/, metrics.jsonl,
     recipe.yaml (as resolved) and environment.json (versions, git hash, seed).
     """
-    from bridle.recipes.recipe import load_recipe, parse_overrides
     from bridle.recipes.run import train as run
     from bridle.utils.distributed import is_main
 
-    quiet_libraries()
+    loaded = read_recipe(recipe, context)
     folder = output_dir or Path("runs") / recipe.stem
-    loaded = load_recipe(recipe, parse_overrides(context.args))
     if loaded.training.get("schedule") == "parallel":
         from bridle.recipes.ray_launcher import train_in_roles
 
@@ -68,4 +61,4 @@ def train(
     else:
         run(loaded, folder, resume=resume, accept_changes=accept_changes)
     if is_main():
-        say(f"The model is in {folder / 'model'}, what was measured in {folder / 'metrics.jsonl'}.")
+        say(f"The model is in {folder / 'model'}, the metrics in {folder / 'metrics.jsonl'}.")

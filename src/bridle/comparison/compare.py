@@ -29,16 +29,14 @@ from bridle.comparison.methods import (
     rl_options,
     shapes,
 )
-from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
+from bridle.comparison.plan import Evaluation, evaluation_of
 from bridle.comparison.summary import comparisons, figures_of, first_completions, over_seeds
 from bridle.comparison.tracing import trace_guidance
 from bridle.errors import RunStopped, UserError, one_line
-from bridle.evaluation import ChatJudge, LocalJudge, read_results, win_rates, write_results
-from bridle.evaluation.judges import Judge
+from bridle.evaluation import read_results, win_rates, write_results
 from bridle.evaluation.observations import Observations
 from bridle.models.card import write_card
 from bridle.models.hub import without_token
-from bridle.models.loading import load_for_inference
 from bridle.recipes.inputs import check_inputs, write_inputs
 from bridle.recipes.recipe import Recipe, load_recipe
 from bridle.recipes.run import RECIPE_FILE, describe_run
@@ -197,7 +195,11 @@ class Comparison:
         try:
             candidate = self._candidate(name, seed)
             self.show(f"{name}, seed {seed}: measuring")
-            results = measure(candidate, self.plan, self.recipe, folder, seed)
+            base, dtype = self.recipe.model, self.recipe.dtype
+            results, observations = measure(
+                candidate.model, self.plan, guide=candidate.guide, base=base, dtype=dtype, seed=seed
+            )
+            observations.write(folder)
             self._write_card(name, seed, candidate, results)
             write_results(folder / RESULTS, self._hidden(results))  # last: it says that the run is complete
             (folder / FAILED).unlink(missing_ok=True)
@@ -330,17 +332,11 @@ class Comparison:
         verdicts = self.folder / "verdicts.jsonl"
         verdicts.unlink(missing_ok=True)  # they are added to
         try:
-            judge = _judge(options, self.recipe.dtype, self._hidden(options.model))
+            judge = options.judge(self.recipe.dtype, name=self._hidden(options.model))
             return {"win_rate": win_rates(prompts, said, judge, seed=self.seeds[0], keep=verdicts).to_json()}
         except Exception as error:
             self.show(f"no win rates: {_reason(error)}")
             return {"judge_failed": _reason(error)}
-
-
-def _judge(options: JudgeOptions, dtype: str, name: str) -> Judge:
-    if options.url is not None:
-        return ChatJudge(options.url, options.model, options.api_key_env, name=name)
-    return LocalJudge(*load_for_inference(options.model, dtype), name=name)
 
 
 def _section(key: str) -> str:

@@ -1,53 +1,67 @@
-"""Measuring one candidate on everything a plan names, through the same evaluator as `bridle evaluate`."""
+"""Measuring one model on everything a plan names: what `bridle evaluate` does, and `bridle compare` for each method."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from bridle.comparison.methods import Candidate
 from bridle.comparison.plan import Evaluation
 from bridle.data import texts_of
 from bridle.evaluation import FORMAT, Evaluator
+from bridle.evaluation.observations import Observations
 from bridle.models.guidance import guided
 from bridle.models.loading import load_for_inference
-from bridle.recipes.recipe import Recipe
 from bridle.utils.provenance import environment
 
 
-def measure(candidate: Candidate, plan: Evaluation, recipe: Recipe, folder: Path, seed: int) -> dict[str, Any]:
-    """A candidate's figures, in the format of `results.json`; what they were made from is written to `folder`.
+def measure(
+    model: str,
+    plan: Evaluation,
+    *,
+    guide: str | None = None,
+    guide_power: float = 1.0,
+    base: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    seed: int = 0,
+    show: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Any], Observations]:
+    """A model's figures, in the format of `results.json`, and the observations behind them.
 
     Args:
-        candidate: what is measured.
-        plan: on what.
-        recipe: its base model reads the completions, for their perplexity.
-        folder: where the observations go.
+        model: folder or hub name.
+        plan: what is measured.
+        guide: folder of an auxiliary that guides sampling.
+        guide_power: η.
+        base: the model under which the perplexity of the completions is measured; not measured if not given.
         seed: of sampling and bootstraps.
+        show: called with each figure.
+
+    Raises:
+        UserError: a model or a file cannot be used, or a prompt leaves no room for a completion.
     """
-    model, tokenizer = load_for_inference(candidate.model, recipe.dtype)
-    base = load_for_inference(recipe.model, recipe.dtype)
-    with guided(model, candidate.guide) as guide:
-        evaluator = Evaluator(model, tokenizer, guide, plan.batch_size, seed)
-        results: dict[str, Any] = {
-            "format": FORMAT,
-            "model": candidate.model,
-            "guide": candidate.guide,
-            "settings": {"samples": plan.samples, "max_new_tokens": plan.max_new_tokens},
-            "prompt_sets": {name: prompts.describe() for name, prompts in plan.prompts.items()},
-            "constraints": {name: constraint.describe() for name, constraint in plan.constraints.items()},
-        }
+    held_out = {name: texts_of(source) for name, source in plan.perplexity.items()}
+    lm, tokenizer = load_for_inference(model, dtype, device)
+    base_model = load_for_inference(base, dtype, device) if base else None
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "model": model,
+        "guide": guide,
+        "settings": {"samples": plan.samples, "max_new_tokens": plan.max_new_tokens, "guide_power": guide_power},
+        "prompt_sets": {name: prompts.describe() for name, prompts in plan.prompts.items()},
+        "constraints": {name: constraint.describe() for name, constraint in plan.constraints.items()},
+    }
+    with guided(lm, guide, guide_power) as guidance:
+        evaluator = Evaluator(lm, tokenizer, guidance, plan.batch_size, seed, show)
         results |= evaluator.generation(
             list(plan.prompts.values()),
             plan.constraints,
             samples=plan.samples,
             max_new_tokens=plan.max_new_tokens,
-            base=base,
+            base=base_model,
         )
-        held_out = {name: texts_of(source) for name, source in plan.perplexity.items()}
         results["perplexity"] = evaluator.perplexity(held_out)
         if plan.classification and plan.label:
             rows = plan.classification.test, plan.classification.validation
             results["classification"] = evaluator.classification(*rows, plan.label)
         if plan.tasks:
             results["tasks"] = evaluator.tasks(plan.tasks, task_data=plan.task_data, limit=plan.limit, shots=plan.shots)
-    evaluator.observations.write(folder)
-    return results | {"environment": environment(seed)}
+    return results | {"environment": environment(seed)}, evaluator.observations

@@ -22,7 +22,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from bridle.constraints import Constraint
 from bridle.data import DataSource, VerbalisedLabel
 from bridle.errors import UserError
-from bridle.evaluation import PromptSet, prompt_set
+from bridle.evaluation import ChatJudge, LocalJudge, PromptSet, prompt_set
+from bridle.evaluation.judges import Judge
+from bridle.models.loading import load_for_inference
 from bridle.recipes.recipe import Recipe
 from bridle.utils.settings import as_mapping, as_named, build, check_keys, known_name, validated
 
@@ -49,6 +51,16 @@ class JudgeOptions:
     def __post_init__(self) -> None:
         if self.api_key_env is not None and self.url is None:
             raise UserError("api_key_env: a local judge needs no key; give the url of an endpoint, or leave it out")
+
+    def judge(self, dtype: str, device: str | None = None, **options: Any) -> Judge:
+        """The judge, loaded if it is local; `options` are those of `LocalJudge`, and of `ChatJudge` the `name`.
+
+        Raises:
+            UserError: the model cannot be used, or the key is not set.
+        """
+        if self.url is not None:
+            return ChatJudge(self.url, self.model, self.api_key_env, name=options.get("name"))
+        return LocalJudge(*load_for_inference(self.model, dtype, device), **options)
 
 
 @dataclass

@@ -53,7 +53,6 @@ class Evaluator:
         *,
         samples: int,
         max_new_tokens: int,
-        prompt_tokens: int | None = None,
         base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
     ) -> dict[str, Any]:
         """The parts `generation` and `text` of the results.
@@ -63,12 +62,11 @@ class Evaluator:
             constraints: by name; each scores the same completions.
             samples: completions per prompt.
             max_new_tokens: maximal length of a completion.
-            prompt_tokens: length of the prompt at the start of each row; by default the set's own.
             base: model and tokenizer that measure the perplexity of the completions.
         """
         found, fluency = {}, {}
         for prompts in sets:
-            read = self.read(prompts, max_new_tokens, prompt_tokens)
+            read = self.read(prompts, max_new_tokens)
             ids = [prompt.ids for prompt in read]
             drawn = self.draw(ids, samples=samples, max_new_tokens=max_new_tokens)
             cut_before = {name: constraint.cut_texts() for name, constraint in constraints.items()}
@@ -89,13 +87,13 @@ class Evaluator:
                 self.show(f"perplexity of the completions under the base: {fluency[prompts.name]}")
         return generation_parts(found, fluency)
 
-    def read(self, prompts: PromptSet, max_new_tokens: int, prompt_tokens: int | None = None) -> list[Prompt]:
+    def read(self, prompts: PromptSet, max_new_tokens: int) -> list[Prompt]:
         """Reads the prompts of a set; a `UserError` names one that leaves no room for the new tokens."""
         return read_prompts(
             prompts.source,
             self.tokenizer,
             max_prompt_tokens=self._room(max_new_tokens),
-            prefix_tokens=prompt_tokens or prompts.prompt_tokens,
+            prefix_tokens=prompts.prompt_tokens,
         )
 
     def prompt(self, text: str, max_new_tokens: int) -> Prompt:
