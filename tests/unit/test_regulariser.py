@@ -151,7 +151,8 @@ class TestRound:
         end = held.tokenizer.eos_token_id
         likely = 3.0 * torch.nn.functional.one_hot(torch.tensor(end), len(held.tokenizer))
         held.model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits + likely)
-        held.update(1)
+        measured = held.update(1)
+        assert all(0 <= measured[f"seconds_{phase}"] < 600 for phase in ("sampling", "scoring", "fitting"))
         assert {one.finished for one in held.rollouts} == {True, False}
         for one in held.rollouts:
             assert one.finished == (one.completion_ids[-1] == end)

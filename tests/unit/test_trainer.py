@@ -6,18 +6,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from bridle.data import Rollout
 from bridle.errors import UserError
 from bridle.training import trainer as module
-from bridle.training.batches import NO_DOMAIN, Prefixes
+from bridle.training.batches import NO_DOMAIN, Prefixes, append_rollouts
 from bridle.training.config import Regulariser
 from bridle.training.trainer import ConstrainedTrainer
 from trainers import NO_E, trainer_of
 
 EVERYWHERE = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+
+
+def rollout(prompt, completion):
+    known = {"prompt": "", "completion": "", "round": 1, "regulariser": "rude", "model_hash": "", "constraint": ""}
+    return Rollout(prompt_ids=prompt, completion_ids=completion, **known)
 
 
 def refused(said):
@@ -149,8 +155,7 @@ class TestPrefixes:
     def test_as_many_rollouts_ride_along_as_a_batch_has_rows(self, trainer, on):
         made = trainer(on)
         (regulariser,) = made.regularisers
-        known = {"prompt": "", "completion": "", "round": 1, "regulariser": "", "model_hash": "", "constraint": ""}
-        regulariser.rollouts = [Rollout(prompt_ids=[1, 5], completion_ids=[n] * n, **known) for n in range(1, 6)]
+        regulariser.rollouts = [rollout([1, 5], [number] * number) for number in range(1, 6)]
         batches = [self.batch[:2], self.batch[:1], self.batch[:3]]
         riders = list(made._share_rollouts(batches))
         if on == "corpus":
@@ -162,3 +167,62 @@ class TestPrefixes:
         assert made._total_train_tokens == 7 + 3 + 11 + (0 if on == "corpus" else 6 + 3 * 2)
         regulariser.is_fitted = False
         assert list(made._share_rollouts(batches)) == [[], [], []]
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
+@pytest.mark.parametrize("accumulated", [False, True])
+class TestLoss:
+    """Corpus rows and rollouts of one batch, with a target q that is known at every prefix."""
+
+    @pytest.fixture
+    def trainer(self, tiny_folder, tmp_path, loss_type):
+        held = {"rude": Regulariser(NO_E, on="both", anchor="previous", weight=3.0)}
+        made = trainer_of(tiny_folder(), tmp_path, held, loss_type=loss_type, pad_to_multiple_of=4)
+        regulariser = made.regularisers[0]
+        regulariser.is_fitted = True
+        regulariser.rollouts = [rollout([1, 5, 9], [3, 4, 2]), rollout([1, 7], [8])]
+        regulariser.reaches = lambda mask: np.arange(mask.shape[1]) >= 2
+        return made
+
+    def test_each_term_is_a_mean_over_its_own_tokens(self, trainer, accumulated):
+        (regulariser,) = trainer.regularisers
+        rows = [trainer.train_dataset[index] for index in range(6)]
+        assert {row["domain"] for row in rows} == {0, 1}
+        corpus = trainer.data_collator(rows)
+        inputs = append_rollouts(corpus, regulariser.rollouts, 0, trainer.processing_class.pad_token_id)
+        ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
+        trained_on = torch.from_numpy(inputs["prefixes"].of_the_corpus)
+        rude = torch.tensor([row["domain"] == 1 for row in rows] + [False] * 2)
+        on_corpus = trained_on & rude[:, None] & (torch.arange(ids.shape[1] - 1) >= 2)
+        on_rollouts = torch.from_numpy(inputs["prefixes"].mask) & (torch.arange(8) >= 6)[:, None]
+        log_q = torch.randn(*ids[:, 1:].shape, len(trainer.processing_class)).log_softmax(-1)
+        regulariser.target = lambda _, __, ___, mask: lambda which, logits: log_q[torch.from_numpy(mask)][which]
+        tokens, sampled = int(trained_on.sum()), 4
+        items = None
+        if accumulated:  # over two batches
+            items, trainer._sampled = torch.tensor(2 * tokens), {0: 2 * sampled}
+        model = trainer.model.train()
+        loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
+
+        log_p = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].log_softmax(-1)
+        ce = F.nll_loss(log_p[trained_on], ids[:, 1:][trained_on], reduction="sum")
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+        times = 2 if accumulated else 1
+        expected = (ce + 3 * kl[on_corpus].sum()) / (times * tokens) + 3 * kl[on_rollouts].sum() / (times * sampled)
+        torch.testing.assert_close(loss, expected)
+        weight = model.get_output_embeddings().weight
+        ours, theirs = (torch.autograd.grad(part, weight)[0] for part in (loss, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        measured = trainer.tally.since_last_log()
+        assert measured["ce"] == pytest.approx(ce.item() / tokens, rel=1e-5)
+        assert measured["kl/rude"] == pytest.approx(kl[on_corpus | on_rollouts].mean().item(), rel=1e-5)
+        if trainer.args.loss_type == "nll":
+            entropy = -(log_p.exp() * log_p).sum(-1)[trained_on].mean()
+            assert measured["entropy"] == pytest.approx(entropy.item(), rel=1e-5)
+            right = (log_p.argmax(-1) == ids[:, 1:])[trained_on].float().mean()
+            assert measured["mean_token_accuracy"] == pytest.approx(right.item(), abs=1e-6)
+
+        without = {key: part for key, part in corpus.items() if key != "prefixes"}
+        plain = trainer.compute_loss(model.eval(), dict(without), num_items_in_batch=items)
+        torch.testing.assert_close(plain, ce.detach() / (times * tokens), rtol=1e-4, atol=0)
+        assert torch.equal(trainer.compute_loss(model, dict(corpus), num_items_in_batch=items), plain)
