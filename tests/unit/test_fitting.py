@@ -1,5 +1,7 @@
 """Fitting R on labelled samples, against the equations one sample at a time."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,6 +142,14 @@ class TestLosses:
         fit(auxiliary, model, encode(model, ROLLOUTS, 0), epochs=1, consistency_weight=100.0, **STANDING_STILL)
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in auxiliary.parameters()])
         assert norm.item() == pytest.approx(1.0, rel=1e-4)
+
+    def test_steps_that_are_not_finite_are_skipped_and_counted(self, model, auxiliary):
+        before = auxiliary.head.weight.detach().clone()
+        auxiliary.value.weight.register_hook(lambda gradient: gradient * math.nan)
+        report = fit(auxiliary, model, encode(model, ROLLOUTS, 0), epochs=3, batch_size=5, validation_share=0.0)
+        assert report["r_steps_skipped"] == 3
+        assert report["r_bce"] is report["r_consistency"] is None
+        torch.testing.assert_close(auxiliary.head.weight, before, rtol=1e-4, atol=0)  # but for the decay
 
     def test_a_quarter_of_the_rows_pays_for_the_whole_vocabulary(self, model, auxiliary):
         examples, seen = encode(model, ROLLOUTS + ROLLOUTS[:4], 0), []
