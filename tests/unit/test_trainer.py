@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, get_peft_model
 
@@ -14,7 +13,7 @@ from bridle.data import Rollout
 from bridle.errors import UserError
 from bridle.training import trainer as module
 from bridle.training.batches import NO_DOMAIN, Prefixes, append_rollouts
-from bridle.training.config import Regulariser
+from bridle.training.config import EvalOptions, Regulariser
 from bridle.training.trainer import ConstrainedTrainer
 from trainers import NO_E, trainer_of
 
@@ -169,7 +168,7 @@ class TestPrefixes:
         assert list(made._share_rollouts(batches)) == [[], [], []]
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("accumulated", [False, True])
 class TestLoss:
     """Corpus rows and rollouts of one batch, with a target q that is known at every prefix."""
@@ -188,6 +187,7 @@ class TestLoss:
         (regulariser,) = trainer.regularisers
         rows = [trainer.train_dataset[index] for index in range(6)]
         assert {row["domain"] for row in rows} == {0, 1}
+        rows[0]["input_ids"][3] = rows[0]["labels"][3] = 0  # also a token to learn
         corpus = trainer.data_collator(rows)
         inputs = append_rollouts(corpus, regulariser.rollouts, 0, trainer.processing_class.pad_token_id)
         ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
@@ -205,7 +205,9 @@ class TestLoss:
         loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
 
         log_p = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].log_softmax(-1)
-        ce = F.nll_loss(log_p[trained_on], ids[:, 1:][trained_on], reduction="sum")
+        of_targets = log_p.gather(-1, ids[:, 1:, None])[..., 0][trained_on]
+        by = of_targets.exp().detach() if trainer.args.loss_type == "dft" else 1.0  # dynamic fine-tuning's weights
+        ce = -(by * of_targets).sum()
         kl = (log_q.exp() * (log_q - log_p)).sum(-1)
         times = 2 if accumulated else 1
         expected = (ce + 3 * kl[on_corpus].sum()) / (times * tokens) + 3 * kl[on_rollouts].sum() / (times * sampled)
@@ -226,3 +228,60 @@ class TestLoss:
         plain = trainer.compute_loss(model.eval(), dict(without), num_items_in_batch=items)
         torch.testing.assert_close(plain, ce.detach() / (times * tokens), rtol=1e-4, atol=0)
         assert torch.equal(trainer.compute_loss(model, dict(corpus), num_items_in_batch=items), plain)
+
+        if trainer.args.loss_type == "nll":
+            trainer._loss_scale = lambda items: 6  # as one of six processes whose gradients are averaged
+            scaled = trainer.compute_loss(model.train(), dict(inputs), num_items_in_batch=items)
+            torch.testing.assert_close(scaled, 6 * expected)
+        regulariser.options.weight = 3e38
+        infinite = trainer.compute_loss(model.train(), dict(inputs), num_items_in_batch=items)
+        assert infinite.isnan(), "so that all processes skip the update"
+
+
+@pytest.mark.parametrize(
+    ("counts", "sharded", "active", "asked"),
+    [(True, False, True, True), (False, False, True, False), (False, True, True, True), (False, True, False, False)],
+)
+def test_a_regulariser_is_asked_where_it_looks_and_an_anchor_in_shards_always(counts, sharded, active, asked):
+    target = lambda *_: "q"  # noqa: E731
+    options = SimpleNamespace(weight=2.0)
+    regulariser = SimpleNamespace(index=0, name="rude", active=active, options=options, target=target)
+    trainer = SimpleNamespace(regularisers=[regulariser], is_fsdp_enabled=sharded, _sampled={})
+    batch = Prefixes(np.array([0]), np.array([-1]), np.ones((1, 3), dtype=bool), np.array([4]))
+    mask = np.array([[False, counts, False]])
+    inputs = {"input_ids": torch.ones(1, 4), "attention_mask": torch.ones(1, 4)}
+    seen = np.array([[True, True, False]])
+    found = ConstrainedTrainer._divergences(trainer, torch.zeros(1, 4, 2), inputs, batch, [mask], seen, torch.tensor(3))
+    assert [(one.positions.tolist(), one.weights.tolist()) for one in found] == (
+        [([1] * counts, [2.0] * counts)] if asked else []
+    )
+
+
+@pytest.mark.parametrize(("weights", "dropout"), [((0.0, 0.0), 0.2), ((0.5, 0.0), 0.0), ((1.0, 1.0), 0.0)])
+def test_dropout_stays_where_no_kl_pulls(tiny_folder, tmp_path, weights, dropout):
+    held = {name: Regulariser(NO_E, weight=weight) for name, weight in zip(("plain", "rude"), weights, strict=True)}
+    trainer = trainer_of(tiny_folder("gpt2", resid_pdrop=0.2), tmp_path, held)
+    assert trainer.model.transformer.h[0].mlp.dropout.p == dropout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"targets": "shipped"}, "set anchor: previous or initial"),
+        ({"targets": "computed"}, None),
+        ({"eval_strategy": "epoch"}, "there are no rows to evaluate on"),
+        ({"eval_on_start": True}, "there are no rows to evaluate on"),
+    ],
+)
+def test_options_that_do_not_go_together(tiny_folder, tmp_path, options, said):
+    with refused(said):
+        trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, **options)
+
+
+def test_an_evaluation_asks_the_constraints_of_their_own_domains(tiny_folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ConstrainedTrainer, "evaluate_on", lambda self, *given: asked.append(given[2:]))
+    held = {"rude": Regulariser(NO_E), "plain": Regulariser()}
+    trainer = trainer_of(tiny_folder(), tmp_path, held, eval_options=EvalOptions(share=0.2), eval_strategy="epoch")
+    assert asked == [(["rude"], [NO_E])]
+    assert set(trainer.eval_dataset) == {"plain", "rude"}
