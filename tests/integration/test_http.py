@@ -130,7 +130,7 @@ def test_a_server_that_asks_for_a_day_is_given_up(server, endpoint):
     endpoint = endpoint(concurrency=1)
     told, other = ask(endpoint, 1, 2)
     assert told.fault == "HTTP 429"
-    assert re.fullmatch(r"not asked, since the endpoint wants to be left alone for 86\d+ seconds", other.fault)
+    assert re.fullmatch(r"not sent: the endpoint asks for a pause of 86\d+ seconds", other.fault)
     assert endpoint.slept == []
     assert len(server.requests) == 1
 
@@ -165,8 +165,8 @@ def test_a_server_that_only_fails_is_left_alone(server, endpoint):
     server.answer = lambda request: error(500, "down")
     replies = ask(endpoint(retries=0, concurrency=1), *range(200))
     assert all(reply.fault for reply in replies)
-    why = f"{GIVE_UP_AFTER} requests in a row had failed; the last: HTTP 500"
-    assert replies[-1].fault == f"not asked, since {why}"
+    why = f"{GIVE_UP_AFTER} requests in a row have failed; the last: HTTP 500"
+    assert replies[-1].fault == f"not sent: {why}"
     assert GIVE_UP_AFTER <= len(server.requests) < 100
 
 

@@ -54,7 +54,7 @@ def test_it_stops_and_goes_on(train, server, tmp_path, stopped_in):
     failing = Scorer(server, patience=10 if stopped_in == 1 else len(first_round) + 3)
     code, _, err = train("stopped")
     assert code == 3
-    reason = r"(not asked, since \d+ requests in a row had failed; the last: )?HTTP 503"
+    reason = r"(not sent: \d+ requests in a row have failed; the last: )?HTTP 503"
     assert re.search(rf"rollouts got no score \(first reason: {reason}\); fix the constraint and resume", err)
     kept = rollouts(tmp_path / "stopped", stopped_in)
     assert len(kept) == 32

@@ -1,4 +1,4 @@
-"""A constraint that is a Hugging Face sequence classifier with a tokenizer of its own."""
+"""A constraint that is a Hugging Face sequence classifier with its own tokenizer."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bridle.constraints.base import Score, TextConstraint
-from bridle.constraints.deadline import TimedOut, within
+from bridle.constraints.deadline import TimedOut, batches, within
 from bridle.constraints.options import Probability, Text, cause, checked
 from bridle.constraints.reading import Messages, Reads, as_lines
 from bridle.errors import UserError
@@ -25,40 +25,38 @@ from bridle.utils.oom import RowLimit
 from bridle.utils.progress import Progress
 from bridle.utils.safe_loading import quiet_loading, refusal
 
-OVERLAP = 4  # a window shares one part in so many with the one before it
+OVERLAP = 4  # a window shares 1/OVERLAP of its tokens with the one before it
 
 logger = logging.getLogger(__name__)
 
 
 class Classifier(TextConstraint):
-    """Scores a text by the probability P(label) that any `AutoModelForSequenceClassification` gives it.
+    """Scores a text by the probability P(label) of any `AutoModelForSequenceClassification`.
 
-    The value is 1 − P(label) where the label means a violation, else P(label). P is a sigmoid for heads with
-    one logit and for multi-label heads, else a softmax. Weights are float32 on the CPU and as the checkpoint
-    stores them elsewhere; they come from safetensors only, and no code from the checkpoint is run.
+    The value is 1 − P(label) if the label means a violation, else P(label). P is a sigmoid for multi-label heads and
+    heads with one logit, else a softmax. Weights are float32 on the CPU and of the checkpoint's type elsewhere. They
+    are loaded from safetensors only, and no code of the checkpoint runs.
 
-    A text of more than `max_length` tokens, special tokens included, is scored in windows of that length, each with a
-    quarter of the one before it, and the window that complies least speaks for it. With `long_texts: truncate` only
-    one is scored: the beginning of a completion, or the end where the prompt is read too. `cut_texts` counts these. A
-    text without any token is missing. A chat is written by the tokenizer's chat template, or as lines "role: content"
-    if it has none.
+    A text of more than `max_length` tokens, special tokens included, is scored in windows of that length that overlap
+    by a quarter; the window that complies least counts. `long_texts: truncate` scores one window only: the beginning of
+    a completion, or the end if the prompt is read too; `cut_texts` counts these. A text without tokens is missing. A
+    chat becomes text by the tokenizer's chat template, or as lines "role: content" if it has none.
 
     Args:
-        model: a folder written by `save_pretrained`, or a name on the hub. It is loaded at the first use.
-        label: the label's name in the model's `id2label`.
+        model: a folder written by `save_pretrained`, or a name on the hub; loaded at the first use.
+        label: its name in the model's `id2label`.
         means: whether the label "violates" or "complies".
-        threshold: a text violates where P(label) > threshold, if the label means so; where the label means
-            "complies", a text violates where P(label) < threshold.
-        batch_size: texts in one forward pass, at most; fewer from where memory runs out.
-        device: e.g. "cpu" or "cuda:1"; a GPU if there is one, by default.
-        max_length: in tokens; what tokenizer and model take, by default.
-        name: how errors and tables call it; "FOLDER:LABEL" if not given.
+        threshold: a text violates if P(label) > threshold, or P(label) < threshold for a label that means "complies".
+        batch_size: most texts in one forward pass; halved if memory runs out.
+        device: e.g. "cpu" or "cuda:1"; a GPU by default if there is one.
+        max_length: in tokens; the limit of tokenizer and model by default.
+        name: "FOLDER:LABEL" by default.
         reads: see `Constraint`.
-        long_texts: score all of a text that is too long, in "windows", or "truncate" it.
-        timeout: seconds for a batch; after that its texts are missing.
+        long_texts: score long texts in "windows", or "truncate" them.
+        timeout: seconds for a batch, whose texts are missing after that.
 
     Raises:
-        UserError: from `load` and `score`: there is no such model, weight or label, or it is no classifier.
+        UserError: from `load` and `score`: there is no such model, weight or label, or it is not a classifier.
     """
 
     type_name = "classifier"
@@ -90,7 +88,7 @@ class Classifier(TextConstraint):
         """Loads tokenizer and network.
 
         Raises:
-            UserError: there is no such model, weight, label or device, or it is no classifier.
+            UserError: there is no such model, weight, label or device, or it is not a classifier.
         """
         if self._network is not None:
             return
@@ -108,11 +106,11 @@ class Classifier(TextConstraint):
         return self._cut
 
     def files(self) -> list[Path]:
-        """The model's folder, where it is one."""
+        """Returns the model's folder, if it is one."""
         return [Path(self.model)] if Path(self.model).is_dir() else []
 
     def identity(self) -> dict[str, Any]:
-        """With the time and size of each of the model's files, where it is a folder."""
+        """Returns the settings with the time and size of each file of the model's folder."""
         files = {path.name: path.stat() for path in sorted(Path(self.model).glob("*"))}
         stamps = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files.items()]
         return self._settings() | {"model": str(Path(self.model).absolute()) if files else self.model, "files": stamps}
@@ -133,7 +131,7 @@ class Classifier(TextConstraint):
                 progress.update(len(batch))
         return [_worst(of_text) for of_text in scores]
 
-    def _in_time(self, columns: dict[str, list[list[int]]], batch: list[int]) -> list[Score]:
+    def _in_time(self, columns: dict[str, list[list[int]]], batch: Sequence[int]) -> list[Score]:
         """Returns the scores of a batch of windows."""
         run = partial(self._rows.run, partial(self._probabilities, columns), batch)
         try:
@@ -147,17 +145,17 @@ class Classifier(TextConstraint):
             return as_lines(messages)
         try:
             written: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # whatever the template raises
+        except Exception as error:  # a template may raise anything
             raise UserError(
                 f"constraint '{self.name}': its chat template refuses these messages: {cause(error)}"
             ) from error
-        # what the template begins with comes a second time where the tokenizer adds it
+        # the tokenizer may add the template's first token a second time
         bos = self._tokenizer.bos_token
         adds_bos = bos is not None and self._tokenizer("").input_ids[:1] == [self._tokenizer.bos_token_id]
         return written.removeprefix(bos) if adds_bos else written
 
     def _tokenize(self, texts: list[str]) -> tuple[dict[str, list[list[int]]], list[int]]:
-        """Returns the network's inputs, each a list of whole numbers for every window, and the windows' texts."""
+        """Returns the network's inputs, each with a list of numbers for every window, and each window's text index."""
         texts = [_without_lone_surrogates(text) for text in texts]
         columns = self._tokenizer(texts, truncation=False, padding=False, verbose=False)
         too_long = sum(len(ids) > self._limit for ids in columns["input_ids"])
@@ -175,24 +173,20 @@ class Classifier(TextConstraint):
             )
             texts_of = columns["overflow_to_sample_mapping"]
         elif too_long:
-            self._warn_of_cutting(too_long, len(texts))
+            if not self._cut:
+                logger.warning(
+                    "constraint '%s': scores %d of %d texts in part, as they have more than %d tokens; "
+                    "long_texts: windows scores them whole",
+                    *(self.name, too_long, len(texts), self._limit),
+                )
+            self._cut += too_long
             columns = self._tokenizer(texts, truncation=True, padding=False, max_length=self._limit)
         known = signature(self._network.forward).parameters
         return {key: column for key, column in columns.items() if key in known}, texts_of
 
-    def _warn_of_cutting(self, too_long: int, count: int) -> None:
-        """Counts, and warns the first time."""
-        if not self._cut:
-            logger.warning(
-                "constraint '%s': scores %d of %d texts in part, as they have more than %d tokens; "
-                "long_texts: windows scores them whole",
-                *(self.name, too_long, count, self._limit),
-            )
-        self._cut += too_long
-
     @torch.inference_mode()
-    def _probabilities(self, columns: dict[str, list[list[int]]], batch: list[int]) -> list[float]:
-        """Returns P(label) for the texts of a batch, which have one length: inputs are [batch, tokens]."""
+    def _probabilities(self, columns: dict[str, list[list[int]]], batch: Sequence[int]) -> list[float]:
+        """Returns P(label) for a batch of windows of one length; the inputs are [batch, tokens]."""
         inputs = {
             key: torch.tensor([column[index] for index in batch], device=self._network.device)
             for key, column in columns.items()
@@ -206,21 +200,19 @@ class Classifier(TextConstraint):
         return Score(probability, not probability < self.threshold)
 
 
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yields the indices of texts of one length, the longest first; texts without tokens are left out.
+def _batches(lengths: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Yields batches of indices of texts of one length, the longest first, without texts of no tokens.
 
-    Nothing is padded, so a score does not hang on its neighbours, any pooling works on either side, and no
-    pad token is needed. The price is at most one batch more for every distinct length.
+    Without padding a score does not depend on the batch, any pooling works on either side, and no pad token is
+    needed. It costs at most one more batch for each distinct length.
     """
-    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for length, group in groupby(longest_first, key=lambda index: lengths[index]):
-        indices = list(group) if length else []
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
+    longest_first = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
+    for _, group in groupby(longest_first, key=lambda index: lengths[index]):
+        yield from batches([*group], size)
 
 
 def _worst(windows: list[Score]) -> Score:
-    """The score of a text: that of its window that complies least, or missing where one is."""
+    """Returns the score of a text's window that complies least; missing if one of its windows is."""
     missing = next((score for score in windows if score.is_missing), None)
     if missing or not windows:
         return missing or Score.missing("the text has no token")
@@ -233,12 +225,12 @@ def _activation(config: Any, logits: Tensor) -> Tensor:
 
 
 def _without_lone_surrogates(text: str) -> str:
-    """Replaces halves of characters, which JSON can hold but tokenizers refuse, by U+FFFD."""
+    """Replaces lone surrogates, which JSON can hold but tokenizers refuse, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _load_network(where: str, model: str, device: str) -> Any:
-    """Returns the classifier on its device, every weight of it from the checkpoint."""
+    """Returns the classifier on its device, with every weight from the checkpoint."""
     network, info = _from_pretrained(
         f"{where}: cannot load its network",
         AutoModelForSequenceClassification,
@@ -250,11 +242,11 @@ def _load_network(where: str, model: str, device: str) -> Any:
         output_loading_info=True,
     )
     unfit = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
-    if unfit:  # transformers fills them with random numbers
-        raise UserError(f"{where}: is no whole classifier: '{unfit[0]}' is missing or of another shape")
+    if unfit:  # transformers initialises them at random
+        raise UserError(f"{where}: is not a complete classifier: '{unfit[0]}' is missing or of another shape")
     text_config = network.config.get_text_config()
     if getattr(text_config, "pad_token_id", None) is None:
-        text_config.pad_token_id = -1  # matches no token: decoders look for the last one that is not padding
+        text_config.pad_token_id = -1  # matches no token: decoders look for the last non-padding one
     return network.eval()
 
 
@@ -262,7 +254,7 @@ def _load_tokenizer(where: str, model: str, truncation_side: str) -> Any:
     tokenizer = _from_pretrained(
         f"{where}: cannot load its tokenizer", AutoTokenizer, model, truncation_side=truncation_side
     )
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers, where there is no file
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up if there is no file
         raise UserError(f"{where}: cannot load its tokenizer: no vocabulary is saved beside the weights")
     return tokenizer
 
@@ -273,7 +265,7 @@ def _from_pretrained(failure: str, auto_class: Any, model: str, **options: Any) 
             return auto_class.from_pretrained(
                 model, local_files_only=os.path.isdir(model), trust_remote_code=False, **options
             )
-    except Exception as error:  # transformers and its file formats raise nearly anything on a broken folder
+    except Exception as error:  # a broken folder may raise anything
         raise UserError(f"{failure}: {refusal(model, error) or cause(error)}") from error
 
 
@@ -285,7 +277,7 @@ def _index(where: str, network: Any, label: str) -> int:
 
 
 def _token_limit(where: str, tokenizer: Any, network: nn.Module, max_length: int | None) -> float:
-    """Returns the largest number of tokens to score: `max_length`, or what tokenizer and network take."""
+    """Returns the most tokens to score: `max_length`, or the limit of tokenizer and network."""
     most: float = min(tokenizer.model_max_length, _positions(network))
     if max_length is None:
         return most
@@ -298,13 +290,13 @@ def _token_limit(where: str, tokenizer: Any, network: nn.Module, max_length: int
 def _positions(network: Any) -> float:
     limit: float = getattr(network.config.get_text_config(), "max_position_embeddings", None) or inf
     for name, module in network.named_modules():
-        # RoBERTa and its kin number positions from pad + 1 and count the rows so skipped: 514 for 512 tokens
+        # RoBERTa numbers positions from pad + 1 and counts the skipped rows: 514 for 512 tokens
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return limit - int(module.padding_idx) - 1
     return limit if limit > 0 else inf
 
 
 def _is_path(model: str) -> bool:
-    """Whether a name can only be a folder: looking for it on the hub would take long and say less."""
+    """Whether a name can only be a folder, so that the hub need not be asked."""
     hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
     return hub_name is None or os.path.exists(Path(model).parts[0])

@@ -1,4 +1,4 @@
-"""Scoring that takes too long is given up."""
+"""Time limits for scoring."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -8,21 +8,21 @@ from typing import TypeVar
 T = TypeVar("T")
 
 BATCH = 64
-"""Texts that a constraint without batches of its own scores within one `timeout`."""
+"""Texts in one `timeout` of a constraint without its own batch size."""
 
 
 class TimedOut(Exception):  # noqa: N818 - an event, as `RunStopped` is
-    """Work was not done in time. The message is the reason of the scores that are missing."""
+    """Work took too long. The message is the reason of the missing scores."""
 
     def __init__(self, seconds: float):
         super().__init__(f"timed out: {seconds:g} s are over for its batch")
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """Returns what `work` returns, or raises what it raises. It runs in a thread of its own.
+    """Runs `work` in a thread, and returns what it returns or raises what it raises.
 
     Raises:
-        TimedOut: it is not done in time. Nothing can stop a thread, so it goes on, and ends with the process at last.
+        TimedOut: it takes longer. The thread cannot be stopped; it ends with the process at the latest.
     """
     done: Future[T] = Future()
 
@@ -36,7 +36,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     try:
         return done.result(seconds)
     except TimeoutError:
-        if done.done():  # it is the work's own
+        if done.done():  # raised by the work itself
             raise
         raise TimedOut(seconds) from None
 

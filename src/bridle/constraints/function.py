@@ -1,4 +1,4 @@
-"""A constraint that is any Python function of the user's own."""
+"""A constraint that is the user's Python function."""
 
 import os
 import pkgutil
@@ -25,24 +25,23 @@ from bridle.utils.progress import Progress
 class PythonFunction(Constraint):
     """Calls a function on a list of texts.
 
-    The function returns one number in [0, 1] (1 complies, at least 0.5 counts as complying), bool, or None
-    (missing) for each text. It runs in a thread of its own, on a batch at a time. Its list is a copy, and where it
-    changes the current directory it is changed back.
+    The function returns one number in [0, 1] (1 complies; at least 0.5 counts as complying), bool, or None (missing)
+    for each text. It runs on one batch at a time, in a thread, on a copy of the list; a change of the current directory
+    is undone.
 
-    A function of one argument is given what `reads` names: texts, or for "chat" lists of messages. One of two is given
-    the prompts by themselves, and then the completions; the prompts are texts, or for "chat" lists of messages.
+    A function of one argument gets what `reads` names: texts, or lists of messages for "chat". A function of two gets
+    the prompts (texts, or lists of messages for "chat") and the completions.
 
     Args:
-        function: `module:function`, whose module is imported at the first use, from `sys.path` or the current
-            directory; or the function itself, from Python.
-        name: how errors and tables call it.
-        reads: what it is given.
+        function: `module:function`, imported at the first use from `sys.path` or the current directory; or, from
+            Python, the function itself.
+        name: "python:FUNCTION" by default.
+        reads: see `Constraint`.
         batch_size: texts in one call.
-        timeout: seconds for a call. After that its texts are missing, while its thread goes on: nothing can stop
-            it.
+        timeout: seconds for a call, whose texts are missing after that. Its thread cannot be stopped.
 
     Raises:
-        UserError: from `load` and `score`: it cannot be imported, is not callable, or fails on the texts; with the
+        UserError: from `load` and `score`: the function cannot be imported, is not callable, or fails; it names the
             file and line that failed.
     """
 
@@ -66,7 +65,7 @@ class PythonFunction(Constraint):
         """Imports the function.
 
         Raises:
-            UserError: it cannot be imported, or takes prompts although `reads` does not name them.
+            UserError: it cannot be imported, or takes prompts although `reads` is "completion".
         """
         if self._call is None:
             self._call = _import(self.function)
@@ -77,12 +76,12 @@ class PythonFunction(Constraint):
             )
 
     def identity(self) -> dict[str, Any]:
-        """As the function's module is written; what that imports is not looked at."""
+        """Returns the settings with a hash of the function's module, without what that imports."""
         module = [blake2b(file.read_bytes()).hexdigest() for file in self.files()]
         return self._settings() | {"module": module[0] if module else None}
 
     def files(self) -> list[Path]:
-        """The function's module; what that imports is not looked at."""
+        """Returns the function's module, without what that imports."""
         self.load()
         source = getattr(sys.modules.get(self.function.partition(":")[0]), "__file__", None)
         return [Path(source)] if source else []
@@ -106,12 +105,12 @@ class PythonFunction(Constraint):
         return self._called(outputs)
 
     def _called(self, *columns: list[Any]) -> list[Any]:
-        """Scores of all outputs: `columns` are the function's arguments."""
+        """Returns the scores of all outputs; `columns` are the function's arguments."""
         scores: list[Any] = []
         with Progress(f"scoring ({self.name})", len(columns[0]), "texts") as progress:
             for start in range(0, len(columns[0]), self.batch_size):
                 batch = [column[start : start + self.batch_size] for column in columns]
-                count = len(batch[0])  # the function may do what it likes with its lists
+                count = len(batch[0])  # the function may change its lists
                 try:
                     scores += self._listed(within(self.timeout, partial(self._call_once, batch)), count)
                 except TimedOut as late:
@@ -122,7 +121,7 @@ class PythonFunction(Constraint):
     def _call_once(self, columns: list[list[Any]]) -> Any:
         assert self._call is not None
         try:
-            with chdir(os.getcwd()):  # and back
+            with chdir(os.getcwd()):  # restores it
                 return self._call(*columns)
         except (Exception, SystemExit) as error:
             raise UserError(
@@ -132,27 +131,27 @@ class PythonFunction(Constraint):
 
 
 def _name_of(function: Callable) -> str:
-    """`module:function` of a function; of any other object that can be called, its class."""
+    """Returns `module:function`, with the class of a callable object as its function."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"
 
 
 def _place(error: BaseException, function: Callable) -> str:
-    """Where in the function's own file an error came up, since what that calls is seldom its author's."""
+    """Returns the line of an error in the function's own file, not in the libraries that it calls."""
     code = function if hasattr(function, "__code__") else type(function).__call__
     try:
         file = getsourcefile(code)
-    except TypeError:  # it is not written in Python
+    except TypeError:  # not written in Python
         return ""
     lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == file]
     return f" ({file}, line {lines[-1]})" if lines else ""
 
 
 def _takes_prompts(function: Callable) -> bool:
-    """Whether it cannot be called without a second argument."""
+    """Whether the function requires two arguments."""
     try:
         parameters = signature(function).parameters.values()
-    except (TypeError, ValueError):  # it is not written in Python
+    except (TypeError, ValueError):  # not written in Python
         return False
     positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is Parameter.empty for p in parameters) == 2
@@ -162,11 +161,11 @@ def _import(function: str) -> Callable:
     if ":" not in function:
         raise UserError(f"constraint 'python': '{function}' is not of the form module:function")
     if "" not in sys.path:
-        sys.path.append("")  # the current directory; for good, since the function may import more when called
+        sys.path.append("")  # the current directory stays on it: the function may import more when called
     try:
         with chdir(os.getcwd()):
             found = pkgutil.resolve_name(function)
-    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # an import may raise anything
         raise UserError(f"constraint 'python': cannot import {function}: {cause(error)}") from error
     if not callable(found):
         raise UserError(f"constraint 'python': {function} is a {type(found).__name__}, not a function")

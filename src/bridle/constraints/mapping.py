@@ -1,4 +1,4 @@
-"""Between texts and an endpoint's JSON: a request from a template, and numbers from a reply."""
+"""Maps texts to an endpoint's JSON request, and its reply to numbers."""
 
 import json
 import re
@@ -17,16 +17,16 @@ from bridle.constraints.reading import Messages
 from bridle.errors import UserError
 
 PLACEHOLDERS = ("{text}", "{texts}", "{messages}", "{prompt}", "{model}")
-MARKS = " \t\r\n*`\"'"  # what chat models put around an answer
+MARKS = " \t\r\n*`\"'"  # which chat models put around an answer
 YES_NO = {"yes": 1.0, "no": 0.0}
 
 
 @dataclass(frozen=True)
 class JsonMapping:
-    """From texts to a request, and from a reply to numbers. The attributes are options of `Remote`.
+    """Maps texts to a request and a reply to numbers. The attributes are options of `Remote`.
 
     Raises:
-        UserError: naming the option: one is missing, or they do not fit each other.
+        UserError: an option is missing, or options do not fit each other; it names the option.
     """
 
     body: dict[str, Any]
@@ -67,15 +67,15 @@ class JsonMapping:
 
     @property
     def takes_messages(self) -> bool:
-        """Whether the endpoint gets a chat as its messages."""
+        """Whether the request holds a chat's messages."""
         return "{messages}" in _strings(self.body)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the numbers; options that are not set are left out."""
+        """Returns the options that are set and decide the numbers."""
         return {key: value for key, value in vars(self).items() if value is not None and key != "batch_size"}
 
     def request(self, outputs: Sequence[str | Messages]) -> Any:
-        """The body for a batch of texts, or for one chat where it `takes_messages`, as a JSON value."""
+        """Returns the JSON body for a batch of texts, or for one chat if it `takes_messages`."""
         first = outputs[0]
         values = {"{text}": first, "{texts}": list(outputs), "{messages}": first, "{model}": self.model}
         if self.prompt is not None and isinstance(first, str):
@@ -83,7 +83,7 @@ class JsonMapping:
         return _filled(self.body, values)
 
     def read(self, reply: Any, count: int) -> list[Outcome]:
-        """What a reply to `count` texts says of each: a label, or the reason why it is none."""
+        """Returns the label of each of `count` texts, or the reason why it is missing."""
         entries = _search(self.items, reply) if self.items else [reply]
         if not isinstance(entries, list) or len(entries) != count:
             found = f"{len(entries)} entries" if isinstance(entries, list) else "no list of entries"
@@ -100,10 +100,10 @@ class JsonMapping:
 
 @dataclass(frozen=True)
 class Scale:
-    """What an endpoint's numbers mean. The attributes are options of `Remote`.
+    """The meaning of an endpoint's numbers. The attributes are options of `Remote`.
 
     Raises:
-        UserError: the range is none, or the threshold lies outside.
+        UserError: the range is empty, or the threshold lies outside.
     """
 
     range: tuple[float, float] = (0.0, 1.0)
@@ -123,28 +123,26 @@ class Scale:
         return sum(self.range) / 2 if self.threshold is None else self.threshold
 
     def settings(self) -> dict[str, Any]:
-        """All options, as JSON values."""
+        """Returns all options as JSON values."""
         return {"range": list(self.range), "violates": self.violates, "threshold": self.limit}
 
     def checked(self, outcome: Outcome) -> Outcome:
-        """The outcome, or the reason why a label is none on this scale."""
+        """Returns the outcome, or a reason for a label outside the range."""
         low, high = self.range
         if isinstance(outcome, str) or all(low <= number <= high for number in outcome):
             return outcome
         return f"the reply's score is not in [{low:g}, {high:g}]"
 
     def score(self, label: Label) -> Score:
-        """The number nearest to a violation, as a degree of compliance."""
+        """Returns the degree of compliance of the number nearest to a violation."""
         low, high = self.range
         if self.violates == "high":
-            worst = max(label)
-            return Score((high - worst) / (high - low), not worst > self.limit)
-        worst = min(label)
-        return Score((worst - low) / (high - low), not worst < self.limit)
+            return Score((high - max(label)) / (high - low), max(label) <= self.limit)
+        return Score((min(label) - low) / (high - low), min(label) >= self.limit)
 
 
 def _kind(found: Any) -> str:
-    """What an answer is, and not what it says: it may say anything."""
+    """Describes an answer's type without quoting it."""
     if found is None:
         return "null"
     kinds = {bool: "true or false", str: "a text", list: "a list", dict: "a mapping"}
@@ -161,14 +159,14 @@ def _check_expression(key: str, expression: str) -> None:
     except (ArityError, UnknownFunctionError) as error:
         raise UserError(f"{key}: {cause(error)}") from error
     except JMESPathError:
-        return  # an empty reply is no reply
+        return  # an empty reply need not fit
 
 
 def _search(expression: str, value: Any) -> Any:
     try:
         return jmespath.search(expression, value)
     except (JMESPathError, ArithmeticError, TypeError, RecursionError):
-        return None  # the reply has another shape
+        return None  # the reply has another structure
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -193,7 +191,7 @@ def _filled(template: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _number(answer: Any, kind: str) -> float | None:
-    """The number that an answer says, strictly; None where it says none."""
+    """Parses an answer strictly; None if it is not of its kind."""
     said = answer
     if isinstance(answer, str):
         said = answer.strip(MARKS).removesuffix(".").strip(MARKS).lower()

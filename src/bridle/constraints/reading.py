@@ -1,28 +1,25 @@
-"""What a constraint may read beside a completion: its prompt, as text or as the turns of a chat."""
+"""The prompt that a constraint reads with a completion: text, or the messages of a chat."""
 
 from typing import Any, Literal
 
 Messages = list[dict[str, Any]]
-"""A chat: {"role": ..., "content": ...} by turns."""
+"""A chat of {"role": ..., "content": ...}."""
 
 Given = str | Messages | None
-"""A prompt: text, the turns before the completion, or none."""
+"""A prompt: text, the messages before the completion, or none."""
 
 Reads = Literal["completion", "prompt+completion", "chat"]
 
 
 def turns_of(prompt: Given) -> Messages:
-    """Returns the turns of a prompt; one that is text becomes the user's."""
+    """Returns a prompt as messages; text becomes the user's."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}] if prompt else []
     return list(prompt or [])
 
 
 def conversation(prompt: Given, completion: str) -> Messages:
-    """Returns a chat that ends with the completion, the assistant's.
-
-    A prompt that ends with a turn of the assistant is continued there.
-    """
+    """Returns a chat that ends with the completion, as the assistant's message or appended to the prompt's last one."""
     turns = turns_of(prompt)
     begun = turns[-1] if turns and turns[-1]["role"] == "assistant" else {}
     if isinstance(begun.get("content"), str):
@@ -31,7 +28,7 @@ def conversation(prompt: Given, completion: str) -> Messages:
 
 
 def as_lines(messages: Messages) -> str:
-    """Returns a chat as text: "role: content", a turn a line; of content in parts, its text."""
+    """Returns a chat as lines "role: content", with the text of content in parts."""
     return "\n".join(f"{message['role']}: {_text(message.get('content'))}" for message in messages)
 
 

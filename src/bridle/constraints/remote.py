@@ -1,4 +1,4 @@
-"""A constraint that asks any HTTP scorer, by a small declarative mapping from texts to requests and back to numbers."""
+"""A constraint that asks an HTTP scorer, by a declarative mapping of texts to requests and of replies to numbers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -46,53 +46,53 @@ PRESETS: dict[str, dict[str, Any]] = {
         "requests_per_minute": 60.0,
     },
 }
-"""What each preset sets; every key can be set otherwise beside it. The key goes to the preset's own host alone."""
+"""The options of each preset, which given ones replace. Its API key goes to its own host alone."""
 
 DEFAULTS: dict[str, Any] = {"answer": "number", "batch_size": 1, "api_key_env": None, "api_key_header": "Authorization"}
 
 Outputs = Mapping[str, str | Messages]
-"""What is read of outputs, by a text that tells them apart."""
+"""What is read of outputs, by a text that identifies it."""
 
 
 class Remote(Constraint):
-    """Scores texts by what an HTTP endpoint answers.
+    """Scores texts by the answers of an HTTP endpoint.
 
-    `body` is sent with its placeholders replaced: "{text}" by a text, "{texts}" by a list of `batch_size` texts,
-    "{messages}" by the messages of a chat, "{prompt}" by `prompt` with the text in it, "{model}" by `model`. A
-    placeholder is a whole string of its own, and what replaces it is a JSON value; nothing is pasted. `items` and
-    `score` are JMESPath expressions: `items` finds the list in the reply that has one entry for each text, in their
-    order, and `score` the number in each entry, or the list of numbers of which the one nearest to a violation counts.
+    In `body`, placeholders are replaced: "{text}" by a text, "{texts}" by a list of `batch_size` texts, "{messages}" by
+    the messages of a chat, "{prompt}" by `prompt` with the text in it, "{model}" by `model`. A placeholder is a whole
+    string, and a JSON value replaces it. `items` and `score` are JMESPath expressions: `items` finds the list in the
+    reply with one entry for each text, in order, and `score` the number in an entry, or a list of numbers of which the
+    one nearest to a violation counts.
 
-    What is not a finite number in `range`, in a list as long as the batch, is missing: nothing else becomes a label.
-    A batch that the endpoint refuses is asked again text by text. Labels are kept in a `ScoreCache` as they come,
-    by text, body, `model`, `prompt`, `items`, `score`, `answer`, `url` and `version`.
+    Anything but a finite number in `range`, in a list as long as the batch, is missing. A batch that the endpoint
+    refuses is sent again text by text. Labels are stored in a `ScoreCache` as they arrive, by text, body, `model`,
+    `prompt`, `items`, `score`, `answer`, `url` and `version`.
 
     Args:
         preset: openai-moderation, openai-chat or perspective: sets what is not given; see `PRESETS`.
         url: where requests are posted.
-        model: as the endpoint calls it.
-        prompt: what a chat model is asked, with {text} in it.
+        model: the endpoint's name for it.
+        prompt: of a chat model, with {text} in it.
         body: the request.
-        items: where the entries are; the reply itself is the only one by default.
-        score: where the number is in an entry.
-        answer: what stands there: a JSON "number", or text that is one and nothing else; a "boolean"; or "yes-no",
-            text that is one of these words and nothing else. True and yes are 1.
-        range: the least and greatest possible score.
+        items: finds the entries; by default the reply is the only one.
+        score: finds the number in an entry.
+        answer: its form: a "number" or text that is one and nothing else; a "boolean"; or "yes-no", text that is one of
+            these words and nothing else. True and yes are 1.
+        range: the least and the greatest possible score.
         violates: whether a "high" or a "low" score means a violation.
         threshold: on the endpoint's scale; a text violates beyond it. The middle of `range` by default.
-        batch_size: texts in one request, where the body holds "{texts}".
-        version: anything; another version is another scorer to the cache.
-        cache: a file for `ScoreCache`; false for none, true for the default one.
-        name: how errors and tables call it; the preset or the URL if not given.
-        reads: see `Constraint`; a chat is sent as its messages where the body holds "{messages}", else as text.
-        api_key_env: environment variable whose key is sent to `url`. Not given, the preset's own key is sent to the
-            preset's own host, and none to any other.
+        batch_size: texts in one request, if the body holds "{texts}".
+        version: any value; the cache treats each version as another scorer.
+        cache: a file for `ScoreCache`; true for the default one, false for none.
+        name: the preset or the URL by default.
+        reads: see `Constraint`; a chat is sent as messages if the body holds "{messages}", else as text.
+        api_key_env: environment variable whose key is sent to `url`. By default the preset's key is sent to the
+            preset's host, and no key to any other.
         api_key_header, headers, timeout, retries, backoff, concurrency, requests_per_minute:
             as in `bridle.utils.http.Endpoint`.
 
     Raises:
-        UserError: an option is missing or wrong, or holds a key; from `load`, the key that would be sent is not set, or
-            the cache cannot be used; from `score`, the endpoint refuses the key or does not know the address.
+        UserError: an option is missing or wrong, or holds a key; from `load`, the key is not set, or the cache cannot
+            be used; from `score`, the endpoint refuses the key or does not know the address.
     """
 
     type_name = "remote"
@@ -146,10 +146,10 @@ class Remote(Constraint):
         self.name, self.cache = name or preset or self._endpoint.url, ScoreCache.of(cache)
 
     def load(self) -> None:
-        """Makes sure that the key is set, where one is needed, and opens the cache.
+        """Checks the key and opens the cache.
 
         Raises:
-            UserError: it is not, or the cache cannot be used.
+            UserError: the key is not set, or the cache cannot be used.
         """
         if self._endpoint.api_key_env and not self._endpoint.has_key:
             raise UserError(
@@ -160,7 +160,7 @@ class Remote(Constraint):
             self.cache.check()
 
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers. Range, direction and threshold only say what is made of them."""
+        """Returns what decides the endpoint's numbers; range, direction and threshold only interpret them."""
         asked = super()._settings() | {"url": self._endpoint.url, "headers": self._endpoint.headers}
         return asked | self._mapping.settings() | {"version": self.version}
 

@@ -1,4 +1,4 @@
-"""Constraints that need no model: a text complies when nothing in it matches."""
+"""Constraints without a model: a text complies if nothing in it matches."""
 
 import re
 import sys
@@ -19,14 +19,11 @@ from bridle.constraints.reading import Reads
 from bridle.errors import UserError
 from bridle.utils.progress import Progress
 
-SHORTEST = 1e-3  # seconds; a time-out of 0 is none
+SHORTEST = 1e-3  # seconds; a timeout of 0 would mean none
 
 
 class _Unmatched(TextConstraint):
-    """A text complies when an expression is found nowhere in it.
-
-    A batch of texts has `timeout` seconds; what is not searched by then is missing.
-    """
+    """Searches texts for an expression, each batch within `timeout` seconds; texts not searched by then are missing."""
 
     timeout: float
     _regex: regex.Pattern[str]
@@ -50,16 +47,16 @@ class _Unmatched(TextConstraint):
 
 
 class Regex(_Unmatched):
-    """A text complies when `pattern` is found nowhere in it.
+    """A text complies if `pattern` is found nowhere in it.
 
-    The syntax is Python's `re`, as the package `regex` has it. Flags are written in the pattern, e.g. `(?i)` for either
+    The syntax is that of the package `regex`, a superset of `re`; flags stand in the pattern, e.g. `(?i)` to ignore
     case.
 
     Args:
         pattern: the expression.
-        name: how errors and tables call it.
+        name: "regex:PATTERN" by default.
         reads: see `Constraint`.
-        timeout: seconds for a batch of texts; those that are not searched by then are missing.
+        timeout: seconds for a batch of 64 texts; those not searched by then are missing.
 
     Raises:
         UserError: the pattern cannot be compiled.
@@ -82,22 +79,22 @@ class Regex(_Unmatched):
 
 
 class WordList(_Unmatched):
-    """A text complies when it holds none of the words or phrases.
+    """A text complies if it holds none of the words or phrases.
 
-    Whole words only, in either case and any Unicode form: "grumble" is not found in "grumblefish", while
-    "STRASSE" is found as "straße". Any white space may stand between the words of a phrase. A word ends where
-    letters, digits, marks and underscores end, so in a script without spaces a `Regex` serves better.
+    Matches whole words only, in either case and any Unicode form: not "grumble" in "grumblefish", but "STRASSE" in
+    "straße". Any white space may separate the words of a phrase. A word ends where letters, digits, marks and
+    underscores end; for a script without spaces use `Regex`.
 
     Args:
-        words: the words, from any iterable but a single string.
-        file: instead of `words`, a UTF-8 file with one word or phrase a line. What follows a '#' at the start
-            of a line or after white space is a comment.
-        name: how errors and tables call it; "words" or the file's name if not given.
+        words: any iterable but a single string.
+        file: instead of `words`, a UTF-8 file with one word or phrase a line; a '#' at the start of a line or after
+            white space begins a comment.
+        name: the file's name or "words" by default.
         reads: see `Constraint`.
         timeout: as in `Regex`.
 
     Raises:
-        UserError: `words` and `file` are both given or neither, the file is unreadable, or there is no word.
+        UserError: not exactly one of `words` and `file` is given, the file is unreadable, or there is no word.
     """
 
     type_name = "words"
@@ -137,7 +134,7 @@ class WordList(_Unmatched):
 def _read_words(file: str | Path | None) -> list[str]:
     try:
         lines = Path(str(file)).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no possible path
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not a possible path
         raise UserError(f"constraint 'words': cannot read the file {file}: {cause(error)}") from error
     return [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in lines]
 
@@ -149,11 +146,11 @@ def _whole_words(words: list[str]) -> regex.Pattern[str]:
 
 
 def _fold(text: str) -> str:
-    """Returns the text with one form for every character, whatever its case, width or composition."""
+    """Normalises a text's case, width and composition."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 @cache
 def _marks() -> str:
-    """Combining marks: a part of the word in Unicode, but not of `re`'s \\w."""
+    """Returns the combining marks, which belong to a word in Unicode but not to `re`'s \\w."""
     return "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c).startswith("M"))

@@ -1,8 +1,7 @@
-"""JSON over HTTP, for whatever asks another machine: remote scorers and judges.
+"""JSON over HTTP for remote scorers and judges.
 
-A request that fails is sent again where that may help. What still fails is a `Reply` that says why; a fault never
-becomes a value. Nothing that the other machine wrote is quoted or logged: it has seen the key, and may send it back in
-any form.
+A request that fails is sent again where that may help. One that still fails is a `Reply` with a reason, never a value.
+Nothing of an answer's text is quoted or logged: the endpoint knows the key and may send it back in any form.
 """
 
 import json
@@ -28,12 +27,12 @@ from pydantic import SecretStr
 
 from bridle.errors import UserError, first_line
 
-LONGEST_BACKOFF, LONGEST_WAIT = 60.0, 600.0  # seconds: of our own accord, and because a server asked for it
+LONGEST_BACKOFF, LONGEST_WAIT = 60.0, 600.0  # seconds: between retries, and as a server asks
 LARGEST_REPLY = 2**24  # bytes
-GIVE_UP_AFTER = 20  # requests in a row that failed with all their retries: nobody is there
+GIVE_UP_AFTER = 20  # requests in a row that failed with all their retries
 
 DENIED = {401: "refuses the key", 403: "refuses the key", 404: "does not know this address or model"}
-"""Answers that no retry will change and that every other request would get too."""
+"""HTTP statuses that every further request would get too."""
 
 ERROR_CODES = {
     *("invalid_request_error", "authentication_error", "permission_error", "not_found_error", "rate_limit_error"),
@@ -44,12 +43,12 @@ ERROR_CODES = {
     *("INVALID_ARGUMENT", "FAILED_PRECONDITION", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED"),
     *("NOT_FOUND", "UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL"),
 }
-"""What an error may call itself to be quoted: codes and types of widespread interfaces."""
+"""The error codes and types of widespread interfaces, which alone are quoted."""
 
-for _library in ("httpx2", "httpcore2"):  # which log the words and headers of every answer
+for _library in ("httpx2", "httpcore2"):  # they log the headers of every answer
     logging.getLogger(_library).setLevel(logging.WARNING)
 
-SHORTEST_KEY = 8  # characters: local servers take any word, such as "EMPTY", that may well stand elsewhere
+SHORTEST_KEY = 8  # characters: local servers take any word, such as "EMPTY", which is no secret
 SECRET_NAME = re.compile(
     r"(?i)(.*[-_.])?(key|apikey|secret|password|authorization|signature)|((x|api|access|auth|session)[-_.]?)*(token|auth)"
 )
@@ -58,12 +57,12 @@ SECRET_VARIABLE = re.compile(r"(?i)(.*_)?(key|token|secret|password)")
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back.
+    """The answer to one request.
 
     Attributes:
-        value: the decoded JSON; None where there is none.
-        fault: why there is none, in one line without a word of the endpoint's own; "" where there is one.
-        status: of HTTP; 0 where nothing came.
+        value: the decoded JSON; None if there is none.
+        fault: why there is none, in one line without any of the endpoint's text; "" if there is one.
+        status: of HTTP; 0 if no answer came.
     """
 
     value: Any = None
@@ -72,39 +71,38 @@ class Reply:
 
     @property
     def may_pass(self) -> bool:
-        """Whether it is a fault that asking again may mend."""
+        """Whether the request failed in a way that a retry may fix."""
         broken = bool(self.fault) and 200 <= self.status < 300
         return broken or self.status in (0, 408, 429) or self.status >= 500
 
     @property
     def is_refused(self) -> bool:
-        """Whether the endpoint will not have this request, and may well have others."""
+        """Whether the endpoint refuses this request but may accept others."""
         return 400 <= self.status < 500 and not self.may_pass and self.status not in DENIED
 
 
 class Endpoint:
     """An address that takes JSON and answers with JSON.
 
-    Failures of the connection, answers 408, 429 and 5xx, and broken JSON are asked again with exponential back-off
-    and jitter; no request is begun before the time that a `Retry-After` has named. Redirects are not followed, since
-    they would carry the key elsewhere. Proxies are taken from the environment, but for addresses of this machine.
+    Failed connections, the statuses 408, 429 and 5xx, and broken JSON are retried with exponential back-off and jitter,
+    but not before the time that a `Retry-After` header names. Redirects are not followed, since they would carry the
+    key elsewhere. Proxies come from the environment, except for addresses of this host.
 
     Args:
         url: where requests are posted.
-        api_key_env: environment variable that holds the key; no key is sent where none is named, or it is not set.
-        api_key_header: header that carries the key; for "Authorization" as "Bearer KEY".
-        headers: further headers; none may hold a secret.
-        timeout: seconds to wait for a connection and for each part of an answer; an answer that trickles in is
-            given up after twice as long, at the latest.
-        retries: how often a failed request is sent again.
+        api_key_env: environment variable with the key; if it is None or not set, no key is sent.
+        api_key_header: header of the key; "Authorization" sends "Bearer KEY".
+        headers: further headers, without secrets.
+        timeout: seconds to wait for a connection and for each part of an answer, which may take twice as long in all.
+        retries: of a failed request.
         backoff: seconds before the first retry; they double with each, up to a minute.
-        concurrency: requests under way at a time.
-        requests_per_minute: sent through this object, retries included; None for no limit.
-        sleep: how to wait; tests need not.
+        concurrency: requests at a time.
+        requests_per_minute: of this object, with retries; None for no limit.
+        sleep: replaces waiting, for tests.
 
     Raises:
-        UserError: the URL is none, `api_key_env` cannot be a variable's name, its key cannot be sent or would be sent
-            unencrypted to another machine, or the URL or a header holds a secret.
+        UserError: the URL or the name in `api_key_env` is malformed, the key cannot be sent or would be sent
+            unencrypted to another host, or the URL or a header holds a secret.
     """
 
     def __init__(
@@ -122,39 +120,40 @@ class Endpoint:
         sleep: Callable[[float], object] | None = None,
     ):
         # Errors show the URL, so nothing in it may be a secret.
-        if not re.fullmatch(r"https?://[!-~]+", url) or re.search("[@#]", url) or not _is_url(url):
+        if not re.fullmatch(r"https?://[!-~]+", url) or re.search("[@#]", url) or not _host(url):
             raise UserError("url: must look like https://host/path, without a password")
         if api_key_env is not None and not re.fullmatch("[A-Z][A-Z0-9_]*", api_key_env):
             raise UserError(
                 "api_key_env: must be the name of an environment variable in capitals, such as OPENAI_API_KEY; "
                 "the key itself is never written down"
             )
-        if api_key_env is not None and url.startswith("http:") and not _is_this_machine(url):
+        if api_key_env is not None and url.startswith("http:") and not _is_local(url):
             raise UserError(
                 f"url: http would send the key in {api_key_env} for all to read; use https, which only an address of "
-                "this machine, such as localhost, can do without"
+                "this host, such as localhost, can do without"
             )
         self.url, self.api_key_env, self.api_key_header = url, api_key_env, api_key_header
         self.headers = dict(headers or {})
         self.timeout, self.retries, self.backoff, self.concurrency = timeout, retries, backoff, concurrency
         self.sleep = sleep
-        self._gate = _Gate(60 / requests_per_minute if requests_per_minute else 0.0)
+        self._limiter = _RateLimiter(60 / requests_per_minute if requests_per_minute else 0.0)
         named = self.headers | {api_key_header: ""}
         if not all(re.fullmatch("[!-9;-~]+: [ -~]*", f"{name}: {value}") for name, value in named.items()):
             raise UserError("headers: must be names and values in printable ASCII")
-        self._key()  # which may be none
+        self._key()  # raises if it cannot be sent
         self.refuse_secrets({"url": [url, dict(parse_qsl(urlsplit(url).query))], "headers": self.headers})
 
     @property
     def has_key(self) -> bool:
-        """Whether the variable with the key is set."""
+        """Whether the key's variable is set."""
         return bool(self._key())
 
     def refuse_secrets(self, value: Any, where: str = "") -> None:
-        """Makes sure that nothing in the settings of a recipe is a key.
+        """Checks that no setting of a recipe is a secret.
 
         Raises:
-            UserError: a string holds the key, or stands under the name of a secret; it does not quote it.
+            UserError: a string holds a secret of the environment, or its name is that of a secret; the message does
+                not quote it.
         """
         advice = "put it into an environment variable, and name that in api_key_env"
         if isinstance(value, Mapping):
@@ -173,7 +172,7 @@ class Endpoint:
     def ask(self, bodies: Sequence[Any]) -> Iterator[tuple[int, Reply]]:
         """Sends every body, several at a time.
 
-        Once the endpoint has refused the key, or `GIVE_UP_AFTER` requests in a row have failed, the rest is not sent.
+        Stops sending once the endpoint has refused the key, or `GIVE_UP_AFTER` requests in a row have failed.
 
         Yields:
             (the body's index, its reply), one for each body, as they come.
@@ -181,20 +180,20 @@ class Endpoint:
         Raises:
             UserError: after the last reply: the endpoint refuses the key or does not know the address.
         """
-        asking, failed, denied = _Asking(), 0, 0
+        stop, failed, denied = _Stop(), 0, 0
         with self._client() as client, ThreadPoolExecutor(self.concurrency) as pool:
-            futures = {pool.submit(self._ask, client, body, asking): index for index, body in enumerate(bodies)}
+            futures = {pool.submit(self._ask, client, body, stop): index for index, body in enumerate(bodies)}
             try:
                 for future in as_completed(futures):
                     reply = future.result()
                     failed = failed + 1 if reply.fault and reply.may_pass else 0
                     if failed == GIVE_UP_AFTER:
-                        asking.stop(f"not asked, since {failed} requests in a row had failed; the last: {reply.fault}")
+                        stop.because(f"not sent: {failed} requests in a row have failed; the last: {reply.fault}")
                     if reply.status in DENIED:
                         denied = reply.status
                     yield futures[future], reply
             finally:
-                asking.stop("interrupted")
+                stop.because("interrupted")
                 pool.shutdown(cancel_futures=True)
         if denied:
             key = f"the variable {self.api_key_env}" if self.api_key_env else "name a key's variable in api_key_env"
@@ -204,20 +203,20 @@ class Endpoint:
 
     def _client(self) -> httpx2.Client:
         timeout = httpx2.Timeout(self.timeout, pool=None)
-        return httpx2.Client(timeout=timeout, follow_redirects=False, trust_env=not _is_this_machine(self.url))
+        return httpx2.Client(timeout=timeout, follow_redirects=False, trust_env=not _is_local(self.url))
 
-    def _ask(self, client: httpx2.Client, body: Any, asking: "_Asking") -> Reply:
+    def _ask(self, client: httpx2.Client, body: Any, stop: "_Stop") -> Reply:
         reply = None
         for attempt in range(self.retries + 1):
-            if (closed := self._gate.closed_for()) > LONGEST_WAIT:
-                asking.stop(f"not asked, since the endpoint wants to be left alone for {closed:.0f} seconds")
-            if not asking.stopped.is_set() and (wait := max(self._backoff(attempt), self._gate.wait())) > 0:
-                (self.sleep or asking.stopped.wait)(wait)
-            if asking.stopped.is_set():
-                return reply or Reply(fault=asking.why)
+            if (pause := self._limiter.paused_for()) > LONGEST_WAIT:
+                stop.because(f"not sent: the endpoint asks for a pause of {pause:.0f} seconds")
+            if not stop.is_set() and (wait := max(self._backoff(attempt), self._limiter.reserve())) > 0:
+                (self.sleep or stop.wait)(wait)
+            if stop.is_set():
+                return reply or Reply(fault=stop.reason)
             reply = self._post(client, body)
             if reply.status in DENIED:
-                asking.stop(reply.fault)
+                stop.because(reply.fault)
             if not reply.may_pass:
                 break
         assert reply is not None
@@ -225,89 +224,90 @@ class Endpoint:
 
     def _backoff(self, attempt: int) -> float:
         longest = min(self.backoff * 2 ** (attempt - 1), LONGEST_BACKOFF) if attempt else 0.0
-        return longest * SystemRandom().uniform(0.5, 1.0)  # no state that runs or forks share
+        return longest * SystemRandom().uniform(0.5, 1.0)  # shares no state with the run or with forks
 
     def _post(self, client: httpx2.Client, body: Any) -> Reply:
         key = self._key().get_secret_value()
         bearer = "Bearer " if self.api_key_header.lower() == "authorization" else ""
         own = {"Content-Type": "application/json"} | ({self.api_key_header: bearer + key} if key else {})
-        # ASCII, in which lone surrogates are escaped: UTF-8 could not hold them
+        # ASCII escapes lone surrogates, which UTF-8 cannot encode
         request = client.build_request("POST", self.url, content=json.dumps(body), headers=self.headers | own)
         deadline, content = time.monotonic() + self.timeout, bytearray()
         try:
             with closing(client.send(request, stream=True)) as response:
-                self._gate.close(_seconds(response.headers.get("Retry-After")))
+                self._limiter.pause(_seconds(response.headers.get("Retry-After", "")))
                 for part in response.iter_bytes():
                     content += part
                     if time.monotonic() > deadline or len(content) > LARGEST_REPLY:
                         return Reply(fault="no answer: it came too slowly or was too large")
-        except (httpx2.NetworkError, httpx2.TimeoutException) as error:  # in the system's words
+        except (httpx2.NetworkError, httpx2.TimeoutException) as error:  # the system's message
             return Reply(fault=f"no answer: {first_line(error)}")
-        except httpx2.RequestError as error:  # it may quote the answer
+        except httpx2.RequestError as error:  # its message may quote the answer
             return Reply(fault=f"no answer: {type(error).__name__}")
-        return self._read(response.status_code, bytes(content))
-
-    def _read(self, status: int, content: bytes) -> Reply:
-        value, broken = _decoded(content)
-        if not 200 <= status < 300:
-            return Reply(fault=f"HTTP {status} {_error_code(value)}".strip(), status=status)
-        return Reply(fault="the answer is not JSON", status=status) if broken else Reply(value, status=status)
+        return _read(response.status_code, bytes(content))
 
     def _key(self) -> SecretStr:
-        """Read anew each time, so that no attribute holds it; empty where there is none."""
+        """Reads the key, so that no attribute holds it; "" if there is none."""
         key = os.environ.get(self.api_key_env or "", "").strip()
-        if not (key.isascii() and key.isprintable()):  # the HTTP client's own error would quote it
+        if not (key.isascii() and key.isprintable()):  # the HTTP client's error would quote it
             raise UserError(f"{self.api_key_env} holds characters that no key has; set it again")
         return SecretStr(key)
 
 
-class _Asking:
-    """Whether the requests of one call go on, and why not."""
+class _Stop(Event):
+    """Ends the requests of one call, for a reason."""
 
-    def __init__(self) -> None:
-        self.stopped, self.why = Event(), ""
+    reason = ""
 
-    def stop(self, why: str) -> None:
-        self.why = self.why or why
-        self.stopped.set()
+    def because(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self.set()
 
 
-class _Gate:
-    """When the next request may go: an interval after the last, and not before the time that the server named."""
+class _RateLimiter:
+    """Spaces requests by an interval in seconds, and holds them back while the server asks for a pause."""
 
     def __init__(self, interval: float):
         self.interval, self._lock = interval, Lock()
-        self._next, self._closed_until = 0.0, 0.0
+        self._next, self._paused_until = 0.0, 0.0
 
     def __reduce__(self) -> tuple:
-        return _Gate, (self.interval,)  # neither locks nor this clock mean anything in another process
+        return _RateLimiter, (self.interval,)  # another process has its own locks and clock
 
-    def wait(self) -> float:
-        """Seconds until the caller's own place in the line."""
+    def reserve(self) -> float:
+        """Reserves the next request, and returns how many seconds to wait for it."""
         with self._lock:
             now = time.monotonic()
-            place = max(now, self._next, self._closed_until)
-            self._next = place + self.interval
-            return place - now
+            start = max(now, self._next, self._paused_until)
+            self._next = start + self.interval
+            return start - now
 
-    def close(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> None:
         with self._lock:
-            self._closed_until = max(self._closed_until, time.monotonic() + seconds)
+            self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
-    def closed_for(self) -> float:
-        return self._closed_until - time.monotonic()
+    def paused_for(self) -> float:
+        return self._paused_until - time.monotonic()
 
 
 def same_origin(url: str, other: str) -> bool:
-    """Whether two URLs have scheme, host and port in common, so that what one may have the other has."""
-    if not (_is_url(url) and _is_url(other)):
+    """Whether two URLs share scheme, host and port."""
+    if not (_host(url) and _host(other)):
         return False
     one, two = httpx2.URL(url), httpx2.URL(other)
     return (one.scheme, one.host, one.port) == (two.scheme, two.host, two.port)
 
 
-def _is_this_machine(url: str) -> bool:
-    host = httpx2.URL(url).host
+def _host(url: str) -> str:
+    """Returns a URL's host, or "" if the URL is malformed."""
+    try:
+        return httpx2.URL(url).host
+    except httpx2.InvalidURL:
+        return ""
+
+
+def _is_local(url: str) -> bool:
+    host = _host(url)
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -319,41 +319,33 @@ def _holds(text: str, variable: str) -> bool:
     return len(secret) >= SHORTEST_KEY and secret in text
 
 
-def _is_url(url: str) -> bool:
+def _seconds(retry_after: str) -> float:
+    """Returns the seconds that a `Retry-After` header gives as a number or a date (RFC 9110, 10.2.3), or else 0."""
     try:
-        return bool(httpx2.URL(url).host)
-    except httpx2.InvalidURL:
-        return False
-
-
-def _seconds(retry_after: str | None) -> float:
-    """How long a `Retry-After` header asks to wait: a number of seconds or a date (RFC 9110, 10.2.3)."""
-    if retry_after is None:
-        return 0.0
-    if re.fullmatch(r"\s*[0-9]{1,9}\s*", retry_after):
-        return float(retry_after)
-    try:
+        if re.fullmatch(r"\s*[0-9]{1,9}\s*", retry_after):
+            return float(retry_after)
         return parsedate_to_datetime(retry_after).timestamp() - time.time()
     except (ValueError, OverflowError):
         return 0.0
 
 
-def _decoded(content: bytes) -> tuple[Any, bool]:
-    """The JSON value and whether it is none: NaN and numbers too large for a float are no JSON."""
+def _read(status: int, content: bytes) -> Reply:
+    """Decodes an answer. NaN and numbers too large for a float are not JSON."""
+    value, fault = None, ""
     try:
-        return json.loads(content, parse_constant=_finite, parse_float=_finite), False
+        value = json.loads(content, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
-        return None, True
+        fault = "the answer is not JSON"
+    if not 200 <= status < 300:
+        # the endpoint's name for the error, if it is a known one
+        named = jmespath.search("[error.code, error.type, error.status, error, code, type, status]", value) or []
+        code = next((name for name in named if isinstance(name, str) and name in ERROR_CODES), "")
+        return Reply(fault=f"HTTP {status} {code}".strip(), status=status)
+    return Reply(value, fault, status)
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
     if not isfinite(number):
-        raise ValueError(f"{digits} is no JSON number")
+        raise ValueError(f"{digits} is not a JSON number")
     return number
-
-
-def _error_code(value: Any) -> str:
-    """What the endpoint calls what went wrong, where it is a known name."""
-    named = jmespath.search("[error.code, error.type, error.status, error, code, type, status]", value) or []
-    return next((name for name in named if isinstance(name, str) and name in ERROR_CODES), "")

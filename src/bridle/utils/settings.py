@@ -1,4 +1,4 @@
-"""Reading settings of people: YAML files, dotted overrides, and dataclasses built from them with every mistake told."""
+"""Settings from YAML and dotted overrides, and dataclasses built from them, with errors that name the key."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,25 +14,26 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from bridle.errors import UserError, first_line
+from bridle.errors import UserError
+from bridle.utils.files import read_text
 
-LONGEST_NAME = 200  # bytes of a name in a file's name, which may have 255 in all
-MOST_VALUES = 100_000  # in a recipe, with its aliases written out
+LONGEST_NAME = 200  # bytes of a name within a file name, which may have 255
+MOST_VALUES = 100_000  # in a recipe with its aliases expanded
 
 CHECKED_STRICTLY = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
-"""How pydantic checks what people set."""
+"""How pydantic validates settings."""
 
 
 def build(cls: type, options: Any, where: str) -> Any:
-    """An instance of a dataclass from a mapping, mappings within it included, with every mistake told by its key.
+    """Builds a dataclass, and those within it, from a mapping.
 
     Args:
         cls: the dataclass; its `__post_init__` may raise a `UserError` that begins with the field's name.
-        options: the mapping, as YAML gives it.
-        where: what stands before the keys in errors, e.g. "corpus.toxigen".
+        options: the mapping from YAML.
+        where: stands before the keys in errors, e.g. "corpus.toxigen".
 
     Raises:
-        UserError: an unknown key (with the nearest known one), a missing one, or a value of the wrong kind.
+        UserError: a key is unknown (it names the nearest known one) or missing, or a value is wrong.
     """
     options = dict(as_mapping(options, where))
     hints = get_type_hints(cls, include_extras=True)
@@ -50,10 +51,10 @@ def build(cls: type, options: Any, where: str) -> Any:
 
 
 def validated(kind: Any, value: Any, where: str) -> Any:
-    """`value` as a type hint wants it: "3" as 3, a mapping as the dataclass it describes.
+    """Converts a value to a type hint: "3" to 3, a mapping to a dataclass.
 
     Raises:
-        UserError: it cannot be one; of a fixed set of words it names the nearest.
+        UserError: the value does not fit; it names the nearest of a fixed set of words.
     """
     options = (kind, *get_args(kind))
     if isinstance(value, bool) and bool not in options and Any not in options:
@@ -70,14 +71,14 @@ def validated(kind: Any, value: Any, where: str) -> Any:
 
 
 def check_fields(instance: Any, names: Iterable[str] | None = None) -> None:
-    """Reads a dataclass's fields as their type hints want them, as `validated`; for its `__post_init__`.
+    """Converts a dataclass's fields to their type hints, in place and as `validated`, for its `__post_init__`.
 
     Args:
-        instance: of the dataclass, changed in place.
-        names: the fields; all if not given.
+        instance: of the dataclass.
+        names: of the fields; all by default.
 
     Raises:
-        UserError: a value of the wrong kind; the message begins with the field's name.
+        UserError: a value does not fit; the message begins with the field's name.
     """
     hints = get_type_hints(type(instance), include_extras=True)
     for name in [f.name for f in fields(instance)] if names is None else names:
@@ -91,7 +92,7 @@ def check_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> 
 
 
 def known_name(name: Any, known: Iterable[str], where: str, what: str) -> None:
-    """Raises a UserError if `name` is none of the known ones: "corpus.wiki: there is no `what` ..."."""
+    """Raises a UserError unless `name` is known: "corpus.wiki: there is no `what` 'wiki'; did you mean ..."."""
     known = sorted(known)
     if name in known:
         return
@@ -101,10 +102,10 @@ def known_name(name: Any, known: Iterable[str], where: str, what: str) -> None:
 
 
 def as_mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """`value` if it is a mapping, an empty one for None.
+    """Returns a mapping as it is, and an empty one for None.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value is something else.
     """
     if value is None:
         return {}
@@ -114,20 +115,20 @@ def as_mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def as_named(value: Any, where: str) -> Mapping[str, Any]:
-    """`value` as a mapping whose keys are names: printable text on one line.
+    """Returns `as_mapping` if its keys are names: printable text on one line.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value is something else.
     """
     mapping = as_mapping(value, where)
     for name in mapping:
         if not (isinstance(name, str) and name.strip() and name.isprintable()):
-            raise UserError(f"{where}: {name!r} is no name; a name is printable text on one line, a number in quotes")
+            raise UserError(f"{where}: {name!r} is not a name: printable text on one line, with numbers in quotes")
     return mapping
 
 
 def check_file_name(name: str, where: str) -> None:
-    """Raises a UserError if a name cannot be part of a file's name, as a domain's is of its rollouts'."""
+    """Raises a UserError if a name cannot be part of a file name, as a domain's is of its rollouts file."""
     whole = name.isprintable() and not {"/", "\\"}.intersection(name) and 0 < len(name.encode()) <= LONGEST_NAME
     if not whole or not name.strip(". "):
         raise UserError(
@@ -137,7 +138,7 @@ def check_file_name(name: str, where: str) -> None:
 
 
 def different_keys(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> list[str]:
-    """The dotted keys, the outermost where one is missing, whose values differ."""
+    """Returns the dotted keys whose values differ; of a missing mapping, its own key alone."""
     found = []
     for key in sorted({*one, *other}):
         mine, theirs = one.get(key), other.get(key)
@@ -155,30 +156,30 @@ _NOT_JSON = {f"tag:yaml.org,2002:{tag}" for tag in ("binary", "timestamp", "omap
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that says what JSON can, with the scalars of YAML 1.2: 2e-5 is a number, and `on` and `no` are words.
+    """Safe YAML limited to the values of JSON, with the scalars of YAML 1.2: 2e-5 is a number, `on` and `no` are words.
 
-    A mapping has each key once, and aliases, which are written out when a recipe is read, stay within `MOST_VALUES`.
+    It refuses duplicate keys, and more than `MOST_VALUES` values with aliases expanded.
     """
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML defines it
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_JSON | {"tag:yaml.org,2002:bool"}]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    yaml_constructors = {  # noqa: RUF012 - PyYAML's own way
+    yaml_constructors = {  # noqa: RUF012 - as PyYAML defines it
         tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag not in _NOT_JSON
     }
 
     def __init__(self, stream: str):
         super().__init__(stream)
         self._values = 0
-        self._sizes: dict[yaml.Node, int] = {}  # of whole nodes, in values
+        self._sizes: dict[yaml.Node, int] = {}  # values in each finished node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         alias, before = self.check_event(yaml.AliasEvent), self._values
         node = super().compose_node(parent, index)
         assert node is not None
         if alias and node not in self._sizes:
-            raise ComposerError(None, None, "an alias stands within what it stands for", node.start_mark)
+            raise ComposerError(None, None, "an alias refers to the value that contains it", node.start_mark)
         self._values += self._sizes[node] if alias else 1
         self._sizes.setdefault(node, self._values - before)
         if self._values > MOST_VALUES:
@@ -190,7 +191,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if (key.tag, key.value) in seen:
-                raise ComposerError(None, None, f"the key {key.value!r} stands here twice", key.start_mark)
+                raise ComposerError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add((key.tag, key.value))
         return node
 
@@ -209,34 +210,30 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_finite)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Reads YAML safely; a UserError that begins with `where` if it is none."""
+    """Parses YAML safely; raises a UserError that begins with `where` if it is malformed."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers that are none, and nesting without end
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a malformed number
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe's mapping as it stands in the file.
+    """Reads a recipe's mapping as written.
 
     Raises:
-        UserError: the file cannot be read, or is no mapping.
+        UserError: the file cannot be read or is not a mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no possible path
-        raise UserError(f"{path}: cannot read the recipe: {first_line(error)}") from error
-    mapping = parse_yaml(text, str(path))
+    mapping = parse_yaml(read_text(path), str(path))
     if not isinstance(mapping, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     return mapping
 
 
 def set_dotted(mapping: dict[str, Any], dotted: str, value: Any) -> None:
-    """Sets `mapping[a][b][c]` for the key "a.b.c", making mappings on the way.
+    """Sets `mapping[a][b][c]` for the key "a.b.c", and creates missing mappings.
 
     Raises:
-        UserError: something on the way is there and no mapping.
+        UserError: a parent exists and is not a mapping.
     """
     *parents, last = dotted.split(".")
     for parent in parents:
