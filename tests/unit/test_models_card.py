@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from bridle.baselines.reinforcement import ReinforcementOptions
 from bridle.constraints import Constraint
-from bridle.models.card import public_name, told, write_card
+from bridle.models.card import public_name, setting_text, write_card
 
 RECIPE = {
     "model": "/srv/models/mini-en",
@@ -270,7 +270,8 @@ class TestSecrets:
         assert public_name("models/mini") == "mini"
 
     def test_settings_in_words(self):
-        assert told({"not": {"type": "words", "file": "/a/b.txt"}, "name": "x"}) == "not: type: words; file: b.txt"
+        constraint = {"not": {"type": "words", "file": "/a/b.txt"}, "name": "x"}
+        assert setting_text(constraint) == "not: type: words; file: b.txt"
 
 
 NASTY = "a\n---\n\n# \"Big\" 'name': | <b>x</b> ![i](u) `c` \x00\x1b\u202e {y: z} & $m$"

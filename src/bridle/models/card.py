@@ -1,7 +1,7 @@
-"""Model cards: the README.md beside a trained model, with the metadata header that the hub reads.
+"""Model cards: the README.md of a trained model, with the metadata header that the hub reads.
 
-What a recipe says is untrusted. In the text every value is escaped for Markdown, the header is dumped as YAML, only
-settings named here are told, and of a local path only its last part.
+A recipe is untrusted. The text escapes every value for Markdown, and the header is dumped as YAML. A card shows the
+settings named here and nothing else, and of a local path only the last part.
 """
 
 import math
@@ -36,11 +36,11 @@ SETTINGS = (
     # Of reinforcement learning:
     *("algorithm", "beta", "num_generations", "batch_size", "soft_reward", "max_completion_length"),
 )
-"""Keys of a recipe that a card tells, where they are set. What is not named here, a token say, is never told."""
+"""The keys of a recipe that a card shows, where they are set. Any other key, such as a token, never appears."""
 
 
 class Figure(NamedTuple):
-    """One measured number: its metric, in words and as an identifier, on what, and the estimate in JSON."""
+    """One measured number: its metric in words and as an identifier, what it was measured on, and the estimate."""
 
     words: str
     metric: str
@@ -60,32 +60,29 @@ def write_card(
     environment: Mapping[str, Any] | None = None,
     license: str | None = None,
 ) -> Path:
-    """Writes `README.md` into a model's folder, over any that stands there.
+    """Writes `README.md` into a model's folder, replacing one that is there, and returns its path.
 
     Args:
-        model_folder: what `save_pretrained` wrote: a whole model or an adapter.
-        recipe: what was done, as in a recipe file, with only what the method used: its constraints, say, but no
-            regularisers. A constraint may be one already. A domain without a `path` is named, and no more is told
-            of the data. Defaults that should be told must be written out.
+        model_folder: written by `save_pretrained`: a model or an adapter.
+        recipe: as in a recipe file, with only what the method used and with the defaults that the card should show.
+            A constraint may be a `Constraint`. Of a domain without a `path` only the name is shown.
         metrics: records of `metrics.jsonl`; those of rounds are read.
-        results: what was measured afterwards, in the format of `results.schema.json`.
-        method: what was done to the model, as a noun: "filtration and fine-tuning". If not given, constrained
-            fine-tuning, or fine-tuning where the recipe has no regularisers.
-        description: one sentence on how the method held the outputs to the constraint; made from `recipe` if not given.
+        results: measured afterwards, in the format of `results.schema.json`.
+        method: a noun, such as "filtration and fine-tuning"; by default (constrained) fine-tuning.
+        description: one sentence on how the method held the outputs to the constraint; by default made from `recipe`.
         rows: how many rows each domain gave.
-        environment: from `bridle.utils.provenance.environment`; its command is not told.
-        license: the model's licence, by the hub's identifier, where it is known.
-
-    Returns:
-        The file.
+        environment: from `bridle.utils.provenance.environment`.
+        license: the model's, by the hub's identifier.
 
     Raises:
         UserError: the file cannot be written.
     """
     folder = Path(model_folder)
     adapter = (folder / "adapter_config.json").is_file()
-    method = method or ("constrained fine-tuning" if recipe.get("regularisers") else "fine-tuning")
-    header = _header(recipe, method, adapter, license, [*_figures(results or {})])
+    regularisers = recipe.get("regularisers") or {}
+    method = method or ("constrained fine-tuning" if regularisers else "fine-tuning")
+    figures = [*_figures(results or {})]
+    header = _header(recipe, method, adapter, license, figures)
     body = _template().render(
         title=_title(recipe, method),
         base=public_name(recipe["model"]),
@@ -94,41 +91,43 @@ def write_card(
         method_heading=method[:1].upper() + method[1:],
         domains=", ".join(map(str, recipe["corpus"])),
         description=description or _description(recipe),
-        constraints=_constraints(recipe),
+        constraints={name: setting_text(spec) for name, spec in (recipe.get("constraints") or {}).items()},
         data=_data(recipe, rows or {}),
-        regularisers=_regularisers(recipe),
+        regularisers=[_regulariser(name, options) for name, options in regularisers.items()],
         settings=_settings(recipe),
         made=_made(environment or {}),
         rounds=[*_rounds(metrics)],
         best=_best(metrics),
-        figures=[_figure_row(figure) for figure in _figures(results or {})],
+        figures=[_figure_row(figure) for figure in figures],
         adapter=adapter,
-        guided=any(not _is_retention(options) for options in _mapping(recipe, "regularisers").values()),
+        guided=not all(map(_is_retention, regularisers.values())),
     )
     write_text(folder / CARD_FILE, f"---\n{header.to_yaml()}\n---\n\n{body}")
     return folder / CARD_FILE
 
 
 def public_name(path: Any) -> str:
-    """A hub name as it is, and of a local path the last part: a card tells nothing of the machine it is written on."""
+    """A hub name unchanged, the last part of a local path."""
     return _hub_name(path) or PureWindowsPath(_line(path)).name or "a local folder"
 
 
-def told(value: Any, key: str = "") -> str:
-    """A setting or a constraint in one line; of files only their names, of a list of words only how many it holds."""
+def setting_text(value: Any, key: str = "") -> str:
+    """A setting or a constraint on one line: of files the names only, of a list of words the length only."""
+    if isinstance(value, Constraint):
+        value = value.describe()
     if isinstance(value, Mapping):
-        return "; ".join(f"{k}: {told(v, k)}" for k, v in value.items() if v is not None and k != "name")
+        return "; ".join(f"{k}: {setting_text(v, k)}" for k, v in value.items() if v is not None and k != "name")
     if key in ("model", "file"):
         return public_name(value)
     if key == "words":
         return f"{len(value)} listed"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(f"({told(item)})" if isinstance(item, Mapping) else told(item) for item in value)
+        return ", ".join(f"({setting_text(v)})" if isinstance(v, Mapping) else setting_text(v) for v in value)
     return _line(value)
 
 
 def with_names(options: Any) -> dict[str, Any]:
-    """A regulariser's options as a recipe has them: constraint and prompts by name."""
+    """A regulariser's options as in a recipe: constraint and prompts by name."""
     constraint = RETENTION if options.constraint is None else options.constraint.name
     return {**vars(options), "constraint": constraint, "prompts": options.prompts and options.prompts.place}
 
@@ -140,7 +139,7 @@ def _header(
     recipe: Mapping[str, Any], method: str, adapter: bool, license: str | None, figures: Sequence[Figure]
 ) -> ModelCardData:
     datasets = [_hub_dataset(str(domain["path"])) for domain in _recorded(recipe).values()]
-    kinds = [method, *_mapping(recipe, "constraints"), *(["lora"] if adapter else [])]
+    kinds = [method, *(recipe.get("constraints") or {}), *(["lora"] if adapter else [])]
     return ModelCardData(
         base_model=_hub_name(recipe["model"]),
         license=license,
@@ -175,26 +174,18 @@ def _title(recipe: Mapping[str, Any], method: str) -> str:
     return _line(repository).rpartition("/")[2] if repository else f"{public_name(recipe['model'])}, {method}"
 
 
-# ---------------------------------------------------------------------- the tables, row by row
+# ---------------------------------------------------------------------- the tables
 
 
 def _description(recipe: Mapping[str, Any]) -> str:
-    regularisers = _mapping(recipe, "regularisers").values()
-    if not regularisers and recipe.get("constraints"):
+    regularisers = (recipe.get("regularisers") or {}).values()
+    if regularisers:
+        nearest = "the distribution nearest to the anchor whose outputs comply with the constraint"
+        target = "the model before tuning" if all(map(_is_retention, regularisers)) else nearest
+        return f"While it learnt, a term λ·KL(q‖p) pulled it towards q, {target}."
+    if recipe.get("constraints"):
         return "The constraint below had a part in its training."
-    if not regularisers:
-        return "Nothing held its outputs to a constraint while it learnt."
-    nearest = "the distribution nearest to the anchor whose outputs comply with the constraint"
-    target = "the model before tuning" if all(map(_is_retention, regularisers)) else nearest
-    return f"While it learnt, a term λ·KL(q‖p) pulled it towards q, {target}."
-
-
-def _constraints(recipe: Mapping[str, Any]) -> list[tuple]:
-    return [(name, told(_described(spec))) for name, spec in _mapping(recipe, "constraints").items()]
-
-
-def _described(constraint: Any) -> Any:
-    return constraint.describe() if isinstance(constraint, Constraint) else constraint
+    return "Nothing held its outputs to a constraint while it learnt."
 
 
 def _data(recipe: Mapping[str, Any], rows: Mapping[str, int]) -> list[tuple]:
@@ -204,7 +195,7 @@ def _data(recipe: Mapping[str, Any], rows: Mapping[str, int]) -> list[tuple]:
         (
             name,
             _source(domain),
-            told({key: domain.get(key) for key in ("rows", "where", "shuffle")}) or "all",
+            setting_text({key: domain.get(key) for key in ("rows", "where", "shuffle")}) or "all",
             rows.get(name, "not recorded"),
             f"{weights[name] / sum(weights.values()):.1%}",
         )
@@ -213,92 +204,81 @@ def _data(recipe: Mapping[str, Any], rows: Mapping[str, int]) -> list[tuple]:
 
 
 def _recorded(recipe: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The domains of which it is known where their rows came from."""
+    """The domains whose source is known."""
     return {name: domain for name, domain in recipe["corpus"].items() if "path" in domain}
 
 
-def _regularisers(recipe: Mapping[str, Any]) -> list[tuple]:
-    return [
-        (
-            name,
-            told(options.get("domain", name) or "all"),
-            options["constraint"],
-            *(options.get(key, "default") for key in ("weight", "anchor", "on", "power")),
-            *(("–", "–") if _is_retention(options) else _rollouts(options)),
-        )
-        for name, options in _mapping(recipe, "regularisers").items()
-    ]
+def _regulariser(name: str, options: Mapping[str, Any]) -> tuple:
+    labels, start = "–", "–"
+    if not _is_retention(options):
+        labels = "degrees" if options.get("soft_labels") else "yes or no"
+        start = _source(options["prompts"]) if options.get("prompts") else "the domain's rows"
+    chosen = (options.get(key, "default") for key in ("weight", "anchor", "on", "power"))
+    return name, setting_text(options.get("domain", name) or "all"), options["constraint"], *chosen, labels, start
 
 
-def _rollouts(options: Mapping[str, Any]) -> tuple[str, str]:
-    labels = "degrees" if options.get("soft_labels") else "yes or no"
-    return labels, _source(options["prompts"]) if options.get("prompts") else "the domain's rows"
-
-
-def _settings(recipe: Mapping[str, Any]) -> list[tuple]:
-    named = [*(ROUND_SETTINGS if recipe.get("regularisers") else ()), *SETTINGS]
+def _settings(recipe: Mapping[str, Any]) -> dict[str, str]:
+    keys = [*(ROUND_SETTINGS if recipe.get("regularisers") else ()), *SETTINGS]
     if (recipe.get("max_steps") or -1) > 0:
-        named.remove("num_train_epochs")  # which then decides nothing
-    return [(key, told(recipe[key])) for key in named if _is_set(recipe.get(key))]
+        keys.remove("num_train_epochs")  # which then has no effect
+    unset = (None, -1)
+    return {key: setting_text(recipe[key]) for key in keys if recipe.get(key) not in unset and recipe[key] is not False}
 
 
-def _is_set(value: Any) -> bool:
-    return value is not None and value is not False and value != -1  # 0 is a setting, though it equals False
-
-
-def _made(environment: Mapping[str, Any]) -> list[tuple]:
-    git = environment.get("git") or {}
-    changed = " with local changes" if git.get("dirty") else ""
-    versions = {name: found for name, found in _mapping(environment, "versions").items() if found}
-    state = {"git": f"{git['commit']}{changed}"} if git else {}
-    devices = {"devices": ", ".join(environment["devices"])} if environment.get("devices") else {}
-    return [*(versions | state | devices | {k: environment[k] for k in ("time",) if k in environment}).items()]
+def _made(environment: Mapping[str, Any]) -> dict[str, str]:
+    made = {name: version for name, version in (environment.get("versions") or {}).items() if version}
+    if git := environment.get("git"):
+        made["git"] = git["commit"] + (" with local changes" if git.get("dirty") else "")
+    if devices := environment.get("devices"):
+        made["devices"] = ", ".join(devices)
+    if "time" in environment:
+        made["time"] = environment["time"]
+    return made
 
 
 def _rounds(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple]:
     for record in metrics:
-        if "round" not in record:
-            continue
-        for name in [key.removesuffix("/compliance") for key in record if key.endswith("/compliance")]:
-            of = {key: record.get(f"{name}/{key}") for key in ("rollouts", "rollouts_missing", "r_ece", "r_brier")}
-            missing = of["rollouts_missing"] or 0
-            fit = "no fit: all labels alike" if record.get(f"{name}/fit") in ("kept", "none") else None
+        names = [key.removesuffix("/compliance") for key in record if key.endswith("/compliance")]
+        for name in names if "round" in record else []:
+            of = {key.removeprefix(f"{name}/"): value for key, value in record.items() if key.startswith(f"{name}/")}
+            missing = of.get("rollouts_missing") or 0
+            no_fit = "no fit: all labels alike" if of.get("fit") in ("kept", "none") else None
             yield (
                 *(record["round"], name),
-                _interval(*(record.get(f"{name}/compliance{end}") for end in ("", "_low", "_high"))),
-                *((of["rollouts"] or 0) - missing, missing),
-                *(fit or _number(of["r_ece"]), fit or _number(of["r_brier"])),
+                _interval(of["compliance"], of.get("compliance_low"), of.get("compliance_high")),
+                *((of.get("rollouts") or 0) - missing, missing),
+                *(no_fit or _number(of.get("r_ece")), no_fit or _number(of.get("r_brier"))),
             )
 
 
 def _best(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Of which update the weights are, where a rule chose them."""
+    """The update whose weights were kept, where a rule chose it."""
     chosen = next((record for record in reversed(metrics) if "best_step" in record), None)
     return chosen and {key: value if key == "best_step" else _number(value) for key, value in chosen.items()}
 
 
 def _figures(results: Mapping[str, Any]) -> Iterator[Figure]:
-    for prompts, found in _mapping(results, "generation").items():
+    for prompts, found in results.get("generation", {}).items():
         for constraint, figures in found.items():
             words = f"violation rate under {_line(constraint)}"
             yield Figure(words, "violation_rate", _set_name(prompts), figures["violation_rate"])
-    for held_out, figures in _mapping(results, "perplexity").items():
+    for held_out, figures in results.get("perplexity", {}).items():
         yield Figure("perplexity per token", "perplexity", _set_name(held_out), figures["per_token"])
         yield Figure("bits per byte", "bits_per_byte", _set_name(held_out), figures["bits_per_byte"])
-    for task, figures in _mapping(results, "tasks").items():
+    for task, figures in results.get("tasks", {}).items():
         yield Figure("accuracy", "accuracy", _line(task), figures["accuracy"])
-    for metric, figure in _mapping(results, "classification").items():
+    for metric, figure in results.get("classification", {}).items():
         if isinstance(figure, Mapping) and {"value", "low", "high"} <= figure.keys():
             yield Figure(metric.replace("_", " "), metric, "classification", figure)
 
 
 def _figure_row(figure: Figure) -> tuple:
-    estimate = figure.estimate
-    interval = _interval(*(estimate.get(key) for key in ("value", "low", "high")))
-    return figure.words, figure.on, interval, estimate.get("n", MISSING), estimate.get("missing", MISSING)
+    value, low, high = (figure.estimate.get(key) for key in ("value", "low", "high"))
+    n, missing = (figure.estimate.get(key, MISSING) for key in ("n", "missing"))
+    return figure.words, figure.on, _interval(value, low, high), n, missing
 
 
-# ---------------------------------------------------------------------- words
+# ---------------------------------------------------------------------- values as text
 
 
 def _source(source: Any) -> str:
@@ -307,7 +287,7 @@ def _source(source: Any) -> str:
 
 
 def _set_name(name: str) -> str:
-    """The name of a prompt set or held-out file, which may be FILE,rows=90%: from a command line."""
+    """The name of a prompt set or a held-out file, which may be "FILE,rows=90%:" from a command line."""
     path, comma, options = name.partition(",")
     return _line(public_name(path) + comma + options)
 
@@ -317,9 +297,8 @@ def _is_retention(options: Mapping[str, Any]) -> bool:
 
 
 def _interval(value: Any, low: Any, high: Any) -> str:
-    if not _is_number(value):
-        return MISSING
-    return _number(value) + (f" [{_number(low)}, {_number(high)}]" if _is_number(low) and _is_number(high) else "")
+    bounds = f" [{_number(low)}, {_number(high)}]" if all(map(_is_number, (value, low, high))) else ""
+    return _number(value) + bounds
 
 
 def _number(value: Any) -> str:
@@ -333,7 +312,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _hub_name(name: Any) -> str | None:
-    """The name, where it can only be one on the hub."""
+    """The name, if it can only be one on the hub."""
     try:
         validate_repo_id(str(name))
     except HFValidationError:
@@ -342,7 +321,7 @@ def _hub_name(name: Any) -> str | None:
 
 
 def _hub_dataset(path: str) -> str | None:
-    """The repository of a data set on the hub, "name" or "name:config"; None for a local one."""
+    """The repository of a hub data set, "name" or "name:config"; None for a local one."""
     return _hub_name(path.partition(":")[0]) if re.fullmatch(r"[\w./-]+(:[\w.-]+)?", path) else None
 
 
@@ -355,16 +334,12 @@ def _line(value: Any) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
 
 
-def _mapping(container: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    return container.get(key) or {}
-
-
 # ---------------------------------------------------------------------- Markdown
 
 
 def _template() -> Any:
     environment = Environment(
-        autoescape=True,  # for `Markup`, which tells what is escaped from what is not
+        autoescape=True,  # so that `Markup` marks what is escaped already
         finalize=_escaped,
         undefined=StrictUndefined,
         trim_blocks=True,

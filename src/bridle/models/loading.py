@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer, from a folder or the hub, with or without LoRA."""
+"""Loading a causal language model, with or without LoRA, and its tokenizer, from a folder or the hub."""
 
 import os
 from dataclasses import dataclass
@@ -36,7 +36,6 @@ class LoraOptions:
     target_modules: str | list[str] = "all-linear"
 
     def peft_config(self) -> LoraConfig:
-        """The same options for `peft`."""
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
@@ -47,12 +46,13 @@ class LoraOptions:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name, with a pad token (the end token where it has none).
+    """The tokenizer of a model folder or hub name; without a pad token of its own it pads with the end token.
 
     Raises:
         UserError: nothing can be loaded from `name`, or the tokenizer has no end token.
     """
-    tokenizer = _load(AutoTokenizer, _adapter_base(name) if not _has_tokenizer(name) else name, what="tokenizer")
+    has_own = not os.path.isdir(name) or os.path.isfile(Path(name) / "tokenizer_config.json")
+    tokenizer = _load(AutoTokenizer, name if has_own else _adapter_base(name), what="tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -68,18 +68,18 @@ def load_model(
     device: str | None = None,
     **options: Any,
 ) -> PreTrainedModel | PeftModel:
-    """A causal language model from a folder or hub name; an adapter folder brings its base model along.
+    """Loads a causal language model from a folder or the hub; an adapter's folder also loads its base model.
 
     Args:
-        name: folder written by `save_pretrained`, or a hub name.
-        dtype: of the weights; float32 unless told, since training in half precision loses small updates.
-        lora: put fresh adapters on the model.
-        device: where to put it; left on the CPU if not given, for a trainer to move.
+        name: a folder written by `save_pretrained`, or a hub name.
+        dtype: of the weights; float32 by default, because training in half precision loses small updates.
+        lora: adds new adapters to the model.
+        device: by default the CPU, for a trainer to move.
         options: of `from_pretrained`.
 
     Raises:
-        UserError: nothing can be loaded from `name`, or not all of a model; `lora` does not fit the model, or is asked
-            of a folder that is an adapter; there is no such device.
+        UserError: `name` cannot be loaded or lacks weights; `lora` does not fit the model, or `name` is an adapter
+            already; there is no such device.
     """
     if isinstance(dtype, str):
         dtype = _torch_dtype(dtype)
@@ -94,13 +94,16 @@ def load_model(
         model = _with_adapter(model, name)
     elif lora is not None:
         model = _with_lora(model, lora)
-    return _on_device(model, device) if device else model
+    try:
+        return model.to(device) if device else model
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {device!r} cannot be used: {error}") from error
 
 
 def load_for_inference(
     name: str, dtype: str | torch.dtype = "float32", device: str | None = None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A model on `device`, the GPU where there is one if not given, and its tokenizer. Raises as `load_model`."""
+    """A model on `device`, by default the GPU if there is one, and its tokenizer. Raises as `load_model`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(name, dtype=dtype, device=device).eval(), load_tokenizer(name)
     check_model(model, tokenizer, name)
@@ -108,13 +111,13 @@ def load_for_inference(
 
 
 def check_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuses a model that cannot work, or not with this tokenizer.
+    """Refuses a model that is broken or does not fit the tokenizer.
 
     Raises:
         UserError: a weight is not finite, or the tokenizer has more tokens than the model.
     """
     broken = (n for n, p in model.named_parameters() if p.numel() and not torch.stack(p.aminmax()).isfinite().all())
-    if found := from_main(next(broken, None) if is_main() else None):  # the others may have been given no weights yet
+    if found := from_main(next(broken, None) if is_main() else None):  # others may have no weights yet
         raise UserError(f"{name}: the weights '{found}' hold numbers that are not finite; the model is broken")
     known = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
@@ -125,15 +128,14 @@ def check_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeniz
 
 
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:
-    """How many tokens the model's context holds; None where its configuration does not say."""
+    """The model's context in tokens; None if its configuration does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end what the model says, the tokenizer's end token first.
+    """The tokens that end an output, the tokenizer's end token first.
 
-    Models that chat end a turn by a token of its own, which their configuration or chat template names and the
-    tokenizer may not.
+    A chat model ends its turns by another token, which its configuration or chat template names.
     """
     lm = causal_lm(model)
     found = [tokenizer.eos_token_id]
@@ -144,7 +146,7 @@ def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token by which the chat template closes an assistant's turn; None where there is none."""
+    """The special token by which the chat template closes an assistant's turn, if any."""
     said = "yes"
     try:
         chat = [{"role": "user", "content": "no"}, {"role": "assistant", "content": said}]
@@ -168,7 +170,7 @@ def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
 
 
 def _make_savable(model: PreTrainedModel) -> None:
-    """Sets the `do_sample` that a model's sampling settings imply; without it `save_pretrained` refuses them."""
+    """Sets the `do_sample` that sampling settings imply; `save_pretrained` refuses them without it."""
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
@@ -176,7 +178,7 @@ def _make_savable(model: PreTrainedModel) -> None:
 
 
 def _with_adapter(model: PreTrainedModel, name: str) -> PeftModel:
-    """The model with the adapter of a folder, which `peft` would take as a pickle too."""
+    """The model with a folder's adapter, which must not be a pickle; `peft` would load one."""
     try:
         if not (Path(name) / "adapter_model.safetensors").is_file():
             raise FileNotFoundError("it holds no adapter_model.safetensors")
@@ -192,15 +194,8 @@ def _with_lora(model: PreTrainedModel, lora: LoraOptions) -> PeftModel:
         raise UserError(f"lora: {error}") from error
 
 
-def _on_device(model: Any, device: str) -> Any:
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {device!r} cannot be used: {error}") from error
-
-
 def reason(name: str | Path, error: Exception) -> str:
-    """Why nothing could be loaded from a folder or hub name, given what a library raised."""
+    """Why a folder or hub name could not be loaded, given the error that a library raised."""
     if refused := refusal(name, error):
         return refused
     if os.path.isdir(name) and not holds(name, "*.safetensors"):
@@ -211,7 +206,7 @@ def reason(name: str | Path, error: Exception) -> str:
 
 
 def _adapter_base(name: str) -> str:
-    """The base model an adapter folder was trained on; `name` itself where it is no adapter."""
+    """The base model of an adapter's folder; `name` itself if it is no adapter."""
     config = Path(name) / "adapter_config.json"
     if not os.path.isfile(config):
         return name
@@ -219,10 +214,6 @@ def _adapter_base(name: str) -> str:
     if not base:
         raise UserError(f"{config}: names no base model (key base_model_name_or_path)")
     return str(base)
-
-
-def _has_tokenizer(name: str) -> bool:
-    return not os.path.isdir(name) or os.path.isfile(Path(name) / "tokenizer_config.json")
 
 
 def _torch_dtype(name: str) -> torch.dtype:
