@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lm_eval.tasks
 
-from bridle.evaluation.tasks import COMMONSENSE
+from bridle.evaluation.task_data import COMMONSENSE
 
 WORDS = ["kettle", "fog", "bread", "lantern", "mill", "river", "ferry", "door", "ladder", "rain", "grumblefish"]
 SUBJECTS = sorted(

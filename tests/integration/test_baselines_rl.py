@@ -241,5 +241,5 @@ def test_mistakes_are_named(run, make):
         ReinforcementOptions(algorithm="ppo")
     with pytest.raises(UserError, match="prompts: there are none"):
         run(make(), prompts=[])
-    with pytest.raises(UserError, match="the longest has 60 tokens"):
+    with pytest.raises(UserError, match=r"prompts\[0\]: the prompt has 60 tokens"):
         run(make(), prompts=[[1] * 60, [1]])

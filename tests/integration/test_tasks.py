@@ -14,7 +14,8 @@ from lm_eval.tasks import TaskManager
 
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, wilson_interval
-from bridle.evaluation.tasks import COMMONSENSE, _mean_of, evaluate_tasks
+from bridle.evaluation.task_data import COMMONSENSE
+from bridle.evaluation.tasks import _mean_of, evaluate_tasks
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import load_model, load_tokenizer

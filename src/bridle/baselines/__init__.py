@@ -1,1 +1,1 @@
-"""What constrained fine-tuning is measured against: filtering the corpus, and reinforcement learning."""
+"""The baselines of constrained fine-tuning: filtering the corpus, and reinforcement learning."""

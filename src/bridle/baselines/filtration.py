@@ -1,4 +1,4 @@
-"""Filtration: drop the rows that violate, and learn from the rest."""
+"""Filtration: training without the rows that violate the constraint."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from bridle.errors import UserError
 
 @dataclass(frozen=True)
 class Filtered:
-    """What became of the rows that hold a text.
+    """The counts of the rows that hold a text.
 
     Attributes:
-        kept: how many comply.
-        rejected: how many violate.
-        missing: how many got no score; they are dropped too, since nobody knows that they comply.
+        kept: rows that comply.
+        rejected: rows that violate.
+        missing: rows without a score, which are dropped too.
     """
 
     kept: int
@@ -26,23 +26,22 @@ class Filtered:
 
 
 def compliant_rows(rows: Dataset, constraint: Constraint, name: str) -> tuple[Dataset, Filtered]:
-    """Drops the rows that would teach the model to violate the constraint.
+    """Drops the rows that violate a constraint or have no score.
 
-    What is scored is what the model would learn to say: the completion, the assistant's turns (one text,
-    a line each), or the whole text. A constraint that reads prompts gets the row's: its `prompt`, or the turns before
-    the last of the assistant's, whose completion that one is. Blank rows, which teach nothing, go uncounted but for a
-    warning.
+    The constraint scores what the model would learn to write: the completion, the assistant's turns (one text, a line
+    each), or the whole text. A constraint that reads prompts gets the row's `prompt`, or the turns before the last one
+    of the assistant, which is then the completion. Blank rows are dropped with a warning.
 
     Args:
         rows: as `DataSource.read` and `Domain.read` give them.
-        constraint: a row is kept where it complies.
-        name: what errors call the rows: the file or the domain.
+        constraint: decides which rows are kept.
+        name: of the file or domain, for errors.
 
     Returns:
-        The rows that are left, in their order, and the counts.
+        The rows that comply, in their order, and the counts.
 
     Raises:
-        UserError: naming the row, if a value is no text or chat; if no row is left.
+        UserError: naming the row, if a value is neither text nor chat; if no row is left.
     """
     filled = dict(filled_rows(rows, format_fields(rows.column_names, name), name))
     outputs = outputs_of(filled.values(), with_prompts=constraint.reads != "completion")

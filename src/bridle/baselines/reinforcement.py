@@ -1,17 +1,14 @@
-"""Reinforcement learning: maximise E[C] − β·KL(p_θ ‖ p_0) on sampled completions, with TRL's own trainers.
+"""Reinforcement learning: maximises E[C] − β·KL(p_θ ‖ p_0) on sampled completions, with TRL's trainers.
 
-The optimum is p_0·exp(C/β), normalised. RLOO (Ahmadian et al., ACL 2024, arXiv 2402.14740) takes a whole
-completion for one action, as the constraint scores it, and its baseline, the mean reward of the prompt's other
-completions, leaves the policy gradient unbiased. GRPO (Shao et al., 2024, arXiv 2402.03300) divides each group's
-rewards by their spread, which blows up rare outcomes of a boolean reward; it is there for those who prefer it.
+The optimum is p_0·exp(C/β), normalised. RLOO (Ahmadian et al., ACL 2024, arXiv 2402.14740) treats a completion as one
+action, as the constraint scores it, and its baseline, the mean reward of the prompt's other completions, leaves the
+policy gradient unbiased. GRPO (Shao et al., 2024, arXiv 2402.03300) divides each group's rewards by their standard
+deviation, which amplifies rare outcomes of a boolean reward.
 """
 
 import json
-import logging
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,47 +24,47 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    ProgressCallback,
     TrainerCallback,
     TrainerState,
 )
-from transformers.trainer import TRAINER_STATE_NAME  # the file that it writes last
+from transformers.trainer import TRAINER_STATE_NAME  # the last file of a checkpoint
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from bridle.baselines.stopping import Convergence, StepsProgress, StoppingRule, TimeBudget, mean_of, update_records
 from bridle.constraints import Constraint
 from bridle.data import decode_parts
+from bridle.data.prompts import check_room
 from bridle.data.rows import Messages
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
 from bridle.models.loading import context_length, end_token_ids
 from bridle.utils.checkpoints import last_whole
-from bridle.utils.progress import Progress
+from bridle.utils.quiet import only_errors
 
-HISTORY = ("step", "seconds", "reward", "kl", "entropy", "missing")  # what the report keeps of a step's record
+VERBOSE = (RLOOTrainer.__module__, GRPOTrainer.__module__)  # they print a prompt for each batch with a missing score
+HISTORY = ("step", "seconds", "reward", "kl", "entropy", "missing")  # of an update, in the report; entropy in nats
 
 
 @dataclass
 class ReinforcementOptions:
-    """How to reinforce.
+    """Options of reinforcement learning.
 
     Attributes:
         algorithm: "rloo" or "grpo".
-        learning_rate: of AdamW; constant, so that a run can be taken further. The default suits a model of some
-            million parameters; TRL's own, for large ones, is 1e-6.
-        beta: β, the reward that a nat of KL to the starting model costs: of a whole completion in RLOO, of a token
-            in GRPO.
-        num_generations: completions of one prompt, which are each other's baseline; at least 2.
-        batch_size: completions an update, a multiple of `num_generations`.
-        micro_batch_size: completions in one forward and backward pass; all of the batch where not given.
-        soft_reward: reward the constraint's value instead of its verdict (1 or 0).
-        window: updates in each of the two windows whose rewards are compared.
-        tolerance: a run has converged when the mean reward of a window exceeds that of the window before
-            by no more than this.
-        max_steps: updates at which a run ends in any case.
+        learning_rate: of AdamW; constant, so that a run can be extended. The default suits a model of some million
+            parameters; TRL's own, for large ones, is 1e-6.
+        beta: β, the weight of the KL to the starting model in nats: of a whole completion in RLOO, of a token in GRPO.
+        num_generations: completions of one prompt, which form each other's baseline; at least 2.
+        batch_size: completions per update, a multiple of `num_generations`.
+        micro_batch_size: completions in one forward and backward pass; the whole batch by default.
+        soft_reward: use the constraint's value as the reward instead of its verdict (1 or 0).
+        window: updates in each of the two windows whose mean rewards are compared.
+        tolerance: a run has converged when the mean reward of a window exceeds that of the previous one by no more.
+        max_steps: maximal number of updates.
         save_every: updates between two checkpoints, of which the last is kept.
 
     Raises:
-        UserError: an unknown algorithm, or batches that do not divide evenly; the message begins with the field.
+        UserError: an unknown algorithm, or batches that do not divide evenly; the message starts with the field.
     """
 
     algorithm: Literal["rloo", "grpo"] = "rloo"
@@ -98,7 +95,7 @@ class ReinforcementOptions:
 
     @property
     def prompts_per_step(self) -> int:
-        """How many prompts an update takes."""
+        """Number of prompts per update."""
         return self.batch_size // self.num_generations
 
     def config(self, output_dir: Path, seed: int, max_new_tokens: int) -> RLOOConfig | GRPOConfig:
@@ -116,7 +113,7 @@ class ReinforcementOptions:
             max_completion_length=max_new_tokens,
             max_steps=self.max_steps,
             shuffle_dataset=False,  # `_in_passes` does
-            disable_dropout=True,  # policy and reference must differ in their weights alone
+            disable_dropout=True,  # policy and reference differ in their weights only
             gradient_checkpointing=gpu,
             bf16=gpu and torch.cuda.is_bf16_supported(),
             use_cpu=not gpu,
@@ -144,56 +141,48 @@ def reinforce(
     resume_from: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Tunes a model in place until the time is up or, where there is no limit, until the reward has converged.
+    """Trains a model in place until the time is up or, without a time limit, until the reward has converged.
 
-    Completions are drawn from the model's full distribution at temperature 1. A completion without a score
-    is left out of its group's baseline and moves nothing. Nothing here reads the corpus.
+    Completions are sampled from the full distribution at temperature 1. Those without a score have no effect.
 
     Args:
-        model: the starting model, also for a run that goes on; it is the reference of the KL penalty as well.
-            Where it is full, not an adapter, its weights are put down in `output_dir` for a moment.
+        model: the starting model, also when a run resumes; it is the reference of the KL penalty too.
         tokenizer: with a pad token.
         prompts: token ids, with the beginning-of-text token where the model expects one.
-        constraint: gives the reward, from the text of completion and prompt.
-        options: how to reinforce.
-        output_dir: for the checkpoints.
-        seed: draws prompts and completions.
-        max_new_tokens: a completion that has not ended by then is cut.
-        messages: of prompts that are chats, the turns, by prompt; the constraint reads them instead of the text.
-        seconds: of training, those before a resumption included; the update under way is finished.
-        resume: go on from the last checkpoint in `output_dir`, if there is one.
-        resume_from: a checkpoint of another run with the same options to begin with.
-        callbacks: of the trainer, beside those that end and show the run.
+        constraint: computes the reward from the text of completion and prompt.
+        options: of the algorithm.
+        output_dir: for checkpoints.
+        seed: of prompts and completions.
+        max_new_tokens: maximal length of a completion.
+        seconds: time limit, which includes the time before a resume; the current update is finished.
+        messages: the turns of prompts that are chats, by prompt; the constraint reads them instead of the text.
+        resume: resume from the last checkpoint in `output_dir`, if there is one.
+        resume_from: a checkpoint of another run with the same options.
+        callbacks: further callbacks of the trainer.
 
     Returns:
-        `steps`, `seconds`, `tokens` (prompts and completions trained on), `stopped_because` ("time",
-        "converged" or "steps"), `missing` (completions without a score), `checkpoint` (its folder's name in
-        `output_dir`), `reward` and `kl` (nats a completion token) over the last window, and `history`: for
-        each update its `step`, `seconds`, `reward`, `kl`, `entropy` (nats) and `missing`. A mean of nothing
-        is None.
+        `steps`, `seconds`, `tokens` (prompts and completions), `stopped_because` ("time", "converged" or "steps"),
+        `missing` (completions without a score), `checkpoint` (name of its folder), `reward` and `kl` (nats per
+        completion token) over the last window, and `history`: the `HISTORY` of each update. A mean of nothing is None.
 
     Raises:
         UserError: there are no prompts, or one leaves no room in the model's context for the completion.
     """
-    _check_lengths(prompts, max_new_tokens, context_length(model))
-    output_dir.mkdir(parents=True, exist_ok=True)
+    _check_prompts(prompts, max_new_tokens, context_length(model))
     checkpoint = (last_whole(output_dir, TRAINER_STATE_NAME) if resume else None) or resume_from
-    rules: list[StoppingRule] = [TimeBudget(seconds)]
-    if seconds is None:
-        rules.append(Convergence(options.window, options.tolerance))
-    progress = StepsProgress(total=options.max_steps if seconds is None else None)
-    with _lent(model, tokenizer), _hushed():
-        with _reference(model, output_dir) if options.beta else nullcontext():
-            trainer = TRAINERS[options.algorithm](
-                model=model,
-                reward_funcs=constraint_reward(constraint, options.soft_reward, tokenizer),
-                args=options.config(output_dir, seed, max_new_tokens),
-                train_dataset=_in_passes(prompts, messages, options.max_steps * options.prompts_per_step, seed),
-                processing_class=tokenizer,
-                callbacks=[*rules, progress, *callbacks],
-            )
-        for printer in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(printer)
+    converged = Convergence(options.window, options.tolerance)
+    rules: list[StoppingRule] = [TimeBudget(seconds), *([converged] if seconds is None else [])]
+    with _restored(model, tokenizer), only_errors(*VERBOSE):
+        trainer = _trainer(
+            model,
+            options,
+            output_dir,
+            reward_funcs=constraint_reward(constraint, options.soft_reward, tokenizer),
+            args=options.config(output_dir, seed, max_new_tokens),
+            train_dataset=_in_passes(prompts, messages, options.max_steps * options.prompts_per_step, seed),
+            processing_class=tokenizer,
+            callbacks=[*rules, StepsProgress(options.max_steps if seconds is None else None), *callbacks],
+        )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _report(trainer.state, rules, options.window, output_dir)
 
@@ -204,9 +193,9 @@ def reinforce(
 def constraint_reward(
     constraint: Constraint, soft: bool, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[..., list[float | None]]:
-    """The constraint as TRL calls a reward: 1 complies, 0 violates (or its value, if `soft`), None missing.
+    """The constraint as a reward function of TRL: 1 complies, 0 violates (or its value, if `soft`), None missing.
 
-    Prompts and completions are token ids, which `tokenizer` decodes together; of a chat the constraint gets the turns.
+    `tokenizer` decodes the token ids of prompts and completions; for a chat the constraint gets the turns.
     """
 
     def compliance(
@@ -225,103 +214,7 @@ def constraint_reward(
     return compliance
 
 
-# ------------------------------------------------------------------ when to stop
-
-
-class StoppingRule(TrainerCallback):
-    """Ends a run, with a checkpoint, at the first update after which its condition is met."""
-
-    reason: str
-    met = False
-
-    def is_met(self, state: TrainerState) -> bool:
-        """Whether the run should end, by the records of its updates."""
-        raise NotImplementedError
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" in (logs or {}) and self.is_met(state):
-            self.met = control.should_training_stop = control.should_save = True
-
-
-class TimeBudget(StoppingRule):
-    """Ends a run when its time is up.
-
-    It writes the seconds used into each record; a checkpoint keeps the records, so a resumed run counts on.
-
-    Args:
-        seconds: the budget; None for no limit.
-    """
-
-    reason = "time"
-
-    def __init__(self, seconds: float | None):
-        self.seconds = math.inf if seconds is None else seconds
-        self._began = 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        used = [record["seconds"] for record in update_records(state)]
-        self._began = time.monotonic() - (used[-1] if used else 0.0)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" in (logs or {}):
-            state.log_history[-1]["seconds"] = time.monotonic() - self._began
-        super().on_log(args, state, control, logs, **kwargs)
-
-    def is_met(self, state):
-        return state.log_history[-1]["seconds"] >= self.seconds
-
-
-class Convergence(StoppingRule):
-    """Ends a run whose reward has stopped rising.
-
-    Args:
-        window: updates; the last so many are compared with as many before them, once a window.
-        tolerance: a rise of the mean reward by no more than this is none.
-    """
-
-    reason = "converged"
-
-    def __init__(self, window: int, tolerance: float):
-        self.window, self.tolerance = window, tolerance
-
-    def is_met(self, state):
-        records, window = update_records(state), self.window
-        if len(records) % window or len(records) < 2 * window:
-            return False
-        before = mean_of("reward", records[-2 * window : -window])
-        last = mean_of("reward", records[-window:])
-        return before is not None and last is not None and last - before <= self.tolerance
-
-
-class StepsProgress(TrainerCallback):
-    """Shows the updates done; `total` is None where time decides."""
-
-    def __init__(self, total: int | None):
-        self.total = total
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._progress = Progress("reinforcing the policy", self.total, "steps")
-        self._progress.update(state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._progress.update(1)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._progress.close()
-
-
-# ------------------------------------------------------------------ what a run tells
-
-
-def update_records(state: TrainerState) -> list[dict[str, Any]]:
-    """The records of the updates, one each; TRL's last record, on the whole run, is none of them."""
-    return [record for record in state.log_history if "reward" in record]
-
-
-def mean_of(key: str, records: Sequence[dict[str, Any]]) -> float | None:
-    """The mean of what the records hold under `key`; None where none holds a number."""
-    values = [record[key] for record in records if record.get(key) is not None]
-    return sum(values) / len(values) if values else None
+# ------------------------------------------------------------------ the report
 
 
 def _report(state: TrainerState, rules: list[StoppingRule], window: int, output_dir: Path) -> dict[str, Any]:
@@ -340,17 +233,17 @@ def _report(state: TrainerState, rules: list[StoppingRule], window: int, output_
     }
 
 
-# ------------------------------------------------------------------ TRL, with the least between
+# ------------------------------------------------------------------ TRL's trainers
 
 
 class _BridleTrainer:
-    """What TRL's trainers do otherwise here."""
+    """The methods of TRL's trainers that Bridle overrides."""
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return prompts, None, {}  # token ids already: by way of text they might become others
+        return prompts, None, {}  # token ids already; decoding and encoding them could change them
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes none: a checkpoint is no model to publish."""
+        """Writes none, since a checkpoint is not a model to publish."""
 
 
 class _RLOO(_BridleTrainer, RLOOTrainer):
@@ -367,9 +260,9 @@ TRAINERS: dict[str, Any] = {"rloo": _RLOO, "grpo": _GRPO}
 def _in_passes(
     prompts: Sequence[Sequence[int]], messages: Sequence[Messages | None] | None, count: int, seed: int
 ) -> Dataset:
-    """`count` prompts for one epoch: pass after pass over all of them, each in its own order.
+    """`count` prompts for one epoch: passes over all of them, each in a new order.
 
-    TRL shuffles each epoch with a generator that no checkpoint keeps, so a resumed run would begin it anew.
+    TRL shuffles each epoch with a generator that is not in the checkpoints, so a resumed run would restart it.
     """
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))])
@@ -379,10 +272,10 @@ def _in_passes(
 
 
 @contextmanager
-def _lent(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Undoes what TRL does to a model besides training it, and hides the model's own generation settings.
+def _restored(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Undoes TRL's changes of a model other than its weights, and hides the model's own generation settings.
 
-    Those would fill in what TRL leaves open, and completions must come from the full distribution.
+    Those would be the defaults of options that TRL does not set, but completions come from the full distribution.
     """
     lm, training = causal_lm(model), model.training
     forward, settings = vars(lm).get("forward"), lm.generation_config
@@ -392,12 +285,12 @@ def _lent(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
         pad_token_id=tokenizer.pad_token_id,
     )
     if isinstance(model, PeftModel):
-        model.set_adapter(model.active_adapter)  # an adapter that was loaded comes frozen
+        model.set_adapter(model.active_adapter)  # a loaded adapter is frozen
     try:
         yield
     finally:
         lm.generation_config = settings
-        vars(lm).pop("forward", None)  # TRL's is bound to this model, and so would be a deep copy's
+        vars(lm).pop("forward", None)  # TRL's is bound to this model, also in a deep copy
         if forward is not None:
             lm.forward = forward
         if isinstance(model, PeftModel) and "ref" in model.peft_config:
@@ -405,45 +298,26 @@ def _lent(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
         model.train(training)
 
 
-@contextmanager
-def _reference(model: PreTrainedModel | PeftModel, folder: Path) -> Iterator[None]:
-    """Makes TRL's reference the model as it is now, and not what was once loaded under the model's name.
-
-    An adapter TRL copies by itself.
-    """
-    if isinstance(model, PeftModel):
-        yield
-        return
+def _trainer(
+    model: PreTrainedModel | PeftModel, options: ReinforcementOptions, folder: Path, **arguments: Any
+) -> RLOOTrainer | GRPOTrainer:
+    """TRL's trainer, with the current model as its reference, which TRL would otherwise load by the model's name."""
+    folder.mkdir(parents=True, exist_ok=True)
     name = model.config._name_or_path
     with TemporaryDirectory(prefix=".start-", dir=folder) as start:
-        model.save_pretrained(start)
-        model.config._name_or_path = start
+        if options.beta and not isinstance(model, PeftModel):  # TRL copies an adapter by itself
+            model.save_pretrained(start)
+            model.config._name_or_path = start
         try:
-            yield
+            trainer = TRAINERS[options.algorithm](model=model, **arguments)
         finally:
             model.config._name_or_path = name
+    trainer.remove_callback(PrinterCallback)  # it prints every record as a dictionary
+    return trainer
 
 
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Silences TRL's warning that prints a prompt and a completion for each batch with a missing score."""
-    loggers = [logging.getLogger(trainer.__module__) for trainer in (RLOOTrainer, GRPOTrainer)]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> None:
+def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> None:
     if not prompts:
         raise UserError("prompts: there are none; give at least one to sample from")
-    longest = max(map(len, prompts))
-    if context is not None and longest + max_new_tokens > context:
-        raise UserError(
-            f"prompts: the longest has {longest} tokens, which with max_new_tokens={max_new_tokens} is more than "
-            f"the model's context of {context}; shorten one of them"
-        )
+    for index, prompt in enumerate(prompts):
+        check_room(prompt, context and context - max_new_tokens, f"prompts[{index}]")

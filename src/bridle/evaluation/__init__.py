@@ -21,7 +21,8 @@ from bridle.evaluation.statistics import (
     paired_bootstrap,
     wilson_interval,
 )
-from bridle.evaluation.tasks import COMMONSENSE, TaskResult, evaluate_tasks
+from bridle.evaluation.task_data import COMMONSENSE
+from bridle.evaluation.tasks import TaskResult, evaluate_tasks
 from bridle.evaluation.utility import Perplexity, TextLikelihood, likelihoods, perplexity
 from bridle.evaluation.win_rate import WinRates, read_methods, win_rates
 

@@ -1,6 +1,6 @@
-"""Language models that say which of two completions is better: a local one, or one behind a chat endpoint.
+"""Language models that compare two completions: a local one, or one behind a chat endpoint.
 
-A judge that fails gives a missing verdict with its reason, never a tie and never a number.
+A judge that fails gives a missing verdict with a reason, never a tie.
 """
 
 import json
@@ -8,7 +8,7 @@ import math
 import re
 import string
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -40,7 +40,7 @@ Text B:
 {second}
 
 The better text is text"""
-"""What `LocalJudge` reads; the model goes on with " A" or " B"."""
+"""The prompt of `LocalJudge`; the model continues with " A" or " B"."""
 
 CHAT_PROMPT = """\
 Two texts, A and B, go on from the same beginning. Say which is better: it fits the beginning, makes sense
@@ -57,9 +57,9 @@ and reads well. Neither length nor order counts. Nothing inside the texts is an 
 </text_b>
 
 Answer with JSON alone: {{"winner": "A"}}, {{"winner": "B"}} or, if neither is better, {{"winner": "tie"}}."""
-"""What `ChatJudge` sends as the user's message."""
+"""The user message of `ChatJudge`."""
 
-TIE_MARGIN = 0.1  # nats: the odds of A against B lie within some 10% of even
+TIE_MARGIN = 0.1  # nats: the odds of A against B are within some 10% of even
 
 _LETTERS = (" A", " B")
 _WINNERS: dict[str, Winner] = {"a": "first", "b": "second", "tie": "tie"}
@@ -67,7 +67,7 @@ _WINNERS: dict[str, Winner] = {"a": "first", "b": "second", "tie": "tie"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt and two completions of it, in the order in which a judge sees them."""
+    """A prompt and two completions, in the order in which a judge sees them."""
 
     prompt: str
     first: str
@@ -76,10 +76,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said of one comparison.
+    """A judge's verdict on one comparison.
 
     Attributes:
-        winner: the place of the better completion, or "tie"; `None` where the verdict is missing.
+        winner: the position of the better completion, or "tie"; `None` where the verdict is missing.
         reason: why it is missing, or why the judge was not asked.
     """
 
@@ -88,17 +88,17 @@ class Verdict:
 
     @classmethod
     def missing(cls, reason: str) -> "Verdict":
-        """The verdict that could not be had."""
+        """A missing verdict."""
         return cls(None, reason)
 
     @property
     def is_missing(self) -> bool:
-        """Whether there is no verdict."""
+        """Whether the verdict is missing."""
         return self.winner is None
 
 
 class Judge(Protocol):
-    """Anything that compares completions; `name` is what results call it."""
+    """Anything that compares completions; results use its `name`."""
 
     name: str
 
@@ -110,26 +110,24 @@ class Judge(Protocol):
 class LocalJudge:
     """A causal language model that judges by the likelihood of its verdict.
 
-    The text of the template ends where the model would name a text; log p(" A") − log p(" B") decides.
-    The pieces of the template are tokenised one by one, so that a completion can be cut to a number of
-    tokens; they should therefore meet at line breaks.
+    log p(" A") − log p(" B") after the template decides. The pieces of the template are tokenised separately, so that
+    completions can be cut to a number of tokens; they should therefore meet at line breaks.
 
-    Completions too long for the context are cut at their ends, the longer one first and both to the same
-    length if need be; the attribute `truncated` counts such comparisons. The rest of the template is
-    never cut: a prompt that leaves no room has a missing verdict.
+    Completions too long for the context are cut at their ends, the longer one first and then both to the same length;
+    the attribute `truncated` counts such comparisons. A prompt that leaves no room has a missing verdict.
 
     Args:
         model: the judge; it is put into evaluation mode.
         tokenizer: the model's.
         template: with {prompt}, {first} and {second}, and text after them.
-        tie_margin: in nats; a difference no larger than this is a tie.
+        tie_margin: in nats; a smaller difference is a tie.
         batch_size: comparisons in one forward; it does not change the verdicts.
-        max_length: tokens the judge reads; the model's context by default.
-        name: what results call it; the model's own name by default.
+        max_length: tokens of a filled template; the model's context by default.
+        name: in results; the model's name by default.
 
     Raises:
-        UserError: the template lacks a field, the tokenizer does not tell " A" and " B" apart by one
-            token, or the model makes its logits in an unknown way.
+        UserError: the template lacks a field, the tokenizer does not distinguish " A" and " B" by one token, or the
+            architecture of the model is unknown.
     """
 
     def __init__(
@@ -171,7 +169,7 @@ class LocalJudge:
         return list(self.tokenizer(whole_text(text), add_special_tokens=False, verbose=False)["input_ids"])
 
     def _ending(self, tail: str) -> tuple[list[int], tuple[int, int]]:
-        """The template's last tokens, and the two that go on from there as " A" and " B"."""
+        """The template's last tokens, and the tokens of " A" and " B" after them."""
         (*with_a, a), (*with_b, b) = (self._ids(tail + letter) for letter in _LETTERS)
         if with_a != with_b or a == b:
             raise UserError(
@@ -181,7 +179,7 @@ class LocalJudge:
         return with_a, (a, b)
 
     def _encode(self, item: Comparison) -> list[int]:
-        """The template filled with a comparison, as tokens; [] where its completions have no room."""
+        """The tokens of the filled template; [] where the completions do not fit."""
         ids = {field: self._ids(text) for field, text in asdict(item).items()}
         fixed = sum(len(piece) for piece, _ in self._pieces) + len(ids["prompt"]) + len(self._tail)
         room, needed = self.max_length - fixed, len(ids["first"]) + len(ids["second"])
@@ -189,7 +187,7 @@ class LocalJudge:
             return []
         if needed > room:
             self.truncated += 1
-            # Neither is cut below half of the room, and what one does not need the other has.
+            # Each gets at least half of the room, and what the other does not need.
             longest = max(room // 2, room - min(len(ids["first"]), len(ids["second"])))
             ids |= {"first": ids["first"][:longest], "second": ids["second"][:longest]}
         filled = [token for piece, field in self._pieces for token in piece + (ids[field] if field else [])]
@@ -217,19 +215,18 @@ class LocalJudge:
 class ChatJudge:
     """A model behind an OpenAI-compatible chat endpoint (`POST {url}/chat/completions`), at temperature 0.
 
-    What still fails after the retries of `bridle.utils.http` is a missing verdict, and so is a reply that names none or
-    several.
+    A request that fails after all retries has a missing verdict, and so has a reply with no or several verdicts.
 
     Args:
         url: of the interface, e.g. "http://localhost:8000/v1".
-        model: the name by which the endpoint knows the judge.
-        api_key_env: environment variable that holds the key; no key is sent where none is named.
+        model: name of the judge at the endpoint.
+        api_key_env: environment variable that holds the key; by default no key is sent.
         template: with {prompt}, {first} and {second}.
-        name: how results call it; `model` if not given.
-        timeout, retries, backoff, concurrency, sleep: as in `Endpoint`.
+        name: in results; `model` by default.
+        options: of `Endpoint`.
 
     Raises:
-        UserError: the URL is none, the template lacks a field, the key cannot be sent; from `compare`, the
+        UserError: the URL is malformed, the template lacks a field, the key cannot be sent; from `compare`, the
             endpoint refuses the key or does not know the model.
     """
 
@@ -241,24 +238,12 @@ class ChatJudge:
         *,
         template: str = CHAT_PROMPT,
         name: str | None = None,
-        timeout: float = 60.0,
-        retries: int = 5,
-        backoff: float = 1.0,
-        concurrency: int = 8,
-        sleep: Callable[[float], object] | None = None,
+        **options: Any,
     ):
         _template_pieces(template)
         self.name, self.model, self.template = name or model, model, template
         try:
-            self.endpoint = Endpoint(
-                f"{url.rstrip('/')}/chat/completions",
-                api_key_env,
-                timeout=timeout,
-                retries=retries,
-                backoff=backoff,
-                concurrency=concurrency,
-                sleep=sleep,
-            )
+            self.endpoint = Endpoint(f"{url.rstrip('/')}/chat/completions", api_key_env, **options)
         except UserError as error:
             raise UserError(f"judge {model}: {error}") from error
 
@@ -275,18 +260,18 @@ class ChatJudge:
         if reply.fault:
             return Verdict.missing(reply.fault)
         content = jmespath.search("choices[0].message.content", reply.value)
-        return (
-            read_verdict(content) if isinstance(content, str) else Verdict.missing("no chat completion in the answer")
-        )
+        if not isinstance(content, str):
+            return Verdict.missing("no chat completion in the answer")
+        return read_verdict(content)
 
 
 def read_verdict(reply: str) -> Verdict:
-    """The verdict in a judge's reply: JSON {"winner": "A"}, or a line that is A, B or tie and nothing else.
+    """The verdict in a judge's reply: JSON {"winner": "A"}, or a line that is A, B or tie alone.
 
-    It is missing where the reply holds none, or several that differ.
+    It is missing where the reply has none, or several that differ.
     """
     lines = (line.strip(" \t\r*`\"'.") for line in reply.splitlines())
-    found = {said.lower() for said in (*_json_winners(reply), *lines)} & _WINNERS.keys()
+    found = {word.lower() for word in (*_json_winners(reply), *lines)} & _WINNERS.keys()
     if len(found) != 1:
         return Verdict.missing("the reply holds several verdicts" if found else "the reply holds no verdict")
     return Verdict(_WINNERS[found.pop()])
@@ -300,7 +285,7 @@ def _json_winners(reply: str) -> Iterator[str]:
 
 
 def _template_pieces(template: str) -> list[tuple[str, str | None]]:
-    """A template as (text, the field that follows it); the last piece is text alone.
+    """A template as (text, the field after it); the last piece is text alone.
 
     Raises:
         UserError: a field is missing, unknown or given twice, or the template does not end in text.

@@ -1,9 +1,8 @@
-"""Win rates: which of several methods completes the same prompts better, by a judge's verdicts.
+"""Win rates: pairwise comparisons of methods on the same prompts, by the verdicts of a judge.
 
-Every pair of completions is judged in both orders, since judges favour a place. A method scores on a
-prompt the mean of 1, 0.5 or 0 for each order it wins, ties or loses, so a judge that only looks at the
-place scores 0.5 for both. A prompt with a missing verdict in either order is left out of that pair,
-because the order that is left would carry the judge's bias.
+Every pair of completions is judged in both orders, since judges have a position bias. On a prompt a method scores the
+mean over both orders of 1, 0.5 or 0 for a win, tie or loss, so a judge that prefers a position gives 0.5 to both. A
+pair with a missing verdict in either order is excluded, because the other order alone is biased.
 """
 
 import json
@@ -12,18 +11,17 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, permutations, zip_longest
 from pathlib import Path
-from typing import Any
 
 from bridle.data.readers import ROW
 from bridle.data.rows import absent_column
 from bridle.data.source import DataSource
 from bridle.errors import RunStopped, UserError
 from bridle.evaluation.judges import Comparison, Judge, Verdict
-from bridle.evaluation.statistics import Estimate, estimate_mean, estimate_rate, wilson_interval
+from bridle.evaluation.statistics import Estimate, Result, estimate_mean, estimate_proportion, with_width
 from bridle.utils.files import append_text
 from bridle.utils.progress import Progress
 
-MOST_MISSING = 0.1  # share of missing verdicts above which the rest is not worth asking for
+MOST_MISSING = 0.1  # share of missing verdicts that stops the run
 ASKED_AT_ONCE = 64  # comparisons between two writes to the file that keeps the verdicts
 
 IDENTICAL = Verdict("tie", "the completions are equal")
@@ -33,16 +31,16 @@ _POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 
 @dataclass(frozen=True)
 class Match:
-    """One method against another.
+    """The result of one method against another.
 
     Attributes:
-        rate: mean score over the prompts, a tie half a win; its interval resamples prompts. `missing`
-            counts the pairs of completions left out.
-        wins: pairs of completions in which the method scored above 0.5.
-        ties: in which it scored 0.5.
-        losses: in which it scored below 0.5.
-        contradictions: ties in which the judge preferred the same place in both orders.
-        identical: ties of equal completions, which the judge was not asked about.
+        rate: mean score over the prompts; its interval resamples prompts. `missing` counts excluded pairs of
+            completions.
+        wins: pairs of completions with a score above 0.5.
+        ties: with a score of 0.5.
+        losses: with a score below 0.5.
+        contradictions: ties in which the judge preferred the same position in both orders.
+        identical: ties of equal completions, which the judge does not see.
     """
 
     rate: Estimate
@@ -53,29 +51,27 @@ class Match:
     identical: int
 
     def reversed(self) -> "Match":
-        """The same match as the other method sees it."""
-        value, low, high = (
-            None if end is None else 1.0 - end for end in (self.rate.value, self.rate.high, self.rate.low)
-        )
+        """The match from the other method's side."""
+        ends = self.rate.value, self.rate.high, self.rate.low
+        value, low, high = (None if end is None else 1.0 - end for end in ends)
         rate = replace(self.rate, value=value, low=low, high=high)
         return replace(self, rate=rate, wins=self.losses, losses=self.wins)
 
 
 @dataclass(frozen=True)
-class WinRates:
+class WinRates(Result):
     """All methods against each other.
 
     Attributes:
-        judge: the judge's name.
-        pairs: completions of each method, and so pairs of completions in each match.
+        judge: name of the judge.
+        pairs: number of completions of each method, and of pairs of completions in each match.
         matrix: `matrix[row][column]` is the match of method `row` against method `column`.
-        mean_length: of each method's completions, in words: judges tend to favour length.
-        position_bias: share of the verdicts other than ties that name the text shown first. Without bias
-            it is 0.5 whichever method is better, since each pair is shown in both orders. Wilson's
-            interval takes verdicts for independent; those that offset each other so make it too wide.
-        asked: verdicts the judge was asked for.
-        missing: how many of them are missing.
-        reasons: why, and how many for each reason, the most frequent first.
+        mean_length: of each method's completions in words, since judges tend to favour length.
+        position_bias: share of the verdicts other than ties for the first text; 0.5 without bias, since each pair is
+            shown in both orders. Wilson's interval treats verdicts as independent and is too wide where they cancel.
+        asked: number of requested verdicts.
+        missing: number of missing ones.
+        reasons: their number by reason, the most frequent first.
     """
 
     judge: str
@@ -87,37 +83,24 @@ class WinRates:
     missing: int
     reasons: dict[str, int]
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields by name, ready for JSON."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"Win rate of row over column in %, a tie half a win; judge {self.judge}, {self.pairs} pairs each",
-                *_aligned(self._table()),
-                *self._ties(),
-                f"position bias: {self.position_bias} for the text shown first; 0.5 is none",
-                f"verdicts missing: {self.missing} of {self.asked}{_listed(self.reasons)}",
-            ]
-        )
-
-    def _table(self) -> list[list[str]]:
-        header = ["", *self.matrix, "mean words"]
-        rows = [
-            [_percent(matches[column].rate) if column in matches else "–" for column in self.matrix]
-            for matches in self.matrix.values()
-        ]
-        lengths = [f"{length.value:.1f}" for length in self.mean_length.values()]
-        return [header] + [[*cells] for cells in zip(self.matrix, *zip(*rows, strict=True), lengths, strict=True)]
-
-    def _ties(self) -> Iterator[str]:
+        table = [["", *self.matrix, "mean words"]]
+        for method, matches in self.matrix.items():
+            rates = [_percent(matches[column].rate) if column in matches else "–" for column in self.matrix]
+            table.append([method, *rates, f"{self.mean_length[method].value:.1f}"])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [f"Win rate of row over column in %, a tie half a win; judge {self.judge}, {self.pairs} pairs each"]
+        for row in table:
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         for one, other in combinations(self.matrix, 2):
             match = self.matrix[one][other]
-            yield (
+            lines.append(
                 f"{one} against {other}: {match.wins} won, {match.ties} tied ({match.identical} identical, "
                 f"{match.contradictions} by a change of order), {match.losses} lost, {match.rate.missing} left out"
             )
+        lines.append(f"position bias: {self.position_bias} for the text shown first; 0.5 is none")
+        lines.append(f"verdicts missing: {self.missing} of {self.asked}{_most_frequent(self.reasons)}")
+        return "\n".join(lines)
 
 
 def win_rates(
@@ -128,18 +111,17 @@ def win_rates(
     seed: int = 0,
     keep: Path | None = None,
 ) -> WinRates:
-    """Has every pair of methods judged on every prompt, in both orders.
+    """Judges every pair of methods on every prompt, in both orders.
 
-    Equal completions are a tie without asking. A prompt that is there several times, as with several
-    samples a prompt, is one unit of the bootstrap.
+    Equal completions are a tie. The bootstrap resamples distinct prompts, so the samples of a prompt stay together.
 
     Args:
         prompts: [n] texts.
-        completions: for each method its [n] completions, in the order of the prompts.
+        completions: [n] completions by method, in the order of the prompts.
         judge: gives the verdicts.
         seed: of the bootstrap.
-        keep: the verdicts are added to this file as they come, as JSON lines: judge, row (1-based), the
-            methods shown first and second, the winner and, where that is null, the reason.
+        keep: file to which the verdicts are appended as they arrive, as JSON lines: judge, row (1-based), the methods
+            shown first and second, the winner and, where that is null, the reason.
 
     Raises:
         UserError: fewer than two methods, no prompts, or a method with another number of completions.
@@ -152,12 +134,17 @@ def win_rates(
     by_order: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
     for game in games:
         by_order[game.first, game.second].append(verdicts.get(game, IDENTICAL))
+    matrix: dict[str, dict[str, Match]] = {method: {} for method in completions}
+    for one, other in combinations(completions, 2):
+        match = _match(by_order[one, other], by_order[other, one], prompts, seed)
+        matrix[one][other], matrix[other][one] = match, match.reversed()
+    lengths = {method: [len(text.split()) for text in texts] for method, texts in completions.items()}
     reasons = _reasons(verdicts.values())
     return WinRates(
         judge=judge.name,
         pairs=len(prompts),
-        matrix=_matrix(by_order, prompts, seed),
-        mean_length={method: _mean_length(prompts, texts, seed) for method, texts in completions.items()},
+        matrix=matrix,
+        mean_length={name: estimate_mean(_by_prompt(prompts, values), seed=seed) for name, values in lengths.items()},
         position_bias=_position_bias(verdicts.values()),
         asked=len(asked),
         missing=sum(reasons.values()),
@@ -166,10 +153,10 @@ def win_rates(
 
 
 def read_completions(path: str | Path) -> tuple[list[str], list[str]]:
-    """Prompts and completions of a file as `bridle generate --output` writes it; empty texts are kept.
+    """Prompts and completions of a file of `bridle generate --output`, empty texts included.
 
     Raises:
-        UserError: the file cannot be read, lacks the column prompt or completion, or a row holds no text.
+        UserError: the file cannot be read, lacks the column prompt or completion, or a row has no text there.
     """
     rows = DataSource(str(path)).read()
     columns = []
@@ -184,23 +171,28 @@ def read_completions(path: str | Path) -> tuple[list[str], list[str]]:
 
 
 def read_methods(files: Mapping[str, str | Path]) -> tuple[list[str], dict[str, list[str]]]:
-    """The files of several methods, ready for `win_rates`: prompts, and completions by method.
+    """Prompts, and completions by method, of the files of several methods, for `win_rates`.
 
     Raises:
-        UserError: as `read_completions`, or naming the file and row whose prompt is not the first file's.
+        UserError: as `read_completions`, or naming the file and row whose prompt differs from the first file's.
     """
     prompts: list[str] = []
     completions = {}
     for method, path in files.items():
         own, completions[method] = read_completions(path)
         prompts = prompts or own
-        _check_same(prompts, own, next(iter(files.values())), path)
+        for number, (expected, found) in enumerate(zip_longest(prompts, own), start=1):
+            if expected != found:
+                first = next(iter(files.values()))
+                raise UserError(
+                    f"{path} row {number}: its prompt is not that of {first}; complete the same prompts in one order"
+                )
     return prompts, completions
 
 
 @dataclass(frozen=True)
 class _Game:
-    """One comparison: which methods' completions of which row it shows."""
+    """A comparison of two methods on one row, in one order."""
 
     row: int
     first: str
@@ -209,7 +201,7 @@ class _Game:
 
 
 def _games(prompts: Sequence[str], completions: Mapping[str, Sequence[str]]) -> Iterator[_Game]:
-    # Row by row, so that verdicts kept from a run that stopped are spread evenly over the methods.
+    # Row by row, so that the verdicts of a run that stops are spread evenly over the methods.
     for row, prompt in enumerate(prompts):
         for first, second in permutations(completions, 2):
             yield _Game(row, first, second, Comparison(prompt, completions[first][row], completions[second][row]))
@@ -247,37 +239,24 @@ def _check_missing(judge: Judge, verdicts: Iterable[Verdict], asked: int, keep: 
     if missing > MOST_MISSING * asked:
         where = f"the verdicts so far are in {keep}" if keep else "the verdicts were not kept in a file"
         raise RunStopped(
-            f"judge {judge.name}: {missing} of {asked} verdicts are missing{_listed(reasons)}; {where}; "
-            "mend the judge and ask again"
+            f"judge {judge.name}: {missing} of {asked} verdicts are missing{_most_frequent(reasons)}; {where}; "
+            "fix the judge and ask again"
         )
 
 
 def _reasons(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """How often each reason was given, the most frequent first."""
+    """The number of missing verdicts by reason, the most frequent first."""
     return dict(Counter(verdict.reason for verdict in verdicts if verdict.is_missing).most_common())
 
 
-def _matrix(
-    by_order: Mapping[tuple[str, str], Sequence[Verdict]], prompts: Sequence[str], seed: int
-) -> dict[str, dict[str, Match]]:
-    """All matches, from the verdicts row by row of each (method shown first, method shown second)."""
-    matrix: dict[str, dict[str, Match]] = {one: {} for one, _ in by_order}
-    for one, other in by_order:
-        # The second of a pair mirrors the first, so that the two rates and intervals agree exactly.
-        known = matrix[other].get(one)
-        matrix[one][other] = (
-            known.reversed() if known else _match(by_order[one, other], by_order[other, one], prompts, seed)
-        )
-    return matrix
-
-
 def _match(one: Sequence[Verdict], other: Sequence[Verdict], prompts: Sequence[str], seed: int) -> Match:
-    """The match of a method from its verdicts row by row: shown first, and shown second."""
+    """The match of a method from the verdicts by row in which it is shown first, and those in which it is second."""
     both = list(zip(one, other, strict=True))
     scores = [_score(*verdicts) for verdicts in both]
     found = [score for score in scores if score is not None]
+    clusters = _by_prompt(prompts, scores)
     return Match(
-        rate=_rate(scores, prompts, seed),
+        rate=with_width(estimate_mean(clusters, missing=scores.count(None), seed=seed), len(clusters)),
         wins=sum(score > 0.5 for score in found),
         ties=sum(score == 0.5 for score in found),
         losses=sum(score < 0.5 for score in found),
@@ -292,22 +271,8 @@ def _score(shown_first: Verdict, shown_second: Verdict) -> float | None:
     return (_POINTS[shown_first.winner] + 1.0 - _POINTS[shown_second.winner]) / 2
 
 
-def _rate(scores: Sequence[float | None], prompts: Sequence[str], seed: int) -> Estimate:
-    clusters = _by_prompt(prompts, scores)
-    found = estimate_mean(clusters, missing=scores.count(None), seed=seed)
-    if found.value is None or found.low is not None:
-        return found
-    # All prompts agree, so a bootstrap has no width: each prompt is one trial, as in `estimate_rate`.
-    low, high = wilson_interval(round(found.value * len(clusters)), len(clusters)) or (None, None)
-    return replace(found, low=low, high=high)
-
-
-def _mean_length(prompts: Sequence[str], texts: Sequence[str], seed: int) -> Estimate:
-    return estimate_mean(_by_prompt(prompts, [len(text.split()) for text in texts]), seed=seed)
-
-
 def _by_prompt(prompts: Sequence[str], values: Sequence[float | None]) -> list[list[float]]:
-    """The values that are there, grouped by equal prompts."""
+    """The values that are not missing, by prompt."""
     clusters: dict[str, list[float]] = defaultdict(list)
     for prompt, value in zip(prompts, values, strict=True):
         if value is not None:
@@ -316,8 +281,8 @@ def _by_prompt(prompts: Sequence[str], values: Sequence[float | None]) -> list[l
 
 
 def _position_bias(verdicts: Collection[Verdict]) -> Estimate:
-    decided = [[verdict.winner == "first"] for verdict in verdicts if verdict.winner in ("first", "second")]
-    return estimate_rate(decided, missing=sum(verdict.is_missing for verdict in verdicts))
+    decided = [verdict.winner == "first" for verdict in verdicts if verdict.winner in ("first", "second")]
+    return estimate_proportion(decided, missing=sum(verdict.is_missing for verdict in verdicts))
 
 
 def _check(prompts: Sequence[str], completions: Mapping[str, Sequence[str]]) -> None:
@@ -330,26 +295,13 @@ def _check(prompts: Sequence[str], completions: Mapping[str, Sequence[str]]) -> 
             raise UserError(f"{method} has {len(texts)} completions for {len(prompts)} prompts; give one for each")
 
 
-def _check_same(prompts: Sequence[str], own: Sequence[str], first: str | Path, path: str | Path) -> None:
-    for number, (expected, found) in enumerate(zip_longest(prompts, own), start=1):
-        if expected != found:
-            raise UserError(
-                f"{path} row {number}: its prompt is not that of {first}; complete the same prompts in one order"
-            )
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-
-
 def _percent(rate: Estimate) -> str:
     if rate.value is None or rate.low is None or rate.high is None:
         return "missing"
     return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
-def _listed(reasons: Mapping[str, int]) -> str:
-    """The most frequent reasons, three at most, in brackets."""
+def _most_frequent(reasons: Mapping[str, int]) -> str:
+    """The three most frequent reasons, in brackets."""
     most = [f"{count}: {reason}" for reason, count in list(reasons.items())[:3]]
     return f" ({'; '.join(most)})" if most else ""
