@@ -65,7 +65,7 @@ class TestDisk:
         for share in (0.02, 0.5, 0.8, 0.95):
             folder = disk.folder / "run"
             disk.resize(share * size)
-            with pytest.raises(RunStopped, match=rf"^{folder}: no room is left on the disk .* --resume goes on"):
+            with pytest.raises(RunStopped, match=rf"^{folder}: the disk is full .* --resume continues"):
                 train(load_recipe(path), folder)
             assert_whole(folder)
             reached.add(last_checkpoint(folder) and last_checkpoint(folder).name)
@@ -79,7 +79,7 @@ class TestDisk:
         disk.resize(2**14)
         code, _, err = bridle("train", path, "--output_dir", disk.folder / "run")
         assert code == 3
-        assert err.splitlines()[-1].startswith(f"bridle: {disk.folder / 'run'}: no room is left on the disk")
+        assert err.splitlines()[-1].startswith(f"bridle: {disk.folder / 'run'}: the disk is full")
         assert "Traceback" not in err
 
     @pytest.mark.timeout(300)
@@ -103,7 +103,7 @@ class TestDisk:
         for call in range(1, writes + 1, writes // 4):
             folder = tmp_path / f"failed-{call}"
             failing_at(call)
-            with pytest.raises(RunStopped, match="no room is left on the disk"):
+            with pytest.raises(RunStopped, match="the disk is full"):
                 train(load_recipe(path), folder)
             assert_whole(folder)
             failing_at(None)
@@ -124,7 +124,7 @@ class TestDisk:
         path = recipe(evaluation={"prompts": {"rude": rows}})
         code, _, err = bridle("compare", path, "--methods", "base,sft", "--output_dir", tmp_path / "out")
         assert code == 3
-        assert err.splitlines()[-1].startswith(f"bridle: {tmp_path / 'out'}: no room is left on the disk")
+        assert err.splitlines()[-1].startswith(f"bridle: {tmp_path / 'out'}: the disk is full")
         assert len(measured) == 1
         assert not list((tmp_path / "out").rglob("failed.json"))
 
@@ -228,7 +228,7 @@ class TestMemory:
         trainer = trainer_of(tiny_folder(), tmp_path, regulariser())
         with (
             room_for(embedding(trainer), 0, training=True) as refused,
-            pytest.raises(RunStopped, match=f"^{tmp_path}: memory ran out where no batch could be cut"),
+            pytest.raises(RunStopped, match=f"^{tmp_path}: memory ran out where no batch could be smaller"),
             stopping_when_exhausted(tmp_path),
         ):
             trainer.train()
@@ -252,7 +252,7 @@ class TestMemory:
             rounds.append((rude.rollouts, examples, targets.gather(row_keys(*rows), rows[-1])))
             assert bool(refused) == (room == 3)
         for work in ("round 1: sampling for rude", "reading the rollouts", "targets for rude"):
-            assert f"{work}: memory ran out with 32 rows at once; from here on it is 16" in caplog.text
+            assert f"{work}: memory ran out with 32 rows at once; the limit is now 16" in caplog.text
         (drawn, read, made), (drawn_in_parts, read_in_parts, made_in_parts) = rounds
         assert [rollout.completion_ids for rollout in drawn_in_parts] == [rollout.completion_ids for rollout in drawn]
         assert [rollout.complies for rollout in drawn_in_parts] == [rollout.complies for rollout in drawn]

@@ -55,7 +55,7 @@ class TestCode:
 
     def test_of_a_model(self, tiny_folder, trace):
         folder = self.foreign(tiny_folder(), trace, AutoModelForCausalLM=True)
-        assert "brings code of its own, which Bridle does not run" in refused(lambda: load_model(folder))
+        assert "needs code of its own, which Bridle does not run" in refused(lambda: load_model(folder))
 
     def test_of_a_tokenizer(self, tiny_folder, trace):
         folder = Path(self.foreign(tiny_folder(), trace))
@@ -65,7 +65,7 @@ class TestCode:
 
     def test_of_a_classifier(self, tiny_folder, trace):
         folder = self.foreign(tiny_folder(), trace, AutoModelForSequenceClassification=True)
-        assert "its network: it brings code of its own" in refused(Classifier(folder, "rude").load)
+        assert "its network: it needs code of its own" in refused(Classifier(folder, "rude").load)
 
     def test_of_an_auxiliary(self, tiny_folder, trace, tmp_path):
         model = load_model(str(tiny_folder()))

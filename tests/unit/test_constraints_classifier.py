@@ -127,7 +127,7 @@ def test_texts_that_do_not_fit_into_memory_are_scored_in_parts(folder, caplog):
         assert refused == [10, 5]
         assert values(cut, same_length) == pytest.approx(whole, abs=1e-6)
     assert refused == [10, 5], "what was learnt of the memory is forgotten"
-    assert "scoring (temper): memory ran out with 10 rows at once; from here on it is 5" in caplog.text
+    assert "scoring (temper): memory ran out with 10 rows at once; the limit is now 5" in caplog.text
 
 
 def test_a_multi_label_head_gives_independent_probabilities(tmp_path):

@@ -37,8 +37,8 @@ class TestRowLimit:
         assert self.squares(limit, rows, tried, 3) == [n**2 for n in range(10)]
         assert tried[6:] == [3, 3, 3, 1]
         assert [record.getMessage() for record in caplog.records] == [
-            "counting: memory ran out with 10 rows at once; from here on it is 5",
-            "counting: memory ran out with 5 rows at once; from here on it is 3",
+            "counting: memory ran out with 10 rows at once; the limit is now 5",
+            "counting: memory ran out with 5 rows at once; the limit is now 3",
         ]
 
     def test_what_fits_is_not_cut(self):
@@ -71,7 +71,7 @@ class TestRowLimit:
             (RuntimeError(CUDA), True),
             (RuntimeError(CPU), True),
             (RuntimeError("shapes do not match"), False),
-            (RunStopped("runs/a: memory ran out where no batch could be cut"), False),
+            (RunStopped("runs/a: memory ran out where no batch could be smaller"), False),
         ],
     )
     def test_out_of_memory_is_told_from_other_errors(self, error, expected):
@@ -119,9 +119,7 @@ def test_every_writer_s_full_disk_is_told_and_what_was_whole_is_whole(disk, name
     write(path, 1)
     before = {entry.name for entry in disk.folder.iterdir()}
     with (
-        pytest.raises(
-            RunStopped, match=r"^runs/a: no room is left on the disk \(.*\); free some, and --resume goes on"
-        ),
+        pytest.raises(RunStopped, match=r"^runs/a: the disk is full \(.*\); free some space, and --resume continues"),
         stopping_when_exhausted("runs/a"),
     ):
         write(path, 2**18)
@@ -146,7 +144,7 @@ def test_all_else_passes_as_it_is(error):
 
 def test_memory_that_cannot_be_spared_stops_the_run():
     with (
-        pytest.raises(RunStopped, match=r"^runs/a: memory ran out where no batch could be cut; .* --resume"),
+        pytest.raises(RunStopped, match=r"^runs/a: memory ran out where no batch could be smaller; .* --resume"),
         stopping_when_exhausted("runs/a"),
     ):
         raise torch.OutOfMemoryError(CUDA)

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bridle.constraints.base import Score, TextConstraint
-from bridle.constraints.deadline import TimedOut, batches, within
+from bridle.constraints.deadline import batches, scored
 from bridle.constraints.options import Probability, Text, cause, checked
 from bridle.constraints.reading import Messages, Reads, as_lines
 from bridle.errors import UserError
 from bridle.utils.oom import RowLimit
-from bridle.utils.progress import Progress
 from bridle.utils.safe_loading import quiet_loading, refusal
 
 OVERLAP = 4  # a window shares 1/OVERLAP of its tokens with the one before it
@@ -124,20 +123,15 @@ class Classifier(TextConstraint):
         columns, texts_of = self._tokenize(texts)
         lengths = [len(ids) for ids in columns["input_ids"]]
         scores: list[list[Score]] = [[] for _ in texts]
-        with Progress(f"scoring ({self.name})", len(lengths), unit="texts") as progress:
-            for batch in _batches(lengths, self.batch_size):
-                for index, score in zip(batch, self._in_time(columns, batch), strict=True):
-                    scores[texts_of[index]].append(score)
-                progress.update(len(batch))
+        parts = [*_batches(lengths, self.batch_size)]
+        found = scored(self.name, parts, partial(self._score_batch, columns), self.timeout)
+        for index, score in zip(chain.from_iterable(parts), found, strict=True):
+            scores[texts_of[index]].append(score)
         return [_worst(of_text) for of_text in scores]
 
-    def _in_time(self, columns: dict[str, list[list[int]]], batch: Sequence[int]) -> list[Score]:
-        """Returns the scores of a batch of windows."""
-        run = partial(self._rows.run, partial(self._probabilities, columns), batch)
-        try:
-            return [self._as_score(probability) for probability in chain.from_iterable(within(self.timeout, run))]
-        except TimedOut as late:
-            return [Score.missing(str(late))] * len(batch)
+    def _score_batch(self, columns: dict[str, list[list[int]]], batch: Sequence[int]) -> list[Score]:
+        probabilities = self._rows.run(partial(self._probabilities, columns), batch)
+        return [self._as_score(probability) for probability in chain.from_iterable(probabilities)]
 
     def _as_text(self, messages: Messages) -> str:
         self.load()

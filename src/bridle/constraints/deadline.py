@@ -2,8 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from bridle.constraints.base import Score
+from bridle.utils.progress import Progress
 
 T = TypeVar("T")
 
@@ -41,7 +45,19 @@ def within(seconds: float, work: Callable[[], T]) -> T:
         raise TimedOut(seconds) from None
 
 
-def batches(items: Sequence[T], size: int = BATCH) -> Iterator[Sequence[T]]:
-    """Yields the items in parts of at most `size`."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def batches(items: Sequence[T], size: int = BATCH) -> list[Sequence[T]]:
+    """Splits items into batches of at most `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def scored(
+    name: str, parts: Sequence[Sequence[T]], score: Callable[[Sequence[T]], Sequence[Any]], seconds: float
+) -> Iterator[Any]:
+    """Yields the scores of each batch, missing if it takes longer than so many seconds, and shows progress."""
+    with Progress(f"scoring ({name})", sum(map(len, parts)), "texts") as progress:
+        for part in parts:
+            try:
+                yield from within(seconds, partial(score, part))
+            except TimedOut as late:
+                yield from [Score.missing(str(late))] * len(part)
+            progress.update(len(part))

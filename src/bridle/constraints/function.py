@@ -3,9 +3,8 @@
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import chdir
-from functools import partial
 from hashlib import blake2b
 from inspect import Parameter, getsourcefile, signature
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any, cast
 
 from pydantic import PositiveFloat, PositiveInt
 
-from bridle.constraints.base import Constraint, Score
-from bridle.constraints.deadline import BATCH, TimedOut, within
+from bridle.constraints.base import Constraint
+from bridle.constraints.deadline import BATCH, batches, scored
 from bridle.constraints.options import Text, cause, checked
 from bridle.constraints.reading import Given, Messages, Reads, as_lines, turns_of
 from bridle.errors import UserError
-from bridle.utils.progress import Progress
 
 
 class PythonFunction(Constraint):
@@ -106,28 +104,20 @@ class PythonFunction(Constraint):
 
     def _called(self, *columns: list[Any]) -> list[Any]:
         """Returns the scores of all outputs; `columns` are the function's arguments."""
-        scores: list[Any] = []
-        with Progress(f"scoring ({self.name})", len(columns[0]), "texts") as progress:
-            for start in range(0, len(columns[0]), self.batch_size):
-                batch = [column[start : start + self.batch_size] for column in columns]
-                count = len(batch[0])  # the function may change its lists
-                try:
-                    scores += self._listed(within(self.timeout, partial(self._call_once, batch)), count)
-                except TimedOut as late:
-                    scores += [Score.missing(str(late))] * count
-                progress.update(count)
-        return scores
+        parts = batches([*zip(*columns, strict=True)], self.batch_size)
+        return [*scored(self.name, parts, self._call_once, self.timeout)]
 
-    def _call_once(self, columns: list[list[Any]]) -> Any:
+    def _call_once(self, rows: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
         assert self._call is not None
         try:
             with chdir(os.getcwd()):  # restores it
-                return self._call(*columns)
+                raw = self._call(*map(list, zip(*rows, strict=True)))
         except (Exception, SystemExit) as error:
             raise UserError(
-                f"constraint '{self.name}': {self.function} failed on {len(columns[0])} texts: "
+                f"constraint '{self.name}': {self.function} failed on {len(rows)} texts: "
                 f"{cause(error)}{_place(error, self._call)}"
             ) from error
+        return self._listed(raw, len(rows))
 
 
 def _name_of(function: Callable) -> str:

@@ -15,6 +15,7 @@ from bridle.constraints.cache import Label, Outcome
 from bridle.constraints.options import cause
 from bridle.constraints.reading import Messages
 from bridle.errors import UserError
+from bridle.utils.variables import map_strings
 
 PLACEHOLDERS = ("{text}", "{texts}", "{messages}", "{prompt}", "{model}")
 MARKS = " \t\r\n*`\"'"  # which chat models put around an answer
@@ -80,7 +81,7 @@ class JsonMapping:
         values = {"{text}": first, "{texts}": list(outputs), "{messages}": first, "{model}": self.model}
         if self.prompt is not None and isinstance(first, str):
             values["{prompt}"] = self.prompt.replace("{text}", first)
-        return _filled(self.body, values)
+        return map_strings(self.body, lambda string: values.get(string, string))
 
     def read(self, reply: Any, count: int) -> list[Outcome]:
         """Returns the label of each of `count` texts, or the reason why it is missing."""
@@ -178,16 +179,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _strings(inner)
-
-
-def _filled(template: Any, values: Mapping[str, Any]) -> Any:
-    if isinstance(template, str):
-        return values.get(template, template)
-    if isinstance(template, Mapping):
-        return {key: _filled(inner, values) for key, inner in template.items()}
-    if isinstance(template, list):
-        return [_filled(inner, values) for inner in template]
-    return template
 
 
 def _number(answer: Any, kind: str) -> float | None:

@@ -189,7 +189,7 @@ class Remote(Constraint):
         return Score.missing(outcome) if isinstance(outcome, str) else self._scale.score(outcome)
 
     def _ask(self, outputs: Outputs, keys: list[str]) -> Iterator[tuple[str, Outcome]]:
-        yield from self._ask_batches(outputs, [*batches(keys, self._mapping.batch_size)])
+        yield from self._ask_batches(outputs, batches(keys, self._mapping.batch_size))
 
     def _ask_batches(self, outputs: Outputs, parts: list[Sequence[str]]) -> Iterator[tuple[str, Outcome]]:
         alone: list[Sequence[str]] = []  # a text that the endpoint refuses must not cost the others of its batch

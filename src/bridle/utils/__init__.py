@@ -1,1 +1,1 @@
-"""What is no part of the method: files, processes, memory, HTTP, progress."""
+"""Independent of the method: files, processes, memory, HTTP, progress."""

@@ -1,7 +1,7 @@
-"""The processes that work on one run together: which of them this is, and what passes between them.
+"""The processes of one run: their ranks, and what passes between them.
 
-They are those of `torch.distributed`, whoever started them: `accelerate launch`, `torchrun` or Ray. Where there is one
-process everything here is the identity. What says that it passes something must be called by all of them.
+They are those of `torch.distributed`, whether `accelerate launch`, `torchrun` or Ray started them. With one process
+every function is the identity. All processes must call a function that communicates.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,42 +14,42 @@ T = TypeVar("T")
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Returns the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Returns this process's number, from 0."""
     return dist.get_rank() if world() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the one that writes files and shows progress."""
+    """Whether this process writes files and shows progress."""
     return rank() == 0
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of what all have in the same order; `joined` is the way back."""
+    """Returns this process's part of items that all have in the same order; `joined` is the inverse."""
     return items[rank() :: world()]
 
 
 def joined(part: Sequence[T], count: int) -> list[T]:
-    """Passes the parts that `share` made of `count` items: all of them, in their order, on every process."""
+    """Gathers the parts that `share` made of `count` items, in their order."""
     parts = gathered(part)
     return [parts[index % len(parts)][index // len(parts)] for index in range(count)]
 
 
 def turns(count: int) -> list[int]:
-    """Which of `count` pieces of work are this process's, as many as any other's.
+    """Returns which of `count` pieces of work are this process's; all processes have as many.
 
-    One that has none left does an earlier one again: a sharded model runs on all processes or on none.
+    One with fewer repeats earlier ones: a sharded model runs on all processes or on none.
     """
     rounds = -(-count // world())
     return [index % count for index in range(rank(), rounds * world(), world())]
 
 
 def gathered(item: T) -> list[T]:
-    """Passes what each process has: that of all, by rank. Whatever pickles will do."""
+    """Gathers one picklable object of each process, by rank."""
     if world() == 1:
         return [item]
     items: list[Any] = [None] * world()
@@ -58,22 +58,21 @@ def gathered(item: T) -> list[T]:
 
 
 def from_main(item: T) -> T:
-    """Passes what the main process has."""
-    if world() == 1:
-        return item
+    """Broadcasts the main process's object."""
     items = [item]
-    dist.broadcast_object_list(items)
+    if world() > 1:
+        dist.broadcast_object_list(items)
     return items[0]
 
 
 def align(tensors: Iterable[Tensor]) -> None:
-    """Passes the main process's tensors, each [...], into those of the others, in place."""
+    """Broadcasts the main process's tensors, each [...], in place."""
     if world() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
 
 
 def wait() -> None:
-    """Goes on when all processes have come here."""
+    """Waits until all processes have called it."""
     if world() > 1:
         dist.barrier()

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: what may not be cut short is finished first, and the end says what was kept."""
+"""SIGINT and SIGTERM end a process where its work can end, with a report of what is kept."""
 
 import signal
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(BaseException):  # no Exception: nothing that makes the best of errors is to go on after it
-    """The process was asked to end.
+class Interrupted(BaseException):  # not an Exception, so that no handler of errors catches it
+    """The process received a signal to end.
 
     Attributes:
-        signal: the signal's number.
-        kept: what of the work is kept, for people; empty if nothing was to be kept.
+        signal: its number.
+        kept: which work is kept, in words; "" if none was to be kept.
     """
 
     def __init__(self, number: int, kept: str = ""):
@@ -22,14 +22,14 @@ class Interrupted(BaseException):  # no Exception: nothing that makes the best o
 
 
 class _Interruption:
-    """Whether a signal came, and whether it waits for work to be finished."""
+    """Whether a signal came, and whether it is deferred."""
 
     def __init__(self) -> None:
         self.deferred = False
         self.pending: int | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """A signal's handler: raises `Interrupted`, or keeps the first signal for later where it is deferred."""
+        """Handles a signal: raises `Interrupted`, or defers the first one."""
         if not self.deferred or self.pending is not None:
             self.pending = None
             raise Interrupted(number)
@@ -50,7 +50,7 @@ _interruption = _Interruption()
 
 
 def is_pending() -> bool:
-    """Whether a signal came that is to end the process once the work under way is finished."""
+    """Whether a deferred signal waits for the current work to finish."""
     return _interruption.pending is not None
 
 
@@ -63,7 +63,7 @@ def raise_pending() -> None:
 
 @contextmanager
 def deferring() -> Iterator[None]:
-    """Work that looks at `is_pending` at places where it can end; a second signal ends it at once."""
+    """Defers a signal during the block, which checks `is_pending` where it can end; a second signal ends it at once."""
     with _interruption.at(deferred=True):
         yield
     raise_pending()
@@ -71,14 +71,14 @@ def deferring() -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Work within `deferring` that can end anywhere."""
+    """Lets a signal end the block, within `deferring`, at once."""
     with _interruption.at(deferred=False):
         yield
 
 
 @contextmanager
 def catching_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Interrupted`, or wait: see `deferring`. For the main thread."""
+    """Handles SIGINT and SIGTERM in the block, for the main thread: they raise `Interrupted` or are deferred."""
     before = {number: signal.signal(number, _interruption.handle) for number in SIGNALS}
     try:
         yield

@@ -1,4 +1,4 @@
-"""When memory or the disk runs out: a batch is cut and the work goes on, or the run stops with a line that says so."""
+"""Exhausted memory and disks: work continues on smaller batches, or the run stops with a message of one line."""
 
 import errno
 import logging
@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from bridle.errors import RunStopped
+from bridle.errors import RunStopped, first_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -23,7 +23,7 @@ FULL = (
     "database or disk is full",  # SQLite
     *("iostream error", "unexpected pos", "PytorchStreamWriter failed"),  # torch, which does not say more
 )
-"""Words that tell a full disk: not every library raises an OSError."""
+"""Parts of the messages for a full disk, as not every library raises an OSError."""
 
 
 class Sliceable(Protocol):
@@ -34,14 +34,14 @@ class Sliceable(Protocol):
 
 
 class RowLimit:
-    """How many rows are worked on at once: all that there are, until memory runs out, and half of them from then on.
+    """How many rows to process at once: all, and half as many each time that memory runs out.
 
     Args:
-        work: what is done with them, for the warning.
-        can_cut: false where each call is one of several processes together, who would not know of a cut.
+        work: names the work in the warning.
+        can_cut: false if several processes make each call together, as the others would not know of a cut.
 
     Attributes:
-        rows: the limit; None as long as there is none.
+        rows: the limit; None at first.
     """
 
     def __init__(self, work: str, can_cut: bool = True):
@@ -49,7 +49,7 @@ class RowLimit:
         self.rows: int | None = None
 
     def run(self, work: Callable[[Rows], T], rows: Rows) -> list[T]:
-        """What `work` returns for some rows or, in order, for each part of them that fits into memory."""
+        """Returns what `work` returns for each part of the rows that fits into memory, in order."""
         results: list[T] = []
         while len(rows):
             part = rows[: self.rows]
@@ -62,51 +62,50 @@ class RowLimit:
         return results
 
     def lower(self, error: RuntimeError, rows: int) -> None:
-        """Halves the limit, as so many rows were too many.
+        """Halves the limit after an error with so many rows.
 
         Raises:
-            RuntimeError: the error itself, if it is another one or there is nothing to halve.
+            RuntimeError: the error itself, if memory did not run out or one row is too many.
         """
         rows = min(rows, self.rows or rows)
         if not (self.can_cut and rows > 1 and is_out_of_memory(error)):
             raise error
         self.rows = -(-rows // 2)
-        logger.warning("%s: memory ran out with %d rows at once; from here on it is %d", self.work, rows, self.rows)
-        clear_frames(error.__traceback__)  # they hold what filled the memory
+        logger.warning("%s: memory ran out with %d rows at once; the limit is now %d", self.work, rows, self.rows)
+        clear_frames(error.__traceback__)  # they refer to the tensors that filled the memory
         clear_device_cache(garbage_collection=True)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the memory of a device, or the CPU's, ran out."""
+    """Whether the memory of a device or the CPU ran out."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether an error, of whatever library, says that a disk or a quota is full."""
+    """Whether a disk or a quota is full, by any library's error."""
     return any(sign in str(error) for sign in FULL)
 
 
 @contextmanager
 def stopping_when_exhausted(folder: str | Path) -> Iterator[None]:
-    """Inside the block a full disk, or memory that cutting batches cannot spare, stops the run that writes to a folder.
+    """Stops the run that writes to a folder if the disk is full, or if smaller batches cannot save memory.
 
     Raises:
-        RunStopped: in their place.
+        RunStopped: in place of the error.
     """
     try:
         yield
     except RunStopped:
         raise
     except Exception as error:
-        first_line, *_ = str(error).splitlines() or [""]
         if is_disk_full(error):
             raise RunStopped(
-                f"{folder}: no room is left on the disk ({first_line}); free some, and --resume goes on from the last "
-                "whole checkpoint"
+                f"{folder}: the disk is full ({first_line(error)}); free some space, and --resume "
+                "continues from the last complete checkpoint"
             ) from error
         if is_out_of_memory(error):
             raise RunStopped(
-                f"{folder}: memory ran out where no batch could be cut; the page on troubleshooting names what to "
-                "lower, and --resume --accept_changes goes on from the last whole checkpoint"
+                f"{folder}: memory ran out where no batch could be smaller; the page on troubleshooting names what to "
+                "lower, and --resume --accept_changes continues from the last complete checkpoint"
             ) from error
         raise

@@ -16,16 +16,13 @@ PLAIN_LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 
 class Progress:
-    """Counts work done, with its rate and the time left.
-
-    Use it as a context manager and call `update(n)`, or iterate over `track(...)`. Of several processes that work on
-    one run only the main one shows anything.
+    """Shows work done, its rate and the time left, as a context manager. Only a run's main process shows it.
 
     Args:
-        description: what is being done, e.g. "sampling".
-        total: how many units there are, if known.
-        unit: the name of one unit, e.g. "texts".
-        shown: whether anything is.
+        description: of the work, e.g. "sampling".
+        total: number of units, if known.
+        unit: name of the units, e.g. "texts".
+        shown: false hides it.
     """
 
     def __init__(self, description: str, total: int | None = None, unit: str = "it", shown: bool = True):
@@ -38,7 +35,7 @@ class Progress:
             self._bar = tqdm(desc=self.description, total=total, unit=unit, leave=False, dynamic_ncols=True)
 
     def update(self, n: int = 1) -> None:
-        """Counts `n` more units as done."""
+        """Adds `n` units."""
         self.done += n
         if self._bar is not None:
             self._bar.update(n)
@@ -54,21 +51,16 @@ class Progress:
             print(plain(line), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Ends the display; a phase long enough to have shown a line shows its last one."""
+        """Ends the display, with a last line if the phase was long enough to have shown one."""
         if self._bar is not None:
             self._bar.close()
         elif self._shown and time.monotonic() - self.started >= PLAIN_LINE_EVERY:
             self._print_line()
 
     def _print_line(self) -> None:
-        elapsed = time.monotonic() - self.started
-        print(
-            tqdm.format_meter(
-                self.done, self.total, elapsed, ncols=80, prefix=self.description, unit=self.unit, ascii=True
-            ),
-            file=sys.stderr,
-            flush=True,
-        )
+        rate = (self.done, self.total, time.monotonic() - self.started)
+        line = tqdm.format_meter(*rate, ncols=80, prefix=self.description, unit=self.unit, ascii=True)
+        print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -78,7 +70,7 @@ class Progress:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Yields `items` and shows how far they are."""
+    """Yields `items` and shows progress."""
     with Progress(description, total, unit) as progress:
         for item in items:
             yield item

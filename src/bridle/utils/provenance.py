@@ -14,16 +14,11 @@ PACKAGES = ("bridle", "torch", "transformers", "trl", "peft", "accelerate", "dat
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Where and how a result was made, ready for `write_json`.
+    """Returns where and how a result was made, as JSON values.
 
-    Args:
-        seed: the seed the run was given.
-
-    Returns:
-        `versions` of Python and the libraries (`None` where one is not installed), `git` (commit of the
-        working directory's repository and whether tracked files differ from it; `None` outside a
-        repository), `platform`, `devices` (names of the accelerators), `threads`, `command` (the
-        argument list, without the hub's token), `seed` and `time` (UTC, ISO 8601).
+    They are `versions` of Python and the libraries (None if one is not installed), `git` (the commit of the working
+    directory's repository and whether tracked files differ from it; None outside a repository), `platform`, `devices`
+    (names of the accelerators), `threads`, `command` (without the hub's token), `seed` and `time` (UTC, ISO 8601).
     """
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -38,7 +33,7 @@ def environment(seed: int) -> dict[str, Any]:
 
 
 def redacted(command: Sequence[str]) -> list[str]:
-    """An argument list with stars in the place of the hub's token."""
+    """Returns an argument list with stars in place of the hub's token."""
     hidden = []
     for before, argument in zip(["", *command], command, strict=False):
         option, equals, _ = argument.partition("=")
@@ -66,7 +61,7 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints, or `None` where there is no git, no repository or no commit."""
+    """Returns git's output; None without git, a repository or a commit."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,7 +1,7 @@
-"""Environment variables in recipes: which of them a recipe may read, and how files keep their names.
+"""Environment variables in recipes.
 
-A recipe may be a stranger's, so it reads no variable that its key `env` does not list, but for those that say where
-things lie (`PATHS`), at the beginning of a path. What is written anywhere shows the variable's name and not its value.
+A recipe, which may be a stranger's, reads only the variables that its key `env` lists, and those in `PATHS` at the
+beginning of a path. Files and messages show a variable's name instead of its value.
 """
 
 import os
@@ -14,9 +14,9 @@ from typing import Any
 from bridle.errors import UserError
 
 PATHS = re.compile("BRIDLE_[A-Z0-9_]+|HOME|HF_HOME")
-"""Variables that any recipe may begin a path with."""
+"""Variables that may begin a path in any recipe."""
 
-SHORTEST_HIDDEN = 8  # characters: what is shorter is no secret, and may well stand elsewhere
+SHORTEST_HIDDEN = 8  # characters: a shorter value is no secret, and may occur elsewhere
 
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -24,25 +24,21 @@ _REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 @dataclass(frozen=True)
 class Variables:
-    """The variables that a recipe reads, by name alone: their values stay in the environment.
-
-    Attributes:
-        names: of the variables.
-    """
+    """The names of the variables that a recipe reads; their values stay in the environment."""
 
     names: frozenset[str] = frozenset()
 
     def hidden(self, value: Any) -> Any:
-        """A JSON value, or a path, with `${NAME}` in the place of a variable's value of 8 characters or more."""
+        """Replaces the values of variables, from 8 characters, by `${NAME}` in a JSON value or a path."""
         values = {os.environ.get(name, ""): name for name in sorted(self.names)}
         longest_first = sorted((text for text in values if len(text) >= SHORTEST_HIDDEN), key=len, reverse=True)
         if not longest_first:
             return value
         pattern = re.compile("|".join(map(re.escape, longest_first)))
-        return _mapped(value, lambda text: pattern.sub(lambda match: f"${{{values[match[0]]}}}", text))
+        return map_strings(value, lambda text: pattern.sub(lambda match: f"${{{values[match[0]]}}}", text))
 
     def expanded(self, value: Any) -> Any:
-        """A value that `hidden` gave, as it was."""
+        """Reverses `hidden`."""
         return filled(value, {name: os.environ[name] for name in self.names if name in os.environ})
 
 
@@ -50,10 +46,10 @@ NO_VARIABLES = Variables()
 
 
 def expanded(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], Variables]:
-    """A recipe with values in the place of `${NAME}` and `${NAME:-default}`, and which variables it reads.
+    """Replaces `${NAME}` and `${NAME:-default}` in a recipe by values, and returns which variables it reads.
 
     Raises:
-        UserError: `env` is no list of names; a variable is not listed there, or has neither value nor default.
+        UserError: `env` is not a list of names; a variable is not listed there, or has neither a value nor a default.
     """
     listed = recipe.get("env") or []
     if not isinstance(listed, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in listed):
@@ -73,18 +69,18 @@ def expanded(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], Variables]:
         return found
 
     values = {key: value for key, value in recipe.items() if key != "env"}
-    return _mapped(values, lambda text: _REFERENCE.sub(variable, text)), Variables(frozenset(names))
+    return map_strings(values, lambda text: _REFERENCE.sub(variable, text)), Variables(frozenset(names))
 
 
 def filled(value: Any, values: Mapping[str, str]) -> Any:
-    """A JSON value with the given values in the place of their `${NAME}`; other references stay."""
-    return _mapped(value, lambda text: _REFERENCE.sub(lambda match: values.get(match[1], match[0]), text))
+    """Replaces `${NAME}` in a JSON value by the given values; other references stay."""
+    return map_strings(value, lambda text: _REFERENCE.sub(lambda match: values.get(match[1], match[0]), text))
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every string changed, but for a mapping's keys."""
+def map_strings(value: Any, change: Callable[[str], Any]) -> Any:
+    """Replaces every string in a JSON value except a mapping's keys."""
     if isinstance(value, Mapping):
-        return {key: _mapped(inner, change) for key, inner in value.items()}
+        return {key: map_strings(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_mapped(inner, change) for inner in value]
+        return [map_strings(inner, change) for inner in value]
     return change(str(value)) if isinstance(value, str | Path) else value
