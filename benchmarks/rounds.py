@@ -36,7 +36,7 @@ from bridle.training import regulariser
 
 SFT = "sft"
 PHASES = ("sampling", "scoring", "encoding", "fitting", "targets", "policy")
-ANCHORS = {"live": ("live", "computed"), "previous": ("previous", "computed"), "shipped": ("previous", "shipped")}
+ANCHORS = {"live": ("live", "computed"), "previous": ("previous", "computed"), "shipped": ("previous", "precomputed")}
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def constrained_recipe(path: Path, options: argparse.Namespace, anchor: str, rollouts: int) -> Recipe:
     kind, targets = ANCHORS[anchor]
-    held = every_regulariser(path, anchor=kind, on=options.on)
+    held = every_regulariser(path, anchor=kind, kl_on=options.on)
     return load_recipe(path, {**settings_of(options), **held, "targets": targets, "rollouts_per_round": rollouts})
 
 

@@ -16,14 +16,14 @@ from bridle.recipes.recipe import load_recipe
 SFT = "sft"
 ADAPTIVE = "regularisers.toxigen."
 WAYS: dict[str, dict[str, Any]] = {
-    "sequential": {"schedule": "sequential", f"{ADAPTIVE}anchor": "live", f"{ADAPTIVE}on": "corpus"},
+    "sequential": {"schedule": "sequential", f"{ADAPTIVE}anchor": "live", f"{ADAPTIVE}kl_on": "corpus"},
     "parallel": {
         "schedule": "parallel",
-        "targets": "shipped",
+        "targets": "precomputed",
         f"{ADAPTIVE}anchor": "previous",
-        f"{ADAPTIVE}on": "corpus",
+        f"{ADAPTIVE}kl_on": "corpus",
     },
-    "parallel_live": {"schedule": "parallel", f"{ADAPTIVE}anchor": "live", f"{ADAPTIVE}on": "corpus"},
+    "parallel_live": {"schedule": "parallel", f"{ADAPTIVE}anchor": "live", f"{ADAPTIVE}kl_on": "corpus"},
 }
 
 

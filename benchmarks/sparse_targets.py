@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bridle.core.target import SparseTarget, log_target, sparse_target
+from bridle.core.decomposition import log_target
+from bridle.core.sparse import SparseTarget, sparse_target
 from bridle.core.tokens import pad_right
 from bridle.data import tokenize_domain
 from bridle.data.target_cache import TargetWriter, bytes_per_token, row_keys

@@ -46,7 +46,7 @@ from bridle.training.trainer import ConstrainedTrainer
 
 SFT = "sft"
 HELD, FREE = "held", "free"  # the two halves of a batch
-ANCHORS = {"live": ("live", "computed"), "previous": ("previous", "computed"), "shipped": ("previous", "shipped")}
+ANCHORS = {"live": ("live", "computed"), "previous": ("previous", "computed"), "shipped": ("previous", "precomputed")}
 ROWS = {"": ALL, "adaptive_": HELD}  # which of them are regularised
 WAYS = {f"{rows}{anchor}": (ROWS[rows], *ANCHORS[anchor]) for anchor in ANCHORS for rows in ROWS}
 HEADLINE = ("adaptive_previous", "live", "shipped")

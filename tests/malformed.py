@@ -170,8 +170,8 @@ RECIPE_KEYS = [
         1e300,
         "regularisers.rude.weight: a regulariser's weight must be 0 or more, and a float",
     ),
-    ("regularisers.rude.power", 1e300, "regularisers.rude.power: must be 0 or more, and a float32"),
-    ("regularisers.rude.power", "inf", "regularisers.rude.power: input should be a finite number"),
+    ("regularisers.rude.guidance_scale", 1e300, "regularisers.rude.guidance_scale: must be 0 or more, and a float32"),
+    ("regularisers.rude.guidance_scale", "inf", "regularisers.rude.guidance_scale: input should be a finite number"),
     (
         "regularisers.rude.anchor",
         "dead",
@@ -499,8 +499,13 @@ ROLLOUT = {
 STATES = [
     ("state.json", "", "state.json: malformed JSON"),
     ("state.json", "[]", "state.json: input should be a dictionary"),
-    ("state.json", '{"drawn": "many"}', "state.json: drawn: input should be a valid integer"),
-    ("state.json", '{"provenance": 5}', "state.json: provenance: input should be a valid dictionary"),
+    ("state.json", '{"drawn": 4}', "state.json: rollout_cursor: field required"),  # of an older version
+    ("state.json", '{"rollout_cursor": "many"}', "state.json: rollout_cursor: input should be a valid integer"),
+    (
+        "state.json",
+        '{"rollout_cursor": 0, "provenance": 5}',
+        "state.json: provenance: input should be a valid dictionary",
+    ),
     ("state.json", b"\xff", "state.json: cannot be read"),
     ("state.json", None, "state.json: cannot be read (No such file or directory)"),
     ("rollouts.jsonl", None, "rollouts.jsonl: No such file or directory"),

@@ -9,7 +9,7 @@ the model still learns from violating text, at weight 1 / (1 + λ). (docs: conce
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridle.core.target import FLOOR, SparseTarget
+from bridle.core.sparse import FLOOR, SparseTarget
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

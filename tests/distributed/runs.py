@@ -23,20 +23,20 @@ from bridle.models.sharding import is_sharded
 from bridle.recipes.recipe import build_recipe
 from bridle.recipes.run import train
 from bridle.training.config import Regulariser
-from bridle.training.parallel import LocalWorker
 from bridle.training.state import trainable_weights
 from bridle.training.trainer import ConstrainedTrainer
+from bridle.training.worker import LocalWorker
 from bridle.utils.distributed import is_main, world
 from trainers import NO_E, corpus, spoil_loss, trainer_of
 
 GLOBAL_BATCH = 8  # rows in a forward of all processes together
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 RUNS = {
-    "live, resumed": {"anchor": "live", "on": "both", "lost": 2, **SAVING},
-    "previous, LoRA, shipped": {"anchor": "previous", "lora": LoraOptions(r=2), "targets": "shipped"},
-    "parallel": {"anchor": "previous", "on": "rollouts", "schedule": "parallel", "rounds": 3, "max_steps": 6},
-    "sharded, live": {"anchor": "live", "on": "rollouts"},
-    "sharded, previous": {"anchor": "previous", "on": "both", "lost": 2},
+    "live, resumed": {"anchor": "live", "kl_on": "both", "lost": 2, **SAVING},
+    "previous, LoRA, shipped": {"anchor": "previous", "lora": LoraOptions(r=2), "targets": "precomputed"},
+    "parallel": {"anchor": "previous", "kl_on": "rollouts", "schedule": "parallel", "rounds": 3, "max_steps": 6},
+    "sharded, live": {"anchor": "live", "kl_on": "rollouts"},
+    "sharded, previous": {"anchor": "previous", "kl_on": "both", "lost": 2},
     "sharded, initial, LoRA, resumed": {"anchor": "initial", "lora": LoraOptions(r=2), **SAVING},
 }
 """What several processes do as one does. Those called resumed are stopped after their third step and go on from it.
@@ -90,7 +90,7 @@ def make(name, model, folder):
     options = dict(RUNS[name])
     lost = options.pop("lost", None)
     torch.manual_seed(0)  # adapters are drawn at random
-    regulariser = Regulariser(NO_E, weight=4.0, anchor=options.pop("anchor"), on=options.pop("on", "corpus"))
+    regulariser = Regulariser(NO_E, weight=4.0, anchor=options.pop("anchor"), kl_on=options.pop("kl_on", "corpus"))
     trainer = trainer_of(
         model,
         folder,

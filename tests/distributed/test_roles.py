@@ -10,8 +10,8 @@ from bridle.errors import RunStopped, UserError
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import build_trainer
 from bridle.training.config import ParallelOptions, Regulariser
-from bridle.training.parallel import LocalWorker
 from bridle.training.state import trainable_weights
+from bridle.training.worker import LocalWorker
 from trainers import NO_E, processes, ray_with, trainer_of
 
 PARALLEL = {"schedule": "parallel", "rounds": 3, "max_steps": 6, "optim": "sgd", "learning_rate": 0.5}
@@ -64,8 +64,8 @@ def test_one_of_two_workers_is_killed(ray, tiny_folder, tmp_path):
     trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, **options)
     refresh = trainer.schedule._refresh
 
-    def kill_in_round_two(index):
-        refresh(index)
+    def kill_in_round_two(index, log):
+        refresh(index, log)
         if index == 2:
             workers = processes("RegulariserActor")
             assert len(workers) == 2

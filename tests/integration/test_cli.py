@@ -338,10 +338,10 @@ class TestRecipes:
     def test_words_stay_words_and_numbers_numbers(self):
         from bridle.recipes.recipe import parse_overrides
 
-        given = ["--a", "2e-5", "--b", "{on: both, weight: 1e1}", "--c", "no", "--d", "true", "--e", "[2, 16]"]
+        given = ["--a", "2e-5", "--b", "{kl_on: both, weight: 1e1}", "--c", "no", "--d", "true", "--e", "[2, 16]"]
         assert parse_overrides(given) == {
             "a": 2e-5,
-            "b": {"on": "both", "weight": 10.0},
+            "b": {"kl_on": "both", "weight": 10.0},
             "c": "no",
             "d": True,
             "e": [2, 16],

@@ -16,16 +16,17 @@ from bridle.models.hidden import causal_lm
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import train
 from bridle.training.batches import rollout_rows
+from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import Regulariser
 from bridle.training.fitting import encode
 from bridle.training.precomputed import Upcoming, make_targets
-from bridle.training.schedule import SequentialSchedule, last_checkpoint
+from bridle.training.schedule import SequentialSchedule
 from bridle.utils.oom import stopping_when_exhausted
 from exhaustion import room_for, used
 from trainers import NO_E, logged, trainer_of, weights
 
 FULL = OSError(28, "No space left on device")
-ROUNDS = {"anchor": "previous", "on": "both"}
+ROUNDS = {"anchor": "previous", "kl_on": "both"}
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def embedding(trainer):
 
 
 def regulariser():
-    return {"rude": Regulariser(NO_E, weight=4.0, anchor="previous", on="both")}
+    return {"rude": Regulariser(NO_E, weight=4.0, anchor="previous", kl_on="both")}
 
 
 class TestMemory:
@@ -207,7 +208,7 @@ class TestMemory:
             assert logged(cut, key) == pytest.approx(logged(whole, key), abs=1e-4), key
         for key in ("num_tokens", "tokens_trained", "learning_rate"):
             assert logged(cut, key) == logged(whole, key), key
-        assert cut.regularisers[0].drawn == whole.regularisers[0].drawn
+        assert cut.regularisers[0].rollout_cursor == whole.regularisers[0].rollout_cursor
 
     def test_a_resumed_run_goes_on_in_the_same_parts(self, tiny_folder, tmp_path):
         folder, options = tiny_folder(), {"max_steps": 8, "save_strategy": "steps", "save_steps": 3}

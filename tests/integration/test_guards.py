@@ -9,10 +9,10 @@ from transformers import TrainerCallback
 
 from bridle.errors import RunStopped
 from bridle.recipes.metrics import MetricsFile
-from bridle.training import regulariser
+from bridle.training import rollouts
+from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import AuxiliaryOptions, Regulariser
-from bridle.training.parallel import LocalWorker
-from bridle.training.schedule import last_checkpoint
+from bridle.training.worker import LocalWorker
 from trainers import NO_E, Letters, logged, spoil_loss, trainer_of, weights
 
 EIGHT = {"max_steps": 8, "rounds": 2}
@@ -20,7 +20,7 @@ IN_TURNS = {"max_steps": 8, "rounds": 4, "schedule": "parallel"}
 
 
 def make(tiny_folder, output, constraint=NO_E, **options):
-    trainer = trainer_of(tiny_folder(), output, {"rude": Regulariser(constraint, on="both")}, **EIGHT | options)
+    trainer = trainer_of(tiny_folder(), output, {"rude": Regulariser(constraint, kl_on="both")}, **EIGHT | options)
     trainer.add_callback(MetricsFile(output / "metrics.jsonl"))
     if options.get("schedule") == "parallel":
         trainer.schedule.worker = LocalWorker(trainer.regularisers)
@@ -203,8 +203,8 @@ class TestRounds:
     def test_rollouts_that_say_nothing(self, tiny_folder, tmp_path, monkeypatch):
         trainer = make(tiny_folder, tmp_path)
         silence = [trainer.processing_class.eos_token_id]
-        sample = regulariser.sample
-        monkeypatch.setattr(regulariser, "sample", lambda *a, **k: [silence] * 8 + sample(*a, **k)[8:])
+        sample = rollouts.sample
+        monkeypatch.setattr(rollouts, "sample", lambda *a, **k: [silence] * 8 + sample(*a, **k)[8:])
         trainer.train()
         assert min(logged(trainer, "rude/rollouts_empty")) >= 8
         assert [

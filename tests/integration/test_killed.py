@@ -13,21 +13,21 @@ from safetensors.torch import load_file
 
 PLACES = {
     "before anything is written": ("bridle.recipes.run:build_trainer", 1),
-    "sampling": ("bridle.training.regulariser:sample", 2),
-    "scoring": ("bridle.training.regulariser:DomainRegulariser._score", 1),
+    "sampling": ("bridle.training.rollouts:sample", 2),
+    "scoring": ("bridle.training.regulariser:score_rollouts", 1),
     "fitting R": ("bridle.training.regulariser:fit_auxiliary", 2),
     "a step of the policy": ("bridle.training.regulariser:DomainRegulariser.target", 6),
     "writing what was sampled": ("bridle.training.schedule:write_rollouts", 2),
     "before a checkpoint": ("transformers:Trainer._save_checkpoint", 2),
     "within a checkpoint": ("bridle.training.state:RegulariserState.save", 2),
-    "before a checkpoint is called whole": ("bridle.training.schedule:sync_files", 1),
+    "before a checkpoint is called whole": ("bridle.training.checkpointing:sync_files", 1),
     "writing the model": ("bridle.recipes.run:with_names", 1),
 }
 
 WITHIN_A_COMPARISON = {
     "before anything is made": ("bridle.comparison.compare:Comparison._carry_out", 1),
     "measuring base": ("bridle.comparison.measure:Evaluator.generation", 1),
-    "making sft, within a checkpoint": ("bridle.training.schedule:sync_files", 1),
+    "making sft, within a checkpoint": ("bridle.training.checkpointing:sync_files", 1),
     "before sft is called made": ("bridle.comparison.compare:write_json", 1),
     "measuring sft": ("bridle.comparison.measure:Evaluator.perplexity", 1),
     "before sft is called measured": ("bridle.comparison.compare:write_results", 1),
@@ -50,7 +50,7 @@ def processes():
 
 @pytest.fixture
 def path(recipe):
-    regulariser = {"constraint": "no e", "weight": 4.0, "anchor": "previous", "on": "both"}
+    regulariser = {"constraint": "no e", "weight": 4.0, "anchor": "previous", "kl_on": "both"}
     saving = {"save_strategy": "steps", "save_steps": 3}
     return str(recipe(max_steps=8, regularisers={"rude": regulariser}, **saving))
 

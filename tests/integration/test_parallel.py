@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bridle.errors import RunStopped, UserError
+from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import ParallelOptions, Regulariser
-from bridle.training.parallel import LocalWorker
-from bridle.training.schedule import last_checkpoint
 from bridle.training.state import RegulariserState
+from bridle.training.worker import LocalWorker
 from trainers import NO_E, Letters, logged, processes, ray_with, trainer_of, weights
 
 ROUNDS = {"schedule": "parallel", "rounds": 4, "max_steps": 8}
@@ -29,7 +29,7 @@ def in_turns(trainer):
     return trainer
 
 
-@pytest.mark.parametrize("options", [{"anchor": "live", "on": "both"}, {"anchor": "previous", "on": "corpus"}])
+@pytest.mark.parametrize("options", [{"anchor": "live", "kl_on": "both"}, {"anchor": "previous", "kl_on": "corpus"}])
 def test_ray_gives_what_a_plain_loop_gives_bit_for_bit(ray, tiny_folder, tmp_path, options):
     folder, ends, losses = tiny_folder(), [], []
     for name in ("plain", "ray"):
@@ -49,10 +49,11 @@ def test_each_round_uses_the_last_rounds_regulariser(tiny_folder, tmp_path):
     used, submitted = {}, []
     worker, begin = trainer.schedule.worker, trainer.schedule.begin_round
     submit = worker.submit
-    worker.submit = lambda index, policy, rows: submitted.append((index, policy)) or submit(index, policy, rows)
-    trainer.schedule.begin_round = lambda index: (begin(index), used.update({index: trainer.regularisers[0].state()}))[
-        0
-    ]
+    worker.submit = lambda index, policy: submitted.append((index, policy)) or submit(index, policy)
+    trainer.schedule.begin_round = lambda index, log: (
+        begin(index, log),
+        used.update({index: trainer.regularisers[0].state()}),
+    )
     start = weights(trainer)
     trainer.train()
     assert [index for index, _ in submitted] == [1, 2, 3], "R_4 would be of no use to anybody"
@@ -67,7 +68,7 @@ def test_each_round_uses_the_last_rounds_regulariser(tiny_folder, tmp_path):
 def test_a_parallel_run_resumes_to_the_same_weights(tiny_folder, tmp_path):
     folder = tiny_folder()
     options = {**ROUNDS, "save_strategy": "steps", "save_steps": 3}
-    regularisers = {"rude": Regulariser(NO_E, weight=4.0, anchor="previous", on="both")}
+    regularisers = {"rude": Regulariser(NO_E, weight=4.0, anchor="previous", kl_on="both")}
     whole = in_turns(trainer_of(folder, tmp_path / "whole", regularisers, **options))
     whole.train()
     for step in (3, 4, 6):  # within a round, at its end, and at both
@@ -81,8 +82,8 @@ def test_a_killed_worker_stops_the_policy_and_says_so(ray, tiny_folder, tmp_path
     trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **ROUNDS)
     refresh = trainer.schedule._refresh
 
-    def kill_in_round_two(index):
-        refresh(index)
+    def kill_in_round_two(index, log):
+        refresh(index, log)
         if index == 2:
             (worker,) = processes("RegulariserActor")
             worker.kill()
@@ -171,7 +172,8 @@ def test_a_state_is_the_same_after_a_checkpoint(tiny_folder, tmp_path):
     state.save(tmp_path / "state")
     loaded = RegulariserState.load(tmp_path / "state")
     assert loaded.rollouts == state.rollouts
-    assert (loaded.is_fitted, loaded.drawn, loaded.measured) == (state.is_fitted, state.drawn, {"compliance": 0.5})
+    assert (loaded.is_fitted, loaded.rollout_cursor) == (state.is_fitted, state.rollout_cursor)
+    assert loaded.measured == {"compliance": 0.5}
     for weights_of in ("auxiliary", "anchor"):
         for name, weight in getattr(state, weights_of).items():
             assert torch.equal(getattr(loaded, weights_of)[name], weight)

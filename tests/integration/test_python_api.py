@@ -16,7 +16,7 @@ from bridle.models.loading import LoraOptions, load_for_inference, load_model, l
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import train
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
-from bridle.training.regulariser import weights_hash
+from bridle.training.rollouts import weights_hash
 from bridle.training.trainer import ConstrainedTrainer
 from bridle.utils.settings import parse_yaml
 from conftest import SENTENCES
@@ -33,7 +33,7 @@ def refused(act, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"on": "rollout"}, "^on: there is no choice 'rollout'; did you mean rollouts?"),
+        ({"kl_on": "rollout"}, "^kl_on: there is no choice 'rollout'; did you mean rollouts?"),
         ({"anchor": "liv"}, "^anchor: there is no choice 'liv'; did you mean live?"),
         ({"weight": "heavy"}, "^weight: input should be a valid number"),
         ({"weight": True}, "^weight: needs a value, not true"),
@@ -54,7 +54,7 @@ def test_a_regulariser_is_checked(options, said):
     [
         (ConstrainedConfig, {"schedule": "par"}, "^schedule: there is no choice 'par'; did you mean parallel?"),
         (ConstrainedConfig, {"rounds": 1.5}, "^rounds: input should be a valid integer"),
-        (ConstrainedConfig, {"targets": "ship"}, "^targets: there is no choice 'ship'; did you mean shipped?"),
+        (ConstrainedConfig, {"targets": "compute"}, "^targets: there is no choice 'compute'; did you mean computed?"),
         (
             ConstrainedConfig,
             {"auxiliary": {"depht": 2}},
@@ -119,7 +119,7 @@ def test_two_policies_and_retention_on_one_domain(tiny_folder, tmp_path):
     """Each has files, metrics and rows of its own; a domain called "all" is a domain."""
     rows = {"all": corpus()["rude"], "plain": corpus()["plain"]}
     regularisers = [
-        Regulariser(NO_E, domain="all", name="no e", on="both"),
+        Regulariser(NO_E, domain="all", name="no e", kl_on="both"),
         Regulariser("regex:a", domain="all", name="no a", anchor="previous"),
         Regulariser(domain=["all", "plain"], name="keep"),
         Regulariser("regex:o", name="everywhere"),

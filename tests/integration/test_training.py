@@ -16,11 +16,11 @@ from bridle.errors import RunStopped, UserError
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.guidance import guided
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
-from bridle.training import regulariser
+from bridle.training import regulariser, regulariser_set
 from bridle.training import trainer as training
 from bridle.training.batches import rollout_rows
+from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import AuxiliaryOptions, Regulariser
-from bridle.training.schedule import last_checkpoint
 from bridle.utils.distributed import gathered
 from bridle.utils.files import write_json
 from trainers import NO_E, SFT_OPTIONS, SHARE_OF_E, Labels, Letters, corpus, logged, trainer_of, weights
@@ -87,7 +87,7 @@ class TestInvariance:
             trainer = trainer_of(
                 folder,
                 tmp_path / f"{rows}",
-                {"rude": Regulariser(NO_E, weight=4.0, anchor=anchor, on=on)},
+                {"rude": Regulariser(NO_E, weight=4.0, anchor=anchor, kl_on=on)},
                 per_device_train_batch_size=rows,
                 gradient_accumulation_steps=accumulated,
                 optim="sgd",  # AdamW makes whole steps out of gradients that are only rounding
@@ -111,7 +111,7 @@ class TestInvariance:
         folder, losses, ends = tiny_folder(), [], []
         for compiled in (False, True):
             set_seed(0)  # adapters begin at random
-            regularisers = {"rude": Regulariser(NO_E, weight=4.0, on="both")}
+            regularisers = {"rude": Regulariser(NO_E, weight=4.0, kl_on="both")}
             trainer = trainer_of(folder, tmp_path / f"{compiled}", regularisers, lora=lora, torch_compile=compiled)
             trainer.train()
             assert has_compiled_regions(trainer.model_wrapped) == compiled
@@ -217,7 +217,7 @@ class TestRegularisers:
         assert any(0.5 < rate < 1 for rate in rates)
 
     def test_rollouts_alone(self, tiny_folder, tmp_path):
-        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, on="rollouts")})
+        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, kl_on="rollouts")})
         trainer.train()
         assert max(logged(trainer, "kl/rude")) > 1e-6
 
@@ -262,7 +262,7 @@ class TestRegularisers:
             "gradient_accumulation_steps": accumulation,
             "prompt_tokens": (1, None),
         }
-        regularisers = {"all": Regulariser(NO_E, weight=30.0, on=on)}
+        regularisers = {"all": Regulariser(NO_E, weight=30.0, kl_on=on)}
         trainer = trainer_of(tiny_folder(), tmp_path, regularisers, **options)
         trainer.train()
         records = [record for record in trainer.state.log_history if "loss" in record]
@@ -290,11 +290,11 @@ class TestRegularisers:
     ):
         """On an accelerator, reading a number or counting true entries waits for all work before it."""
         waits, gathers = Waits(), []
-        monkeypatch.setattr(training, "gathered", lambda item: gathers.append(item) or gathered(item))
+        monkeypatch.setattr(regulariser_set, "gathered", lambda item: gathers.append(item) or gathered(item))
         monkeypatch.setattr(training, "policy_forward", waits.outside(training.policy_forward))
         monkeypatch.setattr(regulariser, "policy_forward", waits.outside(regulariser.policy_forward))
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "rounds": 1, "max_steps": 2}
-        regularisers = {"rude": Regulariser(NO_E, on="both", anchor=anchor), "plain": Regulariser(weight=1.0)}
+        regularisers = {"rude": Regulariser(NO_E, kl_on="both", anchor=anchor), "plain": Regulariser(weight=1.0)}
         trainer = trainer_of(tiny_folder(), tmp_path, regularisers, **options)
         compute_loss = trainer.compute_loss
 
@@ -429,7 +429,7 @@ class TestRegularisers:
         with pytest.raises(UserError, match=r"regularisers.rdue.domain: there is no domain 'rdue'; did you mean rude"):
             trainer_of(tiny_folder(), tmp_path, {"rdue": Regulariser(NO_E)})
 
-    @pytest.mark.parametrize("options", [{"weight": -1.0}, {"power": -1.0}, {"weight": float("nan")}])
+    @pytest.mark.parametrize("options", [{"weight": -1.0}, {"guidance_scale": -1.0}, {"weight": float("nan")}])
     def test_impossible_settings(self, options):
         with pytest.raises(UserError, match=r"must be 0 or more|should be a finite number"):
             Regulariser(NO_E, **options)
@@ -458,7 +458,7 @@ class TestResume:
     @pytest.mark.parametrize("anchor", ["live", "previous"])
     def test_a_run_that_died_ends_as_if_it_had_not(self, tiny_folder, tmp_path, anchor, options, stop, checkpoint):
         folder = tiny_folder()
-        regulariser = {"rude": Regulariser(NO_E, anchor=anchor, on="both")}
+        regulariser = {"rude": Regulariser(NO_E, anchor=anchor, kl_on="both")}
         options = {"max_steps": 8, **options}
         whole = trainer_of(folder, tmp_path / "whole", regulariser, **options)
         whole.train()

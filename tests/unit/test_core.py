@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch.distributions import Bernoulli
 
 from bridle.core.calibration import calibration
-from bridle.core.decomposition import consistency_loss, future_weights, label_loss
-from bridle.core.target import log_target
+from bridle.core.decomposition import consistency_loss, future_weights, label_loss, log_target
 from bridle.core.tokens import (
     IGNORE,
     completion_positions,

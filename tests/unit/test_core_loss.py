@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bridle.core.decomposition import log_target
 from bridle.core.loss import Divergence, chunk_rows, chunks, constrained_loss
-from bridle.core.target import log_target, sparse_target
+from bridle.core.sparse import sparse_target
 from reference_losses import cross_entropy, entropy, kl_divergence, sparse_kl_divergence
 
 POSITIONS, HIDDEN, VOCABULARY = 13, 6, 17

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridle.core.target import SparseTarget, bucket_logits, sparse_target
+from bridle.core.sparse import SparseTarget, bucket_logits, sparse_target
 from reference_losses import kl_divergence, sparse_kl_divergence
 
 VOCABULARY = 12

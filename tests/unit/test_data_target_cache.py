@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from bridle.core.target import sparse_target
+from bridle.core.sparse import sparse_target
 from bridle.core.tokens import pad_right
 from bridle.data.target_cache import TargetCache, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError

@@ -12,7 +12,7 @@ from bridle.core.tokens import pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.guidance import NADOGuide
-from bridle.models.hidden import OutputLayer, capture_hidden_states
+from bridle.models.hidden import capture_hidden_states, output_layer
 from bridle.models.sampling import sample
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary
@@ -180,7 +180,7 @@ def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
         target = regulariser.target(hidden.last.detach(), input_ids, attention_mask, mask.numpy())
         nothing = torch.zeros_like(on)
         kl, _ = constrained_loss(
-            states, OutputLayer.of(model), nothing, nothing.bool(), [Divergence("all", on, torch.ones(len(on)), target)]
+            states, output_layer(model), nothing, nothing.bool(), [Divergence("all", on, torch.ones(len(on)), target)]
         )
         optimizer.zero_grad()
         (kl / len(states)).backward()

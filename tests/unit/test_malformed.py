@@ -160,7 +160,7 @@ def test_replies_of_judges_without_a_verdict_are_missing(reply):
 @pytest.mark.parametrize(("name", "content", "said"), of(malformed.STATES))
 def test_states_of_regularisers(name, content, said, tmp_path):
     folder = tmp_path / "checkpoint-2"
-    RegulariserState().save(folder)
+    RegulariserState(rollout_cursor=0).save(folder)
     written(folder / name, content)
 
     def load():

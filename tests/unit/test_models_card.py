@@ -28,7 +28,7 @@ RECIPE = {
         }
     },
     "regularisers": {
-        "rude": {"constraint": "kind", "weight": 4.0, "anchor": "live", "on": "both"},
+        "rude": {"constraint": "kind", "weight": 4.0, "anchor": "live", "kl_on": "both"},
         "plain": {"constraint": "retention", "weight": 2.0},
     },
     "rounds": 2,

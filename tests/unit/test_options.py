@@ -254,7 +254,7 @@ def tiny(folder):
 
 def test_batches_are_padded(folder, tmp_path):
     trainer = trainer_of(
-        folder, tmp_path, {"rude": Regulariser(NO_E, on="both")}, pad_token="<eos>", pad_to_multiple_of=7
+        folder, tmp_path, {"rude": Regulariser(NO_E, kl_on="both")}, pad_token="<eos>", pad_to_multiple_of=7
     )
     shapes = []
     trainer.model.register_forward_pre_hook(

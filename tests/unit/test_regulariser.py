@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
 from bridle.core.target import log_target
+
 from bridle.core.tokens import pad_right
 from bridle.data import DataSource, Prompt, Rollout, decode_parts
 from bridle.data.target_cache import row_keys

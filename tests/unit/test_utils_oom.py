@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridle.constraints.cache import ScoreCache
-from bridle.core.target import sparse_target
+from bridle.core.sparse import sparse_target
 from bridle.data import Rollout, read_rollouts, write_rollouts
 from bridle.data.target_cache import TargetCache, TargetWriter
 from bridle.errors import RunStopped, UserError

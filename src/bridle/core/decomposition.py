@@ -1,13 +1,18 @@
-"""Fitting R(s) = E[C | s]: what the constraint will say of the whole output, read off a prefix.
+"""NADO: what an auxiliary model R learns of a constraint C on whole outputs, and the target q that it gives.
 
-R obeys R(s) = Σ_v p_a(v|s)·R(s∘v), and R of a finished output is C. It is fitted on samples y ~ p_a
-labelled by C (Meng et al., NeurIPS 2022):
+R(s) = E[C | prefix s] obeys R(s) = Σ_v p_a(v|s)·R(s∘v), and R of a finished output is C. It is fitted on samples
+y ~ p_a labelled by C (Meng et al., NeurIPS 2022):
 
     L_R = Σ_t BCE(R(s_t), C)  +  β·Σ_t KL_Bernoulli( Σ_v p_a(v|s_t)·R(s_t∘v) ‖ R(s_t) )  (docs: concepts/method, eq. 3)
 
-All tensors are aligned on the completion: position j scores completion token j, so `r_logits[b, j, v]`
-is the logit of R for the prompt, the first j completion tokens, and then v. The sigmoid is applied once,
-inside the loss: feeding log-sigmoid outputs into BCE-with-logits would teach a rate of 0.4 as 0.67.
+Over whole outputs, the distribution closest to p_a that satisfies the constraint is q(y|x) ∝ p_a(y|x)·C(x, y). R breaks
+it down into tokens (Meng et al., EMNLP 2024), and normalising over the vocabulary gives R(s), the same for every v:
+
+    q(v | s) = p_a(v | s)·R(s∘v) / R(s)  (docs: concepts/method, eq. 1 and 2)
+
+All tensors of a sample are aligned on the completion: position j scores completion token j, so `r_logits[b, j, v]` is
+the logit of R for the prompt, the first j completion tokens, and then v. The loss applies the sigmoid: log-sigmoid
+outputs in BCE-with-logits would teach a rate of 0.4 as 0.67.
 """
 
 import torch.nn.functional as F
@@ -80,3 +85,17 @@ def consistency_loss(
     divergence = divergence + (1 - mean) * ((1 - mean).log() - F.logsigmoid(-parent))
     mask = mask[:, 1:]
     return divergence.masked_fill(~mask, 0).sum(), mask.sum()
+
+
+def log_target(anchor_logits: Tensor, r_logits: Tensor, guidance_scale: float = 1.0) -> Tensor:
+    """log q = normalise(log p_a + η·log R).
+
+    Args:
+        anchor_logits: [..., vocabulary], the anchor's logits or log-probabilities.
+        r_logits: [..., vocabulary], R before the sigmoid; entry v scores the prefix followed by v.
+        guidance_scale: η. 1 is the method; more leans harder on the constraint, 0 gives the anchor back.
+
+    Returns:
+        [..., vocabulary] log-probabilities, in float32 at least.
+    """
+    return F.log_softmax(anchor_logits.float() + guidance_scale * F.logsigmoid(r_logits.float()), dim=-1)

@@ -4,39 +4,22 @@ With q fixed, the gradient of the loss with respect to the logits at one positio
 
     (c + Σ_d λ_d)·p − c·onehot(target) − Σ_d λ_d·q_d,    c = 1 where a token is trained on and 0 elsewhere
 
-So a chunk's logits are made once, turned into their gradient and dropped; what is kept for the backward is the
-gradient of the hidden states and of the output layer. `tests/reference_losses.py` has the same terms
-one by one. (docs: concepts/method, eq. 4)
+So a chunk's logits are made once, turned into their gradient and dropped; the backward needs only the gradients of the
+hidden states and of the output layer. `tests/reference_losses.py` has the terms one by one. With q fixed the optimum is
+(p_data + λ·q) / (1 + λ): violating text is still learnt, at weight 1 / (1 + λ). (docs: concepts/method, eq. 4 and 5)
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bridle.core.target import FLOOR
-
-
-class OutputLayer(Protocol):
-    """The linear map from hidden states to logits, and what the architecture does to its result."""
-
-    @property
-    def weight(self) -> Tensor:
-        """[vocabulary, hidden]"""
-        ...
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[vocabulary]"""
-        ...
-
-    def shape(self, logits: Tensor) -> Tensor:
-        """Scale and soft cap; the same tensor where there is neither. [..., vocabulary] -> [..., vocabulary]"""
-        ...
+from bridle.core.output_layer import OutputLayer
+from bridle.core.sparse import FLOOR
 
 
 @dataclass(frozen=True)
@@ -108,24 +91,21 @@ def constrained_loss(
         targets: [positions] token ids; anything valid where not trained on.
         trained_on: [positions], true where the cross-entropy counts.
         divergences: the regularisers' terms.
-        dtype: in which the matrix products are made; that of `hidden_states` if not given. All else is float32.
+        dtype: of the matrix products; that of `hidden_states` if not given. All else is float32.
         rows: positions of a chunk; `chunk_rows` if not given.
 
     Returns:
         The sum, a scalar with the gradient of hidden states and output layer, for one backward; and its parts.
     """
-    dtype = dtype or hidden_states.dtype
-    rows = rows or chunk_rows(hidden_states.device, len(layer.weight))
-    linear = _Linear(hidden_states, layer.weight, layer.bias, dtype)
+    device = hidden_states.device
+    rows = rows or chunk_rows(device, len(layer.weight))
+    linear = _Linear(hidden_states, layer.weight, layer.bias, dtype or hidden_states.dtype)
     share = trained_on.float()
+    terms = [_Term(divergence, device, len(hidden_states), rows) for divergence in divergences]
     coefficients = share.clone()  # of p in the gradient: c + Σ_d λ_d
-    positions = [divergence.positions.to(hidden_states.device, non_blocking=True) for divergence in divergences]
-    for divergence, places in zip(divergences, positions, strict=True):
-        coefficients.index_add_(0, places, divergence.weights)
-    starts = torch.arange(0, len(hidden_states) + rows, rows)
-    edges = [torch.searchsorted(divergence.positions, starts).tolist() for divergence in divergences]
-    parts = torch.zeros(3 + len(divergences), device=hidden_states.device)
-    total = torch.zeros((), device=hidden_states.device)
+    for term in terms:
+        coefficients.index_add_(0, term.positions, term.weights)
+    cross_entropy, entropy, correct, total = torch.zeros(4, device=device)
 
     for index, chunk in enumerate(chunks(len(hidden_states), rows)):
         raw = linear.logits(chunk)
@@ -134,30 +114,42 @@ def constrained_loss(
         p = log_p.exp()
         target = targets[chunk, None]
         of_target = log_p.gather(-1, target)[:, 0]
-        parts[0] -= of_target @ share[chunk]
-        parts[1] -= _dot(p, log_p) @ share[chunk]
-        parts[2] += (of_target == log_p.amax(-1)).float() @ share[chunk]
+        cross_entropy -= of_target @ share[chunk]
+        entropy -= _dot(p, log_p) @ share[chunk]
+        correct += (of_target == log_p.amax(-1)).float() @ share[chunk]
         gradient = p.mul_(coefficients[chunk, None])
         gradient.scatter_add_(-1, target, -share[chunk, None])
-        for number, divergence in enumerate(divergences):
-            which = slice(*edges[number][index : index + 2])
-            if which.start == which.stop:
-                continue
-            where, weights = positions[number][which] - chunk.start, divergence.weights[which]
-            log_q = divergence.log_q(which, logits[where]).clamp(min=FLOOR)  # 0·log 0 = 0
-            q = log_q.exp()
-            kl = _dot(q, log_q.sub_(log_p[where])).clamp(min=0)  # rounding alone can make it negative
-            parts[3 + number] += kl.sum()
-            total += kl @ weights
-            gradient.index_add_(0, where, q.mul_(weights[:, None]), alpha=-1)
+        for term in terms:
+            total += term.add(index, chunk, logits, log_p, gradient)
         linear.take(chunk, _through_shape(layer, raw, logits, gradient))
 
     with torch.enable_grad():
-        loss = linear.attach(parts[0] + total)
-    by_name = {
-        divergence.name: (kl, len(divergence.positions)) for divergence, kl in zip(divergences, parts[3:], strict=True)
-    }
-    return loss, Sums(parts[0], parts[1], parts[2], by_name)
+        loss = linear.attach(cross_entropy + total)
+    return loss, Sums(cross_entropy, entropy, correct, {term.name: (term.kl, len(term.positions)) for term in terms})
+
+
+class _Term:
+    """One regulariser's KL as the pass reaches its positions."""
+
+    def __init__(self, divergence: Divergence, device: torch.device, positions: int, rows: int):
+        self.name, self.log_q, self.weights = divergence.name, divergence.log_q, divergence.weights
+        self.positions = divergence.positions.to(device, non_blocking=True)
+        starts = torch.arange(0, positions + rows, rows)
+        self.edges = torch.searchsorted(divergence.positions, starts).tolist()  # of each chunk
+        self.kl = torch.zeros((), device=device)
+
+    def add(self, index: int, chunk: slice, logits: Tensor, log_p: Tensor, gradient: Tensor) -> Tensor:
+        """Adds a chunk's part to the gradient of its logits, [chunk, vocabulary] each; returns Σ λ·KL, a scalar."""
+        which = slice(*self.edges[index : index + 2])
+        if which.start == which.stop:
+            return self.kl.new_zeros(())
+        where, weights = self.positions[which] - chunk.start, self.weights[which]
+        log_q = self.log_q(which, logits[where]).clamp(min=FLOOR)  # 0·log 0 = 0
+        q = log_q.exp()
+        kl = _dot(q, log_q.sub_(log_p[where])).clamp(min=0)  # rounding alone can make it negative
+        self.kl += kl.sum()
+        gradient.index_add_(0, where, q.mul_(weights[:, None]), alpha=-1)
+        return kl @ weights
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

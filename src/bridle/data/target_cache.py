@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridle.core.target import SparseTarget
+from bridle.core.sparse import SparseTarget
 from bridle.errors import UserError, first_line
 
 FORMAT = b"bridle.targets.1"  # the key in the schema's metadata that makes an Arrow file a cache

@@ -213,7 +213,7 @@ def _regulariser(name: str, options: Mapping[str, Any]) -> tuple:
     if not _is_retention(options):
         labels = "degrees" if options.get("soft_labels") else "yes or no"
         start = _source(options["prompts"]) if options.get("prompts") else "the domain's rows"
-    chosen = (options.get(key, "default") for key in ("weight", "anchor", "on", "power"))
+    chosen = (options.get(key, "default") for key in ("weight", "anchor", "kl_on", "guidance_scale"))
     return name, setting_text(options.get("domain", name) or "all"), options["constraint"], *chosen, labels, start
 
 

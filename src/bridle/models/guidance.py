@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from bridle.core.target import log_target
+from bridle.core.decomposition import log_target
 from bridle.core.tokens import positions
 from bridle.errors import UserError
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, load_auxiliary

@@ -6,16 +6,16 @@ them, because neither `generate` nor TRL's fused loss returns them.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from bridle.core.output_layer import OutputLayer
 from bridle.errors import UserError
 from bridle.models.sharding import whole
 from bridle.utils.distributed import from_main
@@ -86,61 +86,22 @@ def _select_before_output_layer(
     return causal_lm(model).base_model.register_forward_hook(hook)
 
 
-@dataclass(frozen=True)
-class OutputLayer:
-    """The map from hidden states to logits: a linear map, then the architecture's scale and soft cap.
+def output_layer(model: torch.nn.Module, dtype: torch.dtype | None = None) -> OutputLayer:
+    """The output layer of a causal language model, gathered from its shards.
 
-    Attributes:
-        weight: [vocabulary, hidden], whole.
-        bias: [vocabulary], or None.
-        config: of the text model.
+    Args:
+        model: the language model.
+        dtype: of the linear map; None for that of the weights.
     """
-
-    weight: Tensor
-    bias: Tensor | None
-    config: PreTrainedConfig
-
-    @classmethod
-    def of(cls, model: torch.nn.Module, dtype: torch.dtype | None = None) -> "OutputLayer":
-        """That of a causal language model, gathered from its shards.
-
-        Args:
-            dtype: of the linear map; None for that of the weights.
-        """
-        lm = causal_lm(model)
-        head = lm.get_output_embeddings()
-        layer = cls(head.weight, getattr(head, "bias", None), lm.config.get_text_config())._each(whole)
-        return layer if dtype is None else layer._each(lambda part: part.to(dtype))
-
-    def detach(self, copy: bool = False) -> "OutputLayer":
-        """The same values without a graph; they stay when the model's weights are exchanged.
-
-        Args:
-            copy: a sharded model needs it, since the memory of gathered weights is used again.
-        """
-        return self._each(lambda part: part.detach().clone() if copy else part.detach())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "OutputLayer":
-        return replace(self, weight=change(self.weight), bias=None if self.bias is None else change(self.bias))
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        """[..., hidden] -> [..., vocabulary]"""
-        return self.shape(torch.nn.functional.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias))
-
-    def shape(self, logits: Tensor) -> Tensor:
-        """Applies the architecture's scale and soft cap; returns the same tensor if it has none. [..., vocabulary]"""
-        if (scaling := getattr(self.config, "logits_scaling", None)) is not None:  # Granite divides
-            logits = logits / scaling
-        if (scale := getattr(self.config, "logit_scale", None)) is not None:  # Cohere multiplies
-            logits = logits * scale
-        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:  # Gemma
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+    lm = causal_lm(model)
+    head = lm.get_output_embeddings()
+    layer = OutputLayer(head.weight, getattr(head, "bias", None), lm.config.get_text_config()).each(whole)
+    return layer if dtype is None else layer.each(lambda part: part.to(dtype))
 
 
 def project(model: torch.nn.Module, hidden_states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Logits of hidden states, the linear map in `dtype`. [..., hidden] -> [..., vocabulary]"""
-    return OutputLayer.of(model, dtype)(hidden_states)
+    return output_layer(model, dtype)(hidden_states)
 
 
 def check_output_adapter(model: torch.nn.Module) -> None:

@@ -18,8 +18,8 @@ from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.inputs import check_inputs, write_inputs
 from bridle.recipes.metrics import MetricsFile, TrainingProgress
 from bridle.recipes.recipe import Recipe
+from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import ConstrainedConfig
-from bridle.training.schedule import last_checkpoint
 from bridle.training.trainer import ConstrainedTrainer
 from bridle.utils.distributed import is_main, wait
 from bridle.utils.files import only_writer, read_json, read_rows, write_json, write_text

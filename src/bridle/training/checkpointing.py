@@ -1,9 +1,9 @@
-"""Whole checkpoints and exact resume, updates that are skipped, and a stop with its reason."""
+"""Whole checkpoints and exact resume, skipped updates, and a stop with its reason."""
 
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from transformers import Trainer, TrainerState
@@ -11,72 +11,96 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from bridle.errors import RunStopped
 from bridle.training.config import ConstrainedConfig
-from bridle.training.oom import CuttingTrainer
-from bridle.training.schedule import SCHEDULE, SequentialSchedule
-from bridle.training.state import readable
-from bridle.utils.checkpoints import keep_last, whole_or_gone
+from bridle.training.guards import Supervisor
+from bridle.training.oom import OomSafeTrainer
+from bridle.training.state import PROGRESS_FILE, readable
+from bridle.utils.checkpoints import keep_last, last_whole, whole_or_gone
 from bridle.utils.distributed import is_main, world
+from bridle.utils.files import read_json, sync_files, write_json
 from bridle.utils.interruption import deferring
 
 
-class LastingTrainer(CuttingTrainer):
-    """A trainer whose runs last.
+class Resumable(Protocol):
+    """What has a part in every checkpoint."""
+
+    def save(self, checkpoint: Path) -> dict[str, Any]:
+        """Writes its files; returns what goes into `PROGRESS_FILE`."""
+        ...
+
+    def load(self, checkpoint: Path) -> None:
+        """Resumes from a checkpoint."""
+        ...
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The last whole checkpoint of a run; one that a dead run left half-written is passed over."""
+    return last_whole(folder, PROGRESS_FILE)
+
+
+class CheckpointedTrainer(OomSafeTrainer):
+    """A trainer whose checkpoints are whole or not there, and whose resumed run equals one that never stopped.
 
     Attributes:
-        schedule: of the rounds; what it keeps is a part of every checkpoint.
-        skipped: whether the last update was, its loss or gradient not being finite.
-        verdict: of a guard that stops the run; None while it goes on.
+        schedule: of the rounds.
+        supervisor: of the guards.
     """
 
     args: ConstrainedConfig
-    schedule: SequentialSchedule
-    skipped: bool = False
-    verdict: str | None = None
+    schedule: Resumable
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.supervisor = Supervisor(self.log_apart)
+        super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, as `Trainer.train` does.
 
         Raises:
             RunStopped: a guard stopped the run, or more than `max_missing` of a round's rollouts got no score.
-            Interrupted: a signal came; the update under way was finished and a checkpoint written, unless it came in a
+            Interrupted: a signal came. The update under way was finished and a checkpoint written, unless it came in a
                 round or there are several processes, which would have to agree on the update.
         """
-        self.verdict = None
+        self.supervisor.verdict = None
         with deferring() if world() == 1 else nullcontext():
             output = super().train(*args, **kwargs)
-        if self.verdict is not None:
-            raise RunStopped(f"{self.args.output_dir}: {self.verdict}; the last checkpoint is kept")
+        if self.supervisor.verdict is not None:
+            raise RunStopped(f"{self.args.output_dir}: {self.supervisor.verdict}; the last checkpoint is kept")
         return output
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm that is logged; where it is not finite the update is skipped."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.skipped = norm is not None and not math.isfinite(norm)
-        if self.skipped:
+        self.supervisor.skipped = norm is not None and not math.isfinite(norm)
+        if self.supervisor.skipped:
             model.zero_grad()  # without gradients an optimiser leaves the weights, and its own moments, as they are
         return norm
 
-    # ------------------------------------------------------------------ checkpoints
+    def log_apart(self, record: dict[str, Any]) -> None:
+        """Logs a record of its own: neither `SFTTrainer`'s averages nor the log that this step may be due end here."""
+        due = self.control.should_log
+        Trainer.log(self, record)
+        self.control.should_log = due
 
-    def _issue_warnings_after_load(self, load_result):
-        """Of keys that a checkpoint lacks; a weight that is tied to another is saved once, and not missing."""
-        tied = self.model.all_tied_weights_keys
-        missing = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+    # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with whole_or_gone(checkpoint, SCHEDULE):
+        with whole_or_gone(checkpoint, PROGRESS_FILE):
             super()._save_checkpoint(model, trial)
-            self.schedule.save(checkpoint)
+            progress = self.schedule.save(checkpoint)
+            if is_main():
+                sync_files(checkpoint)
+                write_json(checkpoint / PROGRESS_FILE, {**progress, "row_limit": self.row_limit.rows})
         if is_main():
-            keep_last(self.args.output_dir, SCHEDULE, self.args.keep_last, self.state.best_model_checkpoint)
+            keep_last(self.args.output_dir, PROGRESS_FILE, self.args.keep_last, self.state.best_model_checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             with readable(resume_from_checkpoint):
-                self.schedule.load(Path(resume_from_checkpoint))
+                checkpoint = Path(resume_from_checkpoint)
+                self.row_limit.rows = read_json(checkpoint / PROGRESS_FILE, dict[str, Any])["row_limit"]
+                self.schedule.load(checkpoint)
         return prepared
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -99,10 +123,8 @@ class LastingTrainer(CuttingTrainer):
         with readable(checkpoint):
             super()._load_rng_state(checkpoint)
 
-    # ------------------------------------------------------------------ the log
-
-    def log_apart(self, record: dict[str, Any]) -> None:
-        """Logs a record of its own: neither `SFTTrainer`'s averages nor the log that this step may be due end here."""
-        due = self.control.should_log
-        Trainer.log(self, record)
-        self.control.should_log = due
+    def _issue_warnings_after_load(self, load_result):
+        """Of keys that a checkpoint lacks; a weight that is tied to another is saved once, and not missing."""
+        tied = self.model.all_tied_weights_keys
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))

@@ -24,7 +24,7 @@ ALL = "all"
 """Stands for the whole corpus, unless a domain has this name: one regulariser on everything is "without adaptive"."""
 
 LARGEST = torch.finfo(torch.float32).max
-"""What weights and powers may be: losses are in float32."""
+"""The largest weight and guidance scale: losses are in float32."""
 
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rounds", "rollouts_per_round", "rollout_batch_size"), (1, inf)),
@@ -50,9 +50,9 @@ class Regulariser:
         weight: λ, the strength of KL(q ‖ p_θ) against the corpus's cross-entropy, ≥ 0.
         anchor: the model p_a that q is built on. `live`: the policy itself, detached, which needs no extra
             forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
-        on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`.
+        kl_on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`.
         prompts: where rollouts start; None for the beginnings of the domain's own rows.
-        power: η in q ∝ p_a·R^η.
+        guidance_scale: η in q ∝ p_a·R^η.
         soft_labels: fit R to the constraint's value itself and not to its yes or no. Iterating a soft C
             gives p·C^k after k rounds, so that more rounds lean harder.
         domain: the domain, or several, whose rows it looks at and whose prompts it samples from; None or "all" for
@@ -67,9 +67,9 @@ class Regulariser:
     constraint: Constraint | None = None
     weight: float = 4.0
     anchor: Literal["live", "previous", "initial"] = "live"
-    on: Literal["corpus", "rollouts", "both"] = "corpus"
+    kl_on: Literal["corpus", "rollouts", "both"] = "corpus"
     prompts: DataSource | None = None
-    power: float = 1.0
+    guidance_scale: float = 1.0
     soft_labels: bool = False
     domain: str | list[str] | None = None
     name: str | None = None
@@ -79,11 +79,11 @@ class Regulariser:
         check_fields(self)
         if not 0 <= self.weight <= LARGEST:
             raise UserError(f"weight: a regulariser's weight must be 0 or more, and a float32, not {self.weight}")
-        if not 0 <= self.power <= LARGEST:
-            raise UserError(f"power: must be 0 or more, and a float32, not {self.power}")
+        if not 0 <= self.guidance_scale <= LARGEST:
+            raise UserError(f"guidance_scale: must be 0 or more, and a float32, not {self.guidance_scale}")
         if self.is_retention:
-            if self.on != "corpus":
-                raise UserError("on: retention has no rollouts; leave `on` at corpus")
+            if self.kl_on != "corpus":
+                raise UserError("kl_on: retention has no rollouts; leave it at corpus")
             self.anchor = "initial"
 
     @property
@@ -290,10 +290,10 @@ class ConstrainedConfig(SFTConfig):
         prompt_tokens: shortest and longest prompt taken from plain text, in tokens. None for the longest takes prompts
             from any depth of a row. The KL on the corpus leaves out, and counts, prefixes that no rollout can reach.
         rollout_batch_size: samples drawn at a time.
-        targets: when q is built. `computed`: in the update, over the whole vocabulary; `shipped`: ahead of a round's
-            updates, by the regulariser's role, and kept sparsely, so that the update runs no forward but its own. A
+        targets: when q is built. `computed`: in the update, over the whole vocabulary; `precomputed`: ahead of a
+            round's updates, and kept sparsely, so that the update runs no forward but its own. A
             row that comes in several epochs of a round is worked on once. Needs a frozen anchor.
-        target_tokens: k, how many tokens a shipped target keeps; all others are one bucket.
+        target_tokens: k, how many tokens a precomputed target keeps; all others are one bucket.
         truncated: what a rollout that was cut at `max_new_tokens` teaches R. `label`: the constraint's answer to the
             text up to there, which is exact where outputs are evaluated up to the same length; `mask`: nothing;
             `bootstrap`: R's own estimate at the cut.
@@ -324,8 +324,8 @@ class ConstrainedConfig(SFTConfig):
     max_new_tokens: int = field(default=32, metadata={"help": "Tokens at which a sample is cut."})
     prompt_tokens: tuple[int, int | None] = field(default=(2, None), metadata={"help": "Prompt length, in tokens."})
     rollout_batch_size: int = field(default=256, metadata={"help": "Samples drawn at a time."})
-    targets: Literal["computed", "shipped"] = field(default="computed", metadata={"help": "When q is built."})
-    target_tokens: int = field(default=128, metadata={"help": "Tokens that a shipped target keeps."})
+    targets: Literal["computed", "precomputed"] = field(default="computed", metadata={"help": "When q is built."})
+    target_tokens: int = field(default=128, metadata={"help": "Tokens that a precomputed target keeps."})
     truncated: Literal["label", "mask", "bootstrap"] = field(
         default="label", metadata={"help": "What cut samples teach."}
     )

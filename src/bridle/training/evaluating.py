@@ -23,9 +23,9 @@ from bridle.data import DOMAIN, DataSource, Prompt, decode_parts, prompts_from_d
 from bridle.errors import UserError
 from bridle.models.loading import context_length, end_token_ids
 from bridle.models.sampling import sample
-from bridle.training.checkpointing import LastingTrainer
+from bridle.training.checkpointing import CheckpointedTrainer
 from bridle.training.config import BestOptions, EvalOptions
-from bridle.training.guards import tell
+from bridle.training.guards import warn
 from bridle.utils.distributed import joined, share
 
 Record = Mapping[str, Any]
@@ -58,7 +58,7 @@ def hold_out(
     return trained, held_out
 
 
-class EvaluatedTrainer(LastingTrainer):
+class EvaluatedTrainer(CheckpointedTrainer):
     """A trainer that may measure its policy on held-out rows and prompts.
 
     Attributes:
@@ -232,7 +232,7 @@ class EvaluatedTrainer(LastingTrainer):
         best = best_evaluation(self.state.log_history, rule)
         if best is None:
             warning = f"eval.best: no violation rate was {rule.violation} or less, so the last model is kept"
-            tell(warning)
+            warn(warning)
             self.log_apart({"warnings": [warning]})
             return
         self.state.best_model_checkpoint = str(self._checkpoint(best))

@@ -1,22 +1,19 @@
-"""What watches over training: each guard sees one thing go wrong, says so with what to try, and warns or stops the run.
+"""Guards: each sees one thing go wrong, reports it with what to try, and warns or stops the run.
 
-What they say stands under `warnings` in the log, and so in `metrics.jsonl` and the report. What they remember they read
-from the log, too, so that a resumed run knows what the run before it knew.
+Their reports stand under `warnings` in the log, and so in `metrics.jsonl` and the report. A resumed run reads in the
+log what the run before it knew.
 """
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from bridle.training.config import ConstrainedConfig
 from bridle.utils.distributed import is_main
 from bridle.utils.interruption import is_pending
-
-if TYPE_CHECKING:
-    from bridle.training.trainer import ConstrainedTrainer
 
 Measured = Mapping[str, Any]  # what a round measured for one regulariser, by the keys of docs/metrics.md
 
@@ -26,78 +23,65 @@ FEWEST_KEPT_BACK = 20  # rollouts; on fewer the calibration error of a perfect R
 logger = logging.getLogger(__name__)
 
 
-def tell(warning: str) -> None:
+def warn(warning: str) -> None:
     """Warns people, once where several processes work on a run."""
     if is_main():
         logger.warning(warning)
 
 
-class Guard(TrainerCallback):
-    """Watches the updates.
+class Supervisor:
+    """Logs what guards find, and remembers why a run is stopped.
 
     Args:
-        trainer: whose log takes what is said, and which is stopped.
+        log: takes a record of the run's log.
+
+    Attributes:
+        skipped: whether the last update was, its loss or gradient not being finite.
+        verdict: why the run stops; None while it goes on.
     """
 
-    def __init__(self, trainer: "ConstrainedTrainer"):
-        self.trainer = trainer
+    def __init__(self, log: Callable[[dict[str, Any]], None]):
+        self.log = log
+        self.skipped = False
+        self.verdict: str | None = None
 
     def warn(self, warning: str, **measured: Any) -> None:
-        """Says that something goes wrong, and goes on."""
-        tell(warning)
-        self.trainer.log_apart({**measured, "warnings": [warning]})
+        """Reports that something goes wrong; the run goes on."""
+        warn(warning)
+        self.log({**measured, "warnings": [warning]})
 
-    def stop(self, verdict: str, **measured: Any) -> None:
-        """Ends the run once a checkpoint is written; `ConstrainedTrainer.train` then raises the verdict."""
-        self.trainer.verdict = verdict
-        self.trainer.log_apart({**measured, "warnings": [verdict]})
-        self.trainer.control.should_training_stop = self.trainer.control.should_save = True
+    def stop(self, verdict: str, control: TrainerControl, **measured: Any) -> None:
+        """Ends the run once a checkpoint is written; `train` then raises the verdict."""
+        self.verdict = verdict
+        self.log({**measured, "warnings": [verdict]})
+        control.should_training_stop = control.should_save = True
 
 
-class FiniteGuard(Guard):
-    """Tells each update that the trainer skipped because its loss or gradient was not finite; stops at too many."""
+class FiniteGuard(TrainerCallback):
+    """Reports each update that was skipped because its loss or gradient was not finite; stops at too many."""
+
+    def __init__(self, supervisor: Supervisor):
+        self.supervisor = supervisor
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.trainer.skipped:
+        if not self.supervisor.skipped:
             return
         in_a_row = _skipped_before(state) + 1
-        said = (
+        report = (
             f"update {state.global_step} was skipped: its loss or gradient was not finite ({in_a_row} in a row); try a "
             "smaller learning_rate or regulariser weight, or float32 or bf16 in place of half precision"
         )
         if in_a_row > args.max_skipped_steps:
-            self.stop(f"{said}; max_skipped_steps is {args.max_skipped_steps}", skipped_in_a_row=in_a_row)
+            verdict = f"{report}; max_skipped_steps is {args.max_skipped_steps}"
+            self.supervisor.stop(verdict, control, skipped_in_a_row=in_a_row)
         else:
-            self.warn(said, skipped_in_a_row=in_a_row)
+            self.supervisor.warn(report, skipped_in_a_row=in_a_row)
 
 
 def _skipped_before(state: TrainerState) -> int:
     """How many updates in a row were skipped, up to the one before this."""
-    told = (record for record in reversed(state.log_history) if "skipped_in_a_row" in record)
-    last = next(told, None)
+    last = next((record for record in reversed(state.log_history) if "skipped_in_a_row" in record), None)
     return last["skipped_in_a_row"] if last and last["step"] == state.global_step - 1 else 0
-
-
-class EntropyGuard(Guard):
-    """Stops a run whose policy loses its entropy: a stale R and a strong λ drive its samples towards one text."""
-
-    def check(self, name: str, measured: Measured) -> None:
-        """Compares a regulariser's round with the first one of the run.
-
-        Args:
-            name: the regulariser's.
-            measured: what its round measured.
-        """
-        state, floor = self.trainer.state, self.trainer.args.entropy_floor
-        known = (record.get(f"{name}/entropy_sampled", math.nan) for record in state.log_history)
-        first = next(filter(math.isfinite, known), math.nan)
-        entropy = measured.get("entropy_sampled", math.nan)
-        if entropy < floor * first:
-            self.stop(
-                f"the entropy of the policy's samples for {name} fell from {first:.2f} to {entropy:.2f} nats a token "
-                f"by step {state.global_step}, below entropy_floor {floor}; try a smaller regulariser weight or more "
-                "rounds"
-            )
 
 
 class InterruptionGuard(TrainerCallback):
@@ -106,6 +90,25 @@ class InterruptionGuard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if is_pending():
             control.should_training_stop = control.should_save = True
+
+
+def lost_entropy(name: str, entropy: float, state: TrainerState, floor: float) -> str | None:
+    """Says that a policy lost its entropy: a stale R and a strong λ drive its samples towards one text.
+
+    Args:
+        name: of the regulariser.
+        entropy: of the policy's samples in this round, in nats a token; NaN if nothing was sampled.
+        state: whose log has the first round's.
+        floor: the share of it that must be left.
+    """
+    known = (record.get(f"{name}/entropy_sampled", math.nan) for record in state.log_history)
+    first = next(filter(math.isfinite, known), math.nan)
+    if not entropy < floor * first:
+        return None
+    return (
+        f"the entropy of the policy's samples for {name} fell from {first:.2f} to {entropy:.2f} nats a token by step "
+        f"{state.global_step}, below entropy_floor {floor}; try a smaller regulariser weight or more rounds"
+    )
 
 
 # ---------------------------------------------------------------------- a round

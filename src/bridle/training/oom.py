@@ -1,4 +1,4 @@
-"""Updates of the policy that do not fit into memory, taken in smaller parts.
+"""Out of memory: an update that does not fit is cut into smaller parts.
 
 The loss is a sum over rows, divided by the tokens of the whole accumulated batch: its gradient is the same however
 the batch is cut.
@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from bridle.utils.oom import RowLimit
 
 
-class CuttingTrainer(SFTTrainer):
+class OomSafeTrainer(SFTTrainer):
     """An `SFTTrainer` that cuts its micro-batches where memory runs out, with the same effective batch.
 
     Several processes cut nothing: they exchange gradients within a backward, each of which all must take part in. Nor
@@ -30,19 +30,19 @@ class CuttingTrainer(SFTTrainer):
         alone = self.accelerator.distributed_type == DistributedType.NO
         self.row_limit = RowLimit("training the policy", can_cut=alone and not self.aux_loss_enabled)
         self._micro_batches: list[dict[str, Tensor]] = []  # of the update under way
-        self._begun: Any = None  # where it began
+        self._before_update: Any = None  # the trainer's own state when it began
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Adds a micro-batch's gradients to those of the update; its inputs are [batch, ...], its loss is a scalar.
 
-        Memory may run out in the midst of a backward, so all of the update is taken again, in smaller parts.
+        Memory may run out during a backward, so the whole update starts over, in smaller parts.
         """
         if num_items_in_batch is None:  # the loss is a mean over the micro-batch
             return super().training_step(model, inputs)
         if not self._micro_batches:
-            self._begun = self._place()
+            self._before_update = self._snapshot()
         self._micro_batches.append(inputs)
         todo = [inputs]
         while True:
@@ -52,7 +52,7 @@ class CuttingTrainer(SFTTrainer):
             except RuntimeError as error:
                 self.row_limit.lower(error, max(len(batch["input_ids"]) for batch in todo))
             model.zero_grad()
-            self._go_back(self._begun)
+            self._restore(self._before_update)
             todo = self._micro_batches
         if self.accelerator.sync_gradients:
             self._micro_batches = []
@@ -66,9 +66,9 @@ class CuttingTrainer(SFTTrainer):
         cut = [{key: values[part] for key, values in inputs.items()} for part in parts]
         return torch.stack([step(model, part, num_items_in_batch) for part in cut]).sum()
 
-    def _place(self) -> Any:
+    def _snapshot(self) -> Any:
         """What a micro-batch moves on beside the gradients."""
         return deepcopy((self._metrics, self._total_train_tokens))
 
-    def _go_back(self, place: Any) -> None:
-        self._metrics, self._total_train_tokens = deepcopy(place)
+    def _restore(self, snapshot: Any) -> None:
+        self._metrics, self._total_train_tokens = deepcopy(snapshot)

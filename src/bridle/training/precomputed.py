@@ -1,41 +1,77 @@
-"""Targets made ahead of the updates that use them (`targets: shipped`), so that the update runs no forward but its own.
+"""Precomputed targets (`targets: precomputed`): built ahead of the updates, which run no forward but their own.
 
-The order of the corpus is known, so the rows of a round's updates are too. Whoever plays the regulariser's role
-builds q for each of them once, keeps it sparsely, and hands it to the policy: a row that comes again, in a later
-epoch of the round, costs nothing more.
+The order of the corpus is known, so the rows of a round's updates are too. q is built once for each of them and kept
+sparsely: a row that comes again, in a later epoch of the round, costs nothing more.
 """
 
+import time
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import TrainerCallback, TrainerState
 
 from bridle.core.loss import chunk_rows, chunks
-from bridle.core.target import SparseTarget, sparse_target
+from bridle.core.sparse import SparseTarget, sparse_target
 from bridle.data.target_cache import TargetCache, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError
 from bridle.models.sharding import is_sharded
 from bridle.training.batches import PREFIXES, rollout_rows
 from bridle.training.config import ConstrainedConfig
-from bridle.training.regulariser import DomainRegulariser
-from bridle.training.targets import Target
-from bridle.utils.distributed import rank
+from bridle.training.regulariser import DomainRegulariser, Target
+from bridle.training.regulariser_set import RegulariserSet
+from bridle.training.schedule import SequentialSchedule
+from bridle.utils.distributed import rank, world
+from bridle.utils.interruption import at_once
 from bridle.utils.oom import RowLimit
 from bridle.utils.progress import track
 
-if TYPE_CHECKING:
-    from bridle.training.trainer import ConstrainedTrainer
-
 Rows = tuple[Tensor, Tensor, Tensor]  # input_ids and attention_mask, [batch, time]; prefixes' mask, [batch, time - 1]
+
+
+class PrecomputedTargets(TrainerCallback):
+    """Builds the targets that a round's updates lack: at its beginning, or after a resume.
+
+    Args:
+        regularisers: whose targets are built.
+        schedule: of the rounds; it is asked first, and the time is counted there.
+    """
+
+    def __init__(self, regularisers: RegulariserSet, schedule: SequentialSchedule):
+        self.regularisers, self.schedule = regularisers, schedule
+
+    def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        lacking = [one for one in self.regularisers if one.active and one.targets is None]
+        if not lacking:
+            return
+        with at_once():
+            began, index = time.perf_counter(), self.schedule.round
+            self._remove_old_files(args)
+            for regulariser in lacking:
+                rows = upcoming(self.regularisers, regulariser, train_dataloader, args, state, index)
+                regulariser.targets = make_targets(regulariser, rows, index)
+            self.schedule.add_seconds("targets", time.perf_counter() - began)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for regulariser in self.regularisers:
+            regulariser.targets = None
+        self._remove_old_files(args)
+
+    def _remove_old_files(self, config: ConstrainedConfig) -> None:
+        """Removes this process's files of targets that no regulariser reads any more."""
+        read = {one.targets.path for one in self.regularisers if one.targets is not None}
+        for file in (Path(config.output_dir).resolve() / "targets").glob(f"*.{rank()}.arrow"):
+            if file not in read:
+                file.unlink()
 
 
 @dataclass
@@ -51,28 +87,30 @@ class Upcoming:
     rollouts: int = 0
 
 
-def upcoming(trainer: "ConstrainedTrainer", round_index: int) -> list[Upcoming]:
-    """What each regulariser will look at in a round's updates; in those of the whole run where its anchor never moves.
+def upcoming(
+    regularisers: RegulariserSet,
+    regulariser: DomainRegulariser,
+    dataloader: DataLoader,
+    config: ConstrainedConfig,
+    state: TrainerState,
+    round_index: int,
+) -> Upcoming:
+    """What a regulariser will look at in a round's updates; in those of the whole run where its anchor never moves.
 
     Raises:
         UserError: the order of the corpus is not known before it is drawn.
     """
-    steps, rounds = trainer.state.max_steps, trainer.args.rounds
-    of_round = range(-(-(round_index - 1) * steps // rounds), -(-round_index * steps // rounds))
-    return [
-        _rows(trainer, regulariser, range(steps) if regulariser.options.anchor == "initial" else of_round)
-        for regulariser in trainer.regularisers
-    ]
-
-
-def _rows(trainer: "ConstrainedTrainer", regulariser: DomainRegulariser, steps: range) -> Upcoming:
+    all_steps, rounds = state.max_steps, config.rounds
+    steps = range(-(-(round_index - 1) * all_steps // rounds), -(-round_index * all_steps // rounds))
+    if regulariser.options.anchor == "initial":
+        steps = range(all_steps)
     found, seen = Upcoming(), set[int]()
-    for batch in _batches(trainer, steps):
+    for batch in _batches(dataloader, config, steps):
         prefixes = batch[PREFIXES]
-        mine = trainer.corpus_rows(regulariser, prefixes)
-        if regulariser.options.on != "corpus":
+        mine = regularisers.corpus_rows(regulariser, prefixes)
+        if regulariser.options.kl_on != "corpus":
             found.rollouts += int(mine.sum())
-        if regulariser.options.on != "rollouts" and mine.any():
+        if regulariser.options.kl_on != "rollouts" and mine.any():
             mask = torch.from_numpy(prefixes.mask[mine])
             ids, attention_mask = (batch[key][torch.from_numpy(mine)] for key in ("input_ids", "attention_mask"))
             keys = row_keys(ids, attention_mask, mask)
@@ -83,27 +121,27 @@ def _rows(trainer: "ConstrainedTrainer", regulariser: DomainRegulariser, steps: 
     return found
 
 
-def _batches(trainer: "ConstrainedTrainer", steps: range) -> Iterator[dict[str, Any]]:
+def _batches(dataloader: DataLoader, config: ConstrainedConfig, steps: range) -> Iterator[dict[str, Any]]:
     """The micro-batches of some policy steps, of all processes, in the order the trainer will draw them."""
-    processes = trainer.accelerator.num_processes
-    sampler = trainer.callback_handler.train_dataloader.batch_sampler
+    processes = world()
+    sampler: Any = dataloader.batch_sampler
     sampler = copy(getattr(sampler, "batch_sampler", sampler))  # of all processes
     sampler.sampler = copy(sampler.sampler)
     if isinstance(sampler.sampler, SeedableRandomSampler):
         sampler.sampler.generator = None  # it makes another one, with the same seed
     elif not isinstance(sampler.sampler, SequentialSampler):
         raise UserError(
-            "targets: shipped needs to know the order of the corpus beforehand; leave train_sampling_strategy at "
+            "targets: precomputed needs to know the order of the corpus beforehand; leave train_sampling_strategy at "
             "random and accelerator_config.use_seedable_sampler at true, or set targets: computed"
         )
-    of_step = trainer.args.gradient_accumulation_steps * processes
+    of_step = config.gradient_accumulation_steps * processes
     of_epoch = max(1, -(-(-(-len(sampler) // processes) * processes) // of_step))  # steps; the last may be a short one
     for epoch in range(steps.start // of_epoch, (steps.stop - 1) // of_epoch + 1):
         if isinstance(sampler.sampler, SeedableRandomSampler):
             sampler.sampler.set_epoch(epoch)
         first, last = max(steps.start - epoch * of_epoch, 0), min(steps.stop - epoch * of_epoch, of_epoch)
         for indices in islice(sampler, first * of_step, last * of_step):
-            yield trainer.data_collator([trainer.train_dataset[index] for index in indices])
+            yield dataloader.collate_fn([dataloader.dataset[index] for index in indices])
 
 
 @torch.no_grad()
@@ -146,8 +184,9 @@ def _add(regulariser: DomainRegulariser, writer: TargetWriter, rows: list[tuple[
 
 def _sparse(target: Target, config: ConstrainedConfig) -> SparseTarget:
     """A batch's target over [prefixes, k] tokens."""
+    assert target.anchor is not None
     parts = []
-    positions, vocabulary = target.shape
+    positions, vocabulary = len(target.features), len(target.anchor[1].weight)
     for which in chunks(positions, chunk_rows(target.features.device, vocabulary)):
         anchor_logits = target.anchor_logits(which)
         log_q = target.log_q(which, anchor_logits)

@@ -14,16 +14,16 @@ try:
 except ImportError as error:
     raise UserError("schedule: parallel needs Ray; install it with: pip install 'bridle[parallel]'") from error
 
-__all__ = ["Died", "Failed", "gpus_per_process", "group_error", "ray", "reserve", "result_of", "result_of_all"]
+__all__ = ["WorkerDied", "WorkerFailed", "gpus_per_process", "group_error", "ray", "reserve", "result_of", "result_of_all"]
 
 GRACE = 5.0  # seconds in which the failure that caused another one may still arrive
 
 
-class Failed(RunStopped):
+class WorkerFailed(RunStopped):
     """A role raised an error that is neither a UserError nor a RunStopped."""
 
 
-class Died(RunStopped):
+class WorkerDied(RunStopped):
     """A process of a role is gone."""
 
 
@@ -97,7 +97,7 @@ def result_of_all(references: Sequence[Any], role: str) -> Any:
         except (UserError, RunStopped) as error:
             errors.append(error)
     if errors:
-        raise min(errors, key=lambda error: (isinstance(error, Failed), isinstance(error, Died)))
+        raise min(errors, key=lambda error: (isinstance(error, WorkerFailed), isinstance(error, WorkerDied)))
     return result_of(references[0], role)
 
 
@@ -117,7 +117,7 @@ def result_of(reference: Any, role: str) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, UserError | RunStopped):
             raise error.cause from None
-        raise Failed(f"{role} failed: {first_line(error.cause)}") from error
+        raise WorkerFailed(f"{role} failed: {first_line(error.cause)}") from error
     except (RayActorError, WorkerCrashedError) as error:
         raise _death(error, role) from error
 
@@ -131,10 +131,10 @@ def group_error(error: Any, role: str) -> UserError | RunStopped:
     for failure in failures:
         if (death := getattr(failure, "health_check_failure", None)) is not None:
             return _death(death, role)
-    return Failed(f"{role} failed: {first_line(failures[0] if failures else error)}")
+    return WorkerFailed(f"{role} failed: {first_line(failures[0] if failures else error)}")
 
 
-def _death(error: BaseException, role: str) -> Died:
+def _death(error: BaseException, role: str) -> WorkerDied:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     cause = lines[-1 if "creation task" in lines[0] else 0].strip()[:300]  # the last one where a module is not found
-    return Died(f"the process of {role} died ({cause}); --resume continues from the last checkpoint")
+    return WorkerDied(f"the process of {role} died ({cause}); --resume continues from the last checkpoint")

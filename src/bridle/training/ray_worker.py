@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from bridle.errors import RunStopped, UserError
 from bridle.training.config import ParallelOptions
-from bridle.training.parallel import Pending, RegulariserRole
-from bridle.training.precomputed import Upcoming
 from bridle.training.ray_cluster import gpus_per_process, ray, reserve, result_of, result_of_all
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.state import RegulariserState, Weights
+from bridle.training.worker import Pending, RegulariserRole
 from bridle.utils.distributed import is_main
 from bridle.utils.oom import stopping_when_exhausted
 
@@ -35,23 +34,23 @@ class RayWorker:
         UserError: the cluster cannot give what the options ask for.
     """
 
-    def __init__(self, regularisers: list[DomainRegulariser], options: ParallelOptions, folder: Path):
+    def __init__(self, regularisers: Sequence[DomainRegulariser], options: ParallelOptions, folder: Path):
         workers = options.regulariser_workers
         reserve(options, "the regulariser", workers)
         gpus = gpus_per_process(options)
         self.options, self.folder = options, folder / "exchange"
         actor = ray.remote(num_cpus=options.num_cpus, num_gpus=gpus, max_restarts=0)(RegulariserActor)
-        shared, threads, device = ray.put(regularisers), torch.get_num_threads(), "cuda" if gpus else "cpu"
+        shared, threads, device = ray.put(list(regularisers)), torch.get_num_threads(), "cuda" if gpus else "cpu"
         place = (self.folder.resolve(), options.largest_bytes)
         self.actors = [actor.remote(shared, threads, device, *place) for _ in range(workers)]
         address = result_of(self.actors[0].address.remote(), "the regulariser")
         joined = [one.join.remote(address, rank, workers) for rank, one in enumerate(self.actors)]
         result_of_all(joined, "the regulariser")
 
-    def submit(self, round_index: int, weights: Weights, rows: list[Upcoming] | None = None) -> Pending:
+    def submit(self, round_index: int, weights: Weights) -> Pending:
         parcel = pack(weights, self.folder / f"policy-{round_index}.safetensors", self.options.largest_bytes)
         shared = parcel if isinstance(parcel, Path) else ray.put(parcel)
-        at_work = [actor.update.remote(round_index, shared, rows) for actor in self.actors]
+        at_work = [actor.update.remote(round_index, shared) for actor in self.actors]
         return RayPending(at_work, parcel, f"the regulariser, in round {round_index},")
 
     def restore(self, states: list[RegulariserState]) -> None:
@@ -86,12 +85,10 @@ class RegulariserActor:
         if workers > 1:
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
 
-    def update(
-        self, round_index: int, parcel: "Weights | Path", rows: list[Upcoming] | None = None
-    ) -> list[tuple[RegulariserState, "Weights | Path"]]:
+    def update(self, round_index: int, parcel: "Weights | Path") -> list[tuple[RegulariserState, "Weights | Path"]]:
         """As `RegulariserRole.update`, from and to packed weights; all but the first process return nothing."""
         with stopping_when_exhausted(self.folder):
-            states = self.role.update(round_index, unpack(parcel), rows if is_main() else None)
+            states = self.role.update(round_index, unpack(parcel))
             made = enumerate(states if is_main() else [])
             return [self._packed(state, f"regulariser-{round_index}.{index}") for index, state in made]
 

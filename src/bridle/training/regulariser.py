@@ -1,43 +1,72 @@
-"""One regulariser at work on its domains: a round of sample → score → fit R, and the target q of its KL(q ‖ p_θ).
-
-A round makes the policy's own samples, asks the constraint about each whole output, and teaches the
-auxiliary what that answer will be from any prefix (EMNLP 2024, the regulariser's half).
-"""
+"""One regulariser: a round of sample → score → fit R, and the target q of its KL(q ‖ p_θ) (EMNLP 2024)."""
 
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import chain
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
-from scipy.stats import binomtest
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.constraints import AsyncScoring, Constraint, Given
-from bridle.data import Prompt, Rollout, decode_parts, prompts_from_domain, read_prompts
+from bridle.constraints import AsyncScoring, Constraint
+from bridle.core.decomposition import log_target
+from bridle.core.output_layer import OutputLayer
+from bridle.core.sparse import SparseTarget
+from bridle.data import Prompt, Rollout
 from bridle.data.target_cache import TargetCache, row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, new_auxiliary
 from bridle.models.forward import policy_forward
-from bridle.models.hidden import OutputLayer
-from bridle.models.loading import context_length, end_token_ids
-from bridle.models.sampling import Trace, sample
-from bridle.models.sharding import in_shards, is_sharded, trainable, whole
+from bridle.models.hidden import output_layer
+from bridle.models.sampling import Trace
+from bridle.models.sharding import is_sharded
 from bridle.training.batches import Mask, flat_positions, run_lengths
 from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
+from bridle.training.rollouts import draw_rollouts, measure_rollouts, prompts_of_round, score_rollouts
 from bridle.training.state import RegulariserState, Weights, on_cpu
-from bridle.training.targets import FrozenAnchor, ShippedTarget, Target
-from bridle.utils.distributed import align, gathered, joined, share
+from bridle.utils.distributed import align, gathered
+
+
+@dataclass(frozen=True)
+class Target:
+    """q ∝ p_a·R^η at the prefixes of a batch, built a few prefixes at a time.
+
+    Attributes:
+        auxiliary: R; None is retention, R = 1.
+        features: [prefixes, hidden], what R's trunk reads.
+        guidance_scale: η.
+        anchor: states [prefixes, hidden] of a frozen p_a, and its output layer; None where p_a is the policy itself.
+    """
+
+    auxiliary: AuxiliaryModel | None
+    features: Tensor
+    guidance_scale: float
+    anchor: tuple[Tensor, OutputLayer] | None = None
+
+    def __call__(self, which: slice, policy_logits: Tensor) -> Tensor:
+        """log q at some of the prefixes. [some, vocabulary] -> [some, vocabulary]"""
+        return self.log_q(which, policy_logits if self.anchor is None else self.anchor_logits(which))
+
+    def anchor_logits(self, which: slice) -> Tensor:
+        """Of a frozen anchor, at some of the prefixes. [some, vocabulary]"""
+        assert self.anchor is not None
+        states, layer = self.anchor
+        return layer(states[which])
+
+    def log_q(self, which: slice, anchor_logits: Tensor) -> Tensor:
+        """log q at some of the prefixes. [some, vocabulary] -> [some, vocabulary]"""
+        if self.auxiliary is None:
+            return F.log_softmax(anchor_logits.float(), dim=-1)
+        return log_target(anchor_logits, self.auxiliary(self.features[which]), self.guidance_scale)
 
 
 @dataclass
@@ -46,13 +75,18 @@ class DomainRegulariser:
 
     Attributes:
         index: its place among the run's regularisers.
-        name: what metrics and files call it.
+        name: in metrics and files.
         options: constraint, weight λ, anchor and the rest.
         model: the policy.
-        tokenizer: the policy's tokenizer.
-        corpus: rows of its domains, by name, that prompts are drawn from where `options` gives none: tokenised ones, or
-            chats as they were read.
+        tokenizer: the policy's.
+        corpus: rows of its domains by name, where prompts come from if `options` has none: tokenised ones, or chats.
         config: the run's configuration.
+        rollouts: of the last round.
+        replayed: scored rollouts of earlier rounds.
+        is_fitted: R has been fitted; until then it is constant and q is p_a.
+        has_begun: a round has been made, so there is an anchor to pull towards.
+        rollout_cursor: rollouts that the update has taken since the round began.
+        targets: precomputed ones, see `precomputed`.
     """
 
     index: int
@@ -65,23 +99,21 @@ class DomainRegulariser:
     anchor: Anchor | None = field(init=False, default=None)
     auxiliary: AuxiliaryModel | None = field(init=False, default=None)
     rollouts: list[Rollout] = field(init=False, default_factory=list)
-    replayed: list[Rollout] = field(init=False, default_factory=list)  # scored, of rounds before the last
-    is_fitted: bool = field(init=False, default=False)  # R has been fitted: until then it is constant and q is p_a
-    has_begun: bool = field(init=False, default=False)  # a round has been made, so there is an anchor to pull towards
-    drawn: int = field(init=False, default=0)  # rollouts handed to the update since the round began
-    targets: TargetCache | None = field(init=False, default=None)  # made ahead, see `shipping`
+    replayed: list[Rollout] = field(init=False, default_factory=list)
+    is_fitted: bool = field(init=False, default=False)
+    has_begun: bool = field(init=False, default=False)
+    rollout_cursor: int = field(init=False, default=0)
+    targets: TargetCache | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.options.anchor != "live":
             self.anchor = Anchor(self.model)
         if not self.options.is_retention:
-            with self._seeded("auxiliary"):
-                shape = self.config.auxiliary
+            shape = self.config.auxiliary
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed("auxiliary"))
                 self.auxiliary = new_auxiliary(
-                    self.model,
-                    depth=shape.depth,
-                    head_rank=shape.head_rank,
-                    own_network=shape.own_network,
+                    self.model, depth=shape.depth, head_rank=shape.head_rank, own_network=shape.own_network
                 ).to(self.config.device)
             align(self.auxiliary.state_dict().values())  # the other processes' model may have no weights yet
 
@@ -95,11 +127,6 @@ class DomainRegulariser:
         if self.options.weight == 0:
             return False
         return self.options.is_retention or self.is_fitted or (self.anchor is not None and self.has_begun)
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        """What ends an output of the policy."""
-        return end_token_ids(self.model, self.tokenizer)
 
     @property
     def constraint(self) -> Constraint:
@@ -121,11 +148,10 @@ class DomainRegulariser:
         Raises:
             RunStopped: more than `max_missing` of the rollouts got no score. They are kept in `rollouts`.
         """
-        if self.options.is_retention or self.options.weight == 0:
-            return {}
-        if self.options.anchor == "initial" and self.is_fitted:
-            return {}  # p_a has not moved since R was fitted
-        if self.options.anchor == "previous":
+        options = self.options
+        if options.is_retention or options.weight == 0 or (options.anchor == "initial" and self.is_fitted):
+            return {}  # there is no R, it is not needed, or p_a has not moved since it was fitted
+        if options.anchor == "previous":
             assert self.anchor is not None
             self.anchor.refresh()
         self.targets = None
@@ -133,101 +159,41 @@ class DomainRegulariser:
         earlier = [rollout for rollout in self.replayed + self.rollouts if rollout.complies is not None]
         self.replayed = [r for r in earlier if r.round >= round_index - self.config.auxiliary.replay]
         cut_before = self.constraint.cut_texts()
-        traces: dict[int, Trace] = {}  # by rollout, how it was drawn, so that fitting need not run p_a
-        with self._guided_model():
+        with self._sampled_model():
             with AsyncScoring(self.constraint) as scoring:
                 with _timed(seconds, "sampling"):
-                    self.rollouts, self.drawn = self._sample(round_index, traces, scoring), 0
+                    self.rollouts, traces = self._draw(round_index, scoring)
+                    self.rollout_cursor = 0
                 with _timed(seconds, "scoring"):
-                    self._score(scoring)
+                    score_rollouts(self.rollouts, self.constraint, scoring)
             with _timed(seconds, "fitting"):
                 fitted = self._fit(round_index, traces)
         self.has_begun = True
-        in_part = sum(gathered(self.constraint.cut_texts() - cut_before))
-        counted = {"truncated": in_part} if in_part else {}
-        return {**_compliance(self.rollouts), **counted, **fitted, **{f"seconds_{k}": v for k, v in seconds.items()}}
+        cut = sum(gathered(self.constraint.cut_texts() - cut_before))
+        measured = {**measure_rollouts(self.rollouts), **({"truncated": cut} if cut else {}), **fitted}
+        return measured | {f"seconds_{phase}": spent for phase, spent in seconds.items()}
 
-    def _guided_model(self) -> AbstractContextManager[None]:
+    def _sampled_model(self) -> AbstractContextManager[None]:
         """Inside the block the model is p_a. `live` and `previous` anchors are the policy as it stands."""
         return self.anchor.active() if self.anchor is not None and self.options.anchor == "initial" else nullcontext()
 
-    def _sample(self, round_index: int, traces: dict[int, Trace], scoring: AsyncScoring) -> list[Rollout]:
-        prompts = self.prompts(round_index)
-        ends = self.end_token_ids
-        asked = [prompt.ids for prompt in prompts]
-        completions = sample(
+    def _draw(self, round_index: int, scoring: AsyncScoring) -> tuple[list[Rollout], dict[int, Trace]]:
+        return draw_rollouts(
+            self.prompts(round_index),
             self.model,
-            asked,
-            max_new_tokens=self.config.max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
-            end_token_ids=ends,
-            batch_size=self.config.rollout_batch_size,
+            self.tokenizer,
+            self.config,
+            scoring,
+            name=self.name,
+            round_index=round_index,
             seed=self._seed(f"sampling {round_index}"),
-            dtype=self.config.autocast_dtype,
-            description=f"round {round_index}: sampling for {self.name}",
-            share=True,
-            traces=traces,
-            on_batch=lambda drawn: scoring.submit(
-                *zip(*(self._output(prompts[at], said) for at, said in drawn.items()), strict=True)
-            ),
         )
-        model_hash = weights_hash(self.model)
-        texts = [decode_parts(*both, self.tokenizer) for both in zip(asked, completions, strict=True)]
-        return [
-            Rollout(
-                prompt_ids=prompt.ids,
-                completion_ids=completion,
-                prompt=texts[index][0],
-                completion=texts[index][1],
-                round=round_index,
-                regulariser=self.name,
-                model_hash=model_hash,
-                constraint=self.constraint.name,
-                finished=completion[-1] in ends,
-                log_probs=traces[index].log_probs,
-                messages=prompt.messages,
-            )
-            for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        ]
 
     def prompts(self, round_index: int) -> list[Prompt]:
-        """Prompts of one round: its own file's, or the beginnings of its domains' rows."""
-        count = self.config.rollouts_per_round
-        context = context_length(self.model)
-        longest = context - self.config.max_new_tokens if context else None
-        if self.options.prompts is not None:
-            own = read_prompts(self.options.prompts, self.tokenizer, longest)
-            return [own[index % len(own)] for index in range((round_index - 1) * count, round_index * count)]
-        by_domain = [
-            prompts_from_domain(
-                rows,
-                -(-count // len(self.corpus)),
-                prompt_tokens=self.config.prompt_tokens,
-                seed=self._seed(f"prompts {round_index}"),
-                tokenizer=self.tokenizer,
-                end_tokens=self.end_token_ids,
-                max_prompt_tokens=longest,
-            )
-            for rows in self.corpus.values()
-        ]
-        in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
-        return in_turn[:count]
-
-    def _output(self, prompt: Prompt, completion: list[int]) -> tuple[Given, str]:
-        """Prompt and completion as the constraint reads them."""
-        text, said = decode_parts(prompt.ids, completion, self.tokenizer)
-        return prompt.messages or text, said
-
-    def _score(self, scoring: AsyncScoring) -> None:
-        known = {key: score for part in gathered(scoring.scores()) for key, score in part.items()}
-        keys = [self.constraint.key(rollout.given, rollout.completion) for rollout in self.rollouts]
-        rest = [rollout for key, rollout in zip(keys, self.rollouts, strict=True) if key not in known]
-        mine = share(rest)
-        found = self.constraint.score([r.given for r in mine], [r.completion for r in mine])
-        scores = iter(joined(found, len(rest)))
-        for key, rollout in zip(keys, self.rollouts, strict=True):
-            score = known.get(key) or next(scores)
-            rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
+        """Where the rollouts of a round start."""
+        seed = self._seed(f"prompts {round_index}")
+        source = self.options.prompts
+        return prompts_of_round(round_index, self.corpus, source, self.model, self.tokenizer, self.config, seed)
 
     def _fit(self, round_index: int, traces: dict[int, Trace]) -> dict[str, Any]:
         """Fits R on this round's scored rollouts and on those it replays, from where the last round left it.
@@ -266,13 +232,12 @@ class DomainRegulariser:
         report = {"fit": fit} | {f"{key}_before": stale[key] for key in ("r_brier", "r_ece") if key in stale}
         if fit == "kept":
             return report
-        generator = torch.Generator().manual_seed(self._seed(f"fitting {round_index}"))
         report |= fit_auxiliary(
             self.auxiliary,
             self.model,
             examples,
             config.auxiliary,
-            generator,
+            torch.Generator().manual_seed(self._seed(f"fitting {round_index}")),
             f"round {round_index}: fitting R",
             fresh=len(fresh),
             dtype=config.autocast_dtype,
@@ -300,7 +265,7 @@ class DomainRegulariser:
     @torch.no_grad()
     def target(
         self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Mask
-    ) -> Target | ShippedTarget:
+    ) -> Target | SparseTarget:
         """q at the prefixes of a batch that the policy has just run on.
 
         Args:
@@ -310,7 +275,7 @@ class DomainRegulariser:
         """
         own_network = self.auxiliary is not None and self.auxiliary.network is not None
         if self.targets is None and self.anchor is None and not own_network:
-            return self._target(hidden_states.flatten(0, 1)[flat_positions(mask).to(hidden_states.device)])
+            return self._target(_at(mask, hidden_states))
         rows = np.flatnonzero(mask.any(-1))
         if is_sharded(self.model) and not len(rows):
             rows = np.zeros(1, dtype=np.int64)  # an anchor in shards runs on all processes or on none
@@ -321,10 +286,10 @@ class DomainRegulariser:
             keys = row_keys(input_ids, attention_mask, counted)
             # An epoch's last batch may be filled up with rows of its first, which belong to another round.
             if all(key in self.targets for key in keys):
-                return ShippedTarget(self.targets.gather(keys, counted))
+                return self.targets.gather(keys, counted)
         if self.anchor is not None:
             return self.frozen_target(input_ids, attention_mask, mask)
-        return self._target(self._features(hidden_states, input_ids, attention_mask, mask))
+        return self._target(_at(mask, self._features(hidden_states, input_ids, attention_mask)))
 
     @torch.no_grad()
     def frozen_target(self, input_ids: Tensor, attention_mask: Tensor, mask: Mask) -> Target:
@@ -333,18 +298,16 @@ class DomainRegulariser:
         dtype = self.config.autocast_dtype
         with self.anchor.active():
             states = policy_forward(self.model, input_ids, attention_mask, dtype=dtype)
-            layer = OutputLayer.of(self.model, dtype).detach(copy=is_sharded(self.model))
-        anchor = FrozenAnchor(states.flatten(0, 1)[flat_positions(mask).to(states.device)], layer)
-        return self._target(self._features(states, input_ids, attention_mask, mask), anchor)
+            layer = output_layer(self.model, dtype).detach(copy=is_sharded(self.model))
+        features = self._features(states, input_ids, attention_mask)
+        return self._target(_at(mask, features), (_at(mask, states), layer))
 
-    def _features(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Mask) -> Tensor:
-        """What R reads at the prefixes that count. [batch, time, hidden] -> [prefixes, hidden]"""
-        if self.auxiliary is not None:
-            states = self.auxiliary.features(states, input_ids, attention_mask)
-        return states.flatten(0, 1)[flat_positions(mask).to(states.device)]
+    def _features(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What R reads. [batch, time, hidden] -> [batch, time, hidden]"""
+        return states if self.auxiliary is None else self.auxiliary.features(states, input_ids, attention_mask)
 
-    def _target(self, features: Tensor, anchor: FrozenAnchor | None = None) -> Target:
-        return Target(self.auxiliary, features, self.options.power, anchor)
+    def _target(self, features: Tensor, anchor: tuple[Tensor, OutputLayer] | None = None) -> Target:
+        return Target(self.auxiliary, features, self.options.guidance_scale, anchor)
 
     def reaches(self, mask: Mask) -> Mask:
         """Where in the rows of a corpus a rollout of this round can have been, so that R was fitted there.
@@ -373,8 +336,9 @@ class DomainRegulariser:
         """
         taken = []
         for count in chain.from_iterable(zip(*counts, strict=True)):
-            taken.append([self.rollouts[(self.drawn + offset) % len(self.rollouts)] for offset in range(count)])
-            self.drawn += count
+            places = range(self.rollout_cursor, self.rollout_cursor + count)
+            taken.append([self.rollouts[place % len(self.rollouts)] for place in places])
+            self.rollout_cursor += count
         return taken, sum(len(rollout.completion_ids) for part in taken for rollout in part)
 
     # ------------------------------------------------------------------ state
@@ -385,15 +349,26 @@ class DomainRegulariser:
         return RegulariserState(
             is_fitted=self.is_fitted,
             has_begun=self.has_begun,
-            drawn=self.drawn,
+            rollout_cursor=self.rollout_cursor,
             rollouts=self.rollouts,
             replayed=self.replayed,
             auxiliary=on_cpu(auxiliary.state_dict()) if auxiliary is not None else {},
             anchor=on_cpu(self.anchor.state_dict()) if self.anchor is not None else {},
             provenance=auxiliary.config.provenance if auxiliary is not None else None,
-            targets=self.targets,
             measured=measured or {},
         )
+
+    def load_state(self, state: RegulariserState) -> None:
+        """Resumes from a state, of this process or another."""
+        if not (self.options.anchor == "initial" and self.is_fitted):
+            self.targets = None  # they were built on another R or anchor
+        self.is_fitted, self.has_begun = state.is_fitted, state.has_begun
+        self.rollouts, self.replayed, self.rollout_cursor = state.rollouts, state.replayed, state.rollout_cursor
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(state.auxiliary)
+            self.auxiliary.config.provenance = state.provenance or {}
+        if self.anchor is not None:
+            self.anchor.load_state_dict(state.anchor)
 
     def set_policy(self, weights: Weights) -> None:
         """Gives this regulariser's model the policy's trainable weights."""
@@ -407,56 +382,14 @@ class DomainRegulariser:
         if self.auxiliary is not None:
             self.auxiliary.to(device)
 
-    def adopt(self, state: RegulariserState) -> None:
-        """Goes on from a state, of this process or another."""
-        self.is_fitted, self.has_begun, self.drawn = state.is_fitted, state.has_begun, state.drawn
-        self.rollouts, self.replayed, self.targets = state.rollouts, state.replayed, state.targets
-        if self.auxiliary is not None:
-            self.auxiliary.load_state_dict(state.auxiliary)
-            self.auxiliary.config.provenance = state.provenance or {}
-        if self.anchor is not None:
-            self.anchor.load_state_dict(state.anchor)
-
-    # ------------------------------------------------------------------ seeds
-
     def _seed(self, purpose: str) -> int:
         """A seed of its own for each purpose and round, so that a resumed round draws the same numbers."""
         return zlib.crc32(f"{self.config.seed}/{self.index}/{purpose}".encode())
 
-    @contextmanager
-    def _seeded(self, purpose: str) -> Iterator[None]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed(purpose))
-            yield
 
-
-def weights_hash(model: nn.Module) -> str:
-    """A short hash of the trainable weights: which model drew a sample."""
-    digest = blake2b(digest_size=8)
-    with in_shards(model):
-        for name, parameter in trainable(model):
-            digest.update(name.encode())
-            digest.update(whole(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _compliance(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Compliance rate of a round's rollouts, with its 95% Wilson interval, and their entropy in nats a token."""
-    drawn = [log_prob for rollout in rollouts for log_prob in rollout.log_probs or ()]
-    scored = [rollout.complies for rollout in rollouts if rollout.complies is not None]
-    complying = sum(scored)
-    interval = binomtest(complying, len(scored)).proportion_ci(method="wilson") if scored else (None, None)
-    return {
-        "rollouts": len(rollouts),
-        "rollouts_missing": len(rollouts) - len(scored),
-        "rollouts_empty": sum(not rollout.completion.strip() for rollout in rollouts),
-        "clipped": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
-        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
-        "entropy_sampled": -fmean(drawn),  # without bias: the mean of −log p of what p has drawn
-        "compliance": complying / len(scored) if scored else None,
-        "compliance_low": interval[0],
-        "compliance_high": interval[1],
-    }
+def _at(mask: Mask, states: Tensor) -> Tensor:
+    """The states at the true positions of a mask, [batch, time - 1]. [batch, time, hidden] -> [prefixes, hidden]"""
+    return states.flatten(0, 1)[flat_positions(mask).to(states.device)]
 
 
 @contextmanager

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from bridle.utils.distributed import gathered, is_main
 
-Sums = dict[str, list[float]]
+Totals = dict[str, list[float]]
 Kept = dict[str, Tensor]  # by name [2]: sum and count
 
 
-class Tally:
+class RunningMeans:
     """Sums and counts by name, kept since the last log and since the round began.
 
     They stay on the device until somebody asks, so that adding waits for nothing. Each process adds its own; what is
@@ -46,19 +46,19 @@ class Tally:
         sums, self._round = _of_all(self._round), {}
         return _means(sums) | {"tokens_trained": int(sums["ce"][1])}
 
-    def state(self) -> Sums:
+    def state(self) -> Totals:
         """The sums since the round began, for a checkpoint."""
         return _of_all(self._round)
 
-    def restore(self, sums: Sums) -> None:
+    def restore(self, sums: Totals) -> None:
         """Goes on from a checkpoint's sums, which count once."""
         if is_main():
             self._round = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
 
 
-def _of_all(kept: Kept) -> Sums:
+def _of_all(kept: Kept) -> Totals:
     """The sums of all processes together; a name may be known to some of them only."""
-    together: Sums = defaultdict(lambda: [0.0, 0.0])
+    together: Totals = defaultdict(lambda: [0.0, 0.0])
     for part in gathered({name: pair.tolist() for name, pair in kept.items()}):
         for name, (total, count) in part.items():
             together[name][0] += total
@@ -71,5 +71,5 @@ def _add(sums: Kept, more: Kept) -> None:
         sums[name] = sums[name].to(pair.device) + pair if name in sums else pair
 
 
-def _means(sums: Sums) -> dict[str, float]:
+def _means(sums: Totals) -> dict[str, float]:
     return {name: total / count for name, (total, count) in sums.items() if count}

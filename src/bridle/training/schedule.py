@@ -4,197 +4,161 @@ Round i's policy steps use R_i, fitted on samples of p_{i-1}, the policy at the 
 """
 
 import time
-from dataclasses import dataclass
-from itertools import compress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
 from bridle.data import Rollout, write_rollouts
 from bridle.errors import UserError
 from bridle.models.auxiliary import fingerprint
-from bridle.training.guards import EntropyGuard, round_warnings, tell, unreached_warnings
-from bridle.training.precomputed import make_targets, upcoming
+from bridle.training.config import ConstrainedConfig
+from bridle.training.guards import Supervisor, lost_entropy, round_warnings, unreached_warnings, warn
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.running_means import Sums
-from bridle.training.state import RegulariserState
-from bridle.utils.checkpoints import last_whole
-from bridle.utils.distributed import is_main, rank
-from bridle.utils.files import atomic_files, read_json, sync_files, write_json
+from bridle.training.regulariser_set import RegulariserSet
+from bridle.training.state import PROGRESS_FILE, RegulariserState, RoundProgress
+from bridle.utils.distributed import is_main
+from bridle.utils.files import atomic_files, read_json
 from bridle.utils.interruption import at_once
 
-if TYPE_CHECKING:
-    from bridle.training.trainer import ConstrainedTrainer
-
-
-SCHEDULE = "schedule.json"
-"""Written last: it says that a checkpoint is whole."""
-
-
-@dataclass
-class Begun:
-    """How far a schedule is in a round: what it measured; the seconds, sums and row limit of the policy's steps."""
-
-    round: int
-    record: dict[str, Any]
-    seconds_policy: float
-    tally: Sums
-    row_limit: int | None
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The last whole checkpoint of a run; one that a dead run left half-written is passed over."""
-    return last_whole(folder, SCHEDULE)
+Log = Sequence[Mapping[str, Any]]  # a run's records
 
 
 class SequentialSchedule(TrainerCallback):
-    """Runs a regulariser round before the first policy step of each round.
+    """Runs a round of every regulariser before the first policy step of each round.
 
     Args:
-        trainer: whose regularisers are updated; its `args.rounds` divide the policy's steps evenly.
+        regularisers: that are updated.
+        config: its `rounds` divide the policy's steps evenly.
+        supervisor: logs each round, and stops a run whose policy collapses.
+        evaluates: whether an evaluation is due at each round's end.
     """
 
-    def __init__(self, trainer: "ConstrainedTrainer"):
-        self.trainer = trainer
+    def __init__(
+        self, regularisers: RegulariserSet, config: ConstrainedConfig, supervisor: Supervisor, evaluates: bool = False
+    ):
+        self.regularisers, self.config, self.supervisor, self.evaluates = regularisers, config, supervisor, evaluates
         self.round = 0
         self._record: dict[str, Any] = {}
         self._policy_began = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer.args.rounds > state.max_steps and any(one.auxiliary for one in self.trainer.regularisers):
+        if args.rounds > state.max_steps and any(one.auxiliary for one in self.regularisers):
             raise UserError(
-                f"rounds: {self.trainer.args.rounds} are more than the run's {state.max_steps} updates; lower rounds, "
-                "or train for longer"
+                f"rounds: {args.rounds} are more than the run's {state.max_steps} updates; lower rounds, or train for "
+                "longer"
             )
 
     def on_step_begin(self, args, state, control, **kwargs):
         due = self._round_of(state.global_step, state)
-        if due > self.round or any(self._lacking_targets()):
+        if due > self.round:
             with at_once():  # a round is long, and the last checkpoint goes on from before it
-                if due > self.round:
-                    self.begin_round(due)
-                self._make_targets()
+                self.begin_round(due, state.log_history)
+            for name in (one.name for one in self.regularisers):
+                entropy = self._record.get(f"{name}/entropy_sampled", float("nan"))
+                if verdict := lost_entropy(name, entropy, state, args.entropy_floor):
+                    self.supervisor.stop(verdict, control)
 
     def on_step_end(self, args, state, control, **kwargs):
         finished = state.global_step == state.max_steps
         if finished or self._round_of(state.global_step, state) > self.round:
             self._end_round()
             control.should_save = args.save_strategy != "no"
-            control.should_evaluate |= self.trainer.eval_options is not None
+            control.should_evaluate |= self.evaluates
         return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for regulariser in self.regularisers:
+            if regulariser.auxiliary is not None and regulariser.is_fitted:  # the last R goes with the final model too
+                regulariser.auxiliary.config.provenance["trained_model"] = fingerprint(regulariser.model)
+                self._keep_auxiliary(regulariser)
 
     def _round_of(self, step: int, state: TrainerState) -> int:
         """The round, counted from 1, that policy step `step`, counted from 0, belongs to."""
-        return step * self.trainer.args.rounds // state.max_steps + 1
+        return step * self.config.rounds // state.max_steps + 1
 
-    def _make_targets(self) -> None:
-        """Makes the targets that this round's updates lack: all of them, or after a resume."""
-        if any(lacking := self._lacking_targets()):
-            began = time.perf_counter()
-            rows = upcoming(self.trainer, self.round)
-            for regulariser in compress(self.trainer.regularisers, lacking):
-                regulariser.targets = make_targets(regulariser, rows[regulariser.index], self.round)
-            self._record["seconds_targets"] = time.perf_counter() - began
-            self._policy_began += self._record["seconds_targets"]
+    def begin_round(self, index: int, log: Log = ()) -> dict[str, Any]:
+        """Refreshes every R from the policy as it stands.
 
-    def _lacking_targets(self) -> list[bool]:
-        """Of which regularisers targets are to be made."""
-        shipped = self.trainer.args.targets == "shipped"
-        return [shipped and one.active and one.targets is None for one in self.trainer.regularisers]
+        Args:
+            index: of the round, 1 for the first.
+            log: the run's records so far.
 
-    def begin_round(self, index: int) -> dict[str, Any]:
-        """Refreshes every R from the policy as it stands; returns what was measured, by regulariser."""
+        Returns:
+            What was measured, by regulariser.
+        """
         self.round, self._record = index, {"round": index}
-        self._refresh(index)
+        self._refresh(index, log)
         self._policy_began = time.perf_counter()
         return self._record
 
-    def _refresh(self, index: int) -> None:
-        for regulariser in self.trainer.regularisers:
+    def _refresh(self, index: int, log: Log) -> None:
+        for regulariser in self.regularisers:
             try:
                 measured = regulariser.update(index)
             finally:
                 self._keep_rollouts(index, regulariser.name, regulariser.rollouts)
-            self._note(index, regulariser, measured)
-        self._drop_old_targets()
+            self._note(index, regulariser, measured, log)
 
-    def _drop_old_targets(self) -> None:
-        """Removes files of targets that no regulariser reads any more; each process its own."""
-        read = {
-            regulariser.targets.path for regulariser in self.trainer.regularisers if regulariser.targets is not None
-        }
-        for file in (Path(self.trainer.args.output_dir).resolve() / "targets").glob(f"*.{rank()}.arrow"):
-            if file not in read:
-                file.unlink()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        for regulariser in self.trainer.regularisers:
-            regulariser.targets = None
-            if regulariser.auxiliary is not None and regulariser.is_fitted:  # the last R goes with the final model too
-                regulariser.auxiliary.config.provenance["trained_model"] = fingerprint(self.trainer.model)
-                self._keep_auxiliary(regulariser)
-        self._drop_old_targets()
-
-    def _note(self, index: int, regulariser: DomainRegulariser, measured: dict[str, Any]) -> None:
+    def _note(self, index: int, regulariser: DomainRegulariser, measured: dict[str, Any], log: Log) -> None:
         """Keeps R of round `index` and writes down what was measured."""
         self._keep_auxiliary(regulariser, index)
         measured = measured | {"lambda": regulariser.options.weight, "term_on": regulariser.active}
         self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
-        log, config = self.trainer.state.log_history, self.trainer.args
-        self._warn(round_warnings(regulariser.name, index, measured, log, config))
-        EntropyGuard(self.trainer).check(regulariser.name, measured)
+        self._warn(round_warnings(regulariser.name, index, measured, log, self.config))
 
     def _warn(self, warnings: list[str]) -> None:
         for warning in warnings:
-            tell(warning)
+            warn(warning)
             self._record.setdefault("warnings", []).append(warning)
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Counts time that has just been spent for a phase of the round, and not for the policy's steps."""
+        self._record[f"seconds_{phase}"] = seconds
+        self._policy_began += seconds
 
     def _end_round(self) -> None:
         self._record["seconds_policy"] = time.perf_counter() - self._policy_began
-        self._record |= self.trainer.tally.of_round()
+        self._record |= self.regularisers.means.of_round()
         self._warn(unreached_warnings(self._record))
-        self.trainer.log_apart(self._record)
+        self.supervisor.log(self._record)
+
+    # ------------------------------------------------------------------ files
 
     def _keep_rollouts(self, index: int, name: str, rollouts: list[Rollout]) -> None:
         """Writes what a round sampled, also when scoring or fitting it failed."""
         if is_main() and rollouts and rollouts[0].round == index:
-            folder = Path(self.trainer.args.output_dir) / "rollouts"
+            folder = Path(self.config.output_dir) / "rollouts"
             write_rollouts(folder / f"round-{index}.{name}.jsonl", rollouts)
 
     def _keep_auxiliary(self, regulariser: DomainRegulariser, index: int | None = None) -> None:
         """Writes R where the latest is found, and by round, since R_1 is what guides the base model."""
         if is_main() and regulariser.auxiliary is not None and regulariser.is_fitted:
-            folder = Path(self.trainer.args.output_dir) / "auxiliary"
-            if sum(other.auxiliary is not None for other in self.trainer.regularisers) > 1:
+            folder = Path(self.config.output_dir) / "auxiliary"
+            if sum(other.auxiliary is not None for other in self.regularisers) > 1:
                 folder = folder / regulariser.name
             for place in (folder, *([folder / f"round-{index}"] if index is not None else [])):
                 with atomic_files(place) as unfinished:
                     regulariser.auxiliary.save_pretrained(unfinished)
 
-    # ------------------------------------------------------------------ resume
-
-    def save(self, checkpoint: Path) -> None:
-        """Completes a checkpoint that `transformers` has begun."""
-        seconds, tally = time.perf_counter() - self._policy_began, self.trainer.tally.state()
+    def save(self, checkpoint: Path) -> dict[str, Any]:
+        """Writes the regularisers' states into a checkpoint; returns the progress of the round."""
+        seconds, tally = time.perf_counter() - self._policy_began, self.regularisers.means.state()
         self._save_states(checkpoint)
-        if is_main():
-            sync_files(checkpoint)
-            begun = Begun(self.round, self._record, seconds, tally, self.trainer.row_limit.rows)
-            write_json(checkpoint / SCHEDULE, vars(begun))
+        return vars(RoundProgress(self.round, self._record, seconds, tally))
 
     def _save_states(self, checkpoint: Path) -> None:
-        states = {regulariser.name: regulariser.state() for regulariser in self.trainer.regularisers}
+        states = {regulariser.name: regulariser.state() for regulariser in self.regularisers}
         if is_main():
             for name, kept in states.items():
                 kept.save(checkpoint / "regularisers" / name)
 
     def load(self, checkpoint: Path) -> None:
-        """Goes back to where a checkpoint was written."""
-        saved = read_json(checkpoint / SCHEDULE, Begun)
+        """Resumes from a checkpoint."""
+        saved = read_json(checkpoint / PROGRESS_FILE, RoundProgress)
         self.round, self._record = saved.round, saved.record
         self._policy_began = time.perf_counter() - saved.seconds_policy
-        self.trainer.tally.restore(saved.tally)
-        self.trainer.row_limit.rows = saved.row_limit
-        for regulariser in self.trainer.regularisers:
-            regulariser.adopt(RegulariserState.load(checkpoint / "regularisers" / regulariser.name))
+        self.regularisers.means.restore(saved.tally)
+        for regulariser in self.regularisers:
+            regulariser.load_state(RegulariserState.load(checkpoint / "regularisers" / regulariser.name))

@@ -1,4 +1,4 @@
-"""What a regulariser keeps between rounds: written into checkpoints, and handed over between processes."""
+"""What a run keeps between rounds: written into checkpoints, and passed between processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bridle.data import Rollout, read_rollouts, write_rollouts
-from bridle.data.target_cache import TargetCache
 from bridle.errors import RunStopped, UserError, first_line
 from bridle.models.sharding import in_shards, trainable, whole
+from bridle.training.running_means import Totals
 from bridle.utils.files import read_json, write_json
 
 Weights = dict[str, Tensor]
@@ -23,21 +23,42 @@ Weights = dict[str, Tensor]
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError, SafetensorError)
 
 
+PROGRESS_FILE = "schedule.json"
+"""Written last: it marks a checkpoint as whole."""
+
+
+@dataclass
+class RoundProgress:
+    """How far a run is in a round.
+
+    Attributes:
+        round: the round, 1 for the first.
+        record: what it has measured.
+        seconds_policy: of its updates.
+        tally: sums of its updates, for their means.
+    """
+
+    round: int
+    record: dict[str, Any]
+    seconds_policy: float
+    tally: Totals
+
+
 @dataclass
 class PlainState:
     """What of a regulariser's state is neither weights nor rollouts.
 
     Attributes:
+        rollout_cursor: rollouts that the update has taken since the round began.
         is_fitted: whether R has been fitted.
         has_begun: whether a round has been made.
-        drawn: rollouts handed to the update since the round began.
         provenance: what R was fitted on.
         measured: what the round measured.
     """
 
+    rollout_cursor: int  # required, so that a state from before it had this name is refused
     is_fitted: bool = False
     has_begun: bool = False
-    drawn: int = 0
     provenance: dict[str, Any] | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
@@ -51,7 +72,6 @@ class RegulariserState(PlainState):
         replayed: of rounds before it.
         auxiliary: R's weights by name; empty for retention.
         anchor: the snapshot p_a by name; empty for `live`.
-        targets: made ahead of the next updates. Not saved: they are made again from R and the anchor.
         stopped: why the round could not be ended; not saved, since the run ends with it.
     """
 
@@ -59,7 +79,6 @@ class RegulariserState(PlainState):
     replayed: list[Rollout] = field(default_factory=list)
     auxiliary: Weights = field(default_factory=dict)
     anchor: Weights = field(default_factory=dict)
-    targets: TargetCache | None = None
     stopped: Exception | None = None
 
     def save(self, folder: Path) -> None:
@@ -95,7 +114,7 @@ def trainable_weights(model: nn.Module) -> Weights:
 
 @contextmanager
 def readable(checkpoint: str | Path | None) -> Iterator[None]:
-    """Tells in one line that a checkpoint cannot be read, whichever library finds out.
+    """Reports in one line that a checkpoint cannot be read, whichever library finds out.
 
     Raises:
         UserError: naming the checkpoint.

@@ -1,39 +1,14 @@
-"""The target q: the distribution closest to the anchor that satisfies the constraint.
-
-Over whole outputs, q(y|x) ∝ p_a(y|x)·C(x, y). The auxiliary model's R(s) = E[C | prefix s] breaks it
-down into tokens (Meng et al., NeurIPS 2022; Meng et al., EMNLP 2024):
-
-    q(v | s) = p_a(v | s) · R(s∘v) / R(s)
-
-R(s) is the same for every v, so normalising over the vocabulary gives it for free. (docs: concepts/method, eq. 1 and 2)
-
-A target may be kept sparsely: k of its tokens, and all the others as one bucket.
-"""
+"""A target kept sparsely: k of its tokens, and all the others as one bucket."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 FLOOR = -1e30  # stands for log 0, where -inf - -inf would make NaN
 KEEP_LIKELY = 0.1  # once the policy has left the anchor, errors lie where q is large (benchmarks/sparse_targets.py)
-
-
-def log_target(anchor_logits: Tensor, r_logits: Tensor, power: float = 1.0) -> Tensor:
-    """log q = normalise(log p_a + η·log R).
-
-    Args:
-        anchor_logits: [..., vocabulary], the anchor's logits or log-probabilities.
-        r_logits: [..., vocabulary], R before the sigmoid; entry v scores the prefix followed by v.
-        power: η. 1 is the method; more leans harder on the constraint, 0 gives the anchor back.
-
-    Returns:
-        [..., vocabulary] log-probabilities, in float32 at least.
-    """
-    return F.log_softmax(anchor_logits.float() + power * F.logsigmoid(r_logits.float()), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -69,6 +44,10 @@ class SparseTarget:
         logits = logits.detach().float()
         log_rest = bucket_logits(logits, self.indices)[..., -1:]
         return (logits - log_rest + self.log_rest[..., None]).scatter(-1, self.indices, self.log_probs)
+
+    def __call__(self, which: slice, policy_logits: Tensor) -> Tensor:
+        """log q at some of the prefixes, as `core.loss.Divergence` asks for it. [some, vocabulary]"""
+        return self[which].spread(policy_logits)
 
     def __getitem__(self, prefixes: Any) -> "SparseTarget":
         return SparseTarget(self.indices[prefixes], self.log_probs[prefixes], self.log_rest[prefixes])

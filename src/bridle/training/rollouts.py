@@ -1,0 +1,178 @@
+"""Rollouts, the policy's own samples, labelled by the constraint: the first half of a round (EMNLP 2024)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
+from statistics import fmean
+from typing import Any
+
+import torch
+from datasets import Dataset
+from scipy.stats import binomtest
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bridle.constraints import AsyncScoring, Constraint, Given
+from bridle.data import DataSource, Prompt, Rollout, decode_parts, prompts_from_domain, read_prompts
+from bridle.models.loading import context_length, end_token_ids
+from bridle.models.sampling import Trace, sample
+from bridle.models.sharding import in_shards, trainable, whole
+from bridle.training.config import ConstrainedConfig
+from bridle.utils.distributed import gathered, joined, share
+
+
+def prompts_of_round(
+    round_index: int,
+    corpus: Mapping[str, Dataset],
+    source: DataSource | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ConstrainedConfig,
+    seed: int,
+) -> list[Prompt]:
+    """Where a round's rollouts start: at the prompts of a source, in turn, or at the beginnings of the corpus's rows.
+
+    Args:
+        round_index: 1 for the first round.
+        corpus: rows by domain, tokenised or chats.
+        source: of prompts; None for the corpus.
+        model: the policy, whose context bounds the prompts.
+        tokenizer: the policy's.
+        config: how many, and how long.
+        seed: chooses rows and lengths.
+    """
+    count, context = config.rollouts_per_round, context_length(model)
+    longest = context - config.max_new_tokens if context else None
+    if source is not None:
+        own = read_prompts(source, tokenizer, longest)
+        return [own[index % len(own)] for index in range((round_index - 1) * count, round_index * count)]
+    by_domain = [
+        prompts_from_domain(
+            rows,
+            -(-count // len(corpus)),
+            prompt_tokens=config.prompt_tokens,
+            seed=seed,
+            tokenizer=tokenizer,
+            end_tokens=end_token_ids(model, tokenizer),
+            max_prompt_tokens=longest,
+        )
+        for rows in corpus.values()
+    ]
+    in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
+    return in_turn[:count]
+
+
+def draw_rollouts(
+    prompts: Sequence[Prompt],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ConstrainedConfig,
+    scoring: AsyncScoring,
+    *,
+    name: str,
+    round_index: int,
+    seed: int,
+) -> tuple[list[Rollout], dict[int, Trace]]:
+    """Samples from p_a after each prompt, and asks for scores while it samples.
+
+    Args:
+        prompts: one rollout each.
+        model: p_a.
+        tokenizer: the model's.
+        config: length and batch size.
+        scoring: takes each batch as it is drawn.
+        name: the regulariser's.
+        round_index: 1 for the first round.
+        seed: of the samples.
+
+    Returns:
+        The rollouts without scores, and by their index how they were drawn, so that fitting need not run p_a again.
+    """
+    traces: dict[int, Trace] = {}
+    ends = end_token_ids(model, tokenizer)
+
+    def ask(drawn: Mapping[int, list[int]]) -> None:
+        outputs = [_output(prompts[at], completion, tokenizer) for at, completion in drawn.items()]
+        scoring.submit(*zip(*outputs, strict=True))
+
+    completions = sample(
+        model,
+        [prompt.ids for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        end_token_ids=ends,
+        batch_size=config.rollout_batch_size,
+        seed=seed,
+        dtype=config.autocast_dtype,
+        description=f"round {round_index}: sampling for {name}",
+        share=True,
+        traces=traces,
+        on_batch=ask,
+    )
+    model_hash = weights_hash(model)
+    rollouts = []
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        text, completed = decode_parts(prompt.ids, completion, tokenizer)
+        rollouts.append(
+            Rollout(
+                prompt_ids=prompt.ids,
+                completion_ids=completion,
+                prompt=text,
+                completion=completed,
+                round=round_index,
+                regulariser=name,
+                model_hash=model_hash,
+                constraint=scoring.constraint.name,
+                finished=completion[-1] in ends,
+                log_probs=traces[index].log_probs,
+                messages=prompt.messages,
+            )
+        )
+    return rollouts, traces
+
+
+def _output(prompt: Prompt, completion: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[Given, str]:
+    """Prompt and completion as the constraint reads them."""
+    text, completed = decode_parts(prompt.ids, completion, tokenizer)
+    return prompt.messages or text, completed
+
+
+def score_rollouts(rollouts: Sequence[Rollout], constraint: Constraint, scoring: AsyncScoring) -> None:
+    """Labels rollouts in place: with the scores that `scoring` has, and the constraint's for the rest."""
+    known = {key: score for part in gathered(scoring.scores()) for key, score in part.items()}
+    keys = [constraint.key(rollout.given, rollout.completion) for rollout in rollouts]
+    rest = [rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known]
+    mine = share(rest)
+    found = constraint.score([r.given for r in mine], [r.completion for r in mine])
+    scores: Iterator[Any] = iter(joined(found, len(rest)))
+    for key, rollout in zip(keys, rollouts, strict=True):
+        score = known.get(key) or next(scores)
+        rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
+
+
+def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Compliance rate of a round's rollouts, with its 95% Wilson interval, and their entropy in nats a token."""
+    drawn = [log_prob for rollout in rollouts for log_prob in rollout.log_probs or ()]
+    scored = [rollout.complies for rollout in rollouts if rollout.complies is not None]
+    complying = sum(scored)
+    interval = binomtest(complying, len(scored)).proportion_ci(method="wilson") if scored else (None, None)
+    return {
+        "rollouts": len(rollouts),
+        "rollouts_missing": len(rollouts) - len(scored),
+        "rollouts_empty": sum(not rollout.completion.strip() for rollout in rollouts),
+        "clipped": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
+        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
+        "entropy_sampled": -fmean(drawn),  # unbiased: the mean of −log p of what p has drawn
+        "compliance": complying / len(scored) if scored else None,
+        "compliance_low": interval[0],
+        "compliance_high": interval[1],
+    }
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A short hash of the trainable weights: which model drew a sample."""
+    digest = blake2b(digest_size=8)
+    with in_shards(model):
+        for name, parameter in trainable(model):
+            digest.update(name.encode())
+            digest.update(whole(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""What a `ConstrainedTrainer` checks and prepares before it trains."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.data_utils import is_conversational
+
+from bridle.data import tokenize_domain
+from bridle.errors import UserError
+from bridle.models.forward import disable_dropout
+from bridle.models.hidden import check_output_adapter, check_projection
+from bridle.models.loading import check_model, context_length, load_model
+from bridle.training.config import ConstrainedConfig, Regulariser
+from bridle.training.guards import warn
+from bridle.training.regulariser import DomainRegulariser
+from bridle.utils.settings import check_file_name
+
+NOT_TAKEN = {
+    "data_collator": "the trainer's own keeps each row's domain",
+    "compute_loss_func": "the loss is that of the method",
+    "quantization_config": "the model is loaded already",
+}
+"""Arguments of `SFTTrainer` that `ConstrainedTrainer` has no use for."""
+
+
+# ---------------------------------------------------------------------- the corpus
+
+
+def by_domain(corpus: Mapping[str, Dataset] | Dataset) -> dict[str, Dataset]:
+    """Rows by domain; a single data set is the domain "corpus".
+
+    Raises:
+        UserError: a name cannot name files, or rows are streamed or no data set.
+    """
+    domains = dict(corpus) if isinstance(corpus, Mapping) else {"corpus": corpus}
+    for name, rows in domains.items():
+        check_file_name(name, f"corpus.{name}")
+        if isinstance(rows, IterableDataset):
+            raise UserError(
+                f"corpus.{name}: is streamed, and a mixture needs the number of rows; take some of them: "
+                "Dataset.from_list(list(rows.take(10_000)))"
+            )
+        if not isinstance(rows, Dataset):
+            raise UserError(f"corpus.{name}: must be a Dataset of the library `datasets`, not a {type(rows).__name__}")
+    return domains
+
+
+def example_of(corpus: Mapping[str, Dataset], config: ConstrainedConfig) -> Dataset:
+    """The domain whose first row shows TRL what the corpus is: a chat, where only the assistant is learnt."""
+    chats = [rows for rows in corpus.values() if is_conversational(rows[0])] if config.assistant_only_loss else []
+    return next(iter(chats or corpus.values()))
+
+
+def tokenised(
+    name: str,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ConstrainedConfig,
+    formatting_func: Callable[[dict[str, Any]], str] | None,
+    packing: bool,
+) -> Dataset:
+    """Rows of one domain as `input_ids` and `labels`. Packed on its own, so that no row belongs to two."""
+    if "input_ids" in rows.column_names:
+        return rows
+    if formatting_func is not None:
+        rows = rows.map(lambda row: {"text": formatting_func(row)}, remove_columns=rows.column_names)
+    return tokenize_domain(
+        rows,
+        tokenizer,
+        max_length=config.max_length,
+        name=name,
+        assistant_only=config.assistant_only_loss,
+        completion_only=config.completion_only_loss,
+        keep_end=config.truncation_mode == "keep_end",
+        packing=packing,
+        shuffle=config.seed if config.shuffle_dataset else None,
+    )
+
+
+# ---------------------------------------------------------------------- the model
+
+
+def loaded(model: PreTrainedModel | str, config: ConstrainedConfig) -> PreTrainedModel:
+    """The policy, loaded where it is given by name.
+
+    Raises:
+        UserError: it is loaded already, and `model_init_kwargs` would have no effect.
+    """
+    if isinstance(model, str):
+        return load_model(model, **(config.model_init_kwargs or {}))
+    if config.model_init_kwargs:
+        raise UserError("model_init_kwargs: the model is loaded already; give the trainer its name, or leave them out")
+    return model
+
+
+def check_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ConstrainedConfig,
+    regularisers: Iterable[Regulariser],
+) -> None:
+    """Refuses a model that cannot be trained with these regularisers.
+
+    Raises:
+        UserError: its architecture, an adapter of its output layer, or its context does not fit.
+    """
+    check_model(model, tokenizer, model.config._name_or_path)
+    check_projection(model)
+    check_output_adapter(model)
+    context = context_length(model)
+    if context and config.max_new_tokens >= context and not all(one.is_retention for one in regularisers):
+        raise UserError(
+            f"max_new_tokens: {config.max_new_tokens} leave no room for a prompt in the model's context of {context}"
+        )
+
+
+def disable_policy_dropout(model: PreTrainedModel) -> None:
+    """Makes the policy that is trained the one that is sampled.
+
+    Raises:
+        UserError: an adapter's dropout is on.
+    """
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else []
+    if any(getattr(config, "lora_dropout", 0) > 0 for config in configs):
+        raise UserError("lora.dropout: a regulariser needs dropout off, as in TRL's RLOO and GRPO; set it to 0")
+    disable_dropout(model)
+
+
+# ---------------------------------------------------------------------- what does not go together
+
+
+def check_options(
+    config: ConstrainedConfig, regularisers: Mapping[str, Regulariser], arguments: Mapping[str, Any]
+) -> None:
+    """Refuses arguments that have no effect, and regularisers that the configuration rules out.
+
+    Raises:
+        UserError: naming the argument or key.
+    """
+    for name, options in regularisers.items():
+        if config.targets == "precomputed" and options.anchor == "live":
+            raise UserError(
+                f"regularisers.{name}.anchor: targets are precomputed, and `live` moves with every update; "
+                "set anchor: previous or initial, or targets: computed"
+            )
+    for name in arguments.keys() & NOT_TAKEN:
+        raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
+    if arguments.get("eval_dataset") is None and (config.eval_strategy != "no" or config.eval_on_start):
+        raise UserError("eval_strategy: there are no rows to evaluate on; give the trainer an eval_dataset")
+
+
+def check_sharding(config: ConstrainedConfig, fsdp_version: int | None) -> None:
+    """Refuses ways to shard a model that Bridle does not support.
+
+    Args:
+        config: the run's.
+        fsdp_version: of the model's shards; None without FSDP.
+
+    Raises:
+        UserError: naming what to use instead.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise UserError("deepspeed: ZeRO-3 hides the weights that anchors are made of; use ZeRO-1, ZeRO-2 or FSDP2")
+    if fsdp_version not in (None, 2):
+        raise UserError("fsdp: only version 2 is supported; set fsdp_version: 2 in the configuration of accelerate")
+    if fsdp_version is not None and config.schedule == "parallel":
+        raise UserError("schedule: parallel needs the whole model in each process; use sequential with FSDP2")
+
+
+def warn_of_user_turns(regularisers: Iterable[DomainRegulariser], config: ConstrainedConfig) -> None:
+    """Warns where the KL looks at prefixes within users' turns, on which R is not fitted."""
+    for regulariser in regularisers:
+        options = regulariser.options
+        looks = options.weight > 0 and not options.is_retention and options.kl_on != "rollouts"
+        chats = [name for name, rows in regulariser.corpus.items() if "messages" in rows.column_names]
+        if looks and chats and not config.assistant_only_loss:
+            warn(
+                f"regularisers.{regulariser.name}: R is fitted on the assistant's turns of {', '.join(chats)}, and "
+                "the KL looks at the users' turns too; set assistant_only_loss: true, or kl_on: rollouts"
+            )
