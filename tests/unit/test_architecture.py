@@ -1,6 +1,7 @@
 """The house: a file imports only from rows below its own, and rooms of one row never import each other."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import bridle
@@ -21,6 +22,21 @@ ROWS = [
 
 def room_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("bridle", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules that a file imports from this package, also inside functions and for type checking alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -46,3 +62,10 @@ def test_imports_point_downwards():
             assert row_of[imported] < row_of[room] or imported == "errors", (
                 f"{path.relative_to(SOURCE)} imports {imported}"
             )
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = {module_of(path): path for path in SOURCE.rglob("*.py") if path.stem != "__init__"}
+    graph = {name: imported_modules(path) & files.keys() for name, path in files.items()}
+    assert sum(map(len, graph.values())) > 300
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle

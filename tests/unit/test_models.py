@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from bridle.core.target import log_target
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import AutoModel, GenerationConfig
 
+from bridle.core.decomposition import log_target
 from bridle.core.tokens import pad_left, pad_right, positions
 from bridle.errors import UserError
 from bridle.models.anchor import Anchor

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bridle.core.target import log_target
 
+from bridle.core.decomposition import log_target
 from bridle.core.tokens import pad_right
 from bridle.data import DataSource, Prompt, Rollout, decode_parts
 from bridle.data.target_cache import row_keys
@@ -19,6 +19,7 @@ from bridle.models.sampling import Trace
 from bridle.training import regulariser as module
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.regulariser import DomainRegulariser
+from bridle.training.rollouts import _output, measure_rollouts
 from trainers import NO_E, Labels, Letters, trainer_of
 
 PADS = SimpleNamespace(pad_token_id=0)
@@ -140,9 +141,9 @@ class TestRound:
             rollout([1], [5, 2], round=index, complies=complies, value=0.5, log_probs=[-1.0, -1.0])
             for index, complies in ((1, True), (2, True), (3, False), (3, None))
         )
-        held.replayed, held.rollouts, held.drawn = [first, second], [third, unscored], 5
+        held.replayed, held.rollouts, held.rollout_cursor = [first, second], [third, unscored], 5
         held.update(4)
-        assert held.drawn == 0
+        assert held.rollout_cursor == 0
         assert [(one.round, one.complies) for one in held.replayed] == [(2, True), (3, False)]
         assert {one.round for one in held.rollouts} == {4}
 
@@ -158,9 +159,9 @@ class TestRound:
             assert one.finished == (one.completion_ids[-1] == end)
             parts = decode_parts(one.prompt_ids, one.completion_ids, held.tokenizer)
             assert (one.prompt, one.completion) == parts
-            assert held._output(Prompt("", one.prompt_ids), one.completion_ids) == parts
+            assert _output(Prompt("", one.prompt_ids), one.completion_ids, held.tokenizer) == parts
         chat = [{"role": "user", "content": "Is it a hat?"}]
-        assert held._output(Prompt("", [1, 5], messages=chat), [7])[0] == chat
+        assert _output(Prompt("", [1, 5], messages=chat), [7], held.tokenizer)[0] == chat
 
     def test_retention_and_a_weight_of_0_ask_nobody(self, of):
         assert of(None).update(1) == of(weight=0.0).update(1) == {}
@@ -281,7 +282,7 @@ class TestTarget:
     @pytest.mark.parametrize("own_network", [False, True])
     @pytest.mark.parametrize("anchor", ["live", "previous"])
     def test_it_is_the_anchor_times_r(self, of, anchor, own_network):
-        held = of(anchor=anchor, power=2.0, config={"auxiliary": AuxiliaryOptions(own_network=own_network)})
+        held = of(anchor=anchor, guidance_scale=2.0, config={"auxiliary": AuxiliaryOptions(own_network=own_network)})
         torch.nn.init.normal_(held.auxiliary.head.weight)
         p_a = held.model if anchor == "live" else deepcopy(held.model)
         for weight in held.model.parameters():
@@ -311,7 +312,7 @@ class TestTarget:
         held, counted = of(anchor="previous"), torch.from_numpy(self.mask)
         keys = [row_keys(*(part[[row]] for part in (self.ids, self.attention_mask, counted)))[0] for row in (0, 2)]
         held.targets = Made(keys)
-        assert held.target(*self.batch(held), self.mask).kept == [True, True]
+        assert held.target(*self.batch(held), self.mask) == [True, True]
         held.targets = Made(keys[:1])
         assert len(held.target(*self.batch(held), self.mask).features) == 6
 
@@ -329,7 +330,7 @@ class TestTarget:
 @pytest.mark.parametrize("anchor", ["live", "previous"])
 def test_a_state_has_everything(of, constraint, anchor):
     held, other = of(constraint, anchor=anchor), of(constraint, anchor=anchor)
-    held.is_fitted, held.has_begun, held.drawn = True, True, 7
+    held.is_fitted, held.has_begun, held.rollout_cursor = True, True, 7
     held.rollouts, held.replayed = [rollout([1], [2])], [rollout([1], [3])]
     if held.auxiliary is not None:
         torch.nn.init.normal_(held.auxiliary.head.weight)
@@ -339,10 +340,10 @@ def test_a_state_has_everything(of, constraint, anchor):
             weight.data.add_(1.0)
         held.anchor.refresh()
     state = held.state({"compliance": 0.5})
-    other.adopt(state)
+    other.load_state(state)
     again = other.state()
     assert (state.measured, again.measured) == ({"compliance": 0.5}, {})
-    for name in ("is_fitted", "has_begun", "drawn", "rollouts", "replayed", "provenance"):
+    for name in ("is_fitted", "has_begun", "rollout_cursor", "rollouts", "replayed", "provenance"):
         assert getattr(again, name) == getattr(held.state(), name), name
     assert again.provenance == ({"round": 3} if constraint else None)
     for mine, its in ((state.auxiliary, again.auxiliary), (state.anchor, again.anchor)):
@@ -372,7 +373,7 @@ def test_what_a_round_measures_by_hand():
         rollout([1], [5, 2], complies=True, value=1.0, **one),
         rollout([1], [7], **other),
     ]
-    measured = module._compliance(rollouts)
+    measured = measure_rollouts(rollouts)
     low, high = measured.pop("compliance_low"), measured.pop("compliance_high")
     assert measured == {
         "rollouts": 4,
@@ -386,5 +387,5 @@ def test_what_a_round_measures_by_hand():
     z, n, p = 1.959964, 3, 2 / 3  # Wilson's interval
     middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     assert (low, high) == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)), rel=1e-5)
-    nobody = module._compliance(rollouts[3:])
+    nobody = measure_rollouts(rollouts[3:])
     assert nobody["compliance"] is nobody["compliance_low"] is nobody["compliance_high"] is None

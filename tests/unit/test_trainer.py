@@ -11,9 +11,10 @@ from peft import IA3Config, LoraConfig, get_peft_model
 
 from bridle.data import Rollout
 from bridle.errors import UserError
-from bridle.training import trainer as module
+from bridle.training import regulariser_set, setup
 from bridle.training.batches import NO_DOMAIN, Prefixes, append_rollouts
 from bridle.training.config import EvalOptions, Regulariser
+from bridle.training.regulariser_set import RegulariserSet
 from bridle.training.trainer import ConstrainedTrainer
 from trainers import NO_E, trainer_of
 
@@ -40,13 +41,9 @@ def refused(said):
     ],
 )
 def test_weights_in_shards(monkeypatch, zero3, fsdp, version, schedule, said):
-    monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: zero3)
-    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version) if fsdp else None)
-    trainer = SimpleNamespace(
-        is_fsdp_enabled=fsdp, args=SimpleNamespace(schedule=schedule), accelerator=SimpleNamespace(state=state)
-    )
+    monkeypatch.setattr(setup, "is_deepspeed_zero3_enabled", lambda: zero3)
     with refused(said):
-        ConstrainedTrainer._check_sharding(trainer)
+        setup.check_sharding(SimpleNamespace(schedule=schedule), version if fsdp else None)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +63,7 @@ def test_the_loss_undoes_an_average_over_processes_with_a_batch_of_their_own(ite
     [
         ({"weight": 0.5}, "messages", False, True),
         ({"weight": 0.0}, "messages", False, False),
-        ({"on": "rollouts"}, "messages", False, False),
+        ({"kl_on": "rollouts"}, "messages", False, False),
         ({"constraint": None}, "messages", False, False),
         ({}, "text", False, False),
         ({}, "messages", True, False),
@@ -78,7 +75,7 @@ def test_a_kl_within_users_turns_is_warned_of(caplog, options, column, assistant
         name="rude", options=Regulariser(**{"constraint": NO_E, **options}), corpus={"talk": rows}
     )
     arguments = SimpleNamespace(assistant_only_loss=assistant_only)
-    ConstrainedTrainer._warn_of_user_turns(SimpleNamespace(regularisers=[regulariser], args=arguments))
+    setup.warn_of_user_turns([regulariser], arguments)
     assert ("R is fitted on the assistant's turns of talk" in caplog.text) == warned
 
 
@@ -99,7 +96,7 @@ def test_dropout_is_off_or_an_adapter_s_is_refused(tiny_model, adapters, said):
         else:
             model = get_peft_model(model, adapter)
     with refused(said):
-        ConstrainedTrainer._disable_dropout(SimpleNamespace(model=model))
+        setup.disable_policy_dropout(model)
         assert {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)} == {0.0}
 
 
@@ -114,7 +111,7 @@ def test_dropout_is_off_or_an_adapter_s_is_refused(tiny_model, adapters, said):
 )
 def test_rollouts_need_room_for_a_prompt(tiny_model, new_tokens, held, said):
     with refused(said):
-        module._check_room(tiny_model(), SimpleNamespace(max_new_tokens=new_tokens), held)
+        setup.check_room(tiny_model(), SimpleNamespace(max_new_tokens=new_tokens), held)
 
 
 class TestPrefixes:
@@ -127,7 +124,7 @@ class TestPrefixes:
     @pytest.fixture
     def trainer(self, tiny_folder, tmp_path):
         def make(on, **options):
-            held = {"rude": Regulariser(NO_E, on=on, anchor="previous")}
+            held = {"rude": Regulariser(NO_E, kl_on=on, anchor="previous")}
             made = trainer_of(tiny_folder(), tmp_path, held, **options)
             made.regularisers[0].is_fitted = True
             made.regularisers[0].reaches = lambda mask: self.reached
@@ -135,20 +132,20 @@ class TestPrefixes:
 
         return make
 
-    @pytest.mark.parametrize("targets", ["computed", "shipped"])
+    @pytest.mark.parametrize("targets", ["computed", "precomputed"])
     @pytest.mark.parametrize("on", ["corpus", "rollouts", "both"])
     def test_the_kl_looks_at_its_rows_where_r_was_fitted(self, trainer, on, targets):
         made = trainer(on, targets=targets)
         (regulariser,) = made.regularisers
         expected = np.zeros_like(self.mask)
         if on != "rollouts":
-            expected[1:3] = self.mask[1:3] & (self.reached[1:3] | (targets == "shipped"))
+            expected[1:3] = self.mask[1:3] & (self.reached[1:3] | (targets == "precomputed"))
         expected[3] = self.mask[3]
-        assert made._mask(regulariser, self.batch).tolist() == expected.tolist()
-        unreached = made.tally.since_last_log()
+        assert made.regularisers.masks(self.batch)[0].tolist() == expected.tolist()
+        unreached = made.means.since_last_log()
         assert unreached == ({} if on == "rollouts" else {"kl_unreached/rude": 0.4 if targets == "computed" else 0.0})
         regulariser.is_fitted = False
-        assert not made._mask(regulariser, self.batch).any()
+        assert not made.regularisers.masks(self.batch)[0].any()
 
     @pytest.mark.parametrize("on", ["corpus", "rollouts", "both"])
     def test_as_many_rollouts_ride_along_as_a_batch_has_rows(self, trainer, on):
@@ -156,16 +153,16 @@ class TestPrefixes:
         (regulariser,) = made.regularisers
         regulariser.rollouts = [rollout([1, 5], [number] * number) for number in range(1, 6)]
         batches = [self.batch[:2], self.batch[:1], self.batch[:3]]
-        riders = list(made._share_rollouts(batches))
+        riders, tokens = made.regularisers.share_rollouts(batches)
         if on == "corpus":
             assert riders == [[], [], []]
         else:
             taken = [[len(one.completion_ids) for _, some in batch for one in some] for batch in riders]
             assert taken == [[1], [], [2, 3]]
-            assert made._sampled == {0: 6}
-        assert made._total_train_tokens == 7 + 3 + 11 + (0 if on == "corpus" else 6 + 3 * 2)
+            assert made.regularisers._sampled == {0: 6}
+        assert tokens == 7 + 3 + 11 + (0 if on == "corpus" else 6 + 3 * 2)
         regulariser.is_fitted = False
-        assert list(made._share_rollouts(batches)) == [[], [], []]
+        assert made.regularisers.share_rollouts(batches)[0] == [[], [], []]
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
@@ -175,7 +172,7 @@ class TestLoss:
 
     @pytest.fixture
     def trainer(self, tiny_folder, tmp_path, loss_type):
-        held = {"rude": Regulariser(NO_E, on="both", anchor="previous", weight=3.0)}
+        held = {"rude": Regulariser(NO_E, kl_on="both", anchor="previous", weight=3.0)}
         made = trainer_of(tiny_folder(), tmp_path, held, loss_type=loss_type, pad_to_multiple_of=4)
         regulariser = made.regularisers[0]
         regulariser.is_fitted = True
@@ -200,7 +197,7 @@ class TestLoss:
         tokens, sampled = int(trained_on.sum()), 4
         items = None
         if accumulated:  # over two batches
-            items, trainer._sampled = torch.tensor(2 * tokens), {0: 2 * sampled}
+            items, trainer.regularisers._sampled = torch.tensor(2 * tokens), {0: 2 * sampled}
         model = trainer.model.train()
         loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
 
@@ -215,7 +212,7 @@ class TestLoss:
         weight = model.get_output_embeddings().weight
         ours, theirs = (torch.autograd.grad(part, weight)[0] for part in (loss, expected))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-        measured = trainer.tally.since_last_log()
+        measured = trainer.means.since_last_log()
         assert measured["ce"] == pytest.approx(ce.item() / tokens, rel=1e-5)
         assert measured["kl/rude"] == pytest.approx(kl[on_corpus | on_rollouts].mean().item(), rel=1e-5)
         if trainer.args.loss_type == "nll":
@@ -242,16 +239,19 @@ class TestLoss:
     ("counts", "sharded", "active", "asked"),
     [(True, False, True, True), (False, False, True, False), (False, True, True, True), (False, True, False, False)],
 )
-def test_a_regulariser_is_asked_where_it_looks_and_an_anchor_in_shards_always(counts, sharded, active, asked):
+def test_a_regulariser_is_asked_where_it_looks_and_an_anchor_in_shards_always(
+    monkeypatch, counts, sharded, active, asked
+):
+    monkeypatch.setattr(regulariser_set, "is_sharded", lambda model: sharded)
     target = lambda *_: "q"  # noqa: E731
     options = SimpleNamespace(weight=2.0)
-    regulariser = SimpleNamespace(index=0, name="rude", active=active, options=options, target=target)
-    trainer = SimpleNamespace(regularisers=[regulariser], is_fsdp_enabled=sharded, _sampled={})
+    regulariser = SimpleNamespace(index=0, name="rude", active=active, options=options, target=target, model=None)
+    held = RegulariserSet([regulariser], ["plain"], None)
     batch = Prefixes(np.array([0]), np.array([-1]), np.ones((1, 3), dtype=bool), np.array([4]))
     mask = np.array([[False, counts, False]])
     inputs = {"input_ids": torch.ones(1, 4), "attention_mask": torch.ones(1, 4)}
     seen = np.array([[True, True, False]])
-    found = ConstrainedTrainer._divergences(trainer, torch.zeros(1, 4, 2), inputs, batch, [mask], seen, torch.tensor(3))
+    found = held.divergences(torch.zeros(1, 4, 2), inputs, batch, [mask], seen, torch.tensor(3))
     assert [(one.positions.tolist(), one.weights.tolist()) for one in found] == (
         [([1] * counts, [2.0] * counts)] if asked else []
     )
@@ -267,7 +267,7 @@ def test_dropout_stays_where_no_kl_pulls(tiny_folder, tmp_path, weights, dropout
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"targets": "shipped"}, "set anchor: previous or initial"),
+        ({"targets": "precomputed"}, "set anchor: previous or initial"),
         ({"targets": "computed"}, None),
         ({"eval_strategy": "epoch"}, "there are no rows to evaluate on"),
         ({"eval_on_start": True}, "there are no rows to evaluate on"),

@@ -1,4 +1,7 @@
-"""The output layer: a linear map from hidden states to logits, and what the architecture does to its result."""
+"""The output layer: a linear map from hidden states to logits, and what the architecture does to its result.
+
+Its logits are what the equations are about. (docs: concepts/method)
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""A target kept sparsely: k of its tokens, and all the others as one bucket."""
+"""A target kept sparsely: k of its tokens, and all the others as one bucket. (docs: concepts/method)"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

@@ -209,30 +209,33 @@ def fit_auxiliary(
             totals = torch.zeros(4)
             shuffled = fitting[torch.randperm(len(fitting), generator=generator)]
             for rows in shuffled.split(options.batch_size):
-                bce, consistency = _fit_losses(auxiliary, model, examples[rows].to(auxiliary.device), dtype)
-                loss = bce[0] / bce[1].clamp(min=1)
-                loss = loss + options.consistency_weight * consistency[0] / consistency[1].clamp(min=1)
-                optimizer.zero_grad()
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)
-                if torch.isfinite(loss + norm):
-                    totals += torch.stack([part.detach().float().cpu() for part in (*bce, *consistency)])
+                losses = _fit_losses(auxiliary, model, examples[rows].to(auxiliary.device), dtype)
+                if _step(auxiliary, optimizer, losses, options.consistency_weight):
+                    totals += torch.stack([part.detach().float().cpu() for pair in losses for part in pair])
                 else:
-                    optimizer.zero_grad()  # without gradients the step moves nothing
                     skipped += 1
-                optimizer.step()
                 schedule.step()
                 progress.update()
     auxiliary.eval()
-    report: dict[str, Any] = {
-        "r_bce": _mean(totals[0], totals[1]),
-        "r_consistency": _mean(totals[2], totals[3]),
-        "r_steps_skipped": skipped,
-        "r_kept_back": held_back,
-    }
-    if held_back:
-        report |= measure_calibration(auxiliary, examples[validation])
-    return report
+    report = {"r_bce": _mean(totals[0], totals[1]), "r_consistency": _mean(totals[2], totals[3])}
+    report |= {"r_steps_skipped": skipped, "r_kept_back": held_back}
+    return report | (measure_calibration(auxiliary, examples[validation]) if held_back else {})
+
+
+def _step(
+    auxiliary: AuxiliaryModel, optimizer: torch.optim.Optimizer, losses: tuple[SumAndCount, SumAndCount], beta: float
+) -> bool:
+    """Minimises BCE + β·consistency by one step; moves nothing and returns False where it is not finite."""
+    bce, consistency = losses
+    loss = bce[0] / bce[1].clamp(min=1)
+    loss = loss + beta * consistency[0] / consistency[1].clamp(min=1)
+    optimizer.zero_grad()
+    loss.backward()
+    finite = bool(torch.isfinite(loss + nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)))
+    if not finite:
+        optimizer.zero_grad()  # without gradients the step moves nothing
+    optimizer.step()
+    return finite
 
 
 def _mean(total: Tensor, count: Tensor) -> float | None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import Trainer, get_scheduler
@@ -14,12 +14,10 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 from transformers.utils import is_liger_kernel_available
+from trl import SFTConfig
 
 from bridle.errors import UserError, first_line
 from bridle.utils.settings import known_name
-
-if TYPE_CHECKING:
-    from bridle.training.config import ConstrainedConfig
 
 REFUSED = {
     # The model and its rows
@@ -86,12 +84,12 @@ def in_one_line() -> Iterator[None]:
         raise UserError(error) from error
 
 
-def is_set(config: "ConstrainedConfig", name: str) -> bool:
+def is_set(config: SFTConfig, name: str) -> bool:
     """Whether a field has another value than its default."""
     return bool(getattr(config, name) != _default(config, name))
 
 
-def check_refused(config: "ConstrainedConfig") -> None:
+def check_refused(config: SFTConfig) -> None:
     """Raises a UserError for the first field that is refused, or whose value is none of its choices."""
     for name, instead in REFUSED.items():
         if is_set(config, name):
@@ -104,7 +102,7 @@ def check_refused(config: "ConstrainedConfig") -> None:
             known_name(value, choices, field.name, "value")
 
 
-def check_needed(config: "ConstrainedConfig") -> None:
+def check_needed(config: SFTConfig) -> None:
     """Raises a UserError for the first field that has no effect beside the others."""
     for name, other in NEEDED.items():
         if is_set(config, name) and getattr(config, other) in (None, "no", False, 0, []):
@@ -123,7 +121,7 @@ def check_needed(config: "ConstrainedConfig") -> None:
     _check_scheduler(config)
 
 
-def _check_trackers(config: "ConstrainedConfig") -> None:
+def _check_trackers(config: SFTConfig) -> None:
     trackers = config.report_to or []
     for name in trackers:
         known_name(name, INTEGRATION_TO_CALLBACK, "report_to", "tracker")
@@ -137,7 +135,7 @@ def _check_trackers(config: "ConstrainedConfig") -> None:
             raise UserError(f"{name}: is read by trackio alone; add it to report_to, or leave {name} out")
 
 
-def _check_scheduler(config: "ConstrainedConfig") -> None:
+def _check_scheduler(config: SFTConfig) -> None:
     kind = config.lr_scheduler_type.value
     if kind.startswith("constant") and config.lr_scheduler_kwargs:
         raise UserError(f"lr_scheduler_kwargs: a {kind} schedule takes none; leave it out")
@@ -150,7 +148,7 @@ def _check_scheduler(config: "ConstrainedConfig") -> None:
         raise UserError(f"lr_scheduler_kwargs: {first_line(error)}") from error
 
 
-def check_optimiser(config: "ConstrainedConfig", model: torch.nn.Module) -> None:
+def check_optimiser(config: SFTConfig, model: torch.nn.Module) -> None:
     """Raises a UserError for an optimiser that cannot be built, and for options that it does not read."""
     name = config.optim.value
     if "layerwise" in name:
@@ -174,14 +172,14 @@ def check_optimiser(config: "ConstrainedConfig", model: torch.nn.Module) -> None
 class _Changed:
     """A configuration with some fields changed, without the checks and side effects of making one."""
 
-    def __init__(self, config: "ConstrainedConfig", changes: Mapping[str, Any]):
+    def __init__(self, config: SFTConfig, changes: Mapping[str, Any]):
         self._config, self._changes = config, changes
 
     def __getattr__(self, name: str) -> Any:
         return self._changes[name] if name in self._changes else getattr(self._config, name)
 
 
-def _optimiser(config: "ConstrainedConfig", model: torch.nn.Module, **changes: Any) -> dict[str, Any]:
+def _optimiser(config: SFTConfig, model: torch.nn.Module, **changes: Any) -> dict[str, Any]:
     try:
         kwargs: dict[str, Any]
         _, kwargs = Trainer.get_optimizer_cls_and_kwargs(_Changed(config, changes), model)
@@ -190,6 +188,6 @@ def _optimiser(config: "ConstrainedConfig", model: torch.nn.Module, **changes: A
     return kwargs
 
 
-def _default(config: "ConstrainedConfig", name: str) -> Any:
+def _default(config: SFTConfig, name: str) -> Any:
     field = next(field for field in fields(config) if field.name == name)
     return field.default if field.default_factory is MISSING else field.default_factory()

@@ -14,7 +14,16 @@ try:
 except ImportError as error:
     raise UserError("schedule: parallel needs Ray; install it with: pip install 'bridle[parallel]'") from error
 
-__all__ = ["WorkerDied", "WorkerFailed", "gpus_per_process", "group_error", "ray", "reserve", "result_of", "result_of_all"]
+__all__ = [
+    "WorkerDied",
+    "WorkerFailed",
+    "gpus_per_process",
+    "group_error",
+    "ray",
+    "reserve",
+    "result_of",
+    "result_of_all",
+]
 
 GRACE = 5.0  # seconds in which the failure that caused another one may still arrive
 

@@ -76,22 +76,20 @@ def draw_rollouts(
 
     Args:
         prompts: one rollout each.
-        model: p_a.
-        tokenizer: the model's.
+        model, tokenizer: p_a.
         config: length and batch size.
         scoring: takes each batch as it is drawn.
-        name: the regulariser's.
-        round_index: 1 for the first round.
+        name, round_index: of the regulariser and its round.
         seed: of the samples.
 
     Returns:
-        The rollouts without scores, and by their index how they were drawn, so that fitting need not run p_a again.
+        The rollouts without scores, and by their index how they were drawn: fitting need not run p_a again.
     """
     traces: dict[int, Trace] = {}
     ends = end_token_ids(model, tokenizer)
 
     def ask(drawn: Mapping[int, list[int]]) -> None:
-        outputs = [_output(prompts[at], completion, tokenizer) for at, completion in drawn.items()]
+        outputs = (_output(prompts[at], completion, tokenizer) for at, completion in drawn.items())
         scoring.submit(*zip(*outputs, strict=True))
 
     completions = sample(
@@ -108,25 +106,22 @@ def draw_rollouts(
         traces=traces,
         on_batch=ask,
     )
-    model_hash = weights_hash(model)
-    rollouts = []
-    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        text, completed = decode_parts(prompt.ids, completion, tokenizer)
-        rollouts.append(
-            Rollout(
-                prompt_ids=prompt.ids,
-                completion_ids=completion,
-                prompt=text,
-                completion=completed,
-                round=round_index,
-                regulariser=name,
-                model_hash=model_hash,
-                constraint=scoring.constraint.name,
-                finished=completion[-1] in ends,
-                log_probs=traces[index].log_probs,
-                messages=prompt.messages,
-            )
+    texts = [decode_parts(prompt.ids, ids, tokenizer) for prompt, ids in zip(prompts, completions, strict=True)]
+    known = {"regulariser": name, "constraint": scoring.constraint.name, "model_hash": weights_hash(model)}
+    rollouts = [
+        Rollout(
+            prompt_ids=prompt.ids,
+            completion_ids=ids,
+            prompt=text,
+            completion=completion,
+            finished=ids[-1] in ends,
+            log_probs=traces[index].log_probs,
+            messages=prompt.messages,
+            round=round_index,
+            **known,
         )
+        for index, (prompt, ids, (text, completion)) in enumerate(zip(prompts, completions, texts, strict=True))
+    ]
     return rollouts, traces
 
 

@@ -111,6 +111,15 @@ def check_policy(
     check_model(model, tokenizer, model.config._name_or_path)
     check_projection(model)
     check_output_adapter(model)
+    check_room(model, config, regularisers)
+
+
+def check_room(model: PreTrainedModel, config: ConstrainedConfig, regularisers: Iterable[Regulariser]) -> None:
+    """Refuses rollouts so long that they leave no room for a prompt.
+
+    Raises:
+        UserError: the model's context is too short.
+    """
     context = context_length(model)
     if context and config.max_new_tokens >= context and not all(one.is_retention for one in regularisers):
         raise UserError(
