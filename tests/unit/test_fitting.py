@@ -77,7 +77,7 @@ class TestExamples:
     def test_states_that_are_known_are_not_made_again(self, model):
         read, one = [], torch.ones(4, 32)
         model.register_forward_pre_hook(lambda _, __, given: read.append(len(given["input_ids"])), with_kwargs=True)
-        examples = encode(model, ROLLOUTS, 0, traces={0: Trace([-1.0] * 4, one), 1: Trace([-1.0], None)})
+        examples = encode(model, ROLLOUTS, 0, traces={0: Trace([], [-1.0] * 4, one), 1: Trace([], [-1.0], None)})
         assert read == [len(ROLLOUTS) - 1]
         assert torch.equal(examples.hidden[0], one)
 

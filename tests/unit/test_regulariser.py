@@ -204,7 +204,7 @@ class TestFit:
             return [rollout([1, 5], [3, 4], complies=label, value=label, **known) for label in labels]
 
         held.rollouts, held.replayed = scored(fresh), scored(replayed)
-        return held._fit(2, {row: Trace([-1.0, -1.0], None) for row in range(len(fresh))})
+        return held._fit(2, {row: Trace([], [-1.0, -1.0], None) for row in range(len(fresh))})
 
     @pytest.mark.parametrize(
         ("fresh", "replayed", "fitted", "fit"),
@@ -241,7 +241,7 @@ class TestFit:
     def test_degrees_differ_where_verdicts_do_not(self, of, soft):
         held = of(soft_labels=soft)
         held.rollouts = [rollout([1, 5], [3, 4], complies=True, value=value, finished=True) for value in (0.6, 0.9)]
-        measured = held._fit(1, {0: Trace([-1.0] * 2, None), 1: Trace([-1.0] * 2, None)})
+        measured = held._fit(1, {0: Trace([], [-1.0] * 2, None), 1: Trace([], [-1.0] * 2, None)})
         assert measured["fit"] == ("fitted" if soft else "none")
 
     @pytest.mark.parametrize("truncated", ["label", "mask", "bootstrap"])
@@ -252,12 +252,12 @@ class TestFit:
             ends = [rollout([1, 5], [3, 2], complies=label, value=label, finished=True) for label in (True, False)]
             cut = rollout([1, 5], [3, 4], complies=of_the_cut, value=of_the_cut, finished=False)
             held.rollouts = [*ends, cut]
-            measured = held._fit(1, {row: Trace([-1.0, -1.0], None) for row in range(3)})
+            measured = held._fit(1, {row: Trace([], [-1.0, -1.0], None) for row in range(3)})
             assert measured["fit"] == "fitted"
             found.append(measured["r_bce"])
         assert (found[0] == found[1]) == (truncated != "label")
         held.rollouts, held.is_fitted = [cut, rollout([1], [3], complies=True, value=True)], False
-        assert held._fit(1, dict.fromkeys(range(2), Trace([-1.0], None)))["fit"] == (
+        assert held._fit(1, dict.fromkeys(range(2), Trace([], [-1.0], None)))["fit"] == (
             "none" if truncated == "mask" else "fitted"
         )
 

@@ -107,7 +107,11 @@ def draw_rollouts(
         on_batch=ask,
     )
     texts = [decode_parts(prompt.ids, ids, tokenizer) for prompt, ids in zip(prompts, completions, strict=True)]
-    known = {"regulariser": name, "constraint": scoring.constraint.name, "model_hash": weights_hash(model)}
+    known: dict[str, Any] = {
+        "regulariser": name,
+        "constraint": scoring.constraint.name,
+        "model_hash": weights_hash(model),
+    }
     rollouts = [
         Rollout(
             prompt_ids=prompt.ids,
