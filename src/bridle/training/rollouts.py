@@ -76,11 +76,9 @@ def draw_rollouts(
 
     Args:
         prompts: one rollout each.
-        model, tokenizer: p_a.
-        config: length and batch size.
+        model, tokenizer, config: p_a, and how it is sampled from.
         scoring: takes each batch as it is drawn.
-        name, round_index: of the regulariser and its round.
-        seed: of the samples.
+        name, round_index, seed: of the regulariser, its round, and the samples.
 
     Returns:
         The rollouts without scores, and by their index how they were drawn: fitting need not run p_a again.
@@ -107,11 +105,7 @@ def draw_rollouts(
         on_batch=ask,
     )
     texts = [decode_parts(prompt.ids, ids, tokenizer) for prompt, ids in zip(prompts, completions, strict=True)]
-    known: dict[str, Any] = {
-        "regulariser": name,
-        "constraint": scoring.constraint.name,
-        "model_hash": weights_hash(model),
-    }
+    model_hash = weights_hash(model)
     rollouts = [
         Rollout(
             prompt_ids=prompt.ids,
@@ -122,7 +116,9 @@ def draw_rollouts(
             log_probs=traces[index].log_probs,
             messages=prompt.messages,
             round=round_index,
-            **known,
+            regulariser=name,
+            constraint=scoring.constraint.name,
+            model_hash=model_hash,
         )
         for index, (prompt, ids, (text, completion)) in enumerate(zip(prompts, completions, texts, strict=True))
     ]
