@@ -116,7 +116,7 @@ class TestDisk:
     ):
         measured = []
 
-        def full(candidate, *_):
+        def full(candidate, *_, **__):
             measured.append(candidate)
             raise FULL
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bridle.constraints.base import Score, TextConstraint
@@ -96,7 +96,10 @@ class Classifier(TextConstraint):
             raise UserError(f"{where}: there is no such folder")
         network = _load_network(where, self.model, self.device)
         self._tokenizer = _load_tokenizer(where, self.model, "right" if self.reads == "completion" else "left")
-        self._label_index = _index(where, network, self.label)
+        labels = {name: index for index, name in network.config.id2label.items()}
+        if self.label not in labels:
+            raise UserError(f"{where}: has no label '{self.label}'; its labels are: {', '.join(labels)}")
+        self._label_index = labels[self.label]
         self._limit = _token_limit(where, self._tokenizer, network, self.max_length)
         self._rows = RowLimit(f"scoring ({self.name})")
         self._network = network
@@ -150,23 +153,16 @@ class Classifier(TextConstraint):
 
     def _tokenize(self, texts: list[str]) -> tuple[dict[str, list[list[int]]], list[int]]:
         """Returns the network's inputs, each with a list of numbers for every window, and each window's text index."""
-        texts = [_without_lone_surrogates(text) for text in texts]
+        # tokenizers refuse lone surrogates, which JSON can hold; they become U+FFFD
+        texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
         columns = self._tokenizer(texts, truncation=False, padding=False, verbose=False)
         too_long = sum(len(ids) > self._limit for ids in columns["input_ids"])
-        texts_of = list(range(len(texts)))
-        if too_long and self.long_texts == "windows":
-            if not self._tokenizer.is_fast:
-                raise UserError(f"constraint '{self.name}': its tokenizer makes no windows; set long_texts: truncate")
+        if too_long:
             columns = self._tokenizer(
-                texts,
-                truncation=True,
-                padding=False,
-                max_length=self._limit,
-                return_overflowing_tokens=True,
-                stride=int(self._limit - self._tokenizer.num_special_tokens_to_add()) // OVERLAP,
+                texts, truncation=True, padding=False, max_length=self._limit, **self._long_text_options()
             )
-            texts_of = columns["overflow_to_sample_mapping"]
-        elif too_long:
+        texts_of = columns.get("overflow_to_sample_mapping") or [*range(len(texts))]
+        if too_long and self.long_texts == "truncate":
             if not self._cut:
                 logger.warning(
                     "constraint '%s': scores %d of %d texts in part, as they have more than %d tokens; "
@@ -174,9 +170,16 @@ class Classifier(TextConstraint):
                     *(self.name, too_long, len(texts), self._limit),
                 )
             self._cut += too_long
-            columns = self._tokenizer(texts, truncation=True, padding=False, max_length=self._limit)
         known = signature(self._network.forward).parameters
         return {key: column for key, column in columns.items() if key in known}, texts_of
+
+    def _long_text_options(self) -> dict[str, Any]:
+        if self.long_texts == "truncate":
+            return {}
+        if not self._tokenizer.is_fast:
+            raise UserError(f"constraint '{self.name}': its tokenizer makes no windows; set long_texts: truncate")
+        stride = int(self._limit - self._tokenizer.num_special_tokens_to_add()) // OVERLAP
+        return {"return_overflowing_tokens": True, "stride": stride}
 
     @torch.inference_mode()
     def _probabilities(self, columns: dict[str, list[list[int]]], batch: Sequence[int]) -> list[float]:
@@ -186,7 +189,8 @@ class Classifier(TextConstraint):
             for key, column in columns.items()
         }
         logits = self._network(**inputs).logits.cpu().double()  # [batch, labels]
-        return _activation(self._network.config, logits)[:, self._label_index].tolist()
+        one_by_one = self._network.config.problem_type == "multi_label_classification" or logits.shape[-1] == 1
+        return (logits.sigmoid() if one_by_one else logits.softmax(dim=-1))[:, self._label_index].tolist()
 
     def _as_score(self, probability: float) -> Score:
         if self.means == "violates":
@@ -211,16 +215,6 @@ def _worst(windows: list[Score]) -> Score:
     if missing or not windows:
         return missing or Score.missing("the text has no token")
     return min(windows, key=lambda score: score.value or 0.0)
-
-
-def _activation(config: Any, logits: Tensor) -> Tensor:
-    independent = config.problem_type == "multi_label_classification" or logits.shape[-1] == 1
-    return logits.sigmoid() if independent else logits.softmax(dim=-1)
-
-
-def _without_lone_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which JSON can hold but tokenizers refuse, by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _load_network(where: str, model: str, device: str) -> Any:
@@ -261,13 +255,6 @@ def _from_pretrained(failure: str, auto_class: Any, model: str, **options: Any) 
             )
     except Exception as error:  # a broken folder may raise anything
         raise UserError(f"{failure}: {refusal(model, error) or cause(error)}") from error
-
-
-def _index(where: str, network: Any, label: str) -> int:
-    labels: dict[str, int] = {name: index for index, name in network.config.id2label.items()}
-    if label not in labels:
-        raise UserError(f"{where}: has no label '{label}'; its labels are: {', '.join(labels)}")
-    return labels[label]
 
 
 def _token_limit(where: str, tokenizer: Any, network: nn.Module, max_length: int | None) -> float:

@@ -51,20 +51,21 @@ class JsonMapping:
             if any(placeholder in string for placeholder in PLACEHOLDERS):
                 raise UserError(f"body: {string!r} pastes text together; a placeholder stands alone, wording in prompt")
         texts = strings & {"{text}", "{texts}", "{messages}", "{prompt}"}
-        if not texts:
-            raise UserError("body: holds no text; write '{text}', '{texts}', '{messages}' or '{prompt}' there")
-        if self.takes_messages and len(texts) > 1:
-            raise UserError("body: holds '{messages}' beside the same as text; one of them will do")
-        if "{model}" in strings and self.model is None:
-            raise UserError("model: is missing")
-        if ("{prompt}" in strings) != (self.prompt is not None):
-            raise UserError("prompt: is missing" if self.prompt is None else "prompt: the body has no '{prompt}'")
-        if self.prompt is not None and "{text}" not in self.prompt:
-            raise UserError("prompt: must hold {text}, where the text belongs")
-        if self.batch_size > 1 and texts != {"{texts}"}:
-            raise UserError("batch_size: only a body with '{texts}' takes more than 1")
-        if self.batch_size > 1 and self.items is None:
-            raise UserError("items: is missing; it finds the list with an entry for each text of a batch")
+        mistakes = {
+            "body: holds no text; write '{text}', '{texts}', '{messages}' or '{prompt}' there": not texts,
+            "body: holds '{messages}' beside the same as text; use one of them": self.takes_messages and len(texts) > 1,
+            "model: is missing": "{model}" in strings and self.model is None,
+            "prompt: is missing": "{prompt}" in strings and self.prompt is None,
+            "prompt: the body has no '{prompt}'": "{prompt}" not in strings and self.prompt is not None,
+            "prompt: must hold {text}, where the text belongs": "{text}" not in (self.prompt or "{text}"),
+            "batch_size: only a body with '{texts}' takes more than 1": self.batch_size > 1 and texts != {"{texts}"},
+            "items: is missing; it finds the list with an entry for each text of a batch": (
+                self.batch_size > 1 and self.items is None
+            ),
+        }
+        for mistake, is_made in mistakes.items():
+            if is_made:
+                raise UserError(mistake)
 
     @property
     def takes_messages(self) -> bool:
