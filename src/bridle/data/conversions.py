@@ -1,4 +1,4 @@
-"""Rows as ShareGPT and Alpaca have them, turned into messages, and prompt and completion."""
+"""Rows of ShareGPT and Alpaca converted to messages, and to prompt and completion."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function"), "tool"),
     "system": "system",
 }
-"""What ShareGPT files call the roles, and what chat templates do."""
+"""The roles of ShareGPT files, and those of chat templates."""
 
 _ABOUT = "Below is an instruction that describes a task"
 _ALPACA = (
@@ -31,7 +31,7 @@ _ALPACA_WITH_INPUT = (
 
 
 def foreign_format(columns: Sequence[str]) -> str | None:
-    """ "sharegpt" or "alpaca" where the columns are theirs and make none of `FORMATS`; else None."""
+    """ "sharegpt" or "alpaca" if the columns are theirs and make none of `FORMATS`; else None."""
     if any(set(fields) <= set(columns) for fields in FORMATS):
         return None
     if SHAREGPT in columns:
@@ -40,10 +40,10 @@ def foreign_format(columns: Sequence[str]) -> str | None:
 
 
 def converted(dataset: Dataset, kind: str, name: str) -> Dataset:
-    """The rows with the columns `messages`, or `prompt` and `completion`, in the place of those of `kind`.
+    """The rows with the columns `messages`, or `prompt` and `completion`, instead of those of `kind`.
 
     Raises:
-        UserError: beginning with `name`, for a column that is not there, and naming the row that is not of this kind.
+        UserError: beginning with `name`: a column is missing, or a row is not of this kind.
     """
     convert, needed, features = CONVERSIONS[kind]
     for column in needed:
@@ -101,4 +101,4 @@ CONVERSIONS: dict[str, Conversion] = {
         Features({"prompt": Value("string"), "completion": Value("string")}),
     ),
 }
-"""By name: what makes a row, the columns that it needs, and the types of those that it makes."""
+"""By name: the function for a row, the columns that it needs, and the types of those that it makes."""

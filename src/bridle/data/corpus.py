@@ -1,4 +1,4 @@
-"""The corpus: named domains, each a data source of its own, tokenised on their own and mixed by weights."""
+"""The corpus: named domains, each a data source, tokenised separately and mixed by weights."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ from bridle.utils.progress import track
 log = logging.getLogger(__name__)
 
 DOMAIN = "domain"  # column that `mix` adds: the index of the row's domain
-MOST_REPEATS = 1000  # an epoch that repeats the corpus more often than this is a slip in the weights
+MOST_REPEATS = 1000  # of the corpus in an epoch; more of them are a mistake in the weights
 
 _TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
@@ -34,10 +34,10 @@ class Domain(DataSource):
     Attributes:
         name: its key in the recipe.
         weight: its share of the mixture's rows, relative to the other domains' weights; above 0.
-        label: how to write the label of plain text behind it; None leaves the text as it is.
+        label: how to append the label of plain text in words; None leaves the text unchanged.
 
     Raises:
-        UserError: as `DataSource`, for a weight that is not above 0, or a label that is none.
+        UserError: as `DataSource`, or a weight is not above 0, or `label` not a mapping.
     """
 
     name: str = ""
@@ -51,11 +51,10 @@ class Domain(DataSource):
             raise UserError(f"label: must be a mapping such as {{column: label}}, not {self.label!r}")
 
     def read(self) -> Dataset:
-        """Reads the rows, as `DataSource.read`; they must have the columns of a format.
+        """Reads the rows, as `DataSource.read`, with the label in words.
 
         Raises:
-            UserError: as `DataSource.read` and `VerbalisedLabel.written`, and if there are no columns to
-                learn from or rows that take no label.
+            UserError: as `DataSource.read` and `VerbalisedLabel.written`; the rows have no format, or take no label.
         """
         dataset = super().read()
         fields = format_fields(dataset.column_names, self.place)
@@ -86,25 +85,22 @@ def tokenize_domain(
 ) -> Dataset:
     """Tokenises rows into `input_ids` and `labels` (int32, of one length), as TRL's `SFTTrainer` does.
 
-    Plain text and completions end with the end-of-text token; labels are the ids, except for a prompt,
-    whose labels are -100. Blank rows are skipped, rows that the truncation leaves without a label are
-    dropped, and both are counted in a warning.
+    Plain text and completions end with the end-of-text token; labels are the ids, except for a prompt, whose labels are
+    -100. Blank rows, and rows without a label after truncation, are dropped with a warning.
 
     Args:
         dataset: rows with the columns `messages`, or `prompt` and `completion`, or `text`.
-        tokenizer: the model's tokenizer.
-        max_length: tokens of a row, or of a packed row. None keeps all.
-        name: what errors call the rows: the file or the domain.
+        max_length: tokens of a row, or of a packed row; None keeps all.
+        name: the file or the domain, for errors.
         assistant_only: learn only the assistant's turns of a chat.
-        completion_only: whether a prompt's labels are -100, as they are unless this is False. True refuses rows
-            without a completion.
-        keep_end: keep a long row's end, not its start.
-        packing: fill rows of `max_length` one after the other, cutting texts in the middle ("wrapped").
-        shuffle: a seed that puts the rows in random order before they are packed; None keeps their order.
+        completion_only: False also learns the prompts of completions; True refuses rows without a completion.
+        keep_end: cut a long row's start, not its end.
+        packing: fill rows of `max_length`, cutting texts in the middle ("wrapped").
+        shuffle: a seed that puts the rows in random order before they are packed.
 
     Raises:
-        UserError: naming the row, if a value is no text or chat, or the chat template refuses it; if the
-            tokenizer lacks what the format needs; if no row is left.
+        UserError: a row is neither text nor chat, or the chat template refuses it; the tokenizer lacks what the format
+            needs; no row is left.
     """
     if packing and max_length is None:
         raise UserError("packing: needs max_length, the length of the rows to fill")
@@ -127,7 +123,7 @@ def _encoded(dataset: Dataset, encoder: RowEncoder, name: str) -> Iterator[Encod
 
 
 def _learnable(rows: Iterator[Encoded], max_length: int | None, keep_end: bool, name: str) -> Iterator[Encoded]:
-    """Cuts rows to `max_length` and drops those that then have no label, as a prompt alone has none."""
+    """Cuts rows to `max_length` and drops those that then have no label, such as a prompt alone."""
     kept = slice(-max_length, None) if max_length is not None and keep_end else slice(max_length)
     dropped = 0
     for ids, labels in rows:
@@ -142,21 +138,20 @@ def _learnable(rows: Iterator[Encoded], max_length: int | None, keep_end: bool, 
 def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int) -> Dataset:
     """Mixes tokenised domains by weights into the rows of one epoch.
 
-    Domain d gets the share w_d / Σ w of the rows, to the row; equal weights are the paper's "equal
-    proportions". The epoch is the shortest in which every row of every domain occurs; a domain that runs
-    out starts anew in another order. The same seed gives the same rows.
+    Domain d gets the share w_d / Σ w of the rows; equal weights are the paper's "equal proportions". The epoch is the
+    shortest in which every row of every domain occurs; a domain that runs out starts again in another order.
 
     Args:
         domains: rows by domain name, all with the same columns.
-        weights: a weight above 0 for each of those names.
-        seed: orders the domains and the rows within each.
+        weights: above 0, by the same names.
+        seed: of the order.
 
     Returns:
         The rows with the integer column `domain`, the index of the name in `domains`.
 
     Raises:
-        UserError: for names that differ, a weight that is not above 0, or weights so uneven that a domain
-            would repeat without end.
+        UserError: the names differ, a weight is not above 0, or the weights are so uneven that a domain repeats too
+            often.
     """
     counts = _row_counts({name: len(rows) for name, rows in domains.items()}, weights)
     rng = np.random.default_rng(seed)
@@ -183,6 +178,6 @@ def _row_counts(sizes: dict[str, int], weights: Mapping[str, float]) -> list[int
 
 
 def _passes(size: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` indices below `size`: one pass after the other over all of them, each in its own order."""
+    """`count` indices below `size`: passes over all of them, each in its own order."""
     passes = [rng.permutation(size) for _ in range(math.ceil(count / size))]
     return np.concatenate(passes)[:count]

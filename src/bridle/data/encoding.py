@@ -16,19 +16,17 @@ from bridle.data.readers import whole_text
 from bridle.data.rows import TEMPLATE_COLUMNS, Messages
 from bridle.errors import UserError, first_line
 
-SYSTEM = ("system", "developer")  # roles of the turns that set the scene
+SYSTEM = ("system", "developer")  # roles of the turns that `fit_chat` never cuts
 
-Encoded = tuple[list[int], list[int]]  # the input_ids and the labels of one row, of one length
+Encoded = tuple[list[int], list[int]]  # `input_ids` and `labels` of one row, of the same length
 
 
 class RowEncoder:
     """Turns rows into ids and labels, as `tokenize_fn` and `build_labels` do in TRL's `SFTTrainer`.
 
-    It differs from TRL only where a text spells out the beginning-of-text token that the tokenizer adds
-    anyway: one is kept, not two.
+    One difference: a text that spells out the beginning-of-text token gets it once, not twice.
 
     Args:
-        tokenizer: the model's tokenizer.
         assistant_only: learn only the assistant's turns of a chat.
         completion_only: learn a completion and not its prompt.
     """
@@ -37,10 +35,10 @@ class RowEncoder:
         self.tokenizer, self.assistant_only, self.completion_only = tokenizer, assistant_only, completion_only
 
     def encode(self, values: dict[str, Any], place: str) -> Encoded:
-        """Encodes one row: {"text"}, {"messages"} or {"prompt", "completion"}, an unlearnt token's label -100.
+        """Encodes one row: {"text"}, {"messages"} or {"prompt", "completion"}; tokens not learnt have the label -100.
 
         Raises:
-            UserError: beginning with `place`, if the tokenizer or its chat template cannot.
+            UserError: beginning with `place`: the tokenizer or its chat template refuses the row.
         """
         options = template_options(values, place)
         if "completion" in values:
@@ -57,13 +55,13 @@ class RowEncoder:
         if not self.completion_only:
             return ids, labels
         prompt_ids, _ = self._tokenize(prompt, place, add_generation_prompt=True, **options)
-        # Tokens may merge across the border: the completion starts where the two tokenisations part.
+        # Tokens may merge across the border, so the completion starts where the two tokenisations differ.
         start = common_prefix_length(prompt_ids, ids)
         return ids, [IGNORE] * start + labels[start:]
 
     def _tokenize(self, value: str | Messages, place: str, **options: Any) -> Encoded:
         if isinstance(value, str):
-            ids = labels = self.tokenizer(value, verbose=False)["input_ids"]  # cut to max_length later
+            ids = labels = self.tokenizer(value, verbose=False)["input_ids"]  # is cut to max_length later
         else:
             ids, labels = self._chat(value, place, **options)
         start = surplus_bos(ids, self.tokenizer)
@@ -78,7 +76,7 @@ class RowEncoder:
 
     @cached_property
     def _template(self) -> str | None:
-        """TRL's template with marked assistant turns, where needed; None stands for the tokenizer's own."""
+        """TRL's template with marked assistant turns, where needed; None for the tokenizer's own."""
         own = self.tokenizer.chat_template
         if not self.assistant_only or own is None or has_generation_markers(own):
             return None
@@ -98,13 +96,13 @@ class RowEncoder:
 def encode_prompt(
     prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, place: str = "prompt", **template: Any
 ) -> list[int]:
-    """The tokens of a prompt: one beginning-of-text token at most, and no end-of-text token after a text.
+    """The tokens of a prompt: at most one beginning-of-text token, and no end-of-text token after a text.
 
-    A chat gets the template's opening of the assistant's turn, unless it ends in such a turn to go on with; `template`
-    is what the chat template takes beside the messages.
+    A chat gets the template's opening of an assistant's turn, unless it ends with such a turn, which is then continued.
+    `template` holds further options of the chat template.
 
     Raises:
-        UserError: beginning with `place`, if there is nothing to encode or no template for a chat.
+        UserError: beginning with `place`: there is nothing to encode, or no template for a chat.
     """
     if isinstance(prompt, str):
         ids = tokenizer(whole_text(prompt), verbose=False)["input_ids"]
@@ -122,11 +120,9 @@ def encode_prompt(
 def fit_chat(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, longest: int | None, place: str, **template: Any
 ) -> tuple[Messages, list[int]]:
-    """A chat as a prompt of at most `longest` tokens, cut from the left by whole exchanges; system turns stay.
+    """The turns and the tokens of a chat cut to at most `longest` tokens, if its last exchange fits.
 
-    Returns:
-        The turns that are kept and their tokens, as `encode_prompt` gives them: those of the last exchange where even
-        they are too many.
+    Whole exchanges are cut from the beginning; system turns stay.
     """
     system = list(takewhile(lambda turn: turn["role"] in SYSTEM, messages))
     rest = messages[len(system) :]
@@ -139,10 +135,10 @@ def fit_chat(
 
 
 def template_options(values: dict[str, Any], place: str) -> dict[str, Any]:
-    """What a row gives its chat template beside the turns: the columns `tools` and `chat_template_kwargs`, as in TRL.
+    """A row's options of the chat template, from the columns `tools` and `chat_template_kwargs`, as in TRL.
 
     Raises:
-        UserError: beginning with `place`, if they are no list of tools or no mapping.
+        UserError: beginning with `place`: they are not a list of tools or not a mapping.
     """
     tools, options = (_from_json(values.get(column)) for column in TEMPLATE_COLUMNS)
     if not isinstance(tools, list | None):
@@ -169,21 +165,20 @@ def decode_parts(
 ) -> tuple[str, str]:
     """The texts of a prompt and its completion, which together are what a reader sees.
 
-    A completion decoded alone can lose its leading space, as with SentencePiece. A character whose bytes lie on both
-    sides of the border belongs to the completion.
+    A completion decoded alone can lose its leading space, as with SentencePiece. A character whose bytes are split
+    between the two belongs to the completion.
     """
-    prompt, completion = list(prompt_ids), list(completion_ids)
-    before = tokenizer.decode(prompt, skip_special_tokens=skip_special_tokens)
-    whole = tokenizer.decode(prompt + completion, skip_special_tokens=skip_special_tokens)
+    before = tokenizer.decode([*prompt_ids], skip_special_tokens=skip_special_tokens)
+    whole = tokenizer.decode([*prompt_ids, *completion_ids], skip_special_tokens=skip_special_tokens)
     border = common_prefix_length(before, whole)
     return whole[:border], whole[border:]
 
 
 def encode_completion(text: str, prompt_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a text that goes on from a prompt, such that `decode_parts` gives the text again.
+    """The tokens of a text that continues a prompt, such that `decode_parts` returns the text again.
 
-    SentencePiece adds a space before a text's first word, so the text is also tried behind a character that merges
-    with nothing. Where no way gives the text again, as with unknown characters, it is what the tokenizer makes of it.
+    SentencePiece adds a space before a text's first word, so the text is also encoded after a character that merges
+    with nothing. If no way returns the text, as with unknown characters, the tokenizer's own encoding is used.
     """
     alone: list[int] = _ids(text, tokenizer)
     for anchor in ("", "\n", "."):
@@ -198,7 +193,7 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, place: str, **options: Any) -> dict[str, Any]:
-    """Applies the tokenizer's chat template; `place` names the row in the UserError if it cannot be."""
+    """Applies the tokenizer's chat template; raises a UserError that begins with `place` if it refuses the chat."""
     if tokenizer.chat_template is None:
         raise UserError(f"{place}: chat messages need a tokenizer with a chat template; this one has none")
     try:
@@ -209,6 +204,6 @@ def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, place: s
 
 
 def surplus_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many beginning-of-text tokens too many `ids` start with."""
+    """How many surplus beginning-of-text tokens `ids` starts with."""
     leading = sum(1 for _ in takewhile(lambda token: token == tokenizer.bos_token_id, ids))
     return max(leading - 1, 0)

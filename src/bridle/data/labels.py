@@ -1,6 +1,5 @@
-"""Labels in words: a comment labelled 1 becomes "comment\\nToxic: yes", which a language model can learn and score."""
+"""Labels in words: a comment labelled 1 becomes "comment\\nToxic: yes", which a language model learns and scores."""
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,11 +8,9 @@ from typing import Any
 from datasets import Dataset
 
 from bridle.data.readers import ROW
-from bridle.data.rows import absent_column
+from bridle.data.rows import absent_column, is_filled, warn_of_blank
 from bridle.data.source import DataSource
 from bridle.errors import UserError
-
-log = logging.getLogger(__name__)
 
 TEMPLATE = "{text}\nToxic:{label}"
 NAMES = {0: " no", 1: " yes"}
@@ -23,17 +20,16 @@ _TEMPLATE = re.compile(r"(?P<before>[^{}]*)\{text\}(?P<introduction>[^{}]+)\{lab
 
 @dataclass
 class VerbalisedLabel:
-    """How a row's text and label are written as one text, to learn from and to classify with.
+    """How a row's text and label become one text, to train on and to classify with.
 
-    The label comes last, so that its likelihood given the text classifies the text. Training keeps the
-    start of a row longer than `max_length` and so loses its label; `max_chars` prevents that.
+    The label comes last, so that its likelihood given the text classifies the text. Training cuts the end of a row
+    longer than `max_length`, and the label with it; `max_chars` prevents that.
 
     Attributes:
         column: the column that holds the label.
         template: "{text}", then the words that introduce the label, then "{label}", at the end.
-        names: what each of the two values of the column is called, leading space included; the negative
-            class comes first.
-        max_chars: keep only so many characters of the text, to a whole word; None keeps all.
+        names: of the two values of the column, with leading spaces, the negative class first.
+        max_chars: keep at most this many characters of the text, whole words only; None keeps all.
 
     Raises:
         UserError: for a template of another form, names that are not two and different, or a bound below 1.
@@ -55,29 +51,29 @@ class VerbalisedLabel:
         self._before, self.introduction = match["before"], match["introduction"]
 
     def prompt(self, text: str) -> str:
-        """The text up to where its label follows."""
+        """The text and the words that introduce its label."""
         return self._before + _cut(text, self.max_chars) + self.introduction
 
     def without(self, text: str) -> str:
-        """A text that a model wrote, up to where it introduces a label."""
+        """A model's output, up to where it introduces a label."""
         return text.partition(self.introduction)[0]
 
     def written(self, dataset: Dataset, name: str) -> Dataset:
-        """The rows with the label in words at the end of the column `text`; blank rows stay as they are.
+        """The rows with the label in words at the end of the column `text`; blank rows are unchanged.
 
         Raises:
-            UserError: beginning with `name`, if a column is absent or a label has no name.
+            UserError: beginning with `name`: a column is missing, or a label has no name.
         """
         targets, words = self.targets(dataset, name), list(self.names.values())
         texts = _column(dataset, "text", name)
         labelled = [
-            self.prompt(text) + words[target] if _is_filled(text) else text
+            self.prompt(text) + words[target] if isinstance(text, str) and is_filled(text) else text
             for text, target in zip(texts, targets, strict=True)
         ]
         return dataset.remove_columns("text").add_column("text", labelled)
 
     def targets(self, dataset: Dataset, name: str) -> list[int]:
-        """The class of each row: 0, the negative one, or 1. Raises as `written`."""
+        """The class of each row: 0 (negative) or 1. Raises as `written`."""
         values, named = _column(dataset, self.column, name), list(self.names)
         rows = dataset[ROW][:] if ROW in dataset.column_names else range(1, len(dataset) + 1)
         for row, value in zip(rows, values, strict=True):
@@ -91,17 +87,14 @@ def labelled_texts(source: DataSource, label: VerbalisedLabel) -> tuple[list[str
     """The texts of a source's rows, without a label, and their classes; blank rows are left out with a warning.
 
     Raises:
-        UserError: as `DataSource.read` and `VerbalisedLabel.written`, and if no row holds a text.
+        UserError: as `DataSource.read` and `VerbalisedLabel.written`; no row holds a text.
     """
     dataset = source.read()
     rows = zip(_column(dataset, "text", source.place), label.targets(dataset, source.place), strict=True)
-    kept = [(text, target) for text, target in rows if _is_filled(text)]
+    kept = [(text, target) for text, target in rows if isinstance(text, str) and is_filled(text)]
     if not kept:
         raise UserError(f"{source.place}: none of its {len(dataset)} rows holds a text")
-    if len(kept) < len(dataset):
-        log.warning(
-            "%s: left out %d of %d rows that hold no text", source.place, len(dataset) - len(kept), len(dataset)
-        )
+    warn_of_blank(source.place, len(dataset) - len(kept), len(dataset))
     return [text for text, _ in kept], [target for _, target in kept]
 
 
@@ -115,12 +108,8 @@ def _one_begins_the_other(first: str, second: str) -> bool:
     return first.startswith(second) or second.startswith(first)
 
 
-def _is_filled(text: Any) -> bool:
-    return isinstance(text, str) and bool(text.strip())
-
-
 def _cut(text: str, max_chars: int | None) -> str:
-    """The longest start of at most `max_chars` characters that ends with a word, or within an endless one."""
+    """The longest prefix of at most `max_chars` characters that ends with a word, or within a longer word."""
     if max_chars is None:
         return text
     whole_words = re.match(rf".{{1,{max_chars}}}(?!\S)", text, re.DOTALL)

@@ -1,4 +1,4 @@
-"""Files, folders and hub names as `datasets.Dataset`s; a broken row is named by its number."""
+"""Reading files, folders and hub names as `datasets.Dataset`s, with errors that name the row."""
 
 import csv
 import io
@@ -29,11 +29,11 @@ from datasets import (
 
 from bridle.errors import UserError, first_line
 
-ROW = "__row__"  # the row of the file, 1-based, that a row came from; in JSON lines and text its line
+ROW = "__row__"  # column: the row of the file, 1-based; in JSON lines and text the line
 BATCH = 1000  # rows held as Python objects at a time
-LONGEST_FIELD = 2**31 - 1  # characters in one CSV field: a whole document is ordinary here
+LONGEST_FIELD = 2**31 - 1  # characters in one CSV field, which may hold a whole document
 
-# What the readers raise on a file that is not what its name says.
+# What the readers raise on a file that is not what its suffix says.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, pa.ArrowException)
 _HUB_NAME = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::(\w[\w.-]*))?")
 _JSON_TYPES = {
@@ -50,11 +50,11 @@ def read_dataset(name: str, split: str, text_columns: Collection[str]) -> Datase
 
     Args:
         name: the path or hub name.
-        split: the split of a folder or a hub data set; files have none.
-        text_columns: CSV columns that stay text even where every value looks like a number.
+        split: of a folder or a hub data set.
+        text_columns: CSV columns that stay text even if every value looks like a number.
 
     Raises:
-        UserError: if it cannot be read, naming the file and, where there is one, the row.
+        UserError: it cannot be read; the message names the file and, where there is one, the row.
     """
     path = Path(os.path.expanduser(name))  # Path's own raises where there is no such user
     reader = _READERS.get(_kind(path))
@@ -76,37 +76,39 @@ def read_dataset(name: str, split: str, text_columns: Collection[str]) -> Datase
 
 
 def read_files(names: Sequence[str], split: str, text_columns: Collection[str]) -> Dataset:
-    """Reads several files, folders or hub data sets, one after the other; `ROW` counts on from one to the next.
+    """Reads several files, folders or hub data sets in order; `ROW` continues from one to the next.
 
-    A pattern such as "chats/*.jsonl" stands for the files that `paths_of` finds. A column that some of them lack is
-    null there.
+    A pattern such as "chats/*.jsonl" stands for the files that `paths_of` finds. A column that some files lack is null
+    in their rows.
 
     Raises:
-        UserError: as `read_dataset`, and for a pattern that matches no file.
+        UserError: as `read_dataset`, or a pattern matches no file.
     """
     found = list(chain.from_iterable(map(_expanded, names)))
     if len(found) == 1:
         return read_dataset(found[0], split, text_columns)
     parts, before = [], 0
     for name in found:
-        part = read_dataset(name, split, text_columns)
-        numbers = np.array(part[ROW], dtype=np.int64) if ROW in part.column_names else np.arange(1, len(part) + 1)
-        part = part.remove_columns([ROW] if ROW in part.column_names else [])
-        if len(part):
-            parts.append(part.add_column(ROW, numbers + before))
-            before += int(numbers[-1])
-    features = [part.features for part in parts]
-    if not all(feature == features[0] for feature in features):
-        shared = {name: [known[name] for known in features if name in known] for known in features for name in known}
-        types = {
-            name: kinds[0] if all(kind == kinds[0] for kind in kinds) else Json() for name, kinds in shared.items()
-        }
-        return gather(chain.from_iterable(parts), Features(types))
-    return concatenate_datasets(parts) if parts else gather([], Features({}))
+        if len(part := read_dataset(name, split, text_columns)):
+            numbers = before + np.array(with_row_numbers(part)[ROW], dtype=np.int64)
+            rest = part.remove_columns([ROW] if ROW in part.column_names else [])
+            parts.append(rest.add_column(ROW, numbers))
+            before = int(numbers[-1])
+    if parts and all(part.features == parts[0].features for part in parts):
+        return concatenate_datasets(parts)
+    types: dict[str, Any] = {}
+    for column, kind in chain.from_iterable(part.features.items() for part in parts):
+        types[column] = kind if types.get(column, kind) == kind else Json()
+    return gather(chain.from_iterable(parts), Features(types))
+
+
+def with_row_numbers(dataset: Dataset) -> Dataset:
+    """The data set with the column `ROW`, which counts its rows unless a reader has set it."""
+    return dataset if ROW in dataset.column_names else dataset.add_column(ROW, np.arange(1, len(dataset) + 1))
 
 
 def paths_of(name: str) -> list[Path]:
-    """The files that a pattern matches, in the order of their names; otherwise the path that `name` is."""
+    """The files that a pattern matches, sorted by name; for another name its path."""
     path = Path(os.path.expanduser(name))
     if not has_magic(name) or os.path.exists(path):
         return [path]
@@ -122,14 +124,13 @@ def _expanded(name: str) -> list[str]:
 
 
 def _kind(path: Path) -> str:
-    """What tells the format of a file: its suffix, without that of a compression of lines."""
-    packed = path.suffix.lower() in _COMPRESSIONS
-    inner = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
-    return path.suffix.lower() if packed and inner == ".parquet" else inner
+    """The suffix that tells a file's format, without that of a compression; Parquet is not read compressed."""
+    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return inner if suffix in _COMPRESSIONS and inner != ".parquet" else suffix
 
 
 def gather(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
-    """Collects rows into a data set in memory, a batch at a time; a key that a row lacks is null."""
+    """Collects rows into a data set in memory, a batch at a time; missing keys become null."""
     rows = iter(rows)
     batches = iter(lambda: list(islice(rows, BATCH)), [])
     tables = [
@@ -143,7 +144,7 @@ def _column(name: str, feature: Any, rows: Iterable[dict[str, Any]]) -> list[Any
     values = (row.get(name) for row in rows)
     if not isinstance(feature, Json):
         return list(values)
-    # `Json` takes a text that happens to be JSON, such as "5", for what it stands for.
+    # `Json` would parse a text that happens to be JSON, such as "5".
     return [None if value is None else json.dumps(value, default=str) for value in values]
 
 
@@ -154,8 +155,7 @@ def _read_hub(name: str, split: str) -> Dataset:
     try:
         return load_dataset(*match.groups(), split=split)
     except Exception as error:  # the hub's clients raise errors of several libraries with no common base
-        reason = first_line(error)
-        raise UserError(f"{name}: no such file or folder, and not read from the hub: {reason}") from error
+        raise UserError(f"{name}: no such file or folder, and not read from the hub: {first_line(error)}") from error
 
 
 def _read_folder(path: Path, split: str) -> Dataset:
@@ -182,18 +182,14 @@ def _read_text(path: Path, text_columns: Collection[str]) -> Dataset:
 
 
 def _read_json(path: Path, text_columns: Collection[str]) -> Dataset:
-    # Two passes: the first finds every column and its type, so that the second need hold only a batch.
+    # The first of two passes finds all columns and types, so that the second holds one batch at a time.
     types: dict[str, set[type]] = defaultdict(set)
     for row in _json_rows(path):
         for column, value in row.items():
             types[column] |= {type(value)} - {type(None)}
-    features = {column: _json_feature(found) for column, found in types.items()}
+    # Columns of nested or mixed values keep their shape as `Json`.
+    features = {column: _JSON_TYPES.get(frozenset(found or {str}), Json()) for column, found in types.items()}
     return gather(_json_rows(path), Features(features))
-
-
-def _json_feature(types: set[type]) -> Value | Json:
-    """The column type for the Python types found in it; nested and mixed values keep their own shape."""
-    return _JSON_TYPES.get(frozenset(types or {str}), Json())
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -240,7 +236,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 
 
 def whole_text(text: str) -> str:
-    """A text with "?" for lone surrogates, which JSON and shells can hold, and tokenizers and UTF-8 cannot."""
+    """A text with "?" for lone surrogates, which JSON and shells allow but UTF-8 and tokenizers do not."""
     return text.encode(errors="replace").decode()
 
 
@@ -273,7 +269,7 @@ def _csv_rows(path: Path) -> Iterator[list[str]]:
 
 
 def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of strings as whole numbers, numbers or booleans where every value is one; "" is null."""
+    """A column of strings as integers, floats or booleans if every value is one; "" is null."""
     values = pc.if_else(pc.equal(column, ""), None, column)
     for kind in (pa.int64(), pa.float64(), pa.bool_()):
         try:
@@ -284,7 +280,7 @@ def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends; only a line feed ends a line, as JSON strings may hold other breaks."""
+    """Numbered lines with their ends; only a line feed ends one, because JSON strings may hold other breaks."""
     compression = _COMPRESSIONS.get(path.suffix.lower())
     with pa.input_stream(str(path), compression=compression) as stream, io.BufferedReader(stream) as file:
         for number, line in enumerate(file, start=1):

@@ -5,27 +5,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 from bridle.data.rows import Messages
 from bridle.errors import UserError, first_line
 from bridle.utils.files import atomic_file
-
-_TYPES: dict[str, type | UnionType] = {
-    "prompt_ids": list,
-    "completion_ids": list,
-    "prompt": str,
-    "completion": str,
-    "round": int,
-    "regulariser": str,
-    "model_hash": str,
-    "constraint": str,
-    "value": float | int | None,
-    "complies": bool | None,
-    "reason": str,
-    "finished": bool,
-    "log_probs": list | None,
-    "messages": list | None,
-}
 
 
 @dataclass(kw_only=True)
@@ -34,20 +18,20 @@ class Rollout:
 
     Attributes:
         prompt_ids, completion_ids: the tokens.
-        prompt, completion: what they stand for.
+        prompt, completion: their texts.
         round: the round that drew it.
-        regulariser: the domain whose regulariser it is for.
-        model_hash: identifies the weights it was drawn from.
+        regulariser: the name of the regulariser that it is for.
+        model_hash: identifies the weights that drew it.
         constraint: the name of the constraint that scored it.
         value: the score in [0, 1], 1 where it complies; None if missing.
         complies: the thresholded score; None if missing.
         reason: why the score is missing.
-        finished: whether the model ended it; false where it was cut at the horizon.
-        log_probs: of the completion's tokens under the model that drew them, in nats; None if not known.
-        messages: the turns of the chat before the completion; None where the prompt is text.
+        finished: whether the model ended it; false if it was cut at the horizon.
+        log_probs: of the completion's tokens under the model that drew them, in nats; None if unknown.
+        messages: the turns of the chat before the completion; None for a text.
 
     Raises:
-        UserError: if a field has another type, or the value is neither None nor in [0, 1].
+        UserError: a field has another type, or the value is neither None nor in [0, 1].
     """
 
     prompt_ids: list[int]
@@ -58,7 +42,7 @@ class Rollout:
     regulariser: str
     model_hash: str
     constraint: str
-    value: float | None = None
+    value: float | int | None = None
     complies: bool | None = None
     reason: str = ""
     finished: bool = True
@@ -67,24 +51,27 @@ class Rollout:
 
     @property
     def given(self) -> str | Messages:
-        """The prompt as a constraint reads it: the turns of a chat, or a text."""
+        """The prompt as a constraint reads it: a chat or a text."""
         return self.messages or self.prompt
 
     def __post_init__(self) -> None:
-        for name, kind in _TYPES.items():
-            if not isinstance(getattr(self, name), kind):
+        for name, kinds in _TYPES.items():
+            if not isinstance(getattr(self, name), kinds):
                 raise UserError(f"{name} holds {type(getattr(self, name)).__name__}")
         if not all(type(token) is int and token >= 0 for token in self.prompt_ids + self.completion_ids):
             raise UserError("prompt_ids and completion_ids must be token ids")
-        if self.value is not None and not 0 <= self.value <= 1:  # NaN fails this too
+        if self.value is not None and not 0 <= self.value <= 1:  # also refuses NaN
             raise UserError(f"value {self.value} is not in [0, 1]; a missing score is null")
 
 
-def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
-    """Writes rollouts as JSON lines; the file appears whole or, if anything fails, not at all.
+_TYPES = {
+    name: tuple(get_origin(one) or one for one in (get_args(kind) if isinstance(kind, UnionType) else [kind]))
+    for name, kind in get_type_hints(Rollout).items()
+}
 
-    The lines are ASCII: everything else, lone surrogates too, is escaped and comes back as it was.
-    """
+
+def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
+    """Writes rollouts as JSON lines with `atomic_file`, in ASCII, so that lone surrogates are escaped and survive."""
     with atomic_file(Path(path)) as temporary, temporary.open("w", encoding="ascii") as file:
         file.writelines(json.dumps(asdict(rollout), allow_nan=False) + "\n" for rollout in rollouts)
 
@@ -93,7 +80,7 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
     """Reads what `write_rollouts` wrote.
 
     Raises:
-        UserError: naming the file, and the row that is not a rollout.
+        UserError: a row is not a rollout, named by file and row.
     """
     try:
         lines = Path(path).read_bytes().splitlines()

@@ -1,4 +1,4 @@
-"""What the rows of a corpus or a prompt file look like: their formats, and the checks that name a bad row."""
+"""The formats of the rows of a corpus or a prompt file, and the checks that name a bad row."""
 
 import difflib
 import logging
@@ -12,21 +12,21 @@ from bridle.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMATS = (("messages",), ("prompt", "completion"), ("text",))  # each format's columns, the first match wins
+FORMATS = (("messages",), ("prompt", "completion"), ("text",))  # columns of each format; the first match wins
 
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what chat templates take beside the turns, by row
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, for its chat template
 
-Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": ...} by turns
+Messages = list[dict[str, Any]]  # the turns of a chat: {"role": ..., "content": ...}
 
 _TEXT, _CHAT = "text", "chat messages"
 _HOLDS = {"text": {_TEXT}, "messages": {_CHAT}, "prompt": {_TEXT, _CHAT}, "completion": {_TEXT, _CHAT}}
 
 
 def format_fields(columns: Sequence[str], name: str) -> tuple[str, ...]:
-    """The columns of the rows' format: ("messages",), else ("prompt", "completion"), else ("text",).
+    """The columns of the rows' format, one of `FORMATS`.
 
     Raises:
-        UserError: naming the columns there are, if they make none of these.
+        UserError: the columns make no format; it names them.
     """
     fields = next((fields for fields in FORMATS if set(fields) <= set(columns)), None)
     if fields is None:
@@ -35,7 +35,7 @@ def format_fields(columns: Sequence[str], name: str) -> tuple[str, ...]:
 
 
 def absent_column(name: str, column: str, columns: Sequence[str]) -> UserError:
-    """The error for a column that is not there: which columns are, and the nearest of them."""
+    """The error for a missing column; it names the columns that are there, and the nearest of them."""
     there = [known for known in columns if known != ROW]
     nearest = difflib.get_close_matches(column, there, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -43,14 +43,14 @@ def absent_column(name: str, column: str, columns: Sequence[str]) -> UserError:
 
 
 def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the row number and `fields` of every row in which none of them is blank.
+    """Yields the row number and `fields` of every row in which none of them is blank; a warning counts the others.
 
-    Rows that may be chats bring along what their template takes, `TEMPLATE_COLUMNS`, where they have it. Blank is null,
-    white space only, or a chat without messages; such rows are counted in a warning.
+    Blank is null, white space only, or a chat without messages. Rows that may be chats also have their
+    `TEMPLATE_COLUMNS`.
 
     Raises:
-        UserError: naming the row, if a column holds neither text nor, where it may, a chat; or if it is of another
-            format.
+        UserError: a column holds neither text nor, where allowed, a chat, or the row has another format; it names the
+            row.
     """
     blank = 0
     others = {column for format in FORMATS if tuple(fields) in FORMATS for column in format} - {*fields, "completion"}
@@ -62,33 +62,34 @@ def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[
         values = {field: row[field] for field in fields}
         for field, value in values.items():
             _check(value, field, f"{name} row {number}")
-        if all(map(_is_filled, values.values())):
+        if all(map(is_filled, values.values())):
             yield number, values | {option: row[option] for option in options if row.get(option)}
-        elif not any(map(_is_filled, values.values())) and (
-            other := next((column for column in sorted(others) if row[column]), None)
-        ):
+            continue
+        other = next((column for column in sorted(others) if row[column]), None)
+        if other and not any(map(is_filled, values.values())):
             raise UserError(
                 f"{name} row {number} has no {fields[0]!r}, but {other!r}: rows of two formats; give each a source of "
                 f"its own, or name the column to read"
             )
-        else:
-            blank += 1
+        blank += 1
+    warn_of_blank(name, blank, len(dataset))
+
+
+def warn_of_blank(name: str, blank: int, total: int) -> None:
+    """Warns that `blank` of the rows were left out, if any."""
     if blank:
-        log.warning("%s: left out %d of %d rows that hold no text", name, blank, len(dataset))
+        log.warning("%s: left out %d of %d rows that hold no text", name, blank, total)
 
 
 def holds_chats(dataset: Dataset) -> bool:
-    """Whether the rows are chats, by the first that is not blank; rows of tokens are none."""
+    """Whether the rows are chats, judged by the first that is not blank; tokenised rows are not."""
     field = next((field for field in ("messages", "completion") if field in dataset.column_names), None)
     first = next((value for value in dataset[field] if value), None) if field is not None else None
     return isinstance(first, list)
 
 
 def conversation(values: dict[str, Any]) -> tuple[Messages, list[int]]:
-    """The turns of a row that is a chat, and at which of them an assistant's answer begins that is learnt.
-
-    A row whose messages end or whose completion begins otherwise has no such place, and neither has a blank one.
-    """
+    """The turns of a chat, and the indices of the assistant's turns that are learnt; both are empty for other rows."""
     begun, rest = values.get("prompt") or [], values.get("completion", values.get("messages")) or []
     if not (isinstance(begun, list) and isinstance(rest, list)):
         return [], []
@@ -97,17 +98,15 @@ def conversation(values: dict[str, Any]) -> tuple[Messages, list[int]]:
 
 
 def said(values: dict[str, Any]) -> str:
-    """The part of a row that a model would learn to say: the completion, the assistant's turns, or the whole text."""
-    if "messages" in values:
-        return _assistant_turns(values["messages"])
-    said = values["completion"] if "completion" in values else values["text"]
+    """The part of a row that a model learns to say: the completion, the assistant's turns, or the whole text."""
+    said = next(values[field] for field in ("messages", "completion", "text") if field in values)
     return said if isinstance(said, str) else _assistant_turns(said)
 
 
 def outputs_of(rows: Iterable[dict[str, Any]], with_prompts: bool) -> tuple[list[str | Messages | None], list[str]]:
-    """The prompts and completions of rows: what `said` gives, without prompts.
+    """The prompts and completions of rows; without prompts, None and what `said` returns.
 
-    With them, the last turn of the assistant in a chat is the completion, and the turns before it are the prompt.
+    With prompts, a chat's completion is the assistant's last turn, and its prompt the turns before it.
     """
     outputs = [_output(values) if with_prompts else (None, said(values)) for values in rows]
     return [prompt for prompt, _ in outputs], [completion for _, completion in outputs]
@@ -136,12 +135,13 @@ def _is_chat(value: Any) -> bool:
 
 
 def _is_message(value: Any) -> bool:
-    """A mapping of a role and text, parts, or nothing, as beside a call of a tool."""
+    """A mapping of a role and text, parts or nothing, as beside a tool call."""
     said = isinstance(value, dict) and isinstance(value.get("content"), str | list | None)
     return said and isinstance(value.get("role"), str)
 
 
-def _is_filled(value: str | Messages | None) -> bool:
+def is_filled(value: str | Messages | None) -> bool:
+    """Whether a text or a chat is not blank."""
     return bool(value.strip() if isinstance(value, str) else value)
 
 

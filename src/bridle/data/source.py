@@ -1,4 +1,4 @@
-"""References to rows: which file, folder or hub name, which of its rows, and what its columns are called."""
+"""References to rows: a file, folder or hub name, which of its rows, and the names of its columns."""
 
 import math
 import os
@@ -8,11 +8,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from datasets import Dataset, Features, Json, concatenate_datasets
 
 from bridle.data.conversions import ALPACA, CONVERSIONS, converted, foreign_format
-from bridle.data.readers import ROW, gather, paths_of, read_files
+from bridle.data.readers import gather, paths_of, read_files, with_row_numbers
 from bridle.data.rows import FORMATS, absent_column, filled_rows
 from bridle.errors import UserError
 from bridle.utils.settings import parse_yaml
@@ -32,19 +31,19 @@ class DataSource:
             pattern of files, "chats/*.jsonl"; a folder written by `save_to_disk`; a hub name, "name" or "name:config";
             or a list of these, read one after the other.
         split: which split of a folder or a hub data set; files have no splits.
-        shuffle: a seed that puts the rows in random order before `rows` are taken, as a file sorted by
-            label needs before it is split; None keeps the order of the file.
+        shuffle: a seed that puts the rows in random order before `rows` are taken, as a file sorted by label needs
+            before it is split; None keeps the order of the file.
         rows: a slice over the rows in that order, in rows or in percent: "100:200", "0:80%", "-10%:".
         where: keeps the rows whose column equals the value, or one of a list of values; applied after `rows`.
-        text, prompt, completion, messages: what those columns are called here; "a.b" is the key b of the
-            mappings in column a, unless a column has that name. Naming one also fixes the format;
-            otherwise it is read off the columns that are there.
-        format: "sharegpt" (`conversations` of from and value) or "alpaca" (`instruction`, `input`, `output`), which
-            become `messages`, and `prompt` and `completion`; without it they are recognised where no other format is.
+        text, prompt, completion, messages: the names of those columns here; "a.b" is the key b of the mappings in
+            column a, unless a column has that name. Naming one also fixes the format, which otherwise follows from the
+            columns.
+        format: "sharegpt" (`conversations` of from and value) becomes `messages`, "alpaca" (`instruction`, `input`,
+            `output`) becomes `prompt` and `completion`; by default recognised where no other format is.
 
     Raises:
-        UserError: for a `shuffle` that is no seed, `rows` that are no slice, or column names of two
-            formats at once; the message begins with the field.
+        UserError: `shuffle` is not a seed, `rows` not a slice, or the columns are of two formats; the message begins
+            with the field.
     """
 
     path: str | list[str]
@@ -77,7 +76,7 @@ class DataSource:
 
     @property
     def place(self) -> str:
-        """What errors call the rows: the path, or all of them."""
+        """The path or paths, for errors."""
         return ", ".join(self._paths)
 
     @property
@@ -94,10 +93,10 @@ class DataSource:
         """Reads the command line's form "FILE,rows=80%:90%,label=0,text=column".
 
         `split`, `shuffle`, `rows`, `format` and the four column names set those fields; any other key is a `where`
-        filter, its value a YAML scalar. A filter given twice keeps the rows that have either value.
+        filter with a YAML scalar. A filter given twice keeps the rows with either value.
 
         Raises:
-            UserError: for a part that is not key=value, or a value that is not YAML.
+            UserError: a part is not key=value, or a value not YAML.
         """
         path, *parts = text.split(",")
         fields: dict[str, Any] = {}
@@ -114,27 +113,24 @@ class DataSource:
         return cls(path, where=filters or None, **fields)
 
     def files(self) -> list[Path]:
-        """The files and folders that are read; none for a hub data set."""
+        """The files and folders to read; none for a hub data set."""
         return [path for name in self._paths for path in paths_of(name) if os.path.exists(path)]
 
     def read(self) -> Dataset:
-        """Reads the rows, afresh each time, with the column `ROW` added.
+        """Reads the rows and adds the column `ROW`.
 
-        Columns that the source names get their standard names, and columns of the other formats then go.
-        JSON values that are lists, mappings or of mixed types keep their shape (`datasets.Json`); lone
-        surrogates in JSON strings become "?".
+        Named columns get their standard names, and the columns of other formats are then dropped. JSON lists, mappings
+        and columns of mixed types keep their shape (`datasets.Json`); lone surrogates in JSON strings become "?".
 
         Raises:
-            UserError: if the path cannot be read, a row is malformed, a column named here is absent, or
-                no rows are left.
+            UserError: the path cannot be read, a row is malformed, a named column is missing, or no rows are left.
         """
         text_columns = {*_FIELDS, *ALPACA, *self._named.values()}
         dataset = read_files(self._paths, self.split, text_columns)
         total = len(dataset)
         if not total:
             raise UserError(f"{self.place} holds no rows")
-        if ROW not in dataset.column_names:
-            dataset = dataset.add_column(ROW, np.arange(1, total + 1))
+        dataset = with_row_numbers(dataset)
         if self.shuffle is not None:
             dataset = dataset.shuffle(self.shuffle)
         if self.rows is not None:
@@ -150,10 +146,10 @@ class DataSource:
 
 
 def texts_of(source: DataSource) -> list[str]:
-    """The texts of a source's rows, from its column `text`; rows without one are left out with a warning.
+    """The column `text` of a source's rows; blank rows are left out with a warning.
 
     Raises:
-        UserError: as `DataSource.read`, and if there is no text.
+        UserError: as `DataSource.read`, or there is no text.
     """
     dataset = source.read()
     if "text" not in dataset.column_names:
@@ -165,14 +161,14 @@ def texts_of(source: DataSource) -> list[str]:
 
 
 def row_range(rows: str, total: int) -> range:
-    """The indices that a slice such as "0:80%" or "100:200" picks out of `total` rows.
+    """The indices of a slice such as "0:80%" or "100:200" of `total` rows.
 
-    Percentages are rounded down, so "0:80%" and "80%:" share no row and leave none out.
+    Percentages are rounded down, so that "0:80%" and "80%:" share no row and leave none out.
 
     Raises:
-        UserError: if `rows` is not such a slice.
+        UserError: `rows` is not such a slice.
     """
-    # YAML reads an unquoted 10:30 as the number 630, hence the check for text and the hint.
+    # YAML reads an unquoted 10:30 as the number 630, hence the hint.
     match = _ROWS.fullmatch(rows) if isinstance(rows, str) else None
     if match is None:
         raise UserError(f'rows: {rows!r} is no slice such as "0:80%" or "100:200" (quoted, in a recipe)')
@@ -205,14 +201,14 @@ def _standard_columns(dataset: Dataset, named: dict[str, str], path: str) -> Dat
 
 
 def _unnested(dataset: Dataset, column: str) -> Dataset:
-    """Adds the column "a.b" from the mappings in column a, if no column has that name and some row has that key."""
+    """Adds the column "a.b" from the mappings in column a, unless there is one or no row has that key."""
     outer, *keys = column.split(".")
     if not keys or column in dataset.column_names or outer not in dataset.column_names:
         return dataset
     values = [_value_at(value, keys) for value in dataset[outer]]
     if all(value is None for value in values):
         return dataset
-    # As `Json`, a value that is no text keeps its type, and whoever reads it can name its row.
+    # `Json` keeps the type of a value that is not text, so that the error names its row.
     inner = gather(({column: value} for value in values), Features({column: Json()}))
     return concatenate_datasets([dataset, inner], axis=1)
 

@@ -1,13 +1,12 @@
-"""A cache of sparse targets, one row for each row of the corpus: computed once, read in every epoch or shipped.
+"""A cache of sparse targets, one row for each row of the corpus, computed once to be read in every epoch or shipped.
 
-A cache is one Arrow IPC file. On disk it is mapped into memory: opening it reads the rows' keys, and a target
-is read when it is asked for. As bytes it goes through an object store. A row is found by its tokens, so it does
-not matter in which order, batch or padding rows come.
+A cache is one Arrow IPC file. A file on disk is memory-mapped, so opening it reads only the keys of its rows; in memory
+it is bytes for an object store. A row is found by its tokens, whatever its order, batch or padding.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from bridle.core.sparse import SparseTarget
 from bridle.errors import UserError, first_line
+from bridle.utils.files import atomic_file
 
-FORMAT = b"bridle.targets.1"  # the key in the schema's metadata that makes an Arrow file a cache
+FORMAT = b"bridle.targets.1"  # key of the schema's metadata that marks an Arrow file as a cache
 
 
 def row_keys(input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> list[int]:
-    """What rows are found by: a 64-bit hash of each row's tokens and counted prefixes, without its padding.
+    """The keys of rows: a 64-bit hash of each row's tokens and counted prefixes, without its padding.
 
     Args:
         input_ids, attention_mask: [batch, time], padded on the right.
@@ -37,21 +37,21 @@ def row_keys(input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> list[in
 
 
 def bytes_per_token(k: int, vocabulary: int) -> int:
-    """Bytes that a prefix takes in a cache. A row takes some 20 more, and every `add` some 500."""
+    """Bytes of a prefix in a cache. A row takes about 20 more, and every `add` about 500."""
     return k * (_index_type(vocabulary).bit_width // 8 + 2) + 2
 
 
 class TargetWriter:
-    """Writes a cache. Used in a `with` block it appears whole at its end or, if anything fails, not at all.
+    """Writes a cache; in a `with` block the file appears when the block ends, or not at all if it fails.
 
-    Log-probabilities are kept in float16, which moves the gradient with respect to the logits by 0.04%, and by
-    1% where q and the policy all but agree.
+    Log-probabilities are stored in float16, which changes the gradient with respect to the logits by 0.04%, and by 1%
+    where q and the policy almost agree.
 
     Args:
         path: the file; None keeps the cache in memory.
-        k: tokens of a target, as given to `sparse_target`.
-        vocabulary: size of the vocabulary; up to 65,536 tokens an index takes two bytes, beyond it four.
-        provenance: what the targets were made from (model hash, regulariser, round), as JSON can hold it.
+        k: tokens of a target, as in `sparse_target`.
+        vocabulary: its size; up to 65,536 tokens an index takes two bytes, beyond that four.
+        provenance: what the targets were made from (model hash, regulariser, round), JSON values.
 
     Raises:
         UserError: the file cannot be written.
@@ -59,20 +59,23 @@ class TargetWriter:
 
     def __init__(self, path: str | Path | None, k: int, vocabulary: int, provenance: Mapping[str, Any] | None = None):
         self.path = None if path is None else Path(path)
-        self._temporary = self.path and self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         about = {"k": min(k, vocabulary), "vocabulary": vocabulary, "provenance": dict(provenance or {})}
         self.schema = _schema(vocabulary).with_metadata({FORMAT: json.dumps(about)})
-        self._memory = pa.BufferOutputStream()
-        self._sink = self._memory if self._temporary is None else _create(self._temporary)
+        self._file, self._sink = ExitStack(), pa.BufferOutputStream()
+        if self.path is not None:
+            try:
+                self._sink = self._file.enter_context(atomic_file(self.path)).open("wb")
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         self._writer = pa.ipc.new_file(self._sink, self.schema)
 
     def add(self, keys: Sequence[int], target: SparseTarget, mask: Tensor) -> None:
         """Adds the targets of a batch of rows.
 
         Args:
-            keys: [batch] of `row_keys`. Of rows that come twice, either is read.
-            target: over [prefixes, k] tokens, those of one row after those of the other.
-            mask: [batch, time], true at these prefixes; `TargetCache.gather` asks for the same ones.
+            keys: [batch] of `row_keys`. Of equal keys, either row is read.
+            target: over [prefixes, k] tokens, row after row.
+            mask: [batch, time], true at these prefixes, as in `TargetCache.gather`.
         """
         prefixes = mask.sum(-1).cpu().numpy()
         kept, k = target.to("cpu"), target.indices.shape[-1]
@@ -88,45 +91,36 @@ class TargetWriter:
     def close(self) -> "TargetCache":
         """Completes the cache, and opens it."""
         self._writer.close()
-        if self.path is None or self._temporary is None:
-            return TargetCache(self._memory.getvalue())
-        self._sink.flush()
-        os.fsync(self._sink.fileno())
+        if self.path is None:
+            return TargetCache(self._sink.getvalue())
         self._sink.close()
-        self._temporary.replace(self.path)
+        self._file.close()
         return TargetCache.open(self.path)
-
-    def discard(self) -> None:
-        """Drops what was written since the cache was begun."""
-        self._sink.close()
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> "TargetWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is not None:
-            self.discard()
-        elif not self._sink.closed:
+    def __exit__(self, *exc: Any) -> None:
+        if exc[0] is None and not self._sink.closed:
             self.close()
+        self._sink.close()
+        self._file.__exit__(*exc)
 
 
 class TargetCache:
-    """Targets of corpus rows, found by the rows' keys.
+    """Targets of corpus rows, found by the rows' keys. Pickled, a mapped cache is its path, any other its bytes.
 
     Args:
-        buffer: the bytes of an Arrow file written by `TargetWriter`: `bytes`, or anything else that holds a
-            buffer. They are not copied.
-        name: what errors call it.
+        buffer: the bytes of an Arrow file written by `TargetWriter`, or an object with the buffer protocol; not copied.
+        name: for errors.
 
     Attributes:
-        path: the file it is mapped from, if it is. Pickled, such a cache is its path, and any other its bytes.
-        buffer: these bytes, to ship: `TargetCache(cache.buffer)` is the same cache.
-        k, vocabulary, provenance: as given to `TargetWriter`.
+        path: the file that is mapped, if any.
+        buffer: the bytes, to ship: `TargetCache(cache.buffer)` is the same cache.
+        k, vocabulary, provenance: as in `TargetWriter`.
 
     Raises:
-        UserError: the bytes are not a cache, or not a whole one.
+        UserError: the bytes are not a whole cache.
     """
 
     def __init__(self, buffer: Any, name: str = "targets"):
@@ -144,11 +138,10 @@ class TargetCache:
 
     @classmethod
     def open(cls, path: str | Path, provenance: Mapping[str, Any] | None = None) -> "TargetCache":
-        """Maps a cache on disk into memory.
+        """Memory-maps a cache on disk.
 
         Args:
-            path: the file.
-            provenance: what the cache must have been made from; None takes any.
+            provenance: what the cache must have been made from; None accepts any.
 
         Raises:
             UserError: there is no cache, a broken one, or one made from something else.
@@ -173,14 +166,11 @@ class TargetCache:
         return self._find(key) is not None
 
     def gather(self, keys: Sequence[int], mask: Tensor) -> SparseTarget:
-        """The targets of a batch.
+        """The targets of a batch over [prefixes, k] tokens, row after row, on the mask's device.
 
         Args:
             keys: [batch] of `row_keys`.
-            mask: [batch, time], true at the prefixes that were kept of each row.
-
-        Returns:
-            Over [prefixes, k] tokens, on the mask's device: those of one row after those of the other.
+            mask: [batch, time], true at the prefixes of each row.
 
         Raises:
             UserError: a row is not in the cache, or has another number of prefixes there.
@@ -190,11 +180,11 @@ class TargetCache:
         log_buckets = torch.cat(
             [self._read("log_probs", rows).reshape(-1, self.k), self._read("log_rest", rows)[:, None]], dim=-1
         )
-        log_buckets = F.log_softmax(log_buckets.float(), dim=-1)  # float16 left their sum a little off 1
+        log_buckets = F.log_softmax(log_buckets.float(), dim=-1)  # float16 rounds their sum off 1
         return SparseTarget(indices.long(), log_buckets[:, :-1], log_buckets[:, -1]).to(mask.device)
 
     def _row(self, key: int, prefixes: int) -> int:
-        """The row of a key, which must have so many prefixes."""
+        """The row of a key; it must have this many prefixes."""
         row = self._find(key)
         if row is None:
             raise UserError(f"{self.name}: holds no target for a row of the batch; it was made for other rows")
@@ -207,13 +197,13 @@ class TargetCache:
         return int(self._order[place]) if place < len(self) and self._keys[place] == key else None
 
     def _read(self, column: str, rows: Sequence[int]) -> Tensor:
-        """The values of a column in some rows, one after the other."""
+        """The values of a column in some rows, concatenated."""
         parts = [self.table[column][row].values.to_numpy() for row in rows]
         return torch.from_numpy(np.concatenate(parts))
 
 
 def _table(buffer: pa.Buffer) -> tuple[pa.Table, dict[str, Any]]:
-    """The rows of a cache, and what its metadata says of them; a ValueError if it is not one."""
+    """The rows and the metadata of a cache; raises a ValueError if it is none."""
     table = pa.ipc.open_file(buffer).read_all()
     table.validate(full=True)
     about = json.loads((table.schema.metadata or {}).get(FORMAT, "{}"))
@@ -226,7 +216,7 @@ def _schema(vocabulary: int) -> pa.Schema:
     return pa.schema(
         {
             "key": pa.uint64(),
-            "indices": pa.list_(_index_type(vocabulary)),  # k for each prefix, one prefix after the other
+            "indices": pa.list_(_index_type(vocabulary)),  # k for each prefix, prefix after prefix
             "log_probs": pa.list_(pa.float16()),
             "log_rest": pa.list_(pa.float16()),
         }
@@ -238,18 +228,10 @@ def _index_type(vocabulary: int) -> pa.DataType:
 
 
 def _lists(values: Tensor, lengths: np.ndarray) -> pa.ListArray:
-    """Values one after the other, as one list of `lengths[i]` for each row i."""
+    """Concatenated values as one list of `lengths[i]` values for each row i."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values.flatten().numpy()))
 
 
 def _hash(ids: np.ndarray, counted: np.ndarray) -> int:
     return int.from_bytes(blake2b(ids.tobytes() + counted.tobytes(), digest_size=8).digest(), "little")
-
-
-def _create(path: Path) -> Any:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("wb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
