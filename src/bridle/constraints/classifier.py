@@ -22,7 +22,8 @@ from bridle.constraints.options import Probability, Text, cause, checked
 from bridle.constraints.reading import Messages, Reads, as_lines
 from bridle.errors import UserError
 from bridle.utils.oom import RowLimit
-from bridle.utils.safe_loading import quiet_loading, refusal
+from bridle.utils.quiet import only_errors
+from bridle.utils.safe_loading import refusal
 
 OVERLAP = 4  # a window shares 1/OVERLAP of its tokens with the one before it
 
@@ -249,7 +250,7 @@ def _load_tokenizer(where: str, model: str, truncation_side: str) -> Any:
 
 def _from_pretrained(failure: str, auto_class: Any, model: str, **options: Any) -> Any:
     try:
-        with quiet_loading():
+        with only_errors("transformers"):
             return auto_class.from_pretrained(
                 model, local_files_only=os.path.isdir(model), trust_remote_code=False, **options
             )

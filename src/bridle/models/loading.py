@@ -16,7 +16,8 @@ from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
 from bridle.utils.distributed import from_main, is_main
 from bridle.utils.files import read_json
-from bridle.utils.safe_loading import holds, quiet_loading, refusal
+from bridle.utils.quiet import only_errors
+from bridle.utils.safe_loading import holds, refusal
 
 
 @dataclass
@@ -163,7 +164,7 @@ def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
     if factory is AutoModelForCausalLM:
         options["use_safetensors"] = True
     try:
-        with quiet_loading():
+        with only_errors("transformers"):
             return factory.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:
         raise UserError(f"{name}: cannot load the {what}: {reason(name, error)}") from error

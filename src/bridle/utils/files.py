@@ -30,11 +30,7 @@ def cache_folder() -> Path:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Reads UTF-8 text.
-
-    Raises:
-        UserError: the file cannot be read or is not UTF-8.
-    """
+    """Reads UTF-8 text. Raises UserError if the file cannot be read or is not UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -42,20 +38,12 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: str | os.PathLike[str], kind: type[T]) -> T:
-    """Reads a JSON file as `kind`.
-
-    Raises:
-        UserError: as `read_text`, `parse` and `checked`.
-    """
+    """Reads a JSON file as `kind`. Raises UserError as `read_text`, `parse` and `checked` do."""
     return checked(kind, parse(read_text(path), str(path)), str(path))
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the rows of a JSON lines file, each with its place for an error; skips blank lines.
-
-    Raises:
-        UserError: as `read_text` and `parse`, or a row is not a mapping.
-    """
+    """Yields the place, for errors, and the mapping of each row of a JSON lines file; skips blank lines."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             place = f"{path} row {number}"
@@ -63,11 +51,7 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
 
 
 def parse(text: str, place: str) -> Any:
-    """Parses JSON; a number that is not finite becomes None.
-
-    Raises:
-        UserError: the text is not JSON.
-    """
+    """Parses JSON, with None for numbers that are not finite. Raises UserError if it is malformed."""
     try:
         return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -75,10 +59,9 @@ def parse(text: str, place: str) -> Any:
 
 
 def checked(kind: type[T], value: Any, place: str) -> T:
-    """Converts a JSON value to a dataclass or another type; ignores unknown fields.
+    """Converts a JSON value to a dataclass or another type, without unknown fields.
 
-    Raises:
-        UserError: a value is wrong or missing; it names the place and the key.
+    Raises UserError, with place and key, if a value is wrong or missing.
     """
     try:
         return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a class is hashable
@@ -147,11 +130,7 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text with `atomic_file`; lone surrogates become "?".
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Writes UTF-8 text with `atomic_file`, or raises UserError; lone surrogates become "?"."""
     try:
         with atomic_file(Path(path)) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")
@@ -160,12 +139,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Writes JSON as `write_text` does.
-
-    Raises:
-        ValueError: `obj` holds NaN or an infinity, which are not JSON.
-        UserError: as `write_text`.
-    """
+    """Writes JSON as `write_text` does. Raises ValueError for NaN and infinities, which are not JSON."""
     try:
         text = json.dumps(obj, indent=2, allow_nan=False)
     except ValueError as error:
@@ -174,20 +148,12 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
-    """Writes JSON lines as `write_text` does, without escaping characters.
-
-    Raises:
-        UserError: as `write_text`.
-    """
+    """Writes JSON lines as `write_text` does, without escaping characters."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:
-    """Appends UTF-8 text; if the disk has no room for all of it, appends nothing.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Appends UTF-8 text; if the disk has no room for all of it, appends nothing and raises OSError."""
     content = text.encode("utf-8", errors="replace")
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
@@ -197,11 +163,7 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def check_output(*paths: str | os.PathLike[str] | None) -> None:
-    """Checks before long work that its output files can be written; skips None.
-
-    Raises:
-        UserError: a path is a folder, or its own folder cannot be written to.
-    """
+    """Raises UserError if an output file, unless None, cannot be written: for use before long work."""
     for path in (Path(path) for path in paths if path is not None):
         try:
             if path.is_dir():
@@ -216,10 +178,8 @@ def check_output(*paths: str | os.PathLike[str] | None) -> None:
 def only_writer(folder: str | Path) -> Iterator[None]:
     """Locks a folder for this process while the block runs; creates the folder if it is missing.
 
-    The operating system drops the lock when the process ends, however it ends. The lock file stays.
-
-    Raises:
-        UserError: another process holds the lock, or the folder cannot be created or written to.
+    The operating system drops the lock when the process ends, however it ends. Raises UserError if another process
+    holds the lock, or the folder cannot be created or written to.
     """
     folder = Path(folder)
     lock = FileLock(folder / ".lock", timeout=0)

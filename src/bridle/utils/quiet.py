@@ -1,4 +1,4 @@
-"""Libraries whose warnings are held back."""
+"""Silences libraries."""
 
 import logging
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def only_errors(*loggers: str) -> Iterator[None]:
-    """Lets loggers pass only errors inside the block."""
+    """Silences the warnings of loggers, and what they report below that, during the block."""
     levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
     for logger in levels:
         logger.setLevel(logging.ERROR)

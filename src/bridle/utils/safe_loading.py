@@ -1,11 +1,7 @@
-"""Loading of weights without pickles, foreign code and the libraries' own reports."""
+"""Loading of weights without pickles and foreign code."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from transformers.utils import logging
 
 
 def refusal(name: str | Path, error: Exception) -> str | None:
@@ -20,14 +16,3 @@ def refusal(name: str | Path, error: Exception) -> str | None:
 def holds(folder: str | Path, pattern: str) -> bool:
     """Whether a folder has a file whose name matches a pattern."""
     return any(Path(folder).glob(pattern))
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Silences transformers' reports on weights and settings; the caller reports what matters in one line."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -33,7 +33,7 @@ def build(cls: type, options: Any, where: str) -> Any:
         where: stands before the keys in errors, e.g. "corpus.toxigen".
 
     Raises:
-        UserError: a key is unknown (it names the nearest known one) or missing, or a value is wrong.
+        UserError: a key is unknown (with the nearest known one) or missing, or a value is wrong.
     """
     options = dict(as_mapping(options, where))
     hints = get_type_hints(cls, include_extras=True)
@@ -51,11 +51,7 @@ def build(cls: type, options: Any, where: str) -> Any:
 
 
 def validated(kind: Any, value: Any, where: str) -> Any:
-    """Converts a value to a type hint: "3" to 3, a mapping to a dataclass.
-
-    Raises:
-        UserError: the value does not fit; it names the nearest of a fixed set of words.
-    """
+    """Converts a value to a type hint: "3" to 3, a mapping to a dataclass. Raises UserError if it does not fit."""
     options = (kind, *get_args(kind))
     if isinstance(value, bool) and bool not in options and Any not in options:
         raise UserError(f"{where}: needs a value, not {str(value).lower()}")  # pydantic would take true for 1
@@ -71,15 +67,7 @@ def validated(kind: Any, value: Any, where: str) -> Any:
 
 
 def check_fields(instance: Any, names: Iterable[str] | None = None) -> None:
-    """Converts a dataclass's fields to their type hints, in place and as `validated`, for its `__post_init__`.
-
-    Args:
-        instance: of the dataclass.
-        names: of the fields; all by default.
-
-    Raises:
-        UserError: a value does not fit; the message begins with the field's name.
-    """
+    """Converts a dataclass's fields (by default all) with `validated` in place, for its `__post_init__`."""
     hints = get_type_hints(type(instance), include_extras=True)
     for name in [f.name for f in fields(instance)] if names is None else names:
         setattr(instance, name, validated(hints[name], getattr(instance, name), name))
@@ -102,11 +90,7 @@ def known_name(name: Any, known: Iterable[str], where: str, what: str) -> None:
 
 
 def as_mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """Returns a mapping as it is, and an empty one for None.
-
-    Raises:
-        UserError: the value is something else.
-    """
+    """Returns a mapping as it is, and an empty one for None; raises UserError for anything else."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -115,11 +99,7 @@ def as_mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def as_named(value: Any, where: str) -> Mapping[str, Any]:
-    """Returns `as_mapping` if its keys are names: printable text on one line.
-
-    Raises:
-        UserError: the value is something else.
-    """
+    """Returns `as_mapping`; raises UserError unless its keys are names: printable text on one line."""
     mapping = as_mapping(value, where)
     for name in mapping:
         if not (isinstance(name, str) and name.strip() and name.isprintable()):
@@ -218,11 +198,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a recipe's mapping as written.
-
-    Raises:
-        UserError: the file cannot be read or is not a mapping.
-    """
+    """Reads a recipe's mapping as written; raises UserError if the file is unreadable or not a mapping."""
     mapping = parse_yaml(read_text(path), str(path))
     if not isinstance(mapping, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
@@ -230,11 +206,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def set_dotted(mapping: dict[str, Any], dotted: str, value: Any) -> None:
-    """Sets `mapping[a][b][c]` for the key "a.b.c", and creates missing mappings.
-
-    Raises:
-        UserError: a parent exists and is not a mapping.
-    """
+    """Sets `mapping[a][b][c]` for the key "a.b.c"; raises UserError if a parent is not a mapping."""
     *parents, last = dotted.split(".")
     for parent in parents:
         mapping = mapping.setdefault(parent, {})

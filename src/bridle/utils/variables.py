@@ -49,7 +49,7 @@ def expanded(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], Variables]:
     """Replaces `${NAME}` and `${NAME:-default}` in a recipe by values, and returns which variables it reads.
 
     Raises:
-        UserError: `env` is not a list of names; a variable is not listed there, or has neither a value nor a default.
+        UserError: `env` is not a list of names, or a variable is not listed there or has no value.
     """
     listed = recipe.get("env") or []
     if not isinstance(listed, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in listed):
