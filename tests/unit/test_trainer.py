@@ -1,5 +1,6 @@
 """The trainer's own decisions, one at a time: what is refused, where the KL looks, which rollouts ride along."""
 
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -285,3 +286,18 @@ def test_an_evaluation_asks_the_constraints_of_their_own_domains(tiny_folder, tm
     trainer = trainer_of(tiny_folder(), tmp_path, held, eval_options=EvalOptions(share=0.2), eval_strategy="epoch")
     assert asked == [(["rude"], [NO_E])]
     assert set(trainer.eval_dataset) == {"plain", "rude"}
+
+
+def test_a_loss_is_logged_as_missing_where_a_part_of_it_is_not_finite(tiny_folder, tmp_path):
+    trainer = trainer_of(tiny_folder(), tmp_path, {})
+    for kl in (1.0, float("nan")):
+        trainer.tally.add("ce", torch.tensor(4.0), 2)
+        trainer.tally.add("kl/rude", torch.tensor(kl), 1)
+        trainer.log({"eval_loss": 3.0})
+        trainer.log({"loss": 5.0})
+    (before, finite), (again, missing) = trainer.state.log_history[:2], trainer.state.log_history[2:]
+    assert "ce" not in before
+    assert "ce" not in again
+    assert (finite["loss"], finite["ce"], finite["kl/rude"]) == (5.0, 2.0, 1.0)
+    assert math.isnan(missing["loss"])
+    assert missing["ce"] == 2.0
