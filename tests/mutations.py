@@ -35,7 +35,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = str(ROOT / "src" / "bridle")
 CORE = ["unit/test_core", "unit/test_core_loss", "unit/test_core_sparse"]
-TRAINING = ["integration/test_training", "integration/test_guards"]
 TARGETS = {
     "core/tokens": [*CORE, "unit/test_models"],
     "core/decomposition": CORE,
@@ -43,18 +42,9 @@ TARGETS = {
     "core/loss": CORE,
     "core/calibration": CORE,
     "models/guidance": ["unit/test_models", "integration/test_training"],
-    "training/fitting": ["unit/test_fitting", *TRAINING, "unit/test_exactness"],
-    "training/regulariser": [
-        "unit/test_regulariser",
-        *TRAINING,
-        "integration/test_shipping",
-        "integration/test_chats",
-        "unit/test_exactness",
-    ],
-    "training/trainer": [
-        *("unit/test_trainer", "unit/test_options", "integration/test_python_api", "integration/test_shipping"),
-        *("integration/test_chats", *TRAINING),
-    ],
+    "training/fitting": ["unit/test_fitting"],
+    "training/regulariser": ["unit/test_regulariser"],
+    "training/trainer": ["unit/test_trainer", "unit/test_options", "integration/test_python_api"],
 }
 """The files that hold the method, and the tests that should notice."""
 

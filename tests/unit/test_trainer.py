@@ -12,12 +12,14 @@ from peft import IA3Config, LoraConfig, get_peft_model
 
 from bridle.data import Rollout
 from bridle.errors import UserError
+from bridle.models.loading import load_model, load_tokenizer
 from bridle.training import regulariser_set, setup
 from bridle.training.batches import NO_DOMAIN, Prefixes, append_rollouts
 from bridle.training.config import EvalOptions, Regulariser
 from bridle.training.regulariser_set import RegulariserSet
 from bridle.training.trainer import ConstrainedTrainer
-from trainers import NO_E, trainer_of
+from chats import CHATS, TEMPLATES, chat_folder
+from trainers import NO_E, SHARE_OF_E, config, corpus, trainer_of
 
 EVERYWHERE = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
 
@@ -186,8 +188,8 @@ class TestLoss:
         rows = [trainer.train_dataset[index] for index in range(6)]
         assert {row["domain"] for row in rows} == {0, 1}
         rows[0]["input_ids"][3] = rows[0]["labels"][3] = 0  # also a token to learn
-        corpus = trainer.data_collator(rows)
-        inputs = append_rollouts(corpus, regulariser.rollouts, 0, trainer.processing_class.pad_token_id)
+        batch = trainer.data_collator(rows)
+        inputs = append_rollouts(batch, regulariser.rollouts, 0, trainer.processing_class.pad_token_id)
         ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
         trained_on = torch.from_numpy(inputs["prefixes"].of_the_corpus)
         rude = torch.tensor([row["domain"] == 1 for row in rows] + [False] * 2)
@@ -222,10 +224,10 @@ class TestLoss:
             right = (log_p.argmax(-1) == ids[:, 1:])[trained_on].float().mean()
             assert measured["mean_token_accuracy"] == pytest.approx(right.item(), abs=1e-6)
 
-        without = {key: part for key, part in corpus.items() if key != "prefixes"}
+        without = {key: part for key, part in batch.items() if key != "prefixes"}
         plain = trainer.compute_loss(model.eval(), dict(without), num_items_in_batch=items)
         torch.testing.assert_close(plain, ce.detach() / (times * tokens), rtol=1e-4, atol=0)
-        assert torch.equal(trainer.compute_loss(model, dict(corpus), num_items_in_batch=items), plain)
+        assert torch.equal(trainer.compute_loss(model, dict(batch), num_items_in_batch=items), plain)
 
         if trainer.args.loss_type == "nll":
             trainer._loss_scale = lambda items: 6  # as one of six processes whose gradients are averaged
@@ -282,17 +284,18 @@ def test_options_that_do_not_go_together(tiny_folder, tmp_path, options, said):
 def test_an_evaluation_asks_the_constraints_of_their_own_domains(tiny_folder, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(ConstrainedTrainer, "evaluate_on", lambda self, *given: asked.append(given[2:]))
-    held = {"rude": Regulariser(NO_E), "plain": Regulariser()}
-    trainer = trainer_of(tiny_folder(), tmp_path, held, eval_options=EvalOptions(share=0.2), eval_strategy="epoch")
-    assert asked == [(["rude"], [NO_E])]
-    assert set(trainer.eval_dataset) == {"plain", "rude"}
+    held = {"rude": Regulariser(NO_E), "plain": Regulariser(), "other": Regulariser(SHARE_OF_E)}
+    rows, options = corpus(("plain", "rude", "other")), EvalOptions(share=0.2)
+    trainer = trainer_of(tiny_folder(), tmp_path, held, rows, eval_options=options, eval_strategy="epoch")
+    assert asked == [(["rude", "other"], [NO_E, SHARE_OF_E])]
+    assert set(trainer.eval_dataset) == set(rows)
 
 
 def test_a_loss_is_logged_as_missing_where_a_part_of_it_is_not_finite(tiny_folder, tmp_path):
     trainer = trainer_of(tiny_folder(), tmp_path, {})
     for kl in (1.0, float("nan")):
-        trainer.tally.add("ce", torch.tensor(4.0), 2)
-        trainer.tally.add("kl/rude", torch.tensor(kl), 1)
+        trainer.means.add("ce", torch.tensor(4.0), 2)
+        trainer.means.add("kl/rude", torch.tensor(kl), 1)
         trainer.log({"eval_loss": 3.0})
         trainer.log({"loss": 5.0})
     (before, finite), (again, missing) = trainer.state.log_history[:2], trainer.state.log_history[2:]
@@ -301,3 +304,27 @@ def test_a_loss_is_logged_as_missing_where_a_part_of_it_is_not_finite(tiny_folde
     assert (finite["loss"], finite["ce"], finite["kl/rude"]) == (5.0, 2.0, 1.0)
     assert math.isnan(missing["loss"])
     assert missing["ce"] == 2.0
+
+
+def test_prompts_of_chats_come_from_their_turns_and_others_from_their_tokens(tiny_model, tmp_path):
+    folder = chat_folder(tiny_model, tmp_path / "chats", TEMPLATES["qwen3"][0])
+    rows = {"talk": Dataset.from_dict({"messages": CHATS}), "text": Dataset.from_dict({"text": ["a kettle"] * 8})}
+    for formatting, starts in ((None, ["messages", "input_ids"]), (lambda row: "a hat", ["input_ids", "input_ids"])):
+        trainer = ConstrainedTrainer(
+            load_model(str(folder)),
+            config(tmp_path / "run", max_length=120),
+            rows,
+            Regulariser(NO_E),
+            processing_class=load_tokenizer(str(folder)),
+            formatting_func=formatting,
+        )
+        assert [
+            start in of.column_names for start, of in zip(starts, trainer.regularisers[0].corpus.values(), strict=True)
+        ] == [True, True]
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_trl_is_shown_a_chat_where_only_the_assistant_is_learnt(assistant_only):
+    rows = {"text": Dataset.from_dict({"text": ["a kettle"]}), "talk": Dataset.from_dict({"messages": CHATS[:1]})}
+    shown = setup.example_of(rows, SimpleNamespace(assistant_only_loss=assistant_only))
+    assert shown is rows["talk" if assistant_only else "text"]
