@@ -1,7 +1,7 @@
 # make setup   the virtual environment .venv, with everything in it
 # make test    lint, types and all tests; sets up first where that is missing
 # make unit    the fast tests only
-# make mutations   whether the tests notice small faults in the method; hours, so by hand
+# make mutations   whether the tests notice small faults in the method; an hour, so by hand
 # make docs    the documentation as HTML in site/, with warnings as errors
 # make quickstart   sets up where that is missing, and compares all methods on the embedded world
 

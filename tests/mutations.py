@@ -1,6 +1,6 @@
 """Whether the tests notice when the method is wrong: small faults are put into its files, one at a time.
 
-    python tests/mutations.py                       # every fault in every file; hours
+    python tests/mutations.py                       # every fault in every file; an hour
     python tests/mutations.py --sample 40           # some of each file's, the same ones each time
     python tests/mutations.py core/loss --jobs 2 --json fates.json
 
