@@ -38,12 +38,16 @@ CORE = ["unit/test_core", "unit/test_core_loss", "unit/test_core_sparse"]
 TARGETS = {
     "core/tokens": [*CORE, "unit/test_models"],
     "core/decomposition": CORE,
-    "core/target": CORE,
+    "core/sparse": CORE,
     "core/loss": CORE,
+    "core/output_layer": CORE,
     "core/calibration": CORE,
     "models/guidance": ["unit/test_models", "integration/test_training"],
+    "training/rollouts": ["unit/test_regulariser"],
     "training/fitting": ["unit/test_fitting"],
     "training/regulariser": ["unit/test_regulariser"],
+    "training/regulariser_set": ["unit/test_trainer"],
+    "training/setup": ["unit/test_trainer", "unit/test_options", "integration/test_python_api"],
     "training/trainer": ["unit/test_trainer", "unit/test_options", "integration/test_python_api"],
 }
 """The files that hold the method, and the tests that should notice."""
