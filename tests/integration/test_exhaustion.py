@@ -18,7 +18,7 @@ from bridle.recipes.run import train
 from bridle.training.batches import rollout_rows
 from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import Regulariser
-from bridle.training.fitting import encode
+from bridle.training.examples import encode
 from bridle.training.precomputed import Upcoming, make_targets
 from bridle.training.schedule import SequentialSchedule
 from bridle.utils.oom import stopping_when_exhausted

@@ -17,7 +17,7 @@ PLACES = {
     "scoring": ("bridle.training.regulariser:score_rollouts", 1),
     "fitting R": ("bridle.training.regulariser:fit_auxiliary", 2),
     "a step of the policy": ("bridle.training.regulariser:DomainRegulariser.target", 6),
-    "writing what was sampled": ("bridle.training.schedule:write_rollouts", 2),
+    "writing what was sampled": ("bridle.training.state:write_rollouts", 2),
     "before a checkpoint": ("transformers:Trainer._save_checkpoint", 2),
     "within a checkpoint": ("bridle.training.state:RegulariserState.save", 2),
     "before a checkpoint is called whole": ("bridle.training.checkpointing:sync_files", 1),

@@ -13,10 +13,10 @@ from bridle.errors import UserError
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.hidden import causal_lm, project
 from bridle.models.loading import LoraOptions, load_for_inference, load_model, load_tokenizer
+from bridle.models.sharding import weights_hash
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import train
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
-from bridle.training.rollouts import weights_hash
 from bridle.training.trainer import ConstrainedTrainer
 from bridle.utils.settings import parse_yaml
 from conftest import SENTENCES

@@ -1,6 +1,7 @@
 """The house: a file imports only from rows below its own, and rooms of one row never import each other."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -69,3 +70,10 @@ def test_no_files_import_each_other_in_a_circle():
     graph = {name: imported_modules(path) & files.keys() for name, path in files.items()}
     assert sum(map(len, graph.values())) > 300
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_method_is_read_in_one_sitting():
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    path = [SOURCE / file for file in re.findall(r"^\| \d \| `([\w/]+\.py)`", page, re.MULTILINE)]
+    assert len(path) == 8
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in path) <= 1_500

@@ -15,7 +15,8 @@ from bridle.models.guidance import NADOGuide
 from bridle.models.hidden import capture_hidden_states, output_layer
 from bridle.models.sampling import sample
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
-from bridle.training.fitting import encode, fit_auxiliary
+from bridle.training.examples import encode
+from bridle.training.fitting import fit_auxiliary
 from bridle.training.regulariser import DomainRegulariser
 from worlds import World
 

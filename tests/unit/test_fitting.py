@@ -13,12 +13,12 @@ from bridle.models.auxiliary import new_auxiliary
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import project
 from bridle.models.sampling import Trace
-from bridle.training import fitting
+from bridle.training import examples, fitting
 from bridle.training.config import AuxiliaryOptions
 from bridle.training.fitting import fit_auxiliary
 from bridle.utils.progress import Progress
 
-encode = torch.no_grad()(fitting.encode)  # as in a round
+encode = torch.no_grad()(examples.encode)  # as in a round
 
 STANDING_STILL = {"learning_rate": 1e-30, "weight_decay": 0.0, "validation_share": 0.0}
 

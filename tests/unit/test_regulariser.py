@@ -18,8 +18,9 @@ from bridle.models.forward import policy_forward
 from bridle.models.sampling import Trace
 from bridle.training import regulariser as module
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
+from bridle.training.measures import measure_rollouts
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.rollouts import _output, measure_rollouts
+from bridle.training.rollouts import _output
 from trainers import NO_E, Labels, Letters, trainer_of
 
 PADS = SimpleNamespace(pad_token_id=0)

@@ -6,8 +6,10 @@ of the last modules until the backward. All processes must call the functions th
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -73,3 +75,13 @@ def reshard(model: nn.Module) -> None:
 def _sharded_modules(model: nn.Module) -> list[Any]:
     """Outer modules first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)] if is_sharded(model) else []
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A short hash of the trainable weights: which model drew a sample."""
+    digest = blake2b(digest_size=8)
+    with in_shards(model):
+        for name, parameter in trainable(model):
+            digest.update(name.encode())
+            digest.update(whole(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

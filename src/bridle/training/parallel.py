@@ -61,7 +61,7 @@ class ParallelSchedule(SequentialSchedule):
         """The states of round `index`; raises what stopped it, once what it sampled is written."""
         states = pending.result()
         for regulariser, state in zip(self.regularisers, states, strict=False):
-            self._keep_rollouts(index, regulariser.name, state.rollouts)
+            regulariser.keep_rollouts(index, state.rollouts)
             if state.stopped is not None:
                 raise state.stopped
         return states

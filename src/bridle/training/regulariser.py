@@ -2,25 +2,23 @@
 
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.constraints import AsyncScoring, Constraint
+from bridle.constraints import AsyncScoring
 from bridle.core.decomposition import log_target
 from bridle.core.output_layer import OutputLayer
 from bridle.core.sparse import SparseTarget
 from bridle.data import Prompt, Rollout
-from bridle.data.target_cache import TargetCache, row_keys
+from bridle.data.target_cache import row_keys
 from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, new_auxiliary
@@ -29,10 +27,11 @@ from bridle.models.hidden import output_layer
 from bridle.models.sampling import Trace
 from bridle.models.sharding import is_sharded
 from bridle.training.batches import Mask, flat_positions, run_lengths
-from bridle.training.config import ConstrainedConfig, Regulariser
-from bridle.training.fitting import encode, fit_auxiliary, measure_calibration
-from bridle.training.rollouts import draw_rollouts, measure_rollouts, prompts_of_round, score_rollouts
-from bridle.training.state import RegulariserState, Weights, on_cpu
+from bridle.training.examples import encode
+from bridle.training.fitting import fit_auxiliary
+from bridle.training.measures import measure_calibration, measure_rollouts
+from bridle.training.rollouts import draw_rollouts, prompts_of_round, score_rollouts
+from bridle.training.state import StatefulRegulariser
 from bridle.utils.distributed import align, gathered
 
 
@@ -69,41 +68,8 @@ class Target:
         return log_target(anchor_logits, self.auxiliary(self.features[which]), self.guidance_scale)
 
 
-@dataclass
-class DomainRegulariser:
-    """A regulariser, with the state it keeps between rounds.
-
-    Attributes:
-        index: its place among the run's regularisers.
-        name: in metrics and files.
-        options: constraint, weight λ, anchor and the rest.
-        model: the policy.
-        tokenizer: the policy's.
-        corpus: rows of its domains by name, where prompts come from if `options` has none: tokenised ones, or chats.
-        config: the run's configuration.
-        rollouts: of the last round.
-        replayed: scored rollouts of earlier rounds.
-        is_fitted: R has been fitted; until then it is constant and q is p_a.
-        has_begun: a round has been made, so there is an anchor to pull towards.
-        rollout_cursor: rollouts that the update has taken since the round began.
-        targets: precomputed ones, see `precomputed`.
-    """
-
-    index: int
-    name: str
-    options: Regulariser
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    corpus: Mapping[str, Dataset]
-    config: ConstrainedConfig
-    anchor: Anchor | None = field(init=False, default=None)
-    auxiliary: AuxiliaryModel | None = field(init=False, default=None)
-    rollouts: list[Rollout] = field(init=False, default_factory=list)
-    replayed: list[Rollout] = field(init=False, default_factory=list)
-    is_fitted: bool = field(init=False, default=False)
-    has_begun: bool = field(init=False, default=False)
-    rollout_cursor: int = field(init=False, default=0)
-    targets: TargetCache | None = field(init=False, default=None)
+class DomainRegulariser(StatefulRegulariser):
+    """A regulariser at work on its domains."""
 
     def __post_init__(self) -> None:
         if self.options.anchor != "live":
@@ -127,12 +93,6 @@ class DomainRegulariser:
         if self.options.weight == 0:
             return False
         return self.options.is_retention or self.is_fitted or (self.anchor is not None and self.has_begun)
-
-    @property
-    def constraint(self) -> Constraint:
-        """C; retention has none."""
-        assert self.options.constraint is not None, "retention asks no oracle"
-        return self.options.constraint
 
     # ------------------------------------------------------------------ a round
 
@@ -340,47 +300,6 @@ class DomainRegulariser:
             taken.append([self.rollouts[place % len(self.rollouts)] for place in places])
             self.rollout_cursor += count
         return taken, sum(len(rollout.completion_ids) for part in taken for rollout in part)
-
-    # ------------------------------------------------------------------ state
-
-    def state(self, measured: dict[str, Any] | None = None) -> RegulariserState:
-        """Everything that the next updates and rounds depend on, and what the last round measured."""
-        auxiliary = self.auxiliary
-        return RegulariserState(
-            is_fitted=self.is_fitted,
-            has_begun=self.has_begun,
-            rollout_cursor=self.rollout_cursor,
-            rollouts=self.rollouts,
-            replayed=self.replayed,
-            auxiliary=on_cpu(auxiliary.state_dict()) if auxiliary is not None else {},
-            anchor=on_cpu(self.anchor.state_dict()) if self.anchor is not None else {},
-            provenance=auxiliary.config.provenance if auxiliary is not None else None,
-            measured=measured or {},
-        )
-
-    def load_state(self, state: RegulariserState) -> None:
-        """Resumes from a state, of this process or another."""
-        if not (self.options.anchor == "initial" and self.is_fitted):
-            self.targets = None  # they were built on another R or anchor
-        self.is_fitted, self.has_begun = state.is_fitted, state.has_begun
-        self.rollouts, self.replayed, self.rollout_cursor = state.rollouts, state.replayed, state.rollout_cursor
-        if self.auxiliary is not None:
-            self.auxiliary.load_state_dict(state.auxiliary)
-            self.auxiliary.config.provenance = state.provenance or {}
-        if self.anchor is not None:
-            self.anchor.load_state_dict(state.anchor)
-
-    def set_policy(self, weights: Weights) -> None:
-        """Gives this regulariser's model the policy's trainable weights."""
-        for name, parameter in self.model.named_parameters():
-            if name in weights:
-                parameter.data.copy_(weights[name])
-
-    def to(self, device: str) -> None:
-        """Moves model and R to a device."""
-        self.model.to(device)
-        if self.auxiliary is not None:
-            self.auxiliary.to(device)
 
     def _seed(self, purpose: str) -> int:
         """A seed of its own for each purpose and round, so that a resumed round draws the same numbers."""

@@ -1,21 +1,16 @@
 """Rollouts, the policy's own samples, labelled by the constraint: the first half of a round (EMNLP 2024)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
-from statistics import fmean
 from typing import Any
 
-import torch
 from datasets import Dataset
-from scipy.stats import binomtest
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import AsyncScoring, Constraint, Given
 from bridle.data import DataSource, Prompt, Rollout, decode_parts, prompts_from_domain, read_prompts
 from bridle.models.loading import context_length, end_token_ids
 from bridle.models.sampling import Trace, sample
-from bridle.models.sharding import in_shards, trainable, whole
+from bridle.models.sharding import weights_hash
 from bridle.training.config import ConstrainedConfig
 from bridle.utils.distributed import gathered, joined, share
 
@@ -142,32 +137,3 @@ def score_rollouts(rollouts: Sequence[Rollout], constraint: Constraint, scoring:
     for key, rollout in zip(keys, rollouts, strict=True):
         score = known.get(key) or next(scores)
         rollout.value, rollout.complies, rollout.reason = score.value, score.complies, score.reason
-
-
-def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Compliance rate of a round's rollouts, with its 95% Wilson interval, and their entropy in nats a token."""
-    drawn = [log_prob for rollout in rollouts for log_prob in rollout.log_probs or ()]
-    scored = [rollout.complies for rollout in rollouts if rollout.complies is not None]
-    complying = sum(scored)
-    interval = binomtest(complying, len(scored)).proportion_ci(method="wilson") if scored else (None, None)
-    return {
-        "rollouts": len(rollouts),
-        "rollouts_missing": len(rollouts) - len(scored),
-        "rollouts_empty": sum(not rollout.completion.strip() for rollout in rollouts),
-        "clipped": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
-        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
-        "entropy_sampled": -fmean(drawn),  # unbiased: the mean of −log p of what p has drawn
-        "compliance": complying / len(scored) if scored else None,
-        "compliance_low": interval[0],
-        "compliance_high": interval[1],
-    }
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A short hash of the trainable weights: which model drew a sample."""
-    digest = blake2b(digest_size=8)
-    with in_shards(model):
-        for name, parameter in trainable(model):
-            digest.update(name.encode())
-            digest.update(whole(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from bridle.data import Rollout, write_rollouts
 from bridle.errors import UserError
 from bridle.models.auxiliary import fingerprint
 from bridle.training.config import ConstrainedConfig
@@ -19,7 +18,7 @@ from bridle.training.regulariser import DomainRegulariser
 from bridle.training.regulariser_set import RegulariserSet
 from bridle.training.state import PROGRESS_FILE, RegulariserState, RoundProgress
 from bridle.utils.distributed import is_main
-from bridle.utils.files import atomic_files, read_json
+from bridle.utils.files import read_json
 from bridle.utils.interruption import at_once
 
 Log = Sequence[Mapping[str, Any]]  # a run's records
@@ -98,7 +97,7 @@ class SequentialSchedule(TrainerCallback):
             try:
                 measured = regulariser.update(index)
             finally:
-                self._keep_rollouts(index, regulariser.name, regulariser.rollouts)
+                regulariser.keep_rollouts(index, regulariser.rollouts)
             self._note(index, regulariser, measured, log)
 
     def _note(self, index: int, regulariser: DomainRegulariser, measured: dict[str, Any], log: Log) -> None:
@@ -126,21 +125,10 @@ class SequentialSchedule(TrainerCallback):
 
     # ------------------------------------------------------------------ files
 
-    def _keep_rollouts(self, index: int, name: str, rollouts: list[Rollout]) -> None:
-        """Writes what a round sampled, also when scoring or fitting it failed."""
-        if is_main() and rollouts and rollouts[0].round == index:
-            folder = Path(self.config.output_dir) / "rollouts"
-            write_rollouts(folder / f"round-{index}.{name}.jsonl", rollouts)
-
     def _keep_auxiliary(self, regulariser: DomainRegulariser, index: int | None = None) -> None:
-        """Writes R where the latest is found, and by round, since R_1 is what guides the base model."""
-        if is_main() and regulariser.auxiliary is not None and regulariser.is_fitted:
-            folder = Path(self.config.output_dir) / "auxiliary"
-            if sum(other.auxiliary is not None for other in self.regularisers) > 1:
-                folder = folder / regulariser.name
-            for place in (folder, *([folder / f"round-{index}"] if index is not None else [])):
-                with atomic_files(place) as unfinished:
-                    regulariser.auxiliary.save_pretrained(unfinished)
+        folder = Path(self.config.output_dir) / "auxiliary"
+        several = sum(other.auxiliary is not None for other in self.regularisers) > 1
+        regulariser.keep_auxiliary(folder / regulariser.name if several else folder, index)
 
     def save(self, checkpoint: Path) -> dict[str, Any]:
         """Writes the regularisers' states into a checkpoint; returns the progress of the round."""

@@ -1,21 +1,29 @@
 """What a run keeps between rounds: written into checkpoints, and passed between processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bridle.constraints import Constraint
 from bridle.data import Rollout, read_rollouts, write_rollouts
+from bridle.data.target_cache import TargetCache
 from bridle.errors import RunStopped, UserError, first_line
+from bridle.models.anchor import Anchor
+from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.sharding import in_shards, trainable, whole
+from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.running_means import Totals
-from bridle.utils.files import read_json, write_json
+from bridle.utils.distributed import is_main
+from bridle.utils.files import atomic_files, read_json, write_json
 
 Weights = dict[str, Tensor]
 
@@ -99,6 +107,101 @@ class RegulariserState(PlainState):
         plain = vars(read_json(folder / "state.json", PlainState))
         rollouts: dict[str, Any] = {name: read_rollouts(folder / f"{name}.jsonl") for name in ("rollouts", "replayed")}
         return cls(**rollouts, **weights, **plain)
+
+
+@dataclass
+class StatefulRegulariser:
+    """What a regulariser is made of, and the state it keeps between rounds.
+
+    Attributes:
+        index: its place among the run's regularisers.
+        name: in metrics and files.
+        options: constraint, weight λ, anchor and the rest.
+        model: the policy.
+        tokenizer: the policy's.
+        corpus: rows of its domains by name, where prompts come from if `options` has none: tokenised ones, or chats.
+        config: the run's configuration.
+        rollouts: of the last round.
+        replayed: scored rollouts of earlier rounds.
+        is_fitted: R has been fitted; until then it is constant and q is p_a.
+        has_begun: a round has been made, so there is an anchor to pull towards.
+        rollout_cursor: rollouts that the update has taken since the round began.
+        targets: precomputed ones, see `precomputed`.
+    """
+
+    index: int
+    name: str
+    options: Regulariser
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Mapping[str, Dataset]
+    config: ConstrainedConfig
+    anchor: Anchor | None = field(init=False, default=None)
+    auxiliary: AuxiliaryModel | None = field(init=False, default=None)
+    rollouts: list[Rollout] = field(init=False, default_factory=list)
+    replayed: list[Rollout] = field(init=False, default_factory=list)
+    is_fitted: bool = field(init=False, default=False)
+    has_begun: bool = field(init=False, default=False)
+    rollout_cursor: int = field(init=False, default=0)
+    targets: TargetCache | None = field(init=False, default=None)
+
+    @property
+    def constraint(self) -> Constraint:
+        """C; retention has none."""
+        assert self.options.constraint is not None, "retention asks no oracle"
+        return self.options.constraint
+
+    def state(self, measured: dict[str, Any] | None = None) -> RegulariserState:
+        """Everything that the next updates and rounds depend on, and what the last round measured."""
+        auxiliary = self.auxiliary
+        return RegulariserState(
+            is_fitted=self.is_fitted,
+            has_begun=self.has_begun,
+            rollout_cursor=self.rollout_cursor,
+            rollouts=self.rollouts,
+            replayed=self.replayed,
+            auxiliary=on_cpu(auxiliary.state_dict()) if auxiliary is not None else {},
+            anchor=on_cpu(self.anchor.state_dict()) if self.anchor is not None else {},
+            provenance=auxiliary.config.provenance if auxiliary is not None else None,
+            measured=measured or {},
+        )
+
+    def load_state(self, state: RegulariserState) -> None:
+        """Resumes from a state, of this process or another."""
+        if not (self.options.anchor == "initial" and self.is_fitted):
+            self.targets = None  # they were built on another R or anchor
+        self.is_fitted, self.has_begun = state.is_fitted, state.has_begun
+        self.rollouts, self.replayed, self.rollout_cursor = state.rollouts, state.replayed, state.rollout_cursor
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(state.auxiliary)
+            self.auxiliary.config.provenance = state.provenance or {}
+        if self.anchor is not None:
+            self.anchor.load_state_dict(state.anchor)
+
+    def set_policy(self, weights: Weights) -> None:
+        """Gives this regulariser's model the policy's trainable weights."""
+        for name, parameter in self.model.named_parameters():
+            if name in weights:
+                parameter.data.copy_(weights[name])
+
+    def to(self, device: str) -> None:
+        """Moves model and R to a device."""
+        self.model.to(device)
+        if self.auxiliary is not None:
+            self.auxiliary.to(device)
+
+    def keep_rollouts(self, round_index: int, rollouts: list[Rollout]) -> None:
+        """Writes what a round sampled, also when scoring or fitting it failed."""
+        if is_main() and rollouts and rollouts[0].round == round_index:
+            folder = Path(self.config.output_dir) / "rollouts"
+            write_rollouts(folder / f"round-{round_index}.{self.name}.jsonl", rollouts)
+
+    def keep_auxiliary(self, folder: Path, round_index: int | None = None) -> None:
+        """Writes R where the latest is found, and by round, since R_1 is what guides the base model."""
+        if is_main() and self.auxiliary is not None and self.is_fitted:
+            for place in (folder, *([folder / f"round-{round_index}"] if round_index is not None else [])):
+                with atomic_files(place) as unfinished:
+                    self.auxiliary.save_pretrained(unfinished)
 
 
 def on_cpu(weights: Weights) -> Weights:

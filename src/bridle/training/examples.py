@@ -1,0 +1,172 @@
+"""Examples that R is fitted on: labelled rollouts, with the states of the guided model that R reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bridle.core.decomposition import future_weights
+from bridle.core.tokens import completion_positions, length_mask, pad_right
+from bridle.data import Rollout
+from bridle.models.auxiliary import AuxiliaryModel
+from bridle.models.forward import policy_forward
+from bridle.models.hidden import causal_lm, project
+from bridle.models.sampling import Trace
+from bridle.models.sharding import is_sharded
+from bridle.utils.oom import RowLimit
+from bridle.utils.progress import track
+
+ENCODE_BATCH = 64  # rollouts in one forward of the guided model
+PREFIXES_AT_ONCE = 1024  # that go through the vocabulary together when rollouts are read
+
+
+@dataclass
+class Examples:
+    """Labelled samples, aligned on the completion: what R is fitted on.
+
+    Attributes:
+        hidden: [n, time, hidden] states of the guided model that score each completion token.
+        completion: [n, time] token ids.
+        mask: [n, time], true where the completion has a token.
+        compliance: [n] labels in [0, 1].
+        labelled: [n], whether the label is that of a whole output; else R's own estimate at the cut takes its place.
+        weights: [n, time], how much the label counts at each prefix: 1 but for replayed samples.
+        input_ids, attention_mask: [n, longer time] of prompt and completion.
+        positions: [n, time], where in `input_ids` each completion token is predicted.
+    """
+
+    hidden: Tensor
+    completion: Tensor
+    mask: Tensor
+    compliance: Tensor
+    labelled: Tensor
+    weights: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.compliance)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Examples":
+        return Examples(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def states(self, auxiliary: AuxiliaryModel) -> Tensor:
+        """What R reads at each completion token. [n, time, hidden]"""
+        if auxiliary.network is None:
+            return self.hidden
+        return _gather(auxiliary.features(self.hidden, self.input_ids, self.attention_mask), self.positions)
+
+    def to(self, device: torch.device) -> "Examples":
+        """The same examples on another device."""
+        return Examples(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def encode(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    pad_token_id: int,
+    *,
+    fresh: int | None = None,
+    traces: Mapping[int, Trace] | None = None,
+    soft_labels: bool = False,
+    bootstrap: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Examples:
+    """What fitting R needs of labelled rollouts, on the CPU: the guided model runs once over each, or not at all.
+
+    Args:
+        model: the guided model p_a.
+        rollouts: labelled.
+        pad_token_id: fills rows.
+        fresh: how many, the first ones, were drawn from p_a itself; all if not given. The others know how likely their
+            tokens were when they were drawn.
+        traces: by row, how it was drawn, for its hidden states.
+        soft_labels: take the constraint's value and not its yes or no.
+        bootstrap: give a rollout that was cut no label but R's own estimate at the cut.
+        dtype: of mixed precision, as in `policy_forward`.
+    """
+    fresh = len(rollouts) if fresh is None else fresh
+    rows = [rollout.prompt_ids + rollout.completion_ids for rollout in rollouts]
+    input_ids, attention_mask = pad_right(rows, pad_token_id)
+    lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+    prompt_lengths = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
+    mask = length_mask(lengths, int(lengths.max()))
+    at = completion_positions(prompt_lengths, mask.shape[1]).clamp(max=input_ids.shape[1] - 2)
+    completion = input_ids.gather(1, at + 1)
+    known = {row: trace.states for row, trace in (traces or {}).items() if trace.states is not None}
+    hidden = _hidden_states(model, input_ids, attention_mask, at, known, dtype)
+    weights = torch.ones(mask.shape)
+    if fresh < len(rollouts):
+        old = slice(fresh, None)
+        weights[old] = _weights(model, rollouts[old], hidden[old], completion[old], mask[old], dtype)
+    compliance = [rollout.value if soft_labels else rollout.complies for rollout in rollouts]
+    return Examples(
+        hidden=hidden,
+        completion=completion,
+        mask=mask,
+        compliance=torch.tensor(compliance, dtype=torch.float32),  # a missing one raises
+        labelled=torch.tensor([rollout.finished or not bootstrap for rollout in rollouts]),
+        weights=weights,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        positions=at,
+    )
+
+
+def _hidden_states(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    at: Tensor,
+    known: Mapping[int, Tensor],
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """States at some positions of each row, [rows, time] -> [rows, time, hidden]; 0 behind those that are known."""
+    lm = causal_lm(model)
+    hidden = torch.zeros(*at.shape, lm.config.get_text_config().hidden_size, dtype=lm.dtype)
+    for row, states in known.items():
+        hidden[row, : len(states)] = states
+
+    def read(batch: Tensor) -> tuple[Tensor, Tensor]:
+        on_device = (part[batch].to(model.device) for part in (input_ids, attention_mask))
+        states = policy_forward(model, *on_device, dtype=dtype)
+        return batch, _gather(states, at[batch].to(model.device)).to(lm.dtype).cpu()
+
+    unknown = torch.tensor([row for row in range(len(at)) if row not in known], dtype=torch.long)
+    limit = RowLimit("reading the rollouts", can_cut=not is_sharded(model))
+    batches = [unknown[start : start + ENCODE_BATCH] for start in range(0, len(unknown), ENCODE_BATCH)]
+    training = model.training
+    model.eval()
+    for batch in track(batches, limit.work, unit="batches"):
+        for rows, states in limit.run(read, batch):
+            hidden[rows] = states
+    model.train(training)
+    return hidden
+
+
+def _weights(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    hidden: Tensor,
+    completion: Tensor,
+    mask: Tensor,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """How much the labels of rollouts of an earlier policy count. [batch, time, hidden] -> [batch, time]"""
+    pairs = zip(hidden[mask].split(PREFIXES_AT_ONCE), completion[mask].split(PREFIXES_AT_ONCE), strict=True)
+    found = []
+    for states, tokens in pairs:
+        logits = project(model, states.to(model.device), dtype).float()
+        found.append(-F.cross_entropy(logits, tokens.to(model.device), reduction="none"))
+    drawn = torch.tensor([log_prob for rollout in rollouts for log_prob in rollout.log_probs or []])
+    now, then = (torch.zeros(mask.shape).masked_scatter(mask, part) for part in (torch.cat(found).cpu(), drawn))
+    return future_weights(now, then, mask)
+
+
+def _gather(states: Tensor, at: Tensor) -> Tensor:
+    """[batch, time, hidden] at positions [batch, time'] -> [batch, time', hidden]."""
+    return states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))

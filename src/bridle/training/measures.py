@@ -1,0 +1,58 @@
+"""What a round measures: compliance of its rollouts, and calibration of its R."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from bridle.core.calibration import calibration
+from bridle.data import Rollout
+from bridle.models.auxiliary import AuxiliaryModel
+from bridle.training.examples import ENCODE_BATCH, Examples
+from bridle.utils.oom import RowLimit
+
+
+def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Compliance rate of a round's rollouts, with its 95% Wilson interval, and their entropy in nats a token."""
+    drawn = [log_prob for rollout in rollouts for log_prob in rollout.log_probs or ()]
+    scored = [rollout.complies for rollout in rollouts if rollout.complies is not None]
+    complying = sum(scored)
+    interval = binomtest(complying, len(scored)).proportion_ci(method="wilson") if scored else (None, None)
+    return {
+        "rollouts": len(rollouts),
+        "rollouts_missing": len(rollouts) - len(scored),
+        "rollouts_empty": sum(not rollout.completion.strip() for rollout in rollouts),
+        "clipped": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
+        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
+        "entropy_sampled": -fmean(drawn),  # unbiased: the mean of −log p of what p has drawn
+        "compliance": complying / len(scored) if scored else None,
+        "compliance_low": interval[0],
+        "compliance_high": interval[1],
+    }
+
+
+@torch.no_grad()
+def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[str, Any]:
+    """Calibration of R over every prefix of labelled samples that it was not fitted on; empty where there are none."""
+    examples = examples[examples.labelled.nonzero()[:, 0]]
+    if not len(examples):
+        return {}
+
+    def predict(rows: Tensor) -> tuple[Tensor, Tensor]:
+        batch = examples[rows].to(auxiliary.device)
+        r_taken = auxiliary(batch.states(auxiliary), batch.completion)
+        labels = batch.compliance[:, None].expand_as(r_taken)
+        return r_taken.sigmoid()[batch.mask].cpu(), labels[batch.mask].cpu()
+
+    limit = RowLimit("measuring R")
+    batches = torch.arange(len(examples)).split(ENCODE_BATCH)
+    predicted, labels = zip(*(part for rows in batches for part in limit.run(predict, rows)), strict=True)
+    measured = calibration(torch.cat(predicted), torch.cat(labels))
+    return {
+        "r_brier": measured.brier,
+        "r_ece": measured.expected_calibration_error,
+        "r_reliability": measured.bins,
+    }
