@@ -68,6 +68,7 @@ class Target:
         return log_target(anchor_logits, self.auxiliary(self.features[which]), self.guidance_scale)
 
 
+@dataclass
 class DomainRegulariser(StatefulRegulariser):
     """A regulariser at work on its domains."""
 
