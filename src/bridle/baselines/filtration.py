@@ -26,7 +26,7 @@ class Filtered:
 
 
 def compliant_rows(rows: Dataset, constraint: Constraint, name: str) -> tuple[Dataset, Filtered]:
-    """Drops the rows that violate a constraint or have no score.
+    """Drops the rows that violate a constraint or have no score, and counts them.
 
     The constraint scores what the model would learn to write: the completion, the assistant's turns (one text, a line
     each), or the whole text. A constraint that reads prompts gets the row's `prompt`, or the turns before the last one
@@ -34,11 +34,7 @@ def compliant_rows(rows: Dataset, constraint: Constraint, name: str) -> tuple[Da
 
     Args:
         rows: as `DataSource.read` and `Domain.read` give them.
-        constraint: decides which rows are kept.
         name: of the file or domain, for errors.
-
-    Returns:
-        The rows that comply, in their order, and the counts.
 
     Raises:
         UserError: naming the row, if a value is neither text nor chat; if no row is left.

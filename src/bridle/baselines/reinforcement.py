@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME  # the last file of a checkpoint
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from bridle.baselines.stopping import Convergence, StepsProgress, StoppingRule, TimeBudget, mean_of, update_records
+from bridle.baselines.stopping import StepsProgress, Stopping, mean_of, update_records
 from bridle.constraints import Constraint
 from bridle.data import decode_parts
 from bridle.data.prompts import check_room
@@ -150,15 +150,10 @@ def reinforce(
         tokenizer: with a pad token.
         prompts: token ids, with the beginning-of-text token where the model expects one.
         constraint: computes the reward from the text of completion and prompt.
-        options: of the algorithm.
-        output_dir: for checkpoints.
-        seed: of prompts and completions.
-        max_new_tokens: maximal length of a completion.
         seconds: time limit, which includes the time before a resume; the current update is finished.
         messages: the turns of prompts that are chats, by prompt; the constraint reads them instead of the text.
         resume: resume from the last checkpoint in `output_dir`, if there is one.
         resume_from: a checkpoint of another run with the same options.
-        callbacks: further callbacks of the trainer.
 
     Returns:
         `steps`, `seconds`, `tokens` (prompts and completions), `stopped_because` ("time", "converged" or "steps"),
@@ -170,8 +165,7 @@ def reinforce(
     """
     _check_prompts(prompts, max_new_tokens, context_length(model))
     checkpoint = (last_whole(output_dir, TRAINER_STATE_NAME) if resume else None) or resume_from
-    converged = Convergence(options.window, options.tolerance)
-    rules: list[StoppingRule] = [TimeBudget(seconds), *([converged] if seconds is None else [])]
+    stopping = Stopping(seconds, options.window, options.tolerance)
     with _restored(model, tokenizer), only_errors(*VERBOSE):
         trainer = _trainer(
             model,
@@ -181,10 +175,10 @@ def reinforce(
             args=options.config(output_dir, seed, max_new_tokens),
             train_dataset=_in_passes(prompts, messages, options.max_steps * options.prompts_per_step, seed),
             processing_class=tokenizer,
-            callbacks=[*rules, StepsProgress(options.max_steps if seconds is None else None), *callbacks],
+            callbacks=[stopping, StepsProgress(options.max_steps if seconds is None else None), *callbacks],
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return _report(trainer.state, rules, options.window, output_dir)
+    return _report(trainer.state, stopping, output_dir)
 
 
 # ------------------------------------------------------------------ the reward
@@ -214,21 +208,19 @@ def constraint_reward(
     return compliance
 
 
-# ------------------------------------------------------------------ the report
-
-
-def _report(state: TrainerState, rules: list[StoppingRule], window: int, output_dir: Path) -> dict[str, Any]:
+def _report(state: TrainerState, stopping: Stopping, output_dir: Path) -> dict[str, Any]:
     records = update_records(state)
+    last = records[-stopping.window :]
     checkpoint = last_whole(output_dir, TRAINER_STATE_NAME)
     return {
         "steps": state.global_step,
         "seconds": records[-1]["seconds"] if records else 0.0,
         "tokens": int(state.num_input_tokens_seen),
-        "stopped_because": next((rule.reason for rule in rules if rule.met), "steps"),
+        "stopped_because": stopping.reason or "steps",
         "missing": int(sum(record["missing"] for record in records)),
         "checkpoint": checkpoint and checkpoint.name,
-        "reward": mean_of("reward", records[-window:]),
-        "kl": mean_of("kl", records[-window:]),
+        "reward": mean_of("reward", last),
+        "kl": mean_of("kl", last),
         "history": [{key: record.get(key) for key in HISTORY} for record in records],
     }
 

@@ -1,9 +1,8 @@
 """When a run of reinforcement learning ends: its time is up, or its reward has converged; and its progress."""
 
-import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerState
 
@@ -21,34 +20,21 @@ def mean_of(key: str, records: Sequence[dict[str, Any]]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-class StoppingRule(TrainerCallback):
-    """Ends a run, with a checkpoint, after the first update that meets its condition."""
+class Stopping(TrainerCallback):
+    """Ends a run, with a checkpoint, when its time is up or, without a time limit, when its reward no longer rises.
 
-    reason: str
-    met = False
-
-    def is_met(self, state: TrainerState) -> bool:
-        """Whether the run should end, given the records of its updates."""
-        raise NotImplementedError
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" in (logs or {}) and self.is_met(state):
-            self.met = control.should_training_stop = control.should_save = True
-
-
-class TimeBudget(StoppingRule):
-    """Ends a run when its time is up.
-
-    It writes the elapsed seconds into each record, from which a resumed run continues to count.
+    Each record of an update gets the elapsed seconds, from which a resumed run continues to count.
 
     Args:
-        seconds: the time limit; None for no limit.
+        seconds: the time limit.
+        window: number of updates in a window, whose mean reward is compared with that of the previous window.
+        tolerance: the largest rise that does not count.
     """
 
-    reason = "time"
+    reason: Literal["time", "converged"] | None = None
 
-    def __init__(self, seconds: float | None):
-        self.seconds = math.inf if seconds is None else seconds
+    def __init__(self, seconds: float | None, window: int, tolerance: float):
+        self.seconds, self.window, self.tolerance = seconds, window, tolerance
         self._began = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -56,33 +42,21 @@ class TimeBudget(StoppingRule):
         self._began = time.monotonic() - (used[-1] if used else 0.0)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" in (logs or {}):
-            state.log_history[-1]["seconds"] = time.monotonic() - self._began
-        super().on_log(args, state, control, logs, **kwargs)
+        if "reward" not in (logs or {}):
+            return
+        elapsed = state.log_history[-1]["seconds"] = time.monotonic() - self._began
+        if self.seconds is not None and elapsed >= self.seconds:
+            self.reason = "time"
+        elif self.seconds is None and self._has_converged(update_records(state)):
+            self.reason = "converged"
+        if self.reason:
+            control.should_training_stop = control.should_save = True
 
-    def is_met(self, state):
-        return state.log_history[-1]["seconds"] >= self.seconds
-
-
-class Convergence(StoppingRule):
-    """Ends a run whose reward no longer rises.
-
-    Args:
-        window: number of updates in a window, which is compared with the previous one.
-        tolerance: the largest rise of the mean reward that does not count.
-    """
-
-    reason = "converged"
-
-    def __init__(self, window: int, tolerance: float):
-        self.window, self.tolerance = window, tolerance
-
-    def is_met(self, state):
-        records, window = update_records(state), self.window
+    def _has_converged(self, records: list[dict[str, Any]]) -> bool:
+        window = self.window
         if len(records) % window or len(records) < 2 * window:
             return False
-        before = mean_of("reward", records[-2 * window : -window])
-        last = mean_of("reward", records[-window:])
+        before, last = (mean_of("reward", part) for part in (records[-2 * window : -window], records[-window:]))
         return before is not None and last is not None and last - before <= self.tolerance
 
 

@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -31,7 +30,7 @@ from transformers import (
 from bridle.core.calibration import calibration
 from bridle.data import VerbalisedLabel, encode_prompt
 from bridle.errors import UserError, first_line
-from bridle.evaluation.statistics import RESAMPLES, Estimate, Result, bootstrap_interval, estimate_proportion
+from bridle.evaluation.statistics import RESAMPLES, Estimate, Result, estimate_proportion, estimate_statistic
 from bridle.evaluation.utility import AdjustLogits, Window, nll_by_text, window_length
 from bridle.models.loading import context_length
 from bridle.utils.progress import track
@@ -57,8 +56,8 @@ class ClassificationResult(Result):
         expected_calibration_error: of the same, in ten bins; above 0 by chance alone, since it is never negative.
         positive_share: share of the positive class.
         threshold: the score from which a row counts as positive, the most accurate one on the validation rows.
-        validation_n: number of validation rows that choose the threshold and the calibration.
-        validation_missing: number of validation rows without a score.
+        validation_n: number of validation rows with a score.
+        validation_missing: number of validation rows without one.
     """
 
     roc_auc: Estimate
@@ -85,22 +84,16 @@ def classify(
     max_length: int | None = None,
     adjust_logits: AdjustLogits | None = None,
 ) -> list[float | None]:
-    """log p(positive label | text) − log p(negative label | text), both labels in words, for each text.
+    """log p(positive label | text) − log p(negative label | text) for each text, `None` where it is not finite.
 
     Each label is tokenised together with its text, as in training, and counts from the first token in which the two
-    differ. A text too long for the context is cut at its end, with a warning.
+    differ. A text too long for the context is cut at its end, with a warning. The model is in evaluation mode.
 
     Args:
-        model: a causal language model; it is in evaluation mode during the call.
-        tokenizer: the model's.
-        texts: without their labels.
-        label: how training wrote the labels.
+        label: how training wrote the labels in words.
         batch_size: rows in one forward, two for each text.
         max_length: tokens of a row; the model's context by default.
         adjust_logits: as in `bridle.evaluation.utility.likelihoods`, for a guided model.
-
-    Returns:
-        A score for each text, `None` where it is not finite.
 
     Raises:
         UserError: `max_length` is out of range, or leaves no room for the template.
@@ -128,21 +121,13 @@ def train_head(
     max_length: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Trains a model with a classification head, and keeps the epoch with the lowest validation loss.
+    """Trains a model with a classification head, and returns the epoch with the lowest validation loss.
 
     Args:
         model: folder or hub name of a causal language model.
         tokenizer: the model's, with a pad token.
-        train: training texts and their classes.
-        validation: texts that choose the epoch, and their classes.
-        epochs: passes over `train`.
         learning_rate: of AdamW; it decays linearly to 0.
-        batch_size: texts per step.
         max_length: tokens of a text, whose end is cut; the model's context by default.
-        seed: of the head's initialisation and the order of the texts.
-
-    Returns:
-        A model for `head_scores`, in evaluation mode.
 
     Raises:
         UserError: no such model can be loaded, or a class is not 0 or 1.
@@ -187,15 +172,7 @@ def head_scores(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> list[float | None]:
-    """Scores from a classification head: the positive class's logit − the negative's, `None` if not finite.
-
-    Args:
-        model: as `train_head` returns it.
-        tokenizer: the model's.
-        texts: to score.
-        batch_size: texts in one forward.
-        max_length: as in `train_head`.
-    """
+    """The positive class's logit − the negative's of a model of `train_head`, `None` where it is not finite."""
     collate, scores = DataCollatorWithPadding(tokenizer), []
     examples = _examples((texts, [0] * len(texts)), tokenizer, max_length or context_length(model))
     starts = range(0, len(examples), batch_size)
@@ -221,10 +198,8 @@ def classification_report(
     """Figures of the test rows, with the threshold and the calibration chosen on the validation rows.
 
     Args:
-        scores_validation, labels_validation: [n] scores, higher for the positive class, and classes 0 or 1.
-        scores_test, labels_test: the same of the test rows.
-        seed: of the bootstrap intervals.
-        resamples: of each bootstrap.
+        scores_validation, scores_test: [n], higher for the positive class.
+        labels_validation, labels_test: [n] classes 0 or 1.
 
     Raises:
         UserError: a label is not 0 or 1, their number is not that of the scores, or a class is absent.
@@ -234,8 +209,14 @@ def classification_report(
     threshold = best_threshold(fit_scores, fit_targets)
     probabilities = platt_scaling(fit_scores, fit_targets)(scores)
 
-    def figure(statistic: Callable[[np.ndarray, np.ndarray], float], values: np.ndarray) -> Estimate:
-        return _figure(statistic, targets, values, missing, seed, resamples)
+    def figure(statistic: Callable[[np.ndarray, np.ndarray], Any], values: np.ndarray) -> Estimate:
+        return estimate_statistic(
+            lambda rows: statistic(targets[rows], values[rows]),
+            len(targets),
+            missing=missing,
+            seed=seed,
+            resamples=resamples,
+        )
 
     return ClassificationResult(
         roc_auc=figure(_roc_auc, scores),
@@ -260,16 +241,11 @@ def compare_auc(
 ) -> Estimate:
     """Mean ROC-AUC of a method's runs − that of a reference's runs on the same rows.
 
-    Args:
-        scores: [runs, rows] of the method.
-        reference: [runs, rows] of the reference, whose number of runs may differ.
-        labels: [rows], 1 where positive and 0 elsewhere.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
+    The interval resamples rows, the same ones of every run. A row without a score in any run is missing.
 
-    Returns:
-        The difference, with an interval that resamples rows, the same ones of every run. A row without a score in any
-        run is missing.
+    Args:
+        scores, reference: [runs, rows] of the method and of the reference, whose number of runs may differ.
+        labels: [rows], 1 where positive and 0 elsewhere.
 
     Raises:
         UserError: as `classification_report`.
@@ -278,11 +254,11 @@ def compare_auc(
     _, targets, missing = _usable([row[0] if row else None for row in rows], labels, "test")
     values = np.array([row for row in rows if row], dtype=float)  # [rows, runs]
 
-    def difference(targets: np.ndarray, values: np.ndarray) -> float:
-        aucs = [_roc_auc(targets, column) for column in values.T]
-        return fmean(aucs[: len(scores)]) - fmean(aucs[len(scores) :])
+    def difference(resampled: np.ndarray) -> float:
+        aucs = _roc_auc(targets[resampled], values[resampled])
+        return aucs[: len(scores)].mean() - aucs[len(scores) :].mean()
 
-    return _figure(difference, targets, values, missing, seed, resamples)
+    return estimate_statistic(difference, len(targets), missing=missing, seed=seed, resamples=resamples)
 
 
 def best_threshold(scores: np.ndarray, targets: np.ndarray) -> float:
@@ -379,34 +355,16 @@ def _check_classes(labels: Sequence[int], name: str) -> None:
             raise UserError(f"{name}: entry {index} is {target!r}; the classes are 0 and 1")
 
 
-def _figure(
-    statistic: Callable[[np.ndarray, np.ndarray], float],
-    targets: np.ndarray,
-    values: np.ndarray,
-    missing: int,
-    seed: int,
-    resamples: int,
-) -> Estimate:
-    """A statistic of (classes, values), with an interval that resamples rows."""
-
-    def of_rows(rows: np.ndarray) -> float:
-        return statistic(targets[rows], values[rows])
-
-    rows = np.arange(len(targets))
-    low, high = bootstrap_interval(rows, of_rows, seed=seed, resamples=resamples) or (None, None)
-    return Estimate(of_rows(rows), low, high, len(rows), missing)
-
-
 # scikit-learn's functions give the same values but are 20 times slower, which counts in a bootstrap.
 
 
-def _roc_auc(targets: np.ndarray, scores: np.ndarray) -> float:
-    """The Mann-Whitney statistic, in which ties count half; NaN for a resample of one class."""
-    positive = int(targets.sum())
+def _roc_auc(targets: np.ndarray, scores: np.ndarray) -> Any:
+    """The Mann-Whitney statistic of [n] or [n, runs] scores, in which ties count half; NaN for a single class."""
+    positive = targets.sum()
     if not 0 < positive < len(targets):
-        return math.nan
-    ranks = rankdata(scores)[targets == 1].sum()
-    return float((ranks - positive * (positive + 1) / 2) / (positive * (len(targets) - positive)))
+        return np.full(scores.shape[1:], np.nan)
+    ranks = rankdata(scores, axis=0)[targets == 1].sum(axis=0)
+    return (ranks - positive * (positive + 1) / 2) / (positive * (len(targets) - positive))
 
 
 def _average_precision(targets: np.ndarray, scores: np.ndarray) -> float:

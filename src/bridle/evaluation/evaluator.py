@@ -29,8 +29,6 @@ class Evaluator:
     """A model and the settings of its evaluation.
 
     Attributes:
-        model: a causal language model.
-        tokenizer: the model's.
         guide: an (entered) guide; the guided model is evaluated.
         batch_size: rows in one forward.
         seed: of sampling and of bootstraps.
@@ -61,7 +59,6 @@ class Evaluator:
             sets: prompts to complete.
             constraints: by name; each scores the same completions.
             samples: completions per prompt.
-            max_new_tokens: maximal length of a completion.
             base: model and tokenizer that measure the perplexity of the completions.
         """
         found, fluency = {}, {}

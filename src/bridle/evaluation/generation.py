@@ -95,22 +95,16 @@ def generate_completions(
     decoding: Decoding = DRAWN,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> list[list[str]]:
-    """Samples completions, by default at temperature 1 from the full distribution.
+    """Samples [prompts, samples] completions, by default at temperature 1 from the full distribution.
 
     Args:
-        model: a causal language model.
         tokenizer: decodes the completions without special tokens; it has a pad and an end token.
         prompts: token ids, with the beginning-of-text token where the model expects one.
         samples: K, the number of completions per prompt.
-        max_new_tokens: maximal length of a completion.
         batch_size: number of completions sampled at once.
-        seed: the same seed gives the same completions.
         guide: changes the distribution at each step (NADO decoding).
         decoding: how tokens are chosen from it.
         on_token: called with the tokens of each step, [batch].
-
-    Returns:
-        [prompts, samples] completions, without their prompts.
 
     Raises:
         UserError: `samples` is below 1, or a prompt and its completion do not fit into the context.
@@ -154,14 +148,7 @@ def evaluate_generations(
     prompts: Sequence[Given] | None = None,
     seed: int = 0,
 ) -> GenerationResult:
-    """Evaluates completions under one constraint.
-
-    Args:
-        completions: [prompts, samples] texts.
-        constraint: scores them.
-        prompts: for a constraint that reads them: the text or the messages before each prompt's completions.
-        seed: of the bootstrap intervals.
-    """
+    """As `evaluate_constraints`, under one constraint."""
     (result,) = evaluate_constraints(completions, [constraint], prompts=prompts, seed=seed).values()
     return result
 
@@ -173,16 +160,12 @@ def evaluate_constraints(
     prompts: Sequence[Given] | None = None,
     seed: int = 0,
 ) -> dict[str, GenerationResult]:
-    """Evaluates one set of completions under several constraints.
+    """Evaluates one set of completions under several constraints; the results are by name of the constraint.
 
     Args:
         completions: [prompts, samples] texts.
         constraints: by the names that the results get, or a list of constraints with their own names.
-        prompts: as in `evaluate_generations`.
-        seed: of the bootstrap intervals.
-
-    Returns:
-        A result by name of the constraint.
+        prompts: for constraints that read them: the text or the messages before each prompt's completions.
 
     Raises:
         UserError: two constraints of a list share a name.
@@ -215,18 +198,14 @@ def output_perplexity(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Estimate:
-    """Perplexity per token of completions given their prompts, under the model before tuning.
+    """Perplexity per token of completions given their prompts, under the model before tuning: their fluency.
 
-    It measures fluency. Only the tokens of the completions are predicted, as the tokenizer writes their texts; the
-    end-of-text token is excluded.
+    Only the tokens of the completions are predicted, as the tokenizer writes their texts; the end-of-text token is
+    excluded. The interval resamples prompts.
 
     Args:
-        base_model: a causal language model, the same for all methods that are compared.
-        tokenizer: the base model's.
-        prompts: token ids of that tokenizer, as in `generate_completions`.
+        prompts: token ids of the base model's tokenizer, as in `generate_completions`.
         completions: [prompts, samples] texts.
-        batch_size: completions in one forward; it does not change the result.
-        seed: of the bootstrap over prompts.
 
     Returns:
         exp(Σ −log p / tokens); `n` counts tokens, `missing` completions without tokens.

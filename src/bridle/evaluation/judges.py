@@ -108,17 +108,14 @@ class Judge(Protocol):
 
 
 class LocalJudge:
-    """A causal language model that judges by the likelihood of its verdict.
+    """A causal language model that judges by the likelihood of its verdict: log p(" A") − log p(" B") decides.
 
-    log p(" A") − log p(" B") after the template decides. The pieces of the template are tokenised separately, so that
-    completions can be cut to a number of tokens; they should therefore meet at line breaks.
-
-    Completions too long for the context are cut at their ends, the longer one first and then both to the same length;
-    the attribute `truncated` counts such comparisons. A prompt that leaves no room has a missing verdict.
+    The pieces of the template are tokenised separately, so that completions can be cut to a number of tokens; they
+    should therefore meet at line breaks. Completions too long for the context are cut at their ends, the longer one
+    first and then both to the same length; `truncated` counts such comparisons. A prompt that leaves no room has a
+    missing verdict.
 
     Args:
-        model: the judge; it is put into evaluation mode.
-        tokenizer: the model's.
         template: with {prompt}, {first} and {second}, and text after them.
         tie_margin: in nats; a smaller difference is a tie.
         batch_size: comparisons in one forward; it does not change the verdicts.
@@ -219,9 +216,7 @@ class ChatJudge:
 
     Args:
         url: of the interface, e.g. "http://localhost:8000/v1".
-        model: name of the judge at the endpoint.
         api_key_env: environment variable that holds the key; by default no key is sent.
-        template: with {prompt}, {first} and {second}.
         name: in results; `model` by default.
         options: of `Endpoint`.
 

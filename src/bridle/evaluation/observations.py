@@ -6,7 +6,7 @@ Paired tests, reports and judges need them; `results.json` holds the figures onl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +26,20 @@ class _Scored:
     complies: bool | None
 
 
-@dataclass
-class _Completion:
-    prompt_set: str
-    index: int
-    sample: int
-    prompt: str
-    completion: str
-    scores: dict[str, _Scored]
-    prompt_scores: dict[str, _Scored] = field(default_factory=dict)
-    messages: list[Row] | None = None
+COLUMNS: dict[str, list[tuple[str, Any] | tuple[str, Any, Any]]] = {
+    "completions": [
+        *(("prompt_set", str), ("index", int), ("sample", int), ("prompt", str), ("completion", str)),
+        ("scores", dict[str, _Scored]),
+        ("prompt_scores", dict[str, _Scored], field(default_factory=dict)),
+        ("messages", list[Row] | None, None),
+    ],
+    "likelihoods": [("held_out", str), ("index", int), ("nll", float), ("tokens", int)],
+    "answers": [("task", str), ("index", int), ("correct", bool | None), ("weight", float)],
+    "classified": [("index", int), ("score", float | None), ("label", int)],
+}
+"""The columns of each kind of row, with a default where a row may lack it."""
 
-
-@dataclass
-class _Likelihood:
-    held_out: str
-    index: int
-    nll: float
-    tokens: int
-
-
-@dataclass
-class _Answer:
-    task: str
-    index: int
-    correct: bool | None
-    weight: float
-
-
-@dataclass
-class _Classified:
-    index: int
-    score: float | None
-    label: int
-
-
-KINDS = {"completions": _Completion, "likelihoods": _Likelihood, "answers": _Answer, "classified": _Classified}
-"""The columns that the rows of each kind need when they are read."""
+KINDS = {name: make_dataclass(name, columns) for name, columns in COLUMNS.items()}
 
 
 @dataclass
@@ -113,8 +90,8 @@ class Observations:
     def add_likelihoods(self, held_out: str, texts: Iterable[TextLikelihood]) -> None:
         """Adds the likelihoods of the texts of a held-out file."""
         for index, text in enumerate(texts):
-            row = {"nll": text.nll, "tokens": text.tokens, "bytes": text.bytes}
-            self.likelihoods.append({"held_out": held_out, "index": index, **row})
+            row = {"held_out": held_out, "index": index, "nll": text.nll, "tokens": text.tokens, "bytes": text.bytes}
+            self.likelihoods.append(row)
 
     def add_answers(self, task: str, result: TaskResult) -> None:
         """Adds the answers to the documents of a task."""

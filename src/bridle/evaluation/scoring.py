@@ -21,10 +21,8 @@ class Trial:
     """The scores of a constraint on the rows of a file.
 
     Attributes:
-        constraint: name of the constraint.
         numbers: row numbers in the file.
         texts: the rows' completions, or whole texts.
-        scores: of the texts.
     """
 
     constraint: str

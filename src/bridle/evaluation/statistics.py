@@ -28,9 +28,8 @@ class Estimate:
     """One figure of a result.
 
     Attributes:
-        value: the figure; `None` without observations.
+        value: `None` without observations.
         low: lower end of the 95% interval; `None` where there is no interval.
-        high: upper end.
         n: number of observations.
         missing: number of observations that are missing.
     """
@@ -42,7 +41,7 @@ class Estimate:
     missing: int = 0
 
     def map(self, increasing: Callable[[float], float]) -> "Estimate":
-        """The estimate of an increasing function of the figure: percentiles map to percentiles."""
+        """The estimate of an increasing function of the figure."""
         value, low, high = (None if x is None else increasing(x) for x in (self.value, self.low, self.high))
         return replace(self, value=value, low=low, high=high)
 
@@ -59,14 +58,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Result:
-    """Base class of results, some of whose fields are estimates."""
+    """Base class of results with estimates."""
 
     def estimates(self) -> dict[str, Estimate]:
         """The figures by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Estimate)}
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON, except single observations (fields that `repr` hides)."""
+        """The fields by name, ready for JSON, without those that `repr` hides: single observations."""
         shown = [field.name for field in fields(self) if field.repr]
         return {name: value for name, value in asdict(self).items() if name in shown}
 
@@ -81,12 +80,10 @@ class Comparison(Result):
     """The difference between a method and a reference on the same prompts.
 
     Attributes:
-        method: name of the method.
-        reference: name of the reference.
-        difference: mean over prompts of (method − reference), with a 95% interval that is not adjusted for other
-            comparisons. `n` counts prompts, `missing` those without an observation of either method.
-        p_value: probability of a difference at least as large under the null hypothesis; `None` without prompts.
-        adjusted_p_value: `p_value` after Holm's correction over all methods compared on this figure.
+        difference: mean over prompts of (method − reference), with an unadjusted 95% interval. `n` counts prompts,
+            `missing` those without an observation of either method.
+        p_value: two-sided; `None` without prompts.
+        adjusted_p_value: after Holm's correction over all methods compared on this figure.
         test: "mcnemar" or "permutation".
     """
 
@@ -126,9 +123,6 @@ def bootstrap_interval(
     Args:
         values: [n] observations.
         statistic: a function of an array and `axis`, as in NumPy, or of a 1-D array alone (slower).
-        confidence: coverage of the interval.
-        seed: the same seed gives the same interval.
-        resamples: number of resamples.
 
     Returns:
         (low, high), or `None` where the spread is unknown: with fewer than two observations, or where all resamples
@@ -154,24 +148,16 @@ def estimate_mean(clusters: Sequence[Sequence[float]], *, missing: int = 0, seed
     """Mean over all observations, with an interval that resamples whole clusters.
 
     Args:
-        clusters: observations by prompt; an empty cluster adds nothing. The samples of a single prompt are independent
+        clusters: observations by prompt, of which some may have none. The samples of a single prompt are independent
             observations, since the figure is then about that prompt.
-        missing: number of missing observations.
-        seed: of the bootstrap.
     """
     return estimate_ratio([[(value, 1) for value in cluster] for cluster in clusters], missing=missing, seed=seed)
 
 
 def estimate_ratio(clusters: Sequence[Sequence[tuple[float, int]]], *, missing: int = 0, seed: int = 0) -> Estimate:
-    """Σ a / Σ b over all observations (a, b), with an interval that resamples whole clusters.
+    """Σ a / Σ b over all observations (a, b), such as the −log p and the tokens of a text; its `n` is Σ b.
 
-    Args:
-        clusters: as in `estimate_mean`, of pairs, such as the −log p and the tokens of a text.
-        missing: as in `estimate_mean`.
-        seed: of the bootstrap.
-
-    Returns:
-        The ratio; its `n` is Σ b.
+    The interval resamples whole clusters, as in `estimate_mean`.
     """
     units = _independent_units(clusters)
     tops, bottoms = (np.array([sum(pair[part] for pair in unit) for unit in units]) for part in (0, 1))
@@ -185,6 +171,15 @@ def estimate_ratio(clusters: Sequence[Sequence[tuple[float, int]]], *, missing: 
     return Estimate(float(tops.sum() / n) if n else None, low, high, n, missing)
 
 
+def estimate_statistic(
+    statistic: Callable[[np.ndarray], float], n: int, *, missing: int = 0, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """A function of row numbers, here all of `n`, with an interval that resamples rows."""
+    rows = np.arange(n)
+    low, high = bootstrap_interval(rows, statistic, seed=seed, resamples=resamples) or (None, None)
+    return Estimate(float(statistic(rows)), low, high, n, missing)
+
+
 def estimate_proportion(outcomes: Sequence[bool] | np.ndarray, *, missing: int = 0) -> Estimate:
     """Share of true outcomes of independent trials, with Wilson's interval."""
     n, successes = len(outcomes), int(sum(outcomes))
@@ -193,13 +188,7 @@ def estimate_proportion(outcomes: Sequence[bool] | np.ndarray, *, missing: int =
 
 
 def estimate_rate(clusters: Sequence[Sequence[bool]], *, missing: int = 0, seed: int = 0) -> Estimate:
-    """Share of true observations, with Wilson's interval where they are independent and a clustered one otherwise.
-
-    Args:
-        clusters: as in `estimate_mean`.
-        missing: as in `estimate_mean`.
-        seed: of the bootstrap.
-    """
+    """Share of true observations, with Wilson's interval where they are independent and a clustered one otherwise."""
     units = _independent_units(clusters)
     outcomes = [*chain.from_iterable(units)]
     if len(outcomes) == len(units):
@@ -208,10 +197,9 @@ def estimate_rate(clusters: Sequence[Sequence[bool]], *, missing: int = 0, seed:
 
 
 def with_width(rate: Estimate, clusters: int) -> Estimate:
-    """A rate that has an interval also where all clusters agree, so that the bootstrap has no width.
+    """A rate with Wilson's interval where all clusters agree, so that the bootstrap interval has no width.
 
-    The interval is then Wilson's, with each cluster as one trial: the most conservative reading, in which further
-    samples of a prompt are no further evidence.
+    Each cluster is one trial: the most conservative reading, in which further samples of a prompt are no evidence.
     """
     if rate.value is None or rate.low is not None:
         return rate
@@ -220,14 +208,9 @@ def with_width(rate: Estimate, clusters: int) -> Estimate:
 
 
 def mcnemar(a: Sequence[bool | None], b: Sequence[bool | None]) -> float | None:
-    """Exact two-sided McNemar test of paired yes/no outcomes (McNemar, Psychometrika 1947).
+    """P-value of the exact two-sided McNemar test of paired outcomes (McNemar, Psychometrika 1947).
 
-    Args:
-        a: [n] outcomes of one method, None where missing.
-        b: [n] outcomes of the other method on the same prompts.
-
-    Returns:
-        The p-value; 1 where no pair differs, `None` where no pair is complete.
+    It is 1 where no pair of the [n] outcomes differs, and `None` where one of each pair is missing.
     """
     pairs = [pair for pair in zip(a, b, strict=True) if None not in pair]
     only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
@@ -237,18 +220,13 @@ def mcnemar(a: Sequence[bool | None], b: Sequence[bool | None]) -> float | None:
 
 
 def paired_bootstrap(a: Clusters, b: Clusters, *, seed: int) -> tuple[Estimate, float | None]:
-    """Mean over prompts of (a − b), with a bootstrap interval over prompts and a permutation p-value.
+    """Mean over prompts of (a − b) with a bootstrap interval, and its two-sided p-value (`None` without prompts).
 
     The samples of a prompt are averaged first, so that all prompts weigh the same. The p-value is that of the paired
     permutation test (Fisher, The Design of Experiments, 1935): with few prompts, a bootstrap's own is too small.
 
     Args:
-        a: [prompts, samples] observations of one method, None where missing.
-        b: the same of the other method on the same prompts, with any number of samples.
-        seed: of the resamples and permutations.
-
-    Returns:
-        The difference, as in `Comparison.difference`, and its two-sided p-value (`None` without prompts).
+        a, b: [prompts, samples] observations of two methods on the same prompts, None where missing.
     """
     means = [(_mean(of_a), _mean(of_b)) for of_a, of_b in zip(a, b, strict=True)]
     differences = np.array([x - y for x, y in means if x is not None and y is not None])
@@ -258,13 +236,10 @@ def paired_bootstrap(a: Clusters, b: Clusters, *, seed: int) -> tuple[Estimate, 
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment of p-values for several comparisons (Holm, Scand. J. Statist. 1979).
+    """Holm's step-down adjustment of p-values, missing ones excluded (Holm, Scand. J. Statist. 1979).
 
-    It controls the family-wise error rate under any dependence. A false discovery rate would be too weak for a table of
-    a few methods in which each row is read as a claim.
-
-    Args:
-        p_values: in any order; a missing one stays missing and does not count as a comparison.
+    It controls the family-wise error rate under any dependence; a false discovery rate would be too weak for a table in
+    which each row is read as a claim.
     """
     order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
@@ -281,9 +256,7 @@ def compare_methods(observations: Mapping[str, Clusters], reference: str, *, see
     p-values are adjusted by `holm` over all methods.
 
     Args:
-        observations: [prompts, samples] by method, None where one is missing; all on the same prompts.
-        reference: the method that the others are compared with.
-        seed: of the resamples and permutations.
+        observations: [prompts, samples] by method, None where one is missing.
 
     Raises:
         UserError: there is no such reference, or a method has another number of prompts.

@@ -1,6 +1,5 @@
 """The tasks of lm-eval, with their documents from the hub or from local JSON lines, checked row by row."""
 
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import lm_eval.tasks
+import numpy as np
 from datasets import Dataset, Value
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
@@ -40,10 +40,8 @@ class LoadedTask:
     """A task that is ready to be evaluated.
 
     Attributes:
-        name: name of the task.
         members: tasks of lm-eval by name: one, or the subjects of MMLU.
         shots: examples in front of each document.
-        split: the split of the documents.
         files: local files of the documents and, with shots, of the examples; empty if they come from the hub.
     """
 
@@ -55,11 +53,7 @@ class LoadedTask:
 
 
 def expand(tasks: Sequence[str], task_data: Path | None) -> list[str]:
-    """The tasks in the given order, each once, and groups as their members.
-
-    Raises:
-        UserError: an unknown task.
-    """
+    """The tasks in the given order, each once, and groups as their members; an unknown one is a `UserError`."""
     own = sorted(file.stem for file in Path(task_data).glob("*.yaml")) if task_data else []
     known = (*FOLDERS, "commonsense", *own)
     for name in tasks:
@@ -125,7 +119,7 @@ def _from_files(
         # As members of a group, since lm-eval merges changes into a shipped task only there.
         return manager.load({"group": f"bridle_{name}", "task": changes})["tasks"]
     except Exception as error:  # raised by lm-eval's templates and functions on other documents
-        raise _not_documents(name, " or ".join(map(str, files.values())), error) from error
+        raise _unreadable(name, " or ".join(map(str, files.values())), error) from error
 
 
 def _read(name: str, file: Path, members: list[str]) -> dict[str, Dataset]:
@@ -140,15 +134,14 @@ def _read(name: str, file: Path, members: list[str]) -> dict[str, Dataset]:
 def _by_subject(rows: Dataset, file: Path, members: Collection[str]) -> dict[str, Dataset]:
     if "subject" not in rows.column_names:
         raise UserError(f"{file} has no column 'subject', which names the subject of MMLU")
-    indices = defaultdict(list)
-    for index, subject in enumerate(rows["subject"]):
-        if f"mmlu_{subject}" not in members:
-            raise UserError(f"{file} row {rows[index][ROW]}: MMLU has no subject {subject!r}")
-        indices[f"mmlu_{subject}"].append(index)
-    for member in members:
-        if member not in indices:
-            raise UserError(f"{file} has no row of MMLU's subject {member.removeprefix('mmlu_')!r}")
-    return {member: rows.select(indices[member]) for member in members}
+    subjects, known = np.array(rows["subject"], dtype=object), [member.removeprefix("mmlu_") for member in members]
+    for row, subject in zip(rows[ROW], subjects, strict=True):
+        if subject not in known:
+            raise UserError(f"{file} row {row}: MMLU has no subject {subject!r}")
+    for subject in known:
+        if subject not in subjects:
+            raise UserError(f"{file} has no row of MMLU's subject {subject!r}")
+    return {f"mmlu_{subject}": rows.select(np.flatnonzero(subjects == subject)) for subject in known}
 
 
 def _find(folder: Path, name: str, *splits: str) -> Path:
@@ -184,10 +177,10 @@ def _check_row(row: dict[str, Any], task: ConfigurableTask, name: str, file: Pat
         if not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise ValueError(f"its answer is {answer!r}, of {len(choices)} choices counted from 0")
     except Exception as error:
-        raise _not_documents(name, f"{file} row {row[ROW]}", error) from error
+        raise _unreadable(name, f"{file} row {row[ROW]}", error) from error
 
 
-def _not_documents(name: str, place: str, error: Exception) -> UserError:
+def _unreadable(name: str, place: str, error: Exception) -> UserError:
     return UserError(f"{place}: not what lm-eval reads as {name}: {type(error).__name__}: {first_line(error)}")
 
 

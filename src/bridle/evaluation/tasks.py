@@ -36,17 +36,14 @@ class TaskResult(Result):
     """The accuracy of a model on a task.
 
     Attributes:
-        task: name of the task or group.
-        metric: the accuracy that is the figure: "acc_norm" (likelihood of a choice per character) where lm-eval's
-            task reports it, "acc" otherwise; "mean" for a group.
-        accuracy: the figure, with Wilson's interval; `missing` counts documents with a choice without likelihood,
-            which is NaN or longer than the context.
+        metric: the accuracy that is the figure: "acc_norm" (likelihood of a choice per character) where lm-eval's task
+            reports it, "acc" otherwise; "mean" for a group.
+        accuracy: the figure, with Wilson's interval; `missing` counts documents with a choice without likelihood, which
+            is NaN or longer than the context.
         accuracies: all accuracies of lm-eval's task by name; empty for a group.
         parts: the figure of each subject of `mmlu` or of each task of `commonsense`; empty otherwise.
         shots: examples in front of each document.
-        split: the split of the documents.
-        truncated: number of requests (a document with one of its choices) that were cut on the left to fit into the
-            context.
+        truncated: number of requests (a document with one of its choices) cut on the left to fit into the context.
         version: lm-eval's version of the task; None for a group.
         correct: whether each document is right under `metric`, None where missing; not part of the JSON.
     """
@@ -96,15 +93,12 @@ def evaluate_tasks(
     mean over all documents of its 57 subjects.
 
     Args:
-        model: a causal language model; it is in evaluation mode during the call.
-        tokenizer: the model's.
         tasks: names; a group includes its members. Any other name is an lm-eval definition NAME.yaml in `task_data`.
         task_data: folder of NAME.SPLIT.jsonl files with the columns of the published data sets, instead of the hub.
             SPLIT is the split that lm-eval evaluates or else `validation` (also for MMLU), and for examples the one
             that lm-eval draws them from: mmlu.dev.jsonl, NAME.train.jsonl for the others.
         limit: only the first documents of each task, of each subject of `mmlu`.
         shots: examples in front of each document; by default 5 for `mmlu`, `num_fewshot` for an own task, 0 otherwise.
-        batch_size: sequences in one forward.
         seed: of the choice of examples, where lm-eval draws them; MMLU takes the first ones.
         guide: an (entered) guide; the guided model is measured, by the likelihoods of q.
 

@@ -45,9 +45,9 @@ class Perplexity(Result):
     """Perplexity of a set of texts, each token with the same weight; the intervals resample whole texts.
 
     Attributes:
-        per_token: exp of the mean −log p of a token; it depends on the tokenizer. Its `n` counts predicted tokens, its
+        per_token: exp of the mean −log p of a token; it depends on the tokenizer. `n` counts predicted tokens,
             `missing` texts without any.
-        bits_per_byte: −log2 p over UTF-8 bytes; it compares models with different tokenizers. Its `n` counts bytes.
+        bits_per_byte: −log2 p over UTF-8 bytes; it compares models with different tokenizers. `n` counts bytes.
         texts: number of texts.
         windowed: number of texts longer than the context, which are read in overlapping windows.
     """
@@ -59,7 +59,7 @@ class Perplexity(Result):
 
     @classmethod
     def of(cls, texts: Sequence[TextLikelihood], *, seed: int = 0) -> "Perplexity":
-        """The perplexity of texts with known likelihoods; `seed` is the bootstrap's."""
+        """The perplexity of texts with known likelihoods."""
         read = [text for text in texts if text.tokens]
         missing = len(texts) - len(read)
         by_token = estimate_ratio([[(text.nll, text.tokens)] for text in read], missing=missing, seed=seed)
@@ -75,15 +75,7 @@ class Perplexity(Result):
 def perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, seed: int = 0, **options: Any
 ) -> Perplexity:
-    """Perplexity of texts: exp(Σ −log p / tokens).
-
-    Args:
-        model, tokenizer, texts, options: as in `likelihoods`.
-        seed: of the bootstrap over texts.
-
-    Raises:
-        UserError: as `likelihoods`.
-    """
+    """Perplexity of texts, exp(Σ −log p / tokens); raises as `likelihoods`, whose options it takes."""
     return Perplexity.of(likelihoods(model, tokenizer, texts, **options), seed=seed)
 
 
@@ -97,7 +89,7 @@ def likelihoods(
     stride: int | None = None,
     adjust_logits: AdjustLogits | None = None,
 ) -> list[TextLikelihood]:
-    """−log p of each text under a causal language model.
+    """−log p of each text under a causal language model, in evaluation mode.
 
     Each text starts with one beginning-of-text (BOS) token, which is not predicted; the end-of-text token is excluded.
     With a tokenizer without BOS, the first token is not predicted, and its bytes do not count. A text longer than
@@ -105,14 +97,10 @@ def likelihoods(
     or from at least the last `max_length - stride` tokens.
 
     Args:
-        model: a causal language model; it is in evaluation mode during the call.
-        tokenizer: the model's.
-        texts: an empty text adds nothing.
-        batch_size: windows in one forward; it does not change the result.
         max_length: tokens in a window, BOS included; the model's context by default.
         stride: between 1 and `max_length - 1`; half a window by default.
-        adjust_logits: (logits [B, T, V], input_ids [B, T], attention_mask [B, T]) -> log-probabilities
-            [B, T, V] that are measured instead, such as log q of a guided model.
+        adjust_logits: (logits [B, T, V], input_ids [B, T], attention_mask [B, T]) -> log-probabilities [B, T, V] that
+            are measured instead, such as log q of a guided model.
 
     Raises:
         UserError: `max_length` or `stride` is out of range, or a text's likelihood is not finite.

@@ -63,7 +63,6 @@ class WinRates(Result):
     """All methods against each other.
 
     Attributes:
-        judge: name of the judge.
         pairs: number of completions of each method, and of pairs of completions in each match.
         matrix: `matrix[row][column]` is the match of method `row` against method `column`.
         mean_length: of each method's completions in words, since judges tend to favour length.
@@ -118,8 +117,6 @@ def win_rates(
     Args:
         prompts: [n] texts.
         completions: [n] completions by method, in the order of the prompts.
-        judge: gives the verdicts.
-        seed: of the bootstrap.
         keep: file to which the verdicts are appended as they arrive, as JSON lines: judge, row (1-based), the methods
             shown first and second, the winner and, where that is null, the reason.
 
