@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridle.core.tokens import pad_right
 from bridle.data.readers import whole_text
 from bridle.errors import UserError
-from bridle.models.hidden import causal_lm, check_projection, project
+from bridle.models.forward import policy_forward
+from bridle.models.hidden import check_projection, project
 from bridle.models.loading import context_length
 from bridle.utils.http import Endpoint, Reply
 
@@ -194,8 +195,7 @@ class LocalJudge:
     def _differences(self, rows: list[list[int]]) -> Tensor:
         """[B] values of log p(" A") − log p(" B") after each row; the softmax's normaliser cancels."""
         input_ids, attention_mask = (part.to(self.model.device) for part in pad_right(rows, pad=0))
-        body = causal_lm(self.model).base_model
-        hidden = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]  # [B, T, H]
+        hidden = policy_forward(self.model, input_ids, attention_mask)  # [B, T, H]
         ends = attention_mask.sum(1).to(hidden.device) - 1
         logits = project(self.model, hidden[torch.arange(len(rows)), ends]).float()  # [B, V]
         a, b = self._letters

@@ -30,25 +30,16 @@ class PromptSet:
         return source | {"prompt_tokens": self.prompt_tokens}
 
 
-@dataclass(frozen=True)
-class _Known:
-    hub: str  # as `DataSource.parse` reads it
-    local: str  # the same, the path within the data folder
-    prompt_tokens: int | None = None
-
-
-KNOWN = {
+# By name: the source on the hub, that in the data folder, both as `DataSource.parse` reads them, and `prompt_tokens`.
+KNOWN: dict[str, tuple[str, str, int | None]] = {
     # Hartvigsen et al., ACL 2022, the part with human annotations: whole statements, whose beginnings are completed.
     # On the hub, recipes do not train on `test`; a local file has one split only.
-    "toxigen": _Known(
-        hub="toxigen/toxigen-data:annotated,split=test,text=text",
-        local="toxigen.jsonl,text=text",
-        prompt_tokens=8,
-    ),
+    "toxigen": ("toxigen/toxigen-data:annotated,split=test,text=text", "toxigen.jsonl,text=text", 8),
     # Gehman et al., Findings of EMNLP 2020: prompts as they are.
-    "realtoxicityprompts": _Known(
-        hub="allenai/real-toxicity-prompts,prompt=prompt.text",
-        local="realtoxicityprompts.jsonl,prompt=prompt",
+    "realtoxicityprompts": (
+        "allenai/real-toxicity-prompts,prompt=prompt.text",
+        "realtoxicityprompts.jsonl,prompt=prompt",
+        None,
     ),
 }
 
@@ -66,21 +57,21 @@ def prompt_set(name_or_path: str, *, data_dir: str | os.PathLike[str] | None = N
         UserError: there is no such set, file or hub name; `data_dir` lacks the set's file; or an option is malformed.
     """
     given = DataSource.parse(name_or_path)
-    known = KNOWN.get(given.place)
-    if known is None:
+    if given.place not in KNOWN:
         _check_path(given.place)
         return PromptSet(name_or_path, given)
+    hub, local, prompt_tokens = KNOWN[given.place]
     options = name_or_path[len(given.place) :]
-    file = _local_file(known, data_dir)
-    source = DataSource.parse((known.local if file else known.hub) + options)
-    return PromptSet(name_or_path, replace(source, path=str(file)) if file else source, known.prompt_tokens)
+    file = _local_file(local, data_dir)
+    source = replace(DataSource.parse(local + options), path=str(file)) if file else DataSource.parse(hub + options)
+    return PromptSet(name_or_path, source, prompt_tokens)
 
 
-def _local_file(known: _Known, data_dir: str | os.PathLike[str] | None) -> Path | None:
+def _local_file(local: str, data_dir: str | os.PathLike[str] | None) -> Path | None:
     """The set's file in the data folder; None if the set comes from the hub."""
     shared = os.environ.get("BRIDLE_SHARED")
     folder = data_dir or (shared and Path(shared, "data"))
-    file = Path(folder, DataSource.parse(known.local).place) if folder else None
+    file = Path(folder, DataSource.parse(local).place) if folder else None
     if file and file.is_file():
         return file
     if data_dir:

@@ -261,27 +261,21 @@ def compare_methods(observations: Mapping[str, Clusters], reference: str, *, see
     Raises:
         UserError: there is no such reference, or a method has another number of prompts.
     """
-    _check_methods(observations, reference)
-    base = observations[reference]
-    others = {name: values for name, values in observations.items() if name != reference}
-    tested = [_tested(values, base, seed) for values in others.values()]
-    adjusted = holm([p for _, p, _ in tested])
-    return [
-        Comparison(method, reference, difference, p, adjusted_p, test)
-        for method, (difference, p, test), adjusted_p in zip(others, tested, adjusted, strict=True)
-    ]
-
-
-def _check_methods(observations: Mapping[str, Clusters], reference: str) -> None:
     if reference not in observations:
         raise UserError(f"reference: {reference!r} is none of the methods {', '.join(map(repr, observations))}")
-    wanted = len(observations[reference])
+    base = observations[reference]
     for method, values in observations.items():
-        if len(values) != wanted:
+        if len(values) != len(base):
             raise UserError(
-                f"method {method!r} has {len(values)} prompts and {reference!r} has {wanted}; "
+                f"method {method!r} has {len(values)} prompts and {reference!r} has {len(base)}; "
                 "methods are compared on the same prompts"
             )
+    tested = {name: _tested(values, base, seed) for name, values in observations.items() if name != reference}
+    adjusted = holm([p for _, p, _ in tested.values()])
+    return [
+        Comparison(method, reference, difference, p, adjusted_p, test)
+        for (method, (difference, p, test)), adjusted_p in zip(tested.items(), adjusted, strict=True)
+    ]
 
 
 def _tested(values: Clusters, base: Clusters, seed: int) -> tuple[Estimate, float | None, str]:

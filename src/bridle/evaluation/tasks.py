@@ -7,8 +7,8 @@ local files. Bridle adds intervals, the counts of missing and truncated requests
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -114,7 +114,13 @@ def evaluate_tasks(
     if shots is not None and shots < 0:
         raise UserError(f"shots is {shots}; it cannot be below 0")
     names = expand(tasks, task_data)
-    with _quiet() as terminal, evaluating(model):
+    terminal = sys.stderr
+    with (  # lm-eval and `datasets` show bars for milliseconds of work, and warn of each request
+        only_errors("lm_eval", "transformers.tokenization_utils_base"),
+        open(os.devnull, "w") as nowhere,
+        redirect_stderr(nowhere),
+        evaluating(model),
+    ):
         loaded = [load_task(name, task_data, shots, limit) for name in names]
         lm = _Scorer(model, tokenizer, batch_size, guide, terminal)
         results = {task.name: _evaluate(lm, task, limit, seed) for task in loaded}
@@ -177,19 +183,18 @@ def _evaluate(lm: _Scorer, loaded: LoadedTask, limit: int | None, seed: int) -> 
     )
 
 
-def _accuracy(samples: Iterable[dict[str, Any]], metric: str) -> Estimate:
+def _accuracy(samples: Sequence[dict[str, Any]], metric: str) -> Estimate:
     correct = _correct(samples, metric)
     return estimate_proportion([one for one in correct if one is not None], missing=correct.count(None))
 
 
-def _correct(samples: Iterable[dict[str, Any]], metric: str) -> list[bool | None]:
-    """Whether each document is right; None where a likelihood is NaN, which `argmax` would choose as the answer."""
-    return [bool(sample[metric]) if _has_likelihoods(sample) else None for sample in samples]
+def _correct(samples: Sequence[dict[str, Any]], metric: str) -> list[bool | None]:
+    """Whether each document is right; None where a likelihood is NaN, which `argmax` would choose as the answer.
 
-
-def _has_likelihoods(sample: dict[str, Any]) -> bool:
-    # A choice that is ruled out (-inf) can be compared with the others; if all are, none is preferred.
-    return bool(np.isfinite(np.max([likelihood for likelihood, _ in sample["filtered_resps"]])))
+    A choice that is ruled out (-inf) can be compared with the others; if all are, none is preferred.
+    """
+    known = (np.isfinite(np.max([likelihood for likelihood, _ in sample["filtered_resps"]])) for sample in samples)
+    return [bool(sample[metric]) if likely else None for sample, likely in zip(samples, known, strict=True)]
 
 
 def _commonsense(results: Sequence[TaskResult]) -> TaskResult:
@@ -216,16 +221,3 @@ def _mean_of(rates: Sequence[Estimate]) -> Estimate:
     values, lows, highs = np.array(known, dtype=float).T
     mean, below, above = values.mean(), np.linalg.norm(values - lows), np.linalg.norm(highs - values)
     return Estimate(float(mean), float(mean - below / len(rates)), float(mean + above / len(rates)), n, missing)
-
-
-@contextmanager
-def _quiet() -> Iterator[Any]:
-    """Silences lm-eval and `datasets`: progress bars for milliseconds of work, a warning for each request.
-
-    Yields:
-        The stream for progress.
-    """
-    with only_errors("lm_eval", "transformers.tokenization_utils_base"), open(os.devnull, "w") as nowhere:
-        terminal = sys.stderr
-        with redirect_stderr(nowhere):
-            yield terminal

@@ -7,7 +7,7 @@ pair with a missing verdict in either order is excluded, because the other order
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, permutations, zip_longest
 from pathlib import Path
@@ -26,7 +26,7 @@ ASKED_AT_ONCE = 64  # comparisons between two writes to the file that keeps the 
 
 IDENTICAL = Verdict("tie", "the completions are equal")
 
-_POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
+_POINTS: dict[str | None, float] = {"first": 1.0, "tie": 0.5, "second": 0.0}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,6 @@ class Match:
         rate: mean score over the prompts; its interval resamples prompts. `missing` counts excluded pairs of
             completions.
         wins: pairs of completions with a score above 0.5.
-        ties: with a score of 0.5.
-        losses: with a score below 0.5.
         contradictions: ties in which the judge preferred the same position in both orders.
         identical: ties of equal completions, which the judge does not see.
     """
@@ -69,8 +67,7 @@ class WinRates(Result):
         position_bias: share of the verdicts other than ties for the first text; 0.5 without bias, since each pair is
             shown in both orders. Wilson's interval treats verdicts as independent and is too wide where they cancel.
         asked: number of requested verdicts.
-        missing: number of missing ones.
-        reasons: their number by reason, the most frequent first.
+        reasons: number of missing verdicts by reason, the most frequent first.
     """
 
     judge: str
@@ -125,7 +122,12 @@ def win_rates(
         RunStopped: more than a tenth of the verdicts are certain to be missing.
     """
     _check(prompts, completions)
-    games = list(_games(prompts, completions))
+    # Row by row, so that the verdicts of a run that stops are spread evenly over the methods.
+    games = [
+        _Game(row, first, second, Comparison(prompt, completions[first][row], completions[second][row]))
+        for row, prompt in enumerate(prompts)
+        for first, second in permutations(completions, 2)
+    ]
     asked = [game for game in games if game.texts.first != game.texts.second]
     verdicts = _ask(judge, asked, keep)
     by_order: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
@@ -136,15 +138,17 @@ def win_rates(
         match = _match(by_order[one, other], by_order[other, one], prompts, seed)
         matrix[one][other], matrix[other][one] = match, match.reversed()
     lengths = {method: [len(text.split()) for text in texts] for method, texts in completions.items()}
+    decided = [verdict.winner == "first" for verdict in verdicts.values() if verdict.winner in ("first", "second")]
     reasons = _reasons(verdicts.values())
+    missing = sum(reasons.values())
     return WinRates(
         judge=judge.name,
         pairs=len(prompts),
         matrix=matrix,
         mean_length={name: estimate_mean(_by_prompt(prompts, values), seed=seed) for name, values in lengths.items()},
-        position_bias=_position_bias(verdicts.values()),
+        position_bias=estimate_proportion(decided, missing=missing),
         asked=len(asked),
-        missing=sum(reasons.values()),
+        missing=missing,
         reasons=reasons,
     )
 
@@ -197,13 +201,6 @@ class _Game:
     texts: Comparison
 
 
-def _games(prompts: Sequence[str], completions: Mapping[str, Sequence[str]]) -> Iterator[_Game]:
-    # Row by row, so that the verdicts of a run that stops are spread evenly over the methods.
-    for row, prompt in enumerate(prompts):
-        for first, second in permutations(completions, 2):
-            yield _Game(row, first, second, Comparison(prompt, completions[first][row], completions[second][row]))
-
-
 def _ask(judge: Judge, games: Sequence[_Game], keep: Path | None) -> dict[_Game, Verdict]:
     verdicts: dict[_Game, Verdict] = {}
     with Progress(f"judging ({judge.name})", len(games), unit="verdicts") as progress:
@@ -249,7 +246,10 @@ def _reasons(verdicts: Iterable[Verdict]) -> dict[str, int]:
 def _match(one: Sequence[Verdict], other: Sequence[Verdict], prompts: Sequence[str], seed: int) -> Match:
     """The match of a method from the verdicts by row in which it is shown first, and those in which it is second."""
     both = list(zip(one, other, strict=True))
-    scores = [_score(*verdicts) for verdicts in both]
+    scores = [
+        None if shown.is_missing or swapped.is_missing else (_POINTS[shown.winner] + 1 - _POINTS[swapped.winner]) / 2
+        for shown, swapped in both
+    ]
     found = [score for score in scores if score is not None]
     clusters = _by_prompt(prompts, scores)
     return Match(
@@ -262,12 +262,6 @@ def _match(one: Sequence[Verdict], other: Sequence[Verdict], prompts: Sequence[s
     )
 
 
-def _score(shown_first: Verdict, shown_second: Verdict) -> float | None:
-    if shown_first.winner is None or shown_second.winner is None:
-        return None
-    return (_POINTS[shown_first.winner] + 1.0 - _POINTS[shown_second.winner]) / 2
-
-
 def _by_prompt(prompts: Sequence[str], values: Sequence[float | None]) -> list[list[float]]:
     """The values that are not missing, by prompt."""
     clusters: dict[str, list[float]] = defaultdict(list)
@@ -275,11 +269,6 @@ def _by_prompt(prompts: Sequence[str], values: Sequence[float | None]) -> list[l
         if value is not None:
             clusters[prompt].append(value)
     return list(clusters.values())
-
-
-def _position_bias(verdicts: Collection[Verdict]) -> Estimate:
-    decided = [verdict.winner == "first" for verdict in verdicts if verdict.winner in ("first", "second")]
-    return estimate_proportion(decided, missing=sum(verdict.is_missing for verdict in verdicts))
 
 
 def _check(prompts: Sequence[str], completions: Mapping[str, Sequence[str]]) -> None:
