@@ -9,13 +9,10 @@ from bridle.constraints.reading import Given
 
 
 class AsyncScoring:
-    """Scores outputs in a thread if the constraint `waits` for another host, and otherwise does nothing.
+    """Scores outputs in a thread, once each, if the constraint `waits` for another host; otherwise does nothing.
 
     A constraint that computes on this host would only slow down sampling. Leaving the context drops the batches that
     have not started.
-
-    Args:
-        constraint: called once for outputs of which it reads the same.
     """
 
     def __init__(self, constraint: Constraint):
@@ -34,11 +31,7 @@ class AsyncScoring:
             self._futures.append(self._pool.submit(self._score, new))
 
     def scores(self) -> dict[str, Score]:
-        """Waits for all scores, by the constraint's `key`.
-
-        Raises:
-            Exception: what the constraint raised.
-        """
+        """Waits for all scores, by the constraint's `key`; raises what the constraint raised."""
         return {key: score for future in self._futures for key, score in future.result().items()}
 
     def _score(self, outputs: dict[str, tuple[Given, str]]) -> dict[str, Score]:

@@ -77,6 +77,7 @@ class Constraint:
             lines "role: content". An output without a prompt is its completion alone.
         waits: whether scoring mostly waits for another host, so that other work can run meanwhile. Scoring must then
             work in a thread.
+        takes_messages: whether `_score` takes a chat as messages, rather than as lines of text.
         parts: the constraints whose scores it uses.
     """
 
@@ -85,6 +86,7 @@ class Constraint:
     variables: Variables = NO_VARIABLES
     reads: Reads = "completion"
     waits: bool = False
+    takes_messages: bool = True
     parts: Sequence["Constraint"] = ()
 
     def score(self, prompts: Sequence[Given] | None, completions: Sequence[str]) -> list[Score]:
@@ -154,11 +156,10 @@ class Constraint:
         """Returns what `reads` names of one output."""
         if self.reads == "completion":
             return completion
-        if self.reads == "chat":
-            return conversation(prompt, completion)
-        if isinstance(prompt, list):
-            return self._as_text(conversation(prompt, completion))
-        return (prompt or "") + completion
+        if self.reads != "chat" and not isinstance(prompt, list):
+            return (prompt or "") + completion
+        messages = conversation(prompt, completion)
+        return messages if self.reads == "chat" and self.takes_messages else self._as_text(messages)
 
     def _as_text(self, messages: Messages) -> str:
         return as_lines(messages)
@@ -208,14 +209,6 @@ def _as_float(raw: Any) -> float:
         return nan if isinstance(raw, str | bytes) else float(raw)
     except (TypeError, ValueError, OverflowError):
         return nan
-
-
-class TextConstraint(Constraint):
-    """A constraint that reads a chat as text."""
-
-    def _read(self, prompt: Given, completion: str) -> str | Messages:
-        read = super()._read(prompt, completion)
-        return read if isinstance(read, str) else self._as_text(read)
 
 
 Parts = Annotated[list[Constraint], Field(min_length=1)]

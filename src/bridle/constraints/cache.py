@@ -34,13 +34,10 @@ APPLICATION_ID = 0x42524C43  # marks our files in SQLite's header
 
 
 class ScoreCache:
-    """Labels by scorer and text; only a hash of these is stored.
+    """Labels by scorer and text, stored by hash in a file on a local disk; by default in `cache_folder()`.
 
     Each label is written as soon as it arrives. Processes that ask one scorer take turns, so that each finds the labels
-    of those before it. The file must lie on a local disk.
-
-    Args:
-        path: of the file; by default `scores.sqlite` in `cache_folder()`.
+    of those before it.
     """
 
     def __init__(self, path: str | Path | None = None):
@@ -52,25 +49,18 @@ class ScoreCache:
         return (cls() if cache is True else cls(cache)) if cache else None
 
     def check(self) -> None:
-        """Opens the file, and creates it if it is missing.
-
-        Raises:
-            UserError: it is damaged, another program's, or cannot be written.
-        """
+        """Opens or creates the file; raises UserError if it is damaged, another program's, or cannot be written."""
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
 
     def through(self, scorer: Mapping[str, Any], texts: Iterable[str], ask: Ask) -> Iterator[tuple[str, Outcome]]:
-        """Looks texts up and asks about those without a label.
+        """Yields (text, outcome) for each text, in any order; asks about those without a label, and stores these.
 
         Args:
             scorer: what decides its numbers, as JSON values.
             texts: without repetition.
             ask: called with the unknown texts.
-
-        Yields:
-            (text, outcome) for each text, in any order; reasons are not stored.
 
         Raises:
             UserError: as `check`, or from `ask`.
@@ -122,7 +112,7 @@ class ScoreCache:
 
 
 class Cached(Constraint):
-    """Another constraint, with its scores in a `ScoreCache`. Missing scores are not stored.
+    """Another constraint, with its scores, unless missing, in a `ScoreCache`.
 
     Args:
         constraint: scores texts that the cache does not hold.
@@ -166,12 +156,13 @@ class Cached(Constraint):
         outputs = dict(zip(keys, zip(prompts, completions, strict=True), strict=True))
 
         def ask(unknown: list[str]) -> Iterator[tuple[str, Outcome]]:
-            asked = [outputs[key] for key in unknown]
-            scores = self.constraint.score([prompt for prompt, _ in asked], [completion for _, completion in asked])
-            yield from zip(unknown, map(_as_outcome, scores), strict=True)
+            asked = zip(*(outputs[key] for key in unknown), strict=True)
+            for key, score in zip(unknown, self.constraint.score(*asked), strict=True):
+                yield key, score.reason if score.value is None else (score.value, float(score.complies or False))
 
         outcomes = dict(self.cache.through(self.identity(), outputs, ask))
-        return [_as_score(outcomes[key]) for key in keys]
+        found = [outcomes[key] for key in keys]
+        return [Score.missing(one) if isinstance(one, str) else Score(one[0], one[1] == 1.0) for one in found]
 
 
 def _prepare(database: sqlite3.Connection) -> None:
@@ -185,19 +176,6 @@ def _prepare(database: sqlite3.Connection) -> None:
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("CREATE TABLE labels (key BLOB PRIMARY KEY, label TEXT NOT NULL) WITHOUT ROWID")
     database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-
-
-def _as_outcome(score: Score) -> Outcome:
-    if score.value is None or score.complies is None:
-        return score.reason
-    return score.value, float(score.complies)
-
-
-def _as_score(outcome: Outcome) -> Score:
-    if isinstance(outcome, str):
-        return Score.missing(outcome)
-    value, complies = outcome
-    return Score(value, complies == 1.0)
 
 
 def _look_up(database: sqlite3.Connection, scorer_hash: "blake2b", texts: Iterable[str]) -> dict[str, Label]:

@@ -16,7 +16,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from bridle.constraints.base import Score, TextConstraint
+from bridle.constraints.base import Constraint, Score
 from bridle.constraints.deadline import batches, scored
 from bridle.constraints.options import Probability, Text, cause, checked
 from bridle.constraints.reading import Messages, Reads, as_lines
@@ -30,7 +30,7 @@ OVERLAP = 4  # a window shares 1/OVERLAP of its tokens with the one before it
 logger = logging.getLogger(__name__)
 
 
-class Classifier(TextConstraint):
+class Classifier(Constraint):
     """Scores a text by the probability P(label) of any `AutoModelForSequenceClassification`.
 
     The value is 1 − P(label) if the label means a violation, else P(label). P is a sigmoid for multi-label heads and
@@ -59,7 +59,7 @@ class Classifier(TextConstraint):
         UserError: from `load` and `score`: there is no such model, weight or label, or it is not a classifier.
     """
 
-    type_name = "classifier"
+    type_name, takes_messages = "classifier", False
 
     @checked
     def __init__(

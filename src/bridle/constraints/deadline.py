@@ -23,10 +23,9 @@ class TimedOut(Exception):  # noqa: N818 - an event, as `RunStopped` is
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """Runs `work` in a thread, and returns what it returns or raises what it raises.
+    """Runs `work` in a thread, and returns what it returns or raises what it raises; raises TimedOut if it is late.
 
-    Raises:
-        TimedOut: it takes longer. The thread cannot be stopped; it ends with the process at the latest.
+    The thread cannot be stopped then; it ends with the process at the latest.
     """
     done: Future[T] = Future()
 

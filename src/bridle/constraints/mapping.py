@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from types import NoneType
 from typing import Any
 
 import jmespath
@@ -26,8 +27,7 @@ YES_NO = {"yes": 1.0, "no": 0.0}
 class JsonMapping:
     """Maps texts to a request and a reply to numbers. The attributes are options of `Remote`.
 
-    Raises:
-        UserError: an option is missing, or options do not fit each other; it names the option.
+    Raises UserError, with the option's name, if one is missing or does not fit the others.
     """
 
     body: dict[str, Any]
@@ -46,7 +46,7 @@ class JsonMapping:
             json.dumps(self.body, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise UserError(f"body: is not JSON ({error}); put dates and the like in quotes") from error
-        strings = set(_strings(self.body))
+        strings = self._strings()
         for string in strings - {*PLACEHOLDERS}:
             if any(placeholder in string for placeholder in PLACEHOLDERS):
                 raise UserError(f"body: {string!r} pastes text together; a placeholder stands alone, wording in prompt")
@@ -70,7 +70,7 @@ class JsonMapping:
     @property
     def takes_messages(self) -> bool:
         """Whether the request holds a chat's messages."""
-        return "{messages}" in _strings(self.body)
+        return "{messages}" in self._strings()
 
     def settings(self) -> dict[str, Any]:
         """Returns the options that are set and decide the numbers."""
@@ -92,6 +92,11 @@ class JsonMapping:
             return [f"the reply holds {found} for {count} texts"] * count
         return [self._label(_search(self.score, entry)) for entry in entries]
 
+    def _strings(self) -> set[str]:
+        found: set[str] = set()
+        map_strings(self.body, found.add)
+        return found
+
     def _label(self, found: Any) -> Outcome:
         numbers = [_number(answer, self.answer) for answer in (found if isinstance(found, list) else [found])]
         label = tuple(number for number in numbers if number is not None)
@@ -104,8 +109,7 @@ class JsonMapping:
 class Scale:
     """The meaning of an endpoint's numbers. The attributes are options of `Remote`.
 
-    Raises:
-        UserError: the range is empty, or the threshold lies outside.
+    Raises UserError if the range is empty or the threshold lies outside.
     """
 
     range: tuple[float, float] = (0.0, 1.0)
@@ -145,9 +149,7 @@ class Scale:
 
 def _kind(found: Any) -> str:
     """Describes an answer's type without quoting it."""
-    if found is None:
-        return "null"
-    kinds = {bool: "true or false", str: "a text", list: "a list", dict: "a mapping"}
+    kinds = {NoneType: "null", bool: "true or false", str: "a text", list: "a list", dict: "a mapping"}
     return kinds.get(type(found), "a number of another kind")
 
 
@@ -169,17 +171,6 @@ def _search(expression: str, value: Any) -> Any:
         return jmespath.search(expression, value)
     except (JMESPathError, ArithmeticError, TypeError, RecursionError):
         return None  # the reply has another structure
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)
 
 
 def _number(answer: Any, kind: str) -> float | None:

@@ -13,7 +13,7 @@ from bridle.constraints.cache import CacheFile, Outcome, ScoreCache
 from bridle.constraints.deadline import batches
 from bridle.constraints.mapping import JsonMapping, Scale
 from bridle.constraints.options import Text, checked
-from bridle.constraints.reading import Given, Messages, Reads
+from bridle.constraints.reading import Messages, Reads
 from bridle.errors import UserError
 from bridle.utils.http import Endpoint, Reply, same_origin
 from bridle.utils.progress import Progress
@@ -138,7 +138,8 @@ class Remote(Constraint):
             self._endpoint = _build(Endpoint, options)
             self._endpoint.refuse_secrets(options | {"version": version, "name": name})
             self._mapping, self._scale = _build(JsonMapping, options), _build(Scale, options)
-            if self._mapping.takes_messages and reads != "chat":
+            self.takes_messages = self._mapping.takes_messages
+            if self.takes_messages and reads != "chat":
                 raise UserError(f"reads: is {reads}, but the body holds '{{messages}}', which needs reads: chat")
         except UserError as error:
             raise UserError(f"constraint 'remote': {error}") from error
@@ -168,10 +169,6 @@ class Remote(Constraint):
         own = {"batch_size": self._mapping.batch_size, "api_key_header": self._endpoint.api_key_header}
         optional = {"preset": self.preset, "api_key_env": self._endpoint.api_key_env}
         return self.identity() | self._scale.settings() | own | {k: v for k, v in optional.items() if v is not None}
-
-    def _read(self, prompt: Given, completion: str) -> str | Messages:
-        read = super()._read(prompt, completion)
-        return read if isinstance(read, str) or self._mapping.takes_messages else self._as_text(read)
 
     def _score(self, outputs: list[str | Messages]) -> list[Score]:
         keys = [output if isinstance(output, str) else dumps(output, sort_keys=True) for output in outputs]

@@ -12,7 +12,7 @@ from typing import Any
 import regex
 from pydantic import PositiveFloat
 
-from bridle.constraints.base import Score, TextConstraint
+from bridle.constraints.base import Constraint, Score
 from bridle.constraints.deadline import TimedOut, batches
 from bridle.constraints.options import Text, cause, checked
 from bridle.constraints.reading import Reads
@@ -22,9 +22,10 @@ from bridle.utils.progress import Progress
 SHORTEST = 1e-3  # seconds; a timeout of 0 would mean none
 
 
-class _Unmatched(TextConstraint):
+class _Unmatched(Constraint):
     """Searches texts for an expression, each batch within `timeout` seconds; texts not searched by then are missing."""
 
+    takes_messages = False
     timeout: float
     _regex: regex.Pattern[str]
 

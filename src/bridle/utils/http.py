@@ -149,12 +149,7 @@ class Endpoint:
         return bool(self._key())
 
     def refuse_secrets(self, value: Any, where: str = "") -> None:
-        """Checks that no setting of a recipe is a secret.
-
-        Raises:
-            UserError: a string holds a secret of the environment, or its name is that of a secret; the message does
-                not quote it.
-        """
+        """Raises UserError, without quoting it, if a setting holds a secret of the environment or is named like one."""
         advice = "put it into an environment variable, and name that in api_key_env"
         if isinstance(value, Mapping):
             for name, inner in value.items():
@@ -165,23 +160,23 @@ class Endpoint:
             for inner in value:
                 self.refuse_secrets(inner, where)
         elif isinstance(value, str):
-            for name in os.environ:
-                if (name == self.api_key_env or SECRET_VARIABLE.fullmatch(name)) and _holds(value, name):
+            for name, secret in os.environ.items():
+                is_secret = name == self.api_key_env or SECRET_VARIABLE.fullmatch(name)
+                if is_secret and len(secret.strip()) >= SHORTEST_KEY and secret.strip() in value:
                     raise UserError(f"{where}: holds the secret that is in {name}; {advice}")
 
     def ask(self, bodies: Sequence[Any]) -> Iterator[tuple[int, Reply]]:
-        """Sends every body, several at a time.
+        """Sends every body, several at a time, and yields (its index, its reply) for each, as they come.
 
         Stops sending once the endpoint has refused the key, or `GIVE_UP_AFTER` requests in a row have failed.
-
-        Yields:
-            (the body's index, its reply), one for each body, as they come.
 
         Raises:
             UserError: after the last reply: the endpoint refuses the key or does not know the address.
         """
         stop, failed, denied = _Stop(), 0, 0
-        with self._client() as client, ThreadPoolExecutor(self.concurrency) as pool:
+        timeout, proxies = httpx2.Timeout(self.timeout, pool=None), not _is_local(self.url)
+        client = httpx2.Client(timeout=timeout, follow_redirects=False, trust_env=proxies)
+        with client, ThreadPoolExecutor(self.concurrency) as pool:
             futures = {pool.submit(self._ask, client, body, stop): index for index, body in enumerate(bodies)}
             try:
                 for future in as_completed(futures):
@@ -200,10 +195,6 @@ class Endpoint:
             raise UserError(
                 f"{self.url} {DENIED[denied]} (HTTP {denied}); check the URL and the model it is asked for, and {key}"
             )
-
-    def _client(self) -> httpx2.Client:
-        timeout = httpx2.Timeout(self.timeout, pool=None)
-        return httpx2.Client(timeout=timeout, follow_redirects=False, trust_env=not _is_local(self.url))
 
     def _ask(self, client: httpx2.Client, body: Any, stop: "_Stop") -> Reply:
         reply = None
@@ -312,11 +303,6 @@ def _is_local(url: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _holds(text: str, variable: str) -> bool:
-    secret = os.environ[variable].strip()
-    return len(secret) >= SHORTEST_KEY and secret in text
 
 
 def _seconds(retry_after: str) -> float:
