@@ -14,7 +14,6 @@ from reference_losses import sparse_kl_divergence
 
 VOCABULARY, K = 50, 8
 ROWS = [[5, 6, 7, 8, 9], [5, 6], [0, 0, 0], [7, 8, 9, 10]]
-PROVENANCE = {"model_hash": "8f3a", "regulariser": "forum", "round": 2}
 
 
 @pytest.fixture
@@ -31,9 +30,9 @@ def keys_of(rows, pad=0):
     return row_keys(ids, attention, attention[:, 1:].bool())
 
 
-def written(batch, path=None, k=K, **options):
+def written(batch, path=None, k=K):
     keys, log_q, mask = batch
-    writer = TargetWriter(path, k, VOCABULARY, PROVENANCE, **options)
+    writer = TargetWriter(path, k, VOCABULARY)
     writer.add(keys[:2], sparse_target(log_q[:4], k), mask[:2])
     writer.add(keys[2:], sparse_target(log_q[4:], k), mask[2:])
     return writer.close()
@@ -64,7 +63,7 @@ class TestCache:
         assert torch.equal(found.indices, target.indices)
         torch.testing.assert_close(found.log_buckets, target.log_buckets, rtol=1e-3, atol=2e-3)
         torch.testing.assert_close(found.log_buckets.exp().sum(-1), torch.ones(9))
-        assert (cache.k, cache.vocabulary, cache.provenance) == (K, VOCABULARY, PROVENANCE)
+        assert (cache.k, cache.vocabulary) == (K, VOCABULARY)
         assert len(cache) == 4
 
     def test_in_another_order_and_padding(self, batch):
@@ -121,7 +120,7 @@ class TestCache:
         cache = written(batch)
         shipped = TargetCache(cache.buffer.to_pybytes())
         assert torch.equal(shipped.gather(keys, mask).log_buckets, cache.gather(keys, mask).log_buckets)
-        assert shipped.provenance == PROVENANCE
+        assert shipped.vocabulary == VOCABULARY
 
     def test_between_processes_it_is_its_bytes_or_the_path_of_its_file(self, batch, tmp_path):
         keys, _, mask = batch
@@ -203,13 +202,6 @@ class TestWholeOrNotThere:
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match="cannot be written"):
             TargetWriter(tmp_path / "file" / "targets.arrow", K, VOCABULARY)
-
-    def test_targets_of_another_model_are_refused(self, batch, tmp_path):
-        path = tmp_path / "targets.arrow"
-        written(batch, path)
-        assert len(TargetCache.open(path, PROVENANCE)) == 4
-        with pytest.raises(UserError, match="made for round 2, not 3; delete it to make it anew"):
-            TargetCache.open(path, {**PROVENANCE, "round": 3})
 
     def test_rows_that_were_not_written_are_refused(self, batch):
         keys, _, mask = batch

@@ -1,7 +1,7 @@
 """Prompts to sample from: prefixes of a domain's rows, the turns before an assistant's turn, or a file of prompts."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any
@@ -67,13 +67,19 @@ def prompts_from_domain(
         raise UserError(f"prompt_tokens: {prompt_tokens} must be two lengths, the shorter first")
     rng, chats = np.random.default_rng(seed), holds_chats(tokenized)
     ends = {tokenizer.eos_token_id, *end_tokens}
+
+    def prompt_of(index: int) -> Prompt | None:
+        row = tokenized[index]
+        if chats:
+            return _chat_prompt(row, row.get(ROW, index + 1), rng, tokenizer, max_prompt_tokens)
+        masked = sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
+        ids = row["input_ids"][: masked or _prefix_length(row["input_ids"], prompt_tokens, rng, tokenizer, ends)]
+        return Prompt(tokenizer.decode(ids, skip_special_tokens=True), ids)
+
     prompts: list[Prompt] = []
     while len(prompts) < n:
-        if chats:
-            found = _chat_prompts(tokenized, rng, tokenizer, max_prompt_tokens)
-        else:
-            found = _prefixes(tokenized, prompt_tokens, rng, tokenizer, ends)
-        fitting = (prompt for prompt in found if prompt.ids and _fits(prompt.ids, max_prompt_tokens))
+        found = (prompt_of(int(index)) for index in rng.permutation(len(tokenized)))
+        fitting = (prompt for prompt in found if prompt and prompt.ids and _fits(prompt.ids, max_prompt_tokens))
         drawn = list(islice(fitting, n - len(prompts)))
         if not drawn:
             raise UserError(_no_prompt(chats, prompt_tokens, max_prompt_tokens))
@@ -91,47 +97,33 @@ def _no_prompt(chats: bool, prompt_tokens: tuple[int, int | None], most: int | N
     return f"prompt_tokens: no row holds a prompt of {reach} tokens{limit}"
 
 
-def _prefixes(
-    tokenized: Dataset,
-    prompt_tokens: tuple[int, int | None],
-    rng: np.random.Generator,
-    tokenizer: PreTrainedTokenizerBase,
-    end_tokens: Collection[int],
-) -> Iterator[Prompt]:
-    """Yields the prompt of each row once, in random order; an empty one if the row has none."""
-    for index in rng.permutation(len(tokenized)):
-        row = tokenized[int(index)]
-        masked = sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
-        ids = row["input_ids"]
-        prompt = ids[: masked or _prefix_length(ids, prompt_tokens, rng, tokenizer.bos_token_id, end_tokens)]
-        yield Prompt(tokenizer.decode(prompt, skip_special_tokens=True), prompt)
-
-
 def _prefix_length(
     ids: Sequence[int],
     prompt_tokens: tuple[int, int | None],
     rng: np.random.Generator,
-    bos_token_id: int | None,
+    tokenizer: PreTrainedTokenizerBase,
     end_tokens: Collection[int],
 ) -> int:
     """The length of a random prefix that leaves a token of the row's first text; 0 if there is none."""
-    bos = int(ids[0] == bos_token_id)
+    bos = int(ids[0] == tokenizer.bos_token_id)
     end = next((place for place, token in enumerate(ids) if place >= bos and token in end_tokens), len(ids))
     shortest = max(prompt_tokens[0] + bos, 1)
     longest = end - 1 if prompt_tokens[1] is None else min(prompt_tokens[1] + bos, end - 1)
     return int(rng.integers(shortest, longest + 1)) if shortest <= longest else 0
 
 
-def _chat_prompts(
-    rows: Dataset, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, longest: int | None
-) -> Iterator[Prompt]:
-    """Yields the turns before one of the assistant's, once for each chat that has one, in random order."""
-    for index in rng.permutation(len(rows)):
-        values = rows[int(index)]
-        turns, answers = conversation(values)
-        if answers:
-            number = values.get(ROW, int(index) + 1)
-            yield _chat(turns[: rng.choice(answers)], values, number, tokenizer, longest, f"row {number}")
+def _chat_prompt(
+    values: dict[str, Any],
+    number: int,
+    rng: np.random.Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int | None,
+) -> Prompt | None:
+    """The turns before a random one of the assistant's; None if the chat has none."""
+    turns, answers = conversation(values)
+    if not answers:
+        return None
+    return _chat(turns[: rng.choice(answers)], values, number, tokenizer, longest, f"row {number}")
 
 
 def _chat(

@@ -5,7 +5,7 @@ it is bytes for an object store. A row is found by its tokens, whatever its orde
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
@@ -33,7 +33,8 @@ def row_keys(input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> list[in
     """
     lengths = attention_mask.sum(-1).tolist()
     rows = zip(input_ids.cpu().to(torch.int32).numpy(), mask.cpu().numpy(), lengths, strict=True)
-    return [_hash(ids[:length], counted[: length - 1]) for ids, counted, length in rows]
+    contents = (ids[:length].tobytes() + counted[: length - 1].tobytes() for ids, counted, length in rows)
+    return [int.from_bytes(blake2b(content, digest_size=8).digest(), "little") for content in contents]
 
 
 def bytes_per_token(k: int, vocabulary: int) -> int:
@@ -51,15 +52,14 @@ class TargetWriter:
         path: the file; None keeps the cache in memory.
         k: tokens of a target, as in `sparse_target`.
         vocabulary: its size; up to 65,536 tokens an index takes two bytes, beyond that four.
-        provenance: what the targets were made from (model hash, regulariser, round), JSON values.
 
     Raises:
         UserError: the file cannot be written.
     """
 
-    def __init__(self, path: str | Path | None, k: int, vocabulary: int, provenance: Mapping[str, Any] | None = None):
+    def __init__(self, path: str | Path | None, k: int, vocabulary: int):
         self.path = None if path is None else Path(path)
-        about = {"k": min(k, vocabulary), "vocabulary": vocabulary, "provenance": dict(provenance or {})}
+        about = {"k": min(k, vocabulary), "vocabulary": vocabulary}
         self.schema = _schema(vocabulary).with_metadata({FORMAT: json.dumps(about)})
         self._file, self._sink = ExitStack(), pa.BufferOutputStream()
         if self.path is not None:
@@ -117,7 +117,7 @@ class TargetCache:
     Attributes:
         path: the file that is mapped, if any.
         buffer: the bytes, to ship: `TargetCache(cache.buffer)` is the same cache.
-        k, vocabulary, provenance: as in `TargetWriter`.
+        k, vocabulary: as in `TargetWriter`.
 
     Raises:
         UserError: the bytes are not a whole cache.
@@ -131,39 +131,31 @@ class TargetCache:
             self.table, about = _table(self.buffer)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{name}: not a whole cache of targets ({first_line(error)}); delete it") from error
-        self.k, self.vocabulary, self.provenance = about["k"], about["vocabulary"], about["provenance"]
-        keys = self.table["key"].to_numpy()
-        self._order = np.argsort(keys)
-        self._keys = keys[self._order]
+        self.k, self.vocabulary = about["k"], about["vocabulary"]
+        self._rows = {key: row for row, key in enumerate(self.table["key"].to_pylist())}
 
     @classmethod
-    def open(cls, path: str | Path, provenance: Mapping[str, Any] | None = None) -> "TargetCache":
+    def open(cls, path: str | Path) -> "TargetCache":
         """Memory-maps a cache on disk.
 
-        Args:
-            provenance: what the cache must have been made from; None accepts any.
-
         Raises:
-            UserError: there is no cache, a broken one, or one made from something else.
+            UserError: there is no whole cache.
         """
         try:
             cache = cls(pa.memory_map(str(path)).read_buffer(), str(path))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
         cache.path = Path(path).resolve()
-        for key, expected in (provenance or {}).items():
-            if (found := cache.provenance.get(key)) != expected:
-                raise UserError(f"{path}: made for {key} {found!r}, not {expected!r}; delete it to make it anew")
         return cache
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (TargetCache, (self.buffer,)) if self.path is None else (TargetCache.open, (self.path,))
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.table)
 
     def __contains__(self, key: int) -> bool:
-        return self._find(key) is not None
+        return key in self._rows
 
     def gather(self, keys: Sequence[int], mask: Tensor) -> SparseTarget:
         """The targets of a batch over [prefixes, k] tokens, row after row, on the mask's device.
@@ -185,16 +177,11 @@ class TargetCache:
 
     def _row(self, key: int, prefixes: int) -> int:
         """The row of a key; it must have this many prefixes."""
-        row = self._find(key)
-        if row is None:
+        if (row := self._rows.get(key)) is None:
             raise UserError(f"{self.name}: holds no target for a row of the batch; it was made for other rows")
         if (found := len(self.table["log_rest"][row])) != prefixes:
             raise UserError(f"{self.name}: a row has {found} prefixes here and {prefixes} in the batch; make it anew")
         return row
-
-    def _find(self, key: int) -> int | None:
-        place = int(np.searchsorted(self._keys, np.uint64(key)))
-        return int(self._order[place]) if place < len(self) and self._keys[place] == key else None
 
     def _read(self, column: str, rows: Sequence[int]) -> Tensor:
         """The values of a column in some rows, concatenated."""
@@ -231,7 +218,3 @@ def _lists(values: Tensor, lengths: np.ndarray) -> pa.ListArray:
     """Concatenated values as one list of `lengths[i]` values for each row i."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values.flatten().numpy()))
-
-
-def _hash(ids: np.ndarray, counted: np.ndarray) -> int:
-    return int.from_bytes(blake2b(ids.tobytes() + counted.tobytes(), digest_size=8).digest(), "little")

@@ -6,6 +6,7 @@ of its own ("a separate network"), which reads tokens instead of those hidden st
 
 import os
 from copy import deepcopy
+from dataclasses import field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ FINGERPRINT = 256  # numbers of each parameter
 class AuxiliaryConfig(PreTrainedConfig):
     """Shape of an auxiliary model.
 
-    Args:
+    Attributes:
         hidden_size, vocab_size: those of the model that it guides.
         depth: residual blocks in the trunk.
         expansion: inner width of a block, in multiples of `hidden_size`.
@@ -38,25 +39,13 @@ class AuxiliaryConfig(PreTrainedConfig):
 
     model_type = "bridle-auxiliary"
 
-    def __init__(
-        self,
-        hidden_size: int = 0,
-        vocab_size: int = 0,
-        depth: int = 1,
-        expansion: float = 2.0,
-        head_rank: int | None = None,
-        network: dict[str, Any] | None = None,
-        provenance: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ):
-        self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
-        self.depth = depth
-        self.expansion = expansion
-        self.head_rank = head_rank
-        self.network = network
-        self.provenance = provenance or {}
-        super().__init__(**kwargs)
+    hidden_size: int = 0
+    vocab_size: int = 0
+    depth: int = 1
+    expansion: float = 2.0
+    head_rank: int | None = None
+    network: dict[str, Any] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 class Block(nn.Module):

@@ -82,10 +82,7 @@ class PushesModel:
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
-        """Saves the model to `model/` in the output folder and pushes it, as in `transformers`.
-
-        Writes a card of what the trainer knows, unless there is one.
-        """
+        """Saves the model to `model/` in the output folder, with a card unless there is one, and pushes it."""
         folder = Path(self.args.output_dir) / "model"
         self.save_model(str(folder), _internal_call=True)
         if self.is_world_process_zero() and not (folder / CARD_FILE).exists():
