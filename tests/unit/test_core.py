@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributions import Bernoulli
 
 from bridle.core.calibration import calibration
 from bridle.core.decomposition import consistency_loss, future_weights, label_loss, log_target
+from bridle.core.output_layer import OutputLayer
 from bridle.core.tokens import (
     IGNORE,
     completion_positions,
@@ -240,6 +242,33 @@ class TestDecomposition:
         total, count = consistency_loss(r_logits, r_taken, log_p, mask)
         assert count == 1
         torch.testing.assert_close(consistency_loss(r_logits, changed, log_p, mask)[0], total)
+
+
+class TestOutputLayer:
+    @pytest.mark.parametrize(
+        ("config", "by_hand"),
+        [
+            ({}, lambda logits: logits),
+            ({"logits_scaling": 4.0}, lambda logits: logits / 4),
+            ({"logit_scale": 0.3}, lambda logits: 0.3 * logits),
+            ({"final_logit_softcapping": 2.0}, lambda logits: 2 * (logits / 2).tanh()),
+        ],
+    )
+    @pytest.mark.parametrize("bias", [None, torch.tensor([0.5, -1.0, 2.0])])
+    def test_logits_are_scaled_and_capped(self, config, by_hand, bias):
+        weight, states = torch.randn(3, 5), torch.randn(2, 5)
+        logits = states @ weight.T + (0 if bias is None else bias)
+        layer = OutputLayer(weight, bias, SimpleNamespace(**config))
+        torch.testing.assert_close(layer(states), by_hand(logits))
+
+    @pytest.mark.parametrize("copy", [False, True])
+    def test_detached_it_has_the_same_values_and_no_graph(self, copy):
+        layer = OutputLayer(torch.randn(3, 5, requires_grad=True), torch.randn(3, requires_grad=True))
+        for mine, other in zip((layer.weight, layer.bias), vars(layer.detach(copy=copy)).values(), strict=False):
+            assert torch.equal(mine, other)
+            assert not other.requires_grad
+            assert (mine.data_ptr() == other.data_ptr()) == (not copy)
+        assert OutputLayer(layer.weight, None).detach().bias is None
 
 
 class TestCalibration:
