@@ -16,6 +16,8 @@ from bridle.models.loading import load_model, load_tokenizer
 from bridle.training import regulariser_set, setup
 from bridle.training.batches import NO_DOMAIN, Prefixes, append_rollouts
 from bridle.training.config import EvalOptions, Regulariser
+from bridle.training.evaluating import EvaluatedTrainer
+from bridle.training.precomputed import PrecomputedTargets
 from bridle.training.regulariser_set import RegulariserSet
 from bridle.training.trainer import ConstrainedTrainer
 from chats import CHATS, TEMPLATES, chat_folder
@@ -299,6 +301,8 @@ def test_an_evaluation_asks_the_constraints_of_their_own_domains(tiny_folder, tm
     trainer = trainer_of(tiny_folder(), tmp_path, held, rows, eval_options=options, eval_strategy="epoch")
     assert asked == [(["rude", "other"], [NO_E, SHARE_OF_E])]
     assert set(trainer.eval_dataset) == set(rows)
+    assert trainer.schedule.evaluates
+    assert not trainer_of(tiny_folder(), tmp_path, held, rows).schedule.evaluates
 
 
 def test_a_loss_is_logged_as_missing_where_a_part_of_it_is_not_finite(tiny_folder, tmp_path):
@@ -338,3 +342,37 @@ def test_trl_is_shown_a_chat_where_only_the_assistant_is_learnt(assistant_only):
     rows = {"text": Dataset.from_dict({"text": ["a kettle"]}), "talk": Dataset.from_dict({"messages": CHATS[:1]})}
     shown = setup.example_of(rows, SimpleNamespace(assistant_only_loss=assistant_only))
     assert shown is rows["talk" if assistant_only else "text"]
+
+
+@pytest.mark.parametrize(("multiple", "time"), [(None, 9), (4, 12)])
+def test_rollouts_become_rows_of_the_batch(tiny_folder, tmp_path, monkeypatch, multiple, time):
+    held = {"rude": Regulariser(NO_E, kl_on="both", anchor="previous")}
+    trainer = trainer_of(tiny_folder(), tmp_path, held, max_length=7, pad_to_multiple_of=multiple)
+    trainer.regularisers[0].is_fitted = True
+    trainer.regularisers[0].rollouts = [rollout([1] * 4, [2] * 5)]
+    monkeypatch.setattr(EvaluatedTrainer, "training_step", lambda self, model, inputs, items: inputs["input_ids"].shape)
+    rows = [trainer.train_dataset[index] for index in range(4)]
+    rude = sum(row["domain"] for row in rows)
+    batch = trainer.data_collator(rows)
+    trainer.get_batch_samples(iter([dict(batch)]), 1, torch.device("cpu"))
+    assert 0 < rude < 4
+    assert trainer.training_step(trainer.model, dict(batch)) == (4 + rude, time)
+    assert trainer._total_train_tokens == batch["attention_mask"].sum() + 9 * rude
+    without = trainer.training_step(trainer.model, dict(batch))
+    assert without == batch["input_ids"].shape, "they ride along once"
+
+
+@pytest.mark.parametrize("targets", ["computed", "precomputed"])
+def test_targets_are_made_ahead_where_asked(tiny_folder, tmp_path, targets):
+    held = {"rude": Regulariser(NO_E, anchor="previous")}
+    trainer = trainer_of(tiny_folder(), tmp_path, held, targets=targets)
+    made_by = [one for one in trainer.callback_handler.callbacks if isinstance(one, PrecomputedTargets)]
+    assert len(made_by) == (targets == "precomputed")
+
+
+def test_one_token_is_a_mean_of_itself(tiny_folder, tmp_path):
+    trainer = trainer_of(tiny_folder(), tmp_path, {})
+    batch = trainer.data_collator([{"input_ids": [1, 5], "labels": [1, 5], "domain": 0}])
+    loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+    log_p = trainer.model(input_ids=torch.tensor([[1]])).logits[0, 0].log_softmax(-1)
+    torch.testing.assert_close(loss, -log_p[5])
