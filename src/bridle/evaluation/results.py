@@ -108,6 +108,6 @@ def _is_whole_number(_: Any, value: Any) -> bool:
 
 def _explained(error: ValidationError) -> str:
     """What is wrong, in one line, and the schema's description of the place."""
-    said = error.schema.get("description") if isinstance(error.schema, dict) else None
+    description = error.schema.get("description") if isinstance(error.schema, dict) else None
     message = shorten(error.message, LONGEST_MESSAGE, placeholder=" ...")
-    return f"{message} ({said.rstrip('.')})" if said else message
+    return f"{message} ({description.rstrip('.')})" if description else message
