@@ -1,4 +1,4 @@
-"""A real HTTP server on the loopback interface that gives the answers, and makes the faults, it is told."""
+"""A real HTTP server on the loopback interface that gives scripted answers and faults."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""Labels on disk: paid for once, by however many processes, and never wrong."""
+"""Labels on disk: asked for once, by any number of processes, and never wrong."""
 
 import multiprocessing
 import os
@@ -131,7 +131,7 @@ def test_simultaneous_writers_lose_nothing(tmp_path):
         assert found == {text: (number, float(text.split()[1])) for text in TEXTS}
 
 
-def test_a_killed_process_keeps_what_it_paid_for(server, remote):
+def test_a_killed_process_keeps_its_labels(server, remote):
     server.answer = lambda request: time.sleep(0.02) or ok({"rude": 0.3})
     process = FORK.Process(target=values, args=(remote(concurrency=1),))
     process.start()
@@ -155,7 +155,7 @@ class TestAFileThatIsNone:
 
     def test_no_database(self, remote, tmp_path):
         path = tmp_path / "labels.sqlite"
-        path.write_text("notes of somebody's\n" * 100)
+        path.write_text("notes\n" * 100)
         self.refused(remote(), path, "not a database")
 
     def test_another_programs_database(self, remote, tmp_path):

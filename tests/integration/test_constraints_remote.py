@@ -159,7 +159,7 @@ def test_a_passing_fault_costs_a_retry_and_no_label(server, remote, fault):
     assert len(server.requests) == 2
 
 
-def test_a_refused_key_stops_the_scoring_and_keeps_what_was_paid_for(server, remote, tmp_path):
+def test_a_refused_key_stops_the_scoring_and_keeps_the_labels(server, remote, tmp_path):
     constraint = remote(cache=str(tmp_path / "labels.sqlite"), concurrency=1)
     server.script.extend([ok({"rude": 0.2}), error(401, "no credit")])
     with pytest.raises(UserError, match="refuses the key"):
@@ -322,7 +322,7 @@ def test_a_description_builds_the_same_again(remote):
         ({"retrys": 3}, "there is no key 'retrys'; did you mean retries"),
     ],
 )
-def test_a_mistake_is_told_when_the_recipe_is_read(change, message):
+def test_a_mistake_is_reported_when_the_recipe_is_read(change, message):
     spec = {key: value for key, value in {**PLAIN, "url": "https://host", **change}.items() if value is not None}
     with pytest.raises(UserError, match=re.escape(message)):
         build_constraint(spec)

@@ -117,19 +117,19 @@ def test_it_obeys_retry_after(server, endpoint, header, least, most):
     assert least <= slept <= most
 
 
-def test_others_wait_too_when_one_is_told_to(server, endpoint):
+def test_all_requests_wait_when_one_is_asked_to(server, endpoint):
     server.script.append(error(429, headers={"Retry-After": "7"}))
     endpoint = endpoint(concurrency=1, retries=0)
-    told, other = ask(endpoint, 1, 2)
-    assert (told.fault, other.value) == ("HTTP 429", GOOD)
+    first, other = ask(endpoint, 1, 2)
+    assert (first.fault, other.value) == ("HTTP 429", GOOD)
     assert endpoint.slept == [pytest.approx(7, abs=1)]
 
 
 def test_a_server_that_asks_for_a_day_is_given_up(server, endpoint):
     server.script.append(error(429, "come back tomorrow", headers={"Retry-After": "86400"}))
     endpoint = endpoint(concurrency=1)
-    told, other = ask(endpoint, 1, 2)
-    assert told.fault == "HTTP 429"
+    first, other = ask(endpoint, 1, 2)
+    assert first.fault == "HTTP 429"
     assert re.fullmatch(r"not sent: the endpoint asks for a pause of 86\d+ seconds", other.fault)
     assert endpoint.slept == []
     assert len(server.requests) == 1
@@ -161,7 +161,7 @@ def test_so_many_are_under_way_at_a_time(server, endpoint):
     assert most == 3
 
 
-def test_a_server_that_only_fails_is_left_alone(server, endpoint):
+def test_a_server_that_only_fails_gets_no_further_requests(server, endpoint):
     server.answer = lambda request: error(500, "down")
     replies = ask(endpoint(retries=0, concurrency=1), *range(200))
     assert all(reply.fault for reply in replies)

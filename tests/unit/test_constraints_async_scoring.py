@@ -37,7 +37,7 @@ def test_asking_does_not_wait_and_each_text_is_asked_once():
     assert constraint.asked == ["tea", "mint", "sage"]
 
 
-def test_one_that_computes_here_is_left_alone():
+def test_a_constraint_that_computes_on_this_host_is_not_called():
     constraint = Distant()
     constraint.waits = False
     with AsyncScoring(constraint) as scoring:

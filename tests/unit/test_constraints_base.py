@@ -9,7 +9,7 @@ from bridle.errors import UserError
 
 
 class Fixed(Constraint):
-    """Gives what it is told, whatever the texts."""
+    """Returns fixed scores for any texts."""
 
     def __init__(self, raw, name="fixed"):
         self.raw, self.name, self.loaded = raw, name, False

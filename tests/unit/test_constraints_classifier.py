@@ -380,7 +380,7 @@ def make_causal(folder):
         (overwrite("tokenizer.json"), "its tokenizer: JSONDecodeError"),
     ],
 )
-def test_a_folder_that_is_no_whole_classifier_is_told_in_one_line(tmp_path, network, damage, message):
+def test_an_incomplete_classifier_is_reported_in_one_line(tmp_path, network, damage, message):
     folder = save(tmp_path / "model", network, word_tokenizer())
     damage(tmp_path / "model")
     with pytest.raises(UserError, match=message) as error:
@@ -389,7 +389,7 @@ def test_a_folder_that_is_no_whole_classifier_is_told_in_one_line(tmp_path, netw
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_device_is_told(folder):
+def test_an_unknown_device_is_reported(folder):
     with pytest.raises(UserError, match="abacus"):
         Classifier(folder, "calm", device="abacus").load()
 

@@ -73,7 +73,7 @@ def test_a_function_may_sit_inside_a_class(scorers):
         ("some file:score", "ValueError"),
     ],
 )
-def test_what_cannot_be_imported_is_told_in_one_line(scorers, function, message):
+def test_what_cannot_be_imported_is_reported_in_one_line(scorers, function, message):
     function = function.format(scorers=scorers)
     constraint = PythonFunction(function)
     with pytest.raises(UserError, match=message) as error:
@@ -83,7 +83,7 @@ def test_what_cannot_be_imported_is_told_in_one_line(scorers, function, message)
 
 
 @pytest.mark.parametrize("line", ["raise RuntimeError('boom')", "import sys; sys.exit(0)", "def (:"])
-def test_a_module_that_fails_when_imported_is_told(tmp_path, monkeypatch, line):
+def test_a_module_that_fails_when_imported_is_reported(tmp_path, monkeypatch, line):
     name = f"failing_{abs(hash((tmp_path, line)))}"
     (tmp_path / f"{name}.py").write_text(line)
     monkeypatch.syspath_prepend(tmp_path)
@@ -97,7 +97,7 @@ def test_an_exception_in_the_call_names_the_function_and_the_cause(scorers):
     assert "\n" not in str(error.value)
 
 
-def test_a_function_that_raises_or_leaves_is_told_with_its_line(scorers, tmp_path):
+def test_a_function_that_raises_or_exits_is_reported_with_its_line(scorers, tmp_path):
     for name, raised in (("broken", "KeyError: 'first line"), ("leaves", "SystemExit: 3")):
         with pytest.raises(UserError) as caught:
             PythonFunction(f"{scorers}:{name}").score(None, ["a"])

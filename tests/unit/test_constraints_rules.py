@@ -15,7 +15,7 @@ def test_regex_complies_where_nothing_matches():
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{2,1}", "[z-a]", "a{99999999999999999999}", ""])
-def test_a_bad_pattern_is_told_in_one_line(pattern):
+def test_a_bad_pattern_is_reported_in_one_line(pattern):
     with pytest.raises(UserError, match="'regex'") as error:
         Regex(pattern)
     assert "\n" not in str(error.value)

@@ -139,7 +139,7 @@ def test_the_examples_of_the_page_are_constraints(tmp_path, monkeypatch):
         (None, "constraint None: is no mapping"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(spec, message):
+def test_a_mistake_is_reported_in_one_line(spec, message):
     with pytest.raises(UserError, match=message) as error:
         build_constraint(spec)
     assert "\n" not in str(error.value)

@@ -74,7 +74,7 @@ class TestRowLimit:
             (RunStopped("runs/a: memory ran out where no batch could be smaller"), False),
         ],
     )
-    def test_out_of_memory_is_told_from_other_errors(self, error, expected):
+    def test_out_of_memory_is_distinguished_from_other_errors(self, error, expected):
         assert is_out_of_memory(error) is expected
 
     def test_a_cpu_that_has_no_memory_says_so(self):
@@ -113,7 +113,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", [*WRITERS])
-def test_every_writer_s_full_disk_is_told_and_what_was_whole_is_whole(disk, name):
+def test_every_writer_reports_a_full_disk_and_keeps_earlier_files(disk, name):
     write, read = WRITERS[name]
     path = disk.folder / name
     write(path, 1)

@@ -185,20 +185,18 @@ class Remote(Constraint):
         outcome = self._scale.checked(outcome)  # a cached label may come from a time with another range
         return Score.missing(outcome) if isinstance(outcome, str) else self._scale.score(outcome)
 
-    def _ask(self, outputs: Outputs, keys: list[str]) -> Iterator[tuple[str, Outcome]]:
-        yield from self._ask_batches(outputs, batches(keys, self._mapping.batch_size))
-
-    def _ask_batches(self, outputs: Outputs, parts: list[Sequence[str]]) -> Iterator[tuple[str, Outcome]]:
-        alone: list[Sequence[str]] = []  # a text that the endpoint refuses must not cost the others of its batch
+    def _ask(self, outputs: Outputs, keys: Sequence[str], size: int | None = None) -> Iterator[tuple[str, Outcome]]:
+        parts = batches(keys, size or self._mapping.batch_size)
+        alone: list[str] = []  # a text that the endpoint refuses must not cost the others of its batch
         requests = [self._mapping.request([outputs[key] for key in part]) for part in parts]
         for index, reply in self._endpoint.ask(requests):
             batch = parts[index]
             if reply.is_refused and len(batch) > 1:
-                alone += [[key] for key in batch]
+                alone += batch
             else:
                 yield from zip(batch, self._outcomes(reply, len(batch)), strict=True)
         if alone:
-            yield from self._ask_batches(outputs, alone)
+            yield from self._ask(outputs, alone, size=1)
 
     def _outcomes(self, reply: Reply, count: int) -> list[Outcome]:
         """Returns [count] labels or reasons; a label out of range becomes a reason, so that it is not cached."""
