@@ -116,8 +116,8 @@ class TestDisk:
     ):
         measured = []
 
-        def full(candidate, *_, **__):
-            measured.append(candidate)
+        def full(model, *_, **__):
+            measured.append(model)
             raise FULL
 
         monkeypatch.setattr("bridle.comparison.compare.measure", full)

@@ -25,12 +25,12 @@ PLACES = {
 }
 
 WITHIN_A_COMPARISON = {
-    "before anything is made": ("bridle.comparison.compare:Comparison._carry_out", 1),
+    "before anything is made": ("bridle.comparison.compare:Comparison._complete", 1),
     "measuring base": ("bridle.comparison.measure:Evaluator.generation", 1),
     "making sft, within a checkpoint": ("bridle.training.checkpointing:sync_files", 1),
-    "before sft is called made": ("bridle.comparison.compare:write_json", 1),
+    "before sft is called made": ("bridle.comparison.cell:write_json", 1),
     "measuring sft": ("bridle.comparison.measure:Evaluator.perplexity", 1),
-    "before sft is called measured": ("bridle.comparison.compare:write_results", 1),
+    "before sft is called measured": ("bridle.comparison.cell:write_results", 1),
     "making constrained-adaptive, fitting R": ("bridle.training.regulariser:fit_auxiliary", 2),
     "measuring constrained-adaptive": ("bridle.comparison.measure:Evaluator.generation", 1),
     "before the results": ("bridle.comparison.compare:write_json", 1),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bridle.comparison.methods import one_regulariser
+from bridle.comparison.cell import one_regulariser
 from bridle.comparison.plan import evaluation_of
 from bridle.errors import UserError
 from bridle.recipes.recipe import build_recipe

@@ -27,12 +27,7 @@ def measure(
     """A model's figures, in the format of `results.json`, and the observations behind them.
 
     Args:
-        model: folder or hub name.
-        plan: what is measured.
-        guide: folder of an auxiliary that guides sampling.
-        guide_power: η.
         base: the model under which the perplexity of the completions is measured; not measured if not given.
-        seed: of sampling and bootstraps.
         show: called with each figure.
 
     Raises:

@@ -6,95 +6,28 @@ gets the wall-clock time of `constrained-adaptive` on top of the plain fine-tuni
 """
 
 import gc
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection
+from dataclasses import asdict, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 
 from bridle.baselines.filtration import compliant_rows
 from bridle.baselines.reinforcement import ReinforcementOptions, reinforce
+from bridle.comparison.cell import Candidate, Cell, one_regulariser
 from bridle.constraints import AllOf, Constraint
 from bridle.data import Prompt
 from bridle.errors import RunStopped, UserError
 from bridle.models.loading import load_model, load_tokenizer
-from bridle.recipes.recipe import Recipe, build_recipe
-from bridle.recipes.run import SHAPES_NOTHING, build_trainer, fit_guide, train
-from bridle.training.config import ALL
-from bridle.utils.files import read_json, read_rows, write_json
+from bridle.recipes.recipe import Recipe
+from bridle.recipes.run import SHAPES_NOTHING, build_trainer
+from bridle.utils.files import read_json, write_json
 from bridle.utils.settings import build, known_name
 
 ENTRY_POINTS = "bridle.methods"
 REPORT = "reinforcement.json"
-
-
-@dataclass
-class Candidate:
-    """A model that is measured.
-
-    Attributes:
-        model: folder or hub name.
-        guide: folder of the auxiliary that guides its decoding; None for plain sampling.
-        cost: what making it took: `seconds` of training, sampling, scoring and fitting, without loading;
-            `updates` of the policy; `tokens_trained` and `tokens_sampled`. What is unknown is left out.
-        rows: how many rows each domain of the corpus gave.
-        about: what its model card tells besides the recipe that was carried out, or where none was.
-        needs: the methods whose candidates it was made from; noted where they are asked for.
-    """
-
-    model: str
-    guide: str | None = None
-    cost: dict[str, float] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
-    needs: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Cell:
-    """One method with one seed: what its function works with.
-
-    Attributes:
-        method: its name.
-        recipe: what all methods have in common; `constrained-adaptive` as it stands.
-        seed: of this run; the recipe's own is replaced by it.
-        folder: the method's own, for whatever it makes.
-        candidate: what another method made with the same seed, by name; made now if it was not yet.
-        resume: whether to go on from checkpoints in `folder`.
-    """
-
-    method: str
-    recipe: Recipe
-    seed: int
-    folder: Path
-    candidate: Callable[[str], Candidate]
-    resume: bool = False
-
-    def variant(self, **changes: Any) -> Recipe:
-        """The recipe with this cell's seed and with other values for some of its keys; nothing of it is pushed."""
-        return build_recipe({**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes})
-
-    def train(self, recipe: Recipe, corpus: Mapping[str, Dataset] | None = None) -> Candidate:
-        """Carries a recipe out in this cell's folder, on other rows than its own if `corpus` has them."""
-        rows = corpus or recipe.read_corpus()
-        train(recipe, self.folder, resume=self.resume, corpus=rows)
-        counts = {name: len(domain) for name, domain in rows.items()}
-        return Candidate(str(self.folder / "model"), cost=training_cost(self.folder), rows=counts)
-
-    def sampling_from(self, model: str) -> Recipe:
-        """The recipe with another model, and one regulariser to sample and judge for."""
-        regularisers = one_regulariser(self.recipe)
-        return self.variant(model=model, lora=None, schedule="sequential", regularisers=regularisers)
-
-    def guided(self, model: str) -> Candidate:
-        """A model guided by an R that is fitted on its own samples."""
-        measured = fit_guide(self.sampling_from(model), self.folder)
-        cost = {"seconds": _total(measured, "seconds_"), "tokens_sampled": _total(measured, "tokens_sampled")}
-        return Candidate(model, str(self.folder / "auxiliary"), cost)
-
 
 Method = Callable[[Cell], Candidate]
 
@@ -114,13 +47,13 @@ def filtration(cell: Cell) -> Candidate:
     recipe = cell.variant(regularisers={})
     rows, counts = recipe.read_corpus(), {}
     for domain in rows:
-        held_to = [
+        constraints = [
             regulariser.constraint
             for regulariser in cell.recipe.regularisers.values()
             if regulariser.constraint is not None and domain in regulariser.domains(rows)
         ]
-        if held_to:
-            constraint = held_to[0] if len(held_to) == 1 else AllOf(held_to)
+        if constraints:
+            constraint = constraints[0] if len(constraints) == 1 else AllOf(constraints)
             rows[domain], counts[domain] = compliant_rows(rows[domain], constraint, domain)
     write_json(cell.folder / "filtered.json", {domain: asdict(count) for domain, count in counts.items()})
     return replace(cell.train(recipe, rows), about={"constraints": _used_constraints(cell.recipe)})
@@ -134,7 +67,7 @@ def rl(cell: Cell) -> Candidate:
 def rl_converged(cell: Cell) -> Candidate:
     """The same reinforcement learning, until the reward no longer rises."""
     begun = Path(cell.candidate("rl").model).parent
-    return _reinforced(cell, resume_from=begun / _report(begun)["checkpoint"])
+    return _reinforced(cell, resume_from=begun / read_json(begun / REPORT, dict[str, Any])["checkpoint"])
 
 
 def nado_decoding(cell: Cell) -> Candidate:
@@ -172,14 +105,14 @@ BUILT_IN: dict[str, Method] = {
 
 
 UNSEEN: dict[str, tuple[str, ...]] = {"sft": ("constraints", "regularisers")}
-"""By method, the sections of a recipe that it leaves out."""
+"""By method, the sections of a recipe that it does not read."""
 
 
 def shapes(key: str, names: Collection[str]) -> bool:
-    """Whether a key of the recipe, as "regularisers.forum.weight", has a part in what any of these methods makes.
+    """Whether what any of these methods makes depends on a key of the recipe, as "regularisers.forum.weight".
 
-    A method goes by its own options, `methods.NAME`, and by all other keys, but for those of its `UNSEEN`; the model
-    and the seed are the cell's.
+    A method depends on its own options, `methods.NAME`, and on all other keys but its `UNSEEN`; the model and the seed
+    are the cell's.
     """
     section, _, rest = key.partition(".")
     if section == "methods":
@@ -195,7 +128,11 @@ def methods() -> list[str]:
 
 
 def method_named(name: str) -> Method:
-    """The method of a name; a UserError that names the nearest one if there is none, or says why it does not load."""
+    """The method of a name.
+
+    Raises:
+        UserError: there is none, with the nearest one; or its package does not load.
+    """
     known_name(name, methods(), "methods", "method")
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -213,39 +150,6 @@ def _plugged_in() -> dict[str, EntryPoint]:
 def description(method: Method) -> str:
     """What a method is, in a sentence."""
     return (method.__doc__ or "").strip().split("\n")[0]
-
-
-def one_regulariser(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's only regulariser with a constraint, by name, as its mapping; the first one on everything if several.
-
-    Raises:
-        UserError: the recipe has none.
-    """
-    constrained = {
-        name: recipe.resolved["regularisers"][name]
-        for name, regulariser in recipe.regularisers.items()
-        if regulariser.constraint is not None
-    }
-    if not constrained:
-        raise UserError("regularisers: a comparison needs one with a constraint")
-    return constrained if len(constrained) == 1 else {ALL: {**next(iter(constrained.values())), "domain": None}}
-
-
-def training_cost(folder: Path) -> dict[str, float]:
-    """What a training run took, from the round records of its `metrics.jsonl`."""
-    records = [record for _, record in read_rows(folder / "metrics.jsonl")]
-    rounds = [record for record in records if "round" in record]
-    return {
-        "seconds": sum(_total(record, "seconds_") for record in rounds),
-        "updates": max((record["step"] for record in records), default=0),
-        "tokens_trained": sum(record["tokens_trained"] for record in rounds),
-        "tokens_sampled": sum(_total(record, "tokens_sampled") for record in rounds),
-    }
-
-
-def _total(record: Mapping[str, Any], what: str) -> float:
-    """The sum over regularisers of the entries "NAME/what...", and of "what..." itself."""
-    return sum(value for key, value in record.items() if key.rpartition("/")[2].startswith(what))
 
 
 def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path | None = None) -> Candidate:
@@ -269,16 +173,21 @@ def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path |
         resume_from=resume_from,
     )
     if report["stopped_because"] == "steps":
-        wanted = "the reward stopped rising" if seconds is None else "the time was up"
-        raise RunStopped(f"methods.rl.max_steps: {report['steps']} updates were made before {wanted}; raise it")
+        end = "the reward stopped rising" if seconds is None else "the time was up"
+        raise RunStopped(f"methods.rl.max_steps: {report['steps']} updates were made before {end}; raise it")
     for part in (model, tokenizer):
         part.save_pretrained(cell.folder / "model")
     write_json(cell.folder / REPORT, report)
-    told = {key: cell.recipe.resolved[key] for key in ("model", "corpus")} | asdict(options)
-    told |= {"constraints": _used_constraints(recipe), "seed": cell.seed}
-    told |= {"max_steps": report["steps"], "max_completion_length": max_new_tokens}
+    about = {
+        **{key: cell.recipe.resolved[key] for key in ("model", "corpus")},
+        **asdict(options),
+        "constraints": _used_constraints(recipe),
+        "seed": cell.seed,
+        "max_steps": report["steps"],
+        "max_completion_length": max_new_tokens,
+    }
     cost = {"seconds": report["seconds"], "updates": report["steps"]}
-    return Candidate(str(cell.folder / "model"), cost=cost, about=told)
+    return Candidate(str(cell.folder / "model"), cost=cost, about=about)
 
 
 def rl_options(recipe: Recipe) -> ReinforcementOptions:
@@ -288,7 +197,7 @@ def rl_options(recipe: Recipe) -> ReinforcementOptions:
 
 
 def _rollout_prompts(recipe: Recipe, folder: Path) -> tuple[list[Prompt], Constraint, int]:
-    """What the recipe's regulariser would sample from in all its rounds, its constraint, and how long it samples."""
+    """The prompts of the recipe's regulariser in all rounds, its constraint, and the length of its completions."""
     trainer = build_trainer(recipe, folder, recipe.read_corpus())
     (regulariser,), args = trainer.regularisers, trainer.args
     prompts = [prompt for index in range(1, args.rounds + 1) for prompt in regulariser.prompts(index)]
@@ -300,12 +209,8 @@ def _used_constraints(recipe: Recipe) -> dict[str, Any]:
     return {constraint.name: constraint.describe() for constraint in used if constraint is not None}
 
 
-def _report(folder: Path) -> dict[str, Any]:
-    return read_json(folder / REPORT, dict[str, Any])
-
-
 def free_memory() -> None:
-    """Lets go of a method's models before the next one's."""
+    """Frees the memory of a method's models before the next method loads its own."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

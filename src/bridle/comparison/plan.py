@@ -9,7 +9,7 @@
         wikitext: {path: wikitext.jsonl, rows: "90%:"}
       tasks: [mmlu, commonsense]
 
-The first prompt set, constraint and held-out text are those that a comparison is summed up by.
+The first prompt set, constraint and held-out text sum a comparison up.
 """
 
 from collections.abc import Mapping
@@ -34,13 +34,13 @@ class JudgeOptions:
     """Who judges which method's completions are better.
 
     Attributes:
-        model: folder or hub name of a local judge, or the name by which an endpoint knows it.
+        model: folder or hub name of a local judge, or its name at an endpoint.
         url: of an OpenAI-compatible endpoint; None for a local model.
-        api_key_env: environment variable that holds the endpoint's key; no key is sent where none is named.
+        api_key_env: environment variable that holds the endpoint's key; none is sent if not given.
         prompts: how many prompts are judged, from the first on.
 
     Raises:
-        UserError: a key is named, and no endpoint that it is for.
+        UserError: a key without an endpoint.
     """
 
     model: str
@@ -53,11 +53,7 @@ class JudgeOptions:
             raise UserError("api_key_env: a local judge needs no key; give the url of an endpoint, or leave it out")
 
     def judge(self, dtype: str, device: str | None = None, **options: Any) -> Judge:
-        """The judge, loaded if it is local; `options` are those of `LocalJudge`, and of `ChatJudge` the `name`.
-
-        Raises:
-            UserError: the model cannot be used, or the key is not set.
-        """
+        """The judge, loaded if it is local; `options` are those of `LocalJudge`, and its errors."""
         if self.url is not None:
             return ChatJudge(self.url, self.model, self.api_key_env, name=options.get("name"))
         return LocalJudge(*load_for_inference(self.model, dtype, device), **options)
@@ -113,18 +109,14 @@ class Evaluation:
     judge: JudgeOptions | None = None
 
     def check(self) -> None:
-        """Loads every constraint and reads every file once, so that a mistake shows before any model is made.
-
-        Raises:
-            UserError: one of them cannot be used.
-        """
+        """Loads every constraint and reads every file once: a `UserError` shows before any model is made."""
         for constraint in self.constraints.values():
             constraint.load()
         for source in self._sources():
             source.read()
 
     def files(self) -> list[Path]:
-        """The local files and folders that it is measured with."""
+        """The local files and folders that are read."""
         judge = [Path(self.judge.model)] if self.judge is not None and self.judge.url is None else []
         tasks = [self.task_data] if self.task_data is not None else []
         readers: list[Constraint | DataSource] = [*self.constraints.values(), *self._sources()]
@@ -136,7 +128,7 @@ class Evaluation:
 
     @property
     def main(self) -> dict[str, str | None]:
-        """The prompt set, constraint and held-out text that sum a comparison up."""
+        """The prompt set, constraint and held-out text whose figures sum a comparison up."""
         return {
             "prompt_set": next(iter(self.prompts)),
             "constraint": next(iter(self.constraints)),

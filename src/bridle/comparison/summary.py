@@ -19,12 +19,7 @@ CLASSIFICATION = ("roc_auc", "average_precision", "accuracy", "brier", "expected
 
 
 def figures_of(results: Mapping[str, Any], cost: Mapping[str, float]) -> Figures:
-    """The figures of one run that a comparison shows: groups of estimates, as JSON.
-
-    Args:
-        results: as in `results.schema.json`.
-        cost: plain numbers by name.
-    """
+    """The figures of one run that a comparison shows: groups of estimates, as JSON."""
     groups = {
         "violation": {
             prompts: {name: found["violation_rate"] for name, found in by_constraint.items()}
@@ -44,9 +39,9 @@ def figures_of(results: Mapping[str, Any], cost: Mapping[str, float]) -> Figures
 def over_seeds(runs: Sequence[Figures]) -> Figures:
     """The mean of every figure over the runs of several seeds.
 
-    The ends of the intervals are averaged too, and do not shrink with the number of seeds: the prompts and texts
-    are the same with every seed, and so is the part of chance that lies in their choice. `spread` is the standard
-    deviation over seeds, which is the part that lies in training and sampling.
+    The ends of the intervals are averaged too, and do not shrink with the number of seeds: all seeds share the prompts
+    and texts, and so the uncertainty that comes from their choice. `spread`, the standard deviation over seeds, is the
+    uncertainty that comes from training and sampling.
     """
     if any("value" in run for run in runs):
         return _figure(runs)
@@ -77,13 +72,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def comparisons(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
     """How each method differs from the best one, figure by figure, with paired tests.
 
-    Pairs are prompts, texts or documents; what was observed of one with several seeds is averaged first. The
-    p-values of one figure are adjusted for the number of methods (Holm). Perplexities are compared as what they are
-    the exponential of, nats a token.
+    Pairs are prompts, texts or documents, each averaged over seeds first. The p-values of one figure are adjusted for
+    the number of methods (Holm). Perplexities are compared by their logarithm, in nats per token.
 
     Args:
-        runs: what was observed, by method and seed.
-        figures: by method, over seeds: they say which method is best.
+        runs: observations by method and seed.
+        figures: by method, over seeds: they decide which method is best.
     """
     return [
         *_paired("violation", runs, figures, "completions", _violations, best=min),
@@ -104,7 +98,7 @@ def _violations(row: Row) -> Iterable[tuple[Place, bool | None]]:
 
 
 def _nats(runs: Runs) -> Observe:
-    """−log p of a text over the mean length of all texts, whose mean over texts is the log of the perplexity."""
+    """−log p of a text over the mean length of all texts; its mean over texts is the log of the perplexity."""
     lengths: dict[str, list[int]] = defaultdict(list)
     for row in next((o.likelihoods for by_seed in runs.values() for o in by_seed.values()), []):
         if row["tokens"]:
@@ -172,13 +166,13 @@ def _by_auc(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
 
 
 def first_completions(runs: Runs, prompt_set: str, prompts: int) -> tuple[list[str], dict[str, list[str]]]:
-    """Of the lowest seed that each method has, the first completion of the first prompts: what a judge is shown."""
+    """The first prompts, and by method their first completions with the method's lowest seed: what a judge compares."""
     asked: list[str] = []
-    said = {}
+    completions = {}
     for method, by_seed in runs.items():
         if by_seed:
             rows = by_seed[min(by_seed)].completions
             first = [row for row in rows if row["prompt_set"] == prompt_set and row["sample"] == 0]
             asked = [row["prompt"] for row in islice(first, prompts)]
-            said[method] = [row["completion"] for row in islice(first, prompts)]
-    return asked, said
+            completions[method] = [row["completion"] for row in islice(first, prompts)]
+    return asked, completions

@@ -1,4 +1,4 @@
-"""What R says of one text token by token, and what q makes of the model's next-token probabilities there."""
+"""Guidance token by token on one text: R of each prefix, and how q changes the model's next-token probabilities."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,17 +17,16 @@ from bridle.recipes.recipe import Recipe
 from bridle.utils.files import write_json
 
 FILE = "guidance.json"
-SHOWN = 5  # tokens that q gives most to, and takes most from, at each place
+SHOWN = 5  # tokens whose probability q raises most, and lowers most, at each position
 GUIDED = ("nado-decoding", "constrained-adaptive", "constrained")  # whose R was fitted on the model before tuning
 
 
 def trace_guidance(
     folder: Path, recipe: Recipe, observed: Mapping[str, Mapping[int, Observations]], plan: Evaluation
 ) -> None:
-    """Writes `guidance.json`: token-level guidance on the text that R's constraint likes least.
+    """Writes `guidance.json`: the guidance of the model before tuning on the text with the lowest score.
 
-    The guided model is the one before tuning, with an R that was fitted on its samples; where no method fitted one, or
-    nothing was scored, there is no file.
+    No file is written if no method fitted an R on that model's samples, or if nothing was scored.
     """
     (folder / FILE).unlink(missing_ok=True)
     auxiliary = _auxiliary(folder, observed)
@@ -36,9 +35,10 @@ def trace_guidance(
     model, tokenizer = load_for_inference(recipe.model, recipe.dtype)
     with guided(model, str(auxiliary)) as guide:
         assert guide is not None
-        fitted = guide.auxiliary.config.provenance
-        constraint = next((name for name in plan.constraints if name == fitted.get("constraint", {}).get("name")), None)
-        text = _least_compliant(observed, constraint or next(iter(plan.constraints)))
+        provenance = guide.auxiliary.config.provenance
+        fitted = provenance.get("constraint", {}).get("name")
+        constraint = fitted if fitted in plan.constraints else next(iter(plan.constraints))
+        text = _least_compliant(observed, constraint)
         if text is None:
             return
         method, row, score = text
@@ -49,8 +49,8 @@ def trace_guidance(
         folder / FILE,
         {
             "model": method,
-            "regulariser": fitted.get("regulariser", "R"),
-            "constraint": constraint or next(iter(plan.constraints)),
+            "regulariser": provenance.get("regulariser", "R"),
+            "constraint": constraint,
             "violates": not score["complies"],
             "value": score["value"],
             "text": row["prompt"] + row["completion"],
@@ -62,12 +62,12 @@ def trace_guidance(
 
 @torch.no_grad()
 def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, Any]]:
-    """Per token of a text: p, q, R of the prefix that ends with it, KL(q‖p) and what else q changes at its place.
+    """Per token of a text: p, q, R of the prefix that ends with it, KL(q‖p) and what else q changes at its position.
 
     Args:
-        guide: an entered guide, whose model is read.
-        tokenizer: the model's.
-        ids: the text as token ids.
+        guide: an entered guide.
+        tokenizer: of the guide's model.
+        ids: of the text.
     """
     model = guide.model
     input_ids = torch.tensor([ids], device=model.device)
@@ -103,7 +103,7 @@ def _entries(tokens: Tensor, p: Tensor, q: Tensor, before: list[int], tokenizer:
 
 
 def _text(before: list[int], token: int, tokenizer: Any) -> str:
-    """What a token adds to the tokens before it."""
+    """The text that a token adds to the tokens before it."""
     return decode_parts(before, [token], tokenizer, skip_special_tokens=False)[1]
 
 
@@ -119,7 +119,7 @@ def _auxiliary(folder: Path, observed: Mapping[str, Any]) -> Path | None:
 def _least_compliant(
     observed: Mapping[str, Mapping[int, Observations]], constraint: str
 ) -> tuple[str, Row, dict[str, Any]] | None:
-    """A completion of the model before tuning, or else of the first method, with that method and its score."""
+    """The method, row and score of the completion with the lowest score: the base's, or else the first method's."""
     method = "base" if "base" in observed else next(iter(observed))
     rows = observed[method][min(observed[method])].completions
     scored = [(method, row, row["scores"][constraint]) for row in rows if row["completion"].strip()]

@@ -77,6 +77,11 @@ def train(
             raise
 
 
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Writes `recipe.yaml` in a run's or a comparison's folder, without the hub's token."""
+    write_text(folder / RECIPE_FILE, yaml.safe_dump(without_token(recipe.resolved), sort_keys=False))
+
+
 def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bool) -> None:
     """Makes sure that a folder that holds a run is meant, and that it is the same run."""
     if not resume:
@@ -98,7 +103,7 @@ def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bo
     _replace_callbacks(trainer, [MetricsFile(folder / "metrics.jsonl"), TrainingProgress()])
 
     if is_main():
-        write_text(folder / RECIPE_FILE, yaml.safe_dump(without_token(recipe.resolved), sort_keys=False))
+        write_recipe(recipe, folder)
         write_json(folder / "environment.json", environment(config.seed))
         write_inputs(recipe, folder)
     checkpoint = last_checkpoint(folder) if resume else None

@@ -1,0 +1,198 @@
+"""One method with one seed: what its function works with, what it makes, and the files that it leaves.
+
+DIR/METHOD/seed-N/   candidate.json, results.json, completions.jsonl, likelihoods.jsonl, answers.jsonl,
+                     the method's own files, or failed.json
+"""
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from bridle.comparison.summary import Figures, figures_of
+from bridle.errors import RunStopped, UserError, one_line
+from bridle.evaluation import read_results, write_results
+from bridle.recipes.recipe import Recipe, build_recipe
+from bridle.recipes.run import fit_guide, train
+from bridle.training.config import ALL
+from bridle.utils.files import read_json, read_rows, write_json
+from bridle.utils.variables import Variables
+
+RESULTS, CANDIDATE, FAILED = "results.json", "candidate.json", "failed.json"
+
+
+@dataclass
+class Candidate:
+    """A model that is measured.
+
+    Attributes:
+        model: folder or hub name.
+        guide: folder of the auxiliary that guides its decoding; None for plain sampling.
+        cost: `seconds` of training, sampling, scoring and fitting, without loading; `updates` of the policy;
+            `tokens_trained` and `tokens_sampled`. What is unknown is left out.
+        rows: how many rows each domain of the corpus gave.
+        about: what its model card says besides the recipe of the run, if there was one.
+        needs: the methods whose candidates it was made from; filled in by the comparison.
+    """
+
+    model: str
+    guide: str | None = None
+    cost: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    needs: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Cell:
+    """What the function of a method works with.
+
+    Attributes:
+        method: its name.
+        recipe: what all methods have in common; `constrained-adaptive` as it stands.
+        seed: of this run, in place of the recipe's own.
+        folder: for the method's own files.
+        candidate: returns the candidate of another method, by name, with the same seed, and makes it if need be.
+        resume: whether to resume from checkpoints in `folder`.
+    """
+
+    method: str
+    recipe: Recipe
+    seed: int
+    folder: Path
+    candidate: Callable[[str], Candidate]
+    resume: bool = False
+
+    def variant(self, **changes: Any) -> Recipe:
+        """The recipe with this cell's seed and other values for some of its keys; nothing of it is pushed."""
+        return build_recipe({**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes})
+
+    def train(self, recipe: Recipe, corpus: Mapping[str, Dataset] | None = None) -> Candidate:
+        """Runs a recipe in this cell's folder, on the rows of `corpus` if they are given."""
+        rows = corpus or recipe.read_corpus()
+        train(recipe, self.folder, resume=self.resume, corpus=rows)
+        counts = {name: len(domain) for name, domain in rows.items()}
+        return Candidate(str(self.folder / "model"), cost=_training_cost(self.folder), rows=counts)
+
+    def sampling_from(self, model: str) -> Recipe:
+        """The recipe with another model, and one regulariser whose prompts and constraint are used."""
+        regularisers = one_regulariser(self.recipe)
+        return self.variant(model=model, lora=None, schedule="sequential", regularisers=regularisers)
+
+    def guided(self, model: str) -> Candidate:
+        """A model guided by an R that is fitted on its own samples."""
+        measured = fit_guide(self.sampling_from(model), self.folder)
+        cost = {"seconds": _total(measured, "seconds_"), "tokens_sampled": _total(measured, "tokens_sampled")}
+        return Candidate(model, str(self.folder / "auxiliary"), cost)
+
+
+@dataclass(frozen=True)
+class CellFiles:
+    """The files of a cell below `root`, the comparison's folder, which may be moved."""
+
+    root: Path
+    method: str
+    seed: int
+    variables: Variables  # no file shows their values
+
+    def __str__(self) -> str:
+        return f"{self.method}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The cell's own."""
+        return self.root / self.method / f"seed-{self.seed}"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the cell is complete."""
+        return (self.folder / RESULTS).exists()
+
+    def candidate(self) -> Candidate | None:
+        """What the method made; None if it was not made to its end."""
+        if not (self.folder / CANDIDATE).exists():
+            return None
+        found = Candidate(**self.variables.expanded(asdict(read_json(self.folder / CANDIDATE, Candidate))))
+        return replace(found, model=self._absolute(found.model), guide=found.guide and self._absolute(found.guide))
+
+    def write_candidate(self, candidate: Candidate) -> None:
+        """Marks the cell as made."""
+        moved = {"model": self._relative(candidate.model), "guide": candidate.guide and self._relative(candidate.guide)}
+        write_json(self.folder / CANDIDATE, self.variables.hidden(asdict(candidate) | moved))
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Marks the cell as measured: call it last."""
+        write_results(self.folder / RESULTS, self.variables.hidden(results))
+        (self.folder / FAILED).unlink(missing_ok=True)
+
+    def write_failure(self, error: Exception) -> None:
+        """Writes why the method was not made or measured."""
+        details = "".join(traceback.format_exception(error))
+        failure = {"reason": reason_of(error), "traceback": details}
+        write_json(self.folder / FAILED, self.variables.hidden(failure))
+
+    def failure(self) -> str:
+        """The reason that `write_failure` wrote."""
+        return read_json(self.folder / FAILED, _Failure).reason
+
+    def status(self) -> dict[str, str]:
+        """As `results.json` of the comparison has it."""
+        found = {"status": "complete"} if self.is_measured else {"status": "failed", "reason": self.failure()}
+        return found | {"folder": str(self.folder.relative_to(self.root))}
+
+    def figures(self) -> Figures:
+        """The figures of a measured cell, its cost included."""
+        candidate = self.candidate()
+        return figures_of(read_results(self.folder / RESULTS), candidate.cost if candidate else {})
+
+    def _relative(self, path: str) -> str:
+        return str(Path(path).relative_to(self.root)) if Path(path).is_relative_to(self.root) else path
+
+    def _absolute(self, path: str) -> str:
+        return str(self.root / path) if (self.root / path).exists() else path
+
+
+@dataclass
+class _Failure:
+    reason: str
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line, with its type unless Bridle raised it on purpose."""
+    return str(error) if isinstance(error, UserError | RunStopped) else one_line(f"{type(error).__name__}: {error}")
+
+
+def one_regulariser(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's only regulariser with a constraint, by name, as its mapping; the first one on everything if several.
+
+    Raises:
+        UserError: the recipe has none.
+    """
+    constrained = {
+        name: recipe.resolved["regularisers"][name]
+        for name, regulariser in recipe.regularisers.items()
+        if regulariser.constraint is not None
+    }
+    if not constrained:
+        raise UserError("regularisers: a comparison needs one with a constraint")
+    return constrained if len(constrained) == 1 else {ALL: {**next(iter(constrained.values())), "domain": None}}
+
+
+def _training_cost(folder: Path) -> dict[str, float]:
+    """What a training run took, from the round records of its `metrics.jsonl`."""
+    records = [record for _, record in read_rows(folder / "metrics.jsonl")]
+    rounds = [record for record in records if "round" in record]
+    return {
+        "seconds": sum(_total(record, "seconds_") for record in rounds),
+        "updates": max((record["step"] for record in records), default=0),
+        "tokens_trained": sum(record["tokens_trained"] for record in rounds),
+        "tokens_sampled": sum(_total(record, "tokens_sampled") for record in rounds),
+    }
+
+
+def _total(record: Mapping[str, Any], prefix: str) -> float:
+    """The sum of a record's entries "REGULARISER/prefix..." and "prefix..."."""
+    return sum(value for key, value in record.items() if key.rpartition("/")[2].startswith(prefix))
