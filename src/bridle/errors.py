@@ -1,5 +1,7 @@
 """The two errors that Bridle raises on purpose, and text made safe for a terminal. Any other exception is a bug."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unicodedata import category
 
 LONGEST = 1000  # characters of a message, which may quote a whole file
@@ -27,6 +29,15 @@ class RunStopped(_OneLine, RuntimeError):  # noqa: N818 - an event of the run, m
     The message is one line: what happened, where the work is, what to try. The command line prints it without a
     traceback and exits with 3.
     """
+
+
+@contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Puts a prefix, as "corpus.toxigen: ", before the message of a UserError that the block raises."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from error
 
 
 def first_line(error: BaseException) -> str:

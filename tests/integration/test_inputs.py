@@ -58,14 +58,14 @@ def test_a_run_goes_on_with_the_files_it_was_begun_with(bridle, path, tmp_path, 
         code, _, err = bridle(*run, "--resume")
         assert code == 2
         (line,) = err.splitlines()
-        assert f"{tmp_path / name}: not as it was when" in line
+        assert f"{tmp_path / name}: changed since" in line
         assert "--accept_changes" in line
         (tmp_path / name).write_bytes(content)
     assert bridle(*run, "--resume")[0] == 0, "as nothing has changed"
     monkeypatch.setenv("STEPS", "4")
     code, _, err = bridle(*run, "--resume")
     assert code == 2
-    assert "the variable in max_steps: not as it was" in err
+    assert "the variable in max_steps: changed since" in err
     edited(corpus_files["plain"])
     assert bridle(*run, "--resume", "--accept_changes")[0] == 0
     assert bridle(*run, "--resume")[0] == 0, "the new ones are what it has now"
@@ -87,7 +87,7 @@ def test_a_comparison_goes_on_with_the_files_it_was_begun_with(bridle, path, tmp
         content = edited(file)
         code, _, err = bridle(*compare, "--resume")
         assert code == 2
-        assert f"{file}: not as it was when" in err.splitlines()[-1]
+        assert f"{file}: changed since" in err.splitlines()[-1]
         file.write_bytes(content)
 
 

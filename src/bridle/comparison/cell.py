@@ -51,9 +51,8 @@ class Cell:
     """What the function of a method works with.
 
     Attributes:
-        method: its name.
         recipe: what all methods have in common; `constrained-adaptive` as it stands.
-        seed: of this run, in place of the recipe's own.
+        seed: replaces the recipe's own.
         folder: for the method's own files.
         candidate: returns the candidate of another method, by name, with the same seed, and makes it if need be.
         resume: whether to resume from checkpoints in `folder`.

@@ -55,13 +55,10 @@ class Comparison:
     """All methods on one recipe.
 
     Attributes:
-        recipe: what they have in common.
-        folder: where everything goes.
         names: methods, in the order in which they are made and shown; all if not given.
         seeds: each method is made with each of them.
         title: what the results call the recipe.
-        resume: keep what `folder` holds, and make only what is missing or failed, or what a change of the recipe
-            concerns.
+        resume: make only what is missing or failed in `folder`, or what a change of the recipe concerns.
         show: called with each line of progress.
 
     Raises:
@@ -221,8 +218,11 @@ class Comparison:
 
     def _write_card(self, cell: CellFiles, candidate: Candidate, results: dict[str, Any]) -> None:
         """Writes the model card again, now with the results."""
-        what = description(method_named(cell.method))
-        about: dict[str, Any] = {"method": cell.method, "description": what, "results": results}
+        about: dict[str, Any] = {
+            "method": cell.method,
+            "description": description(cell.method),
+            "results": results,
+        }
         if (cell.folder / RECIPE_FILE).exists():  # it is a training run
             recipe = load_recipe(cell.folder / RECIPE_FILE)
             describe_run(recipe, cell.folder, rows=candidate.rows, about=candidate.about, **about)
@@ -251,7 +251,7 @@ class Comparison:
             "settings": {**self.recipe.resolved["evaluation"], "reads": reads},
             "methods": {
                 name: {
-                    "description": description(method_named(name)),
+                    "description": description(name),
                     "seeds": {str(cell.seed): cell.status() for cell in cells[name]},
                     "figures": figures.get(name, {}),
                 }

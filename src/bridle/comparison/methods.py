@@ -128,11 +128,7 @@ def methods() -> list[str]:
 
 
 def method_named(name: str) -> Method:
-    """The method of a name.
-
-    Raises:
-        UserError: there is none, with the nearest one; or its package does not load.
-    """
+    """The method of a name; a UserError if there is none, or its package does not load."""
     known_name(name, methods(), "methods", "method")
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -147,9 +143,9 @@ def _plugged_in() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in BUILT_IN}
 
 
-def description(method: Method) -> str:
+def description(name: str) -> str:
     """What a method is, in a sentence."""
-    return (method.__doc__ or "").strip().split("\n")[0]
+    return (method_named(name).__doc__ or "").strip().split("\n")[0]
 
 
 def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path | None = None) -> Candidate:

@@ -64,10 +64,7 @@ def trace_guidance(
 def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, Any]]:
     """Per token of a text: p, q, R of the prefix that ends with it, KL(q‖p) and what else q changes at its position.
 
-    Args:
-        guide: an entered guide.
-        tokenizer: of the guide's model.
-        ids: of the text.
+    The guide must be entered, and the tokenizer is that of its model.
     """
     model = guide.model
     input_ids = torch.tensor([ids], device=model.device)
@@ -80,16 +77,16 @@ def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, An
     unread: dict[str, Any] = {"p": None, "q": None, "r": None, "kl": None, "gains": [], "losses": []}
     traced = [{"text": tokenizer.decode(ids[:1]), **unread}]
     for at, token in enumerate(ids[1:]):
-        shift = q[at] - p[at]
+        shift, before = q[at] - p[at], ids[: at + 1]
         traced.append(
             {
-                "text": _text(ids[: at + 1], token, tokenizer),
+                "text": _text(before, token, tokenizer),
                 "p": float(p[at, token]),
                 "q": float(q[at, token]),
                 "r": float(r[at, token]),
                 "kl": float(F.kl_div(log_p[at], log_q[at], reduction="sum", log_target=True)),
-                "gains": _entries(shift.topk(SHOWN).indices, p[at], q[at], ids[: at + 1], tokenizer),
-                "losses": _entries((-shift).topk(SHOWN).indices, p[at], q[at], ids[: at + 1], tokenizer),
+                "gains": _entries(shift.topk(SHOWN).indices, p[at], q[at], before, tokenizer),
+                "losses": _entries((-shift).topk(SHOWN).indices, p[at], q[at], before, tokenizer),
             }
         )
     return traced
@@ -109,11 +106,8 @@ def _text(before: list[int], token: int, tokenizer: Any) -> str:
 
 def _auxiliary(folder: Path, observed: Mapping[str, Any]) -> Path | None:
     """The folder of an R of the model before tuning."""
-    for method in GUIDED:
-        for auxiliary in sorted((folder / method).glob("seed-*/auxiliary/**/round-1")):
-            if method in observed:
-                return auxiliary
-    return None
+    folders = (folder / method for method in GUIDED if method in observed)
+    return next((found for one in folders for found in sorted(one.glob("seed-*/auxiliary/**/round-1"))), None)
 
 
 def _least_compliant(

@@ -1,4 +1,4 @@
-"""A dry run: what a recipe's rows, prompts, labels and updates look like, before hours are spent on them."""
+"""A dry run, `bridle check`: shows a recipe's rows, prompts, labels and updates before they take hours."""
 
 import resource
 import sys
@@ -24,10 +24,10 @@ from bridle.data import DOMAIN
 from bridle.data.rows import filled_rows, format_fields, outputs_of
 from bridle.errors import one_line
 from bridle.recipes.recipe import Recipe
-from bridle.recipes.run import _replace_callbacks, build_trainer
+from bridle.recipes.run import build_trainer
 from bridle.training.trainer import ConstrainedTrainer
 
-UPDATES, SAMPLES, PROMPTS = 3, 64, 5  # taken; rows and rollouts that are scored; prompts that are shown
+UPDATES, SAMPLES, PROMPTS = 3, 64, 5  # updates; rows and rollouts that are scored; prompts that are shown
 LONGEST = 400  # characters of an example
 
 DRY: dict[str, Any] = {
@@ -39,17 +39,13 @@ DRY: dict[str, Any] = {
     "report_to": "none",
     "push_to_hub": False,
 }
-"""What a dry run sets in a recipe."""
+"""Keys that a dry run overrides."""
 
 
 def check(recipe: Recipe, show: Callable[[str], None]) -> None:
-    """Carries out one short round of a recipe in a folder that is then removed, and shows what there is to see.
+    """Runs one short round of a recipe in a temporary folder, and shows what it finds, line by line.
 
-    Labels of rows and rollouts are asked for anew: no cache is read or written.
-
-    Args:
-        recipe: what would be trained.
-        show: is called with each line.
+    No cache of labels is read or written.
 
     Raises:
         UserError: something that the recipe names cannot be used.
@@ -60,11 +56,10 @@ def check(recipe: Recipe, show: Callable[[str], None]) -> None:
         _without_cache(constraint)
     rows = recipe.read_corpus()
     with TemporaryDirectory(prefix="bridle-check-") as folder:
-        trainer = build_trainer(replace(recipe, training=recipe.training | DRY), Path(folder), rows)
+        clock = _Clock()
+        trainer = build_trainer(replace(recipe, training=recipe.training | DRY), Path(folder), rows, [clock])
         for line in chain(_corpus(trainer, rows), _prompts(trainer), _labels_of_rows(recipe, rows)):
             show(line)
-        clock = _Clock()
-        _replace_callbacks(trainer, [clock])
         trainer.train()
         record = next(entry for entry in reversed(trainer.state.log_history) if "round" in entry)
         for line in chain(_labels_of_rollouts(trainer), _estimate(trainer, config, record, clock)):
@@ -91,7 +86,7 @@ def _corpus(trainer: ConstrainedTrainer, rows: Mapping[str, Dataset]) -> Iterato
 
 
 def _marked(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """A row as text and token by token, with marks around what is trained on."""
+    """A row as text and token by token, with marks around the part that is trained on."""
     texts, tokens = [], []
     for trained, group in groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORE):
         ids = [token for token, _ in group]
@@ -104,8 +99,8 @@ def _marked(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[st
 def _prompts(trainer: ConstrainedTrainer) -> Iterator[str]:
     for regulariser in trainer.regularisers:
         if not regulariser.options.is_retention:
-            asked = [trainer.processing_class.decode(prompt.ids) for prompt in regulariser.prompts(1)[:PROMPTS]]
-            yield f"rollouts for {regulariser.name} start at: {' · '.join(map(_short, asked))}"
+            prompts = [trainer.processing_class.decode(prompt.ids) for prompt in regulariser.prompts(1)[:PROMPTS]]
+            yield f"rollouts for {regulariser.name} start at: {' · '.join(map(_short, prompts))}"
 
 
 def _short(text: str) -> str:
@@ -116,16 +111,16 @@ def _short(text: str) -> str:
 
 
 def _labels_of_rows(recipe: Recipe, rows: Mapping[str, Dataset]) -> Iterator[str]:
-    """Each constraint on rows of all domains, spread over each."""
-    some_of = {domain: _some_rows(dataset, -(-SAMPLES // len(rows)), domain) for domain, dataset in rows.items()}
-    asked = list(chain.from_iterable(some_of.values()))
+    """Each constraint on rows that are spread over each domain."""
+    sampled = {domain: _some_rows(dataset, ceil(SAMPLES / len(rows)), domain) for domain, dataset in rows.items()}
+    scored = list(chain.from_iterable(sampled.values()))
     for name, constraint in recipe.constraints.items():
         constraint.load()
         began = time.perf_counter()
-        outputs = outputs_of(asked, with_prompts=constraint.reads != "completion")
+        outputs = outputs_of(scored, with_prompts=constraint.reads != "completion")
         verdicts = iter([score.complies for score in constraint.score(*outputs)])
-        rate = len(asked) / (time.perf_counter() - began)
-        balance = [f"of {domain} {_balance(list(islice(verdicts, len(some))))}" for domain, some in some_of.items()]
+        rate = len(scored) / (time.perf_counter() - began)
+        balance = [f"of {domain} {_balance(list(islice(verdicts, len(some))))}" for domain, some in sampled.items()]
         yield f"{name} on rows {', '.join(balance)}; {rate:.3g} texts a second"
 
 
@@ -138,8 +133,8 @@ def _labels_of_rollouts(trainer: ConstrainedTrainer) -> Iterator[str]:
     for regulariser in trainer.regularisers:
         if regulariser.rollouts:
             verdicts = [rollout.complies for rollout in regulariser.rollouts]
-            alike = ": labels that are all alike teach R nothing" if len({*verdicts} - {None}) < 2 else ""
-            yield f"{regulariser.constraint.name} on rollouts for {regulariser.name}: {_balance(verdicts)}{alike}"
+            warning = ": R cannot learn from labels that are all alike" if len({*verdicts} - {None}) < 2 else ""
+            yield f"{regulariser.constraint.name} on rollouts for {regulariser.name}: {_balance(verdicts)}{warning}"
 
 
 def _balance(verdicts: Sequence[bool | None]) -> str:
@@ -148,7 +143,7 @@ def _balance(verdicts: Sequence[bool | None]) -> str:
 
 
 def _without_cache(constraint: Constraint) -> None:
-    """Lets a constraint, and what it is made of, forget the file that keeps its labels."""
+    """Detaches the cache of labels from a constraint and its parts."""
     if hasattr(constraint, "cache"):
         constraint.cache = None
     for part in (*getattr(constraint, "parts", ()), getattr(constraint, "constraint", None)):
@@ -160,7 +155,7 @@ def _without_cache(constraint: Constraint) -> None:
 
 
 class _Clock(TrainerCallback):
-    """Measures updates; the regularisers' round, which begins before the first, is not part of one."""
+    """Measures updates; the regularisers' round before the first update is not part of it."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -197,7 +192,7 @@ def _duration(seconds: float) -> str:
 
 
 def _peak_memory() -> int:
-    """Bytes: on the GPU where there is one, else of this process."""
+    """Bytes on the GPU, or of this process where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

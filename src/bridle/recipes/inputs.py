@@ -1,7 +1,7 @@
-"""What a run was made from, by content: so that it goes on with the same files and variables, or says which changed.
+"""Hashes of a run's inputs, so that a resumed run reads the same files and variables, or names those that changed.
 
-`inputs.json` in a run's folder has a hash of every local file that the recipe reads, and of every value that an
-environment variable gave it. Sizes and times alone would not do: an edit may keep both.
+`inputs.json` in a run's folder has a hash of every local file that the recipe reads, and of every value that comes
+from an environment variable. Sizes and times do not suffice: an edit may keep both.
 """
 
 import hashlib
@@ -18,59 +18,51 @@ from bridle.utils.files import read_json, write_json
 from bridle.utils.variables import expanded
 
 INPUTS_FILE = "inputs.json"
-MADE_BY_READING = ("cache-*", "*.pyc", ".*")  # what `datasets` and Python put beside what they read
+MADE_BY_READING = ("cache-*", "*.pyc", ".*")  # files that `datasets` and Python write beside those they read
 
 
 def write_inputs(recipe: Recipe, folder: Path, more: Iterable[Path] = ()) -> None:
-    """Writes down what a recipe reads, into `inputs.json` of a run's folder.
-
-    Args:
-        recipe: of the run.
-        folder: the run's.
-        more: files and folders that are read besides.
-    """
+    """Writes `inputs.json` in a run's folder, for the files of the recipe and `more` files and folders."""
     salt = secrets.token_hex(16)
-    write_json(
-        folder / INPUTS_FILE,
-        {"files": _hashes(recipe, more), "salt": salt, "variables": _digests(recipe.resolved, salt)},
-    )
+    inputs = {"files": _hashes(recipe, more), "salt": salt, "variables": _digests(recipe.resolved, salt)}
+    write_json(folder / INPUTS_FILE, inputs)
 
 
 def check_inputs(
     recipe: Recipe, folder: Path, advice: str, ignored: tuple[str, ...] = (), more: Iterable[Path] = ()
 ) -> None:
-    """Makes sure that a run which is taken up again reads what it was begun with.
+    """Checks that a resumed run reads the inputs that it started with.
 
     Args:
         recipe: of the run.
-        folder: the run's; one without an `inputs.json` is not looked at.
-        advice: what else can be done than to put things back.
-        ignored: beginnings of keys whose variables may change.
+        folder: the run's; without an `inputs.json` nothing is checked.
+        advice: for the error: what the user can do instead of restoring the inputs.
+        ignored: prefixes of keys whose variables may change.
         more: as in `write_inputs`.
 
     Raises:
-        UserError: a file has changed, or the value of a variable; it names the first ones.
+        UserError: a file or the value of a variable has changed; it names the first ones.
     """
     if not (folder / INPUTS_FILE).is_file():
         return
     known = read_json(folder / INPUTS_FILE, dict[str, Any])
     before, now = known.get("files", {}), _hashes(recipe, more)
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])  # others: other keys
-    values, told = _digests(recipe.resolved, known.get("salt", "")), known.get("variables", {})
+    digests, known_digests = _digests(recipe.resolved, known.get("salt", "")), known.get("variables", {})
     changed += [
         f"the variable in {key}"
-        for key in sorted(values)
-        if key in told and told[key] != values[key] and not key.startswith(ignored)
+        for key in sorted(digests.keys() & known_digests.keys())
+        if digests[key] != known_digests[key] and not key.startswith(ignored)
     ]
     if changed:
         rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(f"{', '.join(changed[:3])}{rest}: not as it was when {folder} was begun; restore it, {advice}")
+        raise UserError(f"{', '.join(changed[:3])}{rest}: changed since {folder} was started; restore it, {advice}")
 
 
 def _hashes(recipe: Recipe, more: Iterable[Path]) -> dict[str, str]:
-    """The hash of every file that a recipe reads, by its name, in which variables stand by name."""
+    """The hash of every file that a recipe reads, by its path, in which variables stand by name."""
     files = sorted({file for path in [*_read(recipe), *more] for file in _files_of(path)})
-    with ThreadPoolExecutor() as pool:  # hashing runs beside Python
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
         found = zip(files, pool.map(_hash, files), strict=True)
     return {recipe.variables.hidden(str(file)): content for file, content in found}
 
@@ -103,12 +95,12 @@ def _hash(file: Path) -> str:
 
 
 def _digests(recipe: Mapping[str, Any], salt: str) -> dict[str, str]:
-    """By dotted key, a slow hash of what a variable gave: it may be a secret, and is not to be guessed back."""
+    """By dotted key, a hash of each value that a variable gave, slow because the value may be a secret."""
     values = dict(_differing(recipe, expanded(recipe)[0], ""))
     return {
         key: hashlib.scrypt(value.encode(), salt=salt.encode(), n=2**12, r=8, p=1).hex()[:32]
         for key, value in values.items()
-        if not os.path.exists(os.path.expanduser(value))  # a file is known by its content, wherever it lies
+        if not os.path.exists(os.path.expanduser(value))  # a file counts by its content, wherever it is
     }
 
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: progress for people, `metrics.jsonl` for programs."""
+"""What a run reports: progress for people, `metrics.jsonl` for programs."""
 
 import json
 import math
@@ -20,19 +20,18 @@ LONGEST_NAME = 30  # of a regulariser, in a line for people
 class MetricsFile(TrainerCallback):
     """Appends every log record to `metrics.jsonl`, one JSON object a line.
 
-    A resumed run drops the records written after its checkpoint, so that no step stands there twice. Of several
-    processes the main one writes.
+    A resumed run drops the records after its checkpoint, so that no step is there twice. Only the main process writes.
     """
 
     def __init__(self, path: Path):
         self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = []
         if not is_main():
             return
+        kept = []
         if state.global_step and self.path.is_file():
-            *whole, _ = read_text(self.path).split("\n")  # the last may have been cut off
+            *whole, _ = read_text(self.path).split("\n")  # the last may be incomplete
             steps = [_step(line, f"{self.path} row {number}") for number, line in enumerate(whole, start=1)]
             kept = [line for line, step in zip(whole, steps, strict=True) if step <= state.global_step]
         write_text(self.path, "".join(line + "\n" for line in kept))
@@ -45,13 +44,7 @@ class MetricsFile(TrainerCallback):
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows the policy's steps with rate and time left, and a line at the end of each round.
-
-    `disable_tqdm` shows neither.
-
-    Args:
-        description: what is being trained.
-    """
+    """Shows the steps with their rate and the time left, and a line after each round; `disable_tqdm` hides both."""
 
     _progress: Progress
 
@@ -76,9 +69,9 @@ class TrainingProgress(TrainerCallback):
 
 
 def round_line(record: dict[str, Any], rounds: int) -> str:
-    """What a round measured, in lines of at most `WIDEST_LINE` columns: the policy first, then each regulariser.
+    """The metrics of a round, in lines of at most `WIDEST_LINE` columns: the policy's, then each regulariser's.
 
-    λ·KL is the regulariser's part of the loss, to be held against CE.
+    λ·KL is the regulariser's part of the loss, to compare with CE.
     """
     parts = [f"CE {record['ce']:.3f}" if "ce" in record else "no policy step"]
     for name in [key.removesuffix("/lambda") for key in record if key.endswith("/lambda")]:
@@ -103,7 +96,7 @@ def _of_regulariser(record: dict[str, Any], name: str) -> Iterator[str]:
 
 
 def evaluation_line(record: dict[str, Any]) -> str:
-    """One line that says what an evaluation on held-out rows measured."""
+    """The metrics of an evaluation on held-out rows, in one line."""
     parts = [f"held out: loss {record['eval_loss']:.3f}"] if "eval_loss" in record else ["held out:"]
     for key, value in record.items():
         what, _, name = key.partition("/")
@@ -120,5 +113,4 @@ def _step(line: str, place: str) -> int:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN: a number that is none is missing."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

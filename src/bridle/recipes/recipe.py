@@ -1,4 +1,4 @@
-"""Recipes: one YAML file that says what to train, on what, and held to what; any key can be overridden.
+"""Recipes: YAML files that name a model, its corpus, and the constraints it is trained under.
 
     model: folder or hub name            regularisers:
     corpus:                                toxigen: {constraint: non-toxic, weight: 4}
@@ -7,8 +7,8 @@
     constraints:
       non-toxic: {type: classifier, model: ..., label: toxic}
 
-A regulariser is for the domain that it is named after, or for its `domain`: a name, several, or null for all of them.
-`regularisers` may be a list too, whose entries have their `domain`, and a `name` where a domain has several.
+A regulariser applies to the domain that it is named after, or to its `domain`: a name, several, or null for all.
+`regularisers` may also be a list, whose entries have a `domain`, and a `name` if a domain has several.
 
 Every other key is a field of `ConstrainedConfig`, and so of TRL's `SFTConfig`.
 """
@@ -25,7 +25,7 @@ from pydantic import SecretStr
 from bridle.constraints import Constraint, build_constraint
 from bridle.constraints.spec import RETENTION
 from bridle.data import Domain
-from bridle.errors import UserError
+from bridle.errors import UserError, prefixed
 from bridle.models.loading import LoraOptions
 from bridle.training.config import (
     ALL,
@@ -57,27 +57,25 @@ OLD_KEYS = {"on": "kl_on", "power": "guidance_scale"}
 """New names of a regulariser's keys."""
 
 NOT_IN_RECIPES = {"output_dir", "resume_from_checkpoint", "parallelism_config"}
-"""Fields of the configuration that the command line sets, or nobody."""
+"""Fields of the configuration that no recipe sets."""
 
 
 @dataclass
 class Recipe:
-    """A run, ready to be carried out.
+    """A run that is ready to start.
 
     Attributes:
         model: folder or hub name of the model to tune.
         corpus: domains by name.
-        constraints: by name.
-        regularisers: by name.
+        constraints, regularisers: by name.
         training: fields of `ConstrainedConfig` that the recipe sets; `hub_token` as a `SecretStr`.
         dtype: of the weights.
         lora: low-rank adapters; None for full tuning.
         eval: what the policy is measured on at the end of each round.
-        evaluation: how `bridle compare` measures, as a mapping; read by `comparison.plan`.
-        methods: options of compared methods by name, as a mapping; read by `comparison.methods`.
-        resolved: the recipe as a mapping, overrides included, with its variables by name: what is saved beside the
-            result.
-        variables: names of the environment variables that it reads.
+        evaluation: how `bridle compare` measures; see `comparison.plan`.
+        methods: options of compared methods by name; see `comparison.methods`.
+        resolved: the mapping that is saved with the result: overrides are included, and variables stand by name.
+        variables: environment variables that it reads.
     """
 
     model: str
@@ -98,11 +96,7 @@ class Recipe:
         return {name: domain.read() for name, domain in self.corpus.items()}
 
     def config(self, output_dir: str | Path) -> ConstrainedConfig:
-        """The training configuration, writing to `output_dir`.
-
-        Raises:
-            UserError: a value that the configuration refuses.
-        """
+        """The training configuration. Raises a UserError for a value that it refuses."""
         secret = self.training.get("hub_token")
         token = {"hub_token": secret.get_secret_value()} if secret else {}
         try:
@@ -114,28 +108,26 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe and puts overrides over it.
+    """Reads a recipe.
 
     Args:
         path: a YAML file. `${NAME}` and `${NAME:-default}` stand for environment variables (`utils.variables`).
         overrides: by dotted key, e.g. {"regularisers.toxigen.weight": 10}.
 
     Raises:
-        UserError: naming the file and key: a missing or malformed file, an unknown key (with the nearest
-            known one), a value of the wrong kind, a domain or constraint that does not exist.
+        UserError: a missing or malformed file, an unknown key (with the nearest known one), a value of the wrong kind,
+            a domain or constraint that does not exist. It names the file and the key.
     """
     mapping = read_yaml(Path(path))
-    try:
+    with prefixed(f"{path}: "):
         _name_regularisers(mapping)
         for key, value in (overrides or {}).items():
             set_dotted(mapping, key, value)
         return build_recipe(mapping)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
-    """A recipe from a mapping as it stands in a YAML file. Raises as `load_recipe`."""
+    """A recipe from the mapping of its YAML file. Raises as `load_recipe`."""
     mapping = dict(mapping)
     _name_regularisers(mapping)
     rename_old_keys(mapping)
@@ -150,7 +142,10 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
             raise UserError(f"{key}: is missing; a recipe needs it")
     corpus = {name: _domain(name, options, "corpus") for name, options in as_named(mapping["corpus"], "corpus").items()}
     specs = as_named(mapping.get("constraints"), "constraints")
-    constraints = {name: _constraint(name, spec, variables) for name, spec in specs.items()}
+    constraints = {}
+    for name, spec in specs.items():
+        with prefixed(f"constraints.{name}: "):
+            constraints[name] = build_constraint(spec, name, variables)
     return Recipe(
         model=validated(str, mapping["model"], "model"),
         corpus=corpus,
@@ -178,20 +173,18 @@ def constraint_of(reference: str) -> Constraint:
     """
     path, _, name = reference.rpartition(":")
     written = read_yaml(Path(path))
-    try:
+    with prefixed(f"{path}: "):
         mapping, variables = expanded(written)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     specs = as_mapping(mapping.get("constraints"), "constraints")
     known_name(name, specs, path, "constraint")
     return build_constraint(specs[name], name, variables)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value`, as on the command line, with values read as YAML; `--key` alone is true.
+    """Reads `--key value` and `--key=value` of the command line, with values in YAML; `--key` alone is true.
 
     Raises:
-        UserError: something is no option, or its value no YAML.
+        UserError: something is not an option, or its value not YAML.
     """
     overrides, rest = {}, list(arguments)
     while rest:
@@ -211,15 +204,8 @@ def _domain(name: str, options: Any, section: str) -> Domain:
     return domain
 
 
-def _constraint(name: str, spec: Any, variables: Variables) -> Constraint:
-    try:
-        return build_constraint(spec, name, variables)
-    except UserError as error:
-        raise UserError(f"constraints.{name}: {error}") from error
-
-
 def _name_regularisers(mapping: dict[str, Any]) -> None:
-    """Puts regularisers that are a list into their mapping by name."""
+    """Turns a list of regularisers into a mapping by name."""
     if not isinstance(entries := mapping.get("regularisers"), list):
         return
     mapping["regularisers"] = found = {}
@@ -229,7 +215,7 @@ def _name_regularisers(mapping: dict[str, Any]) -> None:
         domain = validated(str | list[str] | None, options["domain"], f"{where}.domain")
         name = validated(str | None, options.pop("name", None), f"{where}.name") or default_name(domain)
         if name in found:
-            raise UserError(f"{where}: another one is called '{name}' too; give each a `name` of its own")
+            raise UserError(f"{where}: another one is called '{name}' too; give each its own `name`")
         found[name] = options
 
 
@@ -261,10 +247,8 @@ def _regulariser(
     known_name(chosen, {*constraints, RETENTION}, f"{where}.constraint", "constraint")
     options = {"domain": name, **options, "constraint": constraints.get(chosen), "name": name}
     regulariser: Regulariser = build(Regulariser, options, where)
-    try:
+    with prefixed(f"{where}."):
         regulariser.domains(corpus)
-    except UserError as error:
-        raise UserError(f"{where}.{error}") from error
     return regulariser
 
 
@@ -276,7 +260,7 @@ def _eval(
     for name in held_out:
         known_name(name, corpus, f"eval.corpus.{name}", "domain")
     names = validated(list[str], options.get("constraints") or [], "eval.constraints")
-    if not mapping.get("regularisers"):  # plain fine-tuning is judged by all
+    if not mapping.get("regularisers"):  # plain fine-tuning is scored by all
         names = names or list(constraints)
     for name in names:
         known_name(name, constraints, "eval.constraints", "constraint")

@@ -1,7 +1,7 @@
-"""Carrying out a recipe: from a YAML file to a folder with the model, its auxiliary, and how they came about."""
+"""Running a recipe: from a YAML file to a folder with the model, its auxiliary and everything that describes them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from bridle.errors import RunStopped, UserError
 from bridle.models.card import with_names, write_card
@@ -30,7 +30,7 @@ from bridle.utils.settings import different_keys, read_yaml
 
 RECIPE_FILE = "recipe.yaml"
 SHAPES_NOTHING = ("push_to_hub", "hub_", "evaluation", "methods", "keep_last", "env")
-"""Beginnings of a recipe's keys that may change before a run is resumed."""
+"""Prefixes of the recipe's keys that may change before a run is resumed."""
 
 
 def train(
@@ -41,33 +41,31 @@ def train(
     accept_changes: bool = False,
     corpus: Mapping[str, Dataset] | None = None,
 ) -> ConstrainedTrainer:
-    """Carries out a recipe.
+    """Runs a recipe.
 
     Args:
-        recipe: what to do.
-        output_dir: afterwards holds `model/` (a `from_pretrained` folder or adapter), `auxiliary/` (the
-            last R, and each round's in `round-N/`; a folder per regulariser where there are several),
-            `rollouts/`, `metrics.jsonl`, `recipe.yaml`, `environment.json`, `inputs.json` and the
-            checkpoints.
-        resume: go on from the last checkpoint in `output_dir`.
-        accept_changes: resume although the recipe or a file that it reads is not as it was when `output_dir` was begun.
-        corpus: rows by domain in place of those the recipe's domains read.
+        recipe: what to train.
+        output_dir: receives `model/` (a `from_pretrained` folder or adapter), `auxiliary/` (the last R, and each
+            round's in `round-N/`; a folder per regulariser if there are several), `rollouts/`, `metrics.jsonl`,
+            `recipe.yaml`, `environment.json`, `inputs.json` and the checkpoints.
+        resume: resume from the last checkpoint in `output_dir`.
+        accept_changes: resume although the recipe or a file that it reads has changed.
+        corpus: rows by domain, in place of those that the recipe's domains read.
 
     Returns:
         The trainer, with the tuned model.
 
     Raises:
-        UserError: something the recipe names cannot be used; or `output_dir` holds a run and `resume` is off, or a run
-            of another recipe, or another process is writing there.
-        RunStopped: the run cannot go on usefully, or the disk or the memory does not do; what it has done is in
-            `output_dir`.
-        Interrupted: a signal came; it says which checkpoint is kept.
+        UserError: something that the recipe names cannot be used; or `output_dir` holds a run and `resume` is off, or
+            a run of another recipe, or another process is writing there.
+        RunStopped: the run cannot usefully continue, or the disk or the memory is full; its work is in `output_dir`.
+        Interrupted: a signal arrived; the message names the last checkpoint.
     """
     folder = Path(output_dir)
-    recipe.config(folder)  # by which processes that were started together find one another
+    recipe.config(folder)  # also joins the processes that were started together
     if os.path.exists(folder / RECIPE_FILE):  # Path's own raises where a name is too long
         _check_recipe(recipe, folder, resume, accept_changes)
-    wait()  # so that none takes for another run's what the main process writes
+    wait()  # or a process may see what the main process writes, and take it for another run's
     with stopping_when_exhausted(folder), only_writer(folder) if is_main() else nullcontext():
         try:
             return _train(recipe, folder, corpus or recipe.read_corpus(), resume)
@@ -83,34 +81,34 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bool) -> None:
-    """Makes sure that a folder that holds a run is meant, and that it is the same run."""
+    """Refuses a folder that holds a run, unless it is the same run and is to be resumed."""
     if not resume:
-        raise UserError(f"{folder}: holds a run already; add --resume to go on with it, or name another --output_dir")
+        raise UserError(f"{folder}: holds a run already; add --resume to resume it, or name another --output_dir")
     found = different_keys(read_yaml(folder / RECIPE_FILE), without_token(recipe.resolved))
     changed = [key for key in found if not key.startswith(SHAPES_NOTHING)]
     if changed and not accept_changes:
         raise UserError(
-            f"{folder / RECIPE_FILE}: was another recipe: {', '.join(changed)} differ; add --accept_changes to go on "
+            f"{folder / RECIPE_FILE}: was another recipe: {', '.join(changed)} differ; add --accept_changes to resume "
             "with the new one, or name another --output_dir"
         )
     if not accept_changes:
-        check_inputs(recipe, folder, "add --accept_changes to go on, or name another --output_dir", SHAPES_NOTHING)
+        check_inputs(
+            recipe, folder, "add --accept_changes to resume anyway, or name another --output_dir", SHAPES_NOTHING
+        )
 
 
 def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bool) -> ConstrainedTrainer:
-    trainer = build_trainer(recipe, folder, rows)
+    trainer = build_trainer(recipe, folder, rows, [MetricsFile(folder / "metrics.jsonl"), TrainingProgress()])
     config = trainer.args
-    _replace_callbacks(trainer, [MetricsFile(folder / "metrics.jsonl"), TrainingProgress()])
-
     if is_main():
         write_recipe(recipe, folder)
         write_json(folder / "environment.json", environment(config.seed))
         write_inputs(recipe, folder)
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if trainer.is_fsdp_enabled:  # a model in shards would be no `from_pretrained` folder
+    if trainer.is_fsdp_enabled:  # `from_pretrained` does not read a model in shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(folder / "model"), _internal_call=True)  # it is pushed below, with its card
+    trainer.save_model(str(folder / "model"), _internal_call=True)  # pushed below, with its card
     if is_main():
         describe_run(recipe, folder, rows={name: len(domain) for name, domain in rows.items()})
     if config.push_to_hub:
@@ -118,16 +116,17 @@ def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bo
     return trainer
 
 
-def build_trainer(recipe: Recipe, output_dir: Path, corpus: Mapping[str, Dataset]) -> ConstrainedTrainer:
-    """The trainer of a recipe.
+def build_trainer(
+    recipe: Recipe, output_dir: Path, corpus: Mapping[str, Dataset], callbacks: Sequence[TrainerCallback] = ()
+) -> ConstrainedTrainer:
+    """The trainer of a recipe, which writes to `output_dir`.
 
     Args:
-        recipe: what to do.
-        output_dir: where the trainer writes.
         corpus: rows by domain.
+        callbacks: in place of those of `transformers` that print each record as a Python dictionary.
 
     Raises:
-        UserError: something the recipe names cannot be used.
+        UserError: something that the recipe names cannot be used.
     """
     config = recipe.config(output_dir)
     check_strategy(config)
@@ -135,8 +134,8 @@ def build_trainer(recipe: Recipe, output_dir: Path, corpus: Mapping[str, Dataset
     for constraint in used + (recipe.eval.constraints if recipe.eval else []):
         if constraint is not None:
             constraint.load()  # a mistake shows now and not after an hour
-    set_seed(config.seed)  # adapters are drawn at random
-    return ConstrainedTrainer(
+    set_seed(config.seed)  # adapters start at random
+    trainer = ConstrainedTrainer(
         model=load_model(recipe.model, dtype=recipe.dtype, lora=recipe.lora),
         args=config,
         corpus=corpus,
@@ -145,21 +144,26 @@ def build_trainer(recipe: Recipe, output_dir: Path, corpus: Mapping[str, Dataset
         processing_class=load_tokenizer(recipe.model),
         eval_options=recipe.eval,
     )
+    for default in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(default)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
 
 
 def fit_guide(recipe: Recipe, output_dir: str | Path) -> dict[str, Any]:
-    """Fits the recipe's regularisers on the model as it is, without training it: what NADO decoding needs.
+    """Fits R for each regulariser of the recipe, without training the model: what NADO decoding needs.
 
     Args:
-        recipe: its model is sampled from, its constraints label the samples.
-        output_dir: afterwards holds `auxiliary/` and `rollouts/`.
+        recipe: names the model and the constraints that label its samples.
+        output_dir: receives `auxiliary/` and `rollouts/`.
 
     Returns:
-        What the round measured; see `docs/metrics.md`.
+        The metrics of the round; see `docs/metrics.md`.
 
     Raises:
         UserError: as `train`.
-        RunStopped: as `DomainRegulariser.update`, or every sample got the same label, so that R says nothing.
+        RunStopped: as `DomainRegulariser.update`, or all samples got the same label, from which R cannot learn.
     """
     trainer = build_trainer(recipe, Path(output_dir), recipe.read_corpus())
     measured = trainer.schedule.begin_round(1)
@@ -181,19 +185,19 @@ def describe_run(
     """Writes the card of the model that `train` left in `output_dir`, over an older one.
 
     Args:
-        recipe: what was carried out.
+        recipe: of the run.
         output_dir: the run's folder.
         rows: how many rows each domain gave.
         results, method, description: as in `write_card`.
-        about: what else is told, by a recipe's keys.
+        about: further settings, by a recipe's keys.
 
     Returns:
-        The card.
+        The path of the card.
     """
     folder = Path(output_dir)
     return write_card(
         folder / "model",
-        recipe.variables.hidden({**_carried_out(recipe, recipe.config(folder)), **(about or {})}),
+        recipe.variables.hidden({**_settings(recipe, recipe.config(folder)), **(about or {})}),
         metrics=[record for _, record in read_rows(folder / "metrics.jsonl")],
         results=results,
         method=method,
@@ -203,8 +207,8 @@ def describe_run(
     )
 
 
-def _carried_out(recipe: Recipe, config: ConstrainedConfig) -> dict[str, Any]:
-    """The recipe with its defaults written out, for the card."""
+def _settings(recipe: Recipe, config: ConstrainedConfig) -> dict[str, Any]:
+    """The recipe with its defaults, for the card."""
     constraints = [options.constraint for options in recipe.regularisers.values() if options.constraint is not None]
     return {
         **config.to_dict(),
@@ -216,11 +220,3 @@ def _carried_out(recipe: Recipe, config: ConstrainedConfig) -> dict[str, Any]:
         "constraints": {constraint.name: constraint.describe() for constraint in constraints},
         "regularisers": {name: with_names(options) for name, options in recipe.regularisers.items()},
     }
-
-
-def _replace_callbacks(trainer: ConstrainedTrainer, callbacks: list) -> None:
-    """Our displays in place of those of `transformers`, which print every record as a Python dictionary."""
-    for default in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(default)
-    for callback in callbacks:
-        trainer.add_callback(callback)
