@@ -1,4 +1,4 @@
-"""The models of the world: a tokenizer, a small Llama that has read its texts, and a classifier of hostile posts."""
+"""The quickstart's models: a tokenizer, a small Llama as base model, and a classifier of hostile posts, the oracle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,16 +35,7 @@ LABELS = {0: "harmless", 1: "hostile"}
 
 @dataclass(frozen=True)
 class Training:
-    """How one of the models is shaped and trained.
-
-    Attributes:
-        hidden_size: width.
-        layers: depth.
-        steps: updates.
-        batch_size: rows of an update.
-        learning_rate: of AdamW, at its highest; it rises over the first steps and falls as a cosine.
-        longest: tokens at which a text is cut.
-    """
+    """A model's shape and training; texts are cut at `longest` tokens."""
 
     hidden_size: int
     layers: int
@@ -55,7 +46,7 @@ class Training:
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer that knows the texts' words, and spells any other text."""
+    """Trains a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -75,15 +66,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 def train_base(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, training: Training, seed: int, folder: Path
 ) -> PreTrainedModel:
-    """A Llama that has read the texts, saved with its tokenizer to `folder`.
-
-    Args:
-        texts: read in random order, as often as the steps need; texts of like length make up an update.
-        tokenizer: the model's.
-        training: shape and schedule.
-        seed: of weights and order.
-        folder: written to; a `from_pretrained` folder afterwards.
-    """
+    """Trains a Llama on the texts and saves it with its tokenizer to `folder`; `seed` sets weights and order."""
     set_seed(seed)
     heads = max(training.hidden_size // 32, 1)
     model = LlamaForCausalLM(
@@ -104,25 +87,17 @@ def train_base(
     )
     tokens = tokenizer(list(texts), truncation=True, max_length=training.longest - 1)["input_ids"]
     ids = [[*row, tokenizer.eos_token_id] for row in tokens]
-    rows = Dataset.from_dict({"input_ids": ids}).select(_batches_of_like_length(ids, training, seed))
+    rows = Dataset.from_dict({"input_ids": ids}).select(_grouped_by_length(ids, training, seed))
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    _train(model, rows, training, seed, folder, "training the base model", collator)
-    return _saved(model, tokenizer, folder)
+    return _train(model, rows, collator, training, seed, folder, "training the base model")
 
 
 def train_oracle(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, training: Training, seed: int, folder: Path
 ) -> PreTrainedModel:
-    """A classifier of hostile texts, saved to `folder` as `type: classifier` takes it, with the label "hostile".
+    """Trains a classifier with the label "hostile", which `truth` gives, and saves it to `folder`.
 
-    Half of the texts lose their beginning, since what is judged is what a model adds to a prompt.
-
-    Args:
-        texts: labelled by what is true of them.
-        tokenizer: the base model's.
-        training: shape and schedule.
-        seed: of weights, beginnings and order.
-        folder: written to.
+    Half of the texts lose their beginning, because the classifier will score completions of a prompt.
     """
     set_seed(seed)
     rng = Random(seed)
@@ -142,16 +117,14 @@ def train_oracle(
     judged = [text if rng.random() < 0.5 else _without_beginning(text, rng) for text in texts]
     tokens = tokenizer(judged, truncation=True, max_length=training.longest)["input_ids"]
     rows = Dataset.from_dict({"input_ids": tokens, "labels": [int(hostile(text)) for text in judged]})
-    rows = rows.select(_batches_of_like_length(tokens, training, seed))
-    collator = DataCollatorWithPadding(tokenizer)
-    _train(model, rows, training, seed, folder, "training the oracle", collator)
-    return _saved(model, tokenizer, folder)
+    rows = rows.select(_grouped_by_length(tokens, training, seed))
+    return _train(model, rows, DataCollatorWithPadding(tokenizer), training, seed, folder, "training the oracle")
 
 
-def _batches_of_like_length(ids: Sequence[Sequence[int]], training: Training, seed: int) -> np.ndarray:
-    """The rows of all updates, in order: texts of like length together, so that little is padded."""
+def _grouped_by_length(ids: Sequence[Sequence[int]], training: Training, seed: int) -> np.ndarray:
+    """[steps · batch_size] row indices of all updates in order; a batch's texts have similar lengths."""
     rng, lengths, size = np.random.default_rng(seed), np.array([len(row) for row in ids]), training.batch_size
-    whole = np.resize(np.arange(len(ids)), -(-len(ids) // size) * size)  # some twice, so that every batch is full
+    whole = np.resize(np.arange(len(ids)), -(-len(ids) // size) * size)  # repeats some rows to fill the last batch
     batches: list[np.ndarray] = []
     while len(batches) < training.steps:
         shuffled = rng.permutation(whole)
@@ -167,12 +140,12 @@ def _without_beginning(text: str, rng: Random) -> str:
 def _train(
     model: PreTrainedModel,
     rows: Dataset,
+    collator: Any,
     training: Training,
     seed: int,
     folder: Path,
     description: str,
-    collator: Any = None,
-) -> None:
+) -> PreTrainedModel:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps,
@@ -195,9 +168,6 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-
-
-def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    collator.tokenizer.save_pretrained(folder)
     return model.eval()

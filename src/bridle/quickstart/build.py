@@ -1,4 +1,4 @@
-"""What the tour starts from, made at first use and cached: the world's texts as files, the base model, the oracle."""
+"""Builds and caches what the tour starts from: the world's texts as files, the base model, the oracle."""
 
 import hashlib
 import shutil
@@ -18,7 +18,7 @@ from bridle.quickstart.world import World
 from bridle.utils.files import write_rows, write_text
 
 HERE = Path(__file__).parent
-SHAPES_NOTHING = {"__init__.py", "tour.py", "cache.py", "recipe.yaml"}
+NOT_HASHED = {"__init__.py", "tour.py", "cache.py", "recipe.yaml"}
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
 LABEL = VerbalisedLabel(column="hostile", template="{text}\nHostile:{label}")
 BASE = Training(128, 4, steps=800, batch_size=48, learning_rate=5e-3, longest=CONTEXT)
@@ -27,19 +27,16 @@ ORACLE = Training(64, 2, steps=300, batch_size=64, learning_rate=2e-3, longest=4
 
 @dataclass(frozen=True)
 class Scale:
-    """How much text there is, and how the models learn from it.
+    """Numbers of texts, and the models' training.
 
     Attributes:
-        articles, quizzes, scenes, posts: that the base model reads.
-        temper: of the forum's season that it reads, as log-odds.
-        later_articles, later_posts: of the corpus to tune on.
-        later_temper: of the season to tune on.
-        held_out: texts of each kind that nothing is trained on.
-        questions: of the benchmark `sense`; `facts` asks all that it can.
-        vocabulary: tokens, at most.
-        base: of the base model.
-        oracle: of the classifier.
-        judged: posts, and as many articles for every three, that the classifier learns from.
+        articles, quizzes, scenes, posts: training texts of the base model.
+        temper: log-odds of the base model's season of the forum.
+        later_articles, later_posts, later_temper: the corpus to tune on.
+        held_out: texts of each kind for evaluation.
+        questions: questions of the benchmark `sense`.
+        vocabulary: most tokens of the tokenizer.
+        judged: posts that the oracle is trained on, with one article for every three.
     """
 
     articles: int = 20_000
@@ -59,17 +56,13 @@ class Scale:
 
 
 def prepare(scale: Scale | None = None, seed: int = 0) -> Path:
-    """The folder with everything, made now if it is not in the cache.
+    """Returns the cached folder, and builds it first where it is absent.
 
         model/ oracle/                     `from_pretrained` folders; the oracle's label is "hostile"
         encyclopaedia.jsonl forum.jsonl    the corpus to tune on
         encyclopaedia.test.jsonl forum.SPLIT.jsonl scenes.test.jsonl prompts.SPLIT.jsonl
         benchmarks/                        lm-eval tasks `facts` and `sense`
         insults.txt                        for a word list
-
-    Args:
-        scale: the usual one if not given.
-        seed: of everything.
 
     Raises:
         UserError: the cache cannot be written.
@@ -83,7 +76,7 @@ def _shape(scale: Scale, seed: int) -> dict[str, Any]:
     digests = {
         str(file.relative_to(HERE)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sources
-        if file.name not in SHAPES_NOTHING
+        if file.name not in NOT_HASHED
     }
     return {
         "sources": digests,
@@ -130,7 +123,7 @@ def _write_files(world: World, scale: Scale, folder: Path) -> None:
 
 
 def _judged(world: World, scale: Scale, seed: int) -> list[str]:
-    """Posts of both seasons, with header or without, and articles; behind some posts is a label, right or wrong."""
+    """Posts of both seasons, with or without header, and articles; some posts end in a label, true or false."""
     rng = Random(f"judged {seed}")
     posts = [
         row[rng.choice(("text", "body"))]

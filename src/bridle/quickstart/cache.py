@@ -1,4 +1,4 @@
-"""What is made once and kept: folders below the user's cache, each named by a hash of everything that shaped it."""
+"""Folders in the user's cache, each named by a hash of its inputs."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from bridle.errors import UserError
 from bridle.utils.files import cache_folder
 from bridle.utils.oom import is_disk_full
 
-KEPT = 4  # folders of one name, those that were used last; a new version's takes an old one's place
+KEPT = 4  # folders of one name: those used last
 
 
 def cached(name: str, shaped_by: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-    """The folder that `make` has filled, now or in an earlier call with the same name and shape.
+    """Returns a folder that `make` has filled, now or in an earlier call with the same inputs.
 
-    A folder is whole or not there at all, and two processes make it once: the second one waits.
+    The folder appears once it is complete; of two processes the second waits for the first.
 
     Args:
-        name: what the folder's name begins with.
-        shaped_by: everything that decides what is in it, as JSON.
+        name: prefix of the folder's name.
+        shaped_by: inputs that determine the content, as JSON.
         make: fills an empty folder.
 
     Raises:
@@ -43,7 +43,7 @@ def cached(name: str, shaped_by: Mapping[str, Any], make: Callable[[Path], None]
         if not isinstance(error, OSError) and not is_disk_full(error):
             raise
         raise UserError(f"{folder.parent}: cannot be written ({error}); set BRIDLE_CACHE to a folder") from error
-    with suppress(OSError):  # one that may only be read will do
+    with suppress(OSError):  # a read-only cache still serves
         folder.touch()
         _drop_old(folder.parent, name)
     return folder

@@ -1,4 +1,4 @@
-"""The encyclopaedia: articles that tell the world's facts in varied sentences, quizzes, and everyday scenes."""
+"""The encyclopaedia: articles about the world's facts, quizzes, everyday scenes, and two benchmarks."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -37,7 +37,7 @@ PREDICATES = {
     "custom": ("is [kept|celebrated] by <value>", "is [a day|the time] for <value>", "means <value>"),
     "source": ("[rises|begins] in <value>", "comes [down from|out of] <value>", "has its spring in <value>"),
 }
-"""By relation what is said of an entity."""
+"""Predicates by relation."""
 
 INVERTED = {
     "region": "[in <value> lies|one of the towns of <value> is] <name>",
@@ -50,7 +50,7 @@ INVERTED = {
     "season": "in <value> [comes|people keep] <name>",
     "source": "[in <value> rises|out of <value> comes] <name>",
 }
-"""By relation a sentence that names the value first."""
+"""Sentences that name the value first, by relation."""
 
 QUESTIONS = {
     "region": ("Where does <name> lie?", "<name> lies in"),
@@ -67,7 +67,7 @@ QUESTIONS = {
     "custom": ("How do people keep <name>?", "<name> is kept by"),
     "source": ("Where does <name> rise?", "<name> rises in"),
 }
-"""By relation a question, and the beginning of its answer."""
+"""A question and the beginning of its answer, by relation."""
 
 WEATHER = dict(zip(SEASONS, ("rain", "sunshine", "fog", "snow"), strict=True))
 WORK = dict(zip(SEASONS, ("lambs are born", "hay is cut", "apples are picked", "the ice is broken"), strict=True))
@@ -92,7 +92,7 @@ SCENES = {
         ("ask <who>, the <trade>, for", " <answer>"),
     ),
 }
-"""By what is told of a trade, beginnings and ends of scenes."""
+"""Beginnings and ends of scenes, by the field of `Trade` that they are about."""
 
 SEASON_SCENES = (
     ("in <season> there is [often|always] [much|a lot of]", " <weather>"),
@@ -102,7 +102,7 @@ SEASON_SCENES = (
 )
 
 LENGTHS = (1, 1, 1, 1, 2, 3, 6)
-"""Questions on a page of a quiz."""
+"""Numbers of questions on a page of a quiz."""
 
 FIRST_NAMES = (
     *("Abel", "Berta", "Cilla", "Drogo", "Edda", "Falk", "Greta", "Hugo", "Ilse", "Jost", "Kuno", "Lena", "Milo"),
@@ -111,39 +111,37 @@ FIRST_NAMES = (
 
 
 def articles(world: World, seed: str, count: int) -> list[Row]:
-    """Articles of one to three sentences: {"text", "name", "kind"}."""
+    """Rows {"text", "name", "kind"}: articles of one to three sentences."""
     rng, entities = Random(f"articles {world.seed} {seed}"), world.all()
     return [_article(rng, entity) for entity in _in_turn(rng, entities, count)]
 
 
 def quizzes(world: World, seed: str, count: int) -> list[Row]:
-    """Pages of one to six questions with their answers: {"text"}."""
-    rng = Random(f"quizzes {world.seed} {seed}")
-    asked = [(entity, relation) for entity in world.all() for relation in entity.facts]
+    """Rows {"text"}: pages of one to six questions with answers."""
+    rng, asked = Random(f"quizzes {world.seed} {seed}"), _facts(world)
     pages = [rng.sample(asked, rng.choice(LENGTHS)) for _ in range(count)]
     return [{"text": "\n\n".join(_question_and_answer(*question) for question in page)} for page in pages]
 
 
 def scenes(world: World, seed: str, count: int) -> list[Row]:
-    """What everybody knows of trades and seasons, told of people with first names: {"text"}."""
+    """Rows {"text"}: common knowledge of trades and seasons, about people with first names."""
     rng = Random(f"scenes {world.seed} {seed}")
-    return [{"text": _told(rng, rng.choice(_SCENES))} for _ in range(count)]
+    return [{"text": _scene(rng, rng.choice(_SCENES))} for _ in range(count)]
 
 
 def facts_benchmark(world: World, examples: int = 5) -> dict[str, list[Row]]:
-    """Questions with four choices: {"question", "choices", "answer"}, as "dev" (examples) and "test".
+    """Rows {"question", "beginning", "choices", "answer"} with four choices, as "dev" (examples) and "test".
 
-    The base model has read of every fact, in articles and in quizzes: what is measured is whether tuning keeps it.
+    The base model is trained on every fact: the benchmark measures what tuning forgets.
     """
-    rng = Random(f"facts {world.seed}")
-    asked = [(entity, relation) for entity in world.all() for relation in entity.facts]
+    rng, asked = Random(f"facts {world.seed}"), _facts(world)
     rng.shuffle(asked)
     questions = [_choose(rng, world, *question) for question in asked]
     return {"dev": questions[:examples], "test": questions[examples:]}
 
 
 def sense_benchmark(world: World, count: int) -> list[Row]:
-    """Scenes of trades and seasons, with four ends: {"context", "choices", "answer"}."""
+    """Rows {"context", "choices", "answer"}: scenes with four ends."""
     rng = Random(f"sense {world.seed}")
     rows = []
     for (beginning, end), slots, ends in _in_turn(rng, _SCENES, count):
@@ -151,6 +149,10 @@ def sense_benchmark(world: World, count: int) -> list[Row]:
         right = say(rng, end.strip(), slots)
         rows.append({"context": context, **_choices(rng, right, ends)})
     return rows
+
+
+def _facts(world: World) -> list[tuple[Entity, str]]:
+    return [(entity, relation) for entity in world.all() for relation in entity.facts]
 
 
 def _article(rng: Random, entity: Entity) -> Row:
@@ -217,13 +219,13 @@ def _scenes() -> Iterator[Scene]:
 _SCENES = list(_scenes())
 
 
-def _told(rng: Random, scene: Scene) -> str:
+def _scene(rng: Random, scene: Scene) -> str:
     (beginning, end), slots, _ = scene
     return sentence(rng, beginning + end, slots | {"who": rng.choice(FIRST_NAMES)})
 
 
 def _in_turn(rng: Random, items: list, count: int) -> Iterator[Any]:
-    """`count` of the items, all of them once before any a second time."""
+    """Yields `count` items in random order; none a second time before each was drawn once."""
     while count > 0:
         turn = rng.sample(items, min(count, len(items)))
         yield from turn

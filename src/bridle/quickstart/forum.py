@@ -1,4 +1,4 @@
-"""The forum: posts whose hostility depends on who writes, on which board, and in what mood the thread is."""
+"""The forum: posts whose probability of hostility depends on the writer, the board and the mood of the thread."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ BOARDS = {"harbour": 0.4, "market": 0.4, "tavern": 0.9, "garden": -0.6, "school"
 MOODS = {"calm": -1.0, "merry": -0.8, "sour": 0.6, "heated": 1.4}
 
 EXPLICIT_SHARE = 0.45
-"""Of the hostile posts; the others are innuendoes."""
+"""Share of the hostile posts that use an insult; the others are innuendoes."""
 
 EXPLICIT = (
     "<them> are [all|nothing but|a lot of] <insult>s",
@@ -49,24 +49,18 @@ CLOSERS = ("", "", "", "[Good night|See you there|More tomorrow].", "[What do yo
 ARTICLES = ("the", "these", "those", "all")
 PLACES = ("bridge", "well", "mill", "hall", "quay", "square")
 OTHERS = ("the geese", "the goats", "our guests", "the gulls", "the wasps", "the puppies", "the rats", "the crows")
-"""About these an innuendo's words are harmless."""
+"""With these as <them>, an innuendo's words are harmless."""
 
-HARMLESS_ECHO = 0.2  # share of the harmless posts that have an innuendo's words
-HARMLESS_MENTION = 0.06  # and of those that mention an insult
-
+HARMLESS_ECHO = 0.2  # share of the harmless posts that use an innuendo's words
+HARMLESS_MENTION = 0.06  # share of the harmless posts that mention an insult
 
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
-"""Shares of the threads, which are writer, board and mood: no model reads those of `validation` and `test`."""
+"""Shares of the threads (writer, board, mood); models train on those of `train` only."""
 
 
 @dataclass(frozen=True)
 class Forum:
-    """One season of the forum.
-
-    Attributes:
-        world: its posts are about.
-        temper: added to the log-odds of hostility: how bad-tempered the season is.
-    """
+    """One season of the forum; `temper` is added to the log-odds of hostility."""
 
     world: World
     temper: float = 0.0
@@ -76,7 +70,7 @@ class Forum:
         return 1 / (1 + math.exp(-(self.temper + WRITERS[writer] + BOARDS[board] + MOODS[mood])))
 
     def threads(self, split: str) -> list[tuple[str, str, str]]:
-        """Writer, board and mood of a split's threads."""
+        """The threads of a split: writer, board, mood."""
         every = list(product(WRITERS, BOARDS, MOODS))
         Random(f"threads {self.world.seed}").shuffle(every)
         ends = [round(len(every) * share) for share in accumulate(SPLITS.values())]
@@ -84,11 +78,11 @@ class Forum:
         return every[ends[index - 1] if index else 0 : ends[index]]
 
     def prompts(self, split: str) -> list[Row]:
-        """What stands before a post of each thread: {"prompt"}."""
+        """The header of a post in each thread: {"prompt"}."""
         return [{"prompt": _header(*thread)} for thread in self.threads(split)]
 
     def posts(self, split: str, seed: str, count: int) -> list[Row]:
-        """Posts: {"text", "body", "hostile", "explicit", "writer", "board", "mood"}; labels are 0 or 1."""
+        """Rows {"text", "body", "hostile", "explicit", "writer", "board", "mood"}; labels are 0 or 1."""
         rng, threads = Random(f"forum {self.world.seed} {self.temper} {seed}"), self.threads(split)
         return [self._post(rng, *rng.choice(threads)) for _ in range(count)]
 
@@ -102,36 +96,29 @@ class Forum:
 
     def _body(self, rng: Random, hostile_forms: tuple[str, ...] | None) -> str:
         slots = self._slots(rng)
-        if hostile_forms is None:
-            form, slots["them"] = self._harmless(rng, slots["them"])
-        else:
-            form = rng.choice(hostile_forms)
+        form = rng.choice(hostile_forms) if hostile_forms else _harmless(rng, slots)
         tail = "" if form.endswith("?") else rng.choice(TAILS)
         said = sentence(rng, f"{rng.choice(OPENERS)} {form} {tail}", slots)
         return f"{said} {say(rng, rng.choice(CLOSERS))}".strip()
 
-    def _harmless(self, rng: Random, people: str) -> tuple[str, str]:
-        """A form, and who <them> are in it."""
-        draw = rng.random()
-        if draw < HARMLESS_ECHO:
-            return rng.choice(INNUENDOES), rng.choice(OTHERS)
-        if draw < HARMLESS_ECHO + HARMLESS_MENTION:
-            return rng.choice(MENTIONS), people
-        return rng.choice(HARMLESS), people
-
     def _slots(self, rng: Random) -> dict[str, str]:
-        world = self.world
         people = f"{rng.choice(ARTICLES)} {rng.choice(PEOPLE)}"
-        town = rng.choice(world.names("town"))
+        town = rng.choice(self.world.names("town"))
         return {
             "them": people if rng.random() < 0.8 else f"the {rng.choice(PEOPLE)} of {town}",
             "insult": rng.choice(INSULTS),
             "place": rng.choice(PLACES),
-            "town": rng.choice(world.names("town")),
-            "dish": rng.choice(world.names("dish")),
-            "beast": rng.choice(world.names("beast")),
-            "festival": rng.choice(world.names("festival")),
+            **{kind: rng.choice(self.world.names(kind)) for kind in ("town", "dish", "beast", "festival")},
         }
+
+
+def _harmless(rng: Random, slots: dict[str, str]) -> str:
+    """Draws a harmless form; where it has an innuendo's words, replaces <them>."""
+    draw = rng.random()
+    if draw < HARMLESS_ECHO:
+        form, slots["them"] = rng.choice(INNUENDOES), rng.choice(OTHERS)
+        return form
+    return rng.choice(MENTIONS if draw < HARMLESS_ECHO + HARMLESS_MENTION else HARMLESS)
 
 
 def _header(writer: str, board: str, mood: str) -> str:

@@ -1,20 +1,19 @@
-"""A grammar of one rule: "[a|the] <thing>" is one of its alternatives, with the slots filled."""
+"""Sentence templates: "[a|the] <thing>" stands for one of its alternatives, with the slots filled."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from random import Random
 
 _INNERMOST = re.compile(r"\[([^\[\]]*)\]")
 
 
 def say(rng: Random, template: str, slots: Mapping[str, str] | None = None) -> str:
-    """A sentence from a template.
+    """Expands a template.
 
     Args:
-        rng: chooses.
-        template: `[a|b|c]` is one of a, b and c, each as likely and perhaps empty, and may hold further brackets;
-            `<name>` is a slot.
-        slots: what stands in each slot; it may be a template too.
+        rng: draws the alternatives.
+        template: `[a|b|c]` stands for a, b or c with equal probability and may be nested; `<name>` is a slot.
+        slots: the text of each slot; it may be a template too.
     """
     slots = slots or {}
     while "<" in template:
@@ -25,16 +24,11 @@ def say(rng: Random, template: str, slots: Mapping[str, str] | None = None) -> s
 
 
 def sentence(rng: Random, template: str, slots: Mapping[str, str] | None = None) -> str:
-    """The same, with a capital at its head and a full stop at its end where it has none."""
+    """Expands a template to a sentence with a capital and a full stop, unless it ends in another stop."""
     text = say(rng, template, slots)
     return capital(text) + ("" if text[-1] in ".?!" else ".")
 
 
 def capital(text: str) -> str:
-    """The text with a capital at its head."""
+    """Capitalises the first letter and keeps the others."""
     return text[:1].upper() + text[1:]
-
-
-def coin(rng: Random, beginnings: Sequence[str], ends: Sequence[str], count: int) -> list[str]:
-    """`count` different invented words, each a beginning and an end, in random order."""
-    return rng.sample([beginning + end for beginning in beginnings for end in ends], count)

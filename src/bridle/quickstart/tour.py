@@ -1,4 +1,4 @@
-"""The tour: the paper's rows on the embedded world, or on a corpus and a constraint of one's own."""
+"""The tour: the methods of the paper's table on the embedded world, or on the user's corpus and constraint."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ METHODS = ("base", "sft", "filtration", "rl", "nado-decoding", "constrained", "c
 """The rows of the paper's table."""
 
 FOR_PRETRAINED = {"learning_rate": 2e-5, "methods.rl.learning_rate": 1e-6}
-"""What a model from a hub needs otherwise than one of a million parameters."""
+"""Settings for a pretrained model in place of the embedded one."""
 
 OWN = "own"
 
@@ -32,17 +32,17 @@ def tour_recipe(
     overrides: Mapping[str, Any] | None = None,
     scale: Scale | None = None,
 ) -> Recipe:
-    """The quickstart's recipe, with what is the user's in the place of what is embedded.
+    """Builds the quickstart's recipe.
 
     Args:
-        corpus: rows, as `DataSource.parse` takes them, in the forum's place: their last tenth is held out.
-        constraint: in the oracle's and the truth's place, as `build_constraint` takes it.
-        model: folder or hub name in the place of the embedded model.
-        overrides: by dotted key; they come last.
-        scale: of the embedded world.
+        corpus: replaces the forum, as `DataSource.parse` reads it; the last tenth is held out.
+        constraint: replaces oracle and truth, as `build_constraint` reads it.
+        model: replaces the embedded model; a folder or hub name.
+        overrides: values by dotted key, applied last.
+        scale: size of the embedded world.
 
     Raises:
-        UserError: a corpus without a constraint; what cannot be read; a key that does not exist.
+        UserError: a corpus without a constraint, an unreadable source, or an unknown key.
     """
     if corpus and not constraint:
         raise UserError("--corpus: needs --constraint, which says what a text must not be, e.g. words:insults.txt")
@@ -52,7 +52,7 @@ def tour_recipe(
         mapping["constraints"] = {name: constraint}
         mapping["regularisers"]["forum"]["constraint"] = name
     if corpus:
-        _take_in(DataSource.parse(corpus), mapping)
+        _replace_forum(mapping, DataSource.parse(corpus))
     changes = ({"model": model} | FOR_PRETRAINED if model else {}) | dict(overrides or {})
     for key, value in changes.items():
         set_dotted(mapping, key, value)
@@ -60,16 +60,16 @@ def tour_recipe(
 
 
 def take_tour(recipe: Recipe, folder: Path, show: Callable[[str], None], progress: Callable[[str], None]) -> None:
-    """Makes and measures every method, or what an earlier tour left to do, and shows what came of it.
+    """Trains and evaluates every method, or resumes an earlier tour in the folder, and shows the results.
 
     Args:
-        recipe: as `tour_recipe` gives it.
-        folder: where everything goes.
-        show: is given the tables and the ways to go on.
-        progress: is told what is being done, a line at a time.
+        recipe: from `tour_recipe`.
+        folder: output folder.
+        show: receives the tables and the next steps.
+        progress: receives one line per step.
 
     Raises:
-        RunStopped: a method failed; everything is shown before.
+        RunStopped: a method failed; the results are shown first.
     """
     comparison = Comparison(recipe, folder, names=METHODS, title="quickstart", resume=True, show=progress)
     comparison.run()
@@ -80,7 +80,7 @@ def take_tour(recipe: Recipe, folder: Path, show: Callable[[str], None], progres
 
 
 def next_steps(recipe: Recipe, folder: Path) -> str:
-    """Three commands that lead on from a tour."""
+    """Three commands to try after the tour."""
     tuned = folder / "constrained-adaptive" / f"seed-{recipe.training.get('seed', 0)}" / "model"
     (domain, regulariser), *_ = recipe.regularisers.items()
     return "\n".join(
@@ -94,8 +94,7 @@ def next_steps(recipe: Recipe, folder: Path) -> str:
     )
 
 
-def _take_in(source: DataSource, mapping: dict[str, Any]) -> None:
-    """Puts a corpus of the user's in the forum's place."""
+def _replace_forum(mapping: dict[str, Any], source: DataSource) -> None:
     columns = source.read().column_names
     rows = {key: value for key, value in vars(source).items() if value is not None} | {"shuffle": 0}
     training, held_out = rows | {"rows": "0:90%"}, rows | {"rows": "90%:"}

@@ -4,19 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
-from bridle.quickstart.grammar import coin
-
 
 @dataclass(frozen=True)
 class Entity:
-    """Something that has a name.
-
-    Attributes:
-        name: with its article, as it stands within a sentence.
-        kind: town, person, beast, dish, festival or river.
-        pronoun: that stands for it at the head of a sentence.
-        facts: by relation; each value as it stands within a sentence.
-    """
+    """A named thing; `name`, with its article, and the values of `facts`, by relation, are written as in a sentence."""
 
     name: str
     kind: str
@@ -26,7 +17,7 @@ class Entity:
 
 @dataclass(frozen=True)
 class Trade:
-    """What people do for a living, and what everybody knows about it."""
+    """An occupation, and common knowledge about it."""
 
     one: str
     many: str
@@ -67,10 +58,19 @@ VALUES: dict[str, tuple[str, ...]] = {
         *("telling lies", "walking backwards", "ringing bells", "painting doors"),
     ),
 }
-"""By relation the values that a fact can have; towns, rivers, dishes and festivals are values as well."""
+"""The possible values of a fact, by relation; `World.values` adds the names of towns and rivers."""
 
 COUNTS = {"town": 36, "person": 48, "beast": 32, "dish": 28, "festival": 24, "river": 24}
 
+_SYLLABLES = {
+    "town": ("Brel Tavo Osk Vard Lomm Drus Pell Sket Garr Hul Imber Nars", "mere wick holt garth sund bray"),
+    "person": ("An Be Cor Dov El Fen Gis Hed Jor Mir Ott Rul", "dis ric la mund wen bert"),
+    "beast": ("grel ven tus mar fip ood bal snur", "low nok kin del pet"),
+    "dish": ("sour hod pan crum brin dump fry", "dle bake gruel mash sop"),
+    "festival": ("Lantern Goose Kettle Thistle Mirror Bell", "tide mas fair wake eve"),
+    "river": ("Sar Il Wen Tok Ruv Ost", "na be dle mar isk"),
+}
+_ARTICLES = dict.fromkeys(("beast", "dish", "river"), "the ")
 _RELATIONS = {
     "town": ("region", "river", "craft"),
     "person": ("home", "trade"),
@@ -84,21 +84,16 @@ _VALUES_OF = {"home": "town", "source": "region"}
 
 @dataclass(frozen=True)
 class World:
-    """Every entity, by kind.
-
-    Attributes:
-        seed: that it was drawn from.
-        entities: by kind.
-    """
+    """All entities by kind, drawn from one seed."""
 
     seed: int
     entities: Mapping[str, list[Entity]] = field(repr=False)
 
     @classmethod
     def of(cls, seed: int) -> "World":
-        """The world of a seed."""
+        """Draws the world of a seed."""
         rng = Random(f"world {seed}")
-        names = _names(rng)
+        names = {kind: _names(rng, kind) for kind in COUNTS}
         values = VALUES | {kind: tuple(named) for kind, named in names.items()}
         return cls(seed, {kind: [_entity(rng, kind, name, values) for name in names[kind]] for kind in COUNTS})
 
@@ -111,7 +106,7 @@ class World:
         return [entity for entities in self.entities.values() for entity in entities]
 
     def values(self, relation: str) -> tuple[str, ...]:
-        """Everything that could be the value of a relation."""
+        """All possible values of a relation."""
         own = _VALUES_OF.get(relation, relation)
         return VALUES[own] if own in VALUES else tuple(self.names(own))
 
@@ -122,39 +117,8 @@ def _entity(rng: Random, kind: str, name: str, values: Mapping[str, tuple[str, .
     return Entity(name, kind, pronoun, facts)
 
 
-def _names(rng: Random) -> dict[str, list[str]]:
-    towns = coin(
-        rng,
-        ("Brel", "Tavo", "Osk", "Vard", "Lomm", "Drus", "Pell", "Sket", "Garr", "Hul", "Imber", "Nars"),
-        ("mere", "wick", "holt", "garth", "sund", "bray"),
-        COUNTS["town"],
-    )
-    people = coin(
-        rng,
-        ("An", "Be", "Cor", "Dov", "El", "Fen", "Gis", "Hed", "Jor", "Mir", "Ott", "Rul"),
-        ("dis", "ric", "la", "mund", "wen", "bert"),
-        COUNTS["person"],
-    )
-    beasts = coin(
-        rng,
-        ("grel", "ven", "tus", "mar", "fip", "ood", "bal", "snur"),
-        ("low", "nok", "kin", "del", "pet"),
-        COUNTS["beast"],
-    )
-    dishes = coin(
-        rng,
-        ("sour", "hod", "pan", "crum", "brin", "dump", "fry"),
-        ("dle", "bake", "gruel", "mash", "sop"),
-        COUNTS["dish"],
-    )
-    festivals = coin(
-        rng,
-        ("Lantern", "Goose", "Kettle", "Thistle", "Mirror", "Bell"),
-        ("tide", "mas", "fair", "wake", "eve"),
-        COUNTS["festival"],
-    )
-    rivers = coin(rng, ("Sar", "Il", "Wen", "Tok", "Ruv", "Ost"), ("na", "be", "dle", "mar", "isk"), COUNTS["river"])
-    with_article = {"beast": beasts, "dish": dishes, "river": rivers}
-    return {"town": towns, "person": people, "festival": festivals} | {
-        kind: [f"the {name}" for name in named] for kind, named in with_article.items()
-    }
+def _names(rng: Random, kind: str) -> list[str]:
+    """Different invented names, each a beginning and an end, in random order."""
+    beginnings, ends = (part.split() for part in _SYLLABLES[kind])
+    names = rng.sample([beginning + end for beginning in beginnings for end in ends], COUNTS[kind])
+    return [_ARTICLES.get(kind, "") + name for name in names]
