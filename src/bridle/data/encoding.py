@@ -113,7 +113,7 @@ def encode_prompt(
         options = {"add_generation_prompt": not open_turn, "continue_final_message": open_turn}
         ids = render_chat(prompt, tokenizer, place, **options, **template)["input_ids"]
     if not ids:
-        raise UserError(f"{place}: the prompt is empty; give at least one token to go on from")
+        raise UserError(f"{place}: the prompt is empty; give at least one token to continue")
     return list(ids[surplus_bos(ids, tokenizer) :])
 
 

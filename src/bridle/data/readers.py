@@ -222,7 +222,7 @@ def _parse_json(text: str, place: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping := dict(pairs)) < len(pairs):
         ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r} stands twice in one mapping")
+        raise ValueError(f"the key {key!r} occurs twice in one mapping")
     return mapping
 
 

@@ -17,8 +17,7 @@ class Rollout:
     """One completion drawn from a model, with its label.
 
     Attributes:
-        prompt_ids, completion_ids: the tokens.
-        prompt, completion: their texts.
+        prompt_ids, completion_ids: the tokens; `prompt` and `completion` are their texts.
         round: the round that drew it.
         regulariser: the name of the regulariser that it is for.
         model_hash: identifies the weights that drew it.

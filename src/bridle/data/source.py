@@ -161,9 +161,7 @@ def texts_of(source: DataSource) -> list[str]:
 
 
 def row_range(rows: str, total: int) -> range:
-    """The indices of a slice such as "0:80%" or "100:200" of `total` rows.
-
-    Percentages are rounded down, so that "0:80%" and "80%:" share no row and leave none out.
+    """The indices of a slice such as "0:80%" or "100:200" of `total` rows, percentages rounded down.
 
     Raises:
         UserError: `rows` is not such a slice.

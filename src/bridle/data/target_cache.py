@@ -25,11 +25,9 @@ FORMAT = b"bridle.targets.1"  # key of the schema's metadata that marks an Arrow
 
 
 def row_keys(input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> list[int]:
-    """The keys of rows: a 64-bit hash of each row's tokens and counted prefixes, without its padding.
+    """The keys of rows padded on the right: a 64-bit hash of each row's tokens and counted prefixes.
 
-    Args:
-        input_ids, attention_mask: [batch, time], padded on the right.
-        mask: [batch, time - 1], true at the prefixes that count.
+    `input_ids` and `attention_mask` are [batch, time], `mask` [batch, time - 1] is true at the prefixes that count.
     """
     lengths = attention_mask.sum(-1).tolist()
     rows = zip(input_ids.cpu().to(torch.int32).numpy(), mask.cpu().numpy(), lengths, strict=True)
