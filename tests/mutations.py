@@ -44,7 +44,9 @@ TARGETS = {
     "core/calibration": CORE,
     "models/guidance": ["unit/test_models", "integration/test_training"],
     "training/rollouts": ["unit/test_regulariser"],
+    "training/examples": ["unit/test_fitting"],
     "training/fitting": ["unit/test_fitting"],
+    "training/measures": ["unit/test_fitting", "unit/test_regulariser"],
     "training/regulariser": ["unit/test_regulariser"],
     "training/regulariser_set": ["unit/test_trainer"],
     "training/setup": ["unit/test_trainer", "unit/test_options", "integration/test_python_api"],
@@ -54,7 +56,7 @@ TARGETS = {
 
 INVISIBLE = {
     "core/loss": {"chunk_rows": "how many positions a chunk has changes time and memory, not the loss"},
-    "training/fitting": {"": "ENCODE_BATCH, PREFIXES_AT_ONCE: how many go through the model at once"},
+    "training/examples": {"": "ENCODE_BATCH, PREFIXES_AT_ONCE: how many go through the model at once"},
 }
 """By file and function, faults in them that change nothing but speed; "" is the file's own level."""
 
