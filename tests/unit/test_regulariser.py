@@ -17,6 +17,7 @@ from bridle.errors import RunStopped, UserError
 from bridle.models.forward import policy_forward
 from bridle.models.sampling import Trace
 from bridle.training import regulariser as module
+from bridle.training import rollouts
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.measures import measure_rollouts
 from bridle.training.regulariser import DomainRegulariser
@@ -126,9 +127,12 @@ class TestPrompts:
         with pytest.raises(UserError, match="row 1"):
             held.prompts(1)
 
-    def test_domains_give_one_each_in_turn(self, trained_on):
-        held = trained_on(options={"domain": "all"}, rollouts_per_round=5, prompt_tokens=(3, 3))
+    def test_domains_give_one_each_in_turn(self, trained_on, monkeypatch):
+        held, asked = trained_on(options={"domain": "all"}, rollouts_per_round=5, prompt_tokens=(3, 3)), []
+        begin = rollouts.prompts_from_domain
+        monkeypatch.setattr(rollouts, "prompts_from_domain", lambda *a, **k: asked.append(a[1]) or begin(*a, **k))
         prompts = held.prompts(1)
+        assert asked == [3, 3], "no more than are needed"
         first, second = ({tuple(row[:4]) for row in rows["input_ids"]} for rows in held.corpus.values())
         assert [tuple(prompt.ids) in of for prompt, of in zip(prompts, [first, second] * 3, strict=False)] == [True] * 5
         assert [prompt.ids for prompt in held.prompts(1)] == [prompt.ids for prompt in prompts]
