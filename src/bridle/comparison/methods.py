@@ -66,8 +66,8 @@ def rl(cell: Cell) -> Candidate:
 
 def rl_converged(cell: Cell) -> Candidate:
     """The same reinforcement learning, until the reward no longer rises."""
-    begun = Path(cell.candidate("rl").model).parent
-    return _reinforced(cell, resume_from=begun / read_json(begun / REPORT, dict[str, Any])["checkpoint"])
+    folder = Path(cell.candidate("rl").model).parent
+    return _reinforced(cell, resume_from=folder / read_json(folder / REPORT, dict[str, Any])["checkpoint"])
 
 
 def nado_decoding(cell: Cell) -> Candidate:
