@@ -364,7 +364,7 @@ def judged(report: Report, **counts: int) -> list[str]:
     ("counts", "said"),
     [
         ({"wins": 0, "ties": 100, "losses": 0, "contradictions": 2, "identical": 4}, ["calls 96 of 96 pairs a tie"]),
-        ({"wins": 3, "ties": 94, "losses": 3, "contradictions": 80, "identical": 4}, ["goes by position: in 80 of 96"]),
+        ({"wins": 3, "ties": 94, "losses": 3, "contradictions": 80, "identical": 4}, ["position bias: in 80 of 96"]),
         ({"wins": 0, "ties": 10, "losses": 0, "contradictions": 0, "identical": 10}, []),  # it was asked nothing
         ({"wins": 30, "ties": 40, "losses": 30, "contradictions": 20, "identical": 4}, []),
     ],

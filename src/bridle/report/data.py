@@ -1,4 +1,4 @@
-"""What a report is made from: the folder of a comparison, or of one training run, read and checked."""
+"""Reads and checks the data of a report: the folder of a comparison or of one training run."""
 
 import os
 from collections import defaultdict
@@ -19,42 +19,37 @@ from bridle.utils.progress import track
 Group = Literal["violation", "text", "perplexity", "tasks", "classification", "cost"]  # of `Figures`
 
 FORMAT = 1  # of a comparison's results.json
-MOST_ROUNDS = 6  # of which rollouts or reliability are shown; of more, as many evenly spaced ones
-SHOWN_ROLLOUTS = 3  # of each round and regulariser
+MOST_ROUNDS = 6  # whose rollouts or reliability are shown, evenly spaced
+SHOWN_ROLLOUTS = 3  # per round and regulariser
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Figure(Estimate):
-    """One figure of a method: the mean over its seeds, with a 95% interval; any number may be missing.
-
-    Attributes:
-        spread: standard deviation over seeds; None with one seed.
-        seeds: how many seeds it is the mean of.
-    """
+    """A method's figure: the mean over `seeds` seeds with a 95% interval; `spread` is their standard deviation."""
 
     spread: float | None = None
     seeds: int = 1
 
     @property
     def known(self) -> float:
-        """The value, where a missing figure has been ruled out."""
+        """The value of a figure that is not missing."""
         assert self.value is not None, "a missing figure is not drawn"
         return self.value
 
 
 @dataclass(frozen=True)
 class Figures:
-    """All figures of a method; a group that was not measured is empty.
+    """A method's figures by group.
 
     Attributes:
-        violation: by prompt set and constraint, the share of completions that violate.
-        text: by prompt set and name, distinct_2, mean_length (words) and the like.
-        perplexity: by held-out set, per token.
-        tasks: by name, accuracy in [0, 1].
-        classification: by name, roc_auc and the like.
-        cost: by name, seconds, tokens_trained, updates.
+        violation: shares of violating completions, by prompt set and constraint.
+        text: distinct_2, mean_length (words) and others, by prompt set and name.
+        perplexity: per token, by held-out set.
+        tasks: accuracies in [0, 1], by task.
+        classification: roc_auc and others, by name.
+        cost: seconds, tokens_trained and updates, by name.
     """
 
     violation: dict[str, dict[str, Figure]] = field(default_factory=dict)
@@ -67,7 +62,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One method under one seed: how it ended, why it failed, and its folder within the comparison's."""
+    """A method's run with one seed: status, folder within the comparison's, and the reason of a failure."""
 
     status: Literal["complete", "failed", "missing"]
     folder: str | None = None
@@ -76,7 +71,7 @@ class SeedRun:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the comparison: `seeds` by seed, as text."""
+    """A method of the comparison, with its runs by seed."""
 
     description: str = ""
     seeds: dict[str, SeedRun] = field(default_factory=dict)
@@ -84,7 +79,7 @@ class Method:
 
     @property
     def status(self) -> Literal["complete", "partial", "failed", "missing"]:
-        """Of all seeds together: "partial" where some are complete and others are not."""
+        """The status of all seeds together; "partial" if only some are complete."""
         found = {run.status for run in self.seeds.values()}
         if "complete" in found:
             return "complete" if found == {"complete"} else "partial"
@@ -93,7 +88,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Main:
-    """What the trade-off is drawn from first."""
+    """The sets and the constraint of the main figures."""
 
     prompt_set: str
     constraint: str
@@ -102,12 +97,9 @@ class Main:
 
 @dataclass(frozen=True)
 class FigureComparison(Comparison):
-    """A method against the best on one figure.
+    """A method compared with the best one on the figure `on` (prompt set, held-out set, task or name) of a group.
 
-    Attributes:
-        figure: its group; a `difference` of "perplexity" is one of its logarithm, in nats per token.
-        on: the prompt set, held-out set, task or name.
-        constraint: None for a figure that needs none.
+    The difference of a perplexity is that of its logarithm, in nats per token.
     """
 
     figure: Group
@@ -117,16 +109,16 @@ class FigureComparison(Comparison):
 
 @dataclass(frozen=True)
 class RegulariserRound:
-    """One regulariser in one round, by the names of `metrics.jsonl`; None is what a round did not measure.
+    """A regulariser's figures of one round, named as in `metrics.jsonl`; None if not measured.
 
     Attributes:
-        kl: KL(q‖p) in nats per prefix, the mean over the round.
-        kl_unreached: share of the corpus's prefixes that the KL left out, since no rollout can be there.
+        kl: mean KL(q‖p), nats per prefix.
+        kl_unreached: share of the corpus's prefixes that the KL excludes because no rollout can reach them.
         weight: λ.
-        r_reliability: per non-empty bin R's mean prediction, the observed rate and the count.
-        rollouts: how many were drawn, and `rollouts_missing` how many of them have no score.
-        clipped: share of the rollouts that were cut at the length limit.
-        truncated: rollouts that the constraint read in part only.
+        r_reliability: mean prediction of R, observed rate and count of each non-empty bin.
+        rollouts_missing: number of rollouts without a score.
+        clipped: share of rollouts cut at the length limit.
+        truncated: number of rollouts that the constraint read in part.
         fit: what R was fitted on: "fitted", "replay", "kept" or "none".
     """
 
@@ -147,13 +139,13 @@ class RegulariserRound:
 
     @property
     def scored(self) -> int:
-        """How many rollouts the compliance is made from."""
+        """Number of rollouts with a score."""
         return (self.rollouts or 0) - (self.rollouts_missing or 0)
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round: its number from 1, the policy's step at its end, the corpus's CE in nats per token."""
+    """A round: its number from 1, the step at its end, the CE of the corpus in nats per token."""
 
     number: int
     step: int
@@ -163,7 +155,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Curve:
-    """One training run: a method under a seed, its rounds, and what its guards warned of, in order."""
+    """The rounds and warnings of one training run."""
 
     method: str
     seed: str
@@ -173,7 +165,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Score:
-    """What a constraint said of a completion: 1 complies .. 0 violates; None is missing, with the reason."""
+    """A constraint's score of a text, from 0 (violates) to 1 (complies); None if missing, with the reason."""
 
     value: float | None = None
     complies: bool | None = None
@@ -182,14 +174,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample: untrusted text.
-
-    Attributes:
-        index: counts the prompt set's prompts, from 0.
-        sample: counts a prompt's samples, from 0.
-        scores: of the completion, by constraint.
-        prompt_scores: of the prompt, by constraint.
-    """
+    """A sample, untrusted text, with scores by constraint; `index` counts prompts and `sample` a prompt's samples."""
 
     method: str
     seed: str
@@ -204,7 +189,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Rollout(Score):
-    """A completion drawn in training, with its score: untrusted text. `finished` is false where it was cut."""
+    """A completion drawn in training, untrusted text; `finished` is false if it was cut at the length limit."""
 
     prompt: str = ""
     completion: str = ""
@@ -216,7 +201,7 @@ class Rollout(Score):
 
 @dataclass(frozen=True)
 class Shift:
-    """A token whose probability guidance changes from p to q."""
+    """A token whose probability changes from p to q."""
 
     text: str
     p: float
@@ -225,16 +210,16 @@ class Shift:
 
 @dataclass(frozen=True)
 class GuidedToken:
-    """One token of a guided text.
+    """A token of a guided text.
 
     Attributes:
-        text: the token as text, white space included.
+        text: the token with its white space.
         p: p(token | prefix); None for the first.
-        r: R of the prefix that ends with it: the chance that the whole output will comply.
+        r: R of the prefix that ends with this token, the probability that the whole output complies.
         q: q(token | prefix).
-        gains: tokens that q gives most to in its place, the largest q − p first.
-        losses: tokens that q takes most from.
-        kl: KL(q‖p) of the next-token probabilities in its place, in nats; None where it was not recorded.
+        gains: alternatives with the largest q − p, in descending order.
+        losses: alternatives with the smallest q − p.
+        kl: KL(q‖p) of the next-token distribution, in nats; None if not recorded.
     """
 
     text: str
@@ -248,7 +233,7 @@ class GuidedToken:
 
 @dataclass(frozen=True)
 class Guidance:
-    """What R and q say of one text, token by token; the first `prompt_tokens` tokens are the prompt."""
+    """R, p and q along one text, whose first `prompt_tokens` tokens are the prompt."""
 
     model: str
     regulariser: str
@@ -262,23 +247,19 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything there is to show; the folder of a training run has only curves and its environment.
+    """The data of a report; the fields of a training run are recipe, seeds, environment, curves and rollouts.
 
     Attributes:
         recipe: the recipe's name.
-        seeds: that were asked for.
-        main: None where no methods were compared.
-        settings: what was asked of the evaluation.
-        methods: by name, in the order of the tables.
-        comparisons: of each method with the best.
-        win_rate: None where no judge was asked, or it failed.
-        judge_failed: why there are no win rates.
-        environment: where and how the results were made.
-        curves: one a training run, in the order of methods and seeds.
-        completions: of all methods and seeds.
-        rollouts: some of a training run, by round and regulariser.
-        guidance: None where it was not recorded.
-        recipe_text: the recipe as resolved, in YAML.
+        main: None for a training run.
+        settings: settings of the evaluation.
+        methods: methods by name, in the order of the tables.
+        comparisons: comparisons of each method with the best one.
+        win_rate: None without a judge, or if it failed.
+        judge_failed: why the judge failed.
+        curves: training runs in the order of methods and seeds.
+        rollouts: some rollouts, by round and regulariser.
+        recipe_text: the resolved recipe, YAML.
     """
 
     recipe: str
@@ -298,12 +279,12 @@ class Report:
 
 
 def read_report(folder: Path) -> Report:
-    """Reads the folder that `bridle compare` or `bridle train` left; parts that are absent stay empty.
+    """Reads the output folder of `bridle compare` or `bridle train`; absent parts stay empty.
 
     Raises:
         UserError: the folder is neither, or a file in it is broken, naming file, row and key.
     """
-    if os.path.isfile(folder / "metrics.jsonl"):  # beside it may stand a results.json, of this one model
+    if os.path.isfile(folder / "metrics.jsonl"):  # a model's own results.json may be beside it
         report = _read_training_run(folder)
     elif os.path.isfile(folder / "results.json"):
         report = _read_comparison(folder)
@@ -324,7 +305,7 @@ def _read_comparison(folder: Path) -> Report:
         report,
         curves=[curve for run in runs if (curve := _curve(*run)).rounds],
         completions=[row for run in track(runs, "reading completions", unit="models") for row in _completions(*run)],
-        guidance=_guidance(folder / "guidance.json"),
+        guidance=read_json(path, Guidance) if (path := folder / "guidance.json").is_file() else None,
     )
 
 
@@ -338,14 +319,14 @@ def _read_training_run(folder: Path) -> Report:
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the items, in their order and equally far apart; the first and the last are among them."""
-    last = len(items) - 1
-    places = range(count) if count > 1 and last >= count else range(len(items))
-    return [items[round(place * last / (count - 1)) if last >= count else place] for place in places]
+    """Picks at most `count` (> 1) evenly spaced items, with the first and the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
 
 
 def _rollouts(folder: Path) -> Iterator[Rollout]:
-    """Some rollouts of some rounds, each regulariser's: `round-N.REGULARISER.jsonl` holds them all."""
+    """Reads some rollouts of some rounds from `round-N.REGULARISER.jsonl`."""
     files: dict[int, list[Path]] = defaultdict(list)
     for path in sorted(folder.glob("round-*.*.jsonl")):
         number = path.name.removeprefix("round-").partition(".")[0]
@@ -357,7 +338,7 @@ def _rollouts(folder: Path) -> Iterator[Rollout]:
 
 
 def _runs(report: Report, folder: Path) -> Iterator[tuple[str, str, Path]]:
-    """Method, seed and folder of every model that was to be made."""
+    """Yields method, seed and folder of every run."""
     for name, method in report.methods.items():
         for seed, run in method.seeds.items():
             inner = PurePath(run.folder or f"{name}/seed-{seed}")
@@ -376,14 +357,14 @@ def _curve(method: str, seed: str, folder: Path) -> Curve:
 
 
 def _round(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A round's record, whose keys are DOMAIN/WHAT, kl/DOMAIN and kl_unreached/DOMAIN, by domain."""
+    """Groups a record's keys, DOMAIN/NAME, kl/DOMAIN and kl_unreached/DOMAIN, by domain."""
     domains: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in record.items():
-        domain, slash, what = key.rpartition("/")
+        domain, slash, name = key.rpartition("/")
         if domain in ("kl", "kl_unreached"):
-            domains[what][domain] = value
-        elif slash:
-            domains[domain][what] = value
+            domain, name = name, domain
+        if slash:
+            domains[domain][name] = value
     return {"number": record["round"], **record, "regularisers": dict(domains)}
 
 
@@ -392,11 +373,7 @@ def _completions(method: str, seed: str, folder: Path) -> Iterator[Completion]:
         yield checked(Completion, {**row, "method": method, "seed": seed}, place)
 
 
-def _guidance(path: Path) -> Guidance | None:
-    return read_json(path, Guidance) if path.is_file() else None
-
-
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with its place; none where there is no file."""
+    """Yields each row with its place; none if the file is absent."""
     if path.is_file():
         yield from read_rows(path)

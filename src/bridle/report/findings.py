@@ -1,4 +1,4 @@
-"""What a comparison or a training run found, in a few sentences made from its figures."""
+"""The summary of a comparison or a training run, in sentences made from its figures."""
 
 from collections.abc import Iterable, Iterator
 from itertools import combinations
@@ -8,11 +8,11 @@ from bridle.report.data import Curve, FigureComparison, Report
 from bridle.report.pareto import tradeoffs
 from bridle.report.tables import Measure, best, main_violation, significant, spelt, to_cell
 
-LEAST_DECIDED = 0.1  # share of the pairs; of a judge that decides fewer the summary warns
+LEAST_DECIDED = 0.1  # share of pairs; the summary warns of a judge that decides fewer
 
 
 def findings(report: Report) -> list[str]:
-    """The main figures in words, and what casts doubt on them; nothing is said of what was not measured."""
+    """Sentences on the main figures and their reliability, if measured."""
     if report.main is None:
         return [*_of_runs(report.curves), *_of_warnings(report)]
     violation = main_violation(report.main)
@@ -27,7 +27,7 @@ def findings(report: Report) -> list[str]:
 
 
 def failures(report: Report) -> list[dict[str, Any]]:
-    """What did not end well: method, seed, status and reason, one each."""
+    """Method, seed, status and reason of each run that is not complete."""
     return [
         {"method": name, "seed": seed, "status": run.status, "reason": run.reason or "no reason was recorded"}
         for name, method in report.methods.items()
@@ -37,7 +37,7 @@ def failures(report: Report) -> list[dict[str, Any]]:
 
 
 def warnings(report: Report) -> list[dict[str, str]]:
-    """What the guards of training runs warned of: method, seed and warning, one each."""
+    """Method, seed and text of each warning in training."""
     return [
         {"method": curve.method, "seed": curve.seed, "warning": warning}
         for curve in report.curves
@@ -92,7 +92,7 @@ def _of_failures(report: Report) -> Iterator[str]:
 
 
 def _of_judge(report: Report) -> Iterator[str]:
-    """A judge that sees no difference, or only the place of a text, makes every win rate 50%; or it failed."""
+    """Warns if the judge failed, prefers a position, or calls nearly all pairs ties: win rates are then near 50%."""
     if report.judge_failed:
         yield f"There are no win rates, because the judge failed: {report.judge_failed}."
     found = report.win_rate
@@ -105,11 +105,12 @@ def _of_judge(report: Report) -> Iterator[str]:
     by_place = sum(match.contradictions for match in matches)
     if 2 * by_place > pairs:
         yield (
-            f"The judge {found.judge} goes by position: in {by_place:,} of {pairs:,} pairs it prefers the same place, "
-            "first or second, in both orders. The win rates say little."
+            f"The judge {found.judge} has position bias: in {by_place:,} of {pairs:,} pairs it prefers the same place, "
+            "first or second, in both orders. The win rates are not reliable."
         )
     elif pairs and decided < LEAST_DECIDED * pairs:
-        yield f"The judge {found.judge} calls {pairs - decided:,} of {pairs:,} pairs a tie. The win rates say little."
+        ties = f"{pairs - decided:,} of {pairs:,} pairs"
+        yield f"The judge {found.judge} calls {ties} a tie. The win rates are not reliable."
 
 
 def _of_warnings(report: Report) -> Iterator[str]:
@@ -130,5 +131,5 @@ def _of_runs(curves: Iterable[Curve]) -> Iterator[str]:
 
 
 def listed(names: list[str]) -> str:
-    """Names as a sentence lists them."""
+    """Joins names with commas and "and"."""
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

@@ -1,7 +1,7 @@
-"""The report as one HTML file: nothing is loaded from anywhere, and nothing in it is trusted but Bridle's own.
+"""Renders the report as one HTML file that loads nothing.
 
-Texts of models, prompts, names and reasons reach the page through autoescape alone. Styles and the script
-are allowed by the hash of what is inlined, so that text which passed for markup would still not run.
+Autoescape covers all text of models, prompts, names and reasons. The Content-Security-Policy allows the inlined styles
+and script by their hash, so injected markup would not run either.
 """
 
 import shlex
@@ -23,7 +23,7 @@ from bridle.report.findings import failures, findings, warnings
 from bridle.utils.files import check_output, write_text
 from bridle.utils.progress import Progress
 
-PIXELS = 1.25  # a plot's width on the page for each point of its drawing
+PIXELS = 1.25  # of the page for each point of a plot
 HEADINGS = {
     "summary": "Summary",
     "tradeoff": "Trade-off",
@@ -39,28 +39,28 @@ HEADINGS = {
     "guidance": "Guidance",
     "made": "How it was made",
 }
-"""The page's sections in their order; the contents at its top call them the same."""
+"""Sections of the page, in order, and their titles in the table of contents."""
 
 PLOTS_IN_WORDS = {
     "tradeoff": "One point per method; the table of all methods holds the same figures.",
     "training_curves": "One line per training run: compliance, KL, CE and λ over the rounds.",
     "reliability": "What R predicted for prefixes against how often the finished text complied.",
 }
-"""By plot its description, for those who cannot see it."""
+"""Descriptions of the plots for screen readers."""
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Writes `report.html`, and its plots as `plots/*.png` and `plots/*.svg`, into the folder of a comparison or run.
+    """Writes the page and its plots, `plots/*.png` and `plots/*.svg`, to the folder of a comparison or training run.
 
     Args:
-        folder: what `bridle compare` or `bridle train` left.
-        output: where the page goes instead; the plots stay in the folder.
+        folder: output folder of `bridle compare` or `bridle train`.
+        output: path of the page; `folder/report.html` by default.
 
     Returns:
-        Where the page is.
+        The path of the page.
 
     Raises:
-        UserError: the folder holds no results or broken ones, or a file cannot be written.
+        UserError: results are absent or broken, or a file cannot be written.
     """
     folder, output = Path(folder), Path(output or Path(folder) / "report.html")
     with Progress("report", total=3, unit="parts") as progress:
@@ -76,7 +76,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
 
 
 def render(report: Report, figures: Mapping[str, Figure]) -> str:
-    """The page as text, with the plots that `draw_plots` made of the report."""
+    """Renders the page with the plots of `draw_plots`."""
     style, script = _inlined("report.css"), _inlined("report.js")
     shown, more = texts.samples(report)
     parts = {
@@ -123,20 +123,14 @@ def _environment() -> Environment:
 
 
 def _inlined(name: str) -> Markup:
-    # Markup: Bridle's own file, into which nothing of a report is put.
+    # Markup is safe here: a file of the package, without data of the report.
     return Markup(_environment().get_template(name).render())
 
 
 def _policy(style: str, script: str) -> str:
-    """The Content-Security-Policy: no requests, and only this style sheet and this script, known by their hashes."""
-    sources = {
-        "default-src": "'none'",
-        "style-src": _hash(style),
-        "script-src": _hash(script),
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
-    return "; ".join(f"{directive} {source}" for directive, source in sources.items())
+    """The Content-Security-Policy: no requests, and only this style sheet and this script, by their hashes."""
+    sources = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}"
+    return f"{sources}; base-uri 'none'; form-action 'none'"
 
 
 def _hash(text: str) -> str:
@@ -148,7 +142,7 @@ def _drawing(name: str, figure: Figure) -> Markup:
 
 
 def _without_styles(svg: str) -> str:
-    """The same SVG, with presentation attributes in place of the style attributes that the policy refuses."""
+    """Replaces style attributes, which the policy refuses, by presentation attributes."""
     root = ElementTree.fromstring(svg)
     root.set("width", str(round(PIXELS * float(root.attrib["viewBox"].split()[2]))))
     for element in root.iter():
@@ -159,6 +153,6 @@ def _without_styles(svg: str) -> str:
 
 
 def _readable(environment: dict[str, Any]) -> dict[str, Any]:
-    """The environment with its command as one would type it."""
+    """The environment with its command as a line of shell."""
     command = environment.get("command")
     return environment | {"command": shlex.join(map(str, command))} if isinstance(command, list) else environment

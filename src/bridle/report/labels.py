@@ -1,4 +1,4 @@
-"""Labels beside the points of a scatter plot, which cover neither each other nor the points."""
+"""Places labels beside the points of a scatter plot so that they cover neither each other nor the points."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import hypot
@@ -11,30 +11,28 @@ from bridle.report.style import INK
 Point = tuple[float, float]
 
 DISTANCES = (8.0, 13.0, 18.0, 26.0, 36.0, 48.0)  # points from the marker to its label
-LED_FROM = 12.0  # from this distance on a thin line leads from the label to its marker
-FAR = 4.0  # square pixels that a label may cover to be one point nearer: one thin line, not another label
-MARKER = 5.0  # half the side of a marker with room about it, in points
-OTHERS = 11.0  # the same for the other markers: beside one of them a label would seem to be its
+LED_FROM = 12.0  # from this distance a thin line joins label and marker
+FAR = 4.0  # square pixels: the cost of one point of distance; a label may cross a thin line, not another label
+MARKER = 5.0  # half the side of a marker with its margin, in points
+OTHERS = 11.0  # the same for other points' markers, which a label must not seem to belong to
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 HORIZONTAL = {1: "left", 0: "center", -1: "right"}
 VERTICAL = {1: "bottom", 0: "center", -1: "top"}
 
 
 def label_points(axes: Axes, points: Sequence[Point], texts: Sequence[str], obstacles: Iterable[Bbox] = ()) -> None:
-    """Writes each text beside its point, near by and where it covers little.
-
-    The limits and the layout of the axes have to be final.
+    """Writes each text near its point where it covers least; limits and layout of the axes must be final.
 
     Args:
-        axes: where to write.
+        axes: axes with the points.
         points: [n] data coordinates.
         texts: [n] labels.
-        obstacles: boxes in pixels that labels keep clear of, beside the markers.
+        obstacles: boxes in pixels to avoid besides the markers.
     """
     pixels = axes.figure.dpi / 72
     centres = [(float(x), float(y)) for x, y in map(axes.transData.transform, points)]
     taken = list(obstacles)
-    # From left to right, since lines to labels placed in another order would cross.
+    # From left to right: in another order the lines would cross.
     for centre, point, text in sorted(zip(centres, points, texts, strict=True)):
         markers = [Bbox([c, c]).padded((MARKER if c == centre else OTHERS) * pixels) for c in centres]
         width, height = _size(axes, text)
@@ -47,7 +45,7 @@ def label_points(axes: Axes, points: Sequence[Point], texts: Sequence[str], obst
 
 
 def _places() -> Iterator[tuple[Point, tuple[int, int]]]:
-    """Shifts from the marker in points with their directions; of equally good places the first is taken."""
+    """Yields shifts from the marker, in points, with their directions, in order of preference."""
     for distance in DISTANCES:
         for x, y in DIRECTIONS:
             length = distance / (x * x + y * y) ** 0.5
@@ -61,7 +59,7 @@ def _box(centre: Point, shift: Point, way: tuple[int, int], width: float, height
 
 
 def _covered(box: Bbox, taken: Iterable[Bbox], inside: Bbox) -> float:
-    """Square pixels of the box that something else has; what lies outside, across an axis, counts tenfold."""
+    """Square pixels of the box that are taken, plus ten times those outside the axes."""
     return sum(_common(box, other) for other in taken) + 10 * (box.width * box.height - _common(box, inside))
 
 
@@ -78,7 +76,7 @@ def _size(axes: Axes, text: str) -> tuple[float, float]:
 
 
 def _write(axes: Axes, point: Point, shift: Point, way: tuple[int, int], text: str) -> None:
-    nearest = (1 - way[0]) / 2, (1 - way[1]) / 2  # the part of the label that the line starts from
+    nearest = (1 - way[0]) / 2, (1 - way[1]) / 2  # the line starts from this part of the label
     lead = {"arrowstyle": "-", "color": INK, "alpha": 0.75, "linewidth": 0.7, "shrinkB": 3, "relpos": nearest}
     label = axes.annotate(
         text,

@@ -1,4 +1,4 @@
-"""What compliance costs: the violation rate against every other figure, and the methods on the Pareto front."""
+"""The trade-off of violation rate and utility, and its Pareto front."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,38 +9,33 @@ from bridle.report.tables import Measure, main_violation, measures, overview_tas
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """The main violation rate against one figure.
-
-    Attributes:
-        utility: what the violation rate is weighed against.
-        methods: by name both figures, neither of them missing.
-    """
+    """The main violation rate against a utility, as pairs of known figures by method."""
 
     utility: Measure
     methods: dict[str, tuple[Figure, Figure]]
 
     @property
     def more_is_better(self) -> bool:
-        """Of the utility; of perplexity less is."""
+        """Whether a higher utility is better; false for perplexity."""
         return self.utility.arrow == "↑"
 
     @property
     def points(self) -> dict[str, tuple[float, float]]:
-        """By method both values."""
+        """Both values by method."""
         return {name: (violation.known, utility.known) for name, (violation, utility) in self.methods.items()}
 
     @property
     def front(self) -> dict[str, tuple[float, float]]:
-        """The points of the methods that no other beats in both, by rising violation rate."""
+        """The points that no other dominates, by rising violation rate."""
         sign = -1 if self.more_is_better else 1
         points = list(self.points.items())
         return dict(points[index] for index in pareto_front([(x, sign * y) for _, (x, y) in points]))
 
 
 def tradeoffs(report: Report) -> list[Tradeoff]:
-    """One for each held-out set's perplexity, the main one first, and for each task, where any method has both figures.
+    """Trade-offs that any method has: each held-out set's perplexity, the main one first, then the overview's tasks.
 
-    Where the overview's tasks were measured, the single tasks behind them are left out.
+    Without those, single tasks take their place.
     """
     main = report.main
     if main is None:
@@ -65,8 +60,7 @@ def _pairs(report: Report, first: Measure, second: Measure) -> dict[str, tuple[F
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other dominates, by rising first coordinate; lower is better in both.
 
-    A point dominates another where it is as good in both coordinates and better in one, so that of equal
-    points all or none are on the front.
+    A point dominates another if it is as good in both coordinates and better in one.
     """
 
     def dominated(point: tuple[float, float]) -> bool:

@@ -1,7 +1,4 @@
-"""The plots of a report, for its page and as PNG and SVG files for papers.
-
-matplotlib's figures are made directly, without pyplot and its global state.
-"""
+"""The plots of a report, for its page and as PNG and SVG files; without pyplot and its global state."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -33,15 +30,21 @@ from bridle.utils.progress import track
 
 __all__ = ["draw_plots", "method_style", "reliability", "svg", "tradeoff", "training_curves", "write_plots"]
 
-COMPLIANCE, KL = "rollouts that comply", "KL(q‖p), nats per prefix"
-CE, WEIGHT = "CE of the corpus, nats per token", "weight λ"
+CURVES = {
+    "compliance": "rollouts that comply",
+    "kl": "KL(q‖p), nats per prefix",
+    "ce": "CE of the corpus, nats per token",
+    "weight": "weight λ",
+}
+"""Panels of the training curves, by the name in `Round` or `RegulariserRound`."""
+
 PANEL = (3.8, 3.3)  # inches
 DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One quantity of one training run: (round, figure) by round."""
+    """A quantity of a training run, as pairs of round and figure."""
 
     method: str
     domain: str | None
@@ -50,12 +53,9 @@ class Line:
 
 @rc_context(STYLE)
 def tradeoff(report: Report) -> Figure | None:
-    """Violation rate against utility, one panel a measure, with 95% intervals and the Pareto front.
+    """Draws violation rate against each utility, with 95% intervals and the Pareto front; None without data.
 
     Up and left is better in every panel: perplexity's axis is inverted.
-
-    Returns:
-        The figure; None where no method has both figures.
     """
     panels = tradeoffs(report)
     if not panels:
@@ -76,20 +76,16 @@ def tradeoff(report: Report) -> Figure | None:
 
 @rc_context(STYLE)
 def training_curves(report: Report) -> Figure | None:
-    """Compliance with its Wilson interval, KL of each regulariser, CE and λ, by round; one line a run.
-
-    Returns:
-        The figure, with a panel for each quantity that was measured; None where none was.
-    """
-    panels = {label: lines for label, lines in _curves(report).items() if lines}
+    """Draws compliance with Wilson's interval, KL, CE and λ by round, one line per run; None without data."""
+    panels = {name: lines for name in CURVES if (lines := list(_lines(report, name)))}
     if not panels:
         return None
     domains = dict.fromkeys(line.domain for lines in panels.values() for line in lines if line.domain is not None)
     dashes = dict(zip(domains, cycle(DASHES)))
     figure, axes = _panels(len(panels))
-    for ax, (label, lines) in zip(axes, panels.items(), strict=True):
+    for ax, (name, lines) in zip(axes, panels.items(), strict=True):
         _draw_lines(ax, lines, dashes)
-        ax.set_ylabel(label)
+        ax.set_ylabel(CURVES[name])
     _set_scales(dict(zip(panels, axes, strict=True)), panels)
     handles = [_method_handle(method) for method in dict.fromkeys(curve.method for curve in report.curves)]
     handles += [
@@ -101,13 +97,9 @@ def training_curves(report: Report) -> Figure | None:
 
 @rc_context(STYLE)
 def reliability(report: Report) -> Figure | None:
-    """Reliability diagrams of R, one panel a round: what it predicted against what came true.
+    """Draws reliability diagrams of R, one panel per round; None without data.
 
-    A marker's area grows with its bin's share of the run's prefixes. Where R is calibrated, markers
-    lie on the diagonal; the expected calibration errors of the seeds stand in the legend.
-
-    Returns:
-        The figure; None where no round measured it.
+    A marker's area grows with its bin's share of the prefixes; the legend has the seeds' ECE.
     """
     found = _reliabilities(report)
     if not found:
@@ -127,17 +119,17 @@ PLOTS: dict[str, Callable[[Report], Figure | None]] = {
 
 
 def draw_plots(report: Report) -> dict[str, Figure]:
-    """Each plot that there is data for, by name."""
+    """Draws the plots that the report has data for, by name."""
     plots = track(PLOTS.items(), "drawing plots", len(PLOTS), "plots")
     return {name: figure for name, draw in plots if (figure := draw(report)) is not None}
 
 
 @rc_context(STYLE)
 def write_plots(figures: Mapping[str, Figure], folder: Path) -> dict[str, dict[str, Path]]:
-    """Writes each plot as PNG (200 dots an inch) and SVG, the same bytes for the same report.
+    """Writes each plot as PNG (200 dpi) and SVG; the same report gives the same bytes.
 
     Returns:
-        By plot and format, as in {"tradeoff": {"png": path, "svg": path}}.
+        Paths by plot and format: {"tradeoff": {"png": path, "svg": path}}.
 
     Raises:
         UserError: a file cannot be written.
@@ -159,7 +151,7 @@ def _write(figure: Figure, path: Path) -> Path:
 
 
 def _panels(n: int, size: tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
-    """A figure with n panels, three in a row, or four in a square."""
+    """Creates a figure with n panels, three in a row, or four in a square."""
     columns = 2 if n == 4 else min(n, 3)
     rows = -(-n // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.3), layout=ConstrainedLayoutEngine(w_pad=0.1))
@@ -170,7 +162,7 @@ def _panels(n: int, size: tuple[float, float] = PANEL) -> tuple[Figure, list[Axe
 
 
 def _violation_label(report: Report, panel: Tradeoff) -> str:
-    """What the axis says: a method that is not drawn is named, so that nobody takes it for forgotten."""
+    """Labels the axis, with the names of methods that were not measured."""
     assert report.main is not None, "without a main constraint there is no panel"
     label = f"violation rate on {shown(report.main.prompt_set)} ({shown(report.main.constraint)})"
     absent = [shown(name) for name in report.methods if name not in panel.methods]
@@ -205,14 +197,14 @@ def _percent(share: float, _: float) -> str:
 
 
 def _bar(figure: data.Figure) -> list[list[float]] | None:
-    """How far the interval reaches below and above the value, as `Axes.errorbar` wants it."""
+    """The interval's reach below and above the value, for `Axes.errorbar`."""
     if figure.low is None or figure.high is None:
         return None
     return [[max(0.0, figure.known - figure.low)], [max(0.0, figure.high - figure.known)]]
 
 
 def _obstacles(ax: Axes, panel: Tradeoff) -> list[Bbox]:
-    """Boxes in pixels about the corner with the arrow, the intervals and the front."""
+    """Boxes in pixels around the arrow, the intervals and the front."""
     boxes = [Bbox.from_extents(ax.bbox.x0, ax.bbox.y1 - 25, ax.bbox.x0 + 65, ax.bbox.y1)]
     for x, y in panel.methods.values():
         across = [(x.known if end is None else end, y.known) for end in (x.low, x.high)]
@@ -224,38 +216,21 @@ def _obstacles(ax: Axes, panel: Tradeoff) -> list[Bbox]:
     return boxes
 
 
-def _curves(report: Report) -> dict[str, list[Line]]:
-    return {
-        COMPLIANCE: list(_lines(report, "compliance")),
-        KL: list(_lines(report, "kl")),
-        CE: list(_ce_lines(report)),
-        WEIGHT: list(_lines(report, "weight")),
-    }
-
-
 def _lines(report: Report, name: str) -> Iterator[Line]:
-    """What `RegulariserRound` calls so, with its interval where it has one, for each run and domain."""
+    """Yields the lines of a quantity, with intervals if there are any: of the run for CE, else of each domain."""
     for curve in report.curves:
-        points: dict[str, list[tuple[int, data.Figure]]] = defaultdict(list)
+        points: dict[str | None, list[tuple[int, data.Figure]]] = defaultdict(list)
         for found in curve.rounds:
-            for domain, regulariser in found.regularisers.items():
-                value, low, high = (getattr(regulariser, name + end, None) for end in ("", "_low", "_high"))
+            sources: Mapping[Any, object] = {None: found} if name == "ce" else found.regularisers
+            for domain, source in sources.items():
+                value, low, high = (getattr(source, name + end, None) for end in ("", "_low", "_high"))
                 if value is not None:
                     points[domain].append((found.number, data.Figure(value, low, high, n=1)))
         yield from (Line(curve.method, domain, measured) for domain, measured in points.items())
 
 
-def _ce_lines(report: Report) -> Iterator[Line]:
-    for curve in report.curves:
-        points = [
-            (found.number, data.Figure(found.ce, None, None, n=1)) for found in curve.rounds if found.ce is not None
-        ]
-        if points:
-            yield Line(curve.method, None, points)
-
-
 def _draw_lines(ax: Axes, lines: list[Line], dashes: dict[str, Any]) -> None:
-    step = min(0.04, 0.5 / len(lines))  # in rounds: at one place the intervals of several runs would cover each other
+    step = min(0.04, 0.5 / len(lines))  # in rounds, so that the intervals of several runs do not overlap
     for index, line in enumerate(lines):
         shift = step * (index - (len(lines) - 1) / 2) if any(_bar(figure) for _, figure in line.points) else 0.0
         rounds, values = [number + shift for number, _ in line.points], [figure.known for _, figure in line.points]
@@ -270,15 +245,15 @@ def _draw_lines(ax: Axes, lines: list[Line], dashes: dict[str, Any]) -> None:
 
 
 def _set_scales(axes: dict[str, Axes], panels: dict[str, list[Line]]) -> None:
-    if COMPLIANCE in axes:
-        axes[COMPLIANCE].yaxis.set_major_formatter(_percent)
-    if WEIGHT in axes:
-        axes[WEIGHT].set_ylim(bottom=0)
-    values = [figure.known for line in panels.get(KL, []) for _, figure in line.points]
-    # The KL of a domain that is held and of one that is steered may differ by a factor of a hundred.
+    if "compliance" in axes:
+        axes["compliance"].yaxis.set_major_formatter(_percent)
+    if "weight" in axes:
+        axes["weight"].set_ylim(bottom=0)
+    values = [figure.known for line in panels.get("kl", []) for _, figure in line.points]
+    # The KLs of a retained and of a constrained domain can differ by a factor of a hundred.
     if values and 0 < 10 * min(values) < max(values):
-        axes[KL].set_yscale("log")
-        axes[KL].yaxis.set_major_formatter("{x:g}")
+        axes["kl"].set_yscale("log")
+        axes["kl"].yaxis.set_major_formatter("{x:g}")
 
 
 def _method_handle(method: str) -> Line2D:
@@ -286,7 +261,7 @@ def _method_handle(method: str) -> Line2D:
 
 
 def _reliabilities(report: Report) -> dict[int, dict[tuple[str, str], list[RegulariserRound]]]:
-    """[round][method, domain] what each seed measured."""
+    """The seeds' figures by round, method and domain."""
     rounds: dict[int, dict[tuple[str, str], list[RegulariserRound]]] = defaultdict(lambda: defaultdict(list))
     for curve in report.curves:
         for found in curve.rounds:

@@ -1,4 +1,4 @@
-"""How plots look: one colour and marker a method, ink and paper that a page's theme may replace."""
+"""The style of plots: a colour and marker per method; a page's theme can replace ink and paper."""
 
 import zlib
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ INK = "#1b1b1f"
 PAPER = "#ffffff"
 DPI = 200
 
-# Text stays text: it can be selected, searched and read aloud. The salt makes ids the same in every run.
+# Text stays text, to be selected, searched and read aloud. The salt makes ids the same in every run.
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bridle",
     "text.parse_math": False,  # a "$" in a name is a "$"
-    "font.sans-serif": ["DejaVu Sans"],  # which matplotlib brings; a page falls back to its own
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; a page falls back to its own
     "font.size": 9,
     "axes.labelsize": 9,
     "axes.titlesize": 9,
@@ -41,12 +41,12 @@ STYLE: dict[Any, Any] = {
     "savefig.facecolor": PAPER,
 }
 
-LONGEST_NAME = 40  # characters of a name that still fit a plot
+LONGEST_NAME = 40  # characters that fit a plot
 
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """Colour, marker and whether it is filled; methods of one family share the colour."""
+    """Colour and marker; methods of one family share the colour."""
 
     color: str
     marker: str
@@ -54,12 +54,12 @@ class MethodStyle:
 
     @property
     def line(self) -> dict[str, Any]:
-        """As keyword arguments of `Axes.plot` and `Axes.errorbar`."""
+        """Keyword arguments of `Axes.plot` and `Axes.errorbar`."""
         face = self.color if self.filled else PAPER
         return {"color": self.color, "marker": self.marker, "markerfacecolor": face, "markeredgewidth": 1.4}
 
 
-# Hues of Okabe and Ito (2008), a few darker, to stand out on white and on black, also to the colour-blind.
+# Hues of Okabe and Ito (2008) for colour-blind readers, a few darker for contrast on white and black.
 _STYLES = {
     "base": MethodStyle("#7d7d85", "o"),
     "sft": MethodStyle("#0077bb", "s"),
@@ -75,11 +75,11 @@ _FURTHER = [MethodStyle(color, marker) for marker in "<>ph" for color in ("#3f9b
 
 
 def method_style(name: str) -> MethodStyle:
-    """The style of a method in every plot; one that is not known gets one of twelve by its name."""
+    """The style of a method; an unknown one gets one of twelve by its name."""
     return _STYLES.get(name) or _FURTHER[zlib.crc32(name.encode(errors="replace")) % len(_FURTHER)]
 
 
 def shown(text: str, longest: int = LONGEST_NAME) -> str:
-    """A text as a plot may show it: printable, on one line, and not too long."""
+    """Makes a text printable, on one line, and at most `longest` characters."""
     printable = "".join(character if character.isprintable() else " " for character in text)
     return printable if len(printable) <= longest else printable[: longest - 1] + "…"

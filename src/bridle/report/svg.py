@@ -1,4 +1,4 @@
-"""A figure as an SVG element that may stand, with others, within a page."""
+"""Converts a figure to an SVG element for inlining into a page."""
 
 import hashlib
 import io
@@ -12,47 +12,38 @@ from bridle.report.style import INK, PAPER, STYLE, shown
 SVG = "http://www.w3.org/2000/svg"
 HREF = "{http://www.w3.org/1999/xlink}href"
 THEMED = {INK: "currentColor", PAPER: "var(--plot-paper, Canvas)"}
-"""Ink is the page's text colour, and paper its background: it sets `--plot-paper` or `color-scheme`."""
+"""Ink becomes the page's text colour, paper its background, which `--plot-paper` or `color-scheme` sets."""
 
 ElementTree.register_namespace("", SVG)
 
 
 @rc_context(STYLE)
 def svg(figure: Figure, title: str, description: str) -> str:
-    """The figure as one `<svg>` element, for inlining into HTML.
-
-    It fills the width of its container and keeps its shape, holds text as text, refers to nothing outside,
-    takes ink and paper from the page's theme, and its ids are those of no other figure in the page. The
-    same figure gives the same text.
+    """Converts a figure to one `<svg>` element with unique ids, the page's colours, and no outside references.
 
     Args:
         figure: one of the plots.
-        title: its name, for screen readers and as a tooltip.
-        description: what it shows, for those who cannot see it.
+        title: name for screen readers and the tooltip.
+        description: description for screen readers.
     """
-    drawn = _drawn(figure)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = file.getvalue()
     root = ElementTree.fromstring(drawn)
-    _remove(root, f"{{{SVG}}}metadata")
-    _remove(root, f"{{{SVG}}}defs/{{{SVG}}}style/..")  # its rules would reach the whole page
+    for path in ("metadata", f"defs/{{{SVG}}}style/.."):  # the rules of a style would apply to the whole page
+        for element in root.findall(f"{{{SVG}}}{path}"):
+            root.remove(element)
     prefix = f"plot-{hashlib.sha256((title + drawn).encode()).hexdigest()[:8]}"
     _rename_ids(root, prefix)
     _describe(root, prefix, shown(title, 200), shown(description, 2000))
-    return _themed(ElementTree.tostring(root, encoding="unicode"))
-
-
-def _drawn(figure: Figure) -> str:
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return file.getvalue()
-
-
-def _remove(root: ElementTree.Element, path: str) -> None:
-    for element in root.findall(path):
-        root.remove(element)
+    text = ElementTree.tostring(root, encoding="unicode")
+    for color, themed in THEMED.items():
+        text = text.replace(color, themed)
+    return text
 
 
 def _rename_ids(root: ElementTree.Element, prefix: str) -> None:
-    """Puts the prefix before every id that something refers to, and drops the others."""
+    """Prefixes every id that is referred to, and drops the others."""
     links = {value for element in root.iter() for name, value in element.items() if name == HREF}
     clips = {value for element in root.iter() for name, value in element.items() if name == "clip-path"}
     for element in root.iter():
@@ -69,14 +60,8 @@ def _describe(root: ElementTree.Element, prefix: str, title: str, description: s
     for size in ("width", "height", "version"):
         root.attrib.pop(size, None)
     root.attrib |= {"role": "img", "aria-labelledby": f"{prefix}-title", "aria-describedby": f"{prefix}-desc"}
-    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")  # matplotlib's own rules, for this plot alone
+    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")  # matplotlib's rules, for this plot only
     for place, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ElementTree.Element(f"{{{SVG}}}{tag}", {"id": f"{prefix}-{tag}"})
         element.text = text
         root.insert(place, element)
-
-
-def _themed(text: str) -> str:
-    for color, themed in THEMED.items():
-        text = text.replace(color, themed)
-    return text

@@ -1,4 +1,4 @@
-"""The tables of a report, as data: cells hold text as it is to be read, never markup."""
+"""The tables of a report, as plain text in cells, without markup."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ OVERVIEW_TASKS = ("mmlu", "commonsense")
 
 @dataclass(frozen=True)
 class Unit:
-    """How a figure is written: times `factor`, with so many digits after the point, and more where it is below 10."""
+    """Format of a figure: multiplied by `factor`, `digits` after the point, and `more` of them below 10."""
 
     symbol: str = ""
     factor: float = 1.0
@@ -23,11 +23,11 @@ class Unit:
     more: int = 0
 
     def beside(self, value: float) -> "Unit":
-        """The same with the digits of this value, for it, its interval and its spread."""
+        """The format with the digits of this value, also for its interval and spread."""
         return replace(self, digits=self.digits + self.more, more=0) if abs(value * self.factor) < 10 else self
 
     def write(self, value: float | None, *, signed: bool = False) -> str:
-        """The number without its symbol; a missing one is a dash."""
+        """The number without the symbol; a dash if missing."""
         if value is None:
             return MISSING
         written = format(value * self.factor, f"{'+' if signed else ''},.{self.digits}f")
@@ -44,10 +44,10 @@ GROUPS: dict[Group, tuple[str, Unit, str]] = {
     "text": ("Generated text", RATIO, ""),
     "cost": ("Cost", COUNT, ""),
 }
-"""By group of figures: its name, how it is written, and the arrow of the better direction."""
+"""Name, unit and better direction of each group."""
 
 DIFFERENCES = {"perplexity": ("Log perplexity, nats per token", RATIO)}
-"""By group whose differences are not in the unit of its figures: the differences' name, and how they are written."""
+"""Name and unit of a group's differences, if they are not those of its figures."""
 
 DIFFERENCES_IN_WORDS = (
     "A difference is the method’s figure minus the best one’s, paired by prompt (or text, or question). p is adjusted "
@@ -61,18 +61,21 @@ DIFFERENCES_IN_WORDS = (
 UNITS = {"mean_length": PLAIN, "output_perplexity": PLAIN}
 ARROWS = {"brier": "↓", "expected_calibration_error": "↓", "output_perplexity": "↓", "positive_share": ""}
 NAMES = {"mmlu": "MMLU", "roc_auc": "ROC-AUC", "mean_length": "mean words", "distinct_2": "distinct-2"}
-OWN: tuple[Group, ...] = ("text", "classification", "cost")  # groups whose figures Bridle names; others a recipe does
+ROUND_COLUMNS = {
+    "Rollouts": ("drawn", "compliance, %", "clipped, %", "missing", "truncated"),
+    "KL(q‖p)": ("nats", "left out, %"),
+    "R": ("fit", "Brier", "ECE"),
+}
+OWN: tuple[Group, ...] = (
+    "text",
+    "classification",
+    "cost",
+)  # groups whose figures Bridle names; the recipe names others
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure that every method may have: one column of a table.
-
-    Attributes:
-        group: of `Figures`.
-        on: the prompt set, held-out set, task or name within the group.
-        within: the constraint or name below it, in the groups that have two levels.
-    """
+    """A table column: the figure `on` of a group and, in a group of two levels, its constraint or name `within`."""
 
     group: Group
     on: str
@@ -80,29 +83,29 @@ class Measure:
 
     @property
     def label(self) -> str:
-        """The column's heading, as "toxigen · non-toxic ↓"."""
+        """The column's heading, e.g. "toxigen · non-toxic ↓"."""
         *names, last = filter(None, (self.on, self.within))
-        last = in_words(last) if self.group in OWN else spelt(last)
+        last = NAMES.get(last) or (last.replace("_", " ") if self.group in OWN else last)
         return f"{' · '.join([*names, last])} {self.arrow}".rstrip()
 
     @property
     def title(self) -> str:
-        """The heading over the column's group, as "Violation rate, %"."""
+        """The heading of the column's group, e.g. "Violation rate, %"."""
         name, symbol = GROUPS[self.group][0], self.unit.symbol
         return f"{name}, {symbol}" if symbol else name
 
     @property
     def unit(self) -> Unit:
-        """How its values are written."""
+        """The format of its values."""
         return UNITS.get(self.within or self.on) or GROUPS[self.group][1]
 
     @property
     def arrow(self) -> str:
-        """↓ or ↑, the better direction; empty where there is none."""
+        """The better direction, ↓ or ↑; empty if there is none."""
         return ARROWS.get(self.within or self.on, GROUPS[self.group][2])
 
     def of(self, method: Method) -> Figure | None:
-        """The method's figure; None where it was not measured."""
+        """The method's figure; None if not measured."""
         found = getattr(method.figures, self.group).get(self.on)
         return found.get(self.within) if isinstance(found, Mapping) else found
 
@@ -113,15 +116,14 @@ class Measure:
 
 @dataclass(frozen=True)
 class Cell:
-    """One value of a table.
+    """A value as text.
 
     Attributes:
-        text: the value.
-        spread: its standard deviation over seeds, as "± 0.4".
-        interval: its 95% interval, as "4.1 to 7.6".
-        n: how many observations the interval is made from; None without an interval.
-        missing: how many observations are missing from it.
-        mark: "best", or "alike" where no significant difference from the best was found.
+        spread: standard deviation over seeds, e.g. "± 0.4".
+        interval: 95% interval, e.g. "4.1 to 7.6".
+        n: number of observations of the interval.
+        missing: number of missing observations.
+        mark: "best", or "alike" if not significantly different from the best.
     """
 
     text: str = MISSING
@@ -133,28 +135,19 @@ class Cell:
 
     @property
     def counts(self) -> str:
-        """How many observations there are and how many are missing, as "n = 1,000, 4 missing"."""
+        """Numbers of observations, e.g. "n = 1,000, 4 missing"."""
         there = "" if self.n is None else f"n = {self.n:,}"
         return ", ".join(filter(None, (there, f"{self.missing:,} missing" if self.missing else "")))
 
     @property
     def below(self) -> str:
-        """Interval and counts, as "4.1 to 7.6, n = 1,000"."""
+        """Interval and counts, e.g. "4.1 to 7.6, n = 1,000"."""
         return ", ".join(filter(None, (self.interval, self.counts)))
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a row for each method, or round.
-
-    Attributes:
-        caption: what it shows.
-        groups: over the columns, each a heading and how many columns it spans.
-        columns: a heading each.
-        rows: by method, or round, its cells, one a column.
-        notes: sentences below it.
-        of: what its rows are.
-    """
+    """A table with a row for each method or round, as `of` says; a group is a heading and the columns it spans."""
 
     caption: str
     groups: list[tuple[str, int]]
@@ -166,10 +159,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a method differs from the best: `cell` holds method − best, the p-value is Holm's.
-
-    The verdict ends in "(interval)" where there is no p-value, and the interval had to decide.
-    """
+    """The difference method − best with Holm's p-value; without one, a verdict by the interval ends in "(interval)"."""
 
     method: str
     reference: str
@@ -179,35 +169,30 @@ class Difference:
     test: str
 
 
-def in_words(key: str) -> str:
-    """A figure's key in the results as people write it."""
-    return NAMES.get(key, key.replace("_", " "))
-
-
 def spelt(name: str) -> str:
-    """A name out of a recipe as tables, plots and sentences spell it: as it is, except for what is an abbreviation."""
+    """A recipe's name as tables, plots and sentences write it: unchanged except for abbreviations."""
     return NAMES.get(name, name)
 
 
 def main_violation(main: Main) -> Measure:
-    """The violation rate that a report leads with."""
+    """The main violation rate."""
     return Measure("violation", main.prompt_set, main.constraint)
 
 
 def overview(report: Report) -> Table | None:
-    """Violation rate, MMLU, commonsense and perplexity of each method; None where nothing was measured."""
+    """Violation rate, tasks and perplexity of each method; None if nothing was measured."""
     single = single_tasks(report)
     columns = [measure for measure in measures(report, "violation", "tasks", "perplexity") if measure not in single]
     return _table(report, "Mean over seeds, ± standard deviation, 95% interval", columns)
 
 
 def overview_tasks(report: Report) -> tuple[str, ...]:
-    """The tasks and groups that the recipe named, or the usual two."""
+    """The recipe's tasks and groups, or the usual two."""
     return tuple(report.settings.get("tasks") or OVERVIEW_TASKS)
 
 
 def classification(report: Report) -> Table | None:
-    """Classification beside the violation rate of generation; None without classification."""
+    """Classification and the violation rate of generation; None without classification."""
     columns = measures(report, "classification")
     if columns and report.main:
         columns.append(main_violation(report.main))
@@ -215,40 +200,29 @@ def classification(report: Report) -> Table | None:
 
 
 def single_tasks(report: Report) -> list[Measure]:
-    """The tasks that the overview has in a group only."""
+    """The tasks that the overview shows only as part of a group."""
     return [measure for measure in measures(report, "tasks") if measure.on not in overview_tasks(report)]
 
 
 def further(report: Report) -> list[Table]:
-    """What the other tables leave out: single tasks, properties of the text, cost."""
+    """Further tables: single tasks, properties of the text, cost."""
     tables = (
         _table(report, "Single tasks", single_tasks(report)),
         _table(report, "Properties of the generated text", measures(report, "text")),
-        _table(report, "What training cost", measures(report, "cost")),
+        _table(report, "Training cost", measures(report, "cost")),
     )
     return [table for table in tables if table]
 
 
 def rounds(report: Report) -> list[Table]:
-    """What each round of a training run measured, a table for each regulariser; none for a comparison."""
+    """The rounds of a training run, a table for each regulariser; none for a comparison."""
     curves = [] if report.methods else report.curves
     return [
         Table(
             f"Regulariser {name}",
-            [("Rollouts", 5), ("KL(q‖p)", 2), ("R", 3)],
-            [
-                "drawn",
-                "compliance, %",
-                "clipped, %",
-                "missing",
-                "truncated",
-                "nats",
-                "left out, %",
-                "fit",
-                "Brier",
-                "ECE",
-            ],
-            {str(one.number): _of_round(one.regularisers[name]) for one in curve.rounds if name in one.regularisers},
+            [(heading, len(columns)) for heading, columns in ROUND_COLUMNS.items()],
+            [column for columns in ROUND_COLUMNS.values() for column in columns],
+            {str(one.number): _round(one.regularisers[name]) for one in curve.rounds if name in one.regularisers},
             of="Round",
         )
         for curve in curves
@@ -256,24 +230,20 @@ def rounds(report: Report) -> list[Table]:
     ]
 
 
-def _of_round(found: RegulariserRound) -> list[Cell]:
+def _round(found: RegulariserRound) -> list[Cell]:
     rate = Estimate(found.compliance, found.compliance_low, found.compliance_high, found.scored)
     return [
         _plain(found.rollouts, ","),
         to_cell(rate, PERCENT),
-        _percent(found.clipped),
+        Cell(PERCENT.write(found.clipped)),
         _plain(found.rollouts_missing, ","),
         _plain(found.truncated, ",g"),
         _plain(found.kl, ".3g"),
-        _percent(found.kl_unreached),
+        Cell(PERCENT.write(found.kl_unreached)),
         Cell(found.fit or MISSING),
         _plain(found.r_brier, ".3f"),
         _plain(found.r_ece, ".3f"),
     ]
-
-
-def _percent(share: float | None) -> Cell:
-    return Cell() if share is None else Cell(PERCENT.write(share))
 
 
 def _plain(value: float | None, form: str) -> Cell:
@@ -281,7 +251,7 @@ def _plain(value: float | None, form: str) -> Cell:
 
 
 def win_matrix(report: Report) -> Table | None:
-    """Win rate of row over column, and each method's mean length; None without a judge."""
+    """Win rates of row over column, with mean lengths; None without a judge."""
     found = report.win_rate
     if found is None:
         return None
@@ -291,7 +261,7 @@ def win_matrix(report: Report) -> Table | None:
 
 
 def differences(report: Report, without: Collection[Measure] = ()) -> dict[str, list[Difference]]:
-    """Comparisons with the best method, by the name of the figure and the unit of its differences."""
+    """Differences from the best method, by figure and unit."""
     found: dict[str, list[Difference]] = {}
     for one in report.comparisons:
         measure = Measure(one.figure, one.on, one.constraint)
@@ -303,7 +273,7 @@ def differences(report: Report, without: Collection[Measure] = ()) -> dict[str, 
 
 
 def best(report: Report, measure: Measure) -> str | None:
-    """The method the others were compared with, else that of the best value; None where nothing is better."""
+    """The comparisons' reference, else the method with the best value; None if the measure has no direction."""
     values = {name: figure.value for name, method in report.methods.items() if (figure := measure.of(method))}
     known = {name: value for name, value in values.items() if value is not None}
     if not known or not measure.arrow:
@@ -313,10 +283,7 @@ def best(report: Report, measure: Measure) -> str | None:
 
 
 def significant(comparison: FigureComparison) -> bool | None:
-    """Whether a method differs from the best: Holm's p is below 5% or, without a p-value, the interval excludes 0.
-
-    None where there is neither.
-    """
+    """Whether Holm's p is below 5% or, without a p-value, the interval excludes 0; None without either."""
     if comparison.adjusted_p_value is not None:
         return comparison.adjusted_p_value < LEVEL
     low, high = comparison.difference.low, comparison.difference.high
@@ -324,12 +291,13 @@ def significant(comparison: FigureComparison) -> bool | None:
 
 
 def to_cell(figure: Estimate | None, unit: Unit, mark: str = "", *, signed: bool = False) -> Cell:
-    """A figure as text; one without a value is missing, never 0."""
+    """Formats a figure; one without a value is missing, not 0."""
     if figure is None or figure.value is None:
         return Cell(missing=figure.missing if figure else 0)
     unit = unit.beside(figure.value)
     spread = figure.spread if isinstance(figure, Figure) else None
-    interval = _between(figure, unit, signed)
+    ends = [unit.write(end, signed=signed) for end in (figure.low, figure.high) if end is not None]
+    interval = " to ".join(ends) if len(ends) == 2 else ""
     return Cell(
         text=unit.write(figure.value, signed=signed),
         spread="" if spread is None else f"± {unit.write(spread)}",
@@ -340,14 +308,8 @@ def to_cell(figure: Estimate | None, unit: Unit, mark: str = "", *, signed: bool
     )
 
 
-def _between(figure: Estimate, unit: Unit, signed: bool = False) -> str:
-    if figure.low is None or figure.high is None:
-        return ""
-    return f"{unit.write(figure.low, signed=signed)} to {unit.write(figure.high, signed=signed)}"
-
-
 def measures(report: Report, *groups: Group) -> list[Measure]:
-    """Every figure that any method has, group by group, in the order of first sight."""
+    """The figures that any method has, in order of group and first appearance."""
     found = (measure for group in groups for method in report.methods.values() for measure in _of_group(method, group))
     return list(dict.fromkeys(found))
 
@@ -371,7 +333,7 @@ def _table(report: Report, caption: str, columns: list[Measure]) -> Table | None
 
 
 def _marks(report: Report, measure: Measure) -> dict[str, str]:
-    """The methods as good as the best, as far as a reader sees, and those not shown to differ from it."""
+    """Marks methods whose figure reads as the best one's, and those not significantly different from it."""
     top = best(report, measure)
     if top is None:
         return {}
@@ -389,25 +351,26 @@ def _matches(found: WinRates, row: str) -> list[Cell]:
 
 
 def _judging(found: WinRates) -> list[str]:
-    bias = to_cell(replace(found.position_bias, missing=0), PERCENT)  # what is missing has a note of its own
+    bias = to_cell(replace(found.position_bias, missing=0), PERCENT)  # a further note counts the missing
     interval = f" (95% interval {bias.below})" if bias.interval else ""
     decided = f"Of the verdicts other than ties, {bias.text}% name the text shown first{interval}; 50% is no bias."
+    missing = [f"{found.missing} of {found.asked} verdicts are missing"]
+    missing += [f"{count} × {reason}" for reason, count in found.reasons.items()]
     return [
         f"Judge: {found.judge}. Each match has {found.pairs} pairs of completions, judged in both orders; a tie counts "
         "as half a win.",
         "All verdicts are ties or missing." if bias.text == MISSING else decided,
-        f"{found.missing} of {found.asked} verdicts are missing"
-        + "".join(f"; {count} × {reason}" for reason, count in found.reasons.items())
-        + ".",
+        f"{'; '.join(missing)}.",
     ]
 
 
 def _difference(comparison: FigureComparison, unit: Unit) -> Difference:
+    p = comparison.adjusted_p_value
     return Difference(
         method=comparison.method,
         reference=comparison.reference,
         cell=to_cell(comparison.difference, unit, signed=True),
-        p_value=_p_value(comparison.adjusted_p_value),
+        p_value=MISSING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
         verdict=_verdict(comparison),
         test=comparison.test,
     )
@@ -419,9 +382,3 @@ def _verdict(comparison: FigureComparison) -> str:
         return "not tested"
     verdict = "differs" if differs else "no difference shown"
     return verdict if comparison.adjusted_p_value is not None else f"{verdict} (interval)"
-
-
-def _p_value(p: float | None) -> str:
-    if p is None:
-        return MISSING
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"

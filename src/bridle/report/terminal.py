@@ -14,12 +14,12 @@ from bridle.report.data import Report
 from bridle.report.findings import failures, findings
 from bridle.report.tables import Cell, Difference, Table
 
-WIDEST = 200  # columns; a terminal wraps what a file does not
+WIDEST = 200  # columns
 MARKS = {"best": "*", "alike": "~"}
 
 
 def tables(report: Report) -> str:
-    """The paper's tables that the report has figures for, what differs from the best, and what that comes to."""
+    """Formats the paper's tables, the differences from the best, the summary and the failures."""
     console = Console(width=WIDEST, color_system=None, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
         for table in (made.overview(report), made.win_matrix(report), made.classification(report)):

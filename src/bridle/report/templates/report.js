@@ -1,6 +1,6 @@
 "use strict";
 
-// A cover is lifted and lowered by its button; what is covered is inert, and hidden from screen readers.
+// A button shows and hides its text; a hidden text is inert, and screen readers skip it.
 function lift(button, shown) {
   const text = document.getElementById(button.getAttribute("aria-controls"));
   button.setAttribute("aria-expanded", String(shown));
@@ -23,7 +23,7 @@ for (const button of document.querySelectorAll(".lift-prompts")) {
   });
 }
 
-// One token is chosen at a time. Tab enters and leaves the text, arrow keys move within it.
+// One token is selected. Tab enters and leaves the text, arrow keys move within it.
 const tokens = [...document.querySelectorAll(".token")];
 
 function choose(chosen) {
@@ -67,7 +67,7 @@ tokens.forEach((token, at) => {
 
 for (const token of tokens.filter((one) => one.getAttribute("aria-pressed") === "true")) choose(token);
 
-// Print has no buttons: what is marked so is opened for it, and closed again.
+// Print has no buttons: elements with data-print open for it and close again.
 let opened = [];
 addEventListener("beforeprint", () => {
   opened = [...document.querySelectorAll("details[data-print]:not([open])")];
