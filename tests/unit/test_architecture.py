@@ -77,3 +77,11 @@ def test_the_method_is_read_in_one_sitting():
     path = [SOURCE / file for file in re.findall(r"^\| \d \| `([\w/]+\.py)`", page, re.MULTILINE)]
     assert len(path) == 8
     assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in path) <= 1_500
+
+
+def test_no_function_is_longer_than_sixty_lines():
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 60, f"{path.relative_to(SOURCE)}:{node.lineno} {node.name} has {length} lines"

@@ -21,7 +21,7 @@ from bridle.training import rollouts
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.measures import measure_rollouts
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.rollouts import _output
+from bridle.training.rollouts import output_of
 from trainers import NO_E, Labels, Letters, trainer_of
 
 PADS = SimpleNamespace(pad_token_id=0)
@@ -164,9 +164,9 @@ class TestRound:
             assert one.finished == (one.completion_ids[-1] == end)
             parts = decode_parts(one.prompt_ids, one.completion_ids, held.tokenizer)
             assert (one.prompt, one.completion) == parts
-            assert _output(Prompt("", one.prompt_ids), one.completion_ids, held.tokenizer) == parts
+            assert output_of(Prompt("", one.prompt_ids), one.completion_ids, held.tokenizer) == parts
         chat = [{"role": "user", "content": "Is it a hat?"}]
-        assert _output(Prompt("", [1, 5], messages=chat), [7], held.tokenizer)[0] == chat
+        assert output_of(Prompt("", [1, 5], messages=chat), [7], held.tokenizer)[0] == chat
 
     def test_retention_and_a_weight_of_0_ask_nobody(self, of):
         assert of(None).update(1) == of(weight=0.0).update(1) == {}

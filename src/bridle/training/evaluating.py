@@ -18,14 +18,15 @@ import torch
 from datasets import Dataset
 from scipy.stats import binomtest
 
-from bridle.constraints import Constraint, Given
-from bridle.data import DOMAIN, DataSource, Prompt, decode_parts, prompts_from_domain, read_prompts
+from bridle.constraints import Constraint
+from bridle.data import DOMAIN, DataSource, Prompt, prompts_from_domain, read_prompts
 from bridle.errors import UserError
 from bridle.models.loading import context_length, end_token_ids
 from bridle.models.sampling import sample
 from bridle.training.checkpointing import CheckpointedTrainer
 from bridle.training.config import BestOptions, EvalOptions
 from bridle.training.guards import warn
+from bridle.training.rollouts import output_of
 from bridle.utils.distributed import joined, share
 
 Record = Mapping[str, Any]
@@ -153,7 +154,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
         if not self.eval_prompts:
             return {}
         drawn = self._complete([prompt.ids for prompt in self.eval_prompts])
-        outputs = [self._output(*both) for both in zip(self.eval_prompts, drawn, strict=True)]
+        outputs = [output_of(*both, self._tokenizer) for both in zip(self.eval_prompts, drawn, strict=True)]
         mine = share(outputs)
         asked, said = [prompt for prompt, _ in mine], [completion for _, completion in mine]
         record: dict[str, Any] = {"eval_completions": len(outputs)}
@@ -168,11 +169,6 @@ class EvaluatedTrainer(CheckpointedTrainer):
                 record[f"eval_violation/{constraint.name}"] = rates[-1]
                 record |= {f"eval_violation_low/{constraint.name}": low, f"eval_violation_high/{constraint.name}": high}
         return record | ({"eval_violation": max(rates)} if len(rates) == len(self.eval_constraints) else {})
-
-    def _output(self, prompt: Prompt, completion: list[int]) -> tuple[Given, str]:
-        """Prompt and completion as constraints read them."""
-        text, said = decode_parts(prompt.ids, completion, self._tokenizer)
-        return prompt.messages or text, said
 
     def _complete(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         return sample(

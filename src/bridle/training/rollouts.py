@@ -73,7 +73,6 @@ def draw_rollouts(
         prompts: one rollout each.
         model, tokenizer, config: p_a, and how it is sampled from.
         scoring: takes each batch as it is drawn.
-        name, round_index, seed: of the regulariser, its round, and the samples.
 
     Returns:
         The rollouts without scores, and by their index how they were drawn: fitting need not run p_a again.
@@ -82,8 +81,7 @@ def draw_rollouts(
     ends = end_token_ids(model, tokenizer)
 
     def ask(drawn: Mapping[int, list[int]]) -> None:
-        outputs = (_output(prompts[at], completion, tokenizer) for at, completion in drawn.items())
-        scoring.submit(*zip(*outputs, strict=True))
+        scoring.submit(*zip(*(output_of(prompts[at], ids, tokenizer) for at, ids in drawn.items()), strict=True))
 
     completions = sample(
         model,
@@ -120,7 +118,7 @@ def draw_rollouts(
     return rollouts, traces
 
 
-def _output(prompt: Prompt, completion: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[Given, str]:
+def output_of(prompt: Prompt, completion: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[Given, str]:
     """Prompt and completion as the constraint reads them."""
     text, completed = decode_parts(prompt.ids, completion, tokenizer)
     return prompt.messages or text, completed
