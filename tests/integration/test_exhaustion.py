@@ -153,7 +153,7 @@ class TestKeepLast:
         def killed(schedule, checkpoint):
             if checkpoint.name == "checkpoint-6":
                 raise KeyboardInterrupt
-            save(schedule, checkpoint)
+            return save(schedule, checkpoint)
 
         monkeypatch.setattr(SequentialSchedule, "save", killed)
         with pytest.raises(KeyboardInterrupt):
