@@ -139,7 +139,7 @@ def fault_of(way: Callable[[], Figures]) -> str | None:
     """Why a way does not work here; None where it does."""
     try:
         way()
-    except Exception as error:  # whatever it is, it is told
+    except Exception as error:  # the file reports any fault
         return " ".join(f"{type(error).__name__}: {error}".split())
     return None
 

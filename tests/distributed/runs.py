@@ -1,4 +1,4 @@
-"""Runs of tiny models that a test carries out in one process and, as a script, in several.
+"""Runs of tiny models that a test starts in one process and, as a script, in several.
 
 accelerate launch --multi_gpu --num_processes 2 runs.py MODEL FOLDER NAME...
 """

@@ -28,7 +28,7 @@ def model(tiny_model, tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_two(model, tmp_path_factory):
-    """The folder of all runs, carried out by two processes."""
+    """The folder of all runs of two processes."""
     folder = tmp_path_factory.mktemp("two")
     launch(runs.__file__, model, folder, *runs.RUNS)
     return folder

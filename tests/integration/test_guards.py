@@ -1,4 +1,4 @@
-"""Training that goes wrong, in real trainers of tiny models: what is skipped, what stops, what is told."""
+"""Training that goes wrong, in real trainers of tiny models: what is skipped, what stops, what is reported."""
 
 import json
 import math

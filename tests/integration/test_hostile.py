@@ -1,4 +1,4 @@
-"""Files that would run code or write elsewhere do neither, and a damaged checkpoint is told by its name."""
+"""Files that would run code or write elsewhere do neither, and errors name a damaged checkpoint."""
 
 import json
 import os

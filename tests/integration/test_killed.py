@@ -57,7 +57,7 @@ def path(recipe):
 
 @pytest.fixture
 def whole(processes, path, tmp_path):
-    """The weights of a run that was left alone, and how many seconds it took."""
+    """The weights of an uninterrupted run, and how many seconds it took."""
     began = time.monotonic()
     finish(processes, killed.run, path, tmp_path / "whole")
     return weights(tmp_path / "whole"), time.monotonic() - began
@@ -132,7 +132,7 @@ def comparison(recipe, corpus_files):
 
 @pytest.fixture
 def whole_comparison(processes, comparison, tmp_path):
-    """What a comparison that was left alone found, and how many seconds it took."""
+    """What an uninterrupted comparison found, and how many seconds it took."""
     began = time.monotonic()
     finish(processes, killed.compare, comparison, tmp_path / "whole")
     return found_by(tmp_path / "whole"), time.monotonic() - began

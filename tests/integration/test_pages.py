@@ -1,8 +1,8 @@
-"""Every page of the documentation is a session: its blocks are carried out in their order, as they stand.
+"""Every page of the documentation is a session: its blocks run in their order, as they stand.
 
 Names on the hub that the pages use are folders of tiny models here, which `from_pretrained` prefers. `bridle train`
-and `bridle compare` get fewer steps and samples (`SHORT`) where the command does not set them. A block that cannot be
-carried out here has a comment in front of it that says why, `<!-- not run: reason -->`, and is checked as far as it can
+and `bridle compare` get fewer steps and samples (`SHORT`) where the command does not set them. A block that cannot
+run here has a comment in front of it that says why, `<!-- not run: reason -->`, and is checked as far as it can
 be: its commands, options and keys must exist. A block with a title is the content of that file.
 """
 
@@ -127,7 +127,7 @@ def session(world, bridle, tmp_path, monkeypatch):
 
 
 class Session:
-    """Carries out the blocks of one page."""
+    """Runs the blocks of one page."""
 
     def __init__(self, bridle):
         self.bridle = bridle

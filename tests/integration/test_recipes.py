@@ -21,7 +21,7 @@ CONTEXT = 512  # five of MMLU's examples fit in
 MODELS = {"huggyllama/llama-7b": "llama", "tiiuae/falcon-7b": "falcon", "facebook/opt-30b": "llama"}
 ROWS = [f"{text} {number}" for number in range(5) for text in SENTENCES]
 SMALL = {
-    "use_cpu": "true",  # which bf16 wants to be told
+    "use_cpu": "true",  # bf16 needs it
     "max_steps": 2,
     "rounds": 2,
     "rollouts_per_round": 16,

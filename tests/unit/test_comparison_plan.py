@@ -1,4 +1,4 @@
-"""A recipe's section `evaluation`: what it becomes, and how mistakes are told."""
+"""A recipe's section `evaluation`: what it becomes, and how mistakes are reported."""
 
 import pytest
 

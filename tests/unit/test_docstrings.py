@@ -46,7 +46,7 @@ def is_obvious(function, cls):
 
 
 def docstring_of(function, cls):
-    """A constructor is told by its class."""
+    """The class documents its constructor."""
     return ast.get_docstring(cls if function.name.startswith("__") else function) or ""
 
 
