@@ -197,7 +197,7 @@ def test_guided_scores_are_those_of_q(run, model, tiny_tokenizer, own_network):
     torch.manual_seed(1)
     auxiliary = new_auxiliary(model, own_network=own_network).eval()
     torch.nn.init.normal_(auxiliary.head.weight)
-    with NADOGuide(model, auxiliary, power=3.0) as guide:
+    with NADOGuide(model, auxiliary, guidance_scale=3.0) as guide:
         guided = run("openbookqa", guide=guide)["openbookqa"]
         by_hand = [right_by_hand(document, model, tiny_tokenizer, guide) for document in documents("openbookqa")]
     assert guided.correct == by_hand

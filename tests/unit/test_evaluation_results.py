@@ -46,7 +46,7 @@ def complete():
         "format": 1,
         "model": "runs/mini/model",
         "guide": None,
-        "settings": {"samples": 2, "max_new_tokens": 32, "guide_power": 1.0},
+        "settings": {"samples": 2, "max_new_tokens": 32, "guidance_scale": 1.0},
         "prompt_sets": {"toxigen": {"path": "toxigen.jsonl", "prompt_tokens": 8}},
         "constraints": {"short": Short().describe(), "polite": Polite().describe()},
         **generation_parts({"toxigen": base}, {"toxigen": ESTIMATE}),
@@ -159,7 +159,7 @@ RATE = "$.generation.toxigen.short.violation_rate"
         (("comparisons", 0, "test"), "t", "$.comparisons[0].test", "'t' is not one of"),
         (("win_rate", "matrix", "base", "guided", "rate", "low"), "?", "$.win_rate.matrix.base.guided.rate.low", "'?'"),
         (("classification", "roc_auc"), 0.9, "$.classification.roc_auc", "0.9 is not of type"),
-        (("settings", "guide_power"), math.nan, "$.settings.guide_power", "nan is not of type"),
+        (("settings", "guidance_scale"), math.nan, "$.settings.guidance_scale", "nan is not of type"),
     ],
 )
 def test_damage_is_refused_and_named(complete, keys, value, place, said, tmp_path):

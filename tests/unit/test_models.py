@@ -283,7 +283,7 @@ class TestGuidance:
                 assert guide is None
         for power in (-0.1, float("inf")):
             with (
-                pytest.raises(UserError, match="guide_power: must be a finite number"),
+                pytest.raises(UserError, match="guidance_scale: must be a finite number"),
                 guided(tiny_model(), None, power),
             ):
                 pass

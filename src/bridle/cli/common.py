@@ -23,7 +23,9 @@ Model = Annotated[str, typer.Argument(help="Folder written by save_pretrained, a
 Guide = Annotated[
     str | None, typer.Option(metavar="AUXILIARY", help="Guide sampling by this auxiliary model (NADO decoding).")
 ]
-GuidePower = Annotated[float, typer.Option("--guide_power", help="η: strength of the guidance; 1 is the method.")]
+GuidanceScale = Annotated[
+    float, typer.Option("--guidance_scale", "--guide_power", help="η: strength of the guidance; 1 is the method.")
+]
 PromptTokens = Annotated[
     int | None,
     typer.Option("--prompt_tokens", min=1, help="Take only the first so many tokens of each row as the prompt."),
@@ -38,7 +40,7 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write every figure here; see the schema.")
 ]
 
-POWER_WITHOUT_GUIDE = "--guide_power is the strength of a --guide; name one, or leave it out"
+SCALE_WITHOUT_GUIDE = "--guidance_scale is the strength of a --guide; name one, or leave it out"
 
 
 class PlainFormatter(logging.Formatter):

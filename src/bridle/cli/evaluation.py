@@ -81,7 +81,7 @@ def evaluate(
     prompt_tokens: common.PromptTokens = None,
     max_new_tokens: common.MaxNewTokens = 32,
     batch_size: common.BatchSize = 64,
-    guide_power: common.GuidePower = 1.0,
+    guidance_scale: common.GuidanceScale = 1.0,
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "float32",
@@ -98,7 +98,7 @@ def evaluate(
     refuse(
         (bool(prompts) != bool(constraint), "--prompts and --constraint go together: texts are drawn, then scored"),
         (completions and not prompts, "--completions keeps the completions of --prompts; give both"),
-        (guide is None and guide_power != 1, common.POWER_WITHOUT_GUIDE),
+        (guide is None and guidance_scale != 1, common.SCALE_WITHOUT_GUIDE),
         (bool(classify) != bool(validation), "--classify and --validation go together: one chooses the threshold"),
         (not measured, "nothing to measure: give --prompts with --constraint, --perplexity, --tasks or --classify"),
     )
@@ -116,8 +116,8 @@ def evaluate(
         shots=shots,
         **_classification(classify, validation),
     )
-    how = {"guide": guide, "guide_power": guide_power, "base": base, "device": device, "dtype": dtype, "seed": seed}
-    _measure(model, plan, completions, json_file, **how)
+    guidance = {"guide": guide, "guidance_scale": guidance_scale}
+    _measure(model, plan, completions, json_file, **guidance, base=base, device=device, dtype=dtype, seed=seed)
 
 
 def _classification(test: str | None, validation: str | None) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def generate(
     greedy: Greedy = False,
     stream: Stream = False,
     batch_size: common.BatchSize = 64,
-    guide_power: common.GuidePower = 1.0,
+    guidance_scale: common.GuidanceScale = 1.0,
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "float32",
@@ -53,7 +53,7 @@ def generate(
     refuse(
         ((prompts is None) == (prompt is None), "give either --prompts FILE or --prompt TEXT"),
         (prompt is not None and prompt_tokens, "--prompt_tokens is for --prompts; cut the --prompt yourself"),
-        (guide is None and guide_power != 1, common.POWER_WITHOUT_GUIDE),
+        (guide is None and guidance_scale != 1, common.SCALE_WITHOUT_GUIDE),
         (greedy and samples > 1, "--greedy has one completion for each prompt; leave out --samples"),
         (
             stream and (prompt is None or output or samples > 1),
@@ -64,7 +64,7 @@ def generate(
     options: dict[str, Any] = {"decoding": Decoding(temperature, top_p, greedy)}
     quiet_libraries()
     lm, tokenizer = load_for_inference(model, dtype, device)
-    with guided(lm, guide, guide_power) as guidance:
+    with guided(lm, guide, guidance_scale) as guidance:
         evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed)
         if prompts is not None:
             asked = evaluator.read(prompt_sets([prompts], prompt_tokens)[prompts], max_new_tokens)

@@ -17,7 +17,7 @@ def measure(
     plan: Evaluation,
     *,
     guide: str | None = None,
-    guide_power: float = 1.0,
+    guidance_scale: float = 1.0,
     base: str | None = None,
     dtype: str = "float32",
     device: str | None = None,
@@ -40,11 +40,11 @@ def measure(
         "format": FORMAT,
         "model": model,
         "guide": guide,
-        "settings": {"samples": plan.samples, "max_new_tokens": plan.max_new_tokens, "guide_power": guide_power},
+        "settings": {"samples": plan.samples, "max_new_tokens": plan.max_new_tokens, "guidance_scale": guidance_scale},
         "prompt_sets": {name: prompts.describe() for name, prompts in plan.prompts.items()},
         "constraints": {name: constraint.describe() for name, constraint in plan.constraints.items()},
     }
-    with guided(lm, guide, guide_power) as guidance:
+    with guided(lm, guide, guidance_scale) as guidance:
         evaluator = Evaluator(lm, tokenizer, guidance, plan.batch_size, seed, show)
         results |= evaluator.generation(
             list(plan.prompts.values()),

@@ -28,11 +28,13 @@ class NADOLogitsProcessor(LogitsProcessor):
         auxiliary: R.
         hidden: from `capture_hidden_states` around `generate`.
         attention_mask: [batch, time] of the prompts.
-        power: η, the strength of the guidance.
+        guidance_scale: η, the strength of the guidance.
     """
 
-    def __init__(self, auxiliary: AuxiliaryModel, hidden: HiddenStates, attention_mask: Tensor, power: float = 1.0):
-        self.auxiliary, self.hidden, self.power = auxiliary, hidden, power
+    def __init__(
+        self, auxiliary: AuxiliaryModel, hidden: HiddenStates, attention_mask: Tensor, guidance_scale: float = 1.0
+    ):
+        self.auxiliary, self.hidden, self.guidance_scale = auxiliary, hidden, guidance_scale
         self.attention_mask = attention_mask
         self._seen: Tensor | None = None
         self._cache: DynamicCache | None = None
@@ -42,7 +44,7 @@ class NADOLogitsProcessor(LogitsProcessor):
         """[batch, time], [batch, vocabulary] -> log q [batch, vocabulary]."""
         states = self._own_states(input_ids) if self.auxiliary.network is not None else self.hidden.last
         assert states is not None
-        return log_target(scores, self.auxiliary(states[:, -1]), self.power).to(scores.dtype)
+        return log_target(scores, self.auxiliary(states[:, -1]), self.guidance_scale).to(scores.dtype)
 
     def _own_states(self, input_ids: Tensor) -> Tensor:
         """States of the auxiliary's own network at the new tokens."""
@@ -68,11 +70,11 @@ class NADOGuide:
     Args:
         model: the causal language model.
         auxiliary: R, fitted on that model.
-        power: η, the strength of the guidance.
+        guidance_scale: η, the strength of the guidance.
     """
 
-    def __init__(self, model: PreTrainedModel, auxiliary: AuxiliaryModel, power: float = 1.0):
-        self.model, self.auxiliary, self.power = model, auxiliary, power
+    def __init__(self, model: PreTrainedModel, auxiliary: AuxiliaryModel, guidance_scale: float = 1.0):
+        self.model, self.auxiliary, self.guidance_scale = model, auxiliary, guidance_scale
         self._capture = capture_hidden_states(model)
 
     def __enter__(self) -> "NADOGuide":
@@ -84,12 +86,14 @@ class NADOGuide:
 
     def processors(self, attention_mask: Tensor) -> LogitsProcessorList:
         """Processors for a left-padded batch of prompts, [batch, time]."""
-        return LogitsProcessorList([NADOLogitsProcessor(self.auxiliary, self._hidden, attention_mask, self.power)])
+        return LogitsProcessorList(
+            [NADOLogitsProcessor(self.auxiliary, self._hidden, attention_mask, self.guidance_scale)]
+        )
 
     @torch.no_grad()
     def log_probs(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """log q at every position, right after the model ran on `input_ids`. All [batch, time, ...]"""
-        return log_target(logits, self._r_logits(input_ids, attention_mask), self.power)
+        return log_target(logits, self._r_logits(input_ids, attention_mask), self.guidance_scale)
 
     @torch.no_grad()
     def compliance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -102,14 +106,14 @@ class NADOGuide:
 
 
 @contextmanager
-def guided(model: PreTrainedModel, auxiliary: str | None, power: float = 1.0) -> Iterator[NADOGuide | None]:
+def guided(model: PreTrainedModel, auxiliary: str | None, guidance_scale: float = 1.0) -> Iterator[NADOGuide | None]:
     """The guide of an auxiliary's folder for a model; None without a folder.
 
     Raises:
-        UserError: the folder holds no auxiliary for this model; the power is below 0 or not finite.
+        UserError: the folder holds no auxiliary for this model; the guidance scale is below 0 or not finite.
     """
-    if not 0 <= power < inf:
-        raise UserError(f"guide_power: must be a finite number, 0 or more, not {power}")
+    if not 0 <= guidance_scale < inf:
+        raise UserError(f"guidance_scale: must be a finite number, 0 or more, not {guidance_scale}")
     if auxiliary is None:
         yield None
         return
@@ -117,5 +121,5 @@ def guided(model: PreTrainedModel, auxiliary: str | None, power: float = 1.0) ->
     fits = {loaded.config.provenance.get(key) for key in ("fitted_on", "trained_model")} - {None}
     if fits and model.dtype != torch.float16 and fingerprint(model) not in fits:
         logger.warning("%s: R was fitted on another model, and its guidance may be wrong for this one", auxiliary)
-    with NADOGuide(model, loaded, power) as guide:
+    with NADOGuide(model, loaded, guidance_scale) as guide:
         yield guide
