@@ -1,4 +1,4 @@
-"""How far R can be believed: does what it calls 0.7 comply seven times out of ten?"""
+"""Calibration of R: whether prefixes that it scores 0.7 comply seven times out of ten."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ def calibration(predicted: Tensor, compliance: Tensor, bins: int = 10) -> Calibr
     Args:
         predicted: [n] probabilities of compliance, n ≥ 1.
         compliance: [n] labels in [0, 1].
-        bins: how many bins [0, 1] is cut into.
+        bins: number of bins of [0, 1].
     """
     predicted, compliance = predicted.double(), compliance.double()
     bin_of = (predicted * bins).long().clamp(max=bins - 1)

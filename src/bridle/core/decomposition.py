@@ -1,4 +1,4 @@
-"""NADO: what an auxiliary model R learns of a constraint C on whole outputs, and the target q that it gives.
+"""NADO: the losses of an auxiliary model R for a constraint C on whole outputs, and the target q.
 
 R(s) = E[C | prefix s] obeys R(s) = Σ_v p_a(v|s)·R(s∘v), and R of a finished output is C. It is fitted on samples
 y ~ p_a labelled by C (Meng et al., NeurIPS 2022):
@@ -20,17 +20,17 @@ from torch import Tensor
 
 
 def future_weights(log_probs: Tensor, drawn_log_probs: Tensor, mask: Tensor, most: float = 4.0) -> Tensor:
-    """How much the label of a sample of another model counts at each prefix.
+    """Weights of the labels of another model's samples, at each prefix.
 
     R(s_t) averages C over what p_a says after s_t. Where the sample was drawn from another model p', the label counts
     by Π_{u>t} p_a(y_u|s_{u-1}) / p'(y_u|s_{u-1}): what came before does not matter, since R is conditional on it, so
-    that late prefixes weigh about 1.
+    late prefixes weigh about 1.
 
     Args:
         log_probs: [batch, time] of the sample's tokens under p_a.
         drawn_log_probs: [batch, time] under the model that drew them.
         mask: [batch, time], true where the sample has a token.
-        most: weights above this are cut to it, for less variance at the price of a little bias.
+        most: upper bound of the weights: less variance for a little bias.
 
     Returns:
         [batch, time] weights, all 1 where both models are the same.
@@ -93,7 +93,7 @@ def log_target(anchor_logits: Tensor, r_logits: Tensor, guidance_scale: float = 
     Args:
         anchor_logits: [..., vocabulary], the anchor's logits or log-probabilities.
         r_logits: [..., vocabulary], R before the sigmoid; entry v scores the prefix followed by v.
-        guidance_scale: η. 1 is the method; more leans harder on the constraint, 0 gives the anchor back.
+        guidance_scale: η. 1 is the method; larger values strengthen the constraint, 0 gives the anchor.
 
     Returns:
         [..., vocabulary] log-probabilities, in float32 at least.

@@ -1,12 +1,12 @@
 """CE and every KL(q ‖ p) in one pass over chunks of positions, so that no [positions, vocabulary] tensor ever exists.
 
-With q fixed, the gradient of the loss with respect to the logits at one position is known beforehand:
+With q fixed, the gradient of the loss with respect to the logits at one position has a closed form:
 
     (c + Σ_d λ_d)·p − c·onehot(target) − Σ_d λ_d·q_d,    c = 1 where a token is trained on and 0 elsewhere
 
-So a chunk's logits are made once, turned into their gradient and dropped; the backward needs only the gradients of the
-hidden states and of the output layer. `tests/reference_losses.py` has the terms one by one. With q fixed the optimum is
-(p_data + λ·q) / (1 + λ): violating text is still learnt, at weight 1 / (1 + λ). (docs: concepts/method, eq. 4 and 5)
+So a chunk's logits are computed once, replaced by their gradient and freed; the backward needs only the gradients of
+the hidden states and the output layer. `tests/reference_losses.py` has each term by itself. With q fixed the optimum is
+(p_data + λ·q) / (1 + λ): violating text is still learned, at weight 1 / (1 + λ). (docs: concepts/method, eq. 4 and 5)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ class Divergence:
 
     Attributes:
         name: of the regulariser.
-        positions: [n], which ones, in ascending order. On the CPU, so that no chunk waits for the device.
+        positions: [n] in ascending order, on the CPU, so that no chunk waits for the device.
         weights: [n], the λ of each.
         log_q: makes [m, vocabulary] log-probabilities of q from which of its positions, and the policy's logits there,
             [m, vocabulary].
@@ -42,7 +42,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Sums:
-    """What one pass adds up, as scalars [] without a gradient, in nats.
+    """The sums of one pass, as scalars [] without a gradient, in nats.
 
     Attributes:
         cross_entropy: [] over the positions that are trained on.
@@ -58,17 +58,17 @@ class Sums:
 
 
 def chunk_rows(device: torch.device, vocabulary: int) -> int:
-    """How many positions a chunk has: enough to share one reading of the output layer, and no more logits than a bound.
+    """Positions per chunk: enough to amortise reading the output layer, within a bound on the logits.
 
-    The bound makes memory independent of the vocabulary. The CPU's numbers were chosen by measuring (docs: log), the
-    others by reasoning: an accelerator computes some hundred times while it reads a number.
+    The bound makes memory independent of the vocabulary. The CPU's numbers are measured (docs: log), the others
+    estimated: an accelerator computes about a hundred times while it reads a number.
     """
     rows, logits = (512, 2**23) if device.type == "cpu" else (8192, 2**25)
     return max(1, min(rows, logits // vocabulary))
 
 
 def chunks(positions: int, rows: int) -> Iterator[slice]:
-    """Cuts positions into pieces of so many rows."""
+    """Splits positions into chunks of `rows`."""
     return (slice(start, min(start + rows, positions)) for start in range(0, positions, rows))
 
 
@@ -129,7 +129,7 @@ def constrained_loss(
 
 
 class _Term:
-    """One regulariser's KL as the pass reaches its positions."""
+    """One regulariser's KL, accumulated over the chunks."""
 
     def __init__(self, divergence: Divergence, device: torch.device, positions: int, rows: int):
         self.name, self.log_q, self.weights = divergence.name, divergence.log_q, divergence.weights
@@ -146,19 +146,19 @@ class _Term:
         where, weights = self.positions[which] - chunk.start, self.weights[which]
         log_q = self.log_q(which, logits[where]).clamp(min=FLOOR)  # 0·log 0 = 0
         q = log_q.exp()
-        kl = _dot(q, log_q.sub_(log_p[where])).clamp(min=0)  # rounding alone can make it negative
+        kl = _dot(q, log_q.sub_(log_p[where])).clamp(min=0)  # rounding can make it negative
         self.kl += kl.sum()
         gradient.index_add_(0, where, q.mul_(weights[:, None]), alpha=-1)
         return kl @ weights
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """[..., vocabulary] × [..., vocabulary] -> [...], without a product in full."""
+    """[..., vocabulary] × [..., vocabulary] -> [...], without materialising the product."""
     return torch.linalg.vecdot(left, right)
 
 
 def _through_shape(layer: OutputLayer, raw: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
-    """From the gradient with respect to the logits to that with respect to what the linear map gave."""
+    """Backpropagates from the logits to the linear map's output."""
     if logits is raw:
         return gradient
     with torch.enable_grad():
@@ -167,7 +167,7 @@ def _through_shape(layer: OutputLayer, raw: Tensor, logits: Tensor, gradient: Te
 
 
 class _Linear:
-    """The output layer's linear map, and the gradients of what goes into it, gathered chunk by chunk."""
+    """The output layer's linear map, and the gradients of its inputs, accumulated by chunk."""
 
     def __init__(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         self.inputs = [hidden_states, weight, bias]
@@ -182,7 +182,7 @@ class _Linear:
         return F.linear(self.states[chunk], self.weight, self.bias)
 
     def take(self, chunk: slice, gradient: Tensor) -> None:
-        """Takes the gradient of a chunk's logits further. [chunk, vocabulary]"""
+        """Backpropagates the gradient of a chunk's logits. [chunk, vocabulary]"""
         of_states, of_weight, of_bias = self.gradients
         if of_bias is not None:
             of_bias += gradient.sum(0)
@@ -200,7 +200,7 @@ class _Linear:
 
 
 class _Known(torch.autograd.Function):
-    """A scalar whose gradients are known already. They are scaled in place, so there is one backward only."""
+    """A scalar with known gradients. They are scaled in place, so it allows only one backward."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
-"""The output layer: a linear map from hidden states to logits, and what the architecture does to its result.
+"""The output layer: from hidden states to the equations' logits, with the architecture's scale and soft cap.
 
-Its logits are what the equations are about. (docs: concepts/method)
+(docs: concepts/method)
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """An output layer as it stands.
+    """A snapshot of an output layer.
 
     Attributes:
         weight: [vocabulary, hidden], whole.
         bias: [vocabulary], or None.
-        config: of the language model; an object whose attributes name a scale or a soft cap.
+        config: of the language model; its attributes may name a scale or a soft cap.
     """
 
     weight: Tensor
@@ -31,10 +31,10 @@ class OutputLayer:
         return replace(self, weight=change(self.weight), bias=None if self.bias is None else change(self.bias))
 
     def detach(self, copy: bool = False) -> "OutputLayer":
-        """The same values without a graph; they stay when the model's weights are exchanged.
+        """The same values without a graph, unaffected by later changes of the model's weights.
 
         Args:
-            copy: a sharded model needs it, since the memory of gathered weights is used again.
+            copy: needed for a sharded model, which reuses the memory of gathered weights.
         """
         return self.each(lambda part: part.detach().clone() if copy else part.detach())
 

@@ -1,4 +1,4 @@
-"""A target kept sparsely: k of its tokens, and all the others as one bucket. (docs: concepts/method)"""
+"""A sparse target: k of its tokens, and all others as one bucket. (docs: concepts/method)"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ class SparseTarget:
     """A distribution over k tokens and one bucket that holds all the others.
 
     Attributes:
-        indices: [..., k] ids of the tokens, no two alike.
+        indices: [..., k] distinct token ids.
         log_probs: [..., k] log q of each.
         log_rest: [...] log of the mass of all other tokens.
     """
@@ -31,9 +31,9 @@ class SparseTarget:
         return torch.cat([self.log_probs, self.log_rest[..., None]], dim=-1)
 
     def spread(self, logits: Tensor) -> Tensor:
-        """The target in full, its rest divided in the policy's own proportions.
+        """The full target, with the rest divided in the policy's proportions.
 
-        With it KL(q ‖ p) is that over the k + 1 buckets, in value and in gradient.
+        Its KL(q ‖ p) equals that over the k + 1 buckets, in value and gradient.
 
         Args:
             logits: [..., vocabulary] of the policy p.
@@ -54,7 +54,7 @@ class SparseTarget:
 
     @classmethod
     def cat(cls, parts: Sequence["SparseTarget"]) -> "SparseTarget":
-        """Several, one after the other along the first dimension."""
+        """Concatenates targets along the first dimension."""
         names = (field.name for field in fields(cls))
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
@@ -67,11 +67,11 @@ def sparse_target(log_q: Tensor, k: int, log_anchor: Tensor | None = None) -> Sp
     """Keeps k tokens of a target.
 
     Without an anchor these are the k most likely under q. With one they are those with the largest
-    |q − p_a| + 0.1·q: the tokens that R takes mass from are of the likely ones under p_a, not under q.
+    |q − p_a| + 0.1·q: tokens from which R removes mass are likely under p_a, not under q.
 
     Args:
         log_q: [..., vocabulary] log-probabilities.
-        k: tokens to keep, at least 1; a k beyond the vocabulary keeps them all, and an empty rest.
+        k: tokens to keep, at least 1; a k beyond the vocabulary keeps all, with an empty rest.
         log_anchor: [..., vocabulary] log-probabilities of p_a.
     """
     k = min(k, log_q.shape[-1])
@@ -85,11 +85,11 @@ def bucket_logits(logits: Tensor, indices: Tensor) -> Tensor:
     """Logits over buckets: one for each of `indices`, and one for all other tokens together.
 
     Their softmax is that of `logits`, summed over each bucket. The rest is summed over its own tokens: 1 minus the mass
-    of the others is, in float32, up to 8% off where that mass is e⁻¹¹, and nothing is left of it at e⁻²⁰.
+    of the others is, in float32, up to 8% off for a rest of e⁻¹¹, and vanishes at e⁻²⁰.
 
     Args:
         logits: [..., vocabulary].
-        indices: [..., k] token ids, no two alike.
+        indices: [..., k] distinct token ids.
 
     Returns:
         [..., k + 1] in float32, the rest last.

@@ -1,8 +1,8 @@
-"""The label shift and the masks: the only place that knows which position predicts which token.
+"""The label shift and the masks: the only module that knows which position predicts which token.
 
-A causal model's output at position t scores token t + 1. Everything else in Bridle works on tensors
-that are already aligned: position t of `logits`, `targets` and `mask` speaks of the same token.
-Masks are made from lengths or labels, never from token ids, since a pad token may equal the end token.
+A causal model's output at position t scores token t + 1. All other modules work on aligned tensors: position t of
+`logits`, `targets` and `mask` refers to the same token. Masks come from lengths or labels, never from token ids, since
+a pad token may equal the end token.
 """
 
 import torch

@@ -14,8 +14,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from bridle.core.tokens import IGNORE, completion_positions, length_mask, pad_right, shift
 from bridle.data import DOMAIN, Rollout
 
-NO_DOMAIN = -1  # the domain of a row that is not of the corpus
-PREFIXES = "prefixes"  # the batch's key for what is known of its rows
+NO_DOMAIN = -1  # the domain of a rollout's row
+PREFIXES = "prefixes"  # the batch's key for its `Prefixes`
 
 Mask = NDArray[np.bool_]
 
@@ -24,7 +24,7 @@ Mask = NDArray[np.bool_]
 class Prefixes:
     """The rows of a batch and the prefixes in them that regularisers look at.
 
-    It stays on the host, so that an accelerator is never waited for to know which positions count.
+    It stays on the CPU: reading it never waits for an accelerator.
 
     Attributes:
         domain: [batch] index of the corpus's domain; `NO_DOMAIN` for a rollout.
@@ -94,7 +94,7 @@ def append_rollouts(
         rollouts: rows to add, at least one.
         regulariser: index of the regulariser they were drawn for.
         pad: token id that fills rows.
-        multiple: of which the rows' length is one.
+        multiple: the rows' length is padded to a multiple of it.
     """
     ids, attention_mask, mask = rollout_rows(rollouts, pad)
     time = ceil(max(inputs["input_ids"].shape[1], ids.shape[1]) / multiple) * multiple

@@ -21,7 +21,7 @@ from bridle.utils.interruption import deferring
 
 
 class Resumable(Protocol):
-    """What has a part in every checkpoint."""
+    """An object whose state is part of every checkpoint."""
 
     def save(self, checkpoint: Path) -> dict[str, Any]:
         """Writes its files; returns what goes into `PROGRESS_FILE`."""
@@ -33,12 +33,12 @@ class Resumable(Protocol):
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The last whole checkpoint of a run; one that a dead run left half-written is passed over."""
+    """The last whole checkpoint of a run; half-written ones are skipped."""
     return last_whole(folder, PROGRESS_FILE)
 
 
 class CheckpointedTrainer(OomSafeTrainer):
-    """A trainer whose checkpoints are whole or not there, and whose resumed run equals one that never stopped.
+    """A trainer with atomic checkpoints, whose resumed run equals an uninterrupted one.
 
     Attributes:
         schedule: of the rounds.
@@ -57,8 +57,8 @@ class CheckpointedTrainer(OomSafeTrainer):
 
         Raises:
             RunStopped: a guard stopped the run, or more than `max_missing` of a round's rollouts got no score.
-            Interrupted: a signal came. The update under way was finished and a checkpoint written, unless it came in a
-                round or there are several processes, which would have to agree on the update.
+            Interrupted: a signal arrived. The current update is complete and a checkpoint written, unless the signal
+                arrived in a round or there are several processes, which would have to agree on the update.
         """
         self.supervisor.verdict = None
         with deferring() if world() == 1 else nullcontext():
@@ -68,15 +68,15 @@ class CheckpointedTrainer(OomSafeTrainer):
         return output
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The norm that is logged; where it is not finite the update is skipped."""
+        """The gradient norm for the log; if it is not finite, the update is skipped."""
         norm = super()._get_grad_norm(model, grad_norm)
         self.supervisor.skipped = norm is not None and not math.isfinite(norm)
         if self.supervisor.skipped:
-            model.zero_grad()  # without gradients an optimiser leaves the weights, and its own moments, as they are
+            model.zero_grad()  # without gradients an optimiser changes neither weights nor its moments
         return norm
 
     def log_apart(self, record: dict[str, Any]) -> None:
-        """Logs a record of its own: neither `SFTTrainer`'s averages nor the log that this step may be due end here."""
+        """Logs a separate record, without resetting `SFTTrainer`'s averages or this step's own log."""
         due = self.control.should_log
         Trainer.log(self, record)
         self.control.should_log = due
@@ -104,7 +104,7 @@ class CheckpointedTrainer(OomSafeTrainer):
         return prepared
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """A run that is resumed where it had ended takes no further step, as it would in `transformers`."""
+        """Unlike `transformers`, takes no further step when a finished run is resumed."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -124,7 +124,7 @@ class CheckpointedTrainer(OomSafeTrainer):
             super()._load_rng_state(checkpoint)
 
     def _issue_warnings_after_load(self, load_result):
-        """Of keys that a checkpoint lacks; a weight that is tied to another is saved once, and not missing."""
+        """Warns of keys that a checkpoint lacks, except tied weights, which are saved once."""
         tied = self.model.all_tied_weights_keys
         missing = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))

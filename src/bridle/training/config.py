@@ -1,4 +1,4 @@
-"""What a constrained run can be told, beyond what TRL's `SFTConfig` already takes."""
+"""Options of a constrained run, in addition to TRL's `SFTConfig`."""
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -46,7 +46,7 @@ class Regulariser:
     Attributes:
         constraint: C, the oracle on a whole output: a `Constraint`, a specification for `build_constraint`, or a
             function of a list of texts, as `PythonFunction` takes it. None, or "retention", is retention: R = 1, so
-            that q is the initial model, and the term holds the policy to what it was.
+            that q is the initial model, and the term keeps the policy close to it.
         weight: λ, the strength of KL(q ‖ p_θ) against the corpus's cross-entropy, ≥ 0.
         anchor: the model p_a that q is built on. `live`: the policy itself, detached, which needs no extra
             forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
@@ -54,9 +54,9 @@ class Regulariser:
         prompts: where rollouts start; None for the beginnings of the domain's own rows.
         guidance_scale: η in q ∝ p_a·R^η.
         soft_labels: fit R to the constraint's value itself and not to its yes or no. Iterating a soft C
-            gives p·C^k after k rounds, so that more rounds lean harder.
-        domain: the domain, or several, whose rows it looks at and whose prompts it samples from; None or "all" for
-            the whole corpus. A domain may have several regularisers.
+            gives p·C^k after k rounds, so more rounds act more strongly.
+        domain: the domain, or several, whose rows and prompts it uses; None or "all" for the whole corpus. A domain
+            may have several regularisers.
         name: what metrics and files call it; the domain's name if not given.
 
     Raises:
@@ -88,14 +88,14 @@ class Regulariser:
 
     @property
     def is_retention(self) -> bool:
-        """Whether this regulariser only holds the policy to the initial model."""
+        """Whether this regulariser only keeps the policy close to the initial model."""
         return self.constraint is None
 
     def domains(self, corpus: Collection[str]) -> list[str]:
-        """The names of the corpus's domains that it is for.
+        """The names of its domains.
 
         Raises:
-            UserError: it names none, or one that the corpus has not; the message begins with "domain".
+            UserError: it names none, or one that the corpus lacks; the message begins with "domain".
         """
         if self.domain is None or (self.domain == ALL and ALL not in corpus):
             return list(corpus)
@@ -114,7 +114,7 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
     """Regularisers by name.
 
     Args:
-        regularisers: one, a list, or by name. A name is the regulariser's domain as well where it has no `domain`.
+        regularisers: one, a list, or by name. A name is also the regulariser's domain if it has no `domain`.
         corpus: names of the corpus's domains.
 
     Raises:
@@ -142,12 +142,12 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
 
 
 def default_name(domain: str | Sequence[str] | None) -> str:
-    """What a regulariser of these domains is called that has no name."""
+    """The name of a regulariser of these domains, if it is not given."""
     return ALL if domain is None else domain if isinstance(domain, str) else "+".join(map(str, domain))
 
 
 def _constraint(given: Constraint | str | Mapping | list | Callable | None) -> Constraint | None:
-    """The constraint that is meant; anything else as it is given, for the type check."""
+    """The constraint that a value stands for; other values unchanged, for the type check."""
     if isinstance(given, str | Mapping | list):
         return None if given == RETENTION else build_constraint(given)
     return PythonFunction(given) if callable(given) else given
@@ -160,15 +160,15 @@ class AuxiliaryOptions:
     Attributes:
         depth: residual blocks in its trunk.
         head_rank: rank of its vocabulary head; None for a full one.
-        own_network: give it a body of its own instead of the guided model's hidden states.
+        own_network: give it its own body instead of the guided model's hidden states.
         learning_rate: of AdamW.
         epochs: passes over a round's rollouts.
         batch_size: rollouts a step.
         weight_decay: of AdamW.
         consistency_weight: β of the forward-consistency term.
-        validation_share: share of the rollouts kept back to measure R's calibration.
-        replay: earlier rounds whose rollouts R is fitted on as well, each label weighted by how likely the policy
-            now is to say what came after the prefix. A policy that complies shows a fresh R few violations.
+        validation_share: share of the rollouts held out to measure R's calibration.
+        replay: earlier rounds whose rollouts R is also fitted on, each label weighted by the likelihood
+            ratio of what follows the prefix under the current policy. A compliant policy gives a fresh R few
 
     Raises:
         UserError: a value of the wrong kind; the message begins with the field.
@@ -191,21 +191,21 @@ class AuxiliaryOptions:
 
 @dataclass
 class ParallelOptions:
-    """Where the two roles of the parallel schedule are played.
+    """Where the two roles of the parallel schedule run.
 
     Attributes:
         address: of a running Ray cluster, or "auto"; None starts one on this machine.
         policy_workers: processes that train the policy together, by Ray Train, when `bridle train` starts them; the
             batch of an update is `per_device_train_batch_size` of each.
-        regulariser_workers: processes that share out the sampling and scoring of a round.
-        num_cpus: that each process asks for.
-        num_gpus: that each asks for; None for one each where the cluster has so many, and else none.
-        patience: seconds to wait for the cluster to give a role what it asks for.
+        regulariser_workers: processes that share the sampling and scoring of a round.
+        num_cpus: CPU cores that each process asks for.
+        num_gpus: that each process asks for; None for one each if the cluster has enough, else none.
+        patience: seconds to wait for the resources of a role.
         largest_message: MiB of weights or targets above which they pass through a file in the output folder, which
             all roles must then share.
 
     Raises:
-        UserError: a value of the wrong kind, as a role without a process; the message begins with the field.
+        UserError: a value of the wrong kind, such as a role without a process; the message begins with the field.
     """
 
     address: str | None = None
@@ -230,12 +230,12 @@ class ParallelOptions:
 
 @dataclass
 class BestOptions:
-    """Which checkpoint is the best: of those whose violation rate is low enough, that of least `eval_loss`.
+    """The rule for the best checkpoint: the lowest `eval_loss` among those with a low enough violation rate.
 
     Attributes:
-        violation: the highest violation rate, under each of the constraints, that the best may have.
-        patience: evaluations in a row without a better one after which training stops, once one was allowed; None
-            trains to the end.
+        violation: the highest violation rate, under every constraint, that the best may have.
+        patience: evaluations without a better one after which training stops, once one met the rule; None trains to the
+            end.
 
     Raises:
         UserError: a value of the wrong kind; the message begins with the field.
@@ -250,15 +250,15 @@ class BestOptions:
 
 @dataclass
 class EvalOptions:
-    """What the policy is measured on at the end of each round.
+    """Held-out evaluation of the policy at the end of each round.
 
     Attributes:
-        share: of the rows of each domain, held out of training.
-        corpus: held-out rows by domain, sources or rows as the trainer's corpus; these domains give no share.
+        share: share of the rows of each domain, held out of training.
+        corpus: held-out rows by domain, sources or rows as the trainer's corpus; `share` does not apply to them.
         constraints: judge the completions; those of the regularisers if none is given.
         prompts: what is completed; None for the beginnings of the held-out rows of domains with a constraint.
         completions: how many, one a prompt.
-        best: which checkpoint the model is taken from in the end; None takes the last.
+        best: which checkpoint becomes the final model; None takes the last.
 
     Raises:
         UserError: a value of the wrong kind, or nothing is held out; the message begins with the field.
@@ -292,27 +292,27 @@ class ConstrainedConfig(SFTConfig):
         rollout_batch_size: samples drawn at a time.
         targets: when q is built. `computed`: in the update, over the whole vocabulary; `precomputed`: ahead of a
             round's updates, and kept sparsely, so that the update runs no forward but its own. A
-            row that comes in several epochs of a round is worked on once. Needs a frozen anchor.
+            row that occurs in several epochs of a round is computed once. Needs a frozen anchor.
         target_tokens: k, how many tokens a precomputed target keeps; all others are one bucket.
-        truncated: what a rollout that was cut at `max_new_tokens` teaches R. `label`: the constraint's answer to the
+        truncated: what R learns from a rollout cut at `max_new_tokens`. `label`: the constraint's answer to the
             text up to there, which is exact where outputs are evaluated up to the same length; `mask`: nothing;
             `bootstrap`: R's own estimate at the cut.
         max_missing: share of rollouts without a score above which the run stops.
         max_skipped_steps: updates in a row that are skipped, their loss or gradient not being finite, before the run
             stops.
         entropy_floor: share of the first round's entropy of the policy's samples below which the run stops; 0 turns the
-            guard off. A run without rollouts has nothing to guard.
+            guard off. It does not apply to a run without rollouts.
         calibration_bound: expected calibration error of R above which a round warns; 1 turns the guard off. It is not
-            judged on fewer than 20 rollouts kept back.
-        empty_bound: share of rollouts that say nothing above which a round warns; 1 turns the guard off.
+            checked on fewer than 20 held-out rollouts.
+        empty_bound: share of empty rollouts above which a round warns; 1 turns the guard off.
         clipped_bound: share of rollouts cut at `max_new_tokens` above which a round warns; 1 turns the guard off.
-        keep_last: how many checkpoints stay, the last ones; None for all. One that is half-written does not count.
+        keep_last: how many of the last checkpoints to keep; None for all. Half-written ones do not count.
         auxiliary: shape and fit of R.
-        parallel: where the parallel schedule's regularisers work.
+        parallel: where the parallel schedule's regularisers run.
 
     Raises:
-        UserError: a value of the wrong kind or outside its range, as no round; an option of TRL or `transformers` that
-            would have no effect, or for which Bridle has another. The message begins with the field.
+        UserError: a value of the wrong kind or outside its range, such as no round; an option of TRL or `transformers`
+            that would have no effect, or that Bridle replaces. The message begins with the field.
     """
 
     variables = NO_VARIABLES  # a recipe's configuration has its own
@@ -341,13 +341,13 @@ class ConstrainedConfig(SFTConfig):
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """In which mixed precision makes matrix products; None without it."""
+        """The dtype of matrix products under mixed precision; None without it."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     def __post_init__(self) -> None:
         check_fields(self, [f.name for f in fields(self) if f.name not in SFTConfig.__dataclass_fields__])
         self.bf16: bool | None
-        if self.bf16 is None:  # TRL says yes; a machine without such a GPU would stop there
+        if self.bf16 is None:  # TRL's default is true, which fails on a machine without such a GPU
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         for name, (least, most) in RANGES.items():
             if not least <= (value := getattr(self, name)) <= most:
@@ -367,13 +367,13 @@ class ConstrainedConfig(SFTConfig):
             super().__post_init__()
         check_needed(self)
         if self.torch_compile:
-            # Block by block: a graph of the whole model would keep the first update's hooks on it for ever.
+            # By blocks: a graph of the whole model would keep the first update's hooks.
             os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
         if self.keep_last is not None and self.keep_last < 1:
             raise UserError(f"keep_last: must be at least 1, or null for all, not {self.keep_last}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as trackers keep them: options by dotted keys, variables of a recipe by name."""
+        """All fields for trackers: options by dotted keys, variables of a recipe by name."""
         found: dict[str, Any] = super().to_dict()
         for group in ("auxiliary", "parallel"):
             found |= {f"{group}.{key}": value for key, value in asdict(found.pop(group)).items()}

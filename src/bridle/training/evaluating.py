@@ -1,8 +1,8 @@
-"""Held-out evaluation during training: losses, violation rates, and which checkpoint is the best by both.
+"""Held-out evaluation during training: losses, violation rates, and the best checkpoint by both.
 
-At the end of each round, and where `eval_strategy` says so, the policy is measured on rows that it does not learn from:
-the cross-entropy of each domain, as `transformers` does with a dictionary of data sets, and the share of its
-completions of held-out prompts that violate. None of this draws from the training's random numbers.
+At the end of each round, and as `eval_strategy` says, the policy is measured on held-out rows: the cross-entropy of
+each domain, as in `transformers` with a dictionary of data sets, and the violation rate of completions of held-out
+prompts. Evaluation does not use the training's random numbers.
 """
 
 import math
@@ -35,12 +35,10 @@ Record = Mapping[str, Any]
 def hold_out(
     corpus: Mapping[str, Dataset], options: EvalOptions | None
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """The rows of each domain that are trained on, and those that are held out.
-
-    A share is the same rows whatever the run's seed.
+    """Splits each domain into training rows and held-out rows, independently of the run's seed.
 
     Raises:
-        UserError: a domain that is not in the corpus, or too small a one to be shared.
+        UserError: a domain is not in the corpus, or too small to split.
     """
     trained, held_out = dict(corpus), dict[str, Dataset]()
     if options is None:
@@ -60,13 +58,13 @@ def hold_out(
 
 
 class EvaluatedTrainer(CheckpointedTrainer):
-    """A trainer that may measure its policy on held-out rows and prompts.
+    """A trainer that can evaluate its policy on held-out rows and prompts.
 
     Attributes:
-        eval_options: what is measured; None for nothing beyond what `transformers` does.
-        eval_weights: by domain the share of its loss in `eval_loss`.
-        eval_prompts: what is completed.
-        eval_constraints: each judges the same completions.
+        eval_options: what is measured; None for only what `transformers` measures.
+        eval_weights: share of each domain's loss in `eval_loss`.
+        eval_prompts: the prompts to complete.
+        eval_constraints: all score the same completions.
     """
 
     eval_options: EvalOptions | None = None
@@ -83,10 +81,10 @@ class EvaluatedTrainer(CheckpointedTrainer):
             held_out: tokenised rows by domain.
             weights: the domains' mixing weights.
             judged: the domains whose rows give the prompts.
-            constraints: judge where `eval_options` names none.
+            constraints: used if `eval_options` names none.
 
         Raises:
-            UserError: a rule without a constraint or without a prompt to judge by.
+            UserError: a rule without a constraint or without a prompt.
         """
         options = self.eval_options
         assert options is not None
@@ -100,7 +98,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
             raise UserError("load_best_model_at_end: eval.best says which model is the best; leave one of them out")
 
     def _held_out_prompts(self, options: EvalOptions, rows: Mapping[str, Dataset]) -> list[Prompt]:
-        """Different prompts: those of a file, or the beginnings of held-out rows, of the domains in turn."""
+        """Distinct prompts: from a file, or the beginnings of held-out rows, taking the domains in turn."""
         context = context_length(self.model)
         longest = context - self.args.max_new_tokens if context else None
         if options.prompts is not None:
@@ -123,13 +121,13 @@ class EvaluatedTrainer(CheckpointedTrainer):
         return end_token_ids(self.model, self._tokenizer)
 
     def _eval_seed(self, purpose: str) -> int:
-        """The same in each round, so that rounds differ by their policies alone."""
+        """The same in each round, so that rounds differ only by their policy."""
         return zlib.crc32(f"{self.args.seed}/eval {purpose}".encode())
 
     # ------------------------------------------------------------------ measuring
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluates, as `SFTTrainer` does; on the held-out rows of all domains with `eval_loss` and violation rates."""
+        """Evaluates as `SFTTrainer` does; on the held-out rows of all domains also `eval_loss` and violation rates."""
         training = self.model.training
         with _undisturbed(self.model.device):
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
@@ -141,15 +139,15 @@ class EvaluatedTrainer(CheckpointedTrainer):
         return metrics
 
     def _mean_loss(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Of the domains, by their weights in the mixture."""
+        """The domains' losses, averaged by their mixing weights."""
         total = sum(self.eval_weights.values())
         losses = [weight * metrics[f"eval_{name}_loss"] for name, weight in self.eval_weights.items()]
         return {"eval_loss": sum(losses) / total} if losses else {}
 
     def _violations(self) -> dict[str, Any]:
-        """By constraint the share of completions that violate, with its 95% Wilson interval; and the worst of them.
+        """The violation rate of each constraint with its 95% Wilson interval, and the worst of them.
 
-        A constraint that scored nothing has no rate, and then there is no worst.
+        A constraint that scored nothing has no rate; then there is no worst.
         """
         if not self.eval_prompts:
             return {}
@@ -191,7 +189,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
         return self.eval_options.best if self.eval_options else None
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Has a checkpoint of the best policy so far written, and stops a run that has found no better for long."""
+        """Requests a checkpoint of the best policy so far, and stops a run whose patience is exhausted."""
         if self._rule is None:
             return super()._determine_best_metric(metrics, trial)
         best = best_evaluation(self.state.log_history, self._rule)
@@ -211,14 +209,14 @@ class EvaluatedTrainer(CheckpointedTrainer):
         return self._rule is not None and has_waited(self.state.log_history, self._rule)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """A run that is resumed where it had stopped early takes no further step."""
+        """Takes no further step when a run that stopped early is resumed."""
         if self._has_waited():
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, and goes back to the best checkpoint where `eval_options` has a rule for it. Raises as before."""
+        """Trains, then loads the best checkpoint if `eval_options` has a rule for it. Raises as before."""
         output = super().train(*args, **kwargs)
         if self._rule is not None:
             self._go_to_best(self._rule)
@@ -238,7 +236,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
 
 def best_evaluation(log: Sequence[Record], rule: BestOptions) -> Record | None:
-    """The evaluation of least loss among those whose violation rate is at or below the bound; the first of equal ones.
+    """The evaluation of least loss among those whose violation rate is within the bound; the first of equal ones.
 
     Args:
         log: all records of a run.
@@ -249,7 +247,7 @@ def best_evaluation(log: Sequence[Record], rule: BestOptions) -> Record | None:
 
 
 def has_waited(log: Sequence[Record], rule: BestOptions) -> bool:
-    """Whether `patience` evaluations in a row brought no better one, once one was at or below the bound."""
+    """Whether the last `patience` evaluations brought no better one, once one was within the bound."""
     best, evaluations = best_evaluation(log, rule), _evaluations(log)
     if best is None or rule.patience is None:
         return False
@@ -261,13 +259,13 @@ def _evaluations(log: Sequence[Record]) -> list[Record]:
 
 
 def with_domain(rows: Dataset, index: int) -> Dataset:
-    """Tokenised rows as a batch of the corpus has them, [rows] with the column `domain`."""
+    """Tokenised rows with the column `domain`, [rows]."""
     return rows.add_column(DOMAIN, np.full(len(rows), index))
 
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Leaves all random number generators as they were: a data loader draws from torch's, a constraint may from any."""
+    """Restores all random number generators: a data loader draws from torch's, a constraint from any."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

@@ -1,4 +1,4 @@
-"""Examples that R is fitted on: labelled rollouts, with the states of the guided model that R reads."""
+"""Training examples of R: labelled rollouts with the guided model's states."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ from bridle.utils.oom import RowLimit
 from bridle.utils.progress import track
 
 ENCODE_BATCH = 64  # rollouts in one forward of the guided model
-PREFIXES_AT_ONCE = 1024  # that go through the vocabulary together when rollouts are read
+PREFIXES_AT_ONCE = 1024  # positions whose logits are computed at once
 
 
 @dataclass
 class Examples:
-    """Labelled samples, aligned on the completion: what R is fitted on.
+    """Labelled samples for fitting R, aligned on the completion.
 
     Attributes:
         hidden: [n, time, hidden] states of the guided model that score each completion token.
         completion: [n, time] token ids.
         mask: [n, time], true where the completion has a token.
         compliance: [n] labels in [0, 1].
-        labelled: [n], whether the label is that of a whole output; else R's own estimate at the cut takes its place.
-        weights: [n, time], how much the label counts at each prefix: 1 but for replayed samples.
+        labelled: [n], whether the label is that of a whole output; else R's own estimate at the cut replaces it.
+        weights: [n, time], weight of the label at each prefix: 1 except for replayed samples.
         input_ids, attention_mask: [n, longer time] of prompt and completion.
         positions: [n, time], where in `input_ids` each completion token is predicted.
     """
@@ -76,17 +76,17 @@ def encode(
     bootstrap: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Examples:
-    """What fitting R needs of labelled rollouts, on the CPU: the guided model runs once over each, or not at all.
+    """Prepares labelled rollouts for fitting R, on the CPU; the guided model runs at most once over each.
 
     Args:
         model: the guided model p_a.
         rollouts: labelled.
         pad_token_id: fills rows.
-        fresh: how many, the first ones, were drawn from p_a itself; all if not given. The others know how likely their
-            tokens were when they were drawn.
+        fresh: how many of the first were drawn from p_a itself; all if not given. The others hold their tokens'
+            log-probabilities at drawing.
         traces: by row, how it was drawn, for its hidden states.
-        soft_labels: take the constraint's value and not its yes or no.
-        bootstrap: give a rollout that was cut no label but R's own estimate at the cut.
+        soft_labels: use the constraint's value and not its yes or no.
+        bootstrap: label a cut rollout with R's own estimate at the cut.
         dtype: of mixed precision, as in `policy_forward`.
     """
     fresh = len(rollouts) if fresh is None else fresh
@@ -125,7 +125,7 @@ def _hidden_states(
     known: Mapping[int, Tensor],
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """States at some positions of each row, [rows, time] -> [rows, time, hidden]; 0 behind those that are known."""
+    """States at some positions of each row, [rows, time] -> [rows, time, hidden]; 0 after the known ones."""
     lm = causal_lm(model)
     hidden = torch.zeros(*at.shape, lm.config.get_text_config().hidden_size, dtype=lm.dtype)
     for row, states in known.items():
@@ -156,7 +156,7 @@ def _weights(
     mask: Tensor,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """How much the labels of rollouts of an earlier policy count. [batch, time, hidden] -> [batch, time]"""
+    """Weights of labels of an earlier policy's rollouts. [batch, time, hidden] -> [batch, time]"""
     pairs = zip(hidden[mask].split(PREFIXES_AT_ONCE), completion[mask].split(PREFIXES_AT_ONCE), strict=True)
     found = []
     for states, tokens in pairs:

@@ -17,7 +17,7 @@ from bridle.utils.progress import Progress
 
 SumAndCount = tuple[Tensor, Tensor]
 
-CONSISTENCY_SHARE = 4  # one row in so many goes through the whole vocabulary in a fitting step
+CONSISTENCY_SHARE = 4  # one row in this many uses the whole vocabulary in a fitting step
 
 
 @torch.enable_grad()  # an anchor that is sampled from runs without
@@ -36,15 +36,15 @@ def fit_auxiliary(
     Args:
         auxiliary: R, changed in place.
         model: the guided model p_a, whose next-token distribution the consistency term averages over.
-        examples: from `encode`; a share of the fresh ones is kept back to measure calibration.
+        examples: from `encode`; a share of the fresh ones is held out to measure calibration.
         options: length and rates of the fit.
         generator: orders the examples.
-        fresh: how many, the first ones, were drawn from p_a itself; all if not given.
+        fresh: how many of the first were drawn from p_a itself; all if not given.
         dtype: of mixed precision, as in `policy_forward`.
 
     Returns:
-        Losses of the last epoch, how many steps were skipped because their loss or gradient was not finite, and R's
-        calibration on the examples kept back.
+        Losses of the last epoch, the number of steps skipped because loss or gradient was not finite, and R's
+        calibration on the held-out examples.
     """
     fresh = len(examples) if fresh is None else fresh
     order = torch.randperm(fresh, generator=generator)
@@ -78,7 +78,7 @@ def fit_auxiliary(
 def _step(
     auxiliary: AuxiliaryModel, optimizer: torch.optim.Optimizer, losses: tuple[SumAndCount, SumAndCount], beta: float
 ) -> bool:
-    """Minimises BCE + β·consistency by one step; moves nothing and returns False where it is not finite."""
+    """Takes one step on BCE + β·consistency; if it is not finite, changes nothing and returns False."""
     bce, consistency = losses
     loss = bce[0] / bce[1].clamp(min=1)
     loss = loss + beta * consistency[0] / consistency[1].clamp(min=1)
@@ -86,7 +86,7 @@ def _step(
     loss.backward()
     finite = bool(torch.isfinite(loss + nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)))
     if not finite:
-        optimizer.zero_grad()  # without gradients the step moves nothing
+        optimizer.zero_grad()  # without gradients the step changes nothing
     optimizer.step()
     return finite
 
@@ -102,7 +102,7 @@ def _fit_losses(
     states = batch.states(auxiliary)
     r_taken = auxiliary(states, batch.completion)
     bce = label_loss(r_taken, batch.mask, _labels(batch, r_taken), batch.weights)
-    # The whole vocabulary is the expensive part, and a mean over some of the rows serves as well.
+    # The whole vocabulary is the expensive part; a mean over some rows suffices.
     some = slice(0, -(-len(batch) // CONSISTENCY_SHARE))
     with torch.no_grad():
         anchor_log_probs = F.log_softmax(project(model, batch.hidden[some], dtype).float(), dim=-1)
@@ -111,7 +111,7 @@ def _fit_losses(
 
 
 def _labels(batch: Examples, r_taken: Tensor) -> Tensor:
-    """C where it is known, and R's own estimate at the cut where it is not. [batch, time] -> [batch]"""
+    """C where it is known, else R's own estimate at the cut. [batch, time] -> [batch]"""
     last = batch.mask.sum(-1, keepdim=True) - 1
     estimate = r_taken.detach().sigmoid().gather(1, last)[:, 0]
     return torch.where(batch.labelled, batch.compliance, estimate)

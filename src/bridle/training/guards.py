@@ -1,7 +1,7 @@
-"""Guards: each sees one thing go wrong, reports it with what to try, and warns or stops the run.
+"""Guards: each detects one problem, reports it with advice, and warns or stops the run.
 
-Their reports stand under `warnings` in the log, and so in `metrics.jsonl` and the report. A resumed run reads in the
-log what the run before it knew.
+Their reports are under `warnings` in the log, `metrics.jsonl` and the report. A resumed run reads its history from the
+log.
 """
 
 import logging
@@ -24,20 +24,20 @@ logger = logging.getLogger(__name__)
 
 
 def warn(warning: str) -> None:
-    """Warns people, once where several processes work on a run."""
+    """Warns on stderr, from one process only."""
     if is_main():
         logger.warning(warning)
 
 
 class Supervisor:
-    """Logs what guards find, and remembers why a run is stopped.
+    """Logs the guards' reports, and keeps the reason for a stop.
 
     Args:
         log: takes a record of the run's log.
 
     Attributes:
-        skipped: whether the last update was, its loss or gradient not being finite.
-        verdict: why the run stops; None while it goes on.
+        skipped: whether the last update was skipped because its loss or gradient was not finite.
+        verdict: why the run stops; None while it continues.
     """
 
     def __init__(self, log: Callable[[dict[str, Any]], None]):
@@ -46,7 +46,7 @@ class Supervisor:
         self.verdict: str | None = None
 
     def warn(self, warning: str, **measured: Any) -> None:
-        """Reports that something goes wrong; the run goes on."""
+        """Reports a problem; the run continues."""
         warn(warning)
         self.log({**measured, "warnings": [warning]})
 
@@ -79,13 +79,13 @@ class FiniteGuard(TrainerCallback):
 
 
 def _skipped_before(state: TrainerState) -> int:
-    """How many updates in a row were skipped, up to the one before this."""
+    """The number of consecutive skipped updates before this one."""
     last = next((record for record in reversed(state.log_history) if "skipped_in_a_row" in record), None)
     return last["skipped_in_a_row"] if last and last["step"] == state.global_step - 1 else 0
 
 
 class InterruptionGuard(TrainerCallback):
-    """Ends a run with a checkpoint, after the update in which a signal came."""
+    """Ends a run with a checkpoint, after the update in which a signal arrived."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if is_pending():
@@ -93,13 +93,13 @@ class InterruptionGuard(TrainerCallback):
 
 
 def lost_entropy(name: str, entropy: float, state: TrainerState, floor: float) -> str | None:
-    """Says that a policy lost its entropy: a stale R and a strong λ drive its samples towards one text.
+    """Describes a loss of entropy: a stale R and a strong λ drive the policy's samples towards one text.
 
     Args:
         name: of the regulariser.
         entropy: of the policy's samples in this round, in nats a token; NaN if nothing was sampled.
-        state: whose log has the first round's.
-        floor: the share of it that must be left.
+        state: its log has the first round's entropy.
+        floor: the share of that entropy that must remain.
     """
     known = (record.get(f"{name}/entropy_sampled", math.nan) for record in state.log_history)
     first = next(filter(math.isfinite, known), math.nan)
@@ -117,7 +117,7 @@ def lost_entropy(name: str, entropy: float, state: TrainerState, floor: float) -
 def round_warnings(
     name: str, round_index: int, measured: Measured, log: Sequence[Measured], config: ConstrainedConfig
 ) -> list[str]:
-    """What is wrong with a regulariser's round, a sentence each; the run goes on.
+    """Warnings about a regulariser's round, a sentence each; the run continues.
 
     Args:
         name: the regulariser's.
@@ -137,7 +137,7 @@ def round_warnings(
 
 
 def unreached_warnings(record: Measured) -> list[str]:
-    """What a round's updates left out of the KL because no rollout can have been there, a sentence each.
+    """Warnings, a sentence each, about prefixes left out of the KL because no rollout can reach them.
 
     Args:
         record: of the round, with the means over its updates.
@@ -193,7 +193,7 @@ def _of_clipping(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
 
 
 def _of_rising_violations(now: Measured, earlier: Sequence[Measured]) -> Iterator[str]:
-    """Compares with the best round so far: 95% intervals that do not touch."""
+    """Compares with the best round so far: the 95% intervals do not overlap."""
     known = [one for one in earlier if one.get("compliance") is not None]
     best = max(known, key=lambda one: one["compliance_low"], default=None)
     if best is not None and now.get("compliance") is not None and now["compliance_high"] < best["compliance_low"]:

@@ -36,7 +36,7 @@ def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[str, Any]:
-    """Calibration of R over every prefix of labelled samples that it was not fitted on; empty where there are none."""
+    """Calibration of R over every prefix of held-out labelled samples; empty if there are none."""
     examples = examples[examples.labelled.nonzero()[:, 0]]
     if not len(examples):
         return {}

@@ -1,7 +1,7 @@
 """Out of memory: an update that does not fit is cut into smaller parts.
 
-The loss is a sum over rows, divided by the tokens of the whole accumulated batch: its gradient is the same however
-the batch is cut.
+The loss is a sum over rows, divided by the tokens of the whole accumulated batch, so its gradient does not depend on
+how the batch is cut.
 """
 
 from copy import deepcopy
@@ -18,18 +18,18 @@ from bridle.utils.oom import RowLimit
 class OomSafeTrainer(SFTTrainer):
     """An `SFTTrainer` that cuts its micro-batches where memory runs out, with the same effective batch.
 
-    Several processes cut nothing: they exchange gradients within a backward, each of which all must take part in. Nor
-    is anything cut where a mixture of experts adds a mean over the rows of a micro-batch to the loss.
+    With several processes nothing is cut, since all must take part in each backward, which exchanges gradients; nor
+    with a mixture of experts that adds a mean over the rows of a micro-batch to the loss.
 
     Attributes:
-        row_limit: how many rows of a micro-batch are in memory at once.
+        row_limit: rows of a micro-batch in memory at once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         alone = self.accelerator.distributed_type == DistributedType.NO
         self.row_limit = RowLimit("training the policy", can_cut=alone and not self.aux_loss_enabled)
-        self._micro_batches: list[dict[str, Tensor]] = []  # of the update under way
+        self._micro_batches: list[dict[str, Tensor]] = []  # of the current update
         self._before_update: Any = None  # the trainer's own state when it began
 
     def training_step(
@@ -37,7 +37,7 @@ class OomSafeTrainer(SFTTrainer):
     ) -> Tensor:
         """Adds a micro-batch's gradients to those of the update; its inputs are [batch, ...], its loss is a scalar.
 
-        Memory may run out during a backward, so the whole update starts over, in smaller parts.
+        Memory may run out during a backward, so the whole update restarts in smaller parts.
         """
         if num_items_in_batch is None:  # the loss is a mean over the micro-batch
             return super().training_step(model, inputs)
@@ -67,7 +67,7 @@ class OomSafeTrainer(SFTTrainer):
         return torch.stack([step(model, part, num_items_in_batch) for part in cut]).sum()
 
     def _snapshot(self) -> Any:
-        """What a micro-batch moves on beside the gradients."""
+        """The state that a micro-batch changes besides gradients."""
         return deepcopy((self._metrics, self._total_train_tokens))
 
     def _restore(self, snapshot: Any) -> None:

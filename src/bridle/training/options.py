@@ -1,4 +1,4 @@
-"""Which options of TRL and `transformers` a constrained run refuses, so that none is accepted and then ignored."""
+"""The options of TRL and `transformers` that a constrained run refuses, so that none is ignored."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -73,24 +73,24 @@ EVALUATION = {
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Raises what TRL and `transformers` refuse as a UserError."""
+    """Converts errors of TRL and `transformers` to a UserError."""
     try:
         yield
     except UserError:
         raise
     except (ImportError, OSError, TypeError, ValueError) as error:
         if getattr(error, "errno", None) is not None:
-            raise  # the system's, as a full disk is
+            raise  # the system's, such as a full disk
         raise UserError(error) from error
 
 
 def is_set(config: SFTConfig, name: str) -> bool:
-    """Whether a field has another value than its default."""
+    """Whether a field differs from its default."""
     return bool(getattr(config, name) != _default(config, name))
 
 
 def check_refused(config: SFTConfig) -> None:
-    """Raises a UserError for the first field that is refused, or whose value is none of its choices."""
+    """Raises a UserError for the first refused field or value."""
     for name, instead in REFUSED.items():
         if is_set(config, name):
             raise UserError(f"{name}: {instead}")
@@ -103,7 +103,7 @@ def check_refused(config: SFTConfig) -> None:
 
 
 def check_needed(config: SFTConfig) -> None:
-    """Raises a UserError for the first field that has no effect beside the others."""
+    """Raises a UserError for the first field that has no effect with the others."""
     for name, other in NEEDED.items():
         if is_set(config, name) and getattr(config, other) in (None, "no", False, 0, []):
             raise UserError(f"{name}: has no effect without {other}; set that too, or leave {name} out")
@@ -149,7 +149,7 @@ def _check_scheduler(config: SFTConfig) -> None:
 
 
 def check_optimiser(config: SFTConfig, model: torch.nn.Module) -> None:
-    """Raises a UserError for an optimiser that cannot be built, and for options that it does not read."""
+    """Raises a UserError for an optimiser that cannot be built, or options that it does not read."""
     name = config.optim.value
     if "layerwise" in name:
         raise UserError(f"optim: {name} steps within the backward pass, where no update can be skipped; use another")
