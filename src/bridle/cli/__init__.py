@@ -57,7 +57,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a model or a file may hold any character
+            stream.reconfigure(errors="backslashreplace")  # a model or a file may contain any character
     try:
         with catching_signals():
             app(prog_name="bridle")
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _how_to_resume(interrupted: Interrupted) -> list[str]:
-    """What is kept of a command's work, and the command that resumes it."""
+    """The work that a command keeps, and the command that resumes it."""
     command, *rest = sys.argv[1:] or [""]
     resume = ["bridle", command, *rest, *([] if "--resume" in rest else ["--resume"])]
     hint = [f"resume with: {shlex.join(resume)}"] if command in RESUMABLE else []

@@ -1,4 +1,4 @@
-"""Options that several commands have, and helpers of all commands."""
+"""Shared options and helpers of the commands."""
 
 import logging
 import re
@@ -44,7 +44,7 @@ SCALE_WITHOUT_GUIDE = "--guidance_scale is the strength of a --guide; name one, 
 
 
 class PlainFormatter(logging.Formatter):
-    """Escapes what a terminal would obey in a warning that quotes a file or a model."""
+    """Escapes control characters in warnings that quote a file or a model."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
@@ -52,7 +52,7 @@ class PlainFormatter(logging.Formatter):
 
 
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:
-    """Prints text of models and files, with everything escaped that a terminal would obey."""
+    """Prints text of models and files with control characters escaped."""
     typer.echo(plain(text), err=err, nl=nl)
 
 
@@ -64,7 +64,7 @@ def refuse(*mistakes: tuple[object, str]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Hides the progress bars of `transformers` and `datasets`: their work is short, and long phases have our bars."""
+    """Hides the progress bars of `transformers` and `datasets`; long phases have our own."""
     import datasets
     import transformers
 
@@ -73,7 +73,7 @@ def quiet_libraries() -> None:
 
 
 def read_recipe(path: Path, context: typer.Context) -> "Recipe":
-    """The recipe of a file, with the keys that are set on the command line."""
+    """Reads a recipe, with the keys set on the command line."""
     from bridle.recipes.recipe import load_recipe, parse_overrides
 
     quiet_libraries()
@@ -81,7 +81,7 @@ def read_recipe(path: Path, context: typer.Context) -> "Recipe":
 
 
 def load_constraints(specs: Iterable[str]) -> dict[str, Any]:
-    """Constraints by name, loaded, so that a mistake shows before any text is drawn."""
+    """Loads constraints by name, so that mistakes show before sampling."""
     from bridle.constraints import build_constraint
     from bridle.recipes.recipe import constraint_of
 
@@ -98,7 +98,7 @@ def load_constraints(specs: Iterable[str]) -> dict[str, Any]:
 
 
 def prompt_sets(names: Sequence[str], tokens: int | None, data_dir: Path | None = None) -> "dict[str, PromptSet]":
-    """Prompt sets by name, of whose rows the prompt is the first so many tokens, or what the set says."""
+    """Prompt sets by name; a prompt is the first `tokens` of a row, or as the set says."""
     from bridle.evaluation import prompt_set
 
     sets = {name: prompt_set(name, data_dir=data_dir) for name in names}

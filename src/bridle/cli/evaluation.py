@@ -121,7 +121,7 @@ def evaluate(
 
 
 def _classification(test: str | None, validation: str | None) -> dict[str, Any]:
-    """What a plan says of classification."""
+    """The classification options of a plan."""
     from bridle.comparison.plan import ClassificationOptions
     from bridle.data import DataSource, VerbalisedLabel
 
@@ -132,7 +132,7 @@ def _classification(test: str | None, validation: str | None) -> dict[str, Any]:
 
 
 def _measure(model: str, plan: Any, completions: Path | None, json_file: Path | None, **how: Any) -> None:
-    """Measures a model as `how` says, shows the figures, and writes them and the completions where asked."""
+    """Measures a model as `how` says, shows the figures, and writes them and the completions if asked."""
     from bridle.comparison.measure import measure
     from bridle.evaluation import write_results
     from bridle.utils.files import write_rows

@@ -93,7 +93,7 @@ def _show(texts: list[tuple[str, str]], output: Path | None) -> None:
 
 
 def _streamer(tokenizer: Any, prompt: list[int]) -> Any:
-    """Prints the prompt at once, and tokens as soon as they are whole words."""
+    """Prints the prompt at once, then tokens as words are completed."""
     import torch
     from transformers import TextStreamer
 

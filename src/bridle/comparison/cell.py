@@ -1,4 +1,4 @@
-"""One method with one seed: what its function works with, what it makes, and the files that it leaves.
+"""One method with one seed: the input of its function, its result, and its files.
 
 DIR/METHOD/seed-N/   candidate.json, results.json, completions.jsonl, likelihoods.jsonl, answers.jsonl,
                      the method's own files, or failed.json
@@ -26,16 +26,16 @@ RESULTS, CANDIDATE, FAILED = "results.json", "candidate.json", "failed.json"
 
 @dataclass
 class Candidate:
-    """A model that is measured.
+    """A model to measure.
 
     Attributes:
         model: folder or hub name.
         guide: folder of the auxiliary that guides its decoding; None for plain sampling.
         cost: `seconds` of training, sampling, scoring and fitting, without loading; `updates` of the policy;
-            `tokens_trained` and `tokens_sampled`. What is unknown is left out.
-        rows: how many rows each domain of the corpus gave.
-        about: what its model card says besides the recipe of the run, if there was one.
-        needs: the methods whose candidates it was made from; filled in by the comparison.
+            `tokens_trained` and `tokens_sampled`. Unknown entries are left out.
+        rows: number of rows of each domain of the corpus.
+        about: further entries of its model card, besides the run's recipe, if any.
+        needs: the methods whose candidates it was built from; set by the comparison.
     """
 
     model: str
@@ -48,13 +48,13 @@ class Candidate:
 
 @dataclass
 class Cell:
-    """What the function of a method works with.
+    """The input of a method's function.
 
     Attributes:
-        recipe: what all methods have in common; `constrained-adaptive` as it stands.
+        recipe: common to all methods; `constrained-adaptive` uses it unchanged.
         seed: replaces the recipe's own.
         folder: for the method's own files.
-        candidate: returns the candidate of another method, by name, with the same seed, and makes it if need be.
+        candidate: returns another method's candidate with the same seed, and makes it if needed.
         resume: whether to resume from checkpoints in `folder`.
     """
 
@@ -66,11 +66,11 @@ class Cell:
     resume: bool = False
 
     def variant(self, **changes: Any) -> Recipe:
-        """The recipe with this cell's seed and other values for some of its keys; nothing of it is pushed."""
+        """The recipe with this cell's seed and some changed keys; nothing is pushed."""
         return build_recipe({**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes})
 
     def train(self, recipe: Recipe, corpus: Mapping[str, Dataset] | None = None) -> Candidate:
-        """Runs a recipe in this cell's folder, on the rows of `corpus` if they are given."""
+        """Runs a recipe in this cell's folder, on the rows of `corpus` if given."""
         rows = corpus or recipe.read_corpus()
         train(recipe, self.folder, resume=self.resume, corpus=rows)
         counts = {name: len(domain) for name, domain in rows.items()}
@@ -82,7 +82,7 @@ class Cell:
         return self.variant(model=model, lora=None, schedule="sequential", regularisers=regularisers)
 
     def guided(self, model: str) -> Candidate:
-        """A model guided by an R that is fitted on its own samples."""
+        """A model guided by an R fitted on its own samples."""
         measured = fit_guide(self.sampling_from(model), self.folder)
         cost = {"seconds": _total(measured, "seconds_"), "tokens_sampled": _total(measured, "tokens_sampled")}
         return Candidate(model, str(self.folder / "auxiliary"), cost)
@@ -111,7 +111,7 @@ class CellFiles:
         return (self.folder / RESULTS).exists()
 
     def candidate(self) -> Candidate | None:
-        """What the method made; None if it was not made to its end."""
+        """The method's candidate; None if it is not complete."""
         if not (self.folder / CANDIDATE).exists():
             return None
         found = Candidate(**self.variables.expanded(asdict(read_json(self.folder / CANDIDATE, Candidate))))
@@ -123,12 +123,12 @@ class CellFiles:
         write_json(self.folder / CANDIDATE, self.variables.hidden(asdict(candidate) | moved))
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Marks the cell as measured: call it last."""
+        """Marks the cell as measured; call this last."""
         write_results(self.folder / RESULTS, self.variables.hidden(results))
         (self.folder / FAILED).unlink(missing_ok=True)
 
     def write_failure(self, error: Exception) -> None:
-        """Writes why the method was not made or measured."""
+        """Writes why making or measuring failed."""
         details = "".join(traceback.format_exception(error))
         failure = {"reason": reason_of(error), "traceback": details}
         write_json(self.folder / FAILED, self.variables.hidden(failure))
@@ -138,7 +138,7 @@ class CellFiles:
         return read_json(self.folder / FAILED, _Failure).reason
 
     def status(self) -> dict[str, str]:
-        """As `results.json` of the comparison has it."""
+        """The status in the comparison's `results.json`."""
         found = {"status": "complete"} if self.is_measured else {"status": "failed", "reason": self.failure()}
         return found | {"folder": str(self.folder.relative_to(self.root))}
 
@@ -160,12 +160,12 @@ class _Failure:
 
 
 def reason_of(error: Exception) -> str:
-    """An error in one line, with its type unless Bridle raised it on purpose."""
+    """An error in one line, with its type unless it is Bridle's own."""
     return str(error) if isinstance(error, UserError | RunStopped) else one_line(f"{type(error).__name__}: {error}")
 
 
 def one_regulariser(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's only regulariser with a constraint, by name, as its mapping; the first one on everything if several.
+    """The recipe's regulariser with a constraint, as a mapping by name; of several, the first, on the whole corpus.
 
     Raises:
         UserError: the recipe has none.
@@ -181,7 +181,7 @@ def one_regulariser(recipe: Recipe) -> dict[str, Any]:
 
 
 def _training_cost(folder: Path) -> dict[str, float]:
-    """What a training run took, from the round records of its `metrics.jsonl`."""
+    """The cost of a training run, from the round records of its `metrics.jsonl`."""
     records = [record for _, record in read_rows(folder / "metrics.jsonl")]
     rounds = [record for record in records if "round" in record]
     return {

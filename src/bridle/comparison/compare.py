@@ -1,10 +1,10 @@
-"""`bridle compare`: every method with every seed, made and measured one after the other, and summed up.
+"""`bridle compare`: makes and measures every method with every seed in turn, and summarises.
 
     DIR/recipe.yaml, results.json, verdicts.jsonl, guidance.json
     DIR/METHOD/seed-N/   see `comparison.cell`
 
-A cell that has a `candidate.json` is not made again, and one with a `results.json` is not measured again. Where the
-recipe has changed, the cells that the change concerns lose both first.
+A cell with a `candidate.json` is not made again, and one with a `results.json` is not measured again. If the recipe has
+changed, the affected cells lose both first.
 """
 
 import os
@@ -43,7 +43,7 @@ MEASURED = ("evaluation", "constraints", "max_new_tokens")
 
 @dataclass
 class Earlier:
-    """What an earlier call left in a comparison's `results.json`."""
+    """The contents of an earlier call's `results.json`."""
 
     methods: dict[str, Any]
     seeds: list[int]
@@ -55,10 +55,10 @@ class Comparison:
     """All methods on one recipe.
 
     Attributes:
-        names: methods, in the order in which they are made and shown; all if not given.
-        seeds: each method is made with each of them.
-        title: what the results call the recipe.
-        resume: make only what is missing or failed in `folder`, or what a change of the recipe concerns.
+        names: methods, in the order in which they run and are shown; all if not given.
+        seeds: each method runs with each of them.
+        title: the recipe's name in the results.
+        resume: make only what is missing, failed or affected by a change of the recipe.
         show: called with each line of progress.
 
     Raises:
@@ -87,7 +87,7 @@ class Comparison:
             self._resume(self.folder / RECIPE_FILE)
 
     def _resume(self, path: Path) -> None:
-        """Checks that `folder` holds this comparison, and adds its methods and seeds to those asked for."""
+        """Checks that `folder` holds this comparison, and adds its methods and seeds to the requested ones."""
         if not self.resume:
             raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")
         earlier, now = ({"methods": {}} | recipe for recipe in (read_yaml(path), without_token(self.recipe.resolved)))
@@ -106,11 +106,11 @@ class Comparison:
         """Makes and measures what is missing, and writes `results.json`.
 
         Raises:
-            UserError: the recipe, a constraint or a file of the plan cannot be used at all; or another process is
-                writing to the folder.
+            UserError: the recipe, a constraint or a file of the plan cannot be used; or another process is writing to
+                the folder.
             RunStopped: every method failed, or the disk is full.
         """
-        self.plan.check()  # a mistake shows now and not after an hour
+        self.plan.check()  # mistakes show now, not after an hour
         with stopping_when_exhausted(self.folder), only_writer(self.folder):
             self._discard_outdated()  # before the recipe is overwritten, which shows what has changed
             write_recipe(self.recipe, self.folder)
@@ -132,24 +132,24 @@ class Comparison:
     def _cell(self, method: str, seed: int) -> CellFiles:
         return CellFiles(self.folder, method, seed, self.recipe.variables)
 
-    # ------------------------------------------------------------------ what a change of the recipe concerns
+    # ------------------------------------------------------------------ changes of the recipe
 
     def _discard_outdated(self) -> None:
-        """Removes what the changed recipe would make or measure otherwise."""
+        """Removes the results that the changed recipe affects."""
         if not self._changed:
             return
         folders = [folder for name in methods() for folder in sorted((self.folder / name).glob("seed-*"))]
         for name, folder in ((folder.parent.name, folder) for folder in folders):
             if changed := [key for key in self._changed if shapes(key, self._builds_on(name, folder.name))]:
                 self.show(f"{name}, {folder.name}: is made again, as {', '.join(changed)} differ")
-                for file in (RESULTS, CANDIDATE):  # first, so that what is half removed does not look whole
+                for file in (RESULTS, CANDIDATE):  # first, so that a half-removed cell does not look whole
                     (folder / file).unlink(missing_ok=True)
                 shutil.rmtree(folder)
             elif any(_section(key) in MEASURED for key in self._changed):
                 (folder / RESULTS).unlink(missing_ok=True)
 
     def _builds_on(self, name: str, seed: str) -> set[str]:
-        """A method and all that it builds on, by name; all methods if it was not made to its end."""
+        """A method and all that it builds on, by name; all methods if it is not complete."""
         found: set[str] = set()
         ahead = [name]
         while ahead:
@@ -163,7 +163,7 @@ class Comparison:
     # ------------------------------------------------------------------ one method, one seed
 
     def _complete(self, cell: CellFiles) -> None:
-        """Makes and measures a cell, unless that is done; a failure is written to its folder and stops no other."""
+        """Makes and measures a cell if needed; writes a failure to its folder, which stops no other cell."""
         if cell.is_measured:
             return
         try:
@@ -184,10 +184,10 @@ class Comparison:
             free_memory()
 
     def _candidate(self, cell: CellFiles) -> Candidate:
-        """A method's model, made if it was not yet."""
+        """A method's model, made if needed."""
         if (known := cell.candidate()) is not None:
             return known
-        if cell in self._failed:  # not tried twice in one call
+        if cell in self._failed:  # one attempt per call
             raise UserError(self._failed[cell])
         self.show(f"{cell}: making")
         cell.folder.mkdir(parents=True, exist_ok=True)
@@ -210,14 +210,14 @@ class Comparison:
         return candidate
 
     def _fail(self, cell: CellFiles, error: Exception) -> None:
-        if is_disk_full(error):  # no other method would find room
+        if is_disk_full(error):  # the other methods would have no space either
             raise error
         self._failed[cell] = reason_of(error)
         cell.write_failure(error)
         self.show(f"{cell}: failed: {self._failed[cell]}")
 
     def _write_card(self, cell: CellFiles, candidate: Candidate, results: dict[str, Any]) -> None:
-        """Writes the model card again, now with the results."""
+        """Rewrites the model card with the results."""
         about: dict[str, Any] = {
             "method": cell.method,
             "description": description(cell.method),
@@ -230,7 +230,7 @@ class Comparison:
             options = self.recipe.variables.hidden(candidate.about)
             write_card(cell.folder / "model", options, environment=environment(cell.seed), **about)
 
-    # ------------------------------------------------------------------ all together
+    # ------------------------------------------------------------------ summary
 
     def _sum_up(self) -> None:
         cells = {name: [self._cell(name, seed) for seed in self.seeds] for name in self.names}
@@ -265,7 +265,7 @@ class Comparison:
         trace_guidance(self.folder, self.recipe, observed, self.plan)
 
     def _win_rates(self, observed: Runs) -> dict[str, Any]:
-        """`win_rate`, the known one where nothing is new, or `judge_failed` with the reason; empty without a judge."""
+        """`win_rate`, the earlier one if nothing is new, or `judge_failed` with the reason; empty without a judge."""
         options, results = self.plan.judge, self.folder / RESULTS
         if options is None or len(observed) < 2:
             return {}

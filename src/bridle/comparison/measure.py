@@ -1,4 +1,4 @@
-"""Measuring one model on everything a plan names: what `bridle evaluate` does, and `bridle compare` for each method."""
+"""Measures one model on everything a plan names, for `bridle evaluate` and each method of `bridle compare`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ def measure(
     """A model's figures, in the format of `results.json`, and the observations behind them.
 
     Args:
-        base: the model under which the perplexity of the completions is measured; not measured if not given.
+        base: the model for the perplexity of the completions; not measured if not given.
         show: called with each figure.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The recipe's section `evaluation`: what every method is measured on.
+"""The recipe's section `evaluation`: the measurements of every method.
 
     evaluation:
       prompts:
@@ -9,7 +9,7 @@
         wikitext: {path: wikitext.jsonl, rows: "90%:"}
       tasks: [mmlu, commonsense]
 
-The first prompt set, constraint and held-out text sum a comparison up.
+The first prompt set, constraint and held-out text summarise a comparison.
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ class JudgeOptions:
             raise UserError("api_key_env: a local judge needs no key; give the url of an endpoint, or leave it out")
 
     def judge(self, dtype: str, device: str | None = None, **options: Any) -> Judge:
-        """The judge, loaded if it is local; `options` are those of `LocalJudge`, and its errors."""
+        """The judge, loaded if it is local; `options` and errors as in `LocalJudge`."""
         if self.url is not None:
             return ChatJudge(self.url, self.model, self.api_key_env, name=options.get("name"))
         return LocalJudge(*load_for_inference(self.model, dtype, device), **options)
@@ -109,7 +109,7 @@ class Evaluation:
     judge: JudgeOptions | None = None
 
     def check(self) -> None:
-        """Loads every constraint and reads every file once: a `UserError` shows before any model is made."""
+        """Loads every constraint and reads every file once, so that a `UserError` comes before any training."""
         for constraint in self.constraints.values():
             constraint.load()
         for source in self._sources():
@@ -128,7 +128,7 @@ class Evaluation:
 
     @property
     def main(self) -> dict[str, str | None]:
-        """The prompt set, constraint and held-out text whose figures sum a comparison up."""
+        """The prompt set, constraint and held-out text whose figures summarise a comparison."""
         return {
             "prompt_set": next(iter(self.prompts)),
             "constraint": next(iter(self.constraints)),

@@ -1,4 +1,4 @@
-"""From the figures of single runs to those of methods: means over seeds, and tests of what differs."""
+"""Figures of methods from those of runs: means over seeds, and tests of differences."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,9 +39,9 @@ def figures_of(results: Mapping[str, Any], cost: Mapping[str, float]) -> Figures
 def over_seeds(runs: Sequence[Figures]) -> Figures:
     """The mean of every figure over the runs of several seeds.
 
-    The ends of the intervals are averaged too, and do not shrink with the number of seeds: all seeds share the prompts
-    and texts, and so the uncertainty that comes from their choice. `spread`, the standard deviation over seeds, is the
-    uncertainty that comes from training and sampling.
+    The ends of the intervals are averaged too, and do not shrink with more seeds: all seeds share the prompts and
+    texts, and so the uncertainty from their choice. `spread`, the standard deviation over seeds, is the uncertainty
+    from training and sampling.
     """
     if any("value" in run for run in runs):
         return _figure(runs)
@@ -77,7 +77,7 @@ def comparisons(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, An
 
     Args:
         runs: observations by method and seed.
-        figures: by method, over seeds: they decide which method is best.
+        figures: by method, over seeds; they decide which method is best.
     """
     return [
         *_paired("violation", runs, figures, "completions", _violations, best=min),
@@ -166,7 +166,7 @@ def _by_auc(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
 
 
 def first_completions(runs: Runs, prompt_set: str, prompts: int) -> tuple[list[str], dict[str, list[str]]]:
-    """The first prompts, and by method their first completions with the method's lowest seed: what a judge compares."""
+    """The judge's input: the first prompts, and each method's first completions with its lowest seed."""
     asked: list[str] = []
     completions = {}
     for method, by_seed in runs.items():

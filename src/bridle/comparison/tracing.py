@@ -1,4 +1,4 @@
-"""Guidance token by token on one text: R of each prefix, and how q changes the model's next-token probabilities."""
+"""Token-level guidance on one text: R of each prefix, and the change from the model's p to q."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from bridle.recipes.recipe import Recipe
 from bridle.utils.files import write_json
 
 FILE = "guidance.json"
-SHOWN = 5  # tokens whose probability q raises most, and lowers most, at each position
+SHOWN = 5  # tokens that q raises most and lowers most, at each position
 GUIDED = ("nado-decoding", "constrained-adaptive", "constrained")  # whose R was fitted on the model before tuning
 
 
@@ -26,7 +26,7 @@ def trace_guidance(
 ) -> None:
     """Writes `guidance.json`: the guidance of the model before tuning on the text with the lowest score.
 
-    No file is written if no method fitted an R on that model's samples, or if nothing was scored.
+    Writes no file if no method fitted an R on that model's samples, or if nothing was scored.
     """
     (folder / FILE).unlink(missing_ok=True)
     auxiliary = _auxiliary(folder, observed)
@@ -64,7 +64,7 @@ def trace_guidance(
 def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, Any]]:
     """Per token of a text: p, q, R of the prefix that ends with it, KL(q‖p) and what else q changes at its position.
 
-    The guide must be entered, and the tokenizer is that of its model.
+    The guide must be entered; the tokenizer is its model's.
     """
     model = guide.model
     input_ids = torch.tensor([ids], device=model.device)

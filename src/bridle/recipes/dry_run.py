@@ -1,4 +1,4 @@
-"""A dry run, `bridle check`: shows a recipe's rows, prompts, labels and updates before they take hours."""
+"""A dry run, `bridle check`: shows a recipe's rows, prompts, labels and updates before a long run."""
 
 import resource
 import sys
@@ -43,9 +43,9 @@ DRY: dict[str, Any] = {
 
 
 def check(recipe: Recipe, show: Callable[[str], None]) -> None:
-    """Runs one short round of a recipe in a temporary folder, and shows what it finds, line by line.
+    """Runs one short round of a recipe in a temporary folder, and shows the results line by line.
 
-    No cache of labels is read or written.
+    It neither reads nor writes a cache of labels.
 
     Raises:
         UserError: something that the recipe names cannot be used.
@@ -86,7 +86,7 @@ def _corpus(trainer: ConstrainedTrainer, rows: Mapping[str, Dataset]) -> Iterato
 
 
 def _marked(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """A row as text and token by token, with marks around the part that is trained on."""
+    """A row as text and token by token, with marks around the trained part."""
     texts, tokens = [], []
     for trained, group in groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORE):
         ids = [token for token, _ in group]
@@ -111,7 +111,7 @@ def _short(text: str) -> str:
 
 
 def _labels_of_rows(recipe: Recipe, rows: Mapping[str, Dataset]) -> Iterator[str]:
-    """Each constraint on rows that are spread over each domain."""
+    """The labels of each constraint on rows spread over each domain."""
     sampled = {domain: _some_rows(dataset, ceil(SAMPLES / len(rows)), domain) for domain, dataset in rows.items()}
     scored = list(chain.from_iterable(sampled.values()))
     for name, constraint in recipe.constraints.items():
@@ -155,7 +155,7 @@ def _without_cache(constraint: Constraint) -> None:
 
 
 class _Clock(TrainerCallback):
-    """Measures updates; the regularisers' round before the first update is not part of it."""
+    """Measures updates, without the regularisers' round before the first one."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -192,7 +192,7 @@ def _duration(seconds: float) -> str:
 
 
 def _peak_memory() -> int:
-    """Bytes on the GPU, or of this process where there is none."""
+    """Peak bytes on the GPU, or of this process without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

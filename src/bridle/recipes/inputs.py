@@ -1,7 +1,7 @@
-"""Hashes of a run's inputs, so that a resumed run reads the same files and variables, or names those that changed.
+"""Hashes of a run's inputs, with which a resumed run detects changed files and variables.
 
-`inputs.json` in a run's folder has a hash of every local file that the recipe reads, and of every value that comes
-from an environment variable. Sizes and times do not suffice: an edit may keep both.
+`inputs.json` has a hash of every local file that the recipe reads, and of every value from an environment variable.
+Sizes and times do not suffice: an edit may keep both.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def check_inputs(
     Args:
         recipe: of the run.
         folder: the run's; without an `inputs.json` nothing is checked.
-        advice: for the error: what the user can do instead of restoring the inputs.
+        advice: for the error: the alternative to restoring the inputs.
         ignored: prefixes of keys whose variables may change.
         more: as in `write_inputs`.
 
@@ -60,7 +60,7 @@ def check_inputs(
 
 
 def _hashes(recipe: Recipe, more: Iterable[Path]) -> dict[str, str]:
-    """The hash of every file that a recipe reads, by its path, in which variables stand by name."""
+    """The hash of every file that a recipe reads, by its path with variables by name."""
     files = sorted({file for path in [*_read(recipe), *more] for file in _files_of(path)})
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
         found = zip(files, pool.map(_hash, files), strict=True)
@@ -95,12 +95,12 @@ def _hash(file: Path) -> str:
 
 
 def _digests(recipe: Mapping[str, Any], salt: str) -> dict[str, str]:
-    """By dotted key, a hash of each value that a variable gave, slow because the value may be a secret."""
+    """By dotted key, a hash of each value from a variable; slow by design, since it may be a secret."""
     values = dict(_differing(recipe, expanded(recipe)[0], ""))
     return {
         key: hashlib.scrypt(value.encode(), salt=salt.encode(), n=2**12, r=8, p=1).hex()[:32]
         for key, value in values.items()
-        if not os.path.exists(os.path.expanduser(value))  # a file counts by its content, wherever it is
+        if not os.path.exists(os.path.expanduser(value))  # a file counts by its content, not its path
     }
 
 

@@ -1,4 +1,4 @@
-"""What a run reports: progress for people, `metrics.jsonl` for programs."""
+"""A run's reports: progress for people, `metrics.jsonl` for programs."""
 
 import json
 import math
@@ -20,7 +20,7 @@ LONGEST_NAME = 30  # of a regulariser, in a line for people
 class MetricsFile(TrainerCallback):
     """Appends every log record to `metrics.jsonl`, one JSON object a line.
 
-    A resumed run drops the records after its checkpoint, so that no step is there twice. Only the main process writes.
+    A resumed run drops the records after its checkpoint, so that no step occurs twice. Only the main process writes.
     """
 
     def __init__(self, path: Path):
@@ -44,7 +44,7 @@ class MetricsFile(TrainerCallback):
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows the steps with their rate and the time left, and a line after each round; `disable_tqdm` hides both."""
+    """Shows steps, rate and time left, and a line after each round; `disable_tqdm` hides both."""
 
     _progress: Progress
 

@@ -16,17 +16,17 @@ from bridle.training.ray_cluster import gpus_per_process, group_error, ray, rese
 def train_in_roles(
     recipe: Recipe, output_dir: str | Path, *, resume: bool = False, accept_changes: bool = False
 ) -> None:
-    """`train`, with the policy in one process or several that Ray places.
+    """`train`, with the policy in one or more processes that Ray places.
 
     The regulariser's processes are the policy's children and end with it.
 
     Args:
-        recipe: one with the parallel schedule.
+        recipe: with the parallel schedule.
         output_dir, resume, accept_changes: as in `train`.
 
     Raises:
-        UserError: as `train`; or the cluster cannot give the roles what they ask for.
-        RunStopped: as `train`; or a process of a role died, which is named.
+        UserError: as `train`; or the cluster lacks the resources for the roles.
+        RunStopped: as `train`; or a process of a role died; the error names the role.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
@@ -62,7 +62,7 @@ def _policy(run: dict[str, Any]) -> None:
 
 
 def _train_in_group(run: dict[str, Any], config: ConstrainedConfig) -> None:
-    """Trains the policy in several processes, which Ray Train joins in a group of `torch.distributed`."""
+    """Trains the policy in several processes, which Ray Train joins in a `torch.distributed` group."""
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -1,4 +1,4 @@
-"""Recipes: YAML files that name a model, its corpus, and the constraints it is trained under.
+"""Recipes: YAML files that name a model, its corpus and its constraints.
 
     model: folder or hub name            regularisers:
     corpus:                                toxigen: {constraint: non-toxic, weight: 4}
@@ -71,10 +71,10 @@ class Recipe:
         training: fields of `ConstrainedConfig` that the recipe sets; `hub_token` as a `SecretStr`.
         dtype: of the weights.
         lora: low-rank adapters; None for full tuning.
-        eval: what the policy is measured on at the end of each round.
+        eval: held-out evaluation at the end of each round.
         evaluation: how `bridle compare` measures; see `comparison.plan`.
         methods: options of compared methods by name; see `comparison.methods`.
-        resolved: the mapping that is saved with the result: overrides are included, and variables stand by name.
+        resolved: the mapping saved with the result: overrides included, variables by name.
         variables: environment variables that it reads.
     """
 
@@ -184,7 +184,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Reads `--key value` and `--key=value` of the command line, with values in YAML; `--key` alone is true.
 
     Raises:
-        UserError: something is not an option, or its value not YAML.
+        UserError: an argument is not an option, or its value is not YAML.
     """
     overrides, rest = {}, list(arguments)
     while rest:
@@ -220,7 +220,7 @@ def _name_regularisers(mapping: dict[str, Any]) -> None:
 
 
 def rename_old_keys(mapping: dict[str, Any]) -> None:
-    """Gives keys and values that a recipe still spells as in version 0.1 their new names, with a warning."""
+    """Renames keys and values of version 0.1, with a warning."""
     found = mapping.get("regularisers")
     for name, options in found.items() if isinstance(found, Mapping) else ():
         for old in OLD_KEYS.keys() & options if isinstance(options, Mapping) else ():

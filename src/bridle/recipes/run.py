@@ -1,4 +1,4 @@
-"""Running a recipe: from a YAML file to a folder with the model, its auxiliary and everything that describes them."""
+"""Running a recipe: from a YAML file to a folder with the model, its auxiliary and their description."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -49,8 +49,8 @@ def train(
             round's in `round-N/`; a folder per regulariser if there are several), `rollouts/`, `metrics.jsonl`,
             `recipe.yaml`, `environment.json`, `inputs.json` and the checkpoints.
         resume: resume from the last checkpoint in `output_dir`.
-        accept_changes: resume although the recipe or a file that it reads has changed.
-        corpus: rows by domain, in place of those that the recipe's domains read.
+        accept_changes: resume even if the recipe or one of its files has changed.
+        corpus: rows by domain, in place of the recipe's own.
 
     Returns:
         The trainer, with the tuned model.
@@ -62,10 +62,10 @@ def train(
         Interrupted: a signal arrived; the message names the last checkpoint.
     """
     folder = Path(output_dir)
-    recipe.config(folder)  # also joins the processes that were started together
+    recipe.config(folder)  # also joins the processes of the group
     if os.path.exists(folder / RECIPE_FILE):  # Path's own raises where a name is too long
         _check_recipe(recipe, folder, resume, accept_changes)
-    wait()  # or a process may see what the main process writes, and take it for another run's
+    wait()  # or a process may mistake the main process's files for another run's
     with stopping_when_exhausted(folder), only_writer(folder) if is_main() else nullcontext():
         try:
             return _train(recipe, folder, corpus or recipe.read_corpus(), resume)
@@ -81,7 +81,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bool) -> None:
-    """Refuses a folder that holds a run, unless it is the same run and is to be resumed."""
+    """Refuses a folder that holds a run, unless it resumes the same run."""
     if not resume:
         raise UserError(f"{folder}: holds a run already; add --resume to resume it, or name another --output_dir")
     found = different_keys(read_yaml(folder / RECIPE_FILE), without_token(recipe.resolved))
@@ -133,8 +133,8 @@ def build_trainer(
     used = [regulariser.constraint for regulariser in recipe.regularisers.values()]
     for constraint in used + (recipe.eval.constraints if recipe.eval else []):
         if constraint is not None:
-            constraint.load()  # a mistake shows now and not after an hour
-    set_seed(config.seed)  # adapters start at random
+            constraint.load()  # mistakes show now, not after an hour
+    set_seed(config.seed)  # adapters have random initial weights
     trainer = ConstrainedTrainer(
         model=load_model(recipe.model, dtype=recipe.dtype, lora=recipe.lora),
         args=config,
@@ -159,11 +159,11 @@ def fit_guide(recipe: Recipe, output_dir: str | Path) -> dict[str, Any]:
         output_dir: receives `auxiliary/` and `rollouts/`.
 
     Returns:
-        The metrics of the round; see `docs/metrics.md`.
+        The round's metrics; see `docs/metrics.md`.
 
     Raises:
         UserError: as `train`.
-        RunStopped: as `DomainRegulariser.update`, or all samples got the same label, from which R cannot learn.
+        RunStopped: as `DomainRegulariser.update`, or all samples have the same label, from which R cannot learn.
     """
     trainer = build_trainer(recipe, Path(output_dir), recipe.read_corpus())
     measured = trainer.schedule.begin_round(1)
@@ -182,12 +182,12 @@ def describe_run(
     description: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes the card of the model that `train` left in `output_dir`, over an older one.
+    """Writes the card of the model that `train` wrote to `output_dir`, replacing an older one.
 
     Args:
         recipe: of the run.
         output_dir: the run's folder.
-        rows: how many rows each domain gave.
+        rows: number of rows of each domain.
         results, method, description: as in `write_card`.
         about: further settings, by a recipe's keys.
 

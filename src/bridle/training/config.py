@@ -169,6 +169,7 @@ class AuxiliaryOptions:
         validation_share: share of the rollouts held out to measure R's calibration.
         replay: earlier rounds whose rollouts R is also fitted on, each label weighted by the likelihood
             ratio of what follows the prefix under the current policy. A compliant policy gives a fresh R few
+            violations.
 
     Raises:
         UserError: a value of the wrong kind; the message begins with the field.

@@ -2,7 +2,7 @@
 
 Both start from the states of the last round. Round i's policy steps use R_{i-1}, fitted on samples of p_{i-2},
 while R_i is being fitted on samples of p_{i-1}. There is no R yet in the first round, whose policy steps are plain CE;
-and none is fitted in the last one, since nothing would use it.
+none is fitted in the last round, since nothing would use it.
 
 A `Worker` fits R: `RayWorker` in other processes, or `LocalWorker`, which takes turns with the policy and gives the
 same result, bit for bit.
@@ -23,11 +23,11 @@ from bridle.utils.distributed import is_main
 
 
 class ParallelSchedule(SequentialSchedule):
-    """Sends the policy to the worker at the beginning of each round, and takes the R of the round before.
+    """Sends the policy to the worker at the start of each round, and takes the last round's R.
 
     Args:
         regularisers, config, supervisor, evaluates: as in `SequentialSchedule`.
-        make_worker: called when the first round needs a worker.
+        make_worker: called in the first round that needs a worker.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ParallelSchedule(SequentialSchedule):
         self.pending: Pending | None = None  # R_i, during round i
 
     def _refresh(self, index: int, log: Log) -> None:
-        """Takes R_{i-1}, and begins to fit R_i."""
+        """Takes R_{i-1}, and starts fitting R_i."""
         if self.pending is not None:
             began = time.perf_counter()
             states = self._received(self.pending, index - 1)
@@ -58,7 +58,7 @@ class ParallelSchedule(SequentialSchedule):
             self.pending = self.worker.submit(index, trainable_weights(self.regularisers[0].model))
 
     def _received(self, pending: Pending, index: int) -> list[RegulariserState]:
-        """The states of round `index`; raises what stopped it, once what it sampled is written."""
+        """The states of round `index`; if it failed, writes its samples and raises its error."""
         states = pending.result()
         for regulariser, state in zip(self.regularisers, states, strict=False):
             regulariser.keep_rollouts(index, state.rollouts)
@@ -68,7 +68,7 @@ class ParallelSchedule(SequentialSchedule):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.pending is not None:
-            self.pending.check()  # a dead worker stops the policy at its next step, and not at the round's end
+            self.pending.check()  # a dead worker stops the policy at its next step, not at the end of the round
         return super().on_step_end(args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -77,7 +77,7 @@ class ParallelSchedule(SequentialSchedule):
             self.worker.close()
 
     def _save_states(self, checkpoint: Path) -> None:
-        """Waits for R_i, which a resumed run could not fit again: its policy p_{i-1} is gone."""
+        """Waits for R_i, which a resumed run cannot fit again: its policy p_{i-1} is gone."""
         super()._save_states(checkpoint)
         if self.pending is not None:
             states = self._received(self.pending, self.round)
@@ -96,5 +96,5 @@ class ParallelSchedule(SequentialSchedule):
 
 
 def _of_worker(measured: dict[str, Any]) -> dict[str, Any]:
-    """Times of the worker lie beside those of the policy and must not be added to them."""
+    """Renames the worker's times, which overlap with the policy's and must not be added to them."""
     return {f"worker_{key}" if key.startswith("seconds") else key: value for key, value in measured.items()}

@@ -1,7 +1,7 @@
-"""Precomputed targets (`targets: precomputed`): built ahead of the updates, which run no forward but their own.
+"""Precomputed targets (`targets: precomputed`): built ahead of the updates, which then need no extra forward.
 
-The order of the corpus is known, so the rows of a round's updates are too. q is built once for each of them and kept
-sparsely: a row that comes again, in a later epoch of the round, costs nothing more.
+The order of the corpus is known, and so are the rows of a round's updates. q is built once for each row and stored
+sparsely; a row that recurs in a later epoch of the round costs nothing.
 """
 
 import time
@@ -39,11 +39,11 @@ Rows = tuple[Tensor, Tensor, Tensor]  # input_ids and attention_mask, [batch, ti
 
 
 class PrecomputedTargets(TrainerCallback):
-    """Builds the targets that a round's updates lack: at its beginning, or after a resume.
+    """Builds the missing targets of a round's updates, at its start or after a resume.
 
     Args:
         regularisers: whose targets are built.
-        schedule: of the rounds; it is asked first, and the time is counted there.
+        schedule: of the rounds; it runs first, and counts the time.
     """
 
     def __init__(self, regularisers: RegulariserSet, schedule: SequentialSchedule):
@@ -67,7 +67,7 @@ class PrecomputedTargets(TrainerCallback):
         self._remove_old_files(args)
 
     def _remove_old_files(self, config: ConstrainedConfig) -> None:
-        """Removes this process's files of targets that no regulariser reads any more."""
+        """Removes this process's files of targets that no regulariser still reads."""
         read = {one.targets.path for one in self.regularisers if one.targets is not None}
         for file in (Path(config.output_dir).resolve() / "targets").glob(f"*.{rank()}.arrow"):
             if file not in read:
@@ -76,11 +76,11 @@ class PrecomputedTargets(TrainerCallback):
 
 @dataclass
 class Upcoming:
-    """What one regulariser will look at in the updates to come.
+    """The rows that one regulariser needs in the coming updates.
 
     Attributes:
         corpus: rows of the corpus, each once.
-        rollouts: how many rollouts will be asked for.
+        rollouts: how many rollouts the updates take.
     """
 
     corpus: list[Rows] = field(default_factory=list)
@@ -95,10 +95,10 @@ def upcoming(
     state: TrainerState,
     round_index: int,
 ) -> Upcoming:
-    """What a regulariser will look at in a round's updates; in those of the whole run where its anchor never moves.
+    """The rows that a regulariser needs in a round, or in the whole run if its anchor never moves.
 
     Raises:
-        UserError: the order of the corpus is not known before it is drawn.
+        UserError: the order of the corpus is not known in advance.
     """
     all_steps, rounds = state.max_steps, config.rounds
     steps = range(-(-(round_index - 1) * all_steps // rounds), -(-round_index * all_steps // rounds))
@@ -122,20 +122,20 @@ def upcoming(
 
 
 def _batches(dataloader: DataLoader, config: ConstrainedConfig, steps: range) -> Iterator[dict[str, Any]]:
-    """The micro-batches of some policy steps, of all processes, in the order the trainer will draw them."""
+    """The micro-batches of some policy steps, of all processes, in the trainer's order."""
     processes = world()
     sampler: Any = dataloader.batch_sampler
     sampler = copy(getattr(sampler, "batch_sampler", sampler))  # of all processes
     sampler.sampler = copy(sampler.sampler)
     if isinstance(sampler.sampler, SeedableRandomSampler):
-        sampler.sampler.generator = None  # it makes another one, with the same seed
+        sampler.sampler.generator = None  # it creates another one with the same seed
     elif not isinstance(sampler.sampler, SequentialSampler):
         raise UserError(
             "targets: precomputed needs to know the order of the corpus beforehand; leave train_sampling_strategy at "
             "random and accelerator_config.use_seedable_sampler at true, or set targets: computed"
         )
     of_step = config.gradient_accumulation_steps * processes
-    of_epoch = max(1, -(-(-(-len(sampler) // processes) * processes) // of_step))  # steps; the last may be a short one
+    of_epoch = max(1, -(-(-(-len(sampler) // processes) * processes) // of_step))  # steps; the last may be shorter
     for epoch in range(steps.start // of_epoch, (steps.stop - 1) // of_epoch + 1):
         if isinstance(sampler.sampler, SeedableRandomSampler):
             sampler.sampler.set_epoch(epoch)
@@ -150,11 +150,11 @@ def make_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: in
 
     Args:
         regulariser: with R fitted, and an anchor.
-        rows: what it will look at.
-        round_index: the round they are made in.
+        rows: the rows to build them for.
+        round_index: the current round.
 
     Returns:
-        The targets: in memory, or above `parallel.largest_message` mapped from a file in the output folder.
+        The targets: in memory, or memory-mapped from a file in the output folder above `parallel.largest_message`.
     """
     config, model = regulariser.config, regulariser.model
     vocabulary, pad = model.get_output_embeddings().weight.shape[0], regulariser.tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""A Ray cluster: joining it, waiting for its resources, and what becomes of the processes it runs for a role."""
+"""A Ray cluster: joining it, waiting for its resources, and the results and failures of a role's processes."""
 
 import os
 import time
@@ -25,7 +25,7 @@ __all__ = [
     "result_of_all",
 ]
 
-GRACE = 5.0  # seconds in which the failure that caused another one may still arrive
+GRACE = 5.0  # seconds to wait for the failure that caused another one
 
 
 class WorkerFailed(RunStopped):
@@ -33,20 +33,20 @@ class WorkerFailed(RunStopped):
 
 
 class WorkerDied(RunStopped):
-    """A process of a role is gone."""
+    """A process of a role died."""
 
 
 def reserve(options: ParallelOptions, role: str, processes: int, in_all: int | None = None) -> None:
-    """Joins the cluster, and waits until it has free what a role's processes ask for.
+    """Joins the cluster, and waits until it has the resources for a role.
 
     Args:
         role: for errors, e.g. "the policy".
         processes: of the role.
-        in_all: processes that the cluster must be large enough for; those of the role if not given.
+        in_all: processes that the cluster must have room for; those of the role if not given.
 
     Raises:
-        UserError: there is no cluster at `options.address`, it is too small, or it has nothing free after
-            `options.patience` seconds.
+        UserError: there is no cluster at `options.address`, it is too small, or still busy after `options.patience`
+            seconds.
     """
     _connect(options)
     _check_size(options, in_all or processes)
@@ -62,7 +62,7 @@ def reserve(options: ParallelOptions, role: str, processes: int, in_all: int | N
 
 
 def _connect(options: ParallelOptions) -> None:
-    """Joins the cluster at `options.address`, or starts one on this machine, unless a cluster is joined already."""
+    """Joins the cluster at `options.address`, or starts a local one, unless already joined."""
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -73,7 +73,7 @@ def _connect(options: ParallelOptions) -> None:
 
 
 def _check_size(options: ParallelOptions, processes: int) -> None:
-    """Refuses what the cluster could never give, instead of waiting for it."""
+    """Refuses a request larger than the cluster, instead of waiting for it."""
     has = ray.cluster_resources()
     for resource, each in (("CPU", options.num_cpus), ("GPU", gpus_per_process(options))):
         if processes * each > has.get(resource, 0):
@@ -92,9 +92,9 @@ def gpus_per_process(options: ParallelOptions) -> float:
 
 
 def result_of_all(references: Sequence[Any], role: str) -> Any:
-    """The first process's result, once all have finished; arguments and errors as `result_of`.
+    """The first process's result, once all have finished; arguments and errors as in `result_of`.
 
-    The death of one process makes the others fail, so a death is raised before a failure.
+    A death is raised before a failure, since the death of one process makes the others fail.
     """
     waiting, errors = list(references), list[UserError | RunStopped]()
     while waiting:
@@ -115,7 +115,7 @@ def result_of(reference: Any, role: str) -> Any:
 
     Args:
         reference: Ray's, to the result.
-        role: for errors: the role and what it does, e.g. "the regulariser, in round 2,".
+        role: for errors: the role and its task, e.g. "the regulariser, in round 2,".
 
     Raises:
         UserError: as the role raised it.
@@ -132,7 +132,7 @@ def result_of(reference: Any, role: str) -> Any:
 
 
 def group_error(error: Any, role: str) -> UserError | RunStopped:
-    """The error of a group of processes that Ray Train reports as `TrainingFailedError`, as `result_of` raises it."""
+    """The error behind Ray Train's `TrainingFailedError`, as `result_of` raises it."""
     failures = list(getattr(error, "worker_failures", {}).values())
     for failure in failures:
         if isinstance(failure, UserError | RunStopped):

@@ -1,4 +1,4 @@
-"""The regulariser's role in other processes, placed by Ray: on this machine's cores, other GPUs, or other nodes."""
+"""The regulariser's role in other processes, which Ray places on local cores, other GPUs or other nodes."""
 
 import socket
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from bridle.training.worker import Pending, RegulariserRole
 from bridle.utils.distributed import is_main
 from bridle.utils.oom import stopping_when_exhausted
 
-PARTS = ("auxiliary", "anchor")  # of a state, that may be as large as a model
+PARTS = ("auxiliary", "anchor")  # of a state, which may be as large as a model
 
 
 class RayWorker:
-    """A `Worker` in Ray actors that work together; what the first of them makes counts.
+    """A `Worker` in a group of Ray actors; the result of the first one counts.
 
     Args:
         regularisers: copied into each actor, model and all.
-        options: how many actors, and what each asks of the cluster.
+        options: number of actors and their resources.
         folder: shared by all roles; large weights pass through it.
 
     Raises:
@@ -68,20 +68,20 @@ class RegulariserActor:
     def __init__(
         self, regularisers: list[DomainRegulariser], threads: int, device: str, folder: Path, largest_bytes: float
     ):
-        torch.set_num_threads(threads)  # as many as the policy has, so that both compute alike
+        torch.set_num_threads(threads)  # as many as the policy has, so that both compute the same
         self.folder, self.largest_bytes = folder, largest_bytes
         for regulariser in regularisers:
             regulariser.to(device)
         self.role = RegulariserRole(regularisers)
 
     def address(self) -> str:
-        """Where the role's other processes can meet this one; it answers as soon as it stands."""
+        """The address at which the role's other processes connect to this one; returns once it is up."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def join(self, address: str, rank: int, workers: int) -> None:
-        """Goes to work with the role's other processes. They exchange texts and R, for which gloo will do."""
+        """Joins the role's other processes. They exchange texts and R, for which gloo suffices."""
         if workers > 1:
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
 
@@ -103,7 +103,7 @@ class RegulariserActor:
 
 
 class RayPending:
-    """A round that actors are at work on."""
+    """A round in progress in the actors."""
 
     def __init__(self, references: Sequence[Any], sent: Weights | Path, who: str):
         self.references, self.sent, self.who = list(references), sent, who
@@ -134,7 +134,7 @@ def _part(weights: Weights, part: str) -> Weights:
 
 
 def pack(weights: Weights, path: Path, largest_bytes: float) -> Weights | Path:
-    """Weights as they travel: themselves, or the path of a file that holds them where they exceed so many bytes."""
+    """Weights for sending: themselves, or the path of a file with them if they exceed a number of bytes."""
     if sum(tensor.nbytes for tensor in weights.values()) <= largest_bytes:
         return weights
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,11 +143,11 @@ def pack(weights: Weights, path: Path, largest_bytes: float) -> Weights | Path:
 
 
 def unpack(parcel: Weights | Path) -> Weights:
-    """What `pack` packed."""
+    """The weights that `pack` packed."""
     return dict(load_file(parcel)) if isinstance(parcel, Path) else parcel
 
 
 def discard(parcel: Weights | Path) -> None:
-    """Removes the file of what all have unpacked, if it has one."""
+    """Removes the file of packed weights, if any, once all have unpacked them."""
     if isinstance(parcel, Path):
         parcel.unlink(missing_ok=True)

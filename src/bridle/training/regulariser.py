@@ -41,7 +41,7 @@ class Target:
 
     Attributes:
         auxiliary: R; None is retention, R = 1.
-        features: [prefixes, hidden], what R's trunk reads.
+        features: [prefixes, hidden], the input of R's trunk.
         guidance_scale: η.
         anchor: states [prefixes, hidden] of a frozen p_a, and its output layer; None where p_a is the policy itself.
     """
@@ -56,7 +56,7 @@ class Target:
         return self.log_q(which, policy_logits if self.anchor is None else self.anchor_logits(which))
 
     def anchor_logits(self, which: slice) -> Tensor:
-        """Of a frozen anchor, at some of the prefixes. [some, vocabulary]"""
+        """Logits of a frozen anchor at some of the prefixes. [some, vocabulary]"""
         assert self.anchor is not None
         states, layer = self.anchor
         return layer(states[which])
@@ -70,7 +70,7 @@ class Target:
 
 @dataclass
 class DomainRegulariser(StatefulRegulariser):
-    """A regulariser at work on its domains."""
+    """A regulariser of one or more domains, with its state."""
 
     def __post_init__(self) -> None:
         if self.options.anchor != "live":
@@ -88,8 +88,8 @@ class DomainRegulariser(StatefulRegulariser):
     def active(self) -> bool:
         """Whether KL(q ‖ p_θ) is on: λ is not 0, and q can differ from the policy.
 
-        With a frozen anchor it can without any R, since KL(p_a ‖ p_θ) pulls. With a live one q is the policy itself
-        until R has been fitted.
+        With a frozen anchor it can even without R, since KL(p_a ‖ p_θ) pulls. With a live one q is the policy until R
+        has been fitted.
         """
         if self.options.weight == 0:
             return False
@@ -98,20 +98,20 @@ class DomainRegulariser(StatefulRegulariser):
     # ------------------------------------------------------------------ a round
 
     def update(self, round_index: int) -> dict[str, Any]:
-        """Sample → score → fit R, from the policy as it stands.
+        """Sample → score → fit R, from the current policy.
 
         Args:
             round_index: 1 for the first round.
 
         Returns:
-            What the round measured; see `docs/metrics.md`.
+            The round's metrics; see `docs/metrics.md`.
 
         Raises:
             RunStopped: more than `max_missing` of the rollouts got no score. They are kept in `rollouts`.
         """
         options = self.options
         if options.is_retention or options.weight == 0 or (options.anchor == "initial" and self.is_fitted):
-            return {}  # there is no R, it is not needed, or p_a has not moved since it was fitted
+            return {}  # there is no R, it is not needed, or p_a has not changed since its fit
         if options.anchor == "previous":
             assert self.anchor is not None
             self.anchor.refresh()
@@ -135,7 +135,7 @@ class DomainRegulariser(StatefulRegulariser):
         return measured | {f"seconds_{phase}": spent for phase, spent in seconds.items()}
 
     def _sampled_model(self) -> AbstractContextManager[None]:
-        """Inside the block the model is p_a. `live` and `previous` anchors are the policy as it stands."""
+        """Inside the block the model is p_a. `live` and `previous` anchors are the current policy."""
         return self.anchor.active() if self.anchor is not None and self.options.anchor == "initial" else nullcontext()
 
     def _draw(self, round_index: int, scoring: AsyncScoring) -> tuple[list[Rollout], dict[int, Trace]]:
@@ -151,15 +151,15 @@ class DomainRegulariser(StatefulRegulariser):
         )
 
     def prompts(self, round_index: int) -> list[Prompt]:
-        """Where the rollouts of a round start."""
+        """The prompts of a round's rollouts."""
         seed = self._seed(f"prompts {round_index}")
         source = self.options.prompts
         return prompts_of_round(round_index, self.corpus, source, self.model, self.tokenizer, self.config, seed)
 
     def _fit(self, round_index: int, traces: dict[int, Trace]) -> dict[str, Any]:
-        """Fits R on this round's scored rollouts and on those it replays, from where the last round left it.
+        """Fits the last round's R further, on this round's scored rollouts and replayed ones.
 
-        Labels that are all alike teach R nothing new. It then stays as it is, and so does the term.
+        Equal labels teach R nothing; then R and the term stay as they are.
         """
         missing = [rollout for rollout in self.rollouts if rollout.complies is None]
         if len(missing) > self.config.max_missing * len(self.rollouts):
@@ -188,7 +188,7 @@ class DomainRegulariser(StatefulRegulariser):
                 bootstrap=config.truncated == "bootstrap",
                 dtype=config.autocast_dtype,
             )
-        # How the last round's R does on samples of a policy that is one round newer.
+        # The last round's R on samples of a policy that is one round newer.
         stale = measure_calibration(self.auxiliary, examples[: len(fresh)]) if self.is_fitted else {}
         report = {"fit": fit} | {f"{key}_before": stale[key] for key in ("r_brier", "r_ece") if key in stale}
         if fit == "kept":
@@ -215,7 +215,7 @@ class DomainRegulariser(StatefulRegulariser):
         return report
 
     def _teaches(self, rollout: Rollout) -> bool:
-        """Whether R is fitted on a rollout: it has a label, and one that counts where it was cut."""
+        """Whether R is fitted on a rollout: it has a label, and no cut that `truncated` masks."""
         return rollout.complies is not None and (rollout.finished or self.config.truncated != "mask")
 
     def _label(self, rollout: Rollout) -> float | bool | None:
@@ -227,7 +227,7 @@ class DomainRegulariser(StatefulRegulariser):
     def target(
         self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Mask
     ) -> Target | SparseTarget:
-        """q at the prefixes of a batch that the policy has just run on.
+        """q at the prefixes of a batch after the policy's forward.
 
         Args:
             hidden_states: [batch, time, hidden] of the policy.
@@ -239,13 +239,13 @@ class DomainRegulariser(StatefulRegulariser):
             return self._target(_at(mask, hidden_states))
         rows = np.flatnonzero(mask.any(-1))
         if is_sharded(self.model) and not len(rows):
-            rows = np.zeros(1, dtype=np.int64)  # an anchor in shards runs on all processes or on none
+            rows = np.zeros(1, dtype=np.int64)  # a sharded anchor runs on all processes or on none
         chosen, mask = torch.from_numpy(rows).to(input_ids.device), mask[rows]
         hidden_states, input_ids, attention_mask = (part[chosen] for part in (hidden_states, input_ids, attention_mask))
         if self.targets is not None:
             counted = torch.from_numpy(mask).to(input_ids.device)
             keys = row_keys(input_ids, attention_mask, counted)
-            # An epoch's last batch may be filled up with rows of its first, which belong to another round.
+            # An epoch's last batch may be padded with rows of its first, which belong to another round.
             if all(key in self.targets for key in keys):
                 return self.targets.gather(keys, counted)
         if self.anchor is not None:
@@ -271,10 +271,10 @@ class DomainRegulariser(StatefulRegulariser):
         return Target(self.auxiliary, features, self.options.guidance_scale, anchor)
 
     def reaches(self, mask: Mask) -> Mask:
-        """Where in the rows of a corpus a rollout of this round can have been, so that R was fitted there.
+        """The prefixes of corpus rows that a rollout of this round can reach, where R is fitted.
 
-        Rows of text give prompts of some lengths, and rollouts go on for `max_new_tokens` from there. A row that begins
-        with its prompt is sampled from where that ends.
+        In text, prompts have certain lengths, and rollouts continue for `max_new_tokens`. In a row with a prompt,
+        rollouts start at its end.
 
         Args:
             mask: [batch, time - 1], true before tokens that are trained on.
@@ -282,7 +282,7 @@ class DomainRegulariser(StatefulRegulariser):
         if self.options.is_retention or not self.rollouts:
             return np.ones_like(mask)
         lengths = [len(rollout.prompt_ids) for rollout in self.rollouts]
-        depth = run_lengths(mask)  # tokens of a row of text up to a position
+        depth = run_lengths(mask)  # tokens of a row up to a position
         of_text = (depth >= min(lengths)) & (depth < max(lengths) + self.config.max_new_tokens)
         return np.where(mask[:, :1], of_text, depth <= self.config.max_new_tokens)
 
@@ -290,10 +290,10 @@ class DomainRegulariser(StatefulRegulariser):
         """The next rollouts of this round, in turn.
 
         Args:
-            counts: by process, how many each of its micro-batches asks for.
+            counts: by process, the number for each of its micro-batches.
 
         Returns:
-            The rollouts of each micro-batch, those of one process after those of the other; and their sampled tokens.
+            The rollouts of each micro-batch, process by process; and their sampled tokens.
         """
         taken = []
         for count in chain.from_iterable(zip(*counts, strict=True)):
@@ -303,7 +303,7 @@ class DomainRegulariser(StatefulRegulariser):
         return taken, sum(len(rollout.completion_ids) for part in taken for rollout in part)
 
     def _seed(self, purpose: str) -> int:
-        """A seed of its own for each purpose and round, so that a resumed round draws the same numbers."""
+        """A separate seed for each purpose and round, so that a resumed round draws the same numbers."""
         return zlib.crc32(f"{self.config.seed}/{self.index}/{purpose}".encode())
 
 

@@ -1,4 +1,4 @@
-"""All regularisers of a run: the prefixes each looks at, the rollouts that ride along, their terms of the loss."""
+"""All regularisers of a run: their prefixes, their rollouts in the batch, their terms of the loss."""
 
 from collections.abc import Iterator, Sequence
 
@@ -24,7 +24,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
     Args:
         regularisers: of one policy.
         domains: names of the corpus's domains, in the order of their indices.
-        means: takes the share of prefixes that no rollout can reach.
+        means: collects the share of prefixes that no rollout can reach.
     """
 
     def __init__(self, regularisers: Sequence[DomainRegulariser], domains: Sequence[str], means: RunningMeans):
@@ -42,12 +42,12 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         return np.isin(prefixes.domain, [self.domains.index(name) for name in regulariser.corpus])
 
     def share_rollouts(self, batches: Sequence[Prefixes]) -> tuple[list[Riders], int]:
-        """Rollouts for the micro-batches of an update: as many as each has rows of a regulariser's domains.
+        """Rollouts for the micro-batches of an update: one for each row of a regulariser's domains.
 
-        The processes exchange their numbers once an update, and take turns as the rows of one batch would.
+        The processes exchange their counts once per update, and take rollouts in the order of one global batch.
 
         Returns:
-            The riders of each micro-batch; and the tokens of the update on all processes, theirs included.
+            The rollouts of each micro-batch; and the update's tokens on all processes, including theirs.
         """
         looking = [one for one in self if one.active and one.options.kl_on != "corpus"]
         rows = [[int(self.corpus_rows(one, batch).sum()) for batch in batches] for one in looking]
@@ -65,7 +65,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         return riders, tokens
 
     def masks(self, prefixes: Prefixes) -> list[Mask]:
-        """Which prefixes of a batch each regulariser looks at. [batch, time - 1] each"""
+        """The prefixes of a batch that each regulariser uses. [batch, time - 1] each"""
         return [self._mask(regulariser, prefixes) for regulariser in self]
 
     def _mask(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> Mask:
@@ -75,7 +75,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         if regulariser.options.kl_on == "rollouts":
             return mask
         corpus = reached = prefixes.mask & self.corpus_rows(regulariser, prefixes)[:, None]
-        if regulariser.config.targets == "computed":  # precomputed ones are made before the rollouts are known
+        if regulariser.config.targets == "computed":  # precomputed targets are built before the rollouts are known
             reached = corpus & regulariser.reaches(corpus)  # R was not fitted elsewhere
         unreached = torch.tensor(corpus.sum() - reached.sum(), device=regulariser.config.device)
         self.means.add(f"kl_unreached/{regulariser.name}", unreached, corpus.sum())
@@ -90,23 +90,23 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         seen: Mask,
         divisor: Tensor,
     ) -> Iterator[Divergence]:
-        """λ_d·KL(q_d ‖ p) of each regulariser that looks at a batch (EMNLP 2024).
+        """λ_d·KL(q_d ‖ p) of each regulariser with prefixes in a batch (EMNLP 2024).
 
         Those on the corpus are divided by the corpus's tokens, as the cross-entropy is, since the optimum
-        (p_data + λ·q)/(1 + λ) needs one divisor for both; those on rollouts by their own tokens, so that λ weighs
-        alike whatever the length of rows and rollouts.
+        (p_data + λ·q)/(1 + λ) needs one divisor for both; those on rollouts by their own tokens, so that λ has
+        the same effect for any length of rows and rollouts.
 
         Args:
             hidden_states: [batch, time, hidden] of the policy, without a graph.
             inputs: `input_ids` and `attention_mask`, [batch, time].
             prefixes: of the batch.
             masks: [batch, time - 1] each, from `masks`.
-            seen: [batch, time - 1], true at the positions that go through the vocabulary.
+            seen: [batch, time - 1], true at the positions whose logits are computed.
             divisor: [], the corpus's tokens in the whole update, by which the whole loss is divided.
         """
         place = seen.cumsum().reshape(seen.shape) - 1  # of each position among those seen
         for regulariser, mask in zip(self, masks, strict=True):
-            # An anchor in shards runs on all processes or on none.
+            # A sharded anchor runs on all processes or on none.
             if not mask.any() and not (regulariser.active and is_sharded(regulariser.model)):
                 continue
             target = regulariser.target(hidden_states, inputs["input_ids"], inputs["attention_mask"], mask)

@@ -24,7 +24,7 @@ def prompts_of_round(
     config: ConstrainedConfig,
     seed: int,
 ) -> list[Prompt]:
-    """Where a round's rollouts start: at the prompts of a source, in turn, or at the beginnings of the corpus's rows.
+    """The prompts of a round's rollouts: a source's, in turn, or the beginnings of corpus rows.
 
     Args:
         round_index: 1 for the first round.
@@ -32,7 +32,7 @@ def prompts_of_round(
         source: of prompts; None for the corpus.
         model: the policy, whose context bounds the prompts.
         tokenizer: the policy's.
-        config: how many, and how long.
+        config: their number and length.
         seed: chooses rows and lengths.
     """
     count, context = config.rollouts_per_round, context_length(model)
@@ -67,15 +67,15 @@ def draw_rollouts(
     round_index: int,
     seed: int,
 ) -> tuple[list[Rollout], dict[int, Trace]]:
-    """Samples from p_a after each prompt, and asks for scores while it samples.
+    """Samples from p_a after each prompt, and requests scores while it samples.
 
     Args:
         prompts: one rollout each.
-        model, tokenizer, config: p_a, and how it is sampled from.
-        scoring: takes each batch as it is drawn.
+        model, tokenizer, config: p_a and the sampling options.
+        scoring: receives each batch as it is drawn.
 
     Returns:
-        The rollouts without scores, and by their index how they were drawn: fitting need not run p_a again.
+        The unscored rollouts, and by index their traces, so that fitting need not run p_a again.
     """
     traces: dict[int, Trace] = {}
     ends = end_token_ids(model, tokenizer)
@@ -125,7 +125,7 @@ def output_of(prompt: Prompt, completion: list[int], tokenizer: PreTrainedTokeni
 
 
 def score_rollouts(rollouts: Sequence[Rollout], constraint: Constraint, scoring: AsyncScoring) -> None:
-    """Labels rollouts in place: with the scores that `scoring` has, and the constraint's for the rest."""
+    """Labels rollouts in place: with the scores in `scoring`, and the constraint's for the rest."""
     known = {key: score for part in gathered(scoring.scores()) for key, score in part.items()}
     keys = [constraint.key(rollout.given, rollout.completion) for rollout in rollouts]
     rest = [rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known]

@@ -1,4 +1,4 @@
-"""Running sums of what the update computes, so that means do not depend on how batches are cut."""
+"""Running sums of an update's values, so that means do not depend on how batches are cut."""
 
 from collections import defaultdict
 
@@ -12,10 +12,10 @@ Kept = dict[str, Tensor]  # by name [2]: sum and count
 
 
 class RunningMeans:
-    """Sums and counts by name, kept since the last log and since the round began.
+    """Sums and counts by name, since the last log and since the start of the round.
 
-    They stay on the device until somebody asks, so that adding waits for nothing. Each process adds its own; what is
-    asked for is of all of them, and must be asked for by all.
+    They stay on the device until read, so that adding never waits. Each process adds its own values; reading combines
+    all processes, and all must call it.
     """
 
     def __init__(self) -> None:
@@ -31,33 +31,33 @@ class RunningMeans:
         _add(self._update, found)
 
     def end_update(self, *, skipped: bool) -> None:
-        """What was added since the last update counts for the round, unless this one was skipped."""
+        """Adds this update's values to the round's, unless it was skipped."""
         if not skipped:
             _add(self._round, self._update)
         self._update = {}
 
     def since_last_log(self) -> dict[str, float]:
-        """Means by name since this was last asked."""
+        """Means by name since the last call."""
         sums, self._log = _of_all(self._log), {}
         return _means(sums)
 
     def of_round(self) -> dict[str, float]:
-        """Means by name, and the corpus tokens trained on, since the round began; begins the next."""
+        """Means by name and trained corpus tokens of the round; starts the next one."""
         sums, self._round = _of_all(self._round), {}
         return _means(sums) | {"tokens_trained": int(sums["ce"][1])}
 
     def state(self) -> Totals:
-        """The sums since the round began, for a checkpoint."""
+        """The round's sums, for a checkpoint."""
         return _of_all(self._round)
 
     def restore(self, sums: Totals) -> None:
-        """Goes on from a checkpoint's sums, which count once."""
+        """Resumes from a checkpoint's sums, which count once."""
         if is_main():
             self._round = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
 
 
 def _of_all(kept: Kept) -> Totals:
-    """The sums of all processes together; a name may be known to some of them only."""
+    """The sums over all processes; some may lack a name."""
     together: Totals = defaultdict(lambda: [0.0, 0.0])
     for part in gathered({name: pair.tolist() for name, pair in kept.items()}):
         for name, (total, count) in part.items():

@@ -28,9 +28,9 @@ class SequentialSchedule(TrainerCallback):
     """Runs a round of every regulariser before the first policy step of each round.
 
     Args:
-        regularisers: that are updated.
+        regularisers: the ones to update.
         config: its `rounds` divide the policy's steps evenly.
-        supervisor: logs each round, and stops a run whose policy collapses.
+        supervisor: logs each round, and stops the run if the policy collapses.
         evaluates: whether an evaluation is due at each round's end.
     """
 
@@ -52,7 +52,7 @@ class SequentialSchedule(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         due = self._round_of(state.global_step, state)
         if due > self.round:
-            with at_once():  # a round is long, and the last checkpoint goes on from before it
+            with at_once():  # a round is long, and the last checkpoint resumes before it
                 self.begin_round(due, state.log_history)
             for name in (one.name for one in self.regularisers):
                 entropy = self._record.get(f"{name}/entropy_sampled", float("nan"))
@@ -69,7 +69,7 @@ class SequentialSchedule(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         for regulariser in self.regularisers:
-            if regulariser.auxiliary is not None and regulariser.is_fitted:  # the last R goes with the final model too
+            if regulariser.auxiliary is not None and regulariser.is_fitted:  # the final model has the last R too
                 regulariser.auxiliary.config.provenance["trained_model"] = fingerprint(regulariser.model)
                 self._keep_auxiliary(regulariser)
 
@@ -78,14 +78,14 @@ class SequentialSchedule(TrainerCallback):
         return step * self.config.rounds // state.max_steps + 1
 
     def begin_round(self, index: int, log: Log = ()) -> dict[str, Any]:
-        """Refreshes every R from the policy as it stands.
+        """Refreshes every R from the current policy.
 
         Args:
             index: of the round, 1 for the first.
             log: the run's records so far.
 
         Returns:
-            What was measured, by regulariser.
+            The metrics, by regulariser.
         """
         self.round, self._record = index, {"round": index}
         self._refresh(index, log)
@@ -101,7 +101,7 @@ class SequentialSchedule(TrainerCallback):
             self._note(index, regulariser, measured, log)
 
     def _note(self, index: int, regulariser: DomainRegulariser, measured: dict[str, Any], log: Log) -> None:
-        """Keeps R of round `index` and writes down what was measured."""
+        """Keeps R of round `index` and records its metrics."""
         self._keep_auxiliary(regulariser, index)
         measured = measured | {"lambda": regulariser.options.weight, "term_on": regulariser.active}
         self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
@@ -113,7 +113,7 @@ class SequentialSchedule(TrainerCallback):
             self._record.setdefault("warnings", []).append(warning)
 
     def add_seconds(self, phase: str, seconds: float) -> None:
-        """Counts time that has just been spent for a phase of the round, and not for the policy's steps."""
+        """Attributes time just spent to a phase of the round instead of the policy's steps."""
         self._record[f"seconds_{phase}"] = seconds
         self._policy_began += seconds
 

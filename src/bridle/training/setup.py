@@ -1,4 +1,4 @@
-"""What a `ConstrainedTrainer` checks and prepares before it trains."""
+"""Checks and preparations of a `ConstrainedTrainer` before it trains."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -34,7 +34,7 @@ def by_domain(corpus: Mapping[str, Dataset] | Dataset) -> dict[str, Dataset]:
     """Rows by domain; a single data set is the domain "corpus".
 
     Raises:
-        UserError: a name cannot name files, or rows are streamed or no data set.
+        UserError: a name cannot name files, or rows are streamed or not a data set.
     """
     domains = dict(corpus) if isinstance(corpus, Mapping) else {"corpus": corpus}
     for name, rows in domains.items():
@@ -50,7 +50,7 @@ def by_domain(corpus: Mapping[str, Dataset] | Dataset) -> dict[str, Dataset]:
 
 
 def example_of(corpus: Mapping[str, Dataset], config: ConstrainedConfig) -> Dataset:
-    """The domain whose first row shows TRL what the corpus is: a chat, where only the assistant is learnt."""
+    """The domain whose first row shows TRL the corpus's format: a chat, if training is on the assistant only."""
     chats = [rows for rows in corpus.values() if is_conversational(rows[0])] if config.assistant_only_loss else []
     return next(iter(chats or corpus.values()))
 
@@ -63,7 +63,7 @@ def tokenised(
     formatting_func: Callable[[dict[str, Any]], str] | None,
     packing: bool,
 ) -> Dataset:
-    """Rows of one domain as `input_ids` and `labels`. Packed on its own, so that no row belongs to two."""
+    """Rows of one domain as `input_ids` and `labels`, packed separately so that no row belongs to two domains."""
     if "input_ids" in rows.column_names:
         return rows
     if formatting_func is not None:
@@ -85,7 +85,7 @@ def tokenised(
 
 
 def loaded(model: PreTrainedModel | str, config: ConstrainedConfig) -> PreTrainedModel:
-    """The policy, loaded where it is given by name.
+    """The policy, loaded if it is given by name.
 
     Raises:
         UserError: it is loaded already, and `model_init_kwargs` would have no effect.
@@ -115,7 +115,7 @@ def check_policy(
 
 
 def check_room(model: PreTrainedModel, config: ConstrainedConfig, regularisers: Iterable[Regulariser]) -> None:
-    """Refuses rollouts so long that they leave no room for a prompt.
+    """Refuses rollouts that leave no room for a prompt.
 
     Raises:
         UserError: the model's context is too short.
@@ -128,7 +128,7 @@ def check_room(model: PreTrainedModel, config: ConstrainedConfig, regularisers: 
 
 
 def disable_policy_dropout(model: PreTrainedModel) -> None:
-    """Makes the policy that is trained the one that is sampled.
+    """Turns dropout off, so that the trained policy is the sampled one.
 
     Raises:
         UserError: an adapter's dropout is on.
@@ -139,7 +139,7 @@ def disable_policy_dropout(model: PreTrainedModel) -> None:
     disable_dropout(model)
 
 
-# ---------------------------------------------------------------------- what does not go together
+# ---------------------------------------------------------------------- options that conflict
 
 
 def check_options(
@@ -181,7 +181,7 @@ def check_sharding(config: ConstrainedConfig, fsdp_version: int | None) -> None:
 
 
 def warn_of_user_turns(regularisers: Iterable[DomainRegulariser], config: ConstrainedConfig) -> None:
-    """Warns where the KL looks at prefixes within users' turns, on which R is not fitted."""
+    """Warns if the KL covers prefixes within users' turns, on which R is not fitted."""
     for regulariser in regularisers:
         options = regulariser.options
         looks = options.weight > 0 and not options.is_retention and options.kl_on != "rollouts"

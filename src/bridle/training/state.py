@@ -1,4 +1,4 @@
-"""What a run keeps between rounds: written into checkpoints, and passed between processes."""
+"""The state of a run between rounds, for checkpoints and other processes."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from bridle.utils.files import atomic_files, read_json, write_json
 
 Weights = dict[str, Tensor]
 
-# What torch, safetensors and the trainer raise on a file that is damaged, or a part of something else.
+# What torch, safetensors and the trainer raise on a damaged or foreign file.
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError, SafetensorError)
 
 
@@ -37,11 +37,11 @@ PROGRESS_FILE = "schedule.json"
 
 @dataclass
 class RoundProgress:
-    """How far a run is in a round.
+    """The progress of a run within a round.
 
     Attributes:
         round: the round, 1 for the first.
-        record: what it has measured.
+        record: its metrics so far.
         seconds_policy: of its updates.
         tally: sums of its updates, for their means.
     """
@@ -54,17 +54,17 @@ class RoundProgress:
 
 @dataclass
 class PlainState:
-    """What of a regulariser's state is neither weights nor rollouts.
+    """A regulariser's state other than weights and rollouts.
 
     Attributes:
-        rollout_cursor: rollouts that the update has taken since the round began.
+        rollout_cursor: rollouts taken by updates since the start of the round.
         is_fitted: whether R has been fitted.
-        has_begun: whether a round has been made.
-        provenance: what R was fitted on.
-        measured: what the round measured.
+        has_begun: whether a round has run.
+        provenance: the data that R was fitted on.
+        measured: the round's metrics.
     """
 
-    rollout_cursor: int  # required, so that a state from before it had this name is refused
+    rollout_cursor: int  # required, so that a state with its old name is refused
     is_fitted: bool = False
     has_begun: bool = False
     provenance: dict[str, Any] | None = None
@@ -80,7 +80,7 @@ class RegulariserState(PlainState):
         replayed: of rounds before it.
         auxiliary: R's weights by name; empty for retention.
         anchor: the snapshot p_a by name; empty for `live`.
-        stopped: why the round could not be ended; not saved, since the run ends with it.
+        stopped: why the round failed; not saved, since the run ends.
     """
 
     rollouts: list[Rollout] = field(default_factory=list)
@@ -90,7 +90,7 @@ class RegulariserState(PlainState):
     stopped: Exception | None = None
 
     def save(self, folder: Path) -> None:
-        """Writes it, without pickles."""
+        """Writes the state, without pickles."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("auxiliary", "anchor"):
             if weights := getattr(self, name):
@@ -101,7 +101,7 @@ class RegulariserState(PlainState):
 
     @classmethod
     def load(cls, folder: Path) -> "RegulariserState":
-        """What `save` wrote."""
+        """Reads what `save` wrote."""
         files = {name: folder / f"{name}.safetensors" for name in ("auxiliary", "anchor")}
         weights: dict[str, Any] = {name: load_file(file) for name, file in files.items() if file.exists()}
         plain = vars(read_json(folder / "state.json", PlainState))
@@ -111,7 +111,7 @@ class RegulariserState(PlainState):
 
 @dataclass
 class StatefulRegulariser:
-    """What a regulariser is made of, and the state it keeps between rounds.
+    """The parts of a regulariser, and the state that it keeps between rounds.
 
     Attributes:
         index: its place among the run's regularisers.
@@ -119,13 +119,13 @@ class StatefulRegulariser:
         options: constraint, weight λ, anchor and the rest.
         model: the policy.
         tokenizer: the policy's.
-        corpus: rows of its domains by name, where prompts come from if `options` has none: tokenised ones, or chats.
+        corpus: rows of its domains by name, the source of prompts if `options` has none: tokenised, or chats.
         config: the run's configuration.
         rollouts: of the last round.
         replayed: scored rollouts of earlier rounds.
         is_fitted: R has been fitted; until then it is constant and q is p_a.
-        has_begun: a round has been made, so there is an anchor to pull towards.
-        rollout_cursor: rollouts that the update has taken since the round began.
+        has_begun: a round has run, so there is an anchor.
+        rollout_cursor: rollouts taken by updates since the start of the round.
         targets: precomputed ones, see `precomputed`.
     """
 
@@ -147,12 +147,12 @@ class StatefulRegulariser:
 
     @property
     def constraint(self) -> Constraint:
-        """C; retention has none."""
+        """C; none for retention."""
         assert self.options.constraint is not None, "retention asks no oracle"
         return self.options.constraint
 
     def state(self, measured: dict[str, Any] | None = None) -> RegulariserState:
-        """Everything that the next updates and rounds depend on, and what the last round measured."""
+        """Everything that the next updates and rounds depend on, and the last round's metrics."""
         auxiliary = self.auxiliary
         return RegulariserState(
             is_fitted=self.is_fitted,
@@ -191,13 +191,13 @@ class StatefulRegulariser:
             self.auxiliary.to(device)
 
     def keep_rollouts(self, round_index: int, rollouts: list[Rollout]) -> None:
-        """Writes what a round sampled, also when scoring or fitting it failed."""
+        """Writes a round's samples, even if scoring or fitting failed."""
         if is_main() and rollouts and rollouts[0].round == round_index:
             folder = Path(self.config.output_dir) / "rollouts"
             write_rollouts(folder / f"round-{round_index}.{self.name}.jsonl", rollouts)
 
     def keep_auxiliary(self, folder: Path, round_index: int | None = None) -> None:
-        """Writes R where the latest is found, and by round, since R_1 is what guides the base model."""
+        """Writes R as the latest and by round, since R_1 guides the base model."""
         if is_main() and self.auxiliary is not None and self.is_fitted:
             for place in (folder, *([folder / f"round-{round_index}"] if round_index is not None else [])):
                 with atomic_files(place) as unfinished:
@@ -205,19 +205,19 @@ class StatefulRegulariser:
 
 
 def on_cpu(weights: Weights) -> Weights:
-    """A copy that neither training nor another process changes."""
+    """A copy on the CPU that neither training nor another process changes."""
     return {name: whole(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
 
 
 def trainable_weights(model: nn.Module) -> Weights:
-    """A copy of what training changes: with LoRA, the adapter alone."""
+    """A copy of the trainable weights: with LoRA, only the adapter."""
     with in_shards(model):
         return on_cpu(dict(trainable(model)))
 
 
 @contextmanager
 def readable(checkpoint: str | Path | None) -> Iterator[None]:
-    """Reports in one line that a checkpoint cannot be read, whichever library finds out.
+    """Reports in one line a checkpoint that any library cannot read.
 
     Raises:
         UserError: naming the checkpoint.

@@ -1,4 +1,4 @@
-"""TensorBoard, trackio, MLflow and the like get the numbers of each record."""
+"""Logs the numbers of each record to TensorBoard, trackio, MLflow and the like."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 
 def log_scalars_to_trackers(callbacks: Iterable[TrainerCallback]) -> None:
-    """Gives the trackers among callbacks (TensorBoard, trackio, MLflow, ...) the numbers of each record alone."""
+    """Passes only the numbers of each record to trackers among the callbacks (TensorBoard, trackio, MLflow, ...)."""
     for callback in callbacks:
         if type(callback) in INTEGRATION_TO_CALLBACK.values():
             callback.on_log = partial(_log_scalars, callback.on_log)  # type: ignore[method-assign]
@@ -21,7 +21,7 @@ def _log_scalars(on_log: Callable[..., Any], *args: Any, logs: Mapping[str, Any]
 
 
 def scalars(record: Any, key: str = "") -> dict[str, int | float]:
-    """The numbers in a record by key: "calibration/0/count" within others. Of warnings, their number."""
+    """The numbers in a record by key, e.g. "calibration/0/count" if nested; for warnings, their count."""
     if isinstance(record, list) and all(isinstance(value, str) for value in record):
         return {key: len(record)}
     if isinstance(record, list):

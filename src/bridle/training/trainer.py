@@ -1,7 +1,7 @@
 """The update of constrained fine-tuning: L = CE(corpus) + Σ_d λ_d·KL(q_d ‖ p_θ)  (EMNLP 2024).
 
-`ConstrainedTrainer` is to TRL's `SFTTrainer` what that is to `Trainer`: it adds a term to the loss and a callback at
-round boundaries, and leaves the rest as it is. With every λ at 0 it is `SFTTrainer`.
+`ConstrainedTrainer` extends TRL's `SFTTrainer` with a term of the loss and a callback at round boundaries. With every λ
+at 0 it is `SFTTrainer`.
 """
 
 import math
@@ -50,11 +50,11 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         args: the configuration.
         corpus: rows by domain: plain text, prompt and completion, or chat messages; or tokenised already
             (`input_ids`, `labels`). A single data set is the domain "corpus".
-        regularisers: one, a list, or by domain name, or by "all" for the whole corpus. A domain without any is learnt
+        regularisers: one, a list, or by domain name, or by "all" for the whole corpus. A domain without any is trained
             as in plain fine-tuning.
         weights: mixing weights of the domains; equal where not given.
         processing_class: the tokenizer.
-        eval_options: what the policy is measured on at the end of each round, and which checkpoint is the best.
+        eval_options: held-out evaluation at the end of each round, and the rule for the best checkpoint.
         kwargs: passed to `SFTTrainer`.
 
     Raises:
@@ -107,8 +107,8 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         if any(regulariser.options.weight > 0 for regulariser in self.regularisers):
             setup.disable_policy_dropout(self.model)
         setup.warn_of_user_turns(self.regularisers, args)
-        self._coming: list[Prefixes] = []  # the micro-batches of an update that has not begun
-        self._riders: deque[Riders] = deque()  # of its micro-batches that have not been taken
+        self._coming: list[Prefixes] = []  # the micro-batches of the next update
+        self._riders: deque[Riders] = deque()  # of its remaining micro-batches
         self._prepare_evaluation(eval_options)
         self._add_callbacks()
 
@@ -142,13 +142,13 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
     # ------------------------------------------------------------------ the update
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
-        """The micro-batches of the next update. Their rollouts come when it begins, as a round may begin with it."""
+        """The micro-batches of the next update. Their rollouts are added at its start, since it may start a round."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._coming = [batch[PREFIXES] for batch in batches if PREFIXES in batch]
         return batches, items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """One micro-batch of the corpus, with the rollouts that ride along."""
+        """One micro-batch of the corpus with its rollouts."""
         if self._coming:
             riders, tokens = self.regularisers.share_rollouts(self._coming)
             self._riders, self._coming = deque(riders), []
@@ -174,7 +174,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         scale = self._loss_scale(num_items_in_batch)
 
         trained_on = prefixes.of_the_corpus
-        if self._cross_entropy_is_trls:  # apart from the pass below, which then trains on nothing
+        if self._cross_entropy_is_trls:  # separate from the pass below, which then trains on nothing
             kept = flat_positions(trained_on).to(targets.device)
             labelled = {**inputs, "shift_labels": targets[kept][None]}
             with capture_hidden_states(model) as captured, project_only(model, kept):
@@ -188,7 +188,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
             cross_entropy = 0.0
 
         masks = self.regularisers.masks(prefixes)
-        seen = np.logical_or.reduce([trained_on, *masks])  # the positions that go through the vocabulary
+        seen = np.logical_or.reduce([trained_on, *masks])  # the positions whose logits are computed
         places = flat_positions(seen).to(targets.device)
         divergences = self.regularisers.divergences(hidden_states.detach(), inputs, prefixes, masks, seen, divisor)
         loss, sums = constrained_loss(
@@ -206,7 +206,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
 
     @property
     def _cross_entropy_is_trls(self) -> bool:
-        """Whether the corpus's loss is another than the plain one, so that it cannot share a pass with the KL."""
+        """Whether the corpus's loss is not the plain one, so that it cannot share a pass with the KL."""
         return self.args.loss_type != "nll" or self.aux_loss_enabled
 
     def _loss_scale(self, num_items_in_batch: Tensor | int | None) -> int:
@@ -218,7 +218,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
     # ------------------------------------------------------------------ what is logged
 
     def _note(self, sums: Sums, tokens: int) -> None:
-        """Keeps what is logged of a batch: the divergences, and what `SFTTrainer` logs where it did not see it."""
+        """Records a batch's divergences, and the metrics of `SFTTrainer` if it did not compute the loss."""
         for name, (total, count) in sums.divergences.items():
             self.means.add(f"kl/{name}", total, count)
         if not self._cross_entropy_is_trls:
@@ -232,7 +232,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         if "loss" in logs:
             parts = self.means.since_last_log()
             finite = all(map(math.isfinite, parts.values()))
-            # `transformers` puts the mean of earlier losses in the place of one that is not finite.
+            # `transformers` replaces a loss that is not finite with the mean of earlier ones.
             logs = {**logs, **parts, "loss": logs["loss"] if finite else math.nan}
         super().log(logs, start_time)
 
@@ -260,7 +260,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
     ) -> Dataset:
-        """The mixture, where TRL would prepare its rows for training: with the tokenizer and template of `args`."""
+        """The mixture of tokenised domains, instead of TRL's preparation; uses the tokenizer and template of `args`."""
         how = (processing_class, args, formatting_func, packing)
         if dataset is self._held_out.get(dataset_name):
             rows = setup.tokenised(dataset_name, dataset, *how)

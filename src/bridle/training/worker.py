@@ -1,4 +1,4 @@
-"""Where the parallel schedule's regularisers work: the protocol, and a worker in this process."""
+"""The worker that runs the parallel schedule's regularisers: the protocol, and a local worker."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -13,14 +13,14 @@ from bridle.utils.distributed import from_main, is_main
 
 
 class Pending(Protocol):
-    """The states of all regularisers after a round, on their way."""
+    """The pending states of all regularisers after a round."""
 
     def check(self) -> None:
         """Raises `RunStopped` if the worker is known to have failed."""
         ...
 
     def result(self) -> list[RegulariserState]:
-        """Waits for them. Raises `RunStopped` if they will never come."""
+        """Waits for the states. Raises `RunStopped` if the worker failed."""
         ...
 
 
@@ -28,16 +28,16 @@ class Worker(Protocol):
     """Runs the regularisers' rounds."""
 
     def submit(self, round_index: int, weights: Weights) -> Pending:
-        """Begins a round of every regulariser, on samples of the policy with these weights.
+        """Starts a round of every regulariser, on samples of the policy with these weights.
 
         Args:
             round_index: 1 for the first round.
-            weights: the policy's, those that are trained.
+            weights: the policy's trainable weights.
         """
         ...
 
     def restore(self, states: list[RegulariserState]) -> None:
-        """Resumes from the states that an earlier run's worker had reached."""
+        """Resumes from the states of an earlier run's worker."""
         ...
 
     def close(self) -> None:
@@ -46,7 +46,7 @@ class Worker(Protocol):
 
 
 class RegulariserRole:
-    """What a worker does, wherever it runs: refreshes R from the policies that it is sent.
+    """The work of a worker in any process: refreshes R from each policy that it receives.
 
     Args:
         regularisers: with a model of their own, the same one for all.
@@ -54,17 +54,17 @@ class RegulariserRole:
 
     def __init__(self, regularisers: Sequence[DomainRegulariser]):
         self.regularisers = regularisers
-        if regularisers:  # the trainer's patches of `forward` lead to the trainer's own model
+        if regularisers:  # the trainer's patches of `forward` call the trainer's own model
             vars(causal_lm(regularisers[0].model)).pop("forward", None)
 
     def update(self, round_index: int, weights: Weights) -> list[RegulariserState]:
-        """Sample → score → fit R_i from the policy as it stood when round i began."""
+        """Sample → score → fit R_i from the policy at the start of round i."""
         states: list[RegulariserState] = []
         for regulariser in self.regularisers:
             regulariser.set_policy(weights)
             try:
                 states.append(regulariser.state(regulariser.update(round_index)))
-            except (RunStopped, UserError) as error:  # not raised here, where what was sampled would be lost
+            except (RunStopped, UserError) as error:  # not raised here, which would lose the samples
                 return [*states, replace(regulariser.state(), stopped=error)]
         return states
 
@@ -75,7 +75,7 @@ class RegulariserRole:
 
 
 class Done:
-    """States that are there already."""
+    """States that are already there."""
 
     def __init__(self, states: list[RegulariserState]):
         self.states = states
@@ -88,7 +88,7 @@ class Done:
 
 
 class LocalWorker:
-    """Fits R in this process while the policy waits: the plain loop of the same recurrence."""
+    """Fits R in this process while the policy waits, with the same results."""
 
     def __init__(self, regularisers: Sequence[DomainRegulariser]):
         self.role = RegulariserRole(deepcopy(list(regularisers)))
@@ -104,10 +104,10 @@ class LocalWorker:
 
 
 class SharedWorker:
-    """A worker that the main one of several processes talks to, for all of them.
+    """A worker that the main process uses on behalf of all.
 
     Args:
-        make: makes it; called in the main process.
+        make: creates it; called in the main process.
     """
 
     def __init__(self, make: Callable[[], Worker]):
@@ -126,7 +126,7 @@ class SharedWorker:
 
 
 class SharedPending:
-    """What the main process waits for, for all of them."""
+    """A round that the main process waits for on behalf of all."""
 
     def __init__(self, pending: Pending | None):
         self.pending = pending
