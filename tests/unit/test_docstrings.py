@@ -71,6 +71,20 @@ def entries():
     return runpy.run_path(str(ROOT / "docs" / "hooks.py"))["entries"]
 
 
+def test_methods_have_docstrings_but_for_callbacks_and_what_another_describes():
+    """The rule that ruff's D102 has no words for."""
+    described, bare = set(), []
+    for path in sorted(SOURCE.rglob("*.py")):
+        for cls in ast.parse(path.read_text(encoding="utf-8")).body:
+            for node in cls.body if isinstance(cls, ast.ClassDef) and not cls.name.startswith("_") else []:
+                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                    if ast.get_docstring(node):
+                        described.add(node.name)
+                    elif not node.name.startswith("on_"):
+                        bare.append((f"{path.relative_to(SOURCE)}:{node.lineno} {cls.name}", node.name))
+    assert [f"{place}.{name}" for place, name in bare if name not in described] == []
+
+
 def test_there_is_something_to_check():
     assert len(FUNCTIONS) > 300
 

@@ -37,6 +37,7 @@ class LoraOptions:
     target_modules: str | list[str] = "all-linear"
 
     def peft_config(self) -> LoraConfig:
+        """These options as `peft` takes them."""
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,

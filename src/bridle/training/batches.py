@@ -59,6 +59,7 @@ class DomainCollator(DataCollatorForLanguageModeling):
     """TRL's collator, which pads `input_ids` and `labels`, and the batch's `Prefixes`."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of some rows, tensors of [batch, time], with its `Prefixes`."""
         batch = super().torch_call(examples)
         domains = [example.get(DOMAIN, NO_DOMAIN) for example in examples]
         batch[PREFIXES] = Prefixes.of_corpus(domains, batch["labels"], batch["attention_mask"])
