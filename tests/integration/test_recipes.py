@@ -111,7 +111,7 @@ def test_detoxification(compare, name, tmp_path):
         assert set(found["violation"]) == {"toxigen", "realtoxicityprompts"}
         assert 0 <= found["violation"]["toxigen"]["non-toxic"]["value"] <= 1
         assert found["perplexity"]["wikitext"]["value"] > 1
-        assert {"mmlu", "commonsense"} <= set(found["tasks"]), method
+        assert set(found["tasks"]) == {"mmlu", "commonsense-4", "boolq", "piqa", "hellaswag", "winogrande"}, method
     assert results["win_rate"]["pairs"] == 3
     for method in ("filtration", "constrained-adaptive"):
         adapter = json.loads((tmp_path / "out" / method / "seed-0" / "model" / "adapter_config.json").read_text())

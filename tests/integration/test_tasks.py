@@ -141,17 +141,26 @@ def test_figures_of_tasks(run):
         assert "correct" not in written
 
 
-def test_commonsense_is_the_unweighted_mean_of_its_eight_tasks(run, task_data, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "members"),
+    [
+        ("commonsense", COMMONSENSE),
+        ("commonsense-8", COMMONSENSE),
+        ("commonsense-4", ("boolq", "piqa", "hellaswag", "winogrande")),
+    ],
+)
+def test_a_group_is_the_unweighted_mean_of_its_tasks(run, task_data, tmp_path, name, members):
     for file in task_data.glob("*.jsonl"):
         (tmp_path / file.name).write_text(file.read_text())
     write(tmp_path, "piqa.validation", documents("piqa", 4))
-    results = run("piqa", "commonsense", task_data=tmp_path)
-    assert list(results) == ["piqa", *(name for name in COMMONSENSE if name != "piqa"), "commonsense"]
-    group = results.pop("commonsense")
-    values = [results[name].accuracy.value for name in COMMONSENSE]
-    assert group.accuracy.value == pytest.approx(sum(values) / 8)
-    assert group.accuracy.n == 7 * 12 + 4
-    assert group.parts == {name: results[name].accuracy for name in COMMONSENSE}
+    results = run("piqa", name, task_data=tmp_path)
+    assert list(results) == ["piqa", *(member for member in members if member != "piqa"), name]
+    group = results.pop(name)
+    values = [results[member].accuracy.value for member in members]
+    assert group.accuracy.value == pytest.approx(sum(values) / len(members))
+    assert group.accuracy.n == (len(members) - 1) * 12 + 4
+    assert group.parts == {member: results[member].accuracy for member in members}
+    assert sum(group.weights) == pytest.approx(group.accuracy.n)
     assert group.accuracy.low < group.accuracy.value < group.accuracy.high
     assert (group.metric, group.shots, group.version) == ("mean", 0, None)
 

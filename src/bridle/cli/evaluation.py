@@ -30,7 +30,10 @@ Constraints = Annotated[
 ]
 HeldOut = Annotated[list[str] | None, typer.Option(metavar="FILE", help="Held-out text; may be given several times.")]
 Tasks = Annotated[
-    str | None, typer.Option(metavar="NAMES", help="lm-eval tasks, by comma: mmlu, commonsense, or one of its eight.")
+    str | None,
+    typer.Option(
+        metavar="NAMES", help="lm-eval tasks, by comma: mmlu, commonsense-4, commonsense-8, or one of its eight."
+    ),
 ]
 TaskData = Annotated[
     Path | None, typer.Option("--task_data", metavar="DIR", help="Read tasks from NAME.SPLIT.jsonl files here.")

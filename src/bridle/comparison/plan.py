@@ -7,7 +7,7 @@
       samples: 4
       perplexity:
         wikitext: {path: wikitext.jsonl, rows: "90%:"}
-      tasks: [mmlu, commonsense]
+      tasks: [mmlu, commonsense-4]
 
 The first prompt set, constraint and held-out text summarise a comparison.
 """
@@ -85,7 +85,7 @@ class Evaluation:
         samples: completions a prompt.
         max_new_tokens: at which a completion is cut; the recipe's own if not given.
         batch_size: rows in one forward.
-        tasks: lm-eval tasks: "mmlu", "commonsense", or one of its eight.
+        tasks: lm-eval tasks: mmlu, commonsense-4, commonsense-8, or one of its eight.
         task_data: folder of NAME.SPLIT.jsonl files; None reads them from the hub.
         limit: documents of each task; None for all.
         shots: examples in front of a document; 5 for mmlu and else none if not given.

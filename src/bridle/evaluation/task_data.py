@@ -20,7 +20,14 @@ from bridle.data import ROW, DataSource
 from bridle.errors import UserError, first_line
 
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-"""The eight tasks whose unweighted mean is the group `commonsense`."""
+"""The eight commonsense tasks of Touvron et al. (LLaMA, 2023)."""
+
+GROUPS = {
+    "commonsense-4": ("boolq", "piqa", "hellaswag", "winogrande"),
+    "commonsense-8": COMMONSENSE,
+    "commonsense": COMMONSENSE,
+}
+"""Groups by name, each the unweighted mean of its tasks."""
 
 # Their folders in lm-eval: reading one takes milliseconds, indexing all of them 12 s.
 FOLDERS = {name: name for name in COMMONSENSE} | {
@@ -55,12 +62,12 @@ class LoadedTask:
 def expand(tasks: Sequence[str], task_data: Path | None) -> list[str]:
     """The tasks in the given order, each once, and groups as their members; an unknown one is a `UserError`."""
     own = sorted(file.stem for file in Path(task_data).glob("*.yaml")) if task_data else []
-    known = (*FOLDERS, "commonsense", *own)
+    known = (*FOLDERS, *GROUPS, *own)
     for name in tasks:
         if name not in known:
             nearest = get_close_matches(name, known, n=1, cutoff=0)[0]
             raise UserError(f"tasks: unknown task {name!r}; nearest: {nearest!r}; known: {', '.join(known)}")
-    return list(dict.fromkeys(one for name in tasks for one in (COMMONSENSE if name == "commonsense" else [name])))
+    return list(dict.fromkeys(one for name in tasks for one in GROUPS.get(name, [name])))
 
 
 def load_task(name: str, task_data: Path | None, shots: int | None, limit: int | None) -> LoadedTask:

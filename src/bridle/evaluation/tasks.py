@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, Result, estimate_proportion
-from bridle.evaluation.task_data import COMMONSENSE, LoadedTask, expand, load_task
+from bridle.evaluation.task_data import GROUPS, LoadedTask, expand, load_task
 from bridle.evaluation.utility import evaluating
 from bridle.models.guidance import NADOGuide
 from bridle.utils.progress import Progress
@@ -41,7 +41,7 @@ class TaskResult(Result):
         accuracy: the figure, with Wilson's interval; `missing` counts documents with a choice without likelihood, which
             is NaN or longer than the context.
         accuracies: all accuracies of lm-eval's task by name; empty for a group.
-        parts: the figure of each subject of `mmlu` or of each task of `commonsense`; empty otherwise.
+        parts: the figure of each subject of `mmlu` or of each task of a group; empty otherwise.
         shots: examples in front of each document.
         truncated: number of requests (a document with one of its choices) cut on the left to fit into the context.
         version: lm-eval's version of the task; None for a group.
@@ -84,13 +84,14 @@ def evaluate_tasks(
     seed: int = 0,
     guide: NADOGuide | None = None,
 ) -> dict[str, TaskResult]:
-    """Accuracy of a model on `boolq`, ..., `openbookqa`, `mmlu`, the group `commonsense`, or own tasks.
+    """Accuracy of a model on `boolq`, ..., `openbookqa`, `mmlu`, groups of them, or own tasks.
 
     The commonsense figures are those of Touvron et al. (LLaMA, 2023) as far as lm-eval has them: the choice of the
     highest likelihood per character, where the task reports it. LLaMA normalises BoolQ's and OpenBookQA's likelihoods
-    by unconditional ones; lm-eval does not, so those are comparable within lm-eval only. `commonsense` is the
-    unweighted mean of the eight, with an interval by MOVER (Zou and Donner, Statistics in Medicine 2008). `mmlu` is the
-    mean over all documents of its 57 subjects.
+    by unconditional ones; lm-eval does not, so those are comparable within lm-eval only. A group is an unweighted mean,
+    with an interval by MOVER (Zou and Donner, Statistics in Medicine 2008): `commonsense-8`, also called `commonsense`,
+    of the eight; `commonsense-4` of BoolQ, PIQA, HellaSwag and WinoGrande. `mmlu` is the mean over all documents of its
+    57 subjects.
 
     Args:
         tasks: names; a group includes its members. Any other name is an lm-eval definition NAME.yaml in `task_data`.
@@ -103,7 +104,7 @@ def evaluate_tasks(
         guide: an (entered) guide; the guided model is measured, by the likelihoods of q.
 
     Returns:
-        Results by name: each task, and the group `commonsense` if it was requested.
+        Results by name: each task, and each group that was requested.
 
     Raises:
         UserError: before any evaluation: an unknown task, a local file that is missing or malformed, a data set that
@@ -124,9 +125,8 @@ def evaluate_tasks(
         loaded = [load_task(name, task_data, shots, limit) for name in names]
         lm = _Scorer(model, tokenizer, batch_size, guide, terminal)
         results = {task.name: _evaluate(lm, task, limit, seed) for task in loaded}
-    if "commonsense" in tasks:
-        results["commonsense"] = _commonsense([results[name] for name in COMMONSENSE])
-    return results
+    groups = {name: _mean(name, [results[one] for one in GROUPS[name]]) for name in tasks if name in GROUPS}
+    return results | groups
 
 
 class _Scorer(HFLM):
@@ -197,9 +197,9 @@ def _correct(samples: Sequence[dict[str, Any]], metric: str) -> list[bool | None
     return [bool(sample[metric]) if likely else None for sample, likely in zip(samples, known, strict=True)]
 
 
-def _commonsense(results: Sequence[TaskResult]) -> TaskResult:
+def _mean(group: str, results: Sequence[TaskResult]) -> TaskResult:
     return TaskResult(
-        task="commonsense",
+        task=group,
         metric="mean",
         accuracy=_mean_of([result.accuracy for result in results]),
         accuracies={},

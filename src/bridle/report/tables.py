@@ -10,7 +10,7 @@ from bridle.report.data import Figure, FigureComparison, Group, Main, Method, Re
 
 MISSING = "–"
 LEVEL = 0.05  # of significance, after Holm's correction
-OVERVIEW_TASKS = ("mmlu", "commonsense")
+OVERVIEW_TASKS = ("mmlu", "commonsense", "commonsense-4", "commonsense-8")
 
 
 @dataclass(frozen=True)
