@@ -6,6 +6,7 @@ import runpy
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState
@@ -205,3 +206,54 @@ def test_growth(benchmark, tmp_path):
     slope = torch.tensor(two / one).log2().item()
     assert axis["exponents"]["constrained"] == pytest.approx({"all": slope, "at_the_end": slope}, abs=1e-6)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+class TestCritic:
+    SMALL = ("--prefixes", 12, "--continuations", 8, "--prompts", 6, "--samples", 4, "--guided", 2)
+
+    def test_variants_on_one_policy_and_what_is_kept(self, benchmark, recipe, tmp_path, capsys):
+        path, kept = recipe(), tmp_path / "critic"
+        variants = ("--variant", "a", "rollouts=16", "--variant", "b", "rollouts=24", "epochs=3", "head_rank=2")
+        command = ("critic", path, *self.SMALL, "--cache", kept, "--independent", "no e", *variants)
+        found = benchmark(*command)
+        files = {file: file.stat().st_mtime_ns for file in kept.glob("*.jsonl")}
+        assert len(files) == 3  # the policy's texts, their continuations, and a block of rollouts
+        assert found["policy"]["p"] == found["policy"]["p_independent"] > 0 == found["policy"]["q_independent"]
+        for name, settings in {"a": {"rollouts": 16}, "b": {"rollouts": 24, "epochs": 3, "head_rank": 2}}.items():
+            one = found["variants"][name]
+            assert one["settings"] == settings
+            assert one["guided"] == one["guided_independent"]
+            assert one["drop"] == pytest.approx(1 - one["guided"] / found["policy"]["p"])
+            assert 0 < one["mae"] < 1
+        again = benchmark(*command)
+        for results in (found, again):
+            del results["environment"], results["variants"]["a"]["seconds"], results["variants"]["b"]["seconds"]
+        assert again == found
+        assert {file: file.stat().st_mtime_ns for file in kept.glob("*.jsonl")} == files
+
+    def test_a_round_of_a_run_goes_with_its_own_policy(self, benchmark, bridle, recipe, tmp_path):
+        path, run = recipe(learning_rate=1e-2), tmp_path / "run"
+        assert bridle("train", path, "--output_dir", run)[0] == 0
+        rates = []
+        for arguments in (("--round", 1), ("--round", 2), ()):
+            found = benchmark("critic", run, *self.SMALL, "--guided", 0, "--cache", tmp_path / "critic", *arguments)
+            assert found["variants"]["the run's"].keys() >= {"skill", "auc", "kl_closed"}
+            rates.append(found["policy"]["kl_q_p"])
+        assert len(set(rates)) == 3
+
+    def test_skill_and_correlation_do_not_see_the_noise_of_the_truth(self):
+        from critic import correlation, skill
+
+        rng = np.random.default_rng(0)
+        r, count = rng.beta(4, 2, size=4_000), 8
+        estimate = rng.binomial(count, r) / count
+        noise = estimate * (1 - estimate) / (count - 1)
+        half, error = skill((r + r.mean()) / 2, estimate, noise)  # half of the way to the truth: a quarter of the MSE
+        assert half == pytest.approx(0.75, abs=3 * error)
+        assert 0 < error < 0.05
+        for prediction, expected in [(r, 1), (np.full(4_000, r.mean()), 0), (2 * r.mean() - r, -3)]:
+            value, error = skill(prediction, estimate, noise)
+            assert value == pytest.approx(expected, abs=3 * error + 1e-3)
+        assert correlation(r, estimate, noise) == pytest.approx(1, abs=0.05)
+        assert correlation(1 - r, estimate, noise) == pytest.approx(-1, abs=0.05)
+        assert skill(r, np.full(4_000, 0.5), noise + 0.01) is None
