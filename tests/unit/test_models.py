@@ -106,6 +106,15 @@ class TestSampling:
             log_probs = project(model, states).log_softmax(-1)[torch.arange(len(completion)), completion]
             torch.testing.assert_close(torch.tensor(traces[index].log_probs), log_probs, atol=1e-4, rtol=1e-4)
 
+    def test_a_frozen_output_layer_is_not_copied_for_each_row(self, tiny_model):
+        model, seen = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear", r=2)), []
+        head = model.get_base_model().lm_head
+        assert not head.weight.requires_grad
+        head.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].is_contiguous()))
+        sample(model, PROMPTS, max_new_tokens=2, pad_token_id=0, end_token_ids=[2])
+        assert all(seen), seen
+        assert seen
+
     def test_the_model_s_own_generation_settings_do_not_leak_in(self, tiny_model):
         model = tiny_model()
         plain = sample(model, PROMPTS * 4, max_new_tokens=6, pad_token_id=0, end_token_ids=[2])

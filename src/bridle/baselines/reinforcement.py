@@ -36,7 +36,7 @@ from bridle.data import decode_parts
 from bridle.data.prompts import check_room
 from bridle.data.rows import Messages
 from bridle.errors import UserError
-from bridle.models.hidden import causal_lm
+from bridle.models.hidden import causal_lm, contiguous_states
 from bridle.models.loading import context_length, end_token_ids
 from bridle.utils.checkpoints import last_whole
 from bridle.utils.quiet import only_errors
@@ -166,7 +166,7 @@ def reinforce(
     _check_prompts(prompts, max_new_tokens, context_length(model))
     checkpoint = (last_whole(output_dir, TRAINER_STATE_NAME) if resume else None) or resume_from
     stopping = Stopping(seconds, options.window, options.tolerance)
-    with _restored(model, tokenizer), only_errors(*VERBOSE):
+    with _restored(model, tokenizer), contiguous_states(model), only_errors(*VERBOSE):
         trainer = _trainer(
             model,
             options,

@@ -26,7 +26,7 @@ from transformers import (
 from bridle.core.tokens import pad_left
 from bridle.errors import RunStopped, UserError
 from bridle.models.forward import mixed_precision
-from bridle.models.hidden import causal_lm, last_positions
+from bridle.models.hidden import causal_lm, contiguous_states, last_positions
 from bridle.models.sharding import is_sharded
 from bridle.utils.distributed import gathered, turns
 from bridle.utils.oom import RowLimit
@@ -175,6 +175,7 @@ def sample(
     drawn = {} if traces is None else traces
     with (
         _plain_generation(model),
+        contiguous_states(model),
         mixed_precision(model, dtype),
         Progress(description, sum(map(len, batches.values())), "texts", on_token is None) as progress,
     ):
