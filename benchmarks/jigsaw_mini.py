@@ -17,15 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from heads import head_scores, train_head
+
 from bridle.data import DataSource, labelled_texts, read_prompts
 from bridle.evaluation import GenerationResult, evaluate_generations, generate_completions
-from bridle.evaluation.classification import (
-    classification_report,
-    classify,
-    compare_auc,
-    head_scores,
-    train_head,
-)
+from bridle.evaluation.classification import classification_report, classify, compare_auc
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import constraint_of, load_recipe
 from bridle.utils.files import write_json
@@ -85,19 +81,10 @@ class Benchmark:
 
     def head(self) -> tuple[dict[str, Any], list[float | None]]:
         started, tokenizer = time.perf_counter(), load_tokenizer(self.base)
-        cut = {"max_length": 64}
-        model = train_head(
-            self.base,
-            tokenizer,
-            self.rows("0:80%"),
-            self.validation,
-            epochs=1,
-            learning_rate=5e-4,
-            seed=self.seed,
-            **cut,
-        )
+        rows = self.rows("0:80%")
+        model = train_head(self.base, tokenizer, rows, self.validation, epochs=1, learning_rate=5e-4, seed=self.seed)
         seconds = f"{time.perf_counter() - started:.0f}"
-        report, scores = self.report(lambda texts: head_scores(model, tokenizer, texts, batch_size=64, **cut))
+        report, scores = self.report(lambda texts: head_scores(model, tokenizer, texts))
         return {"classification": report, "train_seconds": seconds}, scores
 
 

@@ -257,3 +257,14 @@ class TestCritic:
         assert correlation(r, estimate, noise) == pytest.approx(1, abs=0.05)
         assert correlation(1 - r, estimate, noise) == pytest.approx(-1, abs=0.05)
         assert skill(r, np.full(4_000, 0.5), noise + 0.01) is None
+
+
+def test_a_head_learns_to_classify(tiny_folder, tiny_tokenizer):
+    from heads import head_scores, train_head
+
+    texts = ["the kettle sings", "bread is baked", "rain on the roofs", "you grumblefish", "oh you grumblefish"]
+    rows = texts * 8, [0, 0, 0, 1, 1] * 8
+    model = train_head(str(tiny_folder("llama")), tiny_tokenizer, rows, rows, epochs=4, learning_rate=5e-3)
+    scores = head_scores(model, tiny_tokenizer, texts, batch_size=3)
+    assert [score > 0 for score in scores] == [False, False, False, True, True]
+    assert head_scores(model, tiny_tokenizer, texts[:1]) == pytest.approx(scores[:1], abs=1e-4)

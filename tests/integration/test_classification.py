@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 from sklearn.metrics import average_precision_score, roc_auc_score
-from transformers import AutoModelForCausalLM
 
 from bridle.data import DataSource, Domain, VerbalisedLabel, labelled_texts, tokenize_domain
 from bridle.errors import UserError
@@ -17,9 +16,7 @@ from bridle.evaluation.classification import (
     classification_report,
     classify,
     compare_auc,
-    head_scores,
     platt_scaling,
-    train_head,
 )
 from bridle.recipes.recipe import build_recipe
 
@@ -220,28 +217,6 @@ def test_a_score_that_is_not_finite_is_missing(tiny_model, tiny_tokenizer):
     with torch.no_grad():
         broken.get_output_embeddings().weight.fill_(math.nan)
     assert classify(broken, tiny_tokenizer, TEXTS[:2], LABEL) == [None, None]
-
-
-# ---------------------------------------------------------------------- scores of a head
-
-
-def test_a_head_learns_to_classify(tiny_folder, tiny_tokenizer):
-    folder = tiny_folder("llama")
-    data = (TEXTS * 8, LABELS * 8)
-    model = train_head(str(folder), tiny_tokenizer, data, (TEXTS, LABELS), epochs=4, learning_rate=5e-3, batch_size=10)
-    scores = head_scores(model, tiny_tokenizer, TEXTS, batch_size=3)
-    assert np.mean((np.array(scores) > 0) == LABELS) > 0.9
-    assert head_scores(model, tiny_tokenizer, TEXTS[:1]) == pytest.approx(scores[:1], abs=1e-4)
-    assert isinstance(AutoModelForCausalLM.from_pretrained(folder), torch.nn.Module)  # the folder is as it was
-
-
-def test_a_head_needs_a_model_and_two_classes(tiny_folder, tiny_tokenizer, tmp_path):
-    assert "cannot load the model" in error_of(
-        train_head, str(tmp_path / "none"), tiny_tokenizer, (TEXTS, LABELS), (TEXTS, LABELS)
-    )
-    assert "entry 1 is 2" in error_of(
-        train_head, str(tiny_folder("llama")), tiny_tokenizer, (["a", "b"], [0, 2]), (TEXTS, LABELS)
-    )
 
 
 # ---------------------------------------------------------------------- figures

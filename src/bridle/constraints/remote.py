@@ -14,7 +14,7 @@ from bridle.constraints.deadline import batches
 from bridle.constraints.mapping import JsonMapping, Scale
 from bridle.constraints.options import Text, checked
 from bridle.constraints.reading import Messages, Reads
-from bridle.errors import UserError
+from bridle.errors import UserError, prefixed
 from bridle.utils.http import Endpoint, Reply, same_origin
 from bridle.utils.progress import Progress
 
@@ -133,7 +133,7 @@ class Remote(Constraint):
             **{"headers": headers, "timeout": timeout, "retries": retries, "backoff": backoff},
             **{"concurrency": concurrency, "requests_per_minute": requests_per_minute},
         }
-        try:
+        with prefixed("constraint 'remote': "):
             options = _with_preset(preset, given)
             self._endpoint = _build(Endpoint, options)
             self._endpoint.refuse_secrets(options | {"version": version, "name": name})
@@ -141,8 +141,6 @@ class Remote(Constraint):
             self.takes_messages = self._mapping.takes_messages
             if self.takes_messages and reads != "chat":
                 raise UserError(f"reads: is {reads}, but the body holds '{{messages}}', which needs reads: chat")
-        except UserError as error:
-            raise UserError(f"constraint 'remote': {error}") from error
         self.preset, self.version, self.reads = preset, version, reads
         self.name, self.cache = name or preset or self._endpoint.url, ScoreCache.of(cache)
 

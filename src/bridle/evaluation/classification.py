@@ -1,4 +1,4 @@
-"""Classification by the likelihood of a label in words or by a classification head, and its figures.
+"""Classification by the likelihood of a label in words, and its figures.
 
 The experiment of Meng et al. (EMNLP 2024): a model learns to recognise toxic text from labelled examples, without
 learning to write it. A score is the uncalibrated log-odds of the positive class; `None` is missing.
@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,29 +15,17 @@ import torch
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.core.calibration import calibration
 from bridle.data import VerbalisedLabel, encode_prompt
-from bridle.errors import UserError, first_line
+from bridle.errors import UserError
 from bridle.evaluation.statistics import RESAMPLES, Estimate, Result, estimate_proportion, estimate_statistic
 from bridle.evaluation.utility import AdjustLogits, Window, nll_by_text, window_length
-from bridle.models.loading import context_length
-from bridle.utils.progress import track
 
 log = logging.getLogger(__name__)
 
 Scores = Sequence[float | None]
-Labelled = tuple[Sequence[str], Sequence[int]]  # texts and their classes, 0 or 1
 
 
 @dataclass(frozen=True)
@@ -107,80 +94,6 @@ def classify(
     windows = [window for index, (pair, _) in enumerate(pairs) for window in _windows(2 * index, pair)]
     nll = nll_by_text(model, windows, 2 * len(texts), batch_size, adjust_logits, "classifying")
     return [_finite(negative - positive) for negative, positive in zip(nll[::2], nll[1::2], strict=True)]
-
-
-def train_head(
-    model: str,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Labelled,
-    validation: Labelled,
-    *,
-    epochs: int = 3,
-    learning_rate: float = 5e-5,
-    batch_size: int = 16,
-    max_length: int | None = None,
-    seed: int = 0,
-) -> PreTrainedModel:
-    """Trains a model with a classification head, and returns the epoch with the lowest validation loss.
-
-    Args:
-        model: folder or hub name of a causal language model.
-        tokenizer: the model's, with a pad token.
-        learning_rate: of AdamW; it decays linearly to 0.
-        max_length: tokens of a text, whose end is cut; the model's context by default.
-
-    Raises:
-        UserError: no such model can be loaded, or a class is not 0 or 1.
-    """
-    set_seed(seed)
-    network = _with_head(model, tokenizer)
-    max_length = max_length or context_length(network)
-    with TemporaryDirectory() as folder:
-        options = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            save_only_model=True,
-            save_total_limit=1,
-            load_best_model_at_end=True,
-            seed=seed,
-            disable_tqdm=True,
-            report_to="none",
-        )
-        trainer = Trainer(
-            network,
-            options,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            train_dataset=_examples(train, tokenizer, max_length),
-            eval_dataset=_examples(validation, tokenizer, max_length),
-        )
-        trainer.remove_callback(PrinterCallback)  # it prints every record as a dictionary
-        trainer.train()
-    return network.eval()
-
-
-@torch.inference_mode()
-def head_scores(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    batch_size: int = 8,
-    max_length: int | None = None,
-) -> list[float | None]:
-    """The positive class's logit − the negative's of a model of `train_head`, `None` where it is not finite."""
-    collate, scores = DataCollatorWithPadding(tokenizer), []
-    examples = _examples((texts, [0] * len(texts)), tokenizer, max_length or context_length(model))
-    starts = range(0, len(examples), batch_size)
-    for start in track(starts, "classifying", len(starts), unit="batches"):
-        batch = collate(examples[start : start + batch_size]).to(model.device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-        scores += (logits[:, 1] - logits[:, 0]).tolist()
-    return [_finite(score) for score in scores]
 
 
 # ---------------------------------------------------------------------- figures
@@ -313,26 +226,6 @@ def _windows(index: int, pair: list[list[int]]) -> list[Window]:
     differ = (place for place, (one, other) in enumerate(zip(*pair, strict=False)) if one != other)
     first = max(1, next(differ, min(map(len, pair))))
     return [Window(index + offset, ids, first) for offset, ids in enumerate(pair)]
-
-
-def _with_head(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    try:
-        network = AutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=2, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model}: cannot load the model with a classification head: {first_line(error)}") from error
-    network.config.pad_token_id = tokenizer.pad_token_id  # the head reads the last token before the padding
-    return network
-
-
-def _examples(labelled: Labelled, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[dict[str, Any]]:
-    texts, classes = labelled
-    _check_classes(classes, "the labels")
-    return [
-        {**tokenizer(text, truncation=max_length is not None, max_length=max_length), "labels": int(target)}
-        for text, target in zip(texts, classes, strict=True)
-    ]
 
 
 def _usable(scores: Scores, labels: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray, int]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.core.tokens import pad_right
 from bridle.data.readers import whole_text
-from bridle.errors import UserError
+from bridle.errors import UserError, prefixed
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import check_projection, project
 from bridle.models.loading import context_length
@@ -237,10 +237,8 @@ class ChatJudge:
     ):
         _template_pieces(template)
         self.name, self.model, self.template = name or model, model, template
-        try:
+        with prefixed(f"judge {model}: "):
             self.endpoint = Endpoint(f"{url.rstrip('/')}/chat/completions", api_key_env, **options)
-        except UserError as error:
-            raise UserError(f"judge {model}: {error}") from error
 
     def compare(self, items: Sequence[Comparison]) -> list[Verdict]:
         """One verdict for each comparison, in their order."""

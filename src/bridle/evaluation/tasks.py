@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, Result, estimate_proportion
 from bridle.evaluation.task_data import GROUPS, LoadedTask, expand, load_task
-from bridle.evaluation.utility import evaluating
 from bridle.models.guidance import NADOGuide
+from bridle.models.hidden import evaluation_mode
 from bridle.utils.progress import Progress
 from bridle.utils.quiet import only_errors
 
@@ -120,7 +120,8 @@ def evaluate_tasks(
         only_errors("lm_eval", "transformers.tokenization_utils_base"),
         open(os.devnull, "w") as nowhere,
         redirect_stderr(nowhere),
-        evaluating(model),
+        evaluation_mode(model),
+        torch.inference_mode(),
     ):
         loaded = [load_task(name, task_data, shots, limit) for name in names]
         lm = _Scorer(model, tokenizer, batch_size, guide, terminal)

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridle.core.tokens import pad_right
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, Result, estimate_ratio
+from bridle.models.hidden import evaluation_mode
 from bridle.models.loading import context_length
 from bridle.utils.progress import track
 
@@ -166,7 +166,7 @@ def nll_by_text(
     windows = sorted(windows, key=lambda window: -len(window.ids))
     batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     nll = [0.0] * texts
-    with evaluating(model):
+    with evaluation_mode(model), torch.inference_mode():
         for batch in track(batches, description, len(batches), unit="batches"):
             for window, value in zip(batch, _batch_nll(model, batch, adjust_logits).tolist(), strict=True):
                 nll[window.text] += value
@@ -188,18 +188,6 @@ def _window_nll(logits: Tensor, window: Window) -> Tensor:
     targets = torch.tensor(window.ids[window.first :], dtype=torch.long, device=logits.device)
     pieces = zip(logits[window.first - 1 : len(window.ids) - 1].split(rows), targets.split(rows), strict=True)
     return torch.stack([F.cross_entropy(some.float(), of, reduction="sum") for some, of in pieces]).double().sum()
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Puts a model into evaluation mode, without gradients, inside the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def window_length(model: PreTrainedModel, max_length: int | None) -> int:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from bridle.models.hidden import evaluation_mode
 from bridle.models.sharding import in_shards, is_sharded, local, reshard, shard_like, trainable, whole
 
 
@@ -33,16 +34,13 @@ class Anchor:
 
         A pending backward of the policy is not affected.
         """
-        training = self.model.training
-        self.model.eval()
-        with in_shards(self.model):
+        with evaluation_mode(self.model), in_shards(self.model):
             self._swap()
             try:
                 with torch.no_grad():
                     yield
             finally:
                 self._swap()
-                self.model.train(training)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The snapshot for a checkpoint, gathered from its shards on every process."""

@@ -7,7 +7,6 @@ of its own ("a separate network"), which reads tokens instead of those hidden st
 import os
 from copy import deepcopy
 from dataclasses import field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
 from bridle.models.loading import reason
-from bridle.models.sharding import in_shards, whole
+from bridle.models.sharding import digest, in_shards, whole
 
 FINGERPRINT = 256  # numbers of each parameter
 
@@ -154,13 +153,14 @@ def new_auxiliary(
 
 def fingerprint(model: nn.Module) -> str:
     """A short hash of some of a model's weights, the same in float32 and bfloat16; it tells which models an R fits."""
-    digest = blake2b(digest_size=8)
     with in_shards(model):
-        for name, parameter in model.named_parameters():
-            digest.update(name.replace("_checkpoint_wrapped_module.", "").encode())
-            some = whole(parameter.detach()).flatten()[:FINGERPRINT].to("cpu", torch.bfloat16)
-            digest.update(some.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        return digest(
+            (
+                name.replace("_checkpoint_wrapped_module.", ""),
+                whole(parameter.detach()).flatten()[:FINGERPRINT].to(torch.bfloat16),
+            )
+            for name, parameter in model.named_parameters()
+        )
 
 
 def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel:

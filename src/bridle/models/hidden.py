@@ -28,6 +28,17 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode inside the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 class HiddenStates:
     """Holds the last hidden states of the most recent forward: `last`, [batch, time, hidden]."""
 
@@ -137,11 +148,8 @@ def check_projection(model: torch.nn.Module) -> None:
     """
     lm = causal_lm(model)
     probe = torch.arange(1, 4, device=lm.device)[None] % lm.config.get_text_config().vocab_size
-    training = lm.training
-    lm.eval()
-    with capture_hidden_states(lm) as hidden:
+    with evaluation_mode(lm), capture_hidden_states(lm) as hidden:
         logits = lm(input_ids=probe, use_cache=False).logits.float()
-    lm.train(training)
     known = hidden.last is not None and torch.allclose(project(lm, hidden.last).float(), logits, rtol=1e-2, atol=1e-2)
     if not from_main(known):  # the other processes may have no weights yet
         raise UserError(

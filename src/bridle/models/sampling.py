@@ -26,7 +26,7 @@ from transformers import (
 from bridle.core.tokens import pad_left
 from bridle.errors import RunStopped, UserError
 from bridle.models.forward import mixed_precision
-from bridle.models.hidden import causal_lm, contiguous_states, last_positions
+from bridle.models.hidden import causal_lm, contiguous_states, evaluation_mode, last_positions
 from bridle.models.sharding import is_sharded
 from bridle.utils.distributed import gathered, turns
 from bridle.utils.oom import RowLimit
@@ -289,11 +289,10 @@ def _select_rows(cache: Any, rows: Tensor) -> Any:
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """Hides the model's own generation settings, which would fill in what ours leave open."""
-    lm, training = causal_lm(model), model.training
+    lm = causal_lm(model)
     own, lm.generation_config = lm.generation_config, GenerationConfig()
-    model.eval()  # gradient checkpointing would rule out the KV cache
     try:
-        yield
+        with evaluation_mode(model):  # gradient checkpointing would rule out the KV cache
+            yield
     finally:
         lm.generation_config = own
-        model.train(training)

@@ -4,7 +4,7 @@ FSDP2 replaces a model's parameters by `DTensor`s in place. A module's parameter
 of the last modules until the backward. All processes must call the functions that gather shards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
@@ -79,9 +79,14 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
 
 def weights_hash(model: nn.Module) -> str:
     """A short hash of the trainable weights: which model drew a sample."""
-    digest = blake2b(digest_size=8)
     with in_shards(model):
-        for name, parameter in trainable(model):
-            digest.update(name.encode())
-            digest.update(whole(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        return digest((name, whole(parameter.detach())) for name, parameter in trainable(model))
+
+
+def digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A short hash of tensors by name, [...] each."""
+    found = blake2b(digest_size=8)
+    for name, tensor in weights:
+        found.update(name.encode())
+        found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

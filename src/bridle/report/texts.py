@@ -3,13 +3,12 @@
 A text without a score is covered too.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score
+from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, spread
 
-T = TypeVar("T")
 Key = tuple[str, int]  # prompt set and index of the prompt
 
 SHOWN, MORE = 12, 36  # prompts shown at first, and on request
@@ -73,15 +72,9 @@ def samples(report: Report) -> tuple[list[Sample], list[Sample]]:
     """Evenly spaced prompts with all methods' completions: those shown at first, and those on request."""
     found = _first_of_each(report.completions)
     keys = list(dict.fromkeys(key for of_method in found.values() for key in of_method))
-    picked = [_sample(key, found) for key in evenly(keys, SHOWN + MORE)]
-    shown = evenly(picked, SHOWN)
+    picked = [_sample(key, found) for key in spread(keys, SHOWN + MORE)]
+    shown = spread(picked, SHOWN)
     return shown, [sample for sample in picked if sample not in shown]
-
-
-def evenly(items: Sequence[T], count: int) -> list[T]:
-    """Picks at most `count` evenly spaced items."""
-    count = min(count, len(items))
-    return [items[position * len(items) // count] for position in range(count)]
 
 
 def cover(outcomes: Iterable[str]) -> str:

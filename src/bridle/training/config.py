@@ -15,7 +15,7 @@ from bridle.constraints.function import PythonFunction
 from bridle.constraints.options import Probability
 from bridle.constraints.spec import RETENTION
 from bridle.data import DataSource
-from bridle.errors import UserError
+from bridle.errors import UserError, prefixed
 from bridle.training.options import check_needed, check_refused, in_one_line
 from bridle.utils.settings import check_fields, check_file_name, known_name
 from bridle.utils.variables import NO_VARIABLES
@@ -133,10 +133,8 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
         if name in found:
             raise UserError(f"regularisers: two are called '{name}'; give each a `name` of its own")
         check_file_name(name, f"regularisers.{name}")
-        try:
+        with prefixed(f"regularisers.{name}."):
             one.domains(corpus)
-        except UserError as error:
-            raise UserError(f"regularisers.{name}.{error}") from error
         found[name] = replace(one, name=name)
     return found
 

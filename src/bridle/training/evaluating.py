@@ -21,6 +21,7 @@ from scipy.stats import binomtest
 from bridle.constraints import Constraint
 from bridle.data import DOMAIN, DataSource, Prompt, prompts_from_domain, read_prompts
 from bridle.errors import UserError
+from bridle.models.hidden import evaluation_mode
 from bridle.models.loading import context_length, end_token_ids
 from bridle.models.sampling import sample
 from bridle.training.checkpointing import CheckpointedTrainer
@@ -128,14 +129,12 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates as `SFTTrainer` does; on the held-out rows of all domains also `eval_loss` and violation rates."""
-        training = self.model.training
-        with _undisturbed(self.model.device):
+        with evaluation_mode(self.model), _undisturbed(self.model.device):
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
             if eval_dataset is None and self.eval_options is not None:
                 record = {**self._mean_loss(metrics), **self._violations()}
                 self.log_apart(record)
                 metrics |= record
-        self.model.train(training)
         return metrics
 
     def _mean_loss(self, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from bridle.core.tokens import completion_positions, length_mask, pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.forward import policy_forward
-from bridle.models.hidden import causal_lm, project
+from bridle.models.hidden import causal_lm, evaluation_mode, project
 from bridle.models.sampling import Trace
 from bridle.models.sharding import is_sharded
 from bridle.utils.oom import RowLimit
@@ -139,12 +139,10 @@ def _hidden_states(
     unknown = torch.tensor([row for row in range(len(at)) if row not in known], dtype=torch.long)
     limit = RowLimit("reading the rollouts", can_cut=not is_sharded(model))
     batches = [unknown[start : start + ENCODE_BATCH] for start in range(0, len(unknown), ENCODE_BATCH)]
-    training = model.training
-    model.eval()
-    for batch in track(batches, limit.work, unit="batches"):
-        for rows, states in limit.run(read, batch):
-            hidden[rows] = states
-    model.train(training)
+    with evaluation_mode(model):
+        for batch in track(batches, limit.work, unit="batches"):
+            for rows, states in limit.run(read, batch):
+                hidden[rows] = states
     return hidden
 
 

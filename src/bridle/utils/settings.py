@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from bridle.errors import UserError
+from bridle.errors import UserError, prefixed
 from bridle.utils.files import read_text
 
 LONGEST_NAME = 200  # bytes of a name within a file name, which may have 255
@@ -44,10 +44,8 @@ def build(cls: type, options: Any, where: str) -> Any:
             raise UserError(f"{where}.{f.name}: is missing")
         if f.name in options:
             options[f.name] = validated(hints[f.name], options[f.name], f"{where}.{f.name}")
-    try:
+    with prefixed(f"{where}."):
         return cls(**options)
-    except UserError as error:
-        raise UserError(f"{where}.{error}") from error
 
 
 def validated(kind: Any, value: Any, where: str) -> Any:
