@@ -81,7 +81,8 @@ def rate_of(recipe: Recipe, options: argparse.Namespace) -> Rate:
     """Measures a model's violation rate on held-out prompts."""
     plan, tokenizer = evaluation_of(recipe), load_tokenizer(recipe.model)
     prompt_set, constraint = next(iter(plan.prompts.values())), next(iter(plan.constraints.values()))
-    held_out = read_prompts(prompt_set.source, tokenizer, prefix_tokens=prompt_set.prompt_tokens)
+    how = prompt_set.generation
+    held_out = read_prompts(prompt_set.source, tokenizer, prefix_tokens=how.prompt_tokens)
     prompts = [prompt.ids for prompt in held_out[: options.prompts]]
 
     def rate(model: PreTrainedModel) -> float:
@@ -90,9 +91,10 @@ def rate_of(recipe: Recipe, options: argparse.Namespace) -> Rate:
             tokenizer,
             prompts,
             samples=options.samples,
-            max_new_tokens=plan.max_new_tokens,
+            max_new_tokens=how.max_new_tokens,
             batch_size=plan.batch_size,
             seed=0,
+            decoding=how,
         )
         verdicts = [score.complies for score in constraint.score(None, [*chain.from_iterable(texts)])]
         known = [verdict for verdict in verdicts if verdict is not None]

@@ -71,6 +71,7 @@ def results() -> dict[str, Any]:
         "seeds": [0, 1],
         "main": {"prompt_set": "rude", "constraint": "non-rude", "held_out": "novels"},
         "settings": {"samples": 2, "max_new_tokens": 24, "batch_size": 16},
+        "prompt_sets": {"rude": {"path": "rude.jsonl", "prompt_tokens": 8, "samples": 2, "top_p": 0.9}},
         "methods": {name: method(name) for name in DESCRIPTIONS},
         "comparisons": comparisons(),
         "win_rate": win_rate(),

@@ -91,6 +91,48 @@ class TestWholeRuns:
         assert streamed[1].strip() == drawn[1].strip()
         assert bridle(*ask, "--temperature", "5")[1] not in (drawn[1], greedy[1])
 
+    def test_a_known_set_is_decoded_by_its_protocol(self, bridle, tiny_folder, corpus_files, tmp_path, monkeypatch):
+        model, data = tiny_folder(), tmp_path / "data"
+        data.mkdir()
+        shutil.copy(corpus_files["rude"], data / "toxigen.jsonl")
+        monkeypatch.setenv("BRIDLE_SHARED", str(tmp_path))
+
+        def figures_of(*options):
+            code, out, err = bridle(
+                *("evaluate", model, "--prompts", "toxigen-llama2,rows=:3", "--constraint", "regex:e", *options),
+                *("--json", tmp_path / "results.json", "--completions", tmp_path / "said.jsonl", *SHORT),
+            )
+            assert code == 0, err
+            (found,) = json.loads((tmp_path / "results.json").read_text())["prompt_sets"].values()
+            said = [json.loads(line)["completion"] for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+            return found, said, out
+
+        found, said, out = figures_of()
+        assert "whole rows, 1 completion of at most 8 tokens, temperature 0.1, top-p 0.9" in out
+        assert {"temperature": 0.1, "top_p": 0.9, "samples": 1, "max_new_tokens": 8}.items() <= found.items()
+        code, _, err = bridle(
+            *(
+                "generate",
+                model,
+                "--prompts",
+                f"{data / 'toxigen.jsonl'},rows=:3",
+                "--temperature",
+                0.1,
+                "--top_p",
+                0.9,
+            ),
+            *("--output", tmp_path / "text.jsonl", *SHORT),
+        )
+        assert code == 0, err
+        by_hand = (tmp_path / "text.jsonl").read_text()
+        assert [json.loads(line)["completion"] for line in by_hand.splitlines()] == said
+        named = ("generate", model, "--prompts", "toxigen-llama2,rows=:3", "--output", tmp_path / "text.jsonl", *SHORT)
+        assert bridle(*named)[0] == 0
+        assert (tmp_path / "text.jsonl").read_text() == by_hand
+        found, said, _ = figures_of("--temperature", 1, "--samples", 2)
+        assert {"temperature": 1, "top_p": 0.9, "samples": 2}.items() <= found.items()
+        assert len(said) == 6
+
     def test_an_adapter_is_trained_saved_and_used(self, bridle, recipe, tmp_path):
         folder = tmp_path / "run"
         changes = {"lora": {"r": 2}, "regularisers": {"rude": {"constraint": "no e", "anchor": "previous"}}}

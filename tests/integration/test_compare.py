@@ -169,6 +169,12 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     assert made == set()
     assert err.count("measuring") == 4
     assert results_of(folder)["methods"]["base"]["figures"]["violation"]["rude"]["no p"]["n"] == 6 * 3
+    made, err = made_after("--evaluation.prompts.rude.top_p", 0.5)
+    assert (made, err.count("measuring")) == (set(), 4)
+    decoding = {"samples": 3, "temperature": 1.0, "top_p": 0.5}
+    assert decoding.items() <= results_of(folder)["prompt_sets"]["rude"].items()
+    assert decoding.items() <= results_of(folder / "sft/seed-0")["prompt_sets"]["rude"].items()
+    assert "rude: first 2 tokens of each row, 3 completions of at most" in (folder / "report.html").read_text()
 
 
 def test_a_method_whose_model_another_needs_fails_once_and_says_why(bridle, comparison, tmp_path, monkeypatch):
@@ -206,7 +212,7 @@ def test_the_documented_method_and_section(bridle, comparison, tmp_path, plugged
         **yaml.safe_load(section),
     }
     plan = evaluation_of(build_recipe(mapping))
-    assert list(plan.prompts) == ["forum", "realtoxicityprompts"]
+    assert list(plan.prompts) == ["forum", "realtoxicityprompts", "cold"]
     assert plan.judge.prompts == 200
     assert plan.classification.test.rows == "90%:"
 

@@ -108,11 +108,13 @@ def test_detoxification(compare, name, tmp_path):
     figures = figures_of(results)
     assert set(METHODS) <= set(figures)
     for method, found in figures.items():
-        assert set(found["violation"]) == {"toxigen", "realtoxicityprompts"}
-        assert 0 <= found["violation"]["toxigen"]["non-toxic"]["value"] <= 1
+        assert set(found["violation"]) == {"toxigen-llama2", "toxigen", "realtoxicityprompts"}
+        assert 0 <= found["violation"]["toxigen-llama2"]["non-toxic"]["value"] <= 1
         assert found["perplexity"]["wikitext"]["value"] > 1
         assert set(found["tasks"]) == {"mmlu", "commonsense-4", "boolq", "piqa", "hellaswag", "winogrande"}, method
     assert results["win_rate"]["pairs"] == 3
+    protocol = {"prompt_tokens": None, "samples": 1, "max_new_tokens": 32, "temperature": 0.1, "top_p": 0.9}
+    assert protocol.items() <= results["prompt_sets"]["toxigen-llama2"].items()
     for method in ("filtration", "constrained-adaptive"):
         adapter = json.loads((tmp_path / "out" / method / "seed-0" / "model" / "adapter_config.json").read_text())
         assert adapter["r"] == 16

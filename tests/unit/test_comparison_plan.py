@@ -1,10 +1,14 @@
 """A recipe's section `evaluation`: what it becomes, and how mistakes are reported."""
 
+from dataclasses import replace
+
 import pytest
 
 from bridle.comparison.cell import one_regulariser
 from bridle.comparison.plan import evaluation_of
+from bridle.data import DataSource
 from bridle.errors import UserError
+from bridle.evaluation.prompt_sets import GenerationOptions, prompt_set
 from bridle.recipes.recipe import build_recipe
 
 RECIPE = {
@@ -32,15 +36,34 @@ def plan(evaluation=EVALUATION, **changes):
 
 def test_a_section_as_people_write_it():
     made = plan()
-    assert made.prompts["forum"].prompt_tokens == 8
+    assert made.prompts["forum"].generation == GenerationOptions(prompt_tokens=8, max_new_tokens=7), "the recipe's own"
     assert made.prompts["forum"].source.rows == "90%:"
-    assert made.prompts["toxigen"].prompt_tokens == 8, "a known set"
+    assert made.prompts["toxigen"].generation.prompt_tokens == 8, "a known set"
     assert made.prompts["toxigen"].source.rows == "0:10"
     assert made.perplexity["wiki"].where == {"label": 0}
-    assert made.max_new_tokens == 7, "the recipe's own"
     assert list(made.constraints) == ["polite", "independent"], "the one that is trained on first"
     assert made.main == {"prompt_set": "forum", "constraint": "polite", "held_out": "wiki"}
     assert made.judge.prompts == 5
+
+
+def test_each_set_has_its_own_decoding():
+    """What a set says goes before its protocol, the protocol before the section, the section before the recipe."""
+    sets = {
+        "forum": {"path": "forum.jsonl"},
+        "toxigen-llama2": {"path": "statements.jsonl", "rows": "0:10", "where": {"label": 1}},
+        "longer": {"set": "toxigen-llama2", "path": "statements.jsonl", "max_new_tokens": 64},
+        "greedy": {"set": "toxigen", "prompt_tokens": None, "greedy": True},
+    }
+    made = plan({"prompts": sets, "samples": 2, "temperature": 0.7}).prompts
+    llama2 = GenerationOptions(0.1, 0.9, samples=1)
+    assert {name: found.generation for name, found in made.items()} == {
+        "forum": GenerationOptions(0.7, samples=2, max_new_tokens=7),
+        "toxigen-llama2": llama2,
+        "longer": replace(llama2, max_new_tokens=64),
+        "greedy": GenerationOptions(greedy=True, samples=1, max_new_tokens=7),
+    }
+    assert made["toxigen-llama2"].source == DataSource("statements.jsonl", rows="0:10", where={"label": 1})
+    assert made["greedy"].source == prompt_set("toxigen").source
 
 
 @pytest.mark.parametrize(
@@ -48,7 +71,7 @@ def test_a_section_as_people_write_it():
     [
         (
             {"prompts": {"forum": {"path": "f.jsonl", "prompt_token": 8}}},
-            "evaluation.prompts.forum.prompt_token: .*prompt",
+            "evaluation.prompts.forum.*prompt_token.*did you mean prompt",
         ),
         (
             {"prompts": {"forum": {"path": "f.jsonl", "prompt_tokens": "few"}}},

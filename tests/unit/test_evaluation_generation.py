@@ -21,8 +21,9 @@ from bridle.evaluation.generation import (
     score_completions,
 )
 from bridle.evaluation.observations import Observations
-from bridle.evaluation.prompt_sets import PromptSet
+from bridle.evaluation.prompt_sets import GenerationOptions, PromptSet
 from bridle.evaluation.statistics import Estimate, compare_methods, wilson_interval
+from bridle.models.sampling import Decoding
 
 WORDS = ["<s>", "</s>", "oak", "door", "kettle", "lantern", "grumblefish", "sings"]
 
@@ -72,13 +73,46 @@ def test_prompts_are_scored_once_each_and_kept_beside_their_completions(tiny_mod
     path, constraint = tmp_path / "prompts.jsonl", Counting()
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("an oak", "a door", "why ?")))
     evaluator = Evaluator(tiny_model("gpt2", vocab_size=len(tiny_tokenizer)), tiny_tokenizer)
-    sets = [PromptSet("trees", DataSource(str(path)))]
-    evaluator.generation(sets, {"oaks": constraint}, samples=3, max_new_tokens=2)
+    sets = [PromptSet("trees", DataSource(str(path)), GenerationOptions(samples=3, max_new_tokens=2))]
+    evaluator.generation(sets, {"oaks": constraint})
     assert [len(texts) for texts in constraint.asked] == [9, 3]
     evaluator.observations.write(tmp_path)
     rows = Observations.read(tmp_path).completions
     assert [row["prompt_scores"]["oaks"]["value"] for row in rows] == [1.0] * 3 + [0.0] * 3 + [None] * 3
     assert rows[-1]["prompt_scores"]["oaks"]["reason"] == "unreadable"
+
+
+def test_each_set_is_decoded_as_it_says(model, tokenizer, tmp_path):
+    """Guided or not, and whatever sets are completed beside it."""
+
+    class Tilted:
+        """Makes "oak" likelier."""
+
+        def processors(self, attention_mask):
+            return LogitsProcessorList([lambda input_ids, scores: scores + 2.0 * torch.eye(scores.shape[-1])[2]])
+
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("oak door kettle", "lantern sings")))
+    options = {
+        "drawn": GenerationOptions(samples=3, max_new_tokens=5),
+        "cold": GenerationOptions(0.5, 0.8, samples=2, max_new_tokens=6, prompt_tokens=1),
+        "greedy": GenerationOptions(greedy=True, samples=1, max_new_tokens=4),
+    }
+    ids = {"drawn": [[2, 3, 4], [5, 7]], "cold": [[2], [5]], "greedy": [[2, 3, 4], [5, 7]]}
+    for guide in (None, Tilted()):
+        evaluator = Evaluator(model, tokenizer, guide)
+        sets = [PromptSet(name, DataSource(str(path)), how) for name, how in options.items()]
+        evaluator.generation(sets, {"anything": Anything()})
+        found = {name: [] for name in options}
+        for row in evaluator.observations.completions:
+            found[row["prompt_set"]].append(row["completion"])
+        for name, how in options.items():
+            chosen = {"samples": how.samples, "max_new_tokens": how.max_new_tokens, "batch_size": 256, "guide": guide}
+            alone = draw(
+                model, tokenizer, ids[name], decoding=Decoding(how.temperature, how.top_p, how.greedy), **chosen
+            )
+            assert found[name] == [text for of_prompt in alone for text in of_prompt]
+    assert len({tuple(texts[:1]) for texts in found.values()}) > 1
 
 
 def test_several_samples_a_prompt_by_hand():

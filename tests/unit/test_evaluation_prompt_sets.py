@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from bridle.data import DataSource, read_prompts
 from bridle.errors import UserError
-from bridle.evaluation.prompt_sets import KNOWN, PromptSet, prompt_set
+from bridle.evaluation.prompt_sets import KNOWN, GenerationOptions, PromptSet, combined, prompt_set
 
 STATEMENT = "the old lighthouse keeper counted ships until the fog came in over the roofs"
 
@@ -29,12 +29,13 @@ def data_dir(tmp_path):
 
 
 def prompts(found, tokenizer):
-    return read_prompts(found.source, tokenizer, prefix_tokens=found.prompt_tokens)
+    return read_prompts(found.source, tokenizer, prefix_tokens=found.generation.prompt_tokens)
 
 
 def test_a_known_set_is_read_from_the_data_folder(data_dir, tiny_tokenizer):
     toxigen = prompt_set("toxigen", data_dir=data_dir)
-    assert toxigen == PromptSet("toxigen", DataSource(str(data_dir / "toxigen.jsonl"), text="text"), prompt_tokens=8)
+    source = DataSource(str(data_dir / "toxigen.jsonl"), text="text")
+    assert toxigen == PromptSet("toxigen", source, GenerationOptions(prompt_tokens=8))
     read = prompts(toxigen, tiny_tokenizer)
     assert len(read) == 10
     assert {len(prompt.ids) for prompt in read} == {1 + 8}  # the beginning-of-text token, which is not counted
@@ -95,7 +96,38 @@ def test_a_description_is_json_and_says_what_decides_the_prompts(data_dir):
         "where": {"label": 1},
         "text": "text",
         "prompt_tokens": 8,
+        "samples": 4,
+        "max_new_tokens": 32,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "greedy": False,
     }
+
+
+def test_the_protocol_of_the_llama_2_report(data_dir, tiny_tokenizer):
+    found = prompt_set("toxigen-llama2,rows=:2", data_dir=data_dir)
+    assert [prompt.text for prompt in prompts(found, tiny_tokenizer)] == [f"{STATEMENT} 0", f"{STATEMENT} 1"]
+    assert found.generation == GenerationOptions(temperature=0.1, top_p=0.9, samples=1, max_new_tokens=32)
+    assert str(found.generation) == "whole rows, 1 completion of at most 32 tokens, temperature 0.1, top-p 0.9"
+
+
+def test_a_sets_protocol_overrides_defaults_and_is_overridden_by_options(data_dir):
+    given = {"data_dir": data_dir, "defaults": {"samples": 3, "prompt_tokens": 5, "temperature": 2.0}}
+    assert prompt_set("toxigen-llama2", **given).generation == prompt_set("toxigen-llama2").generation
+    assert prompt_set("toxigen", **given).generation == GenerationOptions(2.0, prompt_tokens=8, samples=3)
+    changed = prompt_set("toxigen-llama2", top_p=0.5, samples=2, prompt_tokens=4).generation
+    assert str(changed) == "first 4 tokens of each row, 2 completions of at most 32 tokens, temperature 0.1, top-p 0.5"
+    greedy = prompt_set("toxigen-llama2", greedy=True).generation
+    assert str(greedy) == "whole rows, 1 completion of at most 32 tokens, greedy"
+
+
+def test_greedy_and_drawing_override_each_other():
+    cold = {"temperature": 0.1, "top_p": 0.9, "samples": 3}
+    assert combined(cold, {"greedy": True}) == {"greedy": True, "samples": 1}
+    assert combined({"greedy": True}, {"top_p": 0.9}) == {"samples": 1, "top_p": 0.9}
+    assert combined(cold, {"samples": 2}) == cold | {"samples": 2}
+    with pytest.raises(UserError, match=r"^greedy: has one completion for each prompt; leave samples out"):
+        GenerationOptions(**combined({"greedy": True}, {"samples": 2}))
 
 
 def test_a_file_that_the_folder_lacks_is_named(tmp_path):
@@ -106,7 +138,7 @@ def test_a_file_that_the_folder_lacks_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["toxigenn", "prompts.jsonl", "novels"])
 def test_an_unknown_name_lists_the_known_ones(name):
     with pytest.raises(
-        UserError, match=f"^{name}: no such file, and .* known are toxigen, realtoxicityprompts"
+        UserError, match=f"^{name}: no such file, and .* known are toxigen, toxigen-llama2, realtoxicityprompts"
     ) as found:
         prompt_set(name)
     assert str(found.value).endswith("did you mean 'toxigen'?") == (name == "toxigenn")

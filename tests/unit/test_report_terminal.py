@@ -47,6 +47,11 @@ def test_the_overview_has_every_method_with_its_marks(text):
     assert "* best; ~ no difference from it shown" in text
 
 
+def test_the_overview_says_how_prompts_were_completed(text):
+    note = "rude: first 8 tokens of each row, 2 completions of at most 32 tokens, temperature 1, top-p 0.9."
+    assert note in " ".join(text.split())
+
+
 def test_intervals_and_missing_observations_stand_below_their_value(text):
     found = rows(text, "Mean over seeds, ± standard deviation, 95% interval")
     assert found[1] == ["18.9 to 23.9", "5.9 to 8.3", "24.7 to 27.7", "75.1 to 76.9", "55.5 to 57.1"]

@@ -2,8 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,6 @@ import typer
 from bridle.errors import UserError, plain
 
 if TYPE_CHECKING:
-    from bridle.evaluation import PromptSet
     from bridle.recipes.recipe import Recipe
 
 RECIPE_KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -30,8 +28,20 @@ PromptTokens = Annotated[
     int | None,
     typer.Option("--prompt_tokens", min=1, help="Take only the first so many tokens of each row as the prompt."),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Tokens at which a completion is cut.")]
-Samples = Annotated[int, typer.Option(min=1, help="K: completions drawn for each prompt.")]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="K: completions drawn for each prompt. [default: the set's, or 1]")
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="Divides the log-probabilities, after guidance. [default: the set's, or 1]"),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top_p", help="Draw from the likeliest tokens that have this probability together. [default: the set's, or 1]"
+    ),
+]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of drawing one.")]
 BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Rows in one forward.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed draws the same text.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; the GPU where there is one.")]
@@ -97,9 +107,6 @@ def load_constraints(specs: Iterable[str]) -> dict[str, Any]:
     return constraints
 
 
-def prompt_sets(names: Sequence[str], tokens: int | None, data_dir: Path | None = None) -> "dict[str, PromptSet]":
-    """Prompt sets by name; a prompt is the first `tokens` of a row, or as the set says."""
-    from bridle.evaluation import prompt_set
-
-    sets = {name: prompt_set(name, data_dir=data_dir) for name in names}
-    return {name: replace(one, prompt_tokens=tokens or one.prompt_tokens) for name, one in sets.items()}
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given on the command line."""
+    return {name: value for name, value in options.items() if value is not None and value is not False}

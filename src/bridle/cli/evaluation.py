@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from bridle.cli import common
-from bridle.cli.common import load_constraints, prompt_sets, quiet_libraries, refuse, say
+from bridle.cli.common import load_constraints, quiet_libraries, refuse, say
 from bridle.errors import UserError
 
 app = typer.Typer()
@@ -15,7 +15,8 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE|NAME",
-        help="Prompts to complete: a file, toxigen, or realtoxicityprompts; several times for several sets. "
+        help="Prompts to complete: a file, or toxigen, toxigen-llama2 or realtoxicityprompts; several times for "
+        "several sets. "
         "FILE,rows=90%:,label=1 takes some of the rows.",
     ),
 ]
@@ -55,6 +56,10 @@ Base = Annotated[
 PromptData = Annotated[
     Path | None, typer.Option("--prompt_data", metavar="DIR", help="Where named prompt sets lie as local files.")
 ]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option("--max_new_tokens", min=1, help="Tokens at which a completion is cut. [default: the set's, or 32]"),
+]
 Completions = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write what was drawn here, a JSON line each, with scores.")
 ]
@@ -69,7 +74,7 @@ def evaluate(
     prompts: Prompts = None,
     constraint: Constraints = None,
     guide: common.Guide = None,
-    samples: common.Samples = 1,
+    samples: common.Samples = None,
     perplexity: HeldOut = None,
     tasks: Tasks = None,
     task_data: TaskData = None,
@@ -82,7 +87,10 @@ def evaluate(
     completions: Completions = None,
     json_file: common.JsonFile = None,
     prompt_tokens: common.PromptTokens = None,
-    max_new_tokens: common.MaxNewTokens = 32,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: common.Temperature = None,
+    top_p: common.TopP = None,
+    greedy: common.Greedy = False,
     batch_size: common.BatchSize = 64,
     guidance_scale: common.GuidanceScale = 1.0,
     seed: common.Seed = 0,
@@ -95,28 +103,28 @@ def evaluate(
     """
     from bridle.comparison.plan import Evaluation
     from bridle.data import DataSource
+    from bridle.evaluation import prompt_set
     from bridle.utils.files import check_output
 
+    how = common.given(prompt_tokens=prompt_tokens, samples=samples, max_new_tokens=max_new_tokens)
+    how |= common.given(temperature=temperature, top_p=top_p, greedy=greedy)
     measured = prompts or perplexity or tasks or classify
     refuse(
         (bool(prompts) != bool(constraint), "--prompts and --constraint go together: texts are drawn, then scored"),
         (completions and not prompts, "--completions keeps the completions of --prompts; give both"),
+        (how and not prompts, f"--{next(iter(how), '')} says how --prompts are completed; give both"),
         (guide is None and guidance_scale != 1, common.SCALE_WITHOUT_GUIDE),
         (bool(classify) != bool(validation), "--classify and --validation go together: one chooses the threshold"),
         (not measured, "nothing to measure: give --prompts with --constraint, --perplexity, --tasks or --classify"),
     )
     check_output(json_file, completions)
+    benchmarks = common.given(tasks=tasks and tasks.split(","), task_data=task_data, limit=limit, shots=shots)
     plan = Evaluation(
-        prompts=prompt_sets(prompts or [], prompt_tokens, prompt_data),
+        prompts={one: prompt_set(one, data_dir=prompt_data, defaults={"samples": 1}, **how) for one in prompts or []},
         constraints=load_constraints(constraint or []),
         perplexity={name: DataSource.parse(name) for name in perplexity or []},
-        samples=samples,
-        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        tasks=tasks.split(",") if tasks else [],
-        task_data=task_data,
-        limit=limit,
-        shots=shots,
+        **benchmarks,
         **_classification(classify, validation),
     )
     guidance = {"guide": guide, "guidance_scale": guidance_scale}

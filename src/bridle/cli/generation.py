@@ -7,19 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from bridle.cli import common
-from bridle.cli.common import prompt_sets, quiet_libraries, refuse, say
+from bridle.cli.common import quiet_libraries, refuse, say
 
 app = typer.Typer()
 
 Prompts = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Prompts: JSONL, CSV, Parquet, or one a line in a .txt.")
+    str | None, typer.Option(metavar="FILE", help="Prompts: JSONL, CSV, Parquet, one a line in a .txt, or a known set.")
 ]
 Output = Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON lines here instead of printing.")]
-Temperature = Annotated[float, typer.Option(help="Divides the log-probabilities, after guidance; 1 is the model.")]
-TopP = Annotated[
-    float, typer.Option("--top_p", help="Draw from the likeliest tokens that have this probability together.")
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option("--max_new_tokens", min=1, help="Tokens at which a completion is cut. [default: the set's, or 64]"),
 ]
-Greedy = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of drawing one.")]
 Stream = Annotated[bool, typer.Option("--stream", help="Print the text of --prompt as it is drawn.")]
 
 
@@ -31,11 +30,11 @@ def generate(
     guide: common.Guide = None,
     output: Output = None,
     prompt_tokens: common.PromptTokens = None,
-    samples: common.Samples = 1,
-    max_new_tokens: common.MaxNewTokens = 64,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    greedy: Greedy = False,
+    samples: common.Samples = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: common.Temperature = None,
+    top_p: common.TopP = None,
+    greedy: common.Greedy = False,
     stream: Stream = False,
     batch_size: common.BatchSize = 64,
     guidance_scale: common.GuidanceScale = 1.0,
@@ -44,36 +43,34 @@ def generate(
     dtype: common.Dtype = "float32",
 ) -> None:
     """Draw text from a model, guided or not: by default at temperature 1, from its whole distribution."""
-    from bridle.evaluation import Evaluator
+    from bridle.evaluation import Evaluator, prompt_set
+    from bridle.evaluation.prompt_sets import GenerationOptions, combined
     from bridle.models.guidance import guided
     from bridle.models.loading import load_for_inference
-    from bridle.models.sampling import Decoding
     from bridle.utils.files import check_output
 
     refuse(
         ((prompts is None) == (prompt is None), "give either --prompts FILE or --prompt TEXT"),
         (prompt is not None and prompt_tokens, "--prompt_tokens is for --prompts; cut the --prompt yourself"),
         (guide is None and guidance_scale != 1, common.SCALE_WITHOUT_GUIDE),
-        (greedy and samples > 1, "--greedy has one completion for each prompt; leave out --samples"),
         (
-            stream and (prompt is None or output or samples > 1),
+            stream and (prompt is None or output or (samples or 1) > 1),
             "--stream is for one --prompt, not --samples or --output",
         ),
     )
     check_output(output)
-    options: dict[str, Any] = {"decoding": Decoding(temperature, top_p, greedy)}
+    defaults = {"samples": 1, "max_new_tokens": 64}
+    options = common.given(prompt_tokens=prompt_tokens, samples=samples, max_new_tokens=max_new_tokens)
+    options |= common.given(temperature=temperature, top_p=top_p, greedy=greedy)
+    asked_of = prompt_set(prompts, defaults=defaults, **options) if prompts is not None else None
+    how = asked_of.generation if asked_of else GenerationOptions(**combined(defaults, options))
     quiet_libraries()
     lm, tokenizer = load_for_inference(model, dtype, device)
     with guided(lm, guide, guidance_scale) as guidance:
         evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed)
-        if prompts is not None:
-            asked = evaluator.read(prompt_sets([prompts], prompt_tokens)[prompts], max_new_tokens)
-        else:
-            asked = [evaluator.prompt(prompt or "", max_new_tokens)]
+        asked = evaluator.read(asked_of) if asked_of else [evaluator.prompt(prompt or "", how.max_new_tokens)]
         streamer = _streamer(tokenizer, asked[0].ids) if stream else None
-        if streamer is not None:
-            options["on_token"] = streamer.put
-        drawn = evaluator.draw([one.ids for one in asked], samples=samples, max_new_tokens=max_new_tokens, **options)
+        drawn = evaluator.draw([one.ids for one in asked], how, streamer.put if streamer is not None else None)
     if streamer is not None:
         streamer.end()
         return

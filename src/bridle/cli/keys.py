@@ -29,6 +29,10 @@ TRAINING = {
 }
 COMPARISON = {
     "What is measured": ("evaluation.", ["comparison/plan.py:Evaluation"]),
+    "How prompts are completed, of all sets or one (evaluation.prompts.NAME)": (
+        "evaluation.",
+        ["models/sampling.py:Decoding", "evaluation/prompt_sets.py:GenerationOptions"],
+    ),
     "Classification": ("evaluation.classification.", ["comparison/plan.py:ClassificationOptions"]),
     "Judge": ("evaluation.judge.", ["comparison/plan.py:JudgeOptions"]),
     "Reinforcement learning": ("methods.rl.", ["baselines/reinforcement.py:ReinforcementOptions"]),

@@ -249,6 +249,7 @@ class Comparison:
             "seeds": list(self.seeds),
             "main": self.plan.main,
             "settings": {**self.recipe.resolved["evaluation"], "reads": reads},
+            "prompt_sets": {name: prompts.describe() for name, prompts in self.plan.prompts.items()},
             "methods": {
                 name: {
                     "description": description(name),

@@ -40,19 +40,13 @@ def measure(
         "format": FORMAT,
         "model": model,
         "guide": guide,
-        "settings": {"samples": plan.samples, "max_new_tokens": plan.max_new_tokens, "guidance_scale": guidance_scale},
+        "settings": {"guidance_scale": guidance_scale},
         "prompt_sets": {name: prompts.describe() for name, prompts in plan.prompts.items()},
         "constraints": {name: constraint.describe() for name, constraint in plan.constraints.items()},
     }
     with guided(lm, guide, guidance_scale) as guidance:
         evaluator = Evaluator(lm, tokenizer, guidance, plan.batch_size, seed, show)
-        results |= evaluator.generation(
-            list(plan.prompts.values()),
-            plan.constraints,
-            samples=plan.samples,
-            max_new_tokens=plan.max_new_tokens,
-            base=base_model,
-        )
+        results |= evaluator.generation(list(plan.prompts.values()), plan.constraints, base=base_model)
         results["perplexity"] = evaluator.perplexity(held_out)
         if plan.classification and plan.label:
             rows = plan.classification.test, plan.classification.validation

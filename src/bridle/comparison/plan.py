@@ -3,7 +3,7 @@
     evaluation:
       prompts:
         toxigen: {path: toxigen.jsonl, rows: "90%:", prompt_tokens: 8}
-        realtoxicityprompts: {}            # a known set, by its name
+        toxigen-llama2: {}                 # a known set, by its name, decoded as its protocol says
       samples: 4
       perplexity:
         wikitext: {path: wikitext.jsonl, rows: "90%:"}
@@ -13,7 +13,8 @@ The first prompt set, constraint and held-out text summarise a comparison.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bridle.data import DataSource, VerbalisedLabel
 from bridle.errors import UserError
 from bridle.evaluation import ChatJudge, LocalJudge, PromptSet, prompt_set
 from bridle.evaluation.judges import Judge
+from bridle.evaluation.prompt_sets import GENERATION, KNOWN, GenerationOptions, combined
 from bridle.models.loading import load_for_inference
 from bridle.recipes.recipe import Recipe
 from bridle.utils.settings import as_mapping, as_named, build, check_keys, known_name, validated
@@ -79,11 +81,9 @@ class Evaluation:
     """What every method is measured on.
 
     Attributes:
-        prompts: sets that are completed, by name.
+        prompts: sets that are completed, by name, each with its own `GenerationOptions`.
         constraints: by name; all of the recipe's, those it trains on first.
         perplexity: held-out texts, by name.
-        samples: completions a prompt.
-        max_new_tokens: at which a completion is cut; the recipe's own if not given.
         batch_size: rows in one forward.
         tasks: lm-eval tasks: mmlu, commonsense-4, commonsense-8, or one of its eight.
         task_data: folder of NAME.SPLIT.jsonl files; None reads them from the hub.
@@ -97,8 +97,6 @@ class Evaluation:
     prompts: dict[str, PromptSet]
     constraints: dict[str, Constraint]
     perplexity: dict[str, DataSource] = field(default_factory=dict)
-    samples: PositiveInt = 4
-    max_new_tokens: PositiveInt = 32
     batch_size: PositiveInt = 64
     tasks: list[str] = field(default_factory=list)
     task_data: Path | None = None
@@ -145,7 +143,7 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
     """
     given = dict(recipe.evaluation)
     known = {f.name for f in fields(Evaluation)} - {"constraints", "label"}
-    check_keys(given, known, "evaluation")
+    check_keys(given, [*known, *GENERATION], "evaluation")
     if not given.get("prompts"):
         raise UserError("evaluation.prompts: is missing; a comparison needs prompts to complete, by name")
     if not recipe.constraints:
@@ -153,11 +151,13 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
     if int(recipe.training.get("max_steps", 0)) < 1:
         raise UserError("max_steps: is missing; a comparison needs it, so that all methods get as many updates")
     given = {key: value for key, value in given.items() if value is not None}
-    given["prompts"] = _named(given["prompts"], "evaluation.prompts", _prompt_set)
+    for_all = {key: given.pop(key) for key in GENERATION if key in given}
+    build(GenerationOptions, combined(for_all), "evaluation")  # a mistake here is not one of a set
+    defaults = combined({key: recipe.training[key] for key in ("max_new_tokens",) if key in recipe.training}, for_all)
+    given["prompts"] = _named(given["prompts"], "evaluation.prompts", partial(_prompt_set, defaults))
     given["perplexity"] = _named(given.get("perplexity"), "evaluation.perplexity", _source)
     for key in given.keys() - {"prompts", "perplexity"}:
         given[key] = validated(Evaluation.__annotations__[key], given[key], f"evaluation.{key}")
-    given.setdefault("max_new_tokens", recipe.training.get("max_new_tokens", Evaluation.max_new_tokens))
     return Evaluation(**given, constraints=_trained_on_first(recipe), label=_label(recipe, given.get("classification")))
 
 
@@ -169,13 +169,19 @@ def _source(name: str, options: Any, where: str) -> DataSource:
     return build(DataSource, options, where)  # type: ignore[no-any-return]
 
 
-def _prompt_set(name: str, options: Any, where: str) -> PromptSet:
+def _prompt_set(defaults: Mapping[str, Any], name: str, options: Any, where: str) -> PromptSet:
+    """A set of its own rows, or of those of the known set that `set`, or else its name, names."""
     options = dict(as_mapping(options, where))
-    if "path" not in options:  # a known set, whose rows can be chosen
-        known = prompt_set(",".join([name, *(f"{key}={value}" for key, value in options.items())]))
-        return PromptSet(name, known.source, known.prompt_tokens)
-    tokens = validated(int | None, options.pop("prompt_tokens", None), f"{where}.prompt_tokens")
-    return PromptSet(name, _source(name, options, where), tokens)
+    if "set" in options:
+        known_name(options["set"], KNOWN, f"{where}.set", "prompt set")
+    known = options.pop("set", name)
+    own = {key: options.pop(key) for key in GENERATION if key in options}
+    if "path" not in options:
+        described = {key: value for key, value in asdict(prompt_set(known).source).items() if value is not None}
+        options = described | options
+    protocol = KNOWN[known][-1] if known in KNOWN else {}
+    generation = build(GenerationOptions, combined(defaults, protocol, own), where)
+    return PromptSet(name, _source(name, options, where), generation)
 
 
 def _trained_on_first(recipe: Recipe) -> dict[str, Constraint]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint
@@ -14,7 +15,7 @@ from bridle.data.readers import whole_text
 from bridle.errors import UserError
 from bridle.evaluation.generation import evaluate_constraints, generate_completions, output_perplexity
 from bridle.evaluation.observations import Observations
-from bridle.evaluation.prompt_sets import PromptSet
+from bridle.evaluation.prompt_sets import GenerationOptions, PromptSet
 from bridle.evaluation.results import generation_parts
 from bridle.evaluation.tasks import evaluate_tasks
 from bridle.evaluation.utility import Perplexity, likelihoods
@@ -49,23 +50,21 @@ class Evaluator:
         sets: Sequence[PromptSet],
         constraints: Mapping[str, Constraint],
         *,
-        samples: int,
-        max_new_tokens: int,
         base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
     ) -> dict[str, Any]:
         """The parts `generation` and `text` of the results.
 
         Args:
-            sets: prompts to complete.
+            sets: prompts to complete, each as its `generation` says.
             constraints: by name; each scores the same completions.
-            samples: completions per prompt.
             base: model and tokenizer that measure the perplexity of the completions.
         """
         found, fluency = {}, {}
         for prompts in sets:
-            read = self.read(prompts, max_new_tokens)
+            self.show(f"{prompts.name}: {prompts.generation}")
+            read = self.read(prompts)
             ids = [prompt.ids for prompt in read]
-            drawn = self.draw(ids, samples=samples, max_new_tokens=max_new_tokens)
+            drawn = self.draw(ids, prompts.generation)
             cut_before = {name: constraint.cut_texts() for name, constraint in constraints.items()}
             found[prompts.name] = evaluate_constraints(
                 drawn, constraints, prompts=[prompt.messages or prompt.text for prompt in read], seed=self.seed
@@ -84,13 +83,13 @@ class Evaluator:
                 self.show(f"perplexity of the completions under the base: {fluency[prompts.name]}")
         return generation_parts(found, fluency)
 
-    def read(self, prompts: PromptSet, max_new_tokens: int) -> list[Prompt]:
+    def read(self, prompts: PromptSet) -> list[Prompt]:
         """Reads the prompts of a set; a `UserError` names one that leaves no room for the new tokens."""
         return read_prompts(
             prompts.source,
             self.tokenizer,
-            max_prompt_tokens=self._room(max_new_tokens),
-            prefix_tokens=prompts.prompt_tokens,
+            max_prompt_tokens=self._room(prompts.generation.max_new_tokens),
+            prefix_tokens=prompts.generation.prompt_tokens,
         )
 
     def prompt(self, text: str, max_new_tokens: int) -> Prompt:
@@ -107,19 +106,23 @@ class Evaluator:
         return context - max_new_tokens if context else None
 
     def draw(
-        self, prompts: Sequence[list[int]], *, samples: int, max_new_tokens: int, **options: Any
+        self,
+        prompts: Sequence[list[int]],
+        how: GenerationOptions,
+        on_token: Callable[[Tensor], None] | None = None,
     ) -> list[list[str]]:
-        """[prompts, samples] completions; `options` are those of `generate_completions`."""
+        """[prompts, samples] completions, decoded after guidance; `on_token` as in `generate_completions`."""
         return generate_completions(
             self.model,
             self.tokenizer,
             prompts,
-            samples=samples,
-            max_new_tokens=max_new_tokens,
+            samples=how.samples,
+            max_new_tokens=how.max_new_tokens,
             batch_size=COMPLETIONS_PER_ROW * self.batch_size,
             seed=self.seed,
             guide=self.guide,
-            **options,
+            decoding=how,
+            on_token=on_token,
         )
 
     def perplexity(self, held_out: Mapping[str, Sequence[str]]) -> dict[str, Any]:

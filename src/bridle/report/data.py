@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from bridle.errors import UserError
+from bridle.evaluation.prompt_sets import GenerationOptions
 from bridle.evaluation.statistics import Comparison, Estimate
 from bridle.evaluation.win_rate import WinRates
 from bridle.utils.files import checked, read_json, read_rows, read_text
@@ -253,6 +254,7 @@ class Report:
         recipe: the recipe's name.
         main: None for a training run.
         settings: settings of the evaluation.
+        prompt_sets: how prompts were completed, by set.
         methods: methods by name, in the order of the tables.
         comparisons: comparisons of each method with the best one.
         win_rate: None without a judge, or if it failed.
@@ -266,6 +268,7 @@ class Report:
     seeds: list[int] = field(default_factory=list)
     main: Main | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    prompt_sets: dict[str, GenerationOptions] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
     comparisons: list[FigureComparison] = field(default_factory=list)
     win_rate: WinRates | None = None

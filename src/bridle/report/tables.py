@@ -329,7 +329,9 @@ def _table(report: Report, caption: str, columns: list[Measure]) -> Table | None
         name: [to_cell(m.of(method), m.unit, of.get(name, "")) for m, of in zip(columns, marks, strict=True)]
         for name, method in report.methods.items()
     }
-    return Table(caption, groups, [measure.label for measure in columns], rows)
+    sets = dict.fromkeys(measure.on for measure in columns if measure.group in ("violation", "text"))
+    notes = [f"{name}: {report.prompt_sets[name]}." for name in sets if name in report.prompt_sets]
+    return Table(caption, groups, [measure.label for measure in columns], rows, notes)
 
 
 def _marks(report: Report, measure: Measure) -> dict[str, str]:
