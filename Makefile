@@ -3,6 +3,7 @@
 # make unit    the fast tests only
 # make mutations   whether the tests notice small faults in the method; an hour, so by hand
 # make docs    the documentation as HTML in site/, with warnings as errors
+# make smollm2   SmolLM2-135M as models/smollm2-135m (or $BRIDLE_SMOLLM2), for recipes and tests that need a real model
 # make quickstart   sets up where that is missing, and compares all methods on the embedded world
 
 PYTHON ?= python3.11
@@ -13,7 +14,7 @@ ifeq ($(shell command -v $(PYTHON)),)
 PYTHON := python3
 endif
 
-.PHONY: setup quickstart test unit mutations lint format docs clean
+.PHONY: setup quickstart smollm2 test unit mutations lint format docs clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +27,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/bridle quickstart
+
+smollm2: setup
+	$(BIN)/python benchmarks/models.py smollm2
 
 test: setup lint
 	$(BIN)/python -m pytest

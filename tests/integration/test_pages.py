@@ -30,6 +30,7 @@ from bridle.recipes.recipe import build_recipe, load_recipe, parse_overrides
 from bridle.training.config import ConstrainedConfig
 from bridle.utils.settings import parse_yaml
 from conftest import INSULTS, ROOT, SENTENCES
+from tiny_gguf import write_gguf
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
@@ -99,6 +100,7 @@ def world(tiny_model, tmp_path_factory):
         options = {"max_position_embeddings": CONTEXT, "initializer_range": 0.1}
         tiny_model("llama", vocab_size=len(tokenizer), **options).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    write_gguf(folder / "base.gguf", tiny_model("llama", vocab_size=len(tokenizer), **options), tokenizer)
     for name, labels in CLASSIFIERS.items():
         standins.save_classifier(folder / name, tokenizer, labels)
     for name in ROWS:

@@ -232,7 +232,7 @@ class TestText:
     def test_code_is_not_escaped_for_markdown(self, card, tmp_path):
         (tmp_path / "adapter_config.json").write_text("{}")
         text = card({"model": "me/gpt_neo"}).text
-        assert 'AutoModelForCausalLM.from_pretrained("me/gpt_neo"), name)' in text
+        assert 'AutoModelForCausalLM.from_pretrained("me/gpt_neo")\n' in text
         assert r"This is me/gpt\_neo after" in text
         assert 'from_pretrained("BASE MODEL")' in card().text
 
@@ -268,6 +268,16 @@ class TestSecrets:
         (tmp_path / "models" / "mini").mkdir(parents=True)
         monkeypatch.chdir(tmp_path)
         assert public_name("models/mini") == "mini"
+
+    def test_a_gguf_file_as_the_base_model(self, card, tmp_path):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        on_the_hub = card({"model": "me/tiny:tiny.gguf"})
+        assert on_the_hub.data.base_model == "me/tiny"
+        assert 'from_pretrained("me/tiny", gguf_file="tiny.gguf")' in on_the_hub.text
+        local = card({"model": "models/tiny.gguf"})
+        assert local.data.base_model is None
+        assert 'from_pretrained("BASE MODEL", gguf_file="tiny.gguf")' in local.text
+        assert public_name("/srv/models/tiny.gguf") == "tiny.gguf"
 
     def test_settings_in_words(self):
         constraint = {"not": {"type": "words", "file": "/a/b.txt"}, "name": "x"}

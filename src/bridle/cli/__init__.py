@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bridle.cli import comparison, evaluation, generation, training
+from bridle.cli import comparison, conversion, evaluation, generation, training
 from bridle.cli.common import PlainFormatter
 from bridle.errors import RunStopped, UserError
 from bridle.utils.interruption import Interrupted, catching_signals
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for group in (training, generation, evaluation, comparison):
+for group in (training, generation, evaluation, comparison, conversion):
     app.add_typer(group.app)
 
 USER_ERROR, RUN_STOPPED, SIGNALLED = 2, 3, 128  # exit codes; a signal's number is added
@@ -55,6 +55,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message="Could not find a config file in")  # of peft, about a GGUF file
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a model or a file may contain any character

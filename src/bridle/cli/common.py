@@ -17,7 +17,9 @@ RECIPE_KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Context settings of a command that takes any key of a recipe as an option."""
 
 RecipeFile = Annotated[Path, typer.Argument(help="YAML file: model, corpus, constraints, regularisers.")]
-Model = Annotated[str, typer.Argument(help="Folder written by save_pretrained, adapter folder, or hub name.")]
+Model = Annotated[
+    str, typer.Argument(help="Folder written by save_pretrained, adapter folder, GGUF file, or hub name.")
+]
 Guide = Annotated[
     str | None, typer.Option(metavar="AUXILIARY", help="Guide sampling by this auxiliary model (NADO decoding).")
 ]

@@ -36,7 +36,7 @@ class JudgeOptions:
     """Who judges which method's completions are better.
 
     Attributes:
-        model: folder or hub name of a local judge, or its name at an endpoint.
+        model: folder, GGUF file or hub name of a local judge, or its name at an endpoint.
         url: of an OpenAI-compatible endpoint; None for a local model.
         api_key_env: environment variable that holds the endpoint's key; none is sent if not given.
         prompts: how many prompts are judged, from the first on.

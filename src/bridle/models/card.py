@@ -19,11 +19,12 @@ from markupsafe import Markup
 
 from bridle.constraints import Constraint
 from bridle.constraints.spec import RETENTION
+from bridle.models.gguf import hub_file, is_gguf
 from bridle.utils.files import write_text
 
 CARD_FILE = "README.md"
 MISSING = "missing"
-DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt"}  # "data/rows.jsonl" looks like a hub name
+FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gguf"}  # "data/rows.jsonl" looks like a hub name
 
 ROUND_SETTINGS = (
     *("schedule", "rounds", "rollouts_per_round", "max_new_tokens", "prompt_tokens", "max_missing", "entropy_floor"),
@@ -82,11 +83,13 @@ def write_card(
     regularisers = recipe.get("regularisers") or {}
     method = method or ("constrained fine-tuning" if regularisers else "fine-tuning")
     figures = [*_figures(results or {})]
+    base_model, gguf_file = _base_model(recipe)
     header = _header(recipe, method, adapter, license, figures)
     body = _template().render(
         title=_title(recipe, method),
         base=public_name(recipe["model"]),
-        base_model=_hub_name(recipe["model"]),
+        base_model=base_model,
+        gguf_file=gguf_file,
         method=method,
         method_heading=method[:1].upper() + method[1:],
         domains=", ".join(map(str, recipe["corpus"])),
@@ -107,7 +110,7 @@ def write_card(
 
 
 def public_name(path: Any) -> str:
-    """A hub name unchanged, the last part of a local path."""
+    """A hub name, "hub/name:file.gguf" too, unchanged, the last part of a local path."""
     return _hub_name(path) or PureWindowsPath(_line(path)).name or "a local folder"
 
 
@@ -141,7 +144,7 @@ def _header(
     datasets = [_hub_dataset(str(domain["path"])) for domain in _recorded(recipe).values()]
     kinds = [method, *(recipe.get("constraints") or {}), *(["lora"] if adapter else [])]
     return ModelCardData(
-        base_model=_hub_name(recipe["model"]),
+        base_model=_base_model(recipe)[0],
         license=license,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
@@ -313,11 +316,21 @@ def _is_number(value: Any) -> bool:
 
 def _hub_name(name: Any) -> str | None:
     """The name, if it can only be one on the hub."""
+    repository, _ = hub_file(str(name))
     try:
-        validate_repo_id(str(name))
+        validate_repo_id(repository)
     except HFValidationError:
         return None
-    return None if Path(name).suffix.lower() in DATA_SUFFIXES or Path(name).exists() else str(name)
+    return None if Path(repository).suffix.lower() in FILE_SUFFIXES or Path(name).exists() else str(name)
+
+
+def _base_model(recipe: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The base model's repository, if it is on the hub, and the file's name, if it is a GGUF one."""
+    name = str(recipe["model"])
+    repository, file = hub_file(name)
+    if file is None and is_gguf(name):
+        file = public_name(name)
+    return repository if _hub_name(name) else None, file
 
 
 def _hub_dataset(path: str) -> str | None:

@@ -1,7 +1,8 @@
-"""Loading a causal language model, with or without LoRA, and its tokenizer, from a folder or the hub."""
+"""Loading a causal language model, with or without LoRA, and its tokenizer, from a folder, the hub or a GGUF file."""
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from pydantic import PositiveFloat, PositiveInt
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints.options import Probability
-from bridle.errors import UserError
+from bridle.errors import UserError, first_line
+from bridle.models.gguf import is_gguf, load_gguf
 from bridle.models.hidden import causal_lm
 from bridle.utils.distributed import from_main, is_main
-from bridle.utils.files import read_json
+from bridle.utils.files import atomic_files, check_output, read_json
 from bridle.utils.quiet import only_errors
 from bridle.utils.safe_loading import holds, refusal
 
@@ -48,7 +50,7 @@ class LoraOptions:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name; without a pad token of its own it pads with the end token.
+    """The tokenizer of a model, named as in `load_model`; without a pad token of its own it pads with the end token.
 
     Raises:
         UserError: nothing can be loaded from `name`, or the tokenizer has no end token.
@@ -70,10 +72,11 @@ def load_model(
     device: str | None = None,
     **options: Any,
 ) -> PreTrainedModel | PeftModel:
-    """Loads a causal language model from a folder or the hub; an adapter's folder also loads its base model.
+    """Loads a causal language model; an adapter's folder also loads its base model.
 
     Args:
-        name: a folder written by `save_pretrained`, or a hub name.
+        name: a folder written by `save_pretrained`, a hub name, or a GGUF file: `path/to/model.gguf`, or
+            `hub/name:model.gguf` on the hub.
         dtype: of the weights; float32 by default, because training in half precision loses small updates.
         lora: adds new adapters to the model.
         device: by default the CPU, for a trainer to move.
@@ -110,6 +113,24 @@ def load_for_inference(
     model, tokenizer = load_model(name, dtype=dtype, device=device).eval(), load_tokenizer(name)
     check_model(model, tokenizer, name)
     return model, tokenizer
+
+
+def convert_gguf(name: str, folder: Path, dtype: str = "float32") -> None:
+    """Writes a GGUF file's model and tokenizer to a folder, as `save_pretrained` does.
+
+    Raises:
+        UserError: `name` is no GGUF file or cannot be loaded, or `folder` is not empty or cannot be written.
+    """
+    if not is_gguf(name):
+        raise UserError(f"{name}: is no GGUF file (NAME.gguf); transformers reads any other model as it is")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already; name another folder")
+    check_output(folder / "config.json")
+    model, tokenizer = load_model(name, dtype=dtype), load_tokenizer(name)
+    check_model(model, tokenizer, name)
+    with atomic_files(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def check_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -161,12 +182,15 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
-    """`from_pretrained` that refuses pickles and remote code, and fails in one line."""
+    """`from_pretrained`, also of a GGUF file, that refuses pickles and remote code, and fails in one line."""
     if factory is AutoModelForCausalLM:
         options["use_safetensors"] = True
     try:
         with only_errors("transformers"):
-            return factory.from_pretrained(name, trust_remote_code=False, **options)
+            load = partial(load_gguf, factory) if is_gguf(name) else factory.from_pretrained
+            return load(name, trust_remote_code=False, **options)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{name}: cannot load the {what}: {reason(name, error)}") from error
 
@@ -201,7 +225,10 @@ def reason(name: str | Path, error: Exception) -> str:
     if refused := refusal(name, error):
         return refused
     if os.path.isdir(name) and not holds(name, "*.safetensors"):
-        return "the folder holds no weights (*.safetensors)"
+        hint = "; name its GGUF file, not the folder" if holds(name, "*.gguf") else ""
+        return f"the folder holds no weights (*.safetensors){hint}"
+    if is_gguf(str(name)):
+        return f"the file is damaged, or of a kind that transformers does not read: {first_line(error)}"
     if not os.path.exists(name):
         return "no such folder, and no model of that name could be fetched from the hub"
     return " ".join(str(error).split())[:300]

@@ -1,6 +1,6 @@
 """Recipes: YAML files that name a model, its corpus and its constraints.
 
-    model: folder or hub name            regularisers:
+    model: folder, file or hub name      regularisers:
     corpus:                                toxigen: {constraint: non-toxic, weight: 4}
       toxigen: {path: toxigen.jsonl}       wikitext: {constraint: retention, weight: 2}
       wikitext: {path: wikitext.jsonl}   max_steps: 200
@@ -65,7 +65,7 @@ class Recipe:
     """A run that is ready to start.
 
     Attributes:
-        model: folder or hub name of the model to tune.
+        model: folder, GGUF file or hub name of the model to tune.
         corpus: domains by name.
         constraints, regularisers: by name.
         training: fields of `ConstrainedConfig` that the recipe sets; `hub_token` as a `SecretStr`.

@@ -45,8 +45,8 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
     """Fine-tunes a causal language model on a corpus of domains, each held to its policy.
 
     Args:
-        model: the policy, or the folder or hub name that it is loaded from with `args.model_init_kwargs`; with `peft`
-            adapters only those are trained.
+        model: the policy, or the folder, hub name or GGUF file that it is loaded from, with `args.model_init_kwargs`;
+            with `peft` adapters only those are trained.
         args: the configuration.
         corpus: rows by domain: plain text, prompt and completion, or chat messages; or tokenised already
             (`input_ids`, `labels`). A single data set is the domain "corpus".
