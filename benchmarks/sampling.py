@@ -4,9 +4,11 @@
     python benchmarks/sampling.py --shape llama-7b --prompts 512 --new_tokens 64 --batch 256
 
 `one_by_one` is `model.generate` with one prompt after the other, on some of the prompts; `batches` is `generate` with
-batches as they come; `continuous` is `generate_batch`, continuous batching. Prompts are beginnings of what the model
-itself says. Tokens are counted to the end of each text, so that filling counts for nobody. On a GPU whose bandwidth is
-known the roof is what a batch would draw if each step did nothing but read the weights and its rows' keys and values.
+batches as they come; `continuous` is `generate_batch`, continuous batching; `bare` is a loop of forwards with a cache
+of keys and values that takes the likeliest token and ends no row early: what the model alone costs. Prompts are
+beginnings of what the model itself says. Tokens are counted to the end of each text, so that filling counts for nobody.
+On a GPU whose bandwidth is known the roof is what a batch would draw if each step did nothing but read the weights and
+its rows' keys and values.
 """
 
 import argparse
@@ -93,6 +95,22 @@ class Sampler:
         return done
 
     @torch.no_grad()
+    def bare(self, prompts: Rows) -> Rows:
+        found = []
+        for start in range(0, len(prompts), self.batch):
+            ids, mask = pad_left(prompts[start : start + self.batch], self.tokenizer.pad_token_id)
+            ids, mask, cache, drawn = ids.to(self.model.device), mask.to(self.model.device), None, []
+            for _ in range(self.new_tokens):
+                output = self.model(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+                ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                drawn.append(ids)
+            found += torch.cat(drawn, dim=1).tolist()
+        return found
+
+    @torch.no_grad()
     def _generate(self, prompts: Rows) -> Rows:
         ids, mask = (part.to(self.model.device) for part in pad_left(prompts, self.tokenizer.pad_token_id))
         output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config)
@@ -131,7 +149,7 @@ def run(sampler: Sampler, draw: Callable[[Rows], Rows], prompts: Rows) -> Figure
     completions = draw(prompts)
     synchronize(sampler.model.device)
     seconds = time.perf_counter() - began
-    tokens = sampler.drawn(completions)
+    tokens = sum(map(len, completions)) if draw == sampler.bare else sampler.drawn(completions)
     return {"tokens": tokens, "seconds": seconds, SPEED: tokens / seconds}
 
 
@@ -168,7 +186,10 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     sampler = Sampler(model, tokenizer_of(options), options.new_tokens, options.batch)
     prompts = beginnings(sampler, options.prompts, options.longest_prompt)
     some = prompts[:: max(1, len(prompts) // options.one_by_one)]
-    ways = {name: partial(run, sampler, getattr(sampler, name), prompts) for name in (BRIDLE, "batches", "continuous")}
+    ways = {
+        name: partial(run, sampler, getattr(sampler, name), prompts)
+        for name in (BRIDLE, "batches", "continuous", "bare")
+    }
     ways["one_by_one"] = partial(run, sampler, sampler.one_by_one, some)
     faults = {name: fault for name, way in ways.items() if (fault := fault_of(way))}  # and each has run once
     raw = interleaved({name: way for name, way in ways.items() if name not in faults}, options.repeats)

@@ -123,6 +123,18 @@ def test_filters_on_several_columns_and_types(tmp_path):
     assert DataSource(path, where={"kind": "x", "flag": None}).read()["text"][:] == ["b"]
 
 
+def test_where_bounds_numbers_and_leaves_out_what_is_none(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": str(value), "score": value} for value in (0.2, 0.5, 0.7, 0.9, None)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert DataSource(str(path), where={"score": {"above": 0.5}}).read()["text"][:] == ["0.7", "0.9"]
+    assert DataSource(str(path), where={"score": {"above": 0.2, "below": 0.7}}).read()["text"][:] == ["0.5"]
+    assert DataSource.parse(f"{path},score={{below: 0.5}}").read()["text"][:] == ["0.2"]
+    for wrong in ({"over": 0.5}, {"above": "high"}, {"above": True}):
+        with pytest.raises(UserError, match=r"^where: score: .* is no condition; give \{above: NUMBER\}"):
+            DataSource(str(path), where={"score": wrong})
+
+
 def test_missing_filter_column_names_the_nearest(tmp_path):
     message = fails(DataSource(jsonl(tmp_path / "rows.jsonl"), where={"lable": 1}))
     assert message.endswith("has no column 'lable'; it has 'text', 'label'; did you mean 'label'?")

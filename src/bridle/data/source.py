@@ -1,6 +1,7 @@
 """References to rows: a file, folder or hub name, which of its rows, and the names of its columns."""
 
 import math
+import operator
 import os
 import re
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from bridle.utils.settings import parse_yaml
 
 _FIELDS = tuple(field for fields in FORMATS for field in fields)
 _OPTIONS = {"split", "shuffle", "rows", "format", *_FIELDS}  # keys of `parse` that are no filter
+_BOUNDS = {"above": operator.gt, "below": operator.lt}  # of a `where`
 _BOUND = r"(-?\d{1,18}|-?\d{1,18}(?:\.\d{1,18})?%)?"
 _ROWS = re.compile(f"{_BOUND}:{_BOUND}")
 
@@ -34,7 +36,8 @@ class DataSource:
         shuffle: a seed that puts the rows in random order before `rows` are taken, as a file sorted by label needs
             before it is split; None keeps the order of the file.
         rows: a slice over the rows in that order, in rows or in percent: "100:200", "0:80%", "-10%:".
-        where: keeps the rows whose column equals the value, or one of a list of values; applied after `rows`.
+        where: keeps the rows whose column equals the value or one of a list of values, or lies above or below a number,
+            {toxicity: {above: 0.5}}; applied after `rows`.
         text, prompt, completion, messages: the names of those columns here; "a.b" is the key b of the mappings in
             column a, unless a column has that name. Naming one also fixes the format, which otherwise follows from the
             columns.
@@ -70,6 +73,13 @@ class DataSource:
             raise UserError(f"shuffle: {self.shuffle!r} is no seed; give a whole number, 0 or more")
         if self.rows is not None:
             row_range(self.rows, total=0)
+        for column, wanted in (self.where or {}).items():
+            if isinstance(wanted, dict) and not (
+                _BOUNDS.keys() >= wanted.keys() and all(map(_is_number, wanted.values()))
+            ):
+                raise UserError(
+                    f"where: {column}: {wanted} is no condition; give {{above: NUMBER}} or {{below: NUMBER}}"
+                )
         if not any(self._named.keys() <= set(fields) for fields in FORMATS):
             first, *others = self._named
             raise UserError(f"{first}: is of another format than {', '.join(others)}; name one format's columns")
@@ -183,8 +193,17 @@ def _bound(text: str | None, total: int) -> int | None:
 def _keep(dataset: Dataset, column: str, wanted: Any, path: str) -> Dataset:
     if column not in dataset.column_names:
         raise absent_column(path, column, dataset.column_names)
-    allowed = wanted if isinstance(wanted, list) else [wanted]
-    return dataset.select([index for index, value in enumerate(dataset[column][:]) if value in allowed])
+    return dataset.select([index for index, value in enumerate(dataset[column][:]) if _is_wanted(value, wanted)])
+
+
+def _is_wanted(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        return _is_number(value) and all(_BOUNDS[name](value, bound) for name, bound in wanted.items())
+    return value in (wanted if isinstance(wanted, list) else [wanted])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _standard_columns(dataset: Dataset, named: dict[str, str], path: str) -> Dataset:
