@@ -270,7 +270,24 @@ def test_unknown_task_names_the_nearest(run, task, message):
         run("piqa", task)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"limit": 0}, "limit is 0"), ({"shots": -1}, "shots is -1")])
+def test_a_limit_for_each_task(run):
+    results = run("commonsense-4", "piqa", "openbookqa", limit={"commonsense-4": 2, "piqa": 3})
+    counts = {
+        name: result.accuracy.n for name, result in results.items() if name not in ("commonsense-4", "openbookqa")
+    }
+    assert counts == {"boolq": 2, "piqa": 3, "hellaswag": 2, "winogrande": 2}
+    assert results["openbookqa"].accuracy.n > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit is 0"),
+        ({"limit": {"piqa": 0}}, "limit is 0"),
+        ({"limit": {"boolq": 2}}, "limit: there is no task among those evaluated 'boolq'; there are: piqa"),
+        ({"shots": -1}, "shots is -1"),
+    ],
+)
 def test_impossible_numbers(run, options, message):
     with pytest.raises(UserError, match=message):
         run("piqa", **options)

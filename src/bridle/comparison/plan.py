@@ -87,7 +87,7 @@ class Evaluation:
         batch_size: rows in one forward.
         tasks: lm-eval tasks: mmlu, commonsense-4, commonsense-8, or one of its eight.
         task_data: folder of NAME.SPLIT.jsonl files; None reads them from the hub.
-        limit: documents of each task; None for all.
+        limit: documents of each task, or a number for each of `tasks`; None for all.
         shots: examples in front of a document; 5 for mmlu and else none if not given.
         classification: rows to classify.
         label: how text and label are written as one text there.
@@ -100,7 +100,7 @@ class Evaluation:
     batch_size: PositiveInt = 64
     tasks: list[str] = field(default_factory=list)
     task_data: Path | None = None
-    limit: PositiveInt | None = None
+    limit: PositiveInt | dict[str, PositiveInt] | None = None
     shots: NonNegativeInt | None = None
     classification: ClassificationOptions | None = None
     label: VerbalisedLabel | None = None

@@ -160,7 +160,12 @@ class Evaluator:
         return {"batch_size": self.batch_size, "adjust_logits": self.guide and self.guide.log_probs}
 
     def tasks(
-        self, names: Sequence[str], *, task_data: Path | None, limit: int | None, shots: int | None
+        self,
+        names: Sequence[str],
+        *,
+        task_data: Path | None,
+        limit: int | Mapping[str, int] | None,
+        shots: int | None,
     ) -> dict[str, Any]:
         """The part `tasks` of the results, by lm-eval."""
         found = evaluate_tasks(

@@ -7,7 +7,7 @@ local files. Bridle adds intervals, the counts of missing and truncated requests
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from itertools import chain
@@ -29,6 +29,7 @@ from bridle.models.guidance import NADOGuide
 from bridle.models.hidden import evaluation_mode
 from bridle.utils.progress import Progress
 from bridle.utils.quiet import only_errors
+from bridle.utils.settings import known_name
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def evaluate_tasks(
     tasks: Sequence[str],
     *,
     task_data: Path | None = None,
-    limit: int | None = None,
+    limit: int | Mapping[str, int] | None = None,
     shots: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
@@ -98,7 +99,7 @@ def evaluate_tasks(
         task_data: folder of NAME.SPLIT.jsonl files with the columns of the published data sets, instead of the hub.
             SPLIT is the split that lm-eval evaluates or else `validation` (also for MMLU), and for examples the one
             that lm-eval draws them from: mmlu.dev.jsonl, NAME.train.jsonl for the others.
-        limit: only the first documents of each task, of each subject of `mmlu`.
+        limit: only the first documents of each task, of each subject of `mmlu`; or this by the names in `tasks`.
         shots: examples in front of each document; by default 5 for `mmlu`, `num_fewshot` for an own task, 0 otherwise.
         seed: of the choice of examples, where lm-eval draws them; MMLU takes the first ones.
         guide: an (entered) guide; the guided model is measured, by the likelihoods of q.
@@ -108,13 +109,12 @@ def evaluate_tasks(
 
     Raises:
         UserError: before any evaluation: an unknown task, a local file that is missing or malformed, a data set that
-            the hub does not provide, a limit below 1 or shots below 0.
+            the hub does not provide, a limit below 1 or of a task that is not evaluated, or shots below 0.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; at least 1 document is needed")
     if shots is not None and shots < 0:
         raise UserError(f"shots is {shots}; it cannot be below 0")
     names = expand(tasks, task_data)
+    limits = _limits(limit, tasks)
     terminal = sys.stderr
     with (  # lm-eval and `datasets` show bars for milliseconds of work, and warn of each request
         only_errors("lm_eval", "transformers.tokenization_utils_base"),
@@ -123,11 +123,22 @@ def evaluate_tasks(
         evaluation_mode(model),
         torch.inference_mode(),
     ):
-        loaded = [load_task(name, task_data, shots, limit) for name in names]
+        loaded = [load_task(name, task_data, shots, limits.get(name)) for name in names]
         lm = _Scorer(model, tokenizer, batch_size, guide, terminal)
-        results = {task.name: _evaluate(lm, task, limit, seed) for task in loaded}
+        results = {task.name: _evaluate(lm, task, limits.get(task.name), seed) for task in loaded}
     groups = {name: _mean(name, [results[one] for one in GROUPS[name]]) for name in tasks if name in GROUPS}
     return results | groups
+
+
+def _limits(limit: int | Mapping[str, int] | None, tasks: Sequence[str]) -> dict[str, int]:
+    """The limit of each task that has one; a task's own goes before its group's."""
+    by_name = limit if isinstance(limit, Mapping) else {} if limit is None else dict.fromkeys(tasks, limit)
+    for name, documents in by_name.items():
+        known_name(name, tasks, "limit", "task among those evaluated")
+        if documents < 1:
+            raise UserError(f"limit is {documents}; at least 1 document is needed")
+    groups_first = sorted(by_name, key=lambda name: name not in GROUPS)
+    return {one: by_name[name] for name in groups_first for one in GROUPS.get(name, [name])}
 
 
 class _Scorer(HFLM):
