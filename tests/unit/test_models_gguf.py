@@ -41,7 +41,8 @@ def file(model, tokenizer, tmp_path):
 class TestModel:
     @pytest.mark.parametrize("tied", [False, True])
     def test_its_logits_are_those_of_the_same_model_s_folder(self, tiny_model, tokenizer, tmp_path, tied):
-        model = tiny_model("llama", vocab_size=len(tokenizer), tie_word_embeddings=tied, initializer_range=0.1)
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        model = tiny_model("llama", len(tokenizer), tie_word_embeddings=tied, initializer_range=0.1, **heads)
         model.save_pretrained(tmp_path / "folder")
         if tied:
             model.lm_head = None

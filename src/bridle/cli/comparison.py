@@ -84,7 +84,7 @@ def quickstart(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A folder or a hub's name instead of the embedded model.")
+        str | None, typer.Option(metavar="MODEL", help="A folder, GGUF file or hub name instead of the embedded one.")
     ] = None,
     output_dir: Annotated[
         Path | None,

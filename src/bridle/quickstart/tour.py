@@ -37,7 +37,7 @@ def tour_recipe(
     Args:
         corpus: replaces the forum, as `DataSource.parse` reads it; the last tenth is held out.
         constraint: replaces oracle and truth, as `build_constraint` reads it.
-        model: replaces the embedded model; a folder or hub name.
+        model: replaces the embedded model; a folder, GGUF file or hub name.
         overrides: values by dotted key, applied last.
         scale: size of the embedded world.
 
