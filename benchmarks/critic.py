@@ -54,8 +54,9 @@ from bridle.recipes.run import build_trainer
 from bridle.training.config import AuxiliaryOptions
 from bridle.training.examples import Examples, encode
 from bridle.training.fitting import fit_auxiliary
+from bridle.training.prompts import prompts_of_round
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.rollouts import output_of, prompts_of_round
+from bridle.training.rollouts import output_of
 from bridle.utils.files import cache_folder, read_json
 from bridle.utils.settings import parse_yaml
 

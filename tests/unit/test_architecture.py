@@ -1,4 +1,4 @@
-"""The house: a file imports only from rows below its own, and rooms of one row never import each other."""
+"""Layers: a file imports only from layers below its own, and packages of one layer never import each other."""
 
 import ast
 import re

@@ -30,8 +30,9 @@ CONSTRAINTS = {
 }
 
 
-def ideal_rollouts(world: World, count: int) -> list[Rollout]:
-    """Outputs in exact proportion to their probability: a sample without its noise."""
+def ideal_rollouts(world: World, count: int, probability=None, sought: int = 0) -> list[Rollout]:
+    """Outputs in exact proportion to their probability, that under p if not given: a sample without its noise."""
+    probability = probability or world.output_probability
     return [
         Rollout(
             prompt_ids=world.prompt,
@@ -45,10 +46,23 @@ def ideal_rollouts(world: World, count: int) -> list[Rollout]:
             finished=output[-1] == world.end,
             value=world.constraint(output),
             complies=world.constraint(output) >= 0.5,
+            sought=min(sought, len(output)),
         )
         for output in world.outputs()
-        for _ in range(round(count * world.output_probability(output)))
+        for _ in range(round(count * probability(output)))
     ]
+
+
+def sought_probability(world: World, output, tokens: int) -> float:
+    """That the first tokens are drawn from q⁻ ∝ p·(1 − R), with the true R, and the others from p."""
+    probability = 1.0
+    for position, token in enumerate(output):
+        p = world.next_token(output[:position])
+        if position < tokens:
+            p = p * (1 - torch.tensor([world.true_r((*output[:position], v)) for v in range(VOCABULARY)]))
+            p = p / p.sum() if p.sum() else world.next_token(output[:position])
+        probability *= float(p[token])
+    return probability
 
 
 def q_of(world: World, output) -> float:
@@ -89,11 +103,15 @@ def world(request, tiny_model):
 @pytest.fixture(scope="module")
 def fitted(world):
     """R, fitted on labelled samples of the world."""
+    return fitted_on(world, ideal_rollouts(world, SAMPLES))
+
+
+def fitted_on(world: World, rollouts: list[Rollout]):
     torch.manual_seed(0)
     auxiliary = new_auxiliary(world.model, depth=2, expansion=4)
     soft = any(0 < world.constraint(y) < 1 for y in world.outputs())
     with torch.no_grad():
-        examples = encode(world.model, ideal_rollouts(world, SAMPLES), 0, soft_labels=soft)
+        examples = encode(world.model, rollouts, 0, soft_labels=soft)
     options = AuxiliaryOptions(
         epochs=60,
         batch_size=512,
@@ -110,16 +128,36 @@ def test_fitted_r_and_q_are_the_true_ones_at_every_prefix(world, fitted):
     spread = [world.true_r((token,)) for token in range(VOCABULARY)]
     assert max(spread) - min(spread) > 0.1, "the constraint must say something"
     for prefix in world.prefixes():
-        r_logits = fitted_r_logits(world, fitted, prefix).double()
-        true_r = torch.tensor([world.true_r((*prefix, v)) for v in range(VOCABULARY)], dtype=torch.float64)
-        torch.testing.assert_close(r_logits.sigmoid(), true_r, atol=0.02, rtol=0)
+        r = check_r(world, fitted, prefix)
         if world.true_r(prefix) == 0:
             continue  # q never gets there
-        q = world.next_token(prefix) * r_logits.sigmoid()
+        q = world.next_token(prefix) * r
         q = q / q.sum()
         true_q = world.true_q(prefix)
         kl = torch.where(true_q > 0, true_q * (true_q.clamp(min=1e-30) / q).log(), 0.0).sum()
         assert kl < 1e-3
+
+
+def test_fitted_r_is_the_true_one_where_nine_of_ten_rollouts_seek_violations(world):
+    rollouts = ideal_rollouts(world, SAMPLES // 10)
+    for tokens in (1, 2):
+        rollouts += ideal_rollouts(
+            world, SAMPLES * 45 // 100, lambda output, tokens=tokens: sought_probability(world, output, tokens), tokens
+        )
+    assert sum(one.sought > 0 for one in rollouts) > 0.88 * len(rollouts)
+    rates = [sum(one.value for one in some) / len(some) for some in (rollouts, ideal_rollouts(world, SAMPLES))]
+    assert rates[0] < rates[1] - 0.02, "violations must be more frequent"
+    fitted = fitted_on(world, rollouts)
+    for prefix in world.prefixes():
+        check_r(world, fitted, prefix)
+
+
+def check_r(world, fitted, prefix) -> torch.Tensor:
+    """R of every continuation of a prefix, which must be the true one. [vocabulary]"""
+    r = fitted_r_logits(world, fitted, prefix).double().sigmoid()
+    true_r = torch.tensor([world.true_r((*prefix, v)) for v in range(VOCABULARY)], dtype=torch.float64)
+    torch.testing.assert_close(r, true_r, atol=0.02, rtol=0)
+    return r
 
 
 def test_guided_decoding_samples_from_q(world, fitted):
@@ -144,6 +182,31 @@ def test_guided_decoding_samples_from_q(world, fitted):
     assert p_value(kept, outputs, expected) > 1e-3
     plain = torch.tensor([world.output_probability(y) for y in outputs], dtype=torch.float64)
     assert p_value(kept, outputs, plain) < 1e-6, "the test must be able to tell q from p"
+
+
+def test_first_tokens_seek_a_violation_and_the_rest_is_the_model_s_own(world, fitted):
+    outputs, count = list(world.outputs()), 2000
+    with NADOGuide(world.model, fitted, violate=True) as guide:
+        drawn = sample(
+            world.model,
+            [world.prompt] * 3 * count,
+            max_new_tokens=world.length,
+            pad_token_id=0,
+            end_token_ids=[2],
+            batch_size=1000,
+            guide=guide,
+            guided_tokens=[0] * count + [1] * count + [2] * count,
+        )
+    for tokens in (0, 1, 2):
+        some = drawn[tokens * count : (tokens + 1) * count]
+        expected = [
+            torch.tensor([sought_probability(world, y, one) for y in outputs], dtype=torch.float64)
+            for one in (tokens, 0)
+        ]
+        seen = [y for y in some if sought_probability(world, tuple(y), tokens) > 0]
+        assert len(seen) > 0.98 * len(some)
+        assert p_value(seen, outputs, expected[0]) > 1e-4
+        assert tokens == 0 or p_value(seen, outputs, expected[1]) < 1e-6, "the test must be able to tell q⁻ from p"
 
 
 @pytest.mark.parametrize("anchor", ["initial", "previous"])

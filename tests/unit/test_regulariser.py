@@ -16,8 +16,8 @@ from bridle.data.target_cache import row_keys
 from bridle.errors import RunStopped, UserError
 from bridle.models.forward import policy_forward
 from bridle.models.sampling import Trace
+from bridle.training import prompts as of_round
 from bridle.training import regulariser as module
-from bridle.training import rollouts
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.measures import measure_rollouts
 from bridle.training.regulariser import DomainRegulariser
@@ -129,8 +129,8 @@ class TestPrompts:
 
     def test_domains_give_one_each_in_turn(self, trained_on, monkeypatch):
         held, asked = trained_on(options={"domain": "all"}, rollouts_per_round=5, prompt_tokens=(3, 3)), []
-        begin = rollouts.prompts_from_domain
-        monkeypatch.setattr(rollouts, "prompts_from_domain", lambda *a, **k: asked.append(a[1]) or begin(*a, **k))
+        begin = of_round.prompts_from_domain
+        monkeypatch.setattr(of_round, "prompts_from_domain", lambda *a, **k: asked.append(a[1]) or begin(*a, **k))
         prompts = held.prompts(1)
         assert asked == [3, 3], "no more than are needed"
         first, second = ({tuple(row[:4]) for row in rows["input_ids"]} for rows in held.corpus.values())
@@ -167,6 +167,44 @@ class TestRound:
             assert output_of(Prompt("", one.prompt_ids), one.completion_ids, held.tokenizer) == parts
         chat = [{"role": "user", "content": "Is it a hat?"}]
         assert output_of(Prompt("", [1, 5], messages=chat), [7], held.tokenizer)[0] == chat
+
+    def test_a_share_seeks_violations_once_r_is_fitted_and_changes_no_rate(self, trained_on):
+        held = trained_on(
+            auxiliary=AuxiliaryOptions(epochs=1, seek=0.5), rollouts_per_round=12, max_new_tokens=6, max_missing=1.0
+        )
+        first = held.update(1)
+        assert all(one.sought == 0 for one in held.rollouts)
+        assert "rollouts_sought" not in first
+        held.is_fitted = True
+        second = held.update(2)
+        sought = [one for one in held.rollouts if one.sought]
+        plain = [one for one in held.rollouts if not one.sought]
+        assert [bool(one.sought) for one in held.rollouts] == [False, True] * 6
+        assert all(one.sought <= len(one.completion_ids) for one in sought)
+        assert len({one.sought for one in sought}) > 1
+        assert (second["rollouts"], second["rollouts_sought"]) == (6, 6)
+        assert second["tokens_sampled"] == sum(len(one.completion_ids) for one in held.rollouts)
+        assert second["compliance"] == sum(one.complies for one in plain) / 6
+        assert second["compliance_sought"] == sum(one.complies for one in sought) / 6
+
+    def test_a_new_r_is_fitted_on_the_corpus_first_and_once(self, trained_on, monkeypatch):
+        fits = []
+        held = trained_on(auxiliary=AuxiliaryOptions(epochs=1, corpus_outputs=10), max_new_tokens=4)
+        real = module.fit_auxiliary
+        monkeypatch.setattr(module, "fit_auxiliary", lambda *a, **k: fits.append((a[2], a[5])) or real(*a, **k))
+        measured = held.update(1)
+        examples, description = fits[0]
+        assert description == "fitting R on the corpus"
+        assert len(examples) == 10
+        rows = [row for domain in held.corpus.values() for row in domain["input_ids"]]
+        for ids, mask in zip(examples.input_ids.tolist(), examples.attention_mask.tolist(), strict=True):
+            output = ids[: sum(mask)]
+            assert any(row[: len(output)] == output for row in rows)
+        assert 0 <= measured["r_brier_corpus"] <= 1
+        assert "r_brier_before" in measured, "the R of the corpus is measured on the policy's own texts"
+        del fits[:]
+        held.update(2)
+        assert "fitting R on the corpus" not in [description for _, description in fits]
 
     def test_retention_and_a_weight_of_0_ask_nobody(self, of):
         assert of(None).update(1) == of(weight=0.0).update(1) == {}

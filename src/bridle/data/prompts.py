@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
 from typing import Any
 
@@ -27,12 +27,14 @@ class Prompt:
         ids: its tokens, with the beginning-of-text token where the tokenizer adds one.
         row: the row of the file that it came from, 1-based.
         messages: the turns of a chat; None for a text.
+        rest: the tokens that follow in a row of the corpus: the rest of the text, or the assistant's turn.
     """
 
     text: str
     ids: list[int]
     row: int = 1
     messages: Messages | None = None
+    rest: list[int] = field(default_factory=list)
 
 
 def prompts_from_domain(
@@ -74,7 +76,8 @@ def prompts_from_domain(
             return _chat_prompt(row, row.get(ROW, index + 1), rng, tokenizer, max_prompt_tokens)
         masked = sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
         ids = row["input_ids"][: masked or _prefix_length(row["input_ids"], prompt_tokens, rng, tokenizer, ends)]
-        return Prompt(tokenizer.decode(ids, skip_special_tokens=True), ids)
+        rest = _until_end(row["input_ids"][len(ids) :], ends)
+        return Prompt(tokenizer.decode(ids, skip_special_tokens=True), ids, rest=rest)
 
     prompts: list[Prompt] = []
     while len(prompts) < n:
@@ -112,6 +115,12 @@ def _prefix_length(
     return int(rng.integers(shortest, longest + 1)) if shortest <= longest else 0
 
 
+def _until_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
+    """The tokens up to the first that ends an output, which is the last of them."""
+    end = next((place for place, token in enumerate(ids, 1) if token in ends), len(ids))
+    return list(ids[:end])
+
+
 def _chat_prompt(
     values: dict[str, Any],
     number: int,
@@ -123,7 +132,10 @@ def _chat_prompt(
     turns, answers = conversation(values)
     if not answers:
         return None
-    return _chat(turns[: rng.choice(answers)], values, number, tokenizer, longest, f"row {number}")
+    chosen = rng.choice(answers)
+    prompt = _chat(turns[:chosen], values, number, tokenizer, longest, f"row {number}")
+    answer = tokenizer(turns[chosen]["content"] or "", add_special_tokens=False)["input_ids"]
+    return replace(prompt, rest=answer)
 
 
 def _chat(

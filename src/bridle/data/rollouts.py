@@ -26,6 +26,7 @@ class Rollout:
         complies: the thresholded score; None if missing.
         reason: why the score is missing.
         finished: whether the model ended it; false if it was cut at the horizon.
+        sought: how many first tokens were drawn to where R expected a violation; the rest follows the model.
         log_probs: of the completion's tokens under the model that drew them, in nats; None if unknown.
         messages: the turns of the chat before the completion; None for a text.
 
@@ -45,6 +46,7 @@ class Rollout:
     complies: bool | None = None
     reason: str = ""
     finished: bool = True
+    sought: int = 0
     log_probs: list[float] | None = None
     messages: Messages | None = None
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class NADOLogitsProcessor(LogitsProcessor):
-    """Turns the logits of `model.generate` into log q.
+    """Turns the logits of `model.generate` into log q, or with `violate` into log q⁻: q⁻(v|s) ∝ p(v|s)·(1 − R(s∘v))^η.
 
     An auxiliary without a network of its own reads the hidden states of the forward that computed the scores. One with
     an own network keeps a cache and reads only the new tokens; reordered rows (beam search) make it start over.
@@ -29,22 +29,30 @@ class NADOLogitsProcessor(LogitsProcessor):
         hidden: from `capture_hidden_states` around `generate`.
         attention_mask: [batch, time] of the prompts.
         guidance_scale: η, the strength of the guidance.
+        violate: guide to where R expects a violation.
     """
 
     def __init__(
-        self, auxiliary: AuxiliaryModel, hidden: HiddenStates, attention_mask: Tensor, guidance_scale: float = 1.0
+        self,
+        auxiliary: AuxiliaryModel,
+        hidden: HiddenStates,
+        attention_mask: Tensor,
+        guidance_scale: float = 1.0,
+        violate: bool = False,
     ):
         self.auxiliary, self.hidden, self.guidance_scale = auxiliary, hidden, guidance_scale
+        self.sign = -1 if violate else 1  # log(1 − σ(r)) = log σ(−r)
         self.attention_mask = attention_mask
         self._seen: Tensor | None = None
         self._cache: DynamicCache | None = None
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[batch, time], [batch, vocabulary] -> log q [batch, vocabulary]."""
+        """[batch, time], [batch, vocabulary] -> log q, or log q⁻, [batch, vocabulary]."""
         states = self._own_states(input_ids) if self.auxiliary.network is not None else self.hidden.last
         assert states is not None
-        return log_target(scores, self.auxiliary(states[:, -1]), self.guidance_scale).to(scores.dtype)
+        r_logits = self.sign * self.auxiliary(states[:, -1])
+        return log_target(scores, r_logits, self.guidance_scale).to(scores.dtype)
 
     def _own_states(self, input_ids: Tensor) -> Tensor:
         """States of the auxiliary's own network at the new tokens."""
@@ -71,10 +79,13 @@ class NADOGuide:
         model: the causal language model.
         auxiliary: R, fitted on that model.
         guidance_scale: η, the strength of the guidance.
+        violate: sample to where R expects a violation.
     """
 
-    def __init__(self, model: PreTrainedModel, auxiliary: AuxiliaryModel, guidance_scale: float = 1.0):
-        self.model, self.auxiliary, self.guidance_scale = model, auxiliary, guidance_scale
+    def __init__(
+        self, model: PreTrainedModel, auxiliary: AuxiliaryModel, guidance_scale: float = 1.0, violate: bool = False
+    ):
+        self.model, self.auxiliary, self.guidance_scale, self.violate = model, auxiliary, guidance_scale, violate
         self._capture = capture_hidden_states(model)
 
     def __enter__(self) -> "NADOGuide":
@@ -86,9 +97,8 @@ class NADOGuide:
 
     def processors(self, attention_mask: Tensor) -> LogitsProcessorList:
         """Processors for a left-padded batch of prompts, [batch, time]."""
-        return LogitsProcessorList(
-            [NADOLogitsProcessor(self.auxiliary, self._hidden, attention_mask, self.guidance_scale)]
-        )
+        options = self.guidance_scale, self.violate
+        return LogitsProcessorList([NADOLogitsProcessor(self.auxiliary, self._hidden, attention_mask, *options)])
 
     @torch.no_grad()
     def log_probs(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -131,6 +131,23 @@ class InverseTransform(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
+class Leading(LogitsProcessor):
+    """Applies processors to the first tokens of each row only.
+
+    Args:
+        processors: of a guide.
+        steps: [batch], for how many tokens.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, steps: Tensor):
+        self.processors, self.steps = processors, steps
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[batch, time], [batch, vocabulary] -> [batch, vocabulary]."""
+        chosen, self.steps = self.steps > 0, self.steps - 1
+        return torch.where(chosen[:, None], self.processors(input_ids, scores), scores)
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -142,6 +159,7 @@ def sample(
     batch_size: int = 64,
     seed: int = 0,
     guide: Guide | None = None,
+    guided_tokens: Sequence[int] | None = None,
     decoding: Decoding = DRAWN,
     dtype: torch.dtype | None = None,
     description: str = "sampling",
@@ -163,6 +181,7 @@ def sample(
         batch_size: prompts drawn at a time, those of similar length together.
         seed: the same seed, prompts and batch size draw the same completions.
         guide: changes the distribution at each step (NADO decoding).
+        guided_tokens: for each prompt, how many first tokens the guide changes; all if not given.
         dtype: of mixed precision, as in `policy_forward`.
         share: all processes call this; each draws a part of the batches and returns all completions.
         traces: is filled, by the prompt's index, with how each completion was drawn.
@@ -171,6 +190,7 @@ def sample(
     """
     draw = partial(_draw, model, guide, decoding, pad_token_id, end_token_ids, on_token, traces is not None)
     limit = RowLimit(description, can_cut=not is_sharded(model))
+    steps = [max_new_tokens] * len(prompts) if guided_tokens is None else guided_tokens
     batches = _batches(prompts, batch_size, share)
     drawn = {} if traces is None else traces
     with (
@@ -181,7 +201,7 @@ def sample(
     ):
         for number, batch in batches.items():
             numbers = _uniform(f"{seed}/{number}", max_new_tokens, len(batch), model.device)
-            rows = [(prompts[index], row) for index, row in zip(batch, numbers.T, strict=True)]
+            rows = [(prompts[index], row, steps[index]) for index, row in zip(batch, numbers.T, strict=True)]
             drawn.update(zip(batch, chain.from_iterable(limit.run(draw, rows)), strict=True))
             if on_batch is not None:
                 on_batch({index: drawn[index].tokens for index in batch})
@@ -212,15 +232,16 @@ def _draw(
     end_token_ids: Sequence[int],
     on_token: Callable[[Tensor], None] | None,
     keep_states: bool,
-    rows: Sequence[tuple[Sequence[int], Tensor]],
+    rows: Sequence[tuple[Sequence[int], Tensor, int]],
 ) -> list[Trace]:
-    """Draws completions of prompts, each with its own random numbers, [steps].
+    """Draws completions of prompts, each with its own random numbers, [steps], and number of guided tokens.
 
     `generate` computes every row until the last one ends. So it draws one stage of tokens at a time, and each stage
     continues only the rows that have not ended.
     """
-    ids, mask = (part.to(model.device) for part in pad_left([list(prompt) for prompt, _ in rows], pad_token_id))
-    uniform = torch.stack([numbers for _, numbers in rows], dim=-1)
+    ids, mask = (part.to(model.device) for part in pad_left([list(prompt) for prompt, _, _ in rows], pad_token_id))
+    uniform = torch.stack([numbers for _, numbers, _ in rows], dim=-1)
+    guided = torch.tensor([steps for _, _, steps in rows], device=model.device)
     ends = torch.tensor(list(end_token_ids), device=model.device)
     # Processes that share a sharded model must call it equally often.
     stage = len(uniform) if is_sharded(model) else max(SHORTEST_STAGE, len(uniform) // STAGES)
@@ -228,7 +249,8 @@ def _draw(
     continuing, cache = torch.arange(len(rows), device=model.device), None
     for numbers in uniform.split(stage):
         transform = InverseTransform(numbers[:, continuing], on_token)
-        processors = [*(guide.processors(mask) if guide else []), *decoding.processors(), transform]
+        guiding = [Leading(guide.processors(mask), guided[continuing])] if guide else []
+        processors = [*guiding, *decoding.processors(), transform]
         config = GenerationConfig(
             do_sample=False,  # `InverseTransform` draws
             max_new_tokens=len(numbers),
@@ -255,7 +277,7 @@ def _draw(
         if not len(open_rows):
             break
         cache = _select_rows(output.past_key_values, open_rows)
-        ids, continuing = output.sequences[open_rows], continuing[open_rows]
+        ids, continuing, guided = output.sequences[open_rows], continuing[open_rows], guided - len(numbers)
         mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)[open_rows]
     return [_joined(stages) for stages in drawn]
 

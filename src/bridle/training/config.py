@@ -168,9 +168,13 @@ class AuxiliaryOptions:
         replay: earlier rounds whose rollouts R is also fitted on, each label weighted by the likelihood
             ratio of what follows the prefix under the current policy. A compliant policy gives a fresh R few
             violations.
+        corpus_outputs: outputs of the corpus, the rest of a row after its beginning, on which a new R is fitted before
+            it is fitted on the policy's. Where the policy violates seldom, most that R can learn from is there.
+        seek: share of a round's rollouts, from the second fit on, that begin with tokens which R expects to end in a
+            violation. R learns from what the policy itself says after them. Rates are those of the other rollouts.
 
     Raises:
-        UserError: a value of the wrong kind; the message begins with the field.
+        UserError: a value of the wrong kind, or nothing but seeking; the message begins with the field.
     """
 
     depth: NonNegativeInt = 1
@@ -183,9 +187,13 @@ class AuxiliaryOptions:
     consistency_weight: NonNegativeFloat = 1.0
     validation_share: Probability = 0.1
     replay: NonNegativeInt = 0
+    corpus_outputs: NonNegativeInt = 0
+    seek: Probability = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.seek == 1:
+            raise UserError("seek: must be below 1; rates are measured on rollouts that do not seek")
 
 
 @dataclass

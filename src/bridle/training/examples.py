@@ -33,7 +33,8 @@ class Examples:
         mask: [n, time], true where the completion has a token.
         compliance: [n] labels in [0, 1].
         labelled: [n], whether the label is that of a whole output; else R's own estimate at the cut replaces it.
-        weights: [n, time], weight of the label at each prefix: 1 except for replayed samples.
+        weights: [n, time], weight of the label at each prefix: 1, except for replayed samples, and 0 where later tokens
+            were not p_a's own, but drawn to seek a violation.
         input_ids, attention_mask: [n, longer time] of prompt and completion.
         positions: [n, time], where in `input_ids` each completion token is predicted.
     """
@@ -103,6 +104,8 @@ def encode(
     if fresh < len(rollouts):
         old = slice(fresh, None)
         weights[old] = _weights(model, rollouts[old], hidden[old], completion[old], mask[old], dtype)
+    sought = torch.tensor([rollout.sought for rollout in rollouts])
+    weights[torch.arange(mask.shape[1]) < sought[:, None] - 1] = 0  # position j scores the first j + 1 tokens
     compliance = [rollout.value if soft_labels else rollout.complies for rollout in rollouts]
     return Examples(
         hidden=hidden,

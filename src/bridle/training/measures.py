@@ -16,7 +16,10 @@ from bridle.utils.oom import RowLimit
 
 
 def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Compliance rate of a round's rollouts, with its 95% Wilson interval, and their entropy in nats a token."""
+    """Compliance rate of a round's plain rollouts, with its 95% Wilson interval, and their entropy in nats a token."""
+    tokens, sought = sum(len(rollout.completion_ids) for rollout in rollouts), [r for r in rollouts if r.sought]
+    rollouts = [rollout for rollout in rollouts if not rollout.sought]
+    found = [rollout.complies for rollout in sought if rollout.complies is not None]
     drawn = [log_prob for rollout in rollouts for log_prob in rollout.log_probs or ()]
     scored = [rollout.complies for rollout in rollouts if rollout.complies is not None]
     complying = sum(scored)
@@ -26,11 +29,12 @@ def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "rollouts_missing": len(rollouts) - len(scored),
         "rollouts_empty": sum(not rollout.completion.strip() for rollout in rollouts),
         "clipped": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
-        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
+        "tokens_sampled": tokens,
         "entropy_sampled": -fmean(drawn),  # unbiased: the mean of −log p of what p has drawn
         "compliance": complying / len(scored) if scored else None,
         "compliance_low": interval[0],
         "compliance_high": interval[1],
+        **({"rollouts_sought": len(sought), "compliance_sought": fmean(found) if found else None} if sought else {}),
     }
 
 

@@ -24,13 +24,16 @@ from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, new_auxiliary
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import output_layer
+from bridle.models.loading import end_token_ids
 from bridle.models.sampling import Trace
 from bridle.models.sharding import is_sharded
 from bridle.training.batches import Mask, flat_positions, run_lengths
-from bridle.training.examples import encode
+from bridle.training.corpus_outputs import corpus_outputs
+from bridle.training.examples import Examples, encode
 from bridle.training.fitting import fit_auxiliary
 from bridle.training.measures import measure_calibration, measure_rollouts
-from bridle.training.rollouts import draw_rollouts, prompts_of_round, score_rollouts
+from bridle.training.prompts import prompts_of_corpus, prompts_of_round
+from bridle.training.rollouts import draw_rollouts, score_rollouts
 from bridle.training.state import StatefulRegulariser
 from bridle.utils.distributed import align, gathered
 
@@ -128,7 +131,7 @@ class DomainRegulariser(StatefulRegulariser):
                 with _timed(seconds, "scoring"):
                     score_rollouts(self.rollouts, self.constraint, scoring)
             with _timed(seconds, "fitting"):
-                fitted = self._fit(round_index, traces)
+                fitted = self._fit_on_corpus() | self._fit(round_index, traces)
         self.has_begun = True
         cut = sum(gathered(self.constraint.cut_texts() - cut_before))
         measured = {**measure_rollouts(self.rollouts), **({"truncated": cut} if cut else {}), **fitted}
@@ -148,6 +151,7 @@ class DomainRegulariser(StatefulRegulariser):
             name=self.name,
             round_index=round_index,
             seed=self._seed(f"sampling {round_index}"),
+            auxiliary=self.auxiliary if self.is_fitted else None,
         )
 
     def prompts(self, round_index: int) -> list[Prompt]:
@@ -169,7 +173,9 @@ class DomainRegulariser(StatefulRegulariser):
                 f"{self.config.max_missing}"
             )
         places = [place for place, rollout in enumerate(self.rollouts) if self._teaches(rollout)]
+        places.sort(key=lambda place: self.rollouts[place].sought > 0)  # those that measure R come first
         fresh = [self.rollouts[place] for place in places]
+        plain = sum(not rollout.sought for rollout in fresh)
         replayed = [rollout for rollout in self.replayed if self._teaches(rollout)]
         new, known = ({self._label(rollout) for rollout in some} for some in (fresh, replayed))
         fit = "fitted" if len(new) > 1 else "replay" if len(new | known) > 1 else "kept" if self.is_fitted else "none"
@@ -189,27 +195,55 @@ class DomainRegulariser(StatefulRegulariser):
                 dtype=config.autocast_dtype,
             )
         # The last round's R on samples of a policy that is one round newer.
-        stale = measure_calibration(self.auxiliary, examples[: len(fresh)]) if self.is_fitted else {}
+        stale = measure_calibration(self.auxiliary, examples[:plain]) if self.is_fitted else {}
         report = {"fit": fit} | {f"{key}_before": stale[key] for key in ("r_brier", "r_ece") if key in stale}
         if fit == "kept":
             return report
-        report |= fit_auxiliary(
+        return report | self._fit_auxiliary(
+            examples, plain, f"round {round_index}: fitting R", f"fitting {round_index}"
+        )
+
+    def _fit_on_corpus(self) -> dict[str, Any]:
+        """Fits a new R on outputs of the corpus, if `auxiliary.corpus_outputs` asks for it."""
+        count, config = self.config.auxiliary.corpus_outputs, self.config
+        if self.is_fitted or not count:
+            return {}
+        seed = self._seed("corpus outputs")
+        outputs = corpus_outputs(
+            prompts_of_corpus(count, self.corpus, self.model, self.tokenizer, config, seed),
+            self.tokenizer,
+            end_token_ids(self.model, self.tokenizer),
+            self.constraint,
+            max_new_tokens=config.max_new_tokens,
+            name=self.name,
+        )
+        if len({self._label(output) for output in outputs}) < 2:
+            return {}
+        with torch.no_grad():
+            examples = encode(self.model, outputs, self.tokenizer.pad_token_id, soft_labels=self.options.soft_labels)
+        report = self._fit_auxiliary(examples, len(examples), "fitting R on the corpus", "fitting on the corpus")
+        return {f"{key}_corpus": report[key] for key in ("r_brier", "r_ece") if key in report}
+
+    def _fit_auxiliary(self, examples: Examples, fresh: int, description: str, purpose: str) -> dict[str, Any]:
+        assert self.auxiliary is not None
+        generator = torch.Generator().manual_seed(self._seed(purpose))
+        report = fit_auxiliary(
             self.auxiliary,
             self.model,
             examples,
-            config.auxiliary,
-            torch.Generator().manual_seed(self._seed(f"fitting {round_index}")),
-            f"round {round_index}: fitting R",
-            fresh=len(fresh),
-            dtype=config.autocast_dtype,
+            self.config.auxiliary,
+            generator,
+            description,
+            fresh=fresh,
+            dtype=self.config.autocast_dtype,
         )
         align(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
         self.is_fitted = True
         self.auxiliary.config.provenance = {
             "constraint": self.constraint.describe(),
             "regulariser": self.name,
-            "round": round_index,
-            "model_hash": fresh[0].model_hash,
+            "round": self.rollouts[0].round,
+            "model_hash": self.rollouts[0].model_hash,
             "fitted_on": fingerprint(self.model),
         }
         return report

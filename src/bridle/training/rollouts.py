@@ -1,59 +1,27 @@
 """Rollouts, the policy's own samples, labelled by the constraint: the first half of a round (EMNLP 2024)."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import AsyncScoring, Constraint, Given
-from bridle.data import DataSource, Prompt, Rollout, decode_parts, prompts_from_domain, read_prompts
-from bridle.models.loading import context_length, end_token_ids
+from bridle.data import Prompt, Rollout, decode_parts
+from bridle.models.auxiliary import AuxiliaryModel
+from bridle.models.guidance import NADOGuide
+from bridle.models.loading import end_token_ids
 from bridle.models.sampling import Trace, sample
 from bridle.models.sharding import weights_hash
 from bridle.training.config import ConstrainedConfig
 from bridle.utils.distributed import gathered, joined, share
 
 
-def prompts_of_round(
-    round_index: int,
-    corpus: Mapping[str, Dataset],
-    source: DataSource | None,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: ConstrainedConfig,
-    seed: int,
-) -> list[Prompt]:
-    """The prompts of a round's rollouts: a source's, in turn, or the beginnings of corpus rows.
-
-    Args:
-        round_index: 1 for the first round.
-        corpus: rows by domain, tokenised or chats.
-        source: of prompts; None for the corpus.
-        model: the policy, whose context bounds the prompts.
-        tokenizer: the policy's.
-        config: their number and length.
-        seed: chooses rows and lengths.
-    """
-    count, context = config.rollouts_per_round, context_length(model)
-    longest = context - config.max_new_tokens if context else None
-    if source is not None:
-        own = read_prompts(source, tokenizer, longest)
-        return [own[index % len(own)] for index in range((round_index - 1) * count, round_index * count)]
-    by_domain = [
-        prompts_from_domain(
-            rows,
-            -(-count // len(corpus)),
-            prompt_tokens=config.prompt_tokens,
-            seed=seed,
-            tokenizer=tokenizer,
-            end_tokens=end_token_ids(model, tokenizer),
-            max_prompt_tokens=longest,
-        )
-        for rows in corpus.values()
-    ]
-    in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
-    return in_turn[:count]
+def tokens_to_seek(count: int, share: float, horizon: int, seed: int) -> list[int]:
+    """How many first tokens of each rollout seek a violation: 0 for plain rollouts, else uniform below the horizon."""
+    lengths = np.random.default_rng(seed).integers(1, max(2, horizon), size=count).tolist()
+    return [tokens if int((index + 1) * share) > int(index * share) else 0 for index, tokens in enumerate(lengths)]
 
 
 def draw_rollouts(
@@ -66,13 +34,18 @@ def draw_rollouts(
     name: str,
     round_index: int,
     seed: int,
+    auxiliary: AuxiliaryModel | None,
 ) -> tuple[list[Rollout], dict[int, Trace]]:
     """Samples from p_a after each prompt, and requests scores while it samples.
+
+    With `auxiliary.seek`, a share of the rollouts begins with tokens from q⁻(v|s) ∝ p_a(v|s)·(1 − R(s∘v)). What follows
+    them is p_a's own, so its label is unbiased for the prefixes from there on, and violations are more frequent.
 
     Args:
         prompts: one rollout each.
         model, tokenizer, config: p_a and the sampling options.
         scoring: receives each batch as it is drawn.
+        auxiliary: R, if it has been fitted.
 
     Returns:
         The unscored rollouts, and by index their traces, so that fitting need not run p_a again.
@@ -83,20 +56,25 @@ def draw_rollouts(
     def ask(drawn: Mapping[int, list[int]]) -> None:
         scoring.submit(*zip(*(output_of(prompts[at], ids, tokenizer) for at, ids in drawn.items()), strict=True))
 
-    completions = sample(
-        model,
-        [prompt.ids for prompt in prompts],
-        max_new_tokens=config.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        end_token_ids=ends,
-        batch_size=config.rollout_batch_size,
-        seed=seed,
-        dtype=config.autocast_dtype,
-        description=f"round {round_index}: sampling for {name}",
-        share=True,
-        traces=traces,
-        on_batch=ask,
-    )
+    seek = config.auxiliary.seek if auxiliary is not None else 0.0
+    sought = tokens_to_seek(len(prompts), seek, config.max_new_tokens, seed)
+    with NADOGuide(model, auxiliary, violate=True) if auxiliary is not None and seek else nullcontext() as guide:
+        completions = sample(
+            model,
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=config.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            end_token_ids=ends,
+            batch_size=config.rollout_batch_size,
+            seed=seed,
+            guide=guide,
+            guided_tokens=sought,
+            dtype=config.autocast_dtype,
+            description=f"round {round_index}: sampling for {name}",
+            share=True,
+            traces=traces,
+            on_batch=ask,
+        )
     texts = [decode_parts(prompt.ids, ids, tokenizer) for prompt, ids in zip(prompts, completions, strict=True)]
     model_hash = weights_hash(model)
     rollouts = [
@@ -106,6 +84,7 @@ def draw_rollouts(
             prompt=text,
             completion=completion,
             finished=ids[-1] in ends,
+            sought=min(sought[index], len(ids)),
             log_probs=traces[index].log_probs,
             messages=prompt.messages,
             round=round_index,

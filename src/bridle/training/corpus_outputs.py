@@ -1,0 +1,55 @@
+"""The corpus's own outputs, labelled by the constraint: what a new R is fitted on before it meets the policy's."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from bridle.constraints import Constraint
+from bridle.data import Prompt, Rollout, decode_parts
+from bridle.utils.distributed import joined, share
+
+
+def corpus_outputs(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    end_tokens: Sequence[int],
+    constraint: Constraint,
+    *,
+    max_new_tokens: int,
+    name: str,
+) -> list[Rollout]:
+    """What follows each prompt in its row, cut as a rollout is, with its label; outputs without a label are left out.
+
+    The policy did not draw these, so an R that is fitted on them alone is biased. But they teach it what a violation
+    looks like: the regularised domain is where there are many.
+
+    Args:
+        prompts: from `prompts_from_domain`.
+        tokenizer, end_tokens: of the policy.
+        constraint: scores them.
+        max_new_tokens: the length at which an output is cut.
+        name: the regulariser's.
+    """
+    outputs = []
+    for prompt in prompts:
+        if ids := prompt.rest[:max_new_tokens]:
+            text, completion = decode_parts(prompt.ids, ids, tokenizer)
+            outputs.append(
+                Rollout(
+                    prompt_ids=prompt.ids,
+                    completion_ids=ids,
+                    prompt=text,
+                    completion=completion,
+                    finished=ids[-1] in end_tokens,
+                    messages=prompt.messages,
+                    round=0,
+                    regulariser=name,
+                    constraint=constraint.name,
+                    model_hash="",
+                )
+            )
+    mine = share(outputs)
+    scores = joined(constraint.score([one.given for one in mine], [one.completion for one in mine]), len(outputs))
+    for output, score in zip(outputs, scores, strict=True):
+        output.value, output.complies, output.reason = score.value, score.complies, score.reason
+    return [output for output in outputs if output.complies is not None]
