@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint
-from bridle.data import Prompt, Rollout, decode_parts
+from bridle.data import Prompt, Rollout
+from bridle.training.rollouts import rollout_of
 from bridle.utils.distributed import joined, share
 
 
@@ -30,24 +31,12 @@ def corpus_outputs(
         max_new_tokens: the length at which an output is cut.
         name: the regulariser's.
     """
-    outputs = []
-    for prompt in prompts:
-        if ids := prompt.rest[:max_new_tokens]:
-            text, completion = decode_parts(prompt.ids, ids, tokenizer)
-            outputs.append(
-                Rollout(
-                    prompt_ids=prompt.ids,
-                    completion_ids=ids,
-                    prompt=text,
-                    completion=completion,
-                    finished=ids[-1] in end_tokens,
-                    messages=prompt.messages,
-                    round=0,
-                    regulariser=name,
-                    constraint=constraint.name,
-                    model_hash="",
-                )
-            )
+    origin = {"round": 0, "regulariser": name, "constraint": constraint.name, "model_hash": ""}
+    outputs = [
+        rollout_of(prompt, prompt.rest[:max_new_tokens], tokenizer, end_tokens, **origin)
+        for prompt in prompts
+        if prompt.rest
+    ]
     mine = share(outputs)
     scores = joined(constraint.score([one.given for one in mine], [one.completion for one in mine]), len(outputs))
     for output, score in zip(outputs, scores, strict=True):

@@ -75,26 +75,35 @@ def draw_rollouts(
             traces=traces,
             on_batch=ask,
         )
-    texts = [decode_parts(prompt.ids, ids, tokenizer) for prompt, ids in zip(prompts, completions, strict=True)]
-    model_hash = weights_hash(model)
+    origin = {"round": round_index, "regulariser": name, "constraint": scoring.constraint.name}
+    origin["model_hash"] = weights_hash(model)
     rollouts = [
-        Rollout(
-            prompt_ids=prompt.ids,
-            completion_ids=ids,
-            prompt=text,
-            completion=completion,
-            finished=ids[-1] in ends,
-            sought=min(sought[index], len(ids)),
-            log_probs=traces[index].log_probs,
-            messages=prompt.messages,
-            round=round_index,
-            regulariser=name,
-            constraint=scoring.constraint.name,
-            model_hash=model_hash,
-        )
-        for index, (prompt, ids, (text, completion)) in enumerate(zip(prompts, completions, texts, strict=True))
+        rollout_of(prompt, ids, tokenizer, ends, log_probs=traces[row].log_probs, sought=sought[row], **origin)
+        for row, (prompt, ids) in enumerate(zip(prompts, completions, strict=True))
     ]
     return rollouts, traces
+
+
+def rollout_of(
+    prompt: Prompt,
+    ids: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+    sought: int = 0,
+    **known: Any,
+) -> Rollout:
+    """An unscored rollout: a completion's tokens after a prompt, and what else is known of it."""
+    text, completion = decode_parts(prompt.ids, ids, tokenizer)
+    return Rollout(
+        prompt_ids=prompt.ids,
+        completion_ids=ids,
+        prompt=text,
+        completion=completion,
+        finished=ids[-1] in ends,
+        sought=min(sought, len(ids)),
+        messages=prompt.messages,
+        **known,
+    )
 
 
 def output_of(prompt: Prompt, completion: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[Given, str]:
