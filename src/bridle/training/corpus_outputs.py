@@ -1,6 +1,7 @@
 """The corpus's own outputs, labelled by the constraint: what a new R is fitted on before it meets the policy's."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +32,7 @@ def corpus_outputs(
         max_new_tokens: the length at which an output is cut.
         name: the regulariser's.
     """
-    origin = {"round": 0, "regulariser": name, "constraint": constraint.name, "model_hash": ""}
+    origin: dict[str, Any] = {"round": 0, "regulariser": name, "constraint": constraint.name, "model_hash": ""}
     outputs = [
         rollout_of(prompt, prompt.rest[:max_new_tokens], tokenizer, end_tokens, **origin)
         for prompt in prompts

@@ -75,22 +75,19 @@ def draw_rollouts(
             traces=traces,
             on_batch=ask,
         )
-    origin = {"round": round_index, "regulariser": name, "constraint": scoring.constraint.name}
+    origin: dict[str, Any] = {"round": round_index, "regulariser": name, "constraint": scoring.constraint.name}
     origin["model_hash"] = weights_hash(model)
     rollouts = [
-        rollout_of(prompt, ids, tokenizer, ends, log_probs=traces[row].log_probs, sought=sought[row], **origin)
+        rollout_of(
+            prompt, ids, tokenizer, ends, log_probs=traces[row].log_probs, sought=min(sought[row], len(ids)), **origin
+        )
         for row, (prompt, ids) in enumerate(zip(prompts, completions, strict=True))
     ]
     return rollouts, traces
 
 
 def rollout_of(
-    prompt: Prompt,
-    ids: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    ends: Sequence[int],
-    sought: int = 0,
-    **known: Any,
+    prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], **known: Any
 ) -> Rollout:
     """An unscored rollout: a completion's tokens after a prompt, and what else is known of it."""
     text, completion = decode_parts(prompt.ids, ids, tokenizer)
@@ -100,7 +97,6 @@ def rollout_of(
         prompt=text,
         completion=completion,
         finished=ids[-1] in ends,
-        sought=min(sought, len(ids)),
         messages=prompt.messages,
         **known,
     )
