@@ -80,7 +80,7 @@ class ControlClock(TrainerCallback):
 def rate_of(recipe: Recipe, options: argparse.Namespace) -> Rate:
     """Measures a model's violation rate on held-out prompts."""
     plan, tokenizer = evaluation_of(recipe), load_tokenizer(recipe.model)
-    prompt_set, constraint = next(iter(plan.prompts.values())), next(iter(plan.constraints.values()))
+    prompt_set, constraint = next(iter(plan.prompts.values())), plan.constraints[plan.trained_on[0]]
     how = prompt_set.generation
     held_out = read_prompts(prompt_set.source, tokenizer, prefix_tokens=how.prompt_tokens)
     prompts = [prompt.ids for prompt in held_out[: options.prompts]]

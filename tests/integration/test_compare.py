@@ -92,6 +92,40 @@ def test_every_method_with_two_seeds(bridle, comparison, tmp_path):
         assert own["generation"]["rude"]["no p"]["violation_rate"]["value"] in measured
 
 
+def test_an_independent_constraint_leads(bridle, comparison, corpus_files, tmp_path):
+    mapping = yaml.safe_load(comparison.read_text())
+    mapping["constraints"]["no s"] = {"type": "regex", "pattern": "s"}
+    rows = [{"text": word, "rude": int(word == "grumblefish")} for word in ("grumblefish", "kettle", "spoon") * 20]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examine = {"people": {"path": str(tmp_path / "labelled.jsonl"), "label": "rude"}}
+    path, folder = tmp_path / "independent.yaml", tmp_path / "out"
+
+    def compare(**evaluation):
+        path.write_text(yaml.safe_dump(mapping | {"evaluation": mapping["evaluation"] | evaluation}))
+        code, out, err = bridle("compare", path, "--methods", "base,sft", "--output_dir", folder, "--resume")
+        assert code == 0, err
+        return results_of(folder), out, err
+
+    results, out, err = compare(examine=examine)
+    assert results["main"]["constraint"] == "no s"
+    assert results["main"]["trained_on"] == "no p"
+    assert list(results["methods"]["base"]["figures"]["violation"]["rude"]) == ["no s", "no p"]
+    assert results["examined"]["no s"]["people"]["value"] == pytest.approx(0.75), "of spoon and grumblefish both"
+    assert "no p: AUC 0.25" in err
+    assert err.index("AUC") < err.index("making"), "before anything is trained"
+    assert "no s: AUC 0.750 (95% interval" in " ".join(out.split())
+    assert "violate no s" in out
+
+    rows = [{**row, "rude": 1 - row["rude"]} for row in rows]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results, _, err = compare(examine=examine | {"others": {"path": str(tmp_path / "others.jsonl"), "label": "rude"}})
+    assert results["examined"]["no s"].keys() == {"people", "others"}
+    assert "measuring" not in err, "the models are the same"
+    results, _, err = compare(constraints=["no p"])
+    assert (results["main"]["constraint"], results["examined"]) == ("no p", {"no p": {}})
+    assert (err.count("making"), err.count("measuring")) == (0, 2)
+
+
 def test_a_failure_stops_no_other_method_and_resuming_makes_only_what_is_missing(
     bridle, comparison, tmp_path, plugged_in
 ):

@@ -40,7 +40,11 @@ KEYS = {"model", "corpus", "constraints", "regularisers", "eval", "evaluation", 
 KEYS |= {field.name for field in fields(ConstrainedConfig)}
 CONTEXT = 128  # tokens
 MODELS = ["huggyllama/llama-7b", "HuggingFaceTB/SmolLM2-135M", "shared/models/mini-en"]
-CLASSIFIERS = {"tomh/toxigen_roberta": ["LABEL_0", "LABEL_1"], "shared/models/mini-toxicity": ["non-toxic", "toxic"]}
+CLASSIFIERS = {
+    "tomh/toxigen_roberta": ["LABEL_0", "LABEL_1"],
+    "shared/models/minilm-toxicity": ["non-toxic", "toxic"],
+    "shared/models/minilm-toxicity-independent": ["non-toxic", "toxic"],
+}
 ROWS = [
     "forum.jsonl",
     "wiki.jsonl",
@@ -107,6 +111,9 @@ def world(tiny_model, tmp_path_factory):
         rows = [{"text": f"{text} {number}", "label": number % 2} for number in range(13) for text in SENTENCES]
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prompts = [{"prompt": text, "prompt_toxicity": n % 2} for n in range(13) for text in SENTENCES]
+    rows = "".join(json.dumps(row) + "\n" for row in prompts)
+    (folder / "shared/data/realtoxicityprompts.jsonl").write_text(rows, encoding="utf-8")
     (folder / "mild.txt").write_text("\n".join(INSULTS), encoding="utf-8")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     return folder

@@ -8,6 +8,7 @@ from bridle.comparison.cell import one_regulariser
 from bridle.comparison.plan import evaluation_of
 from bridle.data import DataSource
 from bridle.errors import UserError
+from bridle.evaluation.examination import LabelledRows
 from bridle.evaluation.prompt_sets import GenerationOptions, prompt_set
 from bridle.recipes.recipe import build_recipe
 
@@ -27,6 +28,7 @@ EVALUATION = {
     "perplexity": {"wiki": {"path": "wiki.jsonl", "where": {"label": 0}}},
     "tasks": ["mmlu"],
     "judge": {"model": "some-judge", "prompts": 5},
+    "examine": {"people": {"path": "labelled.jsonl", "label": "kind", "violating": "rude"}},
 }
 
 
@@ -41,9 +43,29 @@ def test_a_section_as_people_write_it():
     assert made.prompts["toxigen"].generation.prompt_tokens == 8, "a known set"
     assert made.prompts["toxigen"].source.rows == "0:10"
     assert made.perplexity["wiki"].where == {"label": 0}
-    assert list(made.constraints) == ["polite", "independent"], "the one that is trained on first"
-    assert made.main == {"prompt_set": "forum", "constraint": "polite", "held_out": "wiki"}
+    assert list(made.constraints) == ["independent", "polite"], "an independent one leads"
+    assert made.main == {
+        "prompt_set": "forum", "constraint": "independent", "trained_on": "polite", "held_out": "wiki"
+    }  # fmt: skip
     assert made.judge.prompts == 5
+    assert made.examine["people"] == LabelledRows("labelled.jsonl", label="kind", violating="rude")
+    assert {path.name for path in made.files()} == {"some-judge"}, "the others do not exist"
+
+
+@pytest.mark.parametrize(
+    ("names", "main", "trained_on"),
+    [
+        (["polite", "independent"], "independent", "polite"),
+        (["polite"], "polite", "polite"),
+        (["third", "independent"], "third", None),
+        (["polite", "third", "independent"], "third", "polite"),
+    ],
+)
+def test_the_constraints_that_measure(names, main, trained_on):
+    constraints = {**RECIPE["constraints"], "third": {"type": "words", "words": ["noodlepate"]}}
+    made = plan({**EVALUATION, "constraints": names}, constraints=constraints)
+    assert made.constraints.keys() == set(names)
+    assert (made.main["constraint"], made.main["trained_on"]) == (main, trained_on)
 
 
 def test_each_set_has_its_own_decoding():
@@ -81,6 +103,12 @@ def test_each_set_has_its_own_decoding():
         ({"perplexity": ["wiki.jsonl"]}, "evaluation.perplexity: must be a mapping"),
         ({"judge": {"prompts": 5}}, "evaluation.judge.model: is missing"),
         ({"limit": "some"}, "evaluation.limit: "),
+        ({"constraints": ["polit"]}, "evaluation.constraints: there is no constraint 'polit'; did you mean polite?"),
+        ({"constraints": []}, "evaluation.constraints: is empty"),
+        ({"constraints": "polite"}, "evaluation.constraints: .* list"),
+        ({"examine": {"people": {"label": "kind"}}}, "evaluation.examine.people.path: is missing"),
+        ({"examine": {"people": {"path": "a", "violates": 1}}}, "people.violates: .*did you mean violating"),
+        ({"examine": {"people": {"path": "a", "violating": {"over": 1}}}}, "people.violating: .* is no condition"),
         (
             {"classification": {"test": {"path": "a"}, "validation": {"path": "b"}}},
             "no domain of the corpus has a label",
@@ -100,6 +128,17 @@ def test_every_method_needs_as_many_updates():
 def test_a_mistyped_file_shows_before_anything_is_made(tmp_path):
     with pytest.raises(UserError, match=r"forum\.jsonl"):
         plan({"prompts": {"forum": {"path": str(tmp_path / "forum.jsonl")}}}).check()
+
+
+def test_labels_of_one_kind_show_before_anything_is_made(tmp_path):
+    for name in ("forum", "labelled"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a kettle", "label": 0}\n')
+    evaluation = {
+        "prompts": {"forum": {"path": str(tmp_path / "forum.jsonl")}},
+        "examine": {"people": {"path": str(tmp_path / "labelled.jsonl")}},
+    }
+    with pytest.raises(UserError, match=r"labelled\.jsonl: no row violates"):
+        plan(evaluation).check()
 
 
 def test_without_adaptive_there_is_one_regulariser():

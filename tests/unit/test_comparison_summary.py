@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bridle.comparison.summary import comparisons, figures_of, first_completions, over_seeds
+from bridle.comparison.summary import comparisons, figures_of, first_completions, over_seeds, transfers_of
 from bridle.evaluation.observations import Observations
 
 
@@ -106,6 +106,27 @@ def test_seeds_of_one_prompt_are_one_observation():
     (test,) = comparisons(runs, figures(base=(1.0, None), tuned=(0.0, None)))
     assert test["difference"]["n"] == 2
     assert test["p_value"] == pytest.approx(0.5)
+
+
+def test_what_an_independent_constraint_confirms_is_a_group_of_figures():
+    def judged(polite, careful):
+        made = observed([[n < polite] for n in range(40)])
+        for n, row in enumerate(made.completions):
+            row["scores"]["careful"] = {"value": float(n >= careful), "complies": n >= careful}
+        return made
+
+    runs = {
+        "base": {0: judged(20, 20), 1: judged(20, 20)},
+        "nado-decoding": {0: judged(10, 15), 1: judged(10, 15)},
+        "constrained": {0: judged(20, 20)},
+    }
+    found = transfers_of(runs, "polite", ["polite"])
+    assert found.keys() == {"nado-decoding", "constrained"}
+    ratio = found["nado-decoding"]["transfer"]["forum"]["careful"]
+    assert ratio["value"] == pytest.approx(0.25 / 0.5)
+    assert (ratio["n"], ratio["seeds"], ratio["spread"]) == (40, 2, None)
+    assert found["constrained"]["transfer"]["forum"]["careful"]["value"] is None
+    assert transfers_of(runs, None, []) == {}
 
 
 def test_unscored_completions_are_left_out():

@@ -15,7 +15,7 @@ from bridle.constraints import (
     WordList,
     build_constraint,
 )
-from bridle.constraints.spec import TYPES
+from bridle.constraints.spec import TYPES, trained_on
 from bridle.errors import UserError
 from bridle.recipes.recipe import build_recipe
 from bridle.utils.settings import parse_yaml
@@ -143,3 +143,30 @@ def test_a_mistake_is_reported_in_one_line(spec, message):
     with pytest.raises(UserError, match=message) as error:
         build_constraint(spec)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "independent"),
+    [
+        ("classifier:other,label=toxic", True),
+        ({**CLASSIFIER, "model": "other"}, True),
+        ({"all": ["regex:fish", {"not": "regex:cat"}]}, True),
+        (CLASSIFIER, False),
+        ({**CLASSIFIER, "threshold": 0.75, "label": "rude", "cache": "file"}, False),  # the same model
+        ("classifier:some/folder,odd,label=x", False),
+        ({"any": ["regex:fish", {"not": CLASSIFIER}]}, False),
+        (["regex:fish", "regex:dog"], False),
+    ],
+)
+def test_what_shares_no_oracle_with_training_is_independent(spec, independent):
+    recipe = {
+        "constraints": {
+            "judge": spec,
+            "part": "regex:dog",
+            "own": {"all": [CLASSIFIER, "regex:dog"]},
+            "spare": "regex:a",
+        },
+        "regularisers": {"rude": {"constraint": "own"}, "plain": {"constraint": "retention"}},
+    }
+    assert trained_on(recipe) == ["own", *([] if independent else ["judge"]), "part"]
+    assert trained_on({**recipe, "regularisers": None}) == []

@@ -1,6 +1,6 @@
 """`bridle compare`: makes and measures every method with every seed in turn, and summarises.
 
-    DIR/recipe.yaml, results.json, verdicts.jsonl, guidance.json
+    DIR/recipe.yaml, results.json, verdicts.jsonl, guidance.json, examined.json
     DIR/METHOD/seed-N/   see `comparison.cell`
 
 A cell with a `candidate.json` is not made again, and one with a `results.json` is not measured again. If the recipe has
@@ -9,7 +9,7 @@ changed, the affected cells lose both first.
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from bridle.comparison.cell import CANDIDATE, RESULTS, Candidate, Cell, CellFile
 from bridle.comparison.measure import measure
 from bridle.comparison.methods import description, free_memory, method_named, methods, rl_options, shapes
 from bridle.comparison.plan import Evaluation, evaluation_of
-from bridle.comparison.summary import Runs, comparisons, first_completions, over_seeds
+from bridle.comparison.summary import Runs, comparisons, first_completions, over_seeds, transfers_of
 from bridle.comparison.tracing import trace_guidance
 from bridle.errors import RunStopped, UserError
 from bridle.evaluation import win_rates
+from bridle.evaluation.examination import examine_all
 from bridle.evaluation.observations import Observations
+from bridle.evaluation.statistics import Estimate
+from bridle.evaluation.transfer import reference_of
 from bridle.models.card import write_card
 from bridle.models.hub import without_token
 from bridle.recipes.inputs import check_inputs, write_inputs
@@ -39,6 +42,8 @@ COMMON = ("model", "dtype", "corpus")
 """Sections of a recipe that all figures of a comparison must share."""
 MEASURED = ("evaluation", "constraints", "max_new_tokens")
 """Sections of a recipe that say what is measured."""
+EXAMINED = "evaluation.examine"
+"""The key of what measures constraints, and no model."""
 
 
 @dataclass
@@ -115,12 +120,14 @@ class Comparison:
             self._discard_outdated()  # before the recipe is overwritten, which shows what has changed
             write_recipe(self.recipe, self.folder)
             write_inputs(self.recipe, self.folder, self.plan.files())
+            keep = self.folder / "examined.json"
+            examined = examine_all(self.plan.constraints, self.plan.examine, keep, self.show)
             cells = [self._cell(name, seed) for seed in self.seeds for name in self.names]
             with Progress("comparing", len(cells), "runs") as progress:
                 for cell in cells:
                     self._complete(cell)
                     progress.update()
-            self._sum_up()
+            self._sum_up(examined)
 
     def check_complete(self) -> None:
         """Raises a `RunStopped` that names the methods that failed; the others are in `results.json`."""
@@ -145,7 +152,7 @@ class Comparison:
                 for file in (RESULTS, CANDIDATE):  # first, so that a half-removed cell does not look whole
                     (folder / file).unlink(missing_ok=True)
                 shutil.rmtree(folder)
-            elif any(_section(key) in MEASURED for key in self._changed):
+            elif any(_section(key) in MEASURED and not key.startswith(EXAMINED) for key in self._changed):
                 (folder / RESULTS).unlink(missing_ok=True)
 
     def _builds_on(self, name: str, seed: str) -> set[str]:
@@ -232,7 +239,7 @@ class Comparison:
 
     # ------------------------------------------------------------------ summary
 
-    def _sum_up(self) -> None:
+    def _sum_up(self, examined: Mapping[str, Mapping[str, Estimate]]) -> None:
         cells = {name: [self._cell(name, seed) for seed in self.seeds] for name in self.names}
         observed, figures = {}, {}
         for name, of_name in cells.items():
@@ -243,6 +250,7 @@ class Comparison:
             first = self._cell(self.names[0], self.seeds[0]).failure()
             raise RunStopped(f"{self.folder}: all methods failed; the first: {first}")
         reads = {name: constraint.reads for name, constraint in self.plan.constraints.items()}
+        transfers = transfers_of(observed, self.plan.main["trained_on"], self.plan.trained_on)
         results = {
             "format": FORMAT,
             "recipe": self.title,
@@ -250,11 +258,16 @@ class Comparison:
             "main": self.plan.main,
             "settings": {**self.recipe.resolved["evaluation"], "reads": reads},
             "prompt_sets": {name: prompts.describe() for name, prompts in self.plan.prompts.items()},
+            "examined": {
+                constraint: {name: auc.to_json() for name, auc in by_set.items()}
+                for constraint, by_set in examined.items()
+            },
             "methods": {
                 name: {
                     "description": description(name),
                     "seeds": {str(cell.seed): cell.status() for cell in cells[name]},
-                    "figures": figures.get(name, {}),
+                    "figures": figures.get(name, {}) | transfers.get(name, {}),
+                    "reference": reference_of(name, observed),
                 }
                 for name in self.names
             },

@@ -8,8 +8,10 @@
       perplexity:
         wikitext: {path: wikitext.jsonl, rows: "90%:"}
       tasks: [mmlu, commonsense-4]
+      examine:
+        toxigen: {path: toxigen.jsonl, rows: "90%:", label: label, violating: 1}
 
-The first prompt set, constraint and held-out text summarise a comparison.
+The first prompt set, constraint and held-out text summarise a comparison; independent constraints come first.
 """
 
 from collections.abc import Mapping
@@ -21,9 +23,11 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveInt
 
 from bridle.constraints import Constraint
+from bridle.constraints.spec import trained_on
 from bridle.data import DataSource, VerbalisedLabel
 from bridle.errors import UserError
 from bridle.evaluation import ChatJudge, LocalJudge, PromptSet, prompt_set
+from bridle.evaluation.examination import LabelledRows
 from bridle.evaluation.judges import Judge
 from bridle.evaluation.prompt_sets import GENERATION, KNOWN, GenerationOptions, combined
 from bridle.models.loading import load_for_inference
@@ -82,7 +86,10 @@ class Evaluation:
 
     Attributes:
         prompts: sets that are completed, by name, each with its own `GenerationOptions`.
-        constraints: by name; all of the recipe's, those it trains on first.
+        constraints: what judges the completions; in a recipe, names of its constraints, by default all. First the
+            independent ones, on which no regulariser trains and which share no oracle with one that does, then those
+            that it trains on.
+        examine: rows with human labels, by name, on which every constraint is examined first.
         perplexity: held-out texts, by name.
         batch_size: rows in one forward.
         tasks: lm-eval tasks: mmlu, commonsense-4, commonsense-8, or one of its eight.
@@ -92,10 +99,12 @@ class Evaluation:
         classification: rows to classify.
         label: how text and label are written as one text there.
         judge: who decides win rates.
+        trained_on: names of the constraints that are not independent; the recipe's regularisers say which.
     """
 
     prompts: dict[str, PromptSet]
     constraints: dict[str, Constraint]
+    examine: dict[str, LabelledRows] = field(default_factory=dict)
     perplexity: dict[str, DataSource] = field(default_factory=dict)
     batch_size: PositiveInt = 64
     tasks: list[str] = field(default_factory=list)
@@ -105,6 +114,7 @@ class Evaluation:
     classification: ClassificationOptions | None = None
     label: VerbalisedLabel | None = None
     judge: JudgeOptions | None = None
+    trained_on: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Loads every constraint and reads every file once, so that a `UserError` comes before any training."""
@@ -112,12 +122,15 @@ class Evaluation:
             constraint.load()
         for source in self._sources():
             source.read()
+        for rows in self.examine.values():
+            rows.classes()
 
     def files(self) -> list[Path]:
         """The local files and folders that are read."""
         judge = [Path(self.judge.model)] if self.judge is not None and self.judge.url is None else []
         tasks = [self.task_data] if self.task_data is not None else []
-        readers: list[Constraint | DataSource] = [*self.constraints.values(), *self._sources()]
+        examined = self.examine.values()
+        readers: list[Constraint | DataSource] = [*self.constraints.values(), *examined, *self._sources()]
         return [*judge, *tasks, *(file for one in readers for file in one.files())]
 
     def _sources(self) -> list[DataSource]:
@@ -126,10 +139,11 @@ class Evaluation:
 
     @property
     def main(self) -> dict[str, str | None]:
-        """The prompt set, constraint and held-out text whose figures summarise a comparison."""
+        """The prompt set, constraint, training oracle and held-out text whose figures summarise a comparison."""
         return {
             "prompt_set": next(iter(self.prompts)),
             "constraint": next(iter(self.constraints)),
+            "trained_on": next(iter(self.trained_on), None),
             "held_out": next(iter(self.perplexity), None),
         }
 
@@ -142,7 +156,7 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
             recipe without constraints.
     """
     given = dict(recipe.evaluation)
-    known = {f.name for f in fields(Evaluation)} - {"constraints", "label"}
+    known = {f.name for f in fields(Evaluation)} - {"label", "trained_on"}
     check_keys(given, [*known, *GENERATION], "evaluation")
     if not given.get("prompts"):
         raise UserError("evaluation.prompts: is missing; a comparison needs prompts to complete, by name")
@@ -155,18 +169,20 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
     build(GenerationOptions, combined(for_all), "evaluation")  # a mistake here is not one of a set
     defaults = combined({key: recipe.training[key] for key in ("max_new_tokens",) if key in recipe.training}, for_all)
     given["prompts"] = _named(given["prompts"], "evaluation.prompts", partial(_prompt_set, defaults))
-    given["perplexity"] = _named(given.get("perplexity"), "evaluation.perplexity", _source)
-    for key in given.keys() - {"prompts", "perplexity"}:
+    given["perplexity"] = _named(given.get("perplexity"), "evaluation.perplexity", partial(_rows, DataSource))
+    given["examine"] = _named(given.get("examine"), "evaluation.examine", partial(_rows, LabelledRows))
+    given["constraints"], trained = _constraints(recipe, given.get("constraints"))
+    for key in given.keys() - {"prompts", "perplexity", "examine", "constraints"}:
         given[key] = validated(Evaluation.__annotations__[key], given[key], f"evaluation.{key}")
-    return Evaluation(**given, constraints=_trained_on_first(recipe), label=_label(recipe, given.get("classification")))
+    return Evaluation(**given, trained_on=trained, label=_label(recipe, given.get("classification")))
 
 
 def _named(mapping: Any, where: str, read: Any) -> dict[str, Any]:
     return {name: read(name, options, f"{where}.{name}") for name, options in as_named(mapping, where).items()}
 
 
-def _source(name: str, options: Any, where: str) -> DataSource:
-    return build(DataSource, options, where)  # type: ignore[no-any-return]
+def _rows(kind: type[DataSource], name: str, options: Any, where: str) -> DataSource:
+    return build(kind, options, where)  # type: ignore[no-any-return]
 
 
 def _prompt_set(defaults: Mapping[str, Any], name: str, options: Any, where: str) -> PromptSet:
@@ -181,12 +197,18 @@ def _prompt_set(defaults: Mapping[str, Any], name: str, options: Any, where: str
         options = described | options
     protocol = KNOWN[known][-1] if known in KNOWN else {}
     generation = build(GenerationOptions, combined(defaults, protocol, own), where)
-    return PromptSet(name, _source(name, options, where), generation)
+    return PromptSet(name, _rows(DataSource, name, options, where), generation)
 
 
-def _trained_on_first(recipe: Recipe) -> dict[str, Constraint]:
-    used = {r.constraint.name for r in recipe.regularisers.values() if r.constraint is not None}
-    return dict(sorted(recipe.constraints.items(), key=lambda item: item[1].name not in used))
+def _constraints(recipe: Recipe, names: Any) -> tuple[dict[str, Constraint], list[str]]:
+    """The named constraints, or all, independent ones first; and the names of the others."""
+    chosen = list(recipe.constraints) if names is None else validated(list[str], names, "evaluation.constraints")
+    if not chosen:
+        raise UserError("evaluation.constraints: is empty; name one of the constraints, or leave it out for all")
+    for name in chosen:
+        known_name(name, recipe.constraints, "evaluation.constraints", "constraint")
+    trained = [name for name in trained_on(recipe.resolved) if name in chosen]
+    return {name: recipe.constraints[name] for name in [*(n for n in chosen if n not in trained), *trained]}, trained
 
 
 def _label(recipe: Recipe, options: ClassificationOptions | None) -> VerbalisedLabel | None:

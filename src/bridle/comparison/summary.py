@@ -1,7 +1,7 @@
 """Figures of methods from those of runs: means over seeds, and tests of differences."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from statistics import fmean, stdev
@@ -10,6 +10,7 @@ from typing import Any
 from bridle.evaluation.classification import compare_auc
 from bridle.evaluation.observations import Observations, Row
 from bridle.evaluation.statistics import Estimate, compare_methods
+from bridle.evaluation.transfer import Place, transfers
 
 Figures = dict[str, Any]
 Runs = Mapping[str, Mapping[int, Observations]]  # by method, by seed
@@ -87,7 +88,6 @@ def comparisons(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, An
     ]
 
 
-Place = tuple[str, str | None]  # a prompt set and constraint; a held-out text; a task
 Observe = Callable[[Row], Iterable[tuple[Place, float | bool | None]]]
 
 
@@ -163,6 +163,29 @@ def _by_auc(runs: Runs, figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
         for method, found in scores.items()
         if method != reference
     ]
+
+
+def transfers_of(runs: Runs, trained: str | None, dependent: Collection[str]) -> dict[str, Figures]:
+    """The group `transfer` of each method: how far each independent constraint confirms the training oracle.
+
+    Args:
+        trained: the training oracle; None if it was not measured.
+        dependent: the constraints that are not independent.
+    """
+    found = _by_place(runs, "completions", _violations)
+    independent = {str(constraint) for _, constraint in found if constraint not in dependent}
+    ratios = transfers(found, trained, independent) if trained else {}  # type: ignore[arg-type]
+    return {
+        method: {
+            "transfer": {
+                prompt_set: {
+                    name: asdict(one) | {"spread": None, "seeds": len(runs[method])} for name, one in by_name.items()
+                }
+                for prompt_set, by_name in by_set.items()
+            }
+        }
+        for method, by_set in ratios.items()
+    }
 
 
 def first_completions(runs: Runs, prompt_set: str, prompts: int) -> tuple[list[str], dict[str, list[str]]]:

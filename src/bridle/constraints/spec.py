@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from inspect import signature
+from json import dumps
 from reprlib import repr as short_repr
 from typing import Any
 
@@ -23,6 +24,8 @@ TYPES: dict[str, type[Constraint]] = {
 SHORT_KEYS = {"classifier": "model", "words": "file", "regex": "pattern", "python": "function", "remote": "preset"}
 OPERATORS = ("all", "any", "not")
 CACHE_KEYS = ("cache", "version")  # of any constraint; a remote one has them among its own
+ORACLE_KEYS = ("type", "model", "file", "words", "pattern", "function", "preset", "url")
+"""What tells one oracle from another; another label, threshold or cache makes no other oracle."""
 RETENTION = "retention"
 """In the place of a constraint's name: a domain is only held to the initial model."""
 
@@ -52,6 +55,36 @@ def build_constraint(
         constraint.name = name
     constraint.variables = variables
     return constraint
+
+
+def trained_on(recipe: Mapping[str, Any]) -> list[str]:
+    """The constraints of a recipe that are not independent, by name; the others judge without a share in training.
+
+    First those of its regularisers, then those that share an oracle with one of them, as their part or with another
+    threshold.
+
+    Args:
+        recipe: the mapping of its YAML file.
+
+    Raises:
+        UserError: a specification cannot be read.
+    """
+    specs = as_mapping(recipe.get("constraints"), "constraints")
+    regularisers = as_mapping(recipe.get("regularisers"), "regularisers")
+    used = [as_mapping(options, f"regularisers.{name}").get("constraint") for name, options in regularisers.items()]
+    found = [str(name) for name in dict.fromkeys(used) if name in specs]
+    oracles = {oracle for name in found for oracle in _oracles(specs[name])}
+    return found + [name for name in specs if name not in found and oracles & _oracles(specs[name])]
+
+
+def _oracles(spec: Any) -> set[str]:
+    """What the parts of a specification ask for their verdicts."""
+    spec = _parse(spec) if isinstance(spec, str) else {"all": spec} if isinstance(spec, list) else spec
+    spec = as_mapping(spec, "constraint")
+    parts = next((spec[key] for key in OPERATORS if key in spec), None)
+    if parts is None:
+        return {dumps({key: spec[key] for key in ORACLE_KEYS if key in spec}, sort_keys=True)}
+    return {oracle for part in (parts if isinstance(parts, list) else [parts]) for oracle in _oracles(part)}
 
 
 def _build(spec: object) -> Constraint:

@@ -74,12 +74,7 @@ class DataSource:
         if self.rows is not None:
             row_range(self.rows, total=0)
         for column, wanted in (self.where or {}).items():
-            if isinstance(wanted, dict) and not (
-                _BOUNDS.keys() >= wanted.keys() and all(map(_is_number, wanted.values()))
-            ):
-                raise UserError(
-                    f"where: {column}: {wanted} is no condition; give {{above: NUMBER}} or {{below: NUMBER}}"
-                )
+            check_condition(wanted, f"where: {column}")
         if not any(self._named.keys() <= set(fields) for fields in FORMATS):
             first, *others = self._named
             raise UserError(f"{first}: is of another format than {', '.join(others)}; name one format's columns")
@@ -193,10 +188,17 @@ def _bound(text: str | None, total: int) -> int | None:
 def _keep(dataset: Dataset, column: str, wanted: Any, path: str) -> Dataset:
     if column not in dataset.column_names:
         raise absent_column(path, column, dataset.column_names)
-    return dataset.select([index for index, value in enumerate(dataset[column][:]) if _is_wanted(value, wanted)])
+    return dataset.select([index for index, value in enumerate(dataset[column][:]) if meets(value, wanted)])
 
 
-def _is_wanted(value: Any, wanted: Any) -> bool:
+def check_condition(wanted: Any, where: str) -> None:
+    """Raises a UserError that begins with `where` unless `meets` knows the condition."""
+    if isinstance(wanted, dict) and not (_BOUNDS.keys() >= wanted.keys() and all(map(_is_number, wanted.values()))):
+        raise UserError(f"{where}: {wanted} is no condition; give {{above: NUMBER}} or {{below: NUMBER}}")
+
+
+def meets(value: Any, wanted: Any) -> bool:
+    """Whether a value is the wanted one or one of a list, or lies {above: NUMBER} or {below: NUMBER}."""
     if isinstance(wanted, dict):
         return _is_number(value) and all(_BOUNDS[name](value, bound) for name, bound in wanted.items())
     return value in (wanted if isinstance(wanted, list) else [wanted])

@@ -18,6 +18,7 @@ from bridle.errors import UserError
 Interval = tuple[float, float]
 Clusters = Sequence[Sequence[float | None]]  # [prompts, samples] observations, None where one is missing
 
+LEVEL = 0.05  # of significance
 PERMUTATIONS = 9999  # the smallest p-value is 2 / 10,000; fewer than 14 prompts that differ are enumerated
 RESAMPLES = 2000  # enough for the ends of a 95% interval to be steady in their second digit
 NUMBERS_AT_ONCE = 10_000_000  # bounds the memory of one bootstrap to some 160 MB
@@ -228,7 +229,7 @@ def paired_bootstrap(a: Clusters, b: Clusters, *, seed: int) -> tuple[Estimate, 
     Args:
         a, b: [prompts, samples] observations of two methods on the same prompts, None where missing.
     """
-    means = [(_mean(of_a), _mean(of_b)) for of_a, of_b in zip(a, b, strict=True)]
+    means = [(observed_mean(of_a), observed_mean(of_b)) for of_a, of_b in zip(a, b, strict=True)]
     differences = np.array([x - y for x, y in means if x is not None and y is not None])
     missing = len(means) - len(differences)
     found = estimate_mean([[difference] for difference in differences.tolist()], missing=missing, seed=seed)
@@ -278,6 +279,12 @@ def compare_methods(observations: Mapping[str, Clusters], reference: str, *, see
     ]
 
 
+def observed_mean(samples: Sequence[float | None]) -> float | None:
+    """The mean of the samples that are not missing; None if all are."""
+    present = [value for value in samples if value is not None]
+    return fmean(present) if present else None
+
+
 def _tested(values: Clusters, base: Clusters, seed: int) -> tuple[Estimate, float | None, str]:
     difference, p = paired_bootstrap(values, base, seed=seed)
     if any(len(samples) != 1 or not isinstance(samples[0], bool | None) for samples in chain(values, base)):
@@ -299,11 +306,6 @@ def _sign_flip_test(differences: np.ndarray, seed: int) -> float:
         random_state=np.random.default_rng(seed),
     )
     return float(result.pvalue)
-
-
-def _mean(samples: Sequence[float | None]) -> float | None:
-    present = [value for value in samples if value is not None]
-    return fmean(present) if present else None
 
 
 def _independent_units(clusters: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePath
@@ -10,14 +10,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from bridle.errors import UserError
+from bridle.constraints.spec import trained_on
+from bridle.errors import UserError, prefixed
 from bridle.evaluation.prompt_sets import GenerationOptions
 from bridle.evaluation.statistics import Comparison, Estimate
+from bridle.evaluation.transfer import reference_of, transfers
 from bridle.evaluation.win_rate import WinRates
 from bridle.utils.files import checked, read_json, read_rows, read_text
 from bridle.utils.progress import track
+from bridle.utils.settings import read_yaml
 
-Group = Literal["violation", "text", "perplexity", "tasks", "classification", "cost"]  # of `Figures`
+Group = Literal["violation", "transfer", "text", "perplexity", "tasks", "classification", "cost"]  # of `Figures`
 
 FORMAT = 1  # of a comparison's results.json
 MOST_ROUNDS = 6  # whose rollouts or reliability are shown, evenly spaced
@@ -46,6 +49,7 @@ class Figures:
 
     Attributes:
         violation: shares of violating completions, by prompt set and constraint.
+        transfer: transfer ratios (`evaluation.transfer`), by prompt set and independent constraint.
         text: distinct_2, mean_length (words) and others, by prompt set and name.
         perplexity: per token, by held-out set.
         tasks: accuracies in [0, 1], by task.
@@ -54,6 +58,7 @@ class Figures:
     """
 
     violation: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    transfer: dict[str, dict[str, Figure]] = field(default_factory=dict)
     text: dict[str, dict[str, Figure]] = field(default_factory=dict)
     perplexity: dict[str, Figure] = field(default_factory=dict)
     tasks: dict[str, Figure] = field(default_factory=dict)
@@ -72,11 +77,12 @@ class SeedRun:
 
 @dataclass(frozen=True)
 class Method:
-    """A method of the comparison, with its runs by seed."""
+    """A method of the comparison, with its runs by seed; `reference` is what its transfer ratios refer to."""
 
     description: str = ""
     seeds: dict[str, SeedRun] = field(default_factory=dict)
     figures: Figures = Figures()
+    reference: str | None = None
 
     @property
     def status(self) -> Literal["complete", "partial", "failed", "missing"]:
@@ -89,11 +95,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Main:
-    """The sets and the constraint of the main figures."""
+    """The sets and the constraint of the main figures; `trained_on` is the training oracle, if it was measured."""
 
     prompt_set: str
     constraint: str
     held_out: str | None = None
+    trained_on: str | None = None
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether nothing was trained on the main constraint, and its rates have the training oracle's beside them."""
+        return self.trained_on not in (None, self.constraint)
 
 
 @dataclass(frozen=True)
@@ -256,6 +268,7 @@ class Report:
         settings: settings of the evaluation.
         prompt_sets: how prompts were completed, by set.
         methods: methods by name, in the order of the tables.
+        examined: AUC of each constraint on each set of rows with human labels.
         comparisons: comparisons of each method with the best one.
         win_rate: None without a judge, or if it failed.
         judge_failed: why the judge failed.
@@ -270,6 +283,7 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
     prompt_sets: dict[str, GenerationOptions] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
+    examined: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     comparisons: list[FigureComparison] = field(default_factory=list)
     win_rate: WinRates | None = None
     judge_failed: str | None = None
@@ -304,11 +318,73 @@ def _read_comparison(folder: Path) -> Report:
         raise UserError(f"{path}: not the results of a comparison in format {FORMAT}; write it with bridle compare")
     report = checked(Report, found, str(path))
     runs = list(_runs(report, folder))
-    return replace(
+    report = replace(
         report,
         curves=[curve for run in runs if (curve := _curve(*run)).rounds],
         completions=[row for run in track(runs, "reading completions", unit="models") for row in _completions(*run)],
         guidance=read_json(path, Guidance) if (path := folder / "guidance.json").is_file() else None,
+    )
+    if report.main is None:
+        return report
+    if "trained_on" not in found["main"] and (recipe := folder / "recipe.yaml").is_file():
+        report = _led_by_independent(report, report.main, recipe)
+    return _main_first(report)
+
+
+def _led_by_independent(report: Report, main: Main, recipe: Path) -> Report:
+    """Results of an earlier version led with the training oracle; the recipe names it, and so what is independent."""
+    with prefixed(f"{recipe}: "):
+        dependent = trained_on(read_yaml(recipe))
+    sets = (method.figures.violation.get(main.prompt_set, {}) for method in report.methods.values())
+    measured = dict.fromkeys(chain.from_iterable(sets))
+    independent = [name for name in measured if name not in dependent]
+    oracle = next((name for name in dependent if name in measured), None)
+    if oracle is None or not independent:
+        return report
+    ratios = transfers(_violations(report.completions), oracle, independent)
+    scored = {one.method for one in report.completions}
+    methods = {
+        name: replace(
+            method,
+            reference=reference_of(name, scored),
+            figures=replace(
+                method.figures,
+                transfer={
+                    prompt_set: {constraint: Figure(**vars(one)) for constraint, one in by_constraint.items()}
+                    for prompt_set, by_constraint in ratios.get(name, {}).items()
+                },
+            ),
+        )
+        for name, method in report.methods.items()
+    }
+    return replace(report, methods=methods, main=replace(main, constraint=independent[0], trained_on=oracle))
+
+
+def _violations(completions: Iterable[Completion]) -> dict[tuple[str, str], dict[str, dict[int, list[bool | None]]]]:
+    """Whether each completion violates, by prompt set and constraint, method, and prompt."""
+    found: dict[tuple[str, str], dict[str, dict[int, list[bool | None]]]] = {}
+    for one in completions:
+        for name, score in one.scores.items():
+            by_prompt = found.setdefault((one.prompt_set, name), {}).setdefault(one.method, {})
+            by_prompt.setdefault(one.index, []).append(None if score.complies is None else not score.complies)
+    return found
+
+
+def _main_first(report: Report) -> Report:
+    """The figures and tests of the main constraint in front of the others."""
+    main = report.main.constraint if report.main else None
+
+    def ordered(method: Method) -> Method:
+        violation = {
+            prompt_set: dict(sorted(by_constraint.items(), key=lambda item: item[0] != main))
+            for prompt_set, by_constraint in method.figures.violation.items()
+        }
+        return replace(method, figures=replace(method.figures, violation=violation))
+
+    return replace(
+        report,
+        methods={name: ordered(method) for name, method in report.methods.items()},
+        comparisons=sorted(report.comparisons, key=lambda one: (one.figure != "violation", one.constraint != main)),
     )
 
 

@@ -4,9 +4,20 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from bridle.report.data import Curve, FigureComparison, Report
+from bridle.evaluation.transfer import pleases_its_oracle
+from bridle.report.data import Curve, FigureComparison, Main, Report
 from bridle.report.pareto import tradeoffs
-from bridle.report.tables import Measure, best, main_violation, significant, spelt, to_cell
+from bridle.report.tables import (
+    PERCENT,
+    Measure,
+    best,
+    main_violation,
+    main_violations,
+    measures,
+    significant,
+    spelt,
+    to_cell,
+)
 
 LEAST_DECIDED = 0.1  # share of pairs; the summary warns of a judge that decides fewer
 
@@ -19,6 +30,7 @@ def findings(report: Report) -> list[str]:
     return [
         *_of_best(report, violation),
         *_of_significance([one for one in report.comparisons if violation.is_of(one)]),
+        *_of_oracle(report, report.main),
         *_of_front(report),
         *_of_failures(report),
         *_of_judge(report),
@@ -74,6 +86,27 @@ def _of_significance(comparisons: list[FigureComparison]) -> Iterator[str]:
         yield f"Significantly different from it, after Holm’s correction: {listed(differ)}."
         if alike:
             yield f"No significant difference from it was found for {listed(alike)}."
+
+
+def _of_oracle(report: Report, main: Main) -> Iterator[str]:
+    """The best method's rate under the training oracle, and a warning of each method that learns its errors."""
+    top = best(report, main_violation(main))
+    for beside in main_violations(main)[1:]:
+        figures = {name: figure for name, method in report.methods.items() if (figure := beside.of(method))}
+        rates = {name: to_cell(one, PERCENT).text for name, one in figures.items() if one.value is not None}
+        compared = f", and base’s {rates['base']}%" if "base" in rates and top != "base" else ""
+        if top in rates:
+            yield f"Under {main.trained_on}, the training oracle, {top}’s rate is {rates[top]}%{compared}."
+    for measure in measures(report, "transfer"):
+        for name, method in report.methods.items():
+            ratio = measure.of(method)
+            if ratio is not None and pleases_its_oracle(ratio):
+                cell = to_cell(ratio, PERCENT)
+                interval = f" (95% interval {cell.below})" if cell.interval else ""
+                yield (
+                    f"Warning: {name} is learning to please its oracle: of its drop under {main.trained_on} on "
+                    f"{measure.on}, {measure.within} confirms {cell.text}%{interval}."
+                )
 
 
 def _of_front(report: Report) -> Iterator[str]:

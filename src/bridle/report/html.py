@@ -82,6 +82,7 @@ def render(report: Report, figures: Mapping[str, Figure]) -> str:
     parts = {
         "summary": findings(report),
         "methods": tables.overview(report),
+        "transfer": tables.transfer(report),
         "wins": tables.win_matrix(report),
         "classification": tables.classification(report),
         "rounds": tables.rounds(report),

@@ -4,12 +4,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
-from bridle.evaluation.statistics import Estimate
+from bridle.evaluation.statistics import LEVEL, Estimate
 from bridle.evaluation.win_rate import WinRates
 from bridle.report.data import Figure, FigureComparison, Group, Main, Method, RegulariserRound, Report
 
 MISSING = "–"
-LEVEL = 0.05  # of significance, after Holm's correction
 OVERVIEW_TASKS = ("mmlu", "commonsense", "commonsense-4", "commonsense-8")
 
 
@@ -38,6 +37,7 @@ PERCENT, PLAIN, RATIO, COUNT = Unit("%", 100.0), Unit(), Unit(digits=3), Unit(di
 
 GROUPS: dict[Group, tuple[str, Unit, str]] = {
     "violation": ("Violation rate", PERCENT, "↓"),
+    "transfer": ("Transfer ratio", Unit(digits=2), ""),
     "tasks": ("Accuracy", PERCENT, "↑"),
     "perplexity": ("Perplexity", Unit(more=1), "↓"),
     "classification": ("Classification", RATIO, "↑"),
@@ -179,11 +179,37 @@ def main_violation(main: Main) -> Measure:
     return Measure("violation", main.prompt_set, main.constraint)
 
 
+def main_violations(main: Main) -> list[Measure]:
+    """The main violation rate and, where its constraint is independent, the one under the training oracle."""
+    beside = [Measure("violation", main.prompt_set, main.trained_on)] if main.is_independent else []
+    return [main_violation(main), *beside]
+
+
 def overview(report: Report) -> Table | None:
     """Violation rate, tasks and perplexity of each method; None if nothing was measured."""
     single = single_tasks(report)
     columns = [measure for measure in measures(report, "violation", "tasks", "perplexity") if measure not in single]
     return _table(report, "Mean over seeds, ± standard deviation, 95% interval", columns)
+
+
+def transfer(report: Report) -> Table | None:
+    """The transfer ratio of each method; None without an independent constraint."""
+    columns = measures(report, "transfer")
+    if not columns or report.main is None:
+        return None
+    oracle = report.main.trained_on
+    table = _table(report, f"What independent constraints confirm of the drop under {oracle}", columns)
+    words = (
+        "The share of its reference’s violations that a method avoids under the independent constraint, over that "
+        f"under {oracle}, the training oracle. 1: the drop is confirmed in full; 0: not at all. A dash: no "
+        f"significant drop under {oracle}. Intervals resample prompts."
+    )
+    references: dict[str, list[str]] = {}
+    for name, method in report.methods.items():
+        if method.reference and method.figures.transfer:
+            references.setdefault(method.reference, []).append(name)
+    said = "; ".join(f"{reference} for {', '.join(names)}" for reference, names in references.items())
+    return table and replace(table, notes=[words, f"Reference: {said}."])
 
 
 def overview_tasks(report: Report) -> tuple[str, ...]:
@@ -195,7 +221,7 @@ def classification(report: Report) -> Table | None:
     """Classification and the violation rate of generation; None without classification."""
     columns = measures(report, "classification")
     if columns and report.main:
-        columns.append(main_violation(report.main))
+        columns += main_violations(report.main)
     return _table(report, "Classification, with the violation rate of generation", columns)
 
 
@@ -331,7 +357,17 @@ def _table(report: Report, caption: str, columns: list[Measure]) -> Table | None
     }
     sets = dict.fromkeys(measure.on for measure in columns if measure.group in ("violation", "text"))
     notes = [f"{name}: {report.prompt_sets[name]}." for name in sets if name in report.prompt_sets]
+    notes += _examined(report, dict.fromkeys(one.within for one in columns if one.group == "violation"))
     return Table(caption, groups, [measure.label for measure in columns], rows, notes)
+
+
+def _examined(report: Report, constraints: Iterable[str | None]) -> Iterable[str]:
+    """How well each constraint agrees with human labels."""
+    for name in constraints:
+        for rows, auc in report.examined.get(name or "", {}).items():
+            cell = to_cell(auc, RATIO)
+            interval = f" (95% interval {cell.below})" if cell.interval else ""
+            yield f"{name}: AUC {cell.text}{interval} on {rows}, by human labels."
 
 
 def _marks(report: Report, measure: Measure) -> dict[str, str]:

@@ -22,7 +22,12 @@ def tables(report: Report) -> str:
     """Formats the paper's tables, the differences from the best, the summary and the failures."""
     console = Console(width=WIDEST, color_system=None, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
-        for table in (made.overview(report), made.win_matrix(report), made.classification(report)):
+        for table in (
+            made.overview(report),
+            made.transfer(report),
+            made.win_matrix(report),
+            made.classification(report),
+        ):
             if table is not None:
                 console.print(_drawn(table), "")
         for name, differences in made.differences(report, without=made.single_tasks(report)).items():
