@@ -15,6 +15,7 @@ from bridle.training.worker import LocalWorker
 from trainers import NO_E, Letters, logged, processes, ray_with, trainer_of, weights
 
 ROUNDS = {"schedule": "parallel", "rounds": 4, "max_steps": 8}
+FIRST_ROUNDS = pytest.mark.parametrize("first_round", ["wait", "train"])
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +30,15 @@ def in_turns(trainer):
     return trainer
 
 
-@pytest.mark.parametrize("options", [{"anchor": "live", "kl_on": "both"}, {"anchor": "previous", "kl_on": "corpus"}])
-def test_ray_gives_what_a_plain_loop_gives_bit_for_bit(ray, tiny_folder, tmp_path, options):
+@pytest.mark.parametrize(
+    ("first_round", "options"),
+    [("wait", {"anchor": "live", "kl_on": "both"}), ("train", {"anchor": "previous", "kl_on": "corpus"})],
+)
+def test_ray_gives_what_a_plain_loop_gives_bit_for_bit(ray, tiny_folder, tmp_path, first_round, options):
     folder, ends, losses = tiny_folder(), [], []
     for name in ("plain", "ray"):
         largest = 0.0 if options["anchor"] == "previous" else 512.0  # everything large through files
-        settings = {**ROUNDS, "parallel": ParallelOptions(largest_message=largest)}
+        settings = {**ROUNDS, "parallel": ParallelOptions(first_round=first_round, largest_message=largest)}
         trainer = trainer_of(folder, tmp_path / name, {"rude": Regulariser(NO_E, weight=4.0, **options)}, **settings)
         (in_turns(trainer) if name == "plain" else trainer).train()
         ends.append(weights(trainer))
@@ -44,38 +48,62 @@ def test_ray_gives_what_a_plain_loop_gives_bit_for_bit(ray, tiny_folder, tmp_pat
     assert not list((tmp_path / "ray").glob("exchange/*")), "what has arrived is removed"
 
 
-def test_each_round_uses_the_last_rounds_regulariser(tiny_folder, tmp_path):
-    trainer = in_turns(trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **ROUNDS))
-    used, submitted = {}, []
+@pytest.mark.parametrize(("first_round", "fitted_in"), [("wait", [1, 1, 2, 3]), ("train", [None, 1, 2, 3])])
+def test_each_round_uses_the_last_rounds_regulariser(tiny_folder, tmp_path, first_round, fitted_in):
+    """The first has its own, or none."""
+    options = {**ROUNDS, "parallel": ParallelOptions(first_round=first_round)}
+    trainer = in_turns(trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **options))
+    used, submitted = [], []
     worker, begin = trainer.schedule.worker, trainer.schedule.begin_round
     submit = worker.submit
     worker.submit = lambda index, policy: submitted.append((index, policy)) or submit(index, policy)
-    trainer.schedule.begin_round = lambda index, log: (
-        begin(index, log),
-        used.update({index: trainer.regularisers[0].state()}),
-    )
+    trainer.schedule.begin_round = lambda index, log: (begin(index, log), used.append(trainer.regularisers[0].state()))
     start = weights(trainer)
     trainer.train()
     assert [index for index, _ in submitted] == [1, 2, 3], "R_4 would be of no use to anybody"
-    assert not used[1].is_fitted
-    assert [state.rollouts[0].round for state in list(used.values())[1:]] == [1, 2, 3]
+    assert [state.rollouts[0].round if state.is_fitted else None for state in used] == fitted_in
+    assert [state.rollout_cursor for state in used] == [0, 0, 0, 0], "each round starts at the first rollout"
     for name, weight in submitted[0][1].items():
         torch.testing.assert_close(weight, start[name])
-    assert "kl/rude" not in trainer.state.log_history[0], "the first round is plain CE"
-    assert len({state.rollouts[0].model_hash for state in list(used.values())[1:]}) == 3
+    assert ("kl/rude" in trainer.state.log_history[0]) == (first_round == "wait"), "without R it is plain CE"
+    assert len({state.rollouts[0].model_hash for state in used if state.is_fitted}) == 3
+    records = [record for record in trainer.state.log_history if "round" in record]
+    assert sum("rude/rollouts" in record for record in records) == 3, "each R is recorded once"
 
 
-def test_a_parallel_run_resumes_to_the_same_weights(tiny_folder, tmp_path):
+def test_one_round_that_waits_has_a_regulariser(tiny_folder, tmp_path):
+    options = {**ROUNDS, "rounds": 1, "parallel": ParallelOptions(first_round="wait")}
+    trainer = in_turns(trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **options))
+    trainer.train()
+    assert logged(trainer, "kl/rude")
+
+
+@FIRST_ROUNDS
+def test_a_parallel_run_resumes_to_the_same_weights(tiny_folder, tmp_path, first_round):
     folder = tiny_folder()
-    options = {**ROUNDS, "save_strategy": "steps", "save_steps": 3}
+    parallel = ParallelOptions(first_round=first_round)
+    options = {**ROUNDS, "save_strategy": "steps", "save_steps": 1, "parallel": parallel}
     regularisers = {"rude": Regulariser(NO_E, weight=4.0, anchor="previous", kl_on="both")}
     whole = in_turns(trainer_of(folder, tmp_path / "whole", regularisers, **options))
     whole.train()
-    for step in (3, 4, 6):  # within a round, at its end, and at both
+    for step in (1, 2, 3, 6):  # within the first round, at its end, and later
         again = in_turns(trainer_of(folder, tmp_path / f"again-{step}", regularisers, **options))
         again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         for name, weight in weights(whole).items():
             assert torch.equal(weights(again)[name], weight), (step, name)
+
+
+def test_a_first_round_that_began_without_a_regulariser_ends_so(tiny_folder, tmp_path):
+    folder, ends = tiny_folder(), []
+    options = {**ROUNDS, "save_strategy": "steps", "save_steps": 1}
+    checkpoint = str(tmp_path / "train" / "checkpoint-1")
+    for first_round, resumed in (("train", None), ("wait", checkpoint)):
+        options["parallel"] = ParallelOptions(first_round=first_round)
+        regularisers = {"rude": Regulariser(NO_E, weight=4.0)}
+        trainer = in_turns(trainer_of(folder, tmp_path / first_round, regularisers, **options))
+        trainer.train(resume_from_checkpoint=resumed)
+        ends.append(weights(trainer))
+    assert all(torch.equal(ends[1][name], weight) for name, weight in ends[0].items())
 
 
 def test_a_killed_worker_stops_the_policy_and_says_so(ray, tiny_folder, tmp_path):
@@ -94,15 +122,18 @@ def test_a_killed_worker_stops_the_policy_and_says_so(ray, tiny_folder, tmp_path
     assert trainer.state.global_step <= 4, "no later than the end of the round"
 
 
-def test_the_command_line_runs_both_roles(ray, bridle, recipe, tmp_path):
-    code, _, err = bridle("train", recipe(), "--output_dir", tmp_path / "run", "--schedule", "parallel")
+@FIRST_ROUNDS
+def test_the_command_line_runs_both_roles(ray, bridle, recipe, tmp_path, first_round):
+    options = ("--schedule", "parallel", "--parallel.first_round", first_round)
+    code, _, err = bridle("train", recipe(), "--output_dir", tmp_path / "run", *options)
     assert code == 0, err
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    first, second = (record for record in records if "round" in record)
-    assert "rude/compliance" not in first
-    assert second["rude/rollouts"] == 32
-    assert second["seconds_waiting"] >= 0
-    assert second["rude/worker_seconds_sampling"] > 0
+    rounds = [record for record in records if "round" in record]
+    taken, other = rounds if first_round == "wait" else reversed(rounds)
+    assert "rude/compliance" not in other
+    assert taken["rude/rollouts"] == 32
+    assert taken["seconds_waiting"] >= 0
+    assert taken["rude/worker_seconds_sampling"] > 0
     assert (tmp_path / "run" / "model" / "README.md").exists()
     assert (tmp_path / "run" / "auxiliary" / "round-1" / "model.safetensors").exists()
 

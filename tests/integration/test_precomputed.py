@@ -110,10 +110,13 @@ def test_the_order_is_foreseen_over_epochs_and_accumulation(tiny_folder, tmp_pat
     assert calls["ahead"] > 0
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
-def test_a_resumed_run_makes_its_targets_again_and_ends_alike(tiny_folder, tmp_path, calls, schedule):
+@pytest.mark.parametrize(
+    ("schedule", "first_round"), [("sequential", "train"), ("parallel", "train"), ("parallel", "wait")]
+)
+def test_a_resumed_run_makes_its_targets_again_and_ends_alike(tiny_folder, tmp_path, calls, schedule, first_round):
     folder = tiny_folder()
     options = {**SHIPPED, "rounds": 4, "save_strategy": "steps", "save_steps": 3}
+    options["parallel"] = ParallelOptions(first_round=first_round)
     whole = trained(folder, tmp_path / "whole", schedule, **options)
     for step in (3, 4, 6):
         again = trainer_of(folder, tmp_path / str(step), regularisers(), schedule=schedule, **options)

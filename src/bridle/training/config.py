@@ -198,7 +198,7 @@ class AuxiliaryOptions:
 
 @dataclass
 class ParallelOptions:
-    """Where the two roles of the parallel schedule run.
+    """How and where the two roles of the parallel schedule run.
 
     Attributes:
         address: of a running Ray cluster, or "auto"; None starts one on this machine.
@@ -210,6 +210,8 @@ class ParallelOptions:
         patience: seconds to wait for the resources of a role.
         largest_message: MiB of weights or targets above which they pass through a file in the output folder, which
             all roles must then share.
+        first_round: what the policy does before there is an R. `wait`: its updates wait for R_1; `train`: they run
+            while R_1 is fitted, with cross-entropy alone.
 
     Raises:
         UserError: a value of the wrong kind, such as a role without a process; the message begins with the field.
@@ -222,6 +224,7 @@ class ParallelOptions:
     num_gpus: NonNegativeFloat | None = None
     patience: NonNegativeFloat = 60.0
     largest_message: NonNegativeFloat = 512.0
+    first_round: Literal["wait", "train"] = "wait"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -315,7 +318,7 @@ class ConstrainedConfig(SFTConfig):
         clipped_bound: share of rollouts cut at `max_new_tokens` above which a round warns; 1 turns the guard off.
         keep_last: how many of the last checkpoints to keep; None for all. Half-written ones do not count.
         auxiliary: shape and fit of R.
-        parallel: where the parallel schedule's regularisers run.
+        parallel: how and where the parallel schedule's roles run.
 
     Raises:
         UserError: a value of the wrong kind or outside its range, such as no round; an option of TRL or `transformers`
@@ -344,7 +347,7 @@ class ConstrainedConfig(SFTConfig):
     clipped_bound: float = field(default=0.9, metadata={"help": "Share of cut rollouts that warns."})
     keep_last: int | None = field(default=None, metadata={"help": "Checkpoints that stay."})
     auxiliary: AuxiliaryOptions = field(default_factory=AuxiliaryOptions, metadata={"help": "Shape and fit of R."})
-    parallel: ParallelOptions = field(default_factory=ParallelOptions, metadata={"help": "The roles' resources."})
+    parallel: ParallelOptions = field(default_factory=ParallelOptions, metadata={"help": "How the roles run."})
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

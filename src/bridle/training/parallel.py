@@ -1,8 +1,8 @@
 """The parallel schedule (EMNLP 2024, the second of two): the policy and R are updated at the same time.
 
 Both start from the states of the last round. Round i's policy steps use R_{i-1}, fitted on samples of p_{i-2},
-while R_i is being fitted on samples of p_{i-1}. There is no R yet in the first round, whose policy steps are plain CE;
-none is fitted in the last round, since nothing would use it.
+while R_i is being fitted on samples of p_{i-1}. There is no R_0: the first round's policy steps wait for R_1, or are
+plain CE (`parallel.first_round`). None is fitted in the last round, since nothing would use it.
 
 A `Worker` fits R: `RayWorker` in other processes, or `LocalWorker`, which takes turns with the policy and gives the
 same result, bit for bit.
@@ -10,6 +10,7 @@ same result, bit for bit.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,27 @@ class ParallelSchedule(SequentialSchedule):
         self.pending: Pending | None = None  # R_i, during round i
 
     def _refresh(self, index: int, log: Log) -> None:
-        """Takes R_{i-1}, and starts fitting R_i."""
+        """Takes R_{i-1}, and starts fitting R_i; takes R_1 at once if the first round waits for it."""
         if self.pending is not None:
-            began = time.perf_counter()
-            states = self._received(self.pending, index - 1)
-            self._record["seconds_waiting"] = time.perf_counter() - began
-            for regulariser, made in zip(self.regularisers, states, strict=True):
-                regulariser.load_state(made)
-                self._note(index - 1, regulariser, _of_worker(made.measured), log)
+            self._take(self.pending, index - 1, log)
         self.pending = None
-        if index < self.config.rounds and self.regularisers:
+        waits = index == 1 and self.config.parallel.first_round == "wait"
+        if self.regularisers and (waits or index < self.config.rounds):
             self.worker = self.worker or self.make_worker()
             self.pending = self.worker.submit(index, trainable_weights(self.regularisers[0].model))
+            if waits:
+                states = self._take(self.pending, index, log)
+                self.pending = Done([replace(made, measured={}) for made in states])  # for round 2, already noted
+
+    def _take(self, pending: Pending, index: int, log: Log) -> list[RegulariserState]:
+        """Waits for R of round `index` and uses it."""
+        began = time.perf_counter()
+        states = self._received(pending, index)
+        self._record["seconds_waiting"] = time.perf_counter() - began
+        for regulariser, made in zip(self.regularisers, states, strict=True):
+            regulariser.load_state(made)
+            self._note(index, regulariser, _of_worker(made.measured), log)
+        return states
 
     def _received(self, pending: Pending, index: int) -> list[RegulariserState]:
         """The states of round `index`; if it failed, writes its samples and raises its error."""
