@@ -29,7 +29,7 @@ def tables(report: Report) -> str:
             made.classification(report),
         ):
             if table is not None:
-                console.print(_drawn(table), "")
+                console.print(_plain(table.caption), _drawn(table), *map(_plain, _notes(table)), "", sep="\n")
         for name, differences in made.differences(report, without=made.single_tasks(report)).items():
             console.print(_differences(name, differences), "")
         if report.comparisons:
@@ -46,7 +46,7 @@ def _plain(text: str) -> Text:
 
 
 def _drawn(table: Table) -> RichTable:
-    drawn = RichTable(title=_plain(table.caption), caption=_plain("\n".join(_notes(table))), **_STYLE)
+    drawn = RichTable(**_STYLE)
     for heading in ["", *_headings(table)]:
         drawn.add_column(_plain(heading), justify="right" if heading else "left")
     for method, cells in table.rows.items():
@@ -58,8 +58,6 @@ _STYLE: dict[str, Any] = {
     "box": box.SIMPLE,
     "title_justify": "left",
     "title_style": "",
-    "caption_justify": "left",
-    "caption_style": "",
 }
 
 
