@@ -7,26 +7,29 @@ local files. Bridle adds intervals, the counts of missing and truncated requests
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bridle.core.decomposition import log_target
+from bridle.core.tokens import pad_right
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, Result, estimate_proportion
 from bridle.evaluation.task_data import GROUPS, LoadedTask, expand, load_task
+from bridle.models.forward import policy_forward
 from bridle.models.guidance import NADOGuide
-from bridle.models.hidden import evaluation_mode
+from bridle.models.hidden import evaluation_mode, project
 from bridle.utils.progress import Progress
 from bridle.utils.quiet import only_errors
 from bridle.utils.settings import known_name
@@ -149,25 +152,52 @@ class _Scorer(HFLM):
         self.guide, self.terminal = guide, terminal
         self.description, self.truncated = "", 0
 
-    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """[batch, time] -> logits, or log q, [batch, time, vocabulary]."""
-        logits = super()._model_call(inps, attn_mask, labels)
-        # Rows are padded on the right, which no scored position attends to.
-        return logits if self.guide is None else self.guide.log_probs(logits, inps, torch.ones_like(inps))
-
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, is greedy) of each (texts, context, continuation); NaN of one that cannot fit."""
-        fits = [len(continuation) <= self.max_length for _, _, continuation in requests]
-        readable = [request for request, fit in zip(requests, fits, strict=True) if fit]
-        # The last token is predicted, not read.
-        self.truncated = sum(len(context) + len(rest) > self.max_length + 1 for _, context, rest in readable)
-        with redirect_stderr(self.terminal), Progress(self.description, len(readable), "requests") as progress:
-            # lm-eval reports every finished request to its cache.
-            self.set_cache_hook(SimpleNamespace(add_partial=lambda *_: progress.update()))
-            answers = iter(super()._loglikelihood_tokens(readable, disable_tqdm=True, override_bs=override_bs))
-        return [next(answers) if fit else (math.nan, False) for fit in fits]
+        """(log-likelihood, is greedy) of each (texts, context, continuation); NaN of one that cannot fit.
+
+        As lm-eval has it, but only a continuation's positions enter the output layer. lm-eval computes the log-softmax
+        of every position: gigabytes for a few examples of MMLU.
+        """
+        answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+        rows: dict[tuple[int, ...], list[int]] = {}  # requests that differ in their last token share a row
+        for index, (_, context, continuation) in enumerate(requests):
+            if len(continuation) <= self.max_length:
+                # The last token is predicted, not read.
+                row = tuple((context + continuation)[-(self.max_length + 1) : -1])
+                self.truncated += len(context) + len(continuation) > self.max_length + 1
+                rows.setdefault(row, []).append(index)
+        longest_first = sorted(rows, key=len, reverse=True)
+        with redirect_stderr(self.terminal), Progress(self.description, len(requests), "requests") as progress:
+            for start in range(0, len(rows), self.batch_size):
+                batch = longest_first[start : start + self.batch_size]
+                counts = [max(len(requests[index][2]) for index in rows[row]) for row in batch]
+                for row, log_probs in zip(batch, self._last_log_probs(batch, counts), strict=True):
+                    for index in rows[row]:
+                        answers[index] = _likelihood(log_probs, requests[index][2])
+                        progress.update()
+        return answers
+
+    def _last_log_probs(self, rows: Sequence[tuple[int, ...]], counts: Sequence[int]) -> Iterator[Tensor]:
+        """log p, or log q, of the next tokens at the last positions of each row: [count, vocabulary]."""
+        input_ids, mask = (part.to(self.device) for part in pad_right([list(row) for row in rows], 0))
+        states = policy_forward(self.model, input_ids, mask)
+        features = None if self.guide is None else self.guide.auxiliary.features(states, input_ids, mask)
+        for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            last = slice(len(row) - count, len(row))
+            logits = project(self.model, states[number, last]).float()
+            if self.guide is None or features is None:
+                yield F.log_softmax(logits, dim=-1)
+            else:
+                r_logits = self.guide.auxiliary(features[number, last])
+                yield log_target(logits, r_logits, self.guide.guidance_scale)
+
+
+def _likelihood(log_probs: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
+    """The log-likelihood of the tokens at the last positions, and whether each is the likeliest."""
+    own, chosen = log_probs[-len(tokens) :], torch.tensor(tokens, device=log_probs.device)
+    return float(own.gather(1, chosen[:, None]).sum()), bool((own.argmax(-1) == chosen).all())
 
 
 def _evaluate(lm: _Scorer, loaded: LoadedTask, limit: int | None, seed: int) -> TaskResult:
