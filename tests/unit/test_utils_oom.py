@@ -1,6 +1,7 @@
 import errno
 import os
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +11,7 @@ from bridle.core.sparse import sparse_target
 from bridle.data import Rollout, read_rollouts, write_rollouts
 from bridle.data.target_cache import TargetCache, TargetWriter
 from bridle.errors import RunStopped, UserError
+from bridle.utils import oom
 from bridle.utils.files import append_text, write_json
 from bridle.utils.oom import RowLimit, is_disk_full, is_out_of_memory, stopping_when_exhausted
 
@@ -28,6 +30,16 @@ class TestRowLimit:
             return [row**2 for row in part]
 
         return [square for part in limit.run(work, rows) for square in part]
+
+    def test_rows_that_need_more_than_half_of_the_free_memory_are_cut_at_once(self, monkeypatch):
+        monkeypatch.setattr(oom, "free_memory", lambda device: 1000)
+        known = {"row_bytes": 100, "device": torch.device("cpu")}
+        assert RowLimit("counting", **known).run(list, range(12)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+        assert RowLimit("counting", row_bytes=10_000, device=torch.device("cpu")).rows == 1
+        assert RowLimit("counting", can_cut=False, **known).rows is None
+
+    def test_free_memory_is_the_machine_s(self):
+        assert 2**20 < oom.free_memory(torch.device("cpu")) < psutil.virtual_memory().total
 
     @pytest.mark.parametrize("rows", [list(range(10)), range(10), torch.arange(10)])
     def test_work_is_halved_until_it_fits_and_stays_so(self, rows, caplog):

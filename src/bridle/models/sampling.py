@@ -189,7 +189,8 @@ def sample(
         on_token: called with the tokens of each step, [batch], of the rows that continue; hides the progress display.
     """
     draw = partial(_draw, model, guide, decoding, pad_token_id, end_token_ids, on_token, traces is not None)
-    limit = RowLimit(description, can_cut=not is_sharded(model))
+    row_bytes = _row_bytes(model, max(map(len, prompts), default=0) + max_new_tokens)
+    limit = RowLimit(description, not is_sharded(model), row_bytes, model.device)
     steps = [max_new_tokens] * len(prompts) if guided_tokens is None else guided_tokens
     batches = _batches(prompts, batch_size, share)
     drawn = {} if traces is None else traces
@@ -216,6 +217,16 @@ def _batches(prompts: Sequence[Sequence[int]], size: int, share: bool) -> dict[i
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     return {number: batches[number] for number in (turns(len(batches)) if share else range(len(batches)))}
+
+
+def _row_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Roughly what sampling a row of so many tokens needs: its keys and values, its logits and their probabilities."""
+    config = causal_lm(model).config.get_text_config()
+    size, heads = config.hidden_size, config.num_attention_heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or size // heads
+    cache = 2 * config.num_hidden_layers * kept * width * tokens * model.dtype.itemsize
+    return int(cache + 32 * config.vocab_size)
 
 
 def _uniform(seed: str, steps: int, rows: int, device: torch.device) -> Tensor:

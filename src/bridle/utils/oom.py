@@ -9,6 +9,7 @@ from pathlib import Path
 from traceback import clear_frames
 from typing import Any, Protocol, TypeVar
 
+import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -34,19 +35,26 @@ class Sliceable(Protocol):
 
 
 class RowLimit:
-    """How many rows to process at once: all, and half as many each time that memory runs out.
+    """How many rows to process at once: all, or as many as fit, and half as many each time that memory runs out.
 
     Args:
         work: names the work in the warning.
         can_cut: false if several processes make each call together, as the others would not know of a cut.
+        row_bytes: roughly what a row needs; rows that together need more than half of the free memory are cut at once,
+            since a CPU's memory can run out without an error. None if not known.
+        device: where they need it.
 
     Attributes:
-        rows: the limit; None at first.
+        rows: the limit; None if there is none yet.
     """
 
-    def __init__(self, work: str, can_cut: bool = True):
+    def __init__(
+        self, work: str, can_cut: bool = True, row_bytes: int | None = None, device: torch.device | None = None
+    ):
         self.work, self.can_cut = work, can_cut
         self.rows: int | None = None
+        if can_cut and row_bytes and device is not None:
+            self.rows = max(1, free_memory(device) // (2 * row_bytes))
 
     def run(self, work: Callable[[Rows], T], rows: Rows) -> list[T]:
         """Returns what `work` returns for each part of the rows that fits into memory, in order."""
@@ -74,6 +82,14 @@ class RowLimit:
         logger.warning("%s: memory ran out with %d rows at once; the limit is now %d", self.work, rows, self.rows)
         clear_frames(error.__traceback__)  # they refer to the tensors that filled the memory
         clear_device_cache(garbage_collection=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device can still give; on a CPU those of the machine."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def is_out_of_memory(error: Exception) -> bool:
