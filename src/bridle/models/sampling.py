@@ -189,8 +189,7 @@ def sample(
         on_token: called with the tokens of each step, [batch], of the rows that continue; hides the progress display.
     """
     draw = partial(_draw, model, guide, decoding, pad_token_id, end_token_ids, on_token, traces is not None)
-    row_bytes = _row_bytes(model, max(map(len, prompts), default=0) + max_new_tokens)
-    limit = RowLimit(description, not is_sharded(model), row_bytes, model.device)
+    limit = _row_limit(model, description, max(map(len, prompts), default=0) + max_new_tokens)
     steps = [max_new_tokens] * len(prompts) if guided_tokens is None else guided_tokens
     batches = _batches(prompts, batch_size, share)
     drawn = {} if traces is None else traces
@@ -219,14 +218,14 @@ def _batches(prompts: Sequence[Sequence[int]], size: int, share: bool) -> dict[i
     return {number: batches[number] for number in (turns(len(batches)) if share else range(len(batches)))}
 
 
-def _row_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Roughly what sampling a row of so many tokens needs: its keys and values, its logits and their probabilities."""
+def _row_limit(model: PreTrainedModel, description: str, tokens: int) -> RowLimit:
+    """How many rows of so many tokens fit, by a row's keys and values, its logits and their probabilities."""
     config = causal_lm(model).config.get_text_config()
     size, heads = config.hidden_size, config.num_attention_heads
     kept = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or size // heads
     cache = 2 * config.num_hidden_layers * kept * width * tokens * model.dtype.itemsize
-    return int(cache + 32 * config.vocab_size)
+    return RowLimit(description, not is_sharded(model), cache + 32 * config.vocab_size, model.device)
 
 
 def _uniform(seed: str, steps: int, rows: int, device: torch.device) -> Tensor:
