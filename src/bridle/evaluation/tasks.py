@@ -34,6 +34,8 @@ from bridle.utils.progress import Progress
 from bridle.utils.quiet import only_errors
 from bridle.utils.settings import known_name
 
+TOKENS_AT_ONCE = 2**13  # of a batch: the longest prompts of MMLU are ten times as long as most
+
 
 @dataclass(frozen=True)
 class TaskResult(Result):
@@ -168,10 +170,11 @@ class _Scorer(HFLM):
                 row = tuple((context + continuation)[-(self.max_length + 1) : -1])
                 self.truncated += len(context) + len(continuation) > self.max_length + 1
                 rows.setdefault(row, []).append(index)
-        longest_first = sorted(rows, key=len, reverse=True)
+        rest = sorted(rows, key=len, reverse=True)
         with redirect_stderr(self.terminal), Progress(self.description, len(requests), "requests") as progress:
-            for start in range(0, len(rows), self.batch_size):
-                batch = longest_first[start : start + self.batch_size]
+            while rest:
+                size = max(1, min(self.batch_size, TOKENS_AT_ONCE // len(rest[0])))
+                batch, rest = rest[:size], rest[size:]
                 counts = [max(len(requests[index][2]) for index in rows[row]) for row in batch]
                 for row, log_probs in zip(batch, self._last_log_probs(batch, counts), strict=True):
                     for index in rows[row]:
