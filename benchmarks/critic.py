@@ -372,12 +372,18 @@ class Fits:
         return self._examples[soft_labels][: len(rollouts)]
 
     def __call__(self, given: Mapping[str, Any]) -> tuple[AuxiliaryModel, Figures]:
-        """An R, fitted as the recipe and a variant's keys say, and what the fit reports."""
+        """An R, fitted as the recipe and a variant's keys say, and what the fit reports.
+
+        Raises:
+            UserError: a key acts only within a run.
+        """
         config, given = self.world.config, dict(given)
         count = given.pop("rollouts", config.rollouts_per_round)
         soft_labels = given.pop("soft_labels", self.world.regulariser.options.soft_labels)
         seed = given.pop("seed", 0)
         options = AuxiliaryOptions(**{**asdict(config.auxiliary), **given})
+        if set_ := [key for key in ("corpus_outputs", "seek", "replay") if getattr(options, key)]:
+            raise UserError(f"auxiliary.{set_[0]}: acts within a run; set it to 0, or train and give the run's folder")
         torch.manual_seed(seed)
         auxiliary = new_auxiliary(
             self.world.model, depth=options.depth, head_rank=options.head_rank, own_network=options.own_network

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
+from bridle.errors import UserError
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import build_trainer
 from conftest import ROOT
@@ -230,6 +231,12 @@ class TestCritic:
             del results["environment"], results["variants"]["a"]["seconds"], results["variants"]["b"]["seconds"]
         assert again == found
         assert {file: file.stat().st_mtime_ns for file in kept.glob("*.jsonl")} == files
+
+    @pytest.mark.parametrize("key", ["corpus_outputs", "seek", "replay"])
+    def test_what_acts_only_within_a_run_is_refused(self, benchmark, recipe, tmp_path, key):
+        value = 0.5 if key == "seek" else 1
+        with pytest.raises(UserError, match=f"^auxiliary.{key}: acts within a run"):
+            benchmark("critic", recipe(), *self.SMALL, "--cache", tmp_path, "--variant", "a", f"{key}={value}")
 
     def test_a_round_of_a_run_goes_with_its_own_policy(self, benchmark, bridle, recipe, tmp_path):
         path, run = recipe(learning_rate=1e-2), tmp_path / "run"
