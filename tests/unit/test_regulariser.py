@@ -201,10 +201,21 @@ class TestRound:
             output = ids[: sum(mask)]
             assert any(row[: len(output)] == output for row in rows)
         assert 0 <= measured["r_brier_corpus"] <= 1
+        assert (measured["corpus_outputs"], measured["corpus_outputs_missing"]) == (10, 0)
         assert "r_brier_before" in measured, "the R of the corpus is measured on the policy's own texts"
         del fits[:]
         held.update(2)
         assert "fitting R on the corpus" not in [description for _, description in fits]
+
+    def test_outputs_of_the_corpus_that_are_cut_or_unscored_teach_nothing_where_rollouts_would_not(
+        self, trained_on, monkeypatch
+    ):
+        held = trained_on(auxiliary=AuxiliaryOptions(epochs=1, corpus_outputs=10), max_new_tokens=4, truncated="mask")
+        assert held._fit_on_corpus() == {"corpus_outputs": 10, "corpus_outputs_missing": 0}, "all are cut"
+        held.config.truncated = "label"
+        monkeypatch.setattr(held.constraint, "_score", lambda texts: [None] * len(texts))
+        assert held._fit_on_corpus() == {"corpus_outputs": 10, "corpus_outputs_missing": 10}
+        assert not held.is_fitted
 
     def test_retention_and_a_weight_of_0_ask_nobody(self, of):
         assert of(None).update(1) == of(weight=0.0).update(1) == {}

@@ -171,7 +171,8 @@ class AuxiliaryOptions:
         corpus_outputs: outputs of the corpus, the rest of a row after its beginning, on which a new R is fitted before
             it is fitted on the policy's. Where the policy violates seldom, most that R can learn from is there.
         seek: share of a round's rollouts, from the second fit on, that begin with tokens which R expects to end in a
-            violation. R learns from what the policy itself says after them. Rates are those of the other rollouts.
+            violation. R learns from what the policy itself says after them. Rates are those of the other rollouts; the
+            KL on rollouts looks at all.
 
     Raises:
         UserError: a value of the wrong kind, or nothing but seeking; the message begins with the field.

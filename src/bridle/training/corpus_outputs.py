@@ -20,7 +20,7 @@ def corpus_outputs(
     max_new_tokens: int,
     name: str,
 ) -> list[Rollout]:
-    """What follows each prompt in its row, cut as a rollout is, with its label; outputs without a label are left out.
+    """What follows each prompt in its row, cut as a rollout is, with its label, which may be missing.
 
     The policy did not draw these, so an R that is fitted on them alone is biased. But they teach it what a violation
     looks like: the regularised domain is where there are many.
@@ -42,4 +42,4 @@ def corpus_outputs(
     scores = joined(constraint.score([one.given for one in mine], [one.completion for one in mine]), len(outputs))
     for output, score in zip(outputs, scores, strict=True):
         output.value, output.complies, output.reason = score.value, score.complies, score.reason
-    return [output for output in outputs if output.complies is not None]
+    return outputs

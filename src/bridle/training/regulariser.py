@@ -182,18 +182,8 @@ class DomainRegulariser(StatefulRegulariser):
         if not fresh or (fit in ("kept", "none") and not self.is_fitted):
             return {"fit": fit}
         assert self.auxiliary is not None
-        config = self.config
-        with torch.no_grad():
-            examples = encode(
-                self.model,
-                fresh + replayed,
-                self.tokenizer.pad_token_id,
-                fresh=len(fresh),
-                traces={row: traces[place] for row, place in enumerate(places)},
-                soft_labels=self.options.soft_labels,
-                bootstrap=config.truncated == "bootstrap",
-                dtype=config.autocast_dtype,
-            )
+        traces = {row: traces[place] for row, place in enumerate(places)}
+        examples = self._encode(fresh + replayed, fresh=len(fresh), traces=traces)
         # The last round's R on samples of a policy that is one round newer.
         stale = measure_calibration(self.auxiliary, examples[:plain]) if self.is_fitted else {}
         report = {"fit": fit} | {f"{key}_before": stale[key] for key in ("r_brier", "r_ece") if key in stale}
@@ -217,12 +207,28 @@ class DomainRegulariser(StatefulRegulariser):
             max_new_tokens=config.max_new_tokens,
             name=self.name,
         )
+        counts = {
+            "corpus_outputs": len(outputs),
+            "corpus_outputs_missing": sum(output.complies is None for output in outputs),
+        }
+        outputs = [output for output in outputs if self._teaches(output)]
         if len({self._label(output) for output in outputs}) < 2:
-            return {}
-        with torch.no_grad():
-            examples = encode(self.model, outputs, self.tokenizer.pad_token_id, soft_labels=self.options.soft_labels)
+            return counts  # nothing to learn
+        examples = self._encode(outputs)
         report = self._fit_auxiliary(examples, len(examples), "fitting R on the corpus", "fitting on the corpus")
-        return {f"{key}_corpus": report[key] for key in ("r_brier", "r_ece") if key in report}
+        return counts | {f"{key}_corpus": report[key] for key in ("r_brier", "r_ece") if key in report}
+
+    @torch.no_grad()
+    def _encode(self, rollouts: Sequence[Rollout], **known: Any) -> Examples:
+        return encode(
+            self.model,
+            rollouts,
+            self.tokenizer.pad_token_id,
+            soft_labels=self.options.soft_labels,
+            bootstrap=self.config.truncated == "bootstrap",
+            dtype=self.config.autocast_dtype,
+            **known,
+        )
 
     def _fit_auxiliary(self, examples: Examples, fresh: int, description: str, purpose: str) -> dict[str, Any]:
         assert self.auxiliary is not None
