@@ -241,6 +241,7 @@ def _regularisers(number: int, seed: int) -> dict[str, Any]:
         "rude/r_bce": 0.31,
         "rude/r_consistency": 0.004,
         "rude/r_brier": 0.1 / number,
+        "rude/r_skill": 0.45 * number,
         "rude/r_ece": (0.054 + 0.006 * seed) / number,
         "rude/r_reliability": bins[number - 1 :],
         "rude/seconds_sampling": 20.1,

@@ -32,6 +32,7 @@ class TestWholeRuns:
             "compliance",
             "compliance_low",
             "r_brier",
+            "r_skill",
             "r_ece",
             "lambda",
             "tokens_sampled",

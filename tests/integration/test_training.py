@@ -188,6 +188,7 @@ class TestRegularisers:
         assert 0 < rounds[0]["rude/compliance_low"] < rounds[0]["rude/compliance"] < 1
         assert {
             "rude/r_brier",
+            "rude/r_skill",
             "rude/r_ece",
             "rude/lambda",
             "rude/seconds_sampling",

@@ -277,6 +277,13 @@ class TestCalibration:
         assert measured.brier == pytest.approx((0.05**2 + 0.95**2 + 2 * 0.05**2) / 4, abs=1e-6)
         assert measured.expected_calibration_error == pytest.approx((0.45 + 0.05) / 2, abs=1e-6)
         assert [count for *_, count in measured.bins] == [2, 2]
+        assert measured.skill == pytest.approx(1 - measured.brier / (0.25 * 0.75), abs=1e-6)
+
+    def test_skill_of_the_labels_mean_is_0_and_of_labels_that_are_alike_unknown(self):
+        labels = torch.tensor([1.0, 1.0, 1.0, 0.0])
+        assert calibration(torch.full((4,), 0.75), labels).skill == pytest.approx(0)
+        assert calibration(labels, labels).skill == 1
+        assert calibration(torch.full((4,), 0.75), torch.ones(4)).skill is None
 
     def test_certainty_belongs_to_the_last_bin_and_its_opposite_to_the_first(self):
         predicted = torch.tensor([0.0, 0.05, 0.15, 0.85, 0.95, 1.0])

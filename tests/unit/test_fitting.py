@@ -15,6 +15,7 @@ from bridle.models.hidden import project
 from bridle.models.sampling import Trace
 from bridle.training import examples, fitting
 from bridle.training.config import AuxiliaryOptions
+from bridle.training.examples import split
 from bridle.training.fitting import fit_auxiliary
 from bridle.utils.progress import Progress
 
@@ -183,3 +184,23 @@ def test_a_share_of_the_fresh_ones_is_kept_back(model, auxiliary, fresh, share, 
     assert rows[0] == len(ROLLOUTS) - kept
     assert [rate for _, rate, _ in report.get("r_reliability", [])] == [1.0] * len(report.get("r_reliability", []))
     assert ("r_brier" in report) == (kept > 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_kept_back_shares_no_prompt_with_the_fit(model, seed):
+    prompts = [[3], [4], [3], [5, 6], [4], [5, 6], [5], [3], [4]]
+    known = encode(model, [rollout(prompt, [7, 8 + row % 3, 2]) for row, prompt in enumerate(prompts)], 0)
+    kept_back, fitting = split(known, 7, 0.3, torch.Generator().manual_seed(seed))
+    of_kept, of_fit = ({tuple(prompts[row]) for row in rows.tolist()} for rows in (kept_back, fitting))
+    assert not of_kept & of_fit, "nor does an older rollout"
+    assert of_kept | of_fit == {tuple(prompt) for prompt in prompts}
+    assert {*kept_back.tolist()} | {*fitting.tolist()} >= {*range(7)}
+    assert 2 <= len(kept_back) <= 4
+    assert kept_back.max() < 7
+
+
+def test_rollouts_after_one_prompt_alone_are_split_one_by_one(model):
+    known = encode(model, [rollout([3], [7, 8 + row % 3, 2]) for row in range(10)], 0)
+    kept_back, fitting = split(known, 10, 0.3, torch.Generator().manual_seed(0))
+    assert len(kept_back) == 3
+    assert {*kept_back.tolist(), *fitting.tolist()} == {*range(10)}

@@ -14,6 +14,7 @@ FINE = {
     "r_steps_skipped": 0,
     "r_kept_back": 100,
     "r_ece": 0.05,
+    "r_skill": 0.01,
     "lambda": 4.0,
 }
 BETTER = {"compliance": 0.99, "compliance_low": 0.95, "compliance_high": 1.0}
@@ -23,6 +24,7 @@ WRONG = {
     "no R": ({"fit": "none"}, "every label is alike and no round before had others, so R is constant"),
     "clipping": ({"clipped": 0.95}, "95% of the rollouts were cut at max_new_tokens 32, above clipped_bound 0.9"),
     "calibration": ({"r_ece": 0.2}, "R's calibration error is 0.200, above calibration_bound 0.15"),
+    "skill": ({"r_skill": -0.031}, "R knows nothing: on the 100 rollouts kept back it is no better than a constant"),
     "fit": ({"r_steps_skipped": 3}, "3 steps of R's fit were skipped"),
     "silence": ({"rollouts_empty": 11}, "11 of 100 rollouts say nothing, above empty_bound 0.1"),
 }
@@ -59,7 +61,8 @@ def test_intervals_that_touch_say_nothing(config, earlier):
 def test_what_was_not_measured_is_not_judged(config):
     assert warnings(config, {"lambda": 1.0}, BETTER) == []
     assert warnings(config, FINE | UNSCORED, BETTER) == []
-    assert warnings(config, FINE | {"r_ece": 0.9, "r_kept_back": FEWEST_KEPT_BACK - 1}) == []
+    assert warnings(config, FINE | {"r_ece": 0.9, "r_skill": -1.0, "r_kept_back": FEWEST_KEPT_BACK - 1}) == []
+    assert warnings(config, FINE | {"r_skill": None}) == []
 
 
 def test_another_regulariser_s_rounds_are_its_own(config):

@@ -12,11 +12,14 @@ class Calibration:
 
     Attributes:
         brier: mean squared error of the prediction, in [0, 1]; lower is better.
+        skill: 1 − `brier` / that of the labels' mean. 1 is perfect, 0 no better than a constant; None if the labels are
+            all alike.
         expected_calibration_error: mean gap between prediction and rate over the bins, weighted by size.
         bins: per non-empty bin (mean prediction, observed rate, count): a reliability diagram.
     """
 
     brier: float
+    skill: float | None
     expected_calibration_error: float
     bins: list[tuple[float, float, int]]
 
@@ -36,4 +39,5 @@ def calibration(predicted: Tensor, compliance: Tensor, bins: int = 10) -> Calibr
         inside = bin_of == index
         rows.append((predicted[inside].mean().item(), compliance[inside].mean().item(), int(inside.sum())))
     gap = sum(abs(mean - rate) * count for mean, rate, count in rows) / len(predicted)
-    return Calibration(torch.mean((predicted - compliance) ** 2).item(), gap, rows)
+    brier, of_mean = torch.mean((predicted - compliance) ** 2).item(), compliance.var(correction=0).item()
+    return Calibration(brier, 1 - brier / of_mean if of_mean > 0 else None, gap, rows)

@@ -91,6 +91,8 @@ def _of_regulariser(record: dict[str, Any], name: str) -> Iterator[str]:
         yield f"complies {compliance:.3f} [{low:.3f}, {high:.3f}]"
     if f"{name}/r_ece" in record:
         yield f"R's ECE {record[f'{name}/r_ece']:.3f}"
+    if record.get(f"{name}/r_skill") is not None:
+        yield f"skill {record[f'{name}/r_skill']:.2f}"
     if divergence is not None:
         yield f"λ·KL {record[f'{name}/lambda'] * divergence:.2g}"
 

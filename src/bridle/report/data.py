@@ -142,6 +142,7 @@ class RegulariserRound:
     kl_unreached: float | None = None
     weight: Annotated[float | None, Field(validation_alias="lambda")] = None
     r_brier: float | None = None
+    r_skill: float | None = None
     r_ece: float | None = None
     r_reliability: list[tuple[float, float, int]] = field(default_factory=list)
     rollouts: int | None = None

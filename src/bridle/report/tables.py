@@ -64,7 +64,7 @@ NAMES = {"mmlu": "MMLU", "roc_auc": "ROC-AUC", "mean_length": "mean words", "dis
 ROUND_COLUMNS = {
     "Rollouts": ("drawn", "compliance, %", "clipped, %", "missing", "truncated"),
     "KL(q‖p)": ("nats", "left out, %"),
-    "R": ("fit", "Brier", "ECE"),
+    "R": ("fit", "Brier", "skill", "ECE"),
 }
 OWN: tuple[Group, ...] = (
     "text",
@@ -268,6 +268,7 @@ def _round(found: RegulariserRound) -> list[Cell]:
         Cell(PERCENT.write(found.kl_unreached)),
         Cell(found.fit or MISSING),
         _plain(found.r_brier, ".3f"),
+        _plain(found.r_skill, ".2f"),
         _plain(found.r_ece, ".3f"),
     ]
 

@@ -1,5 +1,6 @@
 """Training examples of R: labelled rollouts with the guided model's states."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,6 +119,30 @@ def encode(
         attention_mask=attention_mask,
         positions=at,
     )
+
+
+def split(examples: Examples, fresh: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows to keep back from a fit, and rows to fit on. They share no prompt, unless all rows have the same one.
+
+    Args:
+        examples: from `encode`.
+        fresh: how many of the first rows may be kept back.
+        share: of the fresh rows to keep back; at least one prompt remains for the fit.
+        generator: chooses the prompts.
+    """
+    starts = (examples.positions[:, 0] + 1).tolist()
+    prompts = [tuple(ids[:start]) for ids, start in zip(examples.input_ids.tolist(), starts, strict=True)]
+    if len(set(prompts[:fresh])) == 1:
+        prompts = [(row,) for row in range(len(prompts))]
+    sizes = Counter(prompts[:fresh])
+    names, wanted, kept_back = list(sizes), round(share * fresh), set[tuple[int, ...]]()
+    for place in torch.randperm(len(names), generator=generator)[:-1].tolist():
+        if wanted <= 0:
+            break
+        kept_back.add(names[place])
+        wanted -= sizes[names[place]]
+    held = torch.tensor([prompt in kept_back for prompt in prompts])
+    return held[:fresh].nonzero()[:, 0], (~held).nonzero()[:, 0]
 
 
 def _hidden_states(

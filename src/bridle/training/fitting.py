@@ -11,7 +11,7 @@ from bridle.core.decomposition import consistency_loss, label_loss
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.hidden import project
 from bridle.training.config import AuxiliaryOptions
-from bridle.training.examples import Examples
+from bridle.training.examples import Examples, split
 from bridle.training.measures import measure_calibration
 from bridle.utils.progress import Progress
 
@@ -36,7 +36,7 @@ def fit_auxiliary(
     Args:
         auxiliary: R, changed in place.
         model: the guided model p_a, whose next-token distribution the consistency term averages over.
-        examples: from `encode`; a share of the fresh ones is held out to measure calibration.
+        examples: from `encode`; a share of the fresh ones is kept back to measure R.
         options: length and rates of the fit.
         generator: orders the examples.
         fresh: how many of the first were drawn from p_a itself; all if not given.
@@ -47,9 +47,7 @@ def fit_auxiliary(
         calibration on the held-out examples.
     """
     fresh = len(examples) if fresh is None else fresh
-    order = torch.randperm(fresh, generator=generator)
-    held_back = min(fresh - 1, round(options.validation_share * fresh))
-    validation, fitting = order[:held_back], torch.cat([order[held_back:], torch.arange(fresh, len(examples))])
+    validation, fitting = split(examples, fresh, options.validation_share, generator)
     optimizer = torch.optim.AdamW(
         auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
     )
@@ -71,8 +69,8 @@ def fit_auxiliary(
                 progress.update()
     auxiliary.eval()
     report = {"r_bce": _mean(totals[0], totals[1]), "r_consistency": _mean(totals[2], totals[3])}
-    report |= {"r_steps_skipped": skipped, "r_kept_back": held_back}
-    return report | (measure_calibration(auxiliary, examples[validation]) if held_back else {})
+    report |= {"r_steps_skipped": skipped, "r_kept_back": len(validation)}
+    return report | measure_calibration(auxiliary, examples[validation])
 
 
 def _step(

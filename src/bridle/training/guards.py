@@ -172,6 +172,13 @@ def _of_fit(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
             f"R's calibration error is {error:.3f}, above calibration_bound {config.calibration_bound}, so q follows "
             "an R that is wrong; try more rollouts_per_round, fewer auxiliary.epochs, or auxiliary.own_network"
         )
+    skill = now.get("r_skill")
+    if kept_back >= FEWEST_KEPT_BACK and skill is not None and skill <= 0:
+        yield (
+            f"R knows nothing: on the {kept_back} rollouts kept back it is no better than a constant (skill "
+            f"{skill:.2f}), so q hardly differs from the policy, or follows noise; try more rollouts_per_round, "
+            "auxiliary.corpus_outputs, auxiliary.seek, or prompts that violate more"
+        )
 
 
 def _of_silence(now: Measured, config: ConstrainedConfig) -> Iterator[str]:

@@ -57,6 +57,7 @@ def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[s
     measured = calibration(torch.cat(predicted), torch.cat(labels))
     return {
         "r_brier": measured.brier,
+        "r_skill": measured.skill,
         "r_ece": measured.expected_calibration_error,
         "r_reliability": measured.bins,
     }

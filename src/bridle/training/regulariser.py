@@ -37,6 +37,9 @@ from bridle.training.rollouts import draw_rollouts, score_rollouts
 from bridle.training.state import StatefulRegulariser
 from bridle.utils.distributed import align, gathered
 
+COMPARED = {"r_brier", "r_skill", "r_ece"}
+"""Measures of R that are also taken before a round's fit, and after the fit on the corpus."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -186,7 +189,7 @@ class DomainRegulariser(StatefulRegulariser):
         examples = self._encode(fresh + replayed, fresh=len(fresh), traces=traces)
         # The last round's R on samples of a policy that is one round newer.
         stale = measure_calibration(self.auxiliary, examples[:plain]) if self.is_fitted else {}
-        report = {"fit": fit} | {f"{key}_before": stale[key] for key in ("r_brier", "r_ece") if key in stale}
+        report = {"fit": fit} | {f"{key}_before": stale[key] for key in COMPARED & stale.keys()}
         if fit == "kept":
             return report
         return report | self._fit_auxiliary(
@@ -216,7 +219,7 @@ class DomainRegulariser(StatefulRegulariser):
             return counts  # nothing to learn
         examples = self._encode(outputs)
         report = self._fit_auxiliary(examples, len(examples), "fitting R on the corpus", "fitting on the corpus")
-        return counts | {f"{key}_corpus": report[key] for key in ("r_brier", "r_ece") if key in report}
+        return counts | {f"{key}_corpus": report[key] for key in COMPARED & report.keys()}
 
     @torch.no_grad()
     def _encode(self, rollouts: Sequence[Rollout], **known: Any) -> Examples:
