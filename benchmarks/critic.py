@@ -385,9 +385,7 @@ class Fits:
         if set_ := [key for key in ("corpus_outputs", "seek", "replay") if getattr(options, key)]:
             raise UserError(f"auxiliary.{set_[0]}: acts within a run; set it to 0, or train and give the run's folder")
         torch.manual_seed(seed)
-        auxiliary = new_auxiliary(
-            self.world.model, depth=options.depth, head_rank=options.head_rank, own_network=options.own_network
-        )
+        auxiliary = new_auxiliary(self.world.model, **options.shape)
         examples, generator = self.examples(count, soft_labels), torch.Generator().manual_seed(seed)
         began = time.perf_counter()
         report = fit_auxiliary(auxiliary, self.world.model, examples, options, generator, dtype=config.autocast_dtype)

@@ -104,11 +104,11 @@ class TestLosses:
     def test_what_is_reported_is_the_mean_over_all_prefixes(self, model, auxiliary):
         examples = encode(model, ROLLOUTS, 0)
         report = fit(auxiliary, model, examples, batch_size=1, epochs=2, **STANDING_STILL)
-        r_taken = auxiliary(examples.hidden, examples.completion)
+        r_taken = auxiliary(examples.states(auxiliary), examples.completion)
         bce, prefixes = label_loss(r_taken, examples.mask, examples.compliance)
         assert report["r_bce"] == pytest.approx((bce / prefixes).item(), rel=1e-5)
         log_p = project(model, examples.hidden).log_softmax(-1)
-        apart, pairs = consistency_loss(auxiliary(examples.hidden), r_taken, log_p, examples.mask)
+        apart, pairs = consistency_loss(auxiliary(examples.states(auxiliary)), r_taken, log_p, examples.mask)
         assert report["r_consistency"] == pytest.approx((apart / pairs).item(), rel=1e-4)
         assert report["r_steps_skipped"] == report["r_kept_back"] == 0
 
@@ -116,7 +116,7 @@ class TestLosses:
         for one, teaches_itself in [(ROLLOUTS[0], False), (ROLLOUTS[3], True)]:
             examples = encode(model, [one], 0, bootstrap=True)
             report = fit(auxiliary, model, examples, epochs=1, **STANDING_STILL)
-            r_taken = auxiliary(examples.hidden, examples.completion)[0].detach()
+            r_taken = auxiliary(examples.states(auxiliary), examples.completion)[0].detach()
             label = r_taken[-1].sigmoid() if teaches_itself else torch.tensor(1.0)
             expected = F.binary_cross_entropy_with_logits(r_taken, label.expand_as(r_taken))
             assert report["r_bce"] == pytest.approx(expected.item(), rel=1e-5)
@@ -129,7 +129,7 @@ class TestLosses:
         hook = head.register_hook(lambda gradient: found.append(gradient.clone()))
         report = fit(auxiliary, model, examples, epochs=1, consistency_weight=0.7, **STANDING_STILL)
         hook.remove()
-        r_logits = auxiliary(examples.hidden)[0]
+        r_logits = auxiliary(examples.states(auxiliary))[0]
         r_taken = r_logits.gather(-1, examples.completion[0, :, None])[:, 0]
         loss = F.binary_cross_entropy_with_logits(r_taken, torch.ones(length))
         if length > 1:

@@ -12,7 +12,7 @@ from bridle.core.decomposition import log_target
 from bridle.core.tokens import pad_left, pad_right, positions
 from bridle.errors import UserError
 from bridle.models.anchor import Anchor
-from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary, new_auxiliary
+from bridle.models.auxiliary import AuxiliaryModel, largest_so_far, load_auxiliary, new_auxiliary
 from bridle.models.forward import policy_forward
 from bridle.models.guidance import NADOGuide, guided
 from bridle.models.hidden import capture_hidden_states, check_projection, project
@@ -26,8 +26,10 @@ PROMPTS = [[1, 5, 9], [1], [1, 7, 8, 9, 10]]
 
 
 def randomise(auxiliary: AuxiliaryModel, scale: float = 1.0) -> AuxiliaryModel:
-    """A fresh auxiliary says nothing; this gives its head something to say."""
+    """A fresh auxiliary says nothing and recalls nothing; this gives it something to say."""
     torch.nn.init.normal_(auxiliary.head.weight, std=scale)
+    if auxiliary.memory is not None:
+        torch.nn.init.normal_(auxiliary.memory.read.weight)
     return auxiliary.eval()
 
 
@@ -250,10 +252,12 @@ class TestGuidance:
         assert (in_the_other_order - tempered).abs().sum() > 0.1
 
     @pytest.mark.parametrize("own_network", [False, True])
+    @pytest.mark.parametrize("memory", [0, 8])
     @pytest.mark.parametrize("model_type", ARCHITECTURES)
-    def test_step_by_step_equals_all_at_once(self, tiny_model, model_type, own_network):
+    def test_step_by_step_equals_all_at_once(self, tiny_model, model_type, memory, own_network):
+        """Also after some of the rows have ended, and sampling has gone on with the others."""
         model = tiny_model(model_type)
-        auxiliary = randomise(new_auxiliary(model, own_network=own_network))
+        auxiliary = randomise(new_auxiliary(model, memory=memory, own_network=own_network))
         recorded = []
 
         class Recording(NADOGuide):
@@ -262,23 +266,23 @@ class TestGuidance:
                 processors.append(lambda ids, scores: recorded.append((ids, scores)) or scores)
                 return processors
 
+        prompts = PROMPTS * 8
+        width = max(map(len, prompts))
         with Recording(model, auxiliary) as guide:
-            sample(model, PROMPTS, max_new_tokens=5, pad_token_id=0, end_token_ids=[2], guide=guide)
-            ids, scores = recorded[-1]
-            _, mask = pad_left(sorted(PROMPTS, key=len), 0)
-            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
-            with torch.no_grad():
-                logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
-                if own_network:
-                    states = auxiliary.network(
-                        input_ids=ids, attention_mask=mask, position_ids=positions(mask)
-                    ).last_hidden_state
-                    r_logits = auxiliary(states)
-                    expected = (logits.log_softmax(-1) + r_logits.sigmoid().log()).log_softmax(-1)
-                else:
-                    expected = guide.log_probs(logits, ids, mask)
-        assert len(recorded) == 5
-        torch.testing.assert_close(scores, expected[:, -1], atol=1e-4, rtol=1e-4)
+            sample(model, prompts, max_new_tokens=18, pad_token_id=0, end_token_ids=[2], guide=guide)
+            assert len(recorded) == 18
+            assert len(recorded[-1][0]) < len(prompts), "some rows have ended"
+            for ids, scores in recorded[::17]:
+                mask = (ids.ne(0).cumsum(-1) > 0).long()  # a prompt has no padding token
+                with torch.no_grad():
+                    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
+                    states = auxiliary.states(guide._hidden.last, ids, mask, position_ids=positions(mask))
+                    if memory:
+                        entries = auxiliary.memory.entries(states[:, width - 1 :])
+                        states = auxiliary.memory(states[:, -1], entries.max(1).values)[:, None]
+                    r_logits = auxiliary(states[:, -1])
+                expected = (logits[:, -1].log_softmax(-1) + r_logits.sigmoid().log()).log_softmax(-1)
+                torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
 
     def test_a_fresh_auxiliary_changes_nothing(self, tiny_model):
         model = tiny_model()
@@ -297,14 +301,16 @@ class TestGuidance:
             ):
                 pass
 
-    def test_it_works_with_generate_and_beams(self, tiny_model):
+    @pytest.mark.parametrize("memory", [0, 8])
+    def test_it_works_with_generate_and_beams(self, tiny_model, memory):
         model = tiny_model()
-        auxiliary = randomise(new_auxiliary(model, own_network=True))
+        auxiliary = randomise(new_auxiliary(model, memory=memory, own_network=True))
         ids = torch.tensor([[1, 5, 9]])
 
         def without_a_cache(seen, scores):
-            states = auxiliary.network(input_ids=seen).last_hidden_state
-            return log_target(scores, auxiliary(states[:, -1]))
+            completion = torch.arange(seen.shape[1])[None].expand_as(seen) >= ids.shape[1] - 1
+            features = auxiliary.features(torch.empty(0), seen, None, completion)
+            return log_target(scores, auxiliary(features[:, -1]))
 
         with NADOGuide(model, auxiliary) as guide:
             beams, same = (
@@ -330,7 +336,8 @@ class TestGuidance:
             for _ in range(4):
                 with torch.no_grad():
                     logits = model(input_ids=by_hand).logits
-                    step = log_q(logits, by_hand, torch.ones_like(by_hand))[:, -1].argmax(-1)
+                    completion = torch.arange(by_hand.shape[1])[None] >= ids.shape[1] - 1
+                    step = log_q(logits, by_hand, torch.ones_like(by_hand), completion)[:, -1].argmax(-1)
                 by_hand = torch.cat([by_hand, step[:, None]], dim=1)
                 if step == 2:
                     break
@@ -339,7 +346,7 @@ class TestGuidance:
 
 
 class TestAuxiliary:
-    @pytest.mark.parametrize("options", [{}, {"head_rank": 4}, {"depth": 3}, {"own_network": True}])
+    @pytest.mark.parametrize("options", [{}, {"head_rank": 4}, {"depth": 3}, {"memory": 8}, {"own_network": True}])
     def test_it_survives_saving(self, tiny_model, tmp_path, options):
         model = tiny_model()
         auxiliary = randomise(new_auxiliary(model, **options))
@@ -354,11 +361,27 @@ class TestAuxiliary:
         assert before.shape == (2, 5, 64)
         torch.testing.assert_close(after, before)
 
+    def test_a_memory_keeps_the_largest_entry_since_the_completion_began(self):
+        entries = torch.tensor([0.9, -0.5, 0.2, -0.1, -0.9, -0.8])[None, :, None]
+        completion = torch.tensor([[False, True, True, True, False, True]])
+        kept = largest_so_far(entries, completion)[0, :, 0]
+        torch.testing.assert_close(kept[completion[0]], torch.tensor([-0.5, 0.2, 0.2, -0.8]))
+        torch.testing.assert_close(largest_so_far(entries, None)[0, :, 0], torch.full((6,), 0.9))
+
+    def test_what_was_said_before_the_completion_is_not_kept(self, tiny_model):
+        auxiliary = randomise(new_auxiliary(tiny_model(), memory=8))
+        states = torch.randn(1, 6, 32)
+        elsewhere = torch.cat([torch.randn(1, 2, 32), states[:, 2:]], dim=1)
+        completion = torch.tensor([[False, False, True, True, True, True]])
+        for of_completion, begun in [(slice(2, None), completion), (slice(None), None)]:
+            one, other = (auxiliary.features(each, completion=begun)[:, of_completion] for each in (states, elsewhere))
+            assert torch.equal(one[:, -1], other[:, -1]) == (begun is not None)
+
     def test_one_token_s_r_is_the_whole_vocabulary_s_entry(self, tiny_model):
         auxiliary = randomise(new_auxiliary(tiny_model(), head_rank=4))
-        states, tokens = torch.randn(2, 5, 32), torch.randint(64, (2, 5))
-        whole = auxiliary(states).gather(-1, tokens[..., None]).squeeze(-1)
-        torch.testing.assert_close(auxiliary(states, tokens), whole)
+        features, tokens = torch.randn(2, 5, 32), torch.randint(64, (2, 5))
+        whole = auxiliary(features).gather(-1, tokens[..., None]).squeeze(-1)
+        torch.testing.assert_close(auxiliary(features, tokens), whole)
 
     def test_a_folder_that_does_not_fit_is_refused(self, tiny_model, tmp_path):
         new_auxiliary(tiny_model(vocab_size=32)).save_pretrained(tmp_path / "a")

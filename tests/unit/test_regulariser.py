@@ -333,11 +333,13 @@ class TestTarget:
     def counted(self, states):
         return states[:, :-1][torch.from_numpy(self.mask)]
 
-    @pytest.mark.parametrize("own_network", [False, True])
+    @pytest.mark.parametrize("shape", [{"memory": 0}, {"memory": 8}, {"memory": 8, "own_network": True}])
     @pytest.mark.parametrize("anchor", ["live", "previous"])
-    def test_it_is_the_anchor_times_r(self, of, anchor, own_network):
-        held = of(anchor=anchor, guidance_scale=2.0, config={"auxiliary": AuxiliaryOptions(own_network=own_network)})
+    def test_it_is_the_anchor_times_r(self, of, anchor, shape):
+        held = of(anchor=anchor, guidance_scale=2.0, config={"auxiliary": AuxiliaryOptions(**shape)})
         torch.nn.init.normal_(held.auxiliary.head.weight)
+        if held.auxiliary.memory is not None:
+            torch.nn.init.normal_(held.auxiliary.memory.read.weight)
         p_a = held.model if anchor == "live" else deepcopy(held.model)
         for weight in held.model.parameters():
             weight.mul_(1.5)
@@ -347,7 +349,9 @@ class TestTarget:
             for model in (held.model, p_a)
         )
         states = policy_forward(p_a, self.ids, self.attention_mask)
-        r_logits = held.auxiliary(self.counted(held.auxiliary.features(states, self.ids, self.attention_mask)))
+        completion = torch.from_numpy(np.pad(self.mask, ((0, 0), (0, 1))))
+        features = held.auxiliary.features(states, self.ids, self.attention_mask, completion)
+        r_logits = held.auxiliary(self.counted(features))
         torch.testing.assert_close(target(slice(None), of_policy), log_target(of_anchor, r_logits, 2.0))
 
     def test_of_retention_it_is_the_initial_model(self, of):

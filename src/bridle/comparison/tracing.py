@@ -44,7 +44,7 @@ def trace_guidance(
         method, row, score = text
         prompt = encode_prompt(row.get("messages") or row["prompt"], tokenizer)
         ids = prompt + encode_completion(row["completion"], prompt, tokenizer)
-        tokens = trace(guide, tokenizer, ids)
+        tokens = trace(guide, tokenizer, ids, len(prompt))
     write_json(
         folder / FILE,
         {
@@ -61,17 +61,18 @@ def trace_guidance(
 
 
 @torch.no_grad()
-def trace(guide: NADOGuide, tokenizer: Any, ids: list[int]) -> list[dict[str, Any]]:
+def trace(guide: NADOGuide, tokenizer: Any, ids: list[int], prompt_tokens: int) -> list[dict[str, Any]]:
     """Per token of a text: p, q, R of the prefix that ends with it, KL(q‖p) and what else q changes at its position.
 
-    The guide must be entered; the tokenizer is its model's.
+    The guide must be entered; the tokenizer is its model's. The completion begins after `prompt_tokens`.
     """
     model = guide.model
     input_ids = torch.tensor([ids], device=model.device)
     mask = torch.ones_like(input_ids)
     logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    log_q = guide.log_probs(logits, input_ids, mask)[0]  # [time, vocabulary]
-    r = guide.compliance(input_ids, mask)[0]  # [time, vocabulary]
+    completion = torch.arange(len(ids), device=model.device)[None] >= prompt_tokens - 1
+    log_q = guide.log_probs(logits, input_ids, mask, completion)[0]  # [time, vocabulary]
+    r = guide.compliance(input_ids, mask, completion)[0]  # [time, vocabulary]
     log_p = logits[0].float().log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     unread: dict[str, Any] = {"p": None, "q": None, "r": None, "kl": None, "gains": [], "losses": []}

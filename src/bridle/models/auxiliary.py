@@ -1,7 +1,8 @@
 """The auxiliary model R (NADO): one output for every prefix and next token, in the shape of a language model's logits.
 
-It is a small trunk over the hidden states of the model that it guides, and a vocabulary head. Optionally it has a body
-of its own ("a separate network"), which reads tokens instead of those hidden states.
+It is a small trunk over the hidden states of the model that it guides, and a vocabulary head. A memory keeps what the
+states of the completion so far have shown. Optionally it has a body of its own ("a separate network"), which reads
+tokens instead of those hidden states.
 """
 
 import os
@@ -31,6 +32,7 @@ class AuxiliaryConfig(PreTrainedConfig):
         depth: residual blocks in the trunk.
         expansion: inner width of a block, in multiples of `hidden_size`.
         head_rank: rank of the vocabulary head; None for a full one.
+        memory: width of the memory; 0 for none.
         network: configuration of a body of its own, as a dictionary; None to read the guided model's hidden states.
         provenance: what it was fitted with: constraint, round, and under `fitted_on` and `trained_model` the
             fingerprints of the models that it fits.
@@ -43,6 +45,7 @@ class AuxiliaryConfig(PreTrainedConfig):
     depth: int = 1
     expansion: float = 2.0
     head_rank: int | None = None
+    memory: int = 0
     network: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -58,6 +61,42 @@ class Block(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         return states + self.down(nn.functional.silu(self.up(self.norm(states))))
+
+
+class Memory(nn.Module):
+    """What R keeps of a completion: the largest value so far of each of some learned features of its states.
+
+    The state at a prefix's last token serves the next token, and forgets what a completion said before. It does not
+    know where the completion began either, while the constraint judges what was written since.
+    """
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.write = nn.Linear(hidden_size, width)
+        self.read = nn.Linear(width, hidden_size)
+
+    def entries(self, states: Tensor) -> Tensor:
+        """What each state adds, in (-1, 1). [..., hidden] -> [..., width]"""
+        return self.write(states).tanh()
+
+    def forward(self, states: Tensor, kept: Tensor) -> Tensor:
+        """States with what is kept. [..., hidden], [..., width] -> [..., hidden]"""
+        return states + self.read(kept)
+
+
+def largest_so_far(entries: Tensor, completion: Tensor | None) -> Tensor:
+    """The largest entry since the completion began.
+
+    Args:
+        entries: [batch, time, width], in (-1, 1).
+        completion: [batch, time], true at the prefixes of completions: each run of them is one. None where the whole
+            row is one.
+    """
+    if completion is None:
+        return entries.cummax(dim=1).values
+    begins = completion & ~nn.functional.pad(completion, (1, 0))[:, :-1]
+    lifted = 2.0 * begins.cumsum(dim=1)[..., None]  # so that any entry of a run exceeds all those before the run
+    return (entries + lifted).cummax(dim=1).values - lifted
 
 
 class AuxiliaryModel(PreTrainedModel):
@@ -78,6 +117,7 @@ class AuxiliaryModel(PreTrainedModel):
             self.network = AutoModel.from_config(AutoConfig.for_model(**config.network), trust_remote_code=False)
         size, rank = config.hidden_size, config.head_rank
         self.norm = nn.LayerNorm(size)
+        self.memory = Memory(size, config.memory) if config.memory else None
         self.trunk = nn.Sequential(*(Block(size, int(config.expansion * size)) for _ in range(config.depth)))
         self.value = nn.Linear(size, 1)
         self.down = nn.Identity() if rank is None else nn.Linear(size, rank, bias=False)
@@ -85,6 +125,13 @@ class AuxiliaryModel(PreTrainedModel):
         self.post_init()
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        if self.memory is not None:
+            nn.init.zeros_(self.memory.read.weight)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether what it reads at a prefix depends on more than the guided model's state there."""
+        return self.network is not None or self.memory is not None
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -92,14 +139,14 @@ class AuxiliaryModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, tokens: Tensor | None = None) -> Tensor:
         """R of all next tokens of each prefix, or of one: r_logits [..., vocabulary], or [...] with `tokens`.
 
         Args:
-            states: [..., hidden], from `features`.
+            features: [..., hidden], from `features`.
             tokens: [...], one next token for each prefix.
         """
-        states = self.trunk(self.norm(states.to(self.value.weight.dtype)))
+        states = self.trunk(features)
         value, codes = self.value(states), self.down(states)
         if tokens is None:
             return value + self.head(codes)
@@ -107,18 +154,45 @@ class AuxiliaryModel(PreTrainedModel):
         return value.squeeze(-1) + (codes * chosen).sum(-1) + self.head.bias[tokens]
 
     def features(
-        self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        completion: Tensor | None = None,
     ) -> Tensor:
-        """The trunk's input: the guided model's hidden states, or those of the own network. [batch, time, hidden]
+        """The trunk's input at each prefix. [batch, time, hidden] -> [batch, time, hidden]
 
         Args:
-            hidden_states: [batch, time, hidden]; ignored with an own network.
+            hidden_states: [batch, time, hidden] of the guided model; ignored with an own network.
             input_ids, attention_mask: [batch, time]; only an own network reads them.
+            completion: [batch, time], true at the prefixes of completions, the empty one included; None where
+                completions begin with the row. Only a memory reads it.
+        """
+        states = self.states(hidden_states, input_ids, attention_mask)
+        if self.memory is None:
+            return states
+        return self.memory(states, largest_so_far(self.memory.entries(states), completion))
+
+    def states(
+        self,
+        hidden_states: Tensor | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The guided model's states, or those of the own network, normalised. [..., hidden] -> [..., hidden]
+
+        Args:
+            hidden_states: [..., hidden], as in `features`.
+            input_ids, attention_mask: [batch, time].
             kwargs: of the own network, such as a cache.
         """
-        if self.network is None:
-            return hidden_states.detach()
-        return self.network(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        if self.network is not None:
+            outputs = self.network(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            hidden_states = outputs.last_hidden_state
+        assert hidden_states is not None
+        read = hidden_states if self.network is not None else hidden_states.detach()
+        return self.norm(read.to(self.value.weight.dtype))
 
 
 AutoConfig.register(AuxiliaryConfig.model_type, AuxiliaryConfig)
@@ -131,6 +205,7 @@ def new_auxiliary(
     depth: int = 1,
     expansion: float = 2.0,
     head_rank: int | None = None,
+    memory: int = 0,
     own_network: bool = False,
 ) -> AuxiliaryModel:
     """A new auxiliary for a causal language model; an own network starts as a copy of its body, adapters merged."""
@@ -142,6 +217,7 @@ def new_auxiliary(
         depth=depth,
         expansion=expansion,
         head_rank=head_rank,
+        memory=memory,
         network=text_config.to_diff_dict() | {"model_type": text_config.model_type} if own_network else None,
     )
     auxiliary = AuxiliaryModel(config).float()

@@ -22,7 +22,8 @@ class NADOLogitsProcessor(LogitsProcessor):
     """Turns the logits of `model.generate` into log q, or with `violate` into log q⁻: q⁻(v|s) ∝ p(v|s)·(1 − R(s∘v))^η.
 
     An auxiliary without a network of its own reads the hidden states of the forward that computed the scores. One with
-    an own network keeps a cache and reads only the new tokens; reordered rows (beam search) make it start over.
+    an own network keeps a cache and reads only the new tokens. From one token to the next, rows may be reordered (beam
+    search) or left out; other rows make it start over, as completions that begin there.
 
     Args:
         auxiliary: R.
@@ -43,33 +44,61 @@ class NADOLogitsProcessor(LogitsProcessor):
         self.auxiliary, self.hidden, self.guidance_scale = auxiliary, hidden, guidance_scale
         self.sign = -1 if violate else 1  # log(1 − σ(r)) = log σ(−r)
         self.attention_mask = attention_mask
-        self._seen: Tensor | None = None
-        self._cache: DynamicCache | None = None
+        self._seen: Tensor | None = None  # the last call's tokens, [batch, time]
+        self._mask = attention_mask  # of the prompts of those rows
+        self._cache = DynamicCache()  # of the own network
+        self._kept: Tensor | None = None  # by the memory, [batch, width]
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[batch, time], [batch, vocabulary] -> log q, or log q⁻, [batch, vocabulary]."""
-        states = self._own_states(input_ids) if self.auxiliary.network is not None else self.hidden.last
-        assert states is not None
-        r_logits = self.sign * self.auxiliary(states[:, -1])
+        parents = self._parents(input_ids)
+        states = self._borrowed_states() if self.auxiliary.network is None else self._own_states(input_ids, parents)
+        r_logits = self.sign * self.auxiliary(self._remembering(states, parents))
         return log_target(scores, r_logits, self.guidance_scale).to(scores.dtype)
 
-    def _own_states(self, input_ids: Tensor) -> Tensor:
-        """States of the auxiliary's own network at the new tokens."""
-        if self._seen is None or not torch.equal(input_ids[:, : self._seen.shape[1]], self._seen):
-            self._seen, self._cache = input_ids[:, :0], DynamicCache()
-        new = input_ids[:, self._seen.shape[1] :]
-        rows = self.attention_mask.repeat_interleave(len(input_ids) // len(self.attention_mask), dim=0)
-        mask = torch.cat([rows, rows.new_ones(len(rows), input_ids.shape[1] - rows.shape[1])], dim=1)
-        self._seen = input_ids
-        return self.auxiliary.features(
-            input_ids[..., None],  # ignored: the network computes its own states
+    def _parents(self, input_ids: Tensor) -> Tensor | None:
+        """Which row of the last call each row continues, [batch]; None where one continues none of them."""
+        seen, self._seen = self._seen, input_ids
+        if seen is None or seen.shape[1] + 1 != input_ids.shape[1]:
+            return None
+        before = input_ids[:, :-1]
+        if torch.equal(before, seen):
+            return torch.arange(len(seen), device=seen.device)
+        same = (before[:, None] == seen).all(-1)
+        return same.int().argmax(-1) if same.any(-1).all() else None
+
+    def _borrowed_states(self) -> Tensor:
+        """The guided model's states at the last token, [batch, hidden]."""
+        assert self.hidden.last is not None
+        return self.auxiliary.states(self.hidden.last[:, -1])
+
+    def _own_states(self, input_ids: Tensor, parents: Tensor | None) -> Tensor:
+        """States of the auxiliary's own network at the last token, [batch, hidden]."""
+        if parents is None:
+            self._cache, new = DynamicCache(), input_ids
+            self._mask = self.attention_mask.repeat_interleave(len(input_ids) // len(self.attention_mask), dim=0)
+        else:
+            self._cache.reorder_cache(parents)
+            new, self._mask = input_ids[:, -1:], self._mask[parents]
+        mask = torch.cat([self._mask, self._mask.new_ones(len(new), input_ids.shape[1] - self._mask.shape[1])], dim=1)
+        return self.auxiliary.states(
+            None,
             new,
             mask,
             position_ids=positions(mask)[:, -new.shape[1] :],
             past_key_values=self._cache,
             use_cache=True,
-        )
+        )[:, -1]
+
+    def _remembering(self, states: Tensor, parents: Tensor | None) -> Tensor:
+        """What the trunk reads: the states with what the memory has kept. [batch, hidden] -> [batch, hidden]"""
+        memory = self.auxiliary.memory
+        if memory is None:
+            return states
+        entries = memory.entries(states)
+        self._kept = entries if parents is None or self._kept is None else entries.maximum(self._kept[parents])
+        return memory(states, self._kept)
 
 
 class NADOGuide:
@@ -101,18 +130,29 @@ class NADOGuide:
         return LogitsProcessorList([NADOLogitsProcessor(self.auxiliary, self._hidden, attention_mask, *options)])
 
     @torch.no_grad()
-    def log_probs(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """log q at every position, right after the model ran on `input_ids`. All [batch, time, ...]"""
-        return log_target(logits, self._r_logits(input_ids, attention_mask), self.guidance_scale)
+    def log_probs(
+        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor, completion: Tensor | None = None
+    ) -> Tensor:
+        """log q at every position, right after the model ran on `input_ids`: [batch, time, vocabulary].
+
+        Args:
+            logits: [batch, time, vocabulary] of the model.
+            input_ids, attention_mask, completion: [batch, time], as in `AuxiliaryModel.features`.
+        """
+        return log_target(logits, self._r_logits(input_ids, attention_mask, completion), self.guidance_scale)
 
     @torch.no_grad()
-    def compliance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """R of every prefix followed by every token, right after the model ran. [batch, time] -> [.., vocabulary]."""
-        return self._r_logits(input_ids, attention_mask).float().sigmoid()
+    def compliance(self, input_ids: Tensor, attention_mask: Tensor, completion: Tensor | None = None) -> Tensor:
+        """R of every prefix followed by every token, right after the model ran: [batch, time, vocabulary].
 
-    def _r_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        Args:
+            input_ids, attention_mask, completion: [batch, time], as in `AuxiliaryModel.features`.
+        """
+        return self._r_logits(input_ids, attention_mask, completion).float().sigmoid()
+
+    def _r_logits(self, input_ids: Tensor, attention_mask: Tensor, completion: Tensor | None) -> Tensor:
         assert self._hidden.last is not None
-        return self.auxiliary(self.auxiliary.features(self._hidden.last, input_ids, attention_mask))
+        return self.auxiliary(self.auxiliary.features(self._hidden.last, input_ids, attention_mask, completion))
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Guide(Protocol):
     """Makes the logits processors for a batch of prompts; `NADOGuide` is one."""
 
     def processors(self, attention_mask: Tensor) -> LogitsProcessorList:
-        """Processors for a left-padded batch with this attention mask, [batch, time]."""
+        """Processors for a left-padded batch with this attention mask, [batch, time]; rows that end are left out."""
         ...
 
 
@@ -255,12 +255,13 @@ def _draw(
     ends = torch.tensor(list(end_token_ids), device=model.device)
     # Processes that share a sharded model must call it equally often.
     stage = len(uniform) if is_sharded(model) else max(SHORTEST_STAGE, len(uniform) // STAGES)
+    guiding = guide.processors(mask) if guide else None
     drawn: list[list[Trace]] = [[] for _ in rows]  # by row and stage
     continuing, cache = torch.arange(len(rows), device=model.device), None
     for numbers in uniform.split(stage):
         transform = InverseTransform(numbers[:, continuing], on_token)
-        guiding = [Leading(guide.processors(mask), guided[continuing])] if guide else []
-        processors = [*guiding, *decoding.processors(), transform]
+        leading = [] if guiding is None else [Leading(guiding, guided[continuing])]
+        processors = [*leading, *decoding.processors(), transform]
         config = GenerationConfig(
             do_sample=False,  # `InverseTransform` draws
             max_new_tokens=len(numbers),

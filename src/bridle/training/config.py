@@ -158,6 +158,8 @@ class AuxiliaryOptions:
     Attributes:
         depth: residual blocks in its trunk.
         head_rank: rank of its vocabulary head; None for a full one.
+        memory: how many features of the completion's states so far it keeps the largest value of; 0 for none. Without
+            them it reads the state at the last token alone, which does not know what the completion has said.
         own_network: give it its own body instead of the guided model's hidden states.
         learning_rate: of AdamW.
         epochs: passes over a round's rollouts.
@@ -180,6 +182,7 @@ class AuxiliaryOptions:
 
     depth: NonNegativeInt = 1
     head_rank: PositiveInt | None = 64
+    memory: NonNegativeInt = 256
     own_network: bool = False
     learning_rate: PositiveFloat = 1e-3
     epochs: PositiveInt = 3
@@ -195,6 +198,11 @@ class AuxiliaryOptions:
         check_fields(self)
         if self.seek == 1:
             raise UserError("seek: must be below 1; rates are measured on rollouts that do not seek")
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The options of `new_auxiliary`."""
+        return {key: getattr(self, key) for key in ("depth", "head_rank", "memory", "own_network")}
 
 
 @dataclass

@@ -57,10 +57,12 @@ class Examples:
         return Examples(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
     def states(self, auxiliary: AuxiliaryModel) -> Tensor:
-        """What R reads at each completion token. [n, time, hidden]"""
+        """What R's trunk reads before each completion token. [n, time, hidden]"""
         if auxiliary.network is None:
-            return self.hidden
-        return _gather(auxiliary.features(self.hidden, self.input_ids, self.attention_mask), self.positions)
+            return auxiliary.features(self.hidden)
+        completion = torch.arange(self.input_ids.shape[1], device=self.positions.device) >= self.positions[:, :1]
+        features = auxiliary.features(self.hidden, self.input_ids, self.attention_mask, completion)
+        return _gather(features, self.positions)
 
     def to(self, device: torch.device) -> "Examples":
         """The same examples on another device."""
@@ -129,6 +131,9 @@ def split(examples: Examples, fresh: int, share: float, generator: torch.Generat
         fresh: how many of the first rows may be kept back.
         share: of the fresh rows to keep back; at least one prompt remains for the fit.
         generator: chooses the prompts.
+
+    Returns:
+        [kept back] and [the others], indices of rows. An older row of a prompt that is kept back is in neither.
     """
     starts = (examples.positions[:, 0] + 1).tolist()
     prompts = [tuple(ids[:start]) for ids, start in zip(examples.input_ids.tolist(), starts, strict=True)]

@@ -47,7 +47,7 @@ class Target:
 
     Attributes:
         auxiliary: R; None is retention, R = 1.
-        features: [prefixes, hidden], the input of R's trunk.
+        features: [prefixes, hidden], the input of R's trunk; the states themselves without R.
         guidance_scale: η.
         anchor: states [prefixes, hidden] of a frozen p_a, and its output layer; None where p_a is the policy itself.
     """
@@ -85,9 +85,7 @@ class DomainRegulariser(StatefulRegulariser):
             shape = self.config.auxiliary
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed("auxiliary"))
-                self.auxiliary = new_auxiliary(
-                    self.model, depth=shape.depth, head_rank=shape.head_rank, own_network=shape.own_network
-                ).to(self.config.device)
+                self.auxiliary = new_auxiliary(self.model, **shape.shape).to(self.config.device)
             align(self.auxiliary.state_dict().values())  # the other processes' model may have no weights yet
 
     @property
@@ -277,9 +275,8 @@ class DomainRegulariser(StatefulRegulariser):
             input_ids, attention_mask: [batch, time].
             mask: [batch, time - 1], true at the prefixes that count.
         """
-        own_network = self.auxiliary is not None and self.auxiliary.network is not None
-        if self.targets is None and self.anchor is None and not own_network:
-            return self._target(_at(mask, hidden_states))
+        if self.targets is None and self.anchor is None and not (self.auxiliary and self.auxiliary.reads_rows):
+            return self._target(self._features(_at(mask, hidden_states)))
         rows = np.flatnonzero(mask.any(-1))
         if is_sharded(self.model) and not len(rows):
             rows = np.zeros(1, dtype=np.int64)  # a sharded anchor runs on all processes or on none
@@ -293,7 +290,7 @@ class DomainRegulariser(StatefulRegulariser):
                 return self.targets.gather(keys, counted)
         if self.anchor is not None:
             return self.frozen_target(input_ids, attention_mask, mask)
-        return self._target(_at(mask, self._features(hidden_states, input_ids, attention_mask)))
+        return self._target(_at(mask, self._features(hidden_states, input_ids, attention_mask, mask)))
 
     @torch.no_grad()
     def frozen_target(self, input_ids: Tensor, attention_mask: Tensor, mask: Mask) -> Target:
@@ -303,12 +300,21 @@ class DomainRegulariser(StatefulRegulariser):
         with self.anchor.active():
             states = policy_forward(self.model, input_ids, attention_mask, dtype=dtype)
             layer = output_layer(self.model, dtype).detach(copy=is_sharded(self.model))
-        features = self._features(states, input_ids, attention_mask)
+        features = self._features(states, input_ids, attention_mask, mask)
         return self._target(_at(mask, features), (_at(mask, states), layer))
 
-    def _features(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What R reads. [batch, time, hidden] -> [batch, time, hidden]"""
-        return states if self.auxiliary is None else self.auxiliary.features(states, input_ids, attention_mask)
+    def _features(
+        self,
+        states: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        mask: Mask | None = None,
+    ) -> Tensor:
+        """What R's trunk reads; a row's completions are its prefixes that count. [..., hidden] -> [..., hidden]"""
+        if self.auxiliary is None:
+            return states
+        completion = None if mask is None else torch.from_numpy(np.pad(mask, ((0, 0), (0, 1)))).to(states.device)
+        return self.auxiliary.features(states, input_ids, attention_mask, completion)
 
     def _target(self, features: Tensor, anchor: tuple[Tensor, OutputLayer] | None = None) -> Target:
         return Target(self.auxiliary, features, self.options.guidance_scale, anchor)
