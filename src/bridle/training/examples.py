@@ -165,13 +165,14 @@ def _hidden_states(
         hidden[row, : len(states)] = states
 
     def read(batch: Tensor) -> tuple[Tensor, Tensor]:
-        on_device = (part[batch].to(model.device) for part in (input_ids, attention_mask))
+        longest = int(attention_mask[batch].sum(-1).max())
+        on_device = (part[batch, :longest].to(model.device) for part in (input_ids, attention_mask))
         states = policy_forward(model, *on_device, dtype=dtype)
-        return batch, _gather(states, at[batch].to(model.device)).to(lm.dtype).cpu()
+        return batch, _gather(states, at[batch].clamp(max=longest - 1).to(model.device)).to(lm.dtype).cpu()
 
-    unknown = torch.tensor([row for row in range(len(at)) if row not in known], dtype=torch.long)
+    unknown = [row for row in attention_mask.sum(-1).argsort(stable=True).tolist() if row not in known]
     limit = RowLimit("reading the rollouts", can_cut=not is_sharded(model))
-    batches = [unknown[start : start + ENCODE_BATCH] for start in range(0, len(unknown), ENCODE_BATCH)]
+    batches = torch.tensor(unknown, dtype=torch.long).split(ENCODE_BATCH) if unknown else ()
     with evaluation_mode(model):
         for batch in track(batches, limit.work, unit="batches"):
             for rows, states in limit.run(read, batch):

@@ -17,7 +17,8 @@ from bridle.utils.progress import Progress
 
 SumAndCount = tuple[Tensor, Tensor]
 
-CONSISTENCY_SHARE = 4  # one row in this many uses the whole vocabulary in a fitting step
+CONSISTENCY_SHARE = 4  # at most one row in this many uses the whole vocabulary in a fitting step
+CONSISTENCY_LOGITS = 2**23  # and no more rows than have so many logits together
 
 
 @torch.enable_grad()  # an anchor that is sampled from runs without
@@ -101,7 +102,8 @@ def _fit_losses(
     r_taken = auxiliary(states, batch.completion)
     bce = label_loss(r_taken, batch.mask, _labels(batch, r_taken), batch.weights)
     # The whole vocabulary is the expensive part; a mean over some rows suffices.
-    some = slice(0, -(-len(batch) // CONSISTENCY_SHARE))
+    affordable = CONSISTENCY_LOGITS // (batch.mask.shape[1] * auxiliary.config.vocab_size)
+    some = slice(0, max(1, min(affordable, -(-len(batch) // CONSISTENCY_SHARE))))
     with torch.no_grad():
         anchor_log_probs = F.log_softmax(project(model, batch.hidden[some], dtype).float(), dim=-1)
     consistency = consistency_loss(auxiliary(states[some]), r_taken[some], anchor_log_probs, batch.mask[some])
