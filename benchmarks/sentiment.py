@@ -1,7 +1,7 @@
 """Two judges of sentiment, fitted on different halves of SST-2's training rows with different features.
 
 They are the constraints of `recipes/sentiment-mini.yaml`; `PYTHONPATH=benchmarks` lets it find them. Each is a logistic
-regression, fitted in seconds when first used, below BRIDLE_SHARED, on the rows that the recipe also trains on: 0% to 80%.
+regression, fitted in seconds when first used, below BRIDLE_SHARED, on the first 80% of the rows, as the recipe is.
 """
 
 import json

@@ -19,7 +19,7 @@ from bridle.models.sampling import Trace
 from bridle.training import prompts as of_round
 from bridle.training import regulariser as module
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
-from bridle.training.measures import measure_rollouts
+from bridle.training.measures import measure_replay, measure_rollouts
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.rollouts import output_of
 from trainers import NO_E, Labels, Letters, trainer_of
@@ -280,9 +280,22 @@ class TestFit:
         measured = self.fit(held, fresh, replayed, finished=True)
         assert measured["fit"] == fit
         assert ("r_brier_before" in measured) == fitted
+        assert measured.get("replayed") == (len(replayed) or None if fit != "none" else None)
         same = all(torch.equal(weight, before[name]) for name, weight in held.auxiliary.state_dict().items())
         assert same == (fit in ("kept", "none"))
         assert held.is_fitted == (fit != "none")
+
+    def test_what_replay_leaves_of_its_labels(self, of):
+        """The policy finds the second token of each 3 times as likely as the one that drew the first rollout did."""
+        held = of()
+        ids = torch.tensor([[1, 5, 3, 4]])
+        now = held.model(input_ids=ids).logits[0, 2].log_softmax(-1)[4].item()
+        replayed = [rollout([1, 5], [3, 4], log_probs=[-1.0, now - math.log(w)], complies=True) for w in (3.0, 1.0)]
+        examples = held._encode([rollout([1, 5], [3, 4], complies=True), *replayed], fresh=1)
+        torch.testing.assert_close(examples.weights[1:], torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
+        measured = measure_replay(examples[1:])
+        assert measured == {"replayed": 2, "replay_effective": pytest.approx(6**2 / 12 / 4, rel=1e-4)}
+        assert measure_replay(examples[3:]) == {}
 
     def test_without_any_score_it_stays_as_it_is(self, of):
         held = of(config={"max_missing": 1.0})

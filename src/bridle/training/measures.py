@@ -38,6 +38,20 @@ def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     }
 
 
+def measure_replay(examples: Examples) -> dict[str, Any]:
+    """Number of replayed samples, and how many prefixes with weight 1 their labels are worth, as a share of theirs.
+
+    It is (Σw)² / Σw² over the number of prefixes: 1 where the policy has not moved. Empty if nothing is replayed.
+    """
+    weights = examples.weights[examples.mask]
+    if not len(weights):
+        return {}
+    return {
+        "replayed": len(examples),
+        "replay_effective": (weights.sum() ** 2 / (weights**2).sum()).item() / len(weights),
+    }
+
+
 @torch.no_grad()
 def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[str, Any]:
     """Calibration of R over every prefix of held-out labelled samples; empty if there are none."""
