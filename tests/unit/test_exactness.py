@@ -241,7 +241,7 @@ def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
             model(input_ids=input_ids, attention_mask=attention_mask)
         states = hidden.last[:, :-1][mask]
         on = torch.arange(len(states))
-        target = regulariser.target(hidden.last.detach(), input_ids, attention_mask, mask.numpy())
+        target = regulariser.target(hidden.last.detach(), input_ids, attention_mask, mask.numpy(), mask.numpy())
         nothing = torch.zeros_like(on)
         kl, _ = constrained_loss(
             states, output_layer(model), nothing, nothing.bool(), [Divergence("all", on, torch.ones(len(on)), target)]

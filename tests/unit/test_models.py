@@ -308,8 +308,8 @@ class TestGuidance:
         ids = torch.tensor([[1, 5, 9]])
 
         def without_a_cache(seen, scores):
-            completion = torch.arange(seen.shape[1])[None].expand_as(seen) >= ids.shape[1] - 1
-            features = auxiliary.features(torch.empty(0), seen, None, completion)
+            begins = torch.arange(seen.shape[1])[None].expand_as(seen) == ids.shape[1] - 1
+            features = auxiliary.features(torch.empty(0), seen, None, begins)
             return log_target(scores, auxiliary(features[:, -1]))
 
         with NADOGuide(model, auxiliary) as guide:
@@ -336,8 +336,8 @@ class TestGuidance:
             for _ in range(4):
                 with torch.no_grad():
                     logits = model(input_ids=by_hand).logits
-                    completion = torch.arange(by_hand.shape[1])[None] >= ids.shape[1] - 1
-                    step = log_q(logits, by_hand, torch.ones_like(by_hand), completion)[:, -1].argmax(-1)
+                    begins = torch.arange(by_hand.shape[1])[None] == ids.shape[1] - 1
+                    step = log_q(logits, by_hand, torch.ones_like(by_hand), begins)[:, -1].argmax(-1)
                 by_hand = torch.cat([by_hand, step[:, None]], dim=1)
                 if step == 2:
                     break
@@ -363,19 +363,18 @@ class TestAuxiliary:
 
     def test_a_memory_keeps_the_largest_entry_since_the_completion_began(self):
         entries = torch.tensor([0.9, -0.5, 0.2, -0.1, -0.9, -0.8])[None, :, None]
-        completion = torch.tensor([[False, True, True, True, False, True]])
-        kept = largest_so_far(entries, completion)[0, :, 0]
-        torch.testing.assert_close(kept[completion[0]], torch.tensor([-0.5, 0.2, 0.2, -0.8]))
+        begins = torch.tensor([[False, True, False, False, True, False]])
+        kept = largest_so_far(entries, begins)[0, :, 0]
+        torch.testing.assert_close(kept, torch.tensor([0.9, -0.5, 0.2, 0.2, -0.9, -0.8]))
         torch.testing.assert_close(largest_so_far(entries, None)[0, :, 0], torch.full((6,), 0.9))
 
     def test_what_was_said_before_the_completion_is_not_kept(self, tiny_model):
         auxiliary = randomise(new_auxiliary(tiny_model(), memory=8))
         states = torch.randn(1, 6, 32)
         elsewhere = torch.cat([torch.randn(1, 2, 32), states[:, 2:]], dim=1)
-        completion = torch.tensor([[False, False, True, True, True, True]])
-        for of_completion, begun in [(slice(2, None), completion), (slice(None), None)]:
-            one, other = (auxiliary.features(each, completion=begun)[:, of_completion] for each in (states, elsewhere))
-            assert torch.equal(one[:, -1], other[:, -1]) == (begun is not None)
+        for begins in (torch.tensor([[False, False, True, False, False, False]]), None):
+            one, other = (auxiliary.features(each, begins=begins) for each in (states, elsewhere))
+            assert torch.equal(one[:, 2:], other[:, 2:]) == (begins is not None)
 
     def test_one_token_s_r_is_the_whole_vocabulary_s_entry(self, tiny_model):
         auxiliary = randomise(new_auxiliary(tiny_model(), head_rank=4))

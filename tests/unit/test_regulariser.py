@@ -353,17 +353,19 @@ class TestTarget:
         torch.nn.init.normal_(held.auxiliary.head.weight)
         if held.auxiliary.memory is not None:
             torch.nn.init.normal_(held.auxiliary.memory.read.weight)
+        held.rollouts = [rollout([1, 5], [3]), rollout([1], [3])]
         p_a = held.model if anchor == "live" else deepcopy(held.model)
         for weight in held.model.parameters():
             weight.mul_(1.5)
-        target = held.target(*self.batch(held), self.mask)
+        target = held.target(*self.batch(held), self.mask, self.mask)
         of_policy, of_anchor = (
             self.counted(model(input_ids=self.ids, attention_mask=self.attention_mask).logits)
             for model in (held.model, p_a)
         )
         states = policy_forward(p_a, self.ids, self.attention_mask)
-        completion = torch.from_numpy(np.pad(self.mask, ((0, 0), (0, 1))))
-        features = held.auxiliary.features(states, self.ids, self.attention_mask, completion)
+        begins = torch.zeros_like(self.ids, dtype=torch.bool)
+        begins[0, 1] = begins[2, 0] = begins[2, 1] = True  # after the prompt; in text up to the longest prompt's end
+        features = held.auxiliary.features(states, self.ids, self.attention_mask, begins)
         r_logits = held.auxiliary(self.counted(features))
         torch.testing.assert_close(target(slice(None), of_policy), log_target(of_anchor, r_logits, 2.0))
 
@@ -372,7 +374,7 @@ class TestTarget:
         initial = self.counted(held.model(input_ids=self.ids, attention_mask=self.attention_mask).logits)
         for weight in held.model.parameters():
             weight.mul_(1.5)
-        target = held.target(*self.batch(held), self.mask)
+        target = held.target(*self.batch(held), self.mask, self.mask)
         torch.testing.assert_close(target(slice(None), torch.zeros_like(initial)), initial.log_softmax(-1))
 
     def test_one_made_ahead_is_taken_where_every_row_has_one(self, of):
@@ -383,9 +385,9 @@ class TestTarget:
         held, counted = of(anchor="previous"), torch.from_numpy(self.mask)
         keys = [row_keys(*(part[[row]] for part in (self.ids, self.attention_mask, counted)))[0] for row in (0, 2)]
         held.targets = Made(keys)
-        assert held.target(*self.batch(held), self.mask) == [True, True]
+        assert held.target(*self.batch(held), self.mask, self.mask) == [True, True]
         held.targets = Made(keys[:1])
-        assert len(held.target(*self.batch(held), self.mask).features) == 6
+        assert len(held.target(*self.batch(held), self.mask, self.mask).features) == 6
 
     def test_an_anchor_in_shards_runs_even_where_no_prefix_counts(self, of, monkeypatch):
         held, ran = of(anchor="previous"), []
@@ -393,7 +395,7 @@ class TestTarget:
         monkeypatch.setattr(module, "is_sharded", lambda model: True)
         held.model.register_forward_pre_hook(lambda *given: ran.append(len(given[2]["input_ids"])), with_kwargs=True)
         for mask, prefixes in ((self.mask, 6), (np.zeros_like(self.mask), 0)):
-            assert len(held.target(*batch, mask).features) == prefixes
+            assert len(held.target(*batch, mask, mask).features) == prefixes
         assert ran == [2, 1]
 
 

@@ -208,7 +208,7 @@ class TestLoss:
         on_corpus = trained_on & rude[:, None] & (torch.arange(ids.shape[1] - 1) >= 2)
         on_rollouts = torch.from_numpy(inputs["prefixes"].mask) & (torch.arange(8) >= 6)[:, None]
         log_q = torch.randn(*ids[:, 1:].shape, len(trainer.processing_class)).log_softmax(-1)
-        regulariser.target = lambda _, __, ___, mask: lambda which, logits: log_q[torch.from_numpy(mask)][which]
+        regulariser.target = lambda _, __, ___, mask, ____: lambda which, logits: log_q[torch.from_numpy(mask)][which]
         tokens, sampled = int(trained_on.sum()), 4
         items = None
         if accumulated:  # over two batches

@@ -187,8 +187,8 @@ class _Scorer(HFLM):
         input_ids, mask = (part.to(self.device) for part in pad_right([list(row) for row in rows], 0))
         states = policy_forward(self.model, input_ids, mask)
         first = torch.tensor([len(row) - count for row, count in zip(rows, counts, strict=True)], device=self.device)
-        completion = torch.arange(input_ids.shape[1], device=self.device) >= first[:, None]
-        features = None if self.guide is None else self.guide.auxiliary.features(states, input_ids, mask, completion)
+        begins = torch.arange(input_ids.shape[1], device=self.device) == first[:, None]
+        features = None if self.guide is None else self.guide.auxiliary.features(states, input_ids, mask, begins)
         for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
             last = slice(len(row) - count, len(row))
             logits = project(self.model, states[number, last]).float()

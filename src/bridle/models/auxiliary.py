@@ -84,18 +84,16 @@ class Memory(nn.Module):
         return states + self.read(kept)
 
 
-def largest_so_far(entries: Tensor, completion: Tensor | None) -> Tensor:
+def largest_so_far(entries: Tensor, begins: Tensor | None) -> Tensor:
     """The largest entry since the completion began.
 
     Args:
         entries: [batch, time, width], in (-1, 1).
-        completion: [batch, time], true at the prefixes of completions: each run of them is one. None where the whole
-            row is one.
+        begins: [batch, time], true at the empty prefix of each completion; None where rows are completions.
     """
-    if completion is None:
+    if begins is None:
         return entries.cummax(dim=1).values
-    begins = completion & ~nn.functional.pad(completion, (1, 0))[:, :-1]
-    lifted = 2.0 * begins.cumsum(dim=1)[..., None]  # so that any entry of a run exceeds all those before the run
+    lifted = 2.0 * begins.cumsum(dim=1)[..., None]  # any entry of a completion then exceeds all those before it
     return (entries + lifted).cummax(dim=1).values - lifted
 
 
@@ -158,20 +156,20 @@ class AuxiliaryModel(PreTrainedModel):
         hidden_states: Tensor,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        completion: Tensor | None = None,
+        begins: Tensor | None = None,
     ) -> Tensor:
         """The trunk's input at each prefix. [batch, time, hidden] -> [batch, time, hidden]
 
         Args:
             hidden_states: [batch, time, hidden] of the guided model; ignored with an own network.
             input_ids, attention_mask: [batch, time]; only an own network reads them.
-            completion: [batch, time], true at the prefixes of completions, the empty one included; None where
-                completions begin with the row. Only a memory reads it.
+            begins: [batch, time], true at the last token before each completion; None where completions begin with the
+                row's first token. Only a memory reads it.
         """
         states = self.states(hidden_states, input_ids, attention_mask)
         if self.memory is None:
             return states
-        return self.memory(states, largest_so_far(self.memory.entries(states), completion))
+        return self.memory(states, largest_so_far(self.memory.entries(states), begins))
 
     def states(
         self,

@@ -131,28 +131,28 @@ class NADOGuide:
 
     @torch.no_grad()
     def log_probs(
-        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor, completion: Tensor | None = None
+        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor, begins: Tensor | None = None
     ) -> Tensor:
         """log q at every position, right after the model ran on `input_ids`: [batch, time, vocabulary].
 
         Args:
             logits: [batch, time, vocabulary] of the model.
-            input_ids, attention_mask, completion: [batch, time], as in `AuxiliaryModel.features`.
+            input_ids, attention_mask, begins: [batch, time], as in `AuxiliaryModel.features`.
         """
-        return log_target(logits, self._r_logits(input_ids, attention_mask, completion), self.guidance_scale)
+        return log_target(logits, self._r_logits(input_ids, attention_mask, begins), self.guidance_scale)
 
     @torch.no_grad()
-    def compliance(self, input_ids: Tensor, attention_mask: Tensor, completion: Tensor | None = None) -> Tensor:
+    def compliance(self, input_ids: Tensor, attention_mask: Tensor, begins: Tensor | None = None) -> Tensor:
         """R of every prefix followed by every token, right after the model ran: [batch, time, vocabulary].
 
         Args:
-            input_ids, attention_mask, completion: [batch, time], as in `AuxiliaryModel.features`.
+            input_ids, attention_mask, begins: [batch, time], as in `AuxiliaryModel.features`.
         """
-        return self._r_logits(input_ids, attention_mask, completion).float().sigmoid()
+        return self._r_logits(input_ids, attention_mask, begins).float().sigmoid()
 
-    def _r_logits(self, input_ids: Tensor, attention_mask: Tensor, completion: Tensor | None) -> Tensor:
+    def _r_logits(self, input_ids: Tensor, attention_mask: Tensor, begins: Tensor | None) -> Tensor:
         assert self._hidden.last is not None
-        return self.auxiliary(self.auxiliary.features(self._hidden.last, input_ids, attention_mask, completion))
+        return self.auxiliary(self.auxiliary.features(self._hidden.last, input_ids, attention_mask, begins))
 
 
 @contextmanager

@@ -85,6 +85,22 @@ def run_lengths(mask: Mask) -> NDArray[np.int64]:
     return counted - np.maximum.accumulate(np.where(mask, 0, counted), axis=-1)
 
 
+def beginnings(mask: Mask, longest: int) -> Mask:
+    """Where completions begin in rows.
+
+    In a row with a prompt, at the prompt's end. In plain text, at every prefix that a rollout may start from: so what
+    comes after has as many tokens of a completion before it as a rollout may have.
+
+    Args:
+        mask: [batch, time - 1], true before every token of the rows that is trained on or sampled.
+        longest: tokens of the longest prompt.
+
+    Returns:
+        [batch, time - 1], true at the last token before a completion.
+    """
+    return mask & (run_lengths(mask) <= np.where(mask[:, :1], longest, 1))
+
+
 def append_rollouts(
     inputs: dict[str, Any], rollouts: Sequence[Rollout], regulariser: int, pad: int, multiple: int = 1
 ) -> dict[str, Any]:

@@ -60,8 +60,8 @@ class Examples:
         """What R's trunk reads before each completion token. [n, time, hidden]"""
         if auxiliary.network is None:
             return auxiliary.features(self.hidden)
-        completion = torch.arange(self.input_ids.shape[1], device=self.positions.device) >= self.positions[:, :1]
-        features = auxiliary.features(self.hidden, self.input_ids, self.attention_mask, completion)
+        begins = torch.arange(self.input_ids.shape[1], device=self.positions.device) == self.positions[:, :1]
+        features = auxiliary.features(self.hidden, self.input_ids, self.attention_mask, begins)
         return _gather(features, self.positions)
 
     def to(self, device: torch.device) -> "Examples":

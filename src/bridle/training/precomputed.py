@@ -177,7 +177,7 @@ def _add(regulariser: DomainRegulariser, writer: TargetWriter, rows: list[tuple[
     """Adds the targets of some rows, each as in `Rows`."""
     ids, attention_mask, mask = (torch.stack(parts) for parts in zip(*rows, strict=True))
     device = regulariser.model.device
-    target = regulariser.frozen_target(ids.to(device), attention_mask.to(device), mask.numpy())
+    target = regulariser.frozen_target(ids.to(device), attention_mask.to(device), mask.numpy(), mask.numpy())
     kept = _sparse(target, regulariser.config)
     writer.add(row_keys(ids, attention_mask, mask), kept, mask)
 

@@ -109,7 +109,8 @@ class RegulariserSet(Sequence[DomainRegulariser]):
             # A sharded anchor runs on all processes or on none.
             if not mask.any() and not (regulariser.active and is_sharded(regulariser.model)):
                 continue
-            target = regulariser.target(hidden_states, inputs["input_ids"], inputs["attention_mask"], mask)
+            rows = hidden_states, inputs["input_ids"], inputs["attention_mask"]
+            target = regulariser.target(*rows, mask, prefixes.mask)
             sampled = np.broadcast_to((prefixes.regulariser >= 0)[:, None], mask.shape)[mask]
             on_rollouts = divisor / self._sampled.get(regulariser.index, int(sampled.sum()) or 1)
             weights = torch.where(torch.from_numpy(sampled).to(divisor.device), on_rollouts, 1.0)
