@@ -171,6 +171,19 @@ def win_rate() -> dict[str, Any]:
     }
 
 
+def judge_examined(accuracy: float, **kinds: float) -> dict[str, Any]:
+    """As `JudgeExamination.to_json` gives it."""
+    return {
+        "judge": "local:tiny",
+        "accuracy": estimate(accuracy, 0.04, n=300),
+        "by_kind": {kind: estimate(value, 0.05, n=100) for kind, value in kinds.items()},
+        "position_bias": estimate(0.52, 0.05, n=590),
+        "asked": 600,
+        "missing": 0,
+        "reasons": {},
+    }
+
+
 def completions(method: str, seed: int) -> list[dict[str, Any]]:
     """Three prompts with one sample each; the last one's score is missing under the second seed.
 

@@ -189,6 +189,23 @@ class TestWholeRuns:
         assert len((tmp_path / "v.jsonl").read_text().splitlines()) == 2 * len(SENTENCES)
         assert "short" in out
 
+    @pytest.mark.parametrize("options", [["--by", "likelihood"], ["--examples", 1]])
+    def test_a_judge_is_examined(self, bridle, tiny_folder, tmp_path, options):
+        texts = [f"{' '.join(SENTENCES[number:] + SENTENCES[:number])}" for number in range(len(SENTENCES))]
+        (tmp_path / "human.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        code, out, err = bridle(
+            *("judge", "--judge", tiny_folder(max_position_embeddings=512), "--examine", tmp_path / "human.jsonl"),
+            *("--json", tmp_path / "examined.json", "--keep", tmp_path / "v.jsonl", *options),
+        )
+        assert code == 0, err
+        found = json.loads((tmp_path / "examined.json").read_text())
+        assert "win_rate" not in found
+        examined = found["judge_examined"]
+        rows = len(texts) - (2 if options[0] == "--examples" else 0)  # the example, and the other row it is made from
+        assert examined["accuracy"]["n"] == 3 * rows
+        assert len((tmp_path / "v.jsonl").read_text().splitlines()) == examined["asked"] == 6 * rows
+        assert "human against shuffled" in out
+
     def test_overrides_reach_the_run_and_the_saved_recipe(self, bridle, recipe, tmp_path):
         folder = tmp_path / "run"
         code, _, err = bridle(

@@ -282,6 +282,43 @@ def test_classification_and_a_judge(bridle, recipe, tmp_path):
     assert "AUC" in out
 
 
+def test_a_judge_is_examined_before_it_judges(bridle, comparison, corpus_files, tiny_folder, tmp_path):
+    rows = [{"text": " ".join(f"{word}{number}" for word in ("tin", "oak", "mill", "lamp", "hen", "sail") * 3)}
+            for number in range(6)]  # fmt: skip
+    (tmp_path / "human.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    human, folder = {"path": str(tmp_path / "human.jsonl"), "prompt_words": 3, "completion_words": 6}, tmp_path / "out"
+    mapping = yaml.safe_load(comparison.read_text())
+    mapping["learning_rate"] = 0.05  # the completions differ
+    path, model = tmp_path / "judged.yaml", str(tiny_folder(max_position_embeddings=512))
+
+    def compare(**judge):
+        mapping["evaluation"]["judge"] = {"model": model, "prompts": 6, **judge}
+        path.write_text(yaml.safe_dump(mapping))
+        code, _, err = bridle("compare", path, "--methods", "base,sft", "--output_dir", folder, "--resume")
+        assert code == 0, err
+        return results_of(folder), err
+
+    results, err = compare(examine=human | {"pairs": 2})
+    assert err.index("pairs whose better text is known") < err.index("making"), "before anything is trained"
+    examined = results["judge_examined"]
+    assert examined["accuracy"]["n"] == 2 * 3
+    assert examined["by_kind"].keys() == {"another", "shuffled", "truncated"}
+    verdicts = (folder / "verdicts.jsonl").stat().st_mtime_ns
+    again, err = compare(examine=human | {"pairs": 2})
+    assert (again["judge_examined"], "examining" in err) == (examined, False)
+
+    results, err = compare(examine=human | {"pairs": 4})
+    assert results["judge_examined"]["accuracy"]["n"] == 4 * 3
+    assert results["win_rate"] == again["win_rate"]
+    assert (folder / "verdicts.jsonl").stat().st_mtime_ns == verdicts, "the judge is the same"
+    results, err = compare(examine=human, by="likelihood")
+    assert results["win_rate"]["position_bias"]["value"] == 0.5
+    assert (folder / "verdicts.jsonl").stat().st_mtime_ns > verdicts
+    assert ("making" in err, "measuring" in err) == (False, False), "the models are the same"
+    results, _ = compare()
+    assert results["judge_examined"] is None
+
+
 def test_a_judge_that_fails_takes_nothing_else_with_it(bridle, comparison, tmp_path):
     code, out, err = bridle(
         *("compare", comparison, "--methods", "base,nado-decoding", "--output_dir", tmp_path / "out"),

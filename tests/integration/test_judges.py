@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from bridle.errors import UserError
-from bridle.evaluation.judges import ChatJudge, Comparison, LocalJudge, Verdict, read_verdict
+from bridle.evaluation.judges import ChatJudge, Comparison, LikelihoodJudge, LocalJudge, Verdict, read_verdict
 from loopback import completion, error, reset
 
 KEY = "sk-invented-0123456789"
@@ -56,6 +56,16 @@ def test_it_speaks_the_protocol(server, chat_judge, monkeypatch):
     (message,) = body["messages"]
     assert message["role"] == "user"
     assert all(text in message["content"] for text in (ITEM.prompt, ITEM.first, ITEM.second))
+
+
+def test_examples_are_earlier_turns_of_the_chat(server, chat_judge):
+    chat_judge(examples=[(ITEMS[1], "second")]).compare([ITEM])
+    question, answer, last = json.loads(server.requests[0][2])["messages"]
+    assert (question["role"], answer, last["role"]) == (
+        "user", {"role": "assistant", "content": '{"winner": "B"}'}, "user"
+    )  # fmt: skip
+    assert ITEMS[1].first in question["content"]
+    assert ITEM.first in last["content"]
 
 
 def test_no_key_is_sent_unless_its_variable_is_named(server, chat_judge, monkeypatch):
@@ -208,6 +218,20 @@ def test_it_reads_the_template_and_then_names_a_text(make_judge, tiny_tokenizer)
         assert f"Beginning:\n{ITEM.prompt}\n\nText A:\n{ITEM.first}\n\nText B:\n{ITEM.second}\n" in text
 
 
+def test_examples_stand_before_the_question_with_their_verdicts(make_judge, tiny_tokenizer):
+    judge = make_judge(examples=[(ITEMS[3], "second"), (ITEMS[1], "first")])
+    ids = judge._encode(ITEM)
+    assert ids.count(tiny_tokenizer.bos_token_id) == 1
+    text = tiny_tokenizer.decode(ids, skip_special_tokens=True)
+    one, other, question, after = text.split("The better text is text")
+    assert "the river {bends}" in one
+    assert other.startswith(" B\n\n")
+    assert "bread is" in other
+    assert question.startswith(" A\n\n")
+    assert ITEM.first in question
+    assert not after.strip()
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_batches_and_padding_change_nothing(make_judge, model_type):
     judge = make_judge(model_type)
@@ -298,3 +322,45 @@ def test_verdicts_that_are_one_token_are_needed(tiny_model):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
     with pytest.raises(UserError, match=r"does not tell .*text A' and .*text B' apart"):
         LocalJudge(tiny_model(vocab_size=2), tokenizer)
+
+
+# The judge by likelihoods
+
+
+@pytest.fixture(scope="module")
+def make_likelihood_judge(tiny_model, tiny_tokenizer):
+    def make(**options):
+        model = tiny_model(vocab_size=len(tiny_tokenizer), initializer_range=0.5, max_position_embeddings=512)
+        return LikelihoodJudge(model, tiny_tokenizer, **options)
+
+    return make
+
+
+def mean_log_p(judge, prompt, text):
+    """Of the text's tokens, each after the prompt and those before it."""
+    ids, rest = judge.tokenizer(prompt)["input_ids"], judge.tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        log_p = judge.model(torch.tensor([ids + rest])).logits[0].log_softmax(-1)
+    return sum(log_p[len(ids) - 1 + place, token].item() for place, token in enumerate(rest)) / len(rest)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_completion_that_is_likelier_per_token_wins_in_either_order(make_likelihood_judge, batch_size):
+    judge = make_likelihood_judge(batch_size=batch_size)
+    items = [ITEMS[0], ITEMS[4], Comparison("the kettle", "sings sings", "a door twice")]
+    swapped = [Comparison(item.prompt, item.second, item.first) for item in items]
+    verdicts = judge.compare([*items, *swapped])
+    for item, shown, other in zip(items, verdicts[:3], verdicts[3:], strict=True):
+        first, second = (mean_log_p(judge, item.prompt, text) for text in (item.first, item.second))
+        assert shown.winner == ("first" if first > second else "second")
+        assert other.winner == ("second" if first > second else "first")
+
+
+def test_a_completion_without_tokens_loses(make_likelihood_judge):
+    assert make_likelihood_judge().compare([ITEMS[2], Comparison("so", "", "")]) == [Verdict("second"), Verdict("tie")]
+
+
+def test_a_completion_whose_likelihood_is_not_finite_is_missing(make_likelihood_judge):
+    judge = make_likelihood_judge()
+    judge.model.lm_head.weight.data[5] = float("nan")
+    assert judge.compare([ITEM]) == [Verdict.missing("the judge's likelihoods are not finite")]

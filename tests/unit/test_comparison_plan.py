@@ -1,5 +1,6 @@
 """A recipe's section `evaluation`: what it becomes, and how mistakes are reported."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from bridle.comparison.plan import evaluation_of
 from bridle.data import DataSource
 from bridle.errors import UserError
 from bridle.evaluation.examination import LabelledRows
+from bridle.evaluation.judge_examination import HumanText
 from bridle.evaluation.prompt_sets import GenerationOptions, prompt_set
 from bridle.recipes.recipe import build_recipe
 
@@ -102,6 +104,14 @@ def test_each_set_has_its_own_decoding():
         ({"perplexity": {"wiki": {}}}, "evaluation.perplexity.wiki.path: is missing"),
         ({"perplexity": ["wiki.jsonl"]}, "evaluation.perplexity: must be a mapping"),
         ({"judge": {"prompts": 5}}, "evaluation.judge.model: is missing"),
+        ({"judge": {"model": "m", "by": "likelyhood"}}, "evaluation.judge.by: .*did you mean likelihood"),
+        ({"judge": {"model": "m", "by": "likelihood", "url": "http://h/v1"}}, "judge.by: an endpoint gives no"),
+        ({"judge": {"model": "m", "examples": 2}}, "judge.examples: are made from the rows of examine"),
+        (
+            {"judge": {"model": "m", "by": "likelihood", "examples": 2, "examine": {"path": "a"}}},
+            "judge.examples: are for a verdict",
+        ),
+        ({"judge": {"model": "m", "examine": {"path": "a", "pears": 2}}}, "judge.examine.pears: .*did you mean pairs"),
         ({"limit": "some"}, "evaluation.limit: "),
         ({"constraints": ["polit"]}, "evaluation.constraints: there is no constraint 'polit'; did you mean polite?"),
         ({"constraints": []}, "evaluation.constraints: is empty"),
@@ -128,6 +138,18 @@ def test_every_method_needs_as_many_updates():
 def test_a_mistyped_file_shows_before_anything_is_made(tmp_path):
     with pytest.raises(UserError, match=r"forum\.jsonl"):
         plan({"prompts": {"forum": {"path": str(tmp_path / "forum.jsonl")}}}).check()
+
+
+def test_what_a_judge_is_examined_on_shows_before_anything_is_made(tmp_path):
+    for name, text in {"forum": "a kettle", "human": "a kettle on the stove"}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    examine = {"path": str(tmp_path / "human.jsonl"), "pairs": 5}
+    made = plan({**EVALUATION, "judge": {"model": "some-judge", "examine": examine}})
+    assert made.judge.examine == HumanText(str(tmp_path / "human.jsonl"), pairs=5)
+    assert tmp_path / "human.jsonl" in made.files()
+    forum = {"prompts": {"forum": {"path": str(tmp_path / "forum.jsonl")}}}
+    with pytest.raises(UserError, match=r"human\.jsonl: 0 different rows"):
+        plan({**forum, "judge": {"model": "some-judge", "examine": examine}}).check()
 
 
 def test_labels_of_one_kind_show_before_anything_is_made(tmp_path):

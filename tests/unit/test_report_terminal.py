@@ -1,5 +1,6 @@
 """The tables of a comparison as text: what a terminal shows is what the figures say."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -7,9 +8,10 @@ import pytest
 
 from bridle.errors import plain
 from bridle.report.data import Report, read_report
-from bridle.report.tables import DIFFERENCES_IN_WORDS
+from bridle.report.html import render
+from bridle.report.tables import DIFFERENCES_IN_WORDS, win_matrix
 from bridle.report.terminal import tables
-from report_folder import DESCRIPTIONS, REASON, make_folder
+from report_folder import DESCRIPTIONS, REASON, judge_examined, make_folder
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,26 @@ def test_the_win_matrix_reads_row_over_column(text):
         ["n = 100", "n = 100"],
     ]
     assert "Judge: local:tiny. Each match has 100 pairs" in text
+
+
+@pytest.mark.parametrize(("accuracy", "passes"), [(0.83, True), (0.53, False)])
+def test_win_rates_of_a_judge_that_failed_its_examination_leave_the_summary(tmp_path, accuracy, passes):
+    folder = make_folder(tmp_path / "examined")
+    results = json.loads((folder / "results.json").read_text())
+    results["judge_examined"] = judge_examined(accuracy, another=accuracy, shuffled=accuracy, truncated=0.51)
+    (folder / "results.json").write_text(json.dumps(results))
+    report = read_report(folder)
+    table, text = win_matrix(report), " ".join(tables(report).split())
+    shown = f"{100 * accuracy:.1f}% (95% interval {100 * accuracy - 4:.1f} to {100 * accuracy + 4:.1f}, n = 300)"
+    assert shown in table.notes[-1], "beside the table"
+    assert "truncated 51.0%" in table.notes[-1]
+    assert ("(not meaningful: the judge failed its examination)" in table.caption) is not passes
+    assert (table.notes[-1] in text) is passes
+    assert ("Win rate of the row" in text) is passes
+    assert (f"failed its examination: it is right about {shown} of the pairs" in text) is not passes
+    page = render(report, {})
+    assert table.caption in page
+    assert table.notes[-1] in page
 
 
 def test_classification_is_marked_by_its_intervals(text):

@@ -1,7 +1,7 @@
 """`bridle evaluate`, `score` and `judge`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -63,6 +63,28 @@ MaxNewTokens = Annotated[
 Completions = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write what was drawn here, a JSON line each, with scores.")
 ]
+Examine = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Examine the judge first, on pairs from this held-out human text whose better one is known; without "
+        "methods, only examine it.",
+    ),
+]
+By = Annotated[
+    Literal["verdict", "likelihood"],
+    typer.Option(help="Ask for a verdict, or compare the completions' likelihoods per token."),
+]
+Examples = Annotated[int, typer.Option(min=0, help="Pairs from other rows of --examine that a verdict is shown first.")]
+Url = Annotated[
+    str | None,
+    typer.Option(help="Ask an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1, not a local model."),
+]
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option("--api_key_env", metavar="NAME", help="Environment variable whose key is sent to --url."),
+]
+Keep = Annotated[Path, typer.Option(metavar="FILE", help="Verdicts are kept here as they come.")]
 
 
 @app.command(
@@ -185,24 +207,23 @@ def score(
         write_json(json_file, {"file": file, **trial.to_json(show_texts), "specification": loaded.describe()})
 
 
-@app.command(epilog="Example: bridle judge base=base.jsonl tuned=tuned.jsonl --judge facebook/opt-30b --json wins.json")
+@app.command(
+    epilog="Example: bridle judge base=base.jsonl tuned=tuned.jsonl --judge facebook/opt-30b "
+    "--examine held-out.jsonl,rows=80%:90% --json wins.json"
+)
 def judge(
-    completions: Annotated[
-        list[str], typer.Argument(metavar="NAME=FILE...", help="What `bridle generate --output` wrote, by method.")
-    ],
     judge_model: Annotated[str, typer.Option("--judge", metavar="MODEL", help="The judge: a folder, or a name.")],
-    url: Annotated[
-        str | None,
-        typer.Option(help="Ask an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1, not a local model."),
+    completions: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=FILE...", help="What `bridle generate --output` wrote, by method."),
     ] = None,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option("--api_key_env", metavar="NAME", help="Environment variable whose key is sent to --url."),
-    ] = None,
+    examine: Examine = None,
+    by: By = "verdict",
+    examples: Examples = 0,
+    url: Url = None,
+    api_key_env: ApiKeyEnv = None,
     json_file: common.JsonFile = None,
-    keep: Annotated[Path, typer.Option(metavar="FILE", help="Verdicts are kept here as they come.")] = Path(
-        "verdicts.jsonl"
-    ),
+    keep: Keep = Path("verdicts.jsonl"),
     batch_size: common.BatchSize = 8,
     seed: common.Seed = 0,
     device: common.Device = None,
@@ -210,19 +231,28 @@ def judge(
 ) -> None:
     """Let a language model judge which method's completions are better, pair by pair and in both orders."""
     from bridle.comparison.plan import JudgeOptions
-    from bridle.evaluation import FORMAT, read_methods, win_rates, write_results
+    from bridle.evaluation import FORMAT, HumanText, examine_judge, read_methods, win_rates, write_results
     from bridle.utils.files import check_output
     from bridle.utils.provenance import environment
 
-    files = dict(part.partition("=")[::2] for part in completions)
-    if len(files) < 2 or not all(files.values()):
-        raise UserError("give at least two methods as NAME=FILE")
-    options = JudgeOptions(judge_model, url, api_key_env)
+    files = dict(part.partition("=")[::2] for part in completions or [])
+    if (files or not examine) and (len(files) < 2 or not all(files.values())):
+        raise UserError("give at least two methods as NAME=FILE, or --examine to examine the judge alone")
+    rows = HumanText.parse(examine) if examine else None
+    options = JudgeOptions(judge_model, url, api_key_env, by=by, examples=examples, examine=rows)
     check_output(json_file, keep)
-    prompts, texts = read_methods(files)
     quiet_libraries()
-    rates = win_rates(prompts, texts, options.judge(dtype, device, batch_size=batch_size), seed=seed, keep=keep)
-    say(str(rates))
+    prompts, texts = read_methods(files)
+    continuations = options.continuations()
+    asked = options.judge(dtype, device, batch_size=batch_size)
+    found = {"format": FORMAT, "model": ", ".join(files) or judge_model}
+    if continuations is not None:
+        examined = examine_judge(asked, continuations, seed=seed, keep=keep)
+        say(str(examined))
+        found["judge_examined"] = examined.to_json()
+    if files:
+        rates = win_rates(prompts, texts, asked, seed=seed, keep=keep)
+        say(str(rates))
+        found["win_rate"] = rates.to_json()
     if json_file is not None:
-        found = {"format": FORMAT, "model": ", ".join(files), "win_rate": rates.to_json()}
         write_results(json_file, found | {"environment": environment(seed)})

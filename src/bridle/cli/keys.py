@@ -35,6 +35,10 @@ COMPARISON = {
     ),
     "Classification": ("evaluation.classification.", ["comparison/plan.py:ClassificationOptions"]),
     "Judge": ("evaluation.judge.", ["comparison/plan.py:JudgeOptions"]),
+    "What the judge is examined on": (
+        "evaluation.judge.examine.",
+        ["data/source.py:DataSource", "evaluation/judge_examination.py:HumanText"],
+    ),
     "Reinforcement learning": ("methods.rl.", ["baselines/reinforcement.py:ReinforcementOptions"]),
 }
 """By heading: the prefix of the keys, and the dataclasses, each in its file, whose fields are the keys."""

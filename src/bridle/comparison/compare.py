@@ -10,19 +10,20 @@ changed, the affected cells lose both first.
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bridle.comparison.cell import CANDIDATE, RESULTS, Candidate, Cell, CellFiles, reason_of
 from bridle.comparison.measure import measure
 from bridle.comparison.methods import description, free_memory, method_named, methods, rl_options, shapes
-from bridle.comparison.plan import Evaluation, evaluation_of
+from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
 from bridle.comparison.summary import Runs, comparisons, first_completions, over_seeds, transfers_of
 from bridle.comparison.tracing import trace_guidance
 from bridle.errors import RunStopped, UserError
-from bridle.evaluation import win_rates
-from bridle.evaluation.examination import examine_all
+from bridle.evaluation import JudgeExamination, examine_judge, win_rates
+from bridle.evaluation.examination import examine_all, remembered
+from bridle.evaluation.judges import Judge
 from bridle.evaluation.observations import Observations
 from bridle.evaluation.statistics import Estimate
 from bridle.evaluation.transfer import reference_of
@@ -42,8 +43,8 @@ COMMON = ("model", "dtype", "corpus")
 """Sections of a recipe that all figures of a comparison must share."""
 MEASURED = ("evaluation", "constraints", "max_new_tokens")
 """Sections of a recipe that say what is measured."""
-EXAMINED = "evaluation.examine"
-"""The key of what measures constraints, and no model."""
+ASIDE = ("evaluation.examine", "evaluation.judge")
+"""The keys there of what measures constraints or judges completions, and no model."""
 
 
 @dataclass
@@ -52,7 +53,13 @@ class Earlier:
 
     methods: dict[str, Any]
     seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
     win_rate: dict[str, Any] | None = None
+
+    @property
+    def judging(self) -> dict[str, Any]:
+        """The settings that its win rates depend on."""
+        return _judging(self.settings.get("judge") or {})
 
 
 @dataclass
@@ -122,12 +129,13 @@ class Comparison:
             write_inputs(self.recipe, self.folder, self.plan.files())
             keep = self.folder / "examined.json"
             examined = examine_all(self.plan.constraints, self.plan.examine, keep, self.show)
+            judge = self._examine_judge(keep)
             cells = [self._cell(name, seed) for seed in self.seeds for name in self.names]
             with Progress("comparing", len(cells), "runs") as progress:
                 for cell in cells:
                     self._complete(cell)
                     progress.update()
-            self._sum_up(examined)
+            self._sum_up(examined, judge)
 
     def check_complete(self) -> None:
         """Raises a `RunStopped` that names the methods that failed; the others are in `results.json`."""
@@ -152,7 +160,7 @@ class Comparison:
                 for file in (RESULTS, CANDIDATE):  # first, so that a half-removed cell does not look whole
                     (folder / file).unlink(missing_ok=True)
                 shutil.rmtree(folder)
-            elif any(_section(key) in MEASURED and not key.startswith(EXAMINED) for key in self._changed):
+            elif any(_section(key) in MEASURED and not key.startswith(ASIDE) for key in self._changed):
                 (folder / RESULTS).unlink(missing_ok=True)
 
     def _builds_on(self, name: str, seed: str) -> set[str]:
@@ -239,7 +247,7 @@ class Comparison:
 
     # ------------------------------------------------------------------ summary
 
-    def _sum_up(self, examined: Mapping[str, Mapping[str, Estimate]]) -> None:
+    def _sum_up(self, examined: Mapping[str, Mapping[str, Estimate]], judge: JudgeExamination | None) -> None:
         cells = {name: [self._cell(name, seed) for seed in self.seeds] for name in self.names}
         observed, figures = {}, {}
         for name, of_name in cells.items():
@@ -262,6 +270,7 @@ class Comparison:
                 constraint: {name: auc.to_json() for name, auc in by_set.items()}
                 for constraint, by_set in examined.items()
             },
+            "judge_examined": judge and judge.to_json(),
             "methods": {
                 name: {
                     "description": description(name),
@@ -278,24 +287,44 @@ class Comparison:
         write_json(self.folder / RESULTS, self.recipe.variables.hidden(results))
         trace_guidance(self.folder, self.recipe, observed, self.plan)
 
+    def _judge(self, options: JudgeOptions) -> Judge:
+        return options.judge(self.recipe.dtype, name=self.recipe.variables.hidden(options.model))
+
+    def _examine_judge(self, keep: Path) -> JudgeExamination | None:
+        """The examination, also if the judge is not asked in the end; None without one."""
+        options = self.plan.judge
+        if options is None or (rows := options.continuations()) is None:
+            return None
+        key = [asdict(replace(options, prompts=1)), self.recipe.dtype]
+        found = remembered(
+            keep, key, JudgeExamination, lambda: examine_judge(self._judge(options), rows, seed=self.seeds[0])
+        )
+        self.show(str(found))
+        return found
+
     def _win_rates(self, observed: Runs) -> dict[str, Any]:
         """`win_rate`, the earlier one if nothing is new, or `judge_failed` with the reason; empty without a judge."""
         options, results = self.plan.judge, self.folder / RESULTS
         if options is None or len(observed) < 2:
             return {}
-        known = read_json(results, Earlier).win_rate if results.exists() else None
-        if known and not self._measured_any:
-            return {"win_rate": known}
+        earlier = read_json(results, Earlier) if results.exists() else None
+        settings = self.recipe.variables.hidden(self.recipe.resolved["evaluation"]["judge"])
+        if earlier and earlier.win_rate and not self._measured_any and earlier.judging == _judging(settings):
+            return {"win_rate": earlier.win_rate}
         prompts, completions = first_completions(observed, next(iter(self.plan.prompts)), options.prompts)
         verdicts = self.folder / "verdicts.jsonl"
         verdicts.unlink(missing_ok=True)  # `win_rates` appends
         try:
-            judge = options.judge(self.recipe.dtype, name=self.recipe.variables.hidden(options.model))
-            found = win_rates(prompts, completions, judge, seed=self.seeds[0], keep=verdicts)
+            found = win_rates(prompts, completions, self._judge(options), seed=self.seeds[0], keep=verdicts)
         except Exception as error:
             self.show(f"no win rates: {reason_of(error)}")
             return {"judge_failed": reason_of(error)}
         return {"win_rate": found.to_json()}
+
+
+def _judging(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a judge that its verdicts depend on; those of its examination are among them with examples."""
+    return {key: value for key, value in settings.items() if key != "examine" or settings.get("examples")}
 
 
 def _section(key: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -26,8 +26,9 @@ from bridle.constraints import Constraint
 from bridle.constraints.spec import trained_on
 from bridle.data import DataSource, VerbalisedLabel
 from bridle.errors import UserError
-from bridle.evaluation import ChatJudge, LocalJudge, PromptSet, prompt_set
+from bridle.evaluation import ChatJudge, LikelihoodJudge, LocalJudge, PromptSet, prompt_set
 from bridle.evaluation.examination import LabelledRows
+from bridle.evaluation.judge_examination import Continuations, HumanText
 from bridle.evaluation.judges import Judge
 from bridle.evaluation.prompt_sets import GENERATION, KNOWN, GenerationOptions, combined
 from bridle.models.loading import load_for_inference
@@ -44,25 +45,46 @@ class JudgeOptions:
         url: of an OpenAI-compatible endpoint; None for a local model.
         api_key_env: environment variable that holds the endpoint's key; none is sent if not given.
         prompts: how many prompts are judged, from the first on.
+        by: "verdict" asks which completion is better; "likelihood" takes the one that a local model, best an untuned
+            one, finds likelier per token.
+        examples: judged pairs that a verdict is shown first, from rows of `examine` on which it is not examined.
+        examine: human text; the judge is examined on pairs from it, whose better text is known, before it judges.
 
     Raises:
-        UserError: a key without an endpoint.
+        UserError: an option that the others rule out.
     """
 
     model: str
     url: str | None = None
     api_key_env: str | None = None
     prompts: PositiveInt = 100
+    by: Literal["verdict", "likelihood"] = "verdict"
+    examples: NonNegativeInt = 0
+    examine: HumanText | None = None
 
     def __post_init__(self) -> None:
         if self.api_key_env is not None and self.url is None:
             raise UserError("api_key_env: a local judge needs no key; give the url of an endpoint, or leave it out")
+        if self.by == "likelihood" and self.url is not None:
+            raise UserError("by: an endpoint gives no likelihoods of texts; give a local model, or by: verdict")
+        if self.by == "likelihood" and self.examples:
+            raise UserError("examples: are for a verdict; leave them out with by: likelihood")
+        if self.examples and self.examine is None:
+            raise UserError("examples: are made from the rows of examine; give these, too")
 
     def judge(self, dtype: str, device: str | None = None, **options: Any) -> Judge:
         """The judge, loaded if it is local; `options` and errors as in `LocalJudge`."""
+        examples = self.examine.examples_and_continuations(self.examples)[0] if self.examine is not None else []
         if self.url is not None:
-            return ChatJudge(self.url, self.model, self.api_key_env, name=options.get("name"))
-        return LocalJudge(*load_for_inference(self.model, dtype, device), **options)
+            return ChatJudge(self.url, self.model, self.api_key_env, examples=examples, name=options.get("name"))
+        model, tokenizer = load_for_inference(self.model, dtype, device)
+        if self.by == "likelihood":
+            return LikelihoodJudge(model, tokenizer, **options)
+        return LocalJudge(model, tokenizer, examples=examples, **options)
+
+    def continuations(self) -> list[Continuations] | None:
+        """What the judge is examined on, if it is; raises as `HumanText.examples_and_continuations`."""
+        return None if self.examine is None else self.examine.examples_and_continuations(self.examples)[1]
 
 
 @dataclass
@@ -124,12 +146,16 @@ class Evaluation:
             source.read()
         for rows in self.examine.values():
             rows.classes()
+        if self.judge is not None:
+            self.judge.continuations()
 
     def files(self) -> list[Path]:
         """The local files and folders that are read."""
         judge = [Path(self.judge.model)] if self.judge is not None and self.judge.url is None else []
         tasks = [self.task_data] if self.task_data is not None else []
-        examined = self.examine.values()
+        examined: list[DataSource] = [*self.examine.values()]
+        if self.judge is not None and self.judge.examine is not None:
+            examined.append(self.judge.examine)
         readers: list[Constraint | DataSource] = [*self.constraints.values(), *examined, *self._sources()]
         return [*judge, *tasks, *(file for one in readers for file in one.files())]
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from datasets import Dataset, Features, Json, concatenate_datasets
 
@@ -94,7 +94,7 @@ class DataSource:
         return {field: name for field in _FIELDS if (name := getattr(self, field)) is not None}
 
     @classmethod
-    def parse(cls, text: str) -> "DataSource":
+    def parse(cls, text: str) -> Self:
         """Reads the command line's form "FILE,rows=80%:90%,label=0,text=column".
 
         `split`, `shuffle`, `rows`, `format` and the four column names set those fields; any other key is a `where`

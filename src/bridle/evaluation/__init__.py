@@ -9,7 +9,8 @@ from bridle.evaluation.generation import (
     generate_completions,
     output_perplexity,
 )
-from bridle.evaluation.judges import ChatJudge, Comparison, LocalJudge, Verdict
+from bridle.evaluation.judge_examination import HumanText, JudgeExamination, examine_judge
+from bridle.evaluation.judges import ChatJudge, Comparison, LikelihoodJudge, LocalJudge, Verdict
 from bridle.evaluation.prompt_sets import PromptSet, prompt_set
 from bridle.evaluation.results import FORMAT, read_results, validate_results, write_results
 from bridle.evaluation.statistics import (
@@ -34,6 +35,9 @@ __all__ = [
     "Estimate",
     "Evaluator",
     "GenerationResult",
+    "HumanText",
+    "JudgeExamination",
+    "LikelihoodJudge",
     "LocalJudge",
     "Perplexity",
     "PromptSet",
@@ -47,6 +51,7 @@ __all__ = [
     "evaluate_constraints",
     "evaluate_generations",
     "evaluate_tasks",
+    "examine_judge",
     "generate_completions",
     "holm",
     "likelihoods",

@@ -4,9 +4,10 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridle.constraints import Constraint
 from bridle.data import DataSource
@@ -14,9 +15,14 @@ from bridle.data.rows import absent_column, filled_rows, format_fields, outputs_
 from bridle.data.source import check_condition, meets
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate
-from bridle.utils.files import read_json, write_json
+from bridle.utils.files import checked, read_json, write_json
 
 log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 Rows = list[dict[str, Any]]
 
@@ -93,12 +99,21 @@ def examine_all(
             count by what `Constraint.identity` says, and those of the rows by their names.
         show: called with each AUC.
     """
-    kept = read_json(keep, dict[str, Estimate]) if keep.is_file() else {}
     found: dict[str, dict[str, Estimate]] = {name: {} for name in constraints}
     for name, constraint in constraints.items():
         for set_name, rows in sets.items():
-            key = sha256(json.dumps([constraint.identity(), asdict(rows)], sort_keys=True).encode()).hexdigest()
-            kept[key] = found[name][set_name] = kept.get(key) or examine(constraint, rows)
-            write_json(keep, {key: asdict(estimate) for key, estimate in kept.items()})
+            key = [constraint.identity(), asdict(rows)]
+            found[name][set_name] = remembered(keep, key, Estimate, partial(examine, constraint, rows))
             show(f"{name}: AUC {found[name][set_name]} on {set_name}")
     return found
+
+
+def remembered(keep: Path, key: Any, kind: type[T], make: Callable[[], T]) -> T:
+    """The dataclass that the JSON file `keep` has for a key, any JSON value; if none, what `make` returns is added."""
+    kept = read_json(keep, dict[str, Any]) if keep.is_file() else {}
+    name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    if name in kept:
+        return checked(kind, kept[name], str(keep))
+    made = make()
+    write_json(keep, kept | {name: asdict(made)})
+    return made

@@ -213,18 +213,39 @@ def output_perplexity(
     Raises:
         UserError: a likelihood is not finite.
     """
-    texts, limit = list(chain.from_iterable(completions)), context_length(base_model)
+    texts = list(chain.from_iterable(completions))
     given = [prompt for prompt, of_prompt in zip(prompts, completions, strict=True) for _ in of_prompt]
+    found = completion_likelihoods(base_model, tokenizer, given, texts, batch_size)
+    check_finite([nll for nll, _ in found])
+    pairs = iter(found)
+    clusters = [[pair for pair in islice(pairs, len(of_prompt)) if pair[1]] for of_prompt in completions]
+    missing = sum(not tokens for _, tokens in found)
+    return estimate_ratio(clusters, missing=missing, seed=seed).map(math.exp)
+
+
+def completion_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[str],
+    batch_size: int = 8,
+    doing: str = "perplexity",
+) -> list[tuple[float, int]]:
+    """−log p, in nats, and the number of the tokens of each completion given its prompt; the end of text excluded.
+
+    Args:
+        prompts: [n] token ids, with the beginning-of-text token where the model needs it.
+        completions: [n] texts.
+        doing: what the progress display calls it.
+    """
+    limit = context_length(model)
     windows = [
         _continuation(index, prompt, encode_completion(text, prompt, tokenizer), limit)
-        for index, (prompt, text) in enumerate(zip(given, texts, strict=True))
+        for index, (prompt, text) in enumerate(zip(prompts, completions, strict=True))
     ]
     tokens = [len(window.ids) - window.first for window in windows]
-    nll = nll_by_text(base_model, [window for window in windows if tokens[window.text]], len(texts), batch_size, None)
-    check_finite(nll)
-    pairs = zip(nll, tokens, strict=True)
-    clusters = [[pair for pair in islice(pairs, len(of_prompt)) if pair[1]] for of_prompt in completions]
-    return estimate_ratio(clusters, missing=tokens.count(0), seed=seed).map(math.exp)
+    read = [window for window in windows if tokens[window.text]]
+    return list(zip(nll_by_text(model, read, len(windows), batch_size, None, doing), tokens, strict=True))
 
 
 def distinct(texts: Sequence[str], n: int) -> Estimate:

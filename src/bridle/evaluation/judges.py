@@ -1,4 +1,5 @@
-"""Language models that compare two completions: a local one, or one behind a chat endpoint.
+"""Language models that compare two completions: by the verdict of a local one or of one behind a chat endpoint, or by
+the likelihoods of the completions themselves.
 
 A judge that fails gives a missing verdict with a reason, never a tie.
 """
@@ -19,8 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.core.tokens import pad_right
+from bridle.data import encode_prompt
 from bridle.data.readers import whole_text
 from bridle.errors import UserError, prefixed
+from bridle.evaluation.generation import completion_likelihoods
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import check_projection, project
 from bridle.models.loading import context_length
@@ -62,6 +65,7 @@ Answer with JSON alone: {{"winner": "A"}}, {{"winner": "B"}} or, if neither is b
 
 TIE_MARGIN = 0.1  # nats: the odds of A against B are within some 10% of even
 
+_NAMES = {"first": "A", "second": "B"}
 _LETTERS = (" A", " B")
 _WINNERS: dict[str, Winner] = {"a": "first", "b": "second", "tie": "tie"}
 
@@ -98,6 +102,10 @@ class Verdict:
         return self.winner is None
 
 
+Example = tuple[Comparison, Literal["first", "second"]]
+"""A comparison and its winner, which a judge sees before it is asked (few-shot)."""
+
+
 class Judge(Protocol):
     """Anything that compares completions; results use its `name`."""
 
@@ -118,6 +126,7 @@ class LocalJudge:
 
     Args:
         template: with {prompt}, {first} and {second}, and text after them.
+        examples: stand before each comparison, in the same template.
         tie_margin: in nats; a smaller difference is a tie.
         batch_size: comparisons in one forward; it does not change the verdicts.
         max_length: tokens of a filled template; the model's context by default.
@@ -134,6 +143,7 @@ class LocalJudge:
         tokenizer: PreTrainedTokenizerBase,
         *,
         template: str = LOCAL_PROMPT,
+        examples: Sequence[Example] = (),
         tie_margin: float = TIE_MARGIN,
         batch_size: int = 8,
         max_length: int | None = None,
@@ -147,7 +157,8 @@ class LocalJudge:
         self.truncated = 0
         *pieces, (tail, _) = _template_pieces(template)
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self._pieces = [(self._ids(text), field) for text, field in pieces]
+        shown = "".join(f"{template.format(**asdict(item))} {_NAMES[winner]}\n\n" for item, winner in examples)
+        self._pieces = [(self._ids(text), field) for text, field in [(shown + pieces[0][0], pieces[0][1]), *pieces[1:]]]
         self._pieces[0] = (bos + self._pieces[0][0], self._pieces[0][1])
         self._tail, self._letters = self._ending(tail)
 
@@ -209,6 +220,46 @@ class LocalJudge:
         return Verdict("first" if difference > 0 else "second")
 
 
+class LikelihoodJudge:
+    """A causal language model, best an untuned one, that prefers the completion it finds likelier, per token.
+
+    The mean of log p(token | prompt and the tokens before it) decides. Each completion is read alone, so the order in
+    which two are shown does not count, and per token length counts little. A completion without tokens loses. The
+    likeliest text is not always the best: a model also finds repetitions likely.
+
+    Args:
+        batch_size: completions in one forward.
+        name: in results; the model's name by default.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 8,
+        name: str | None = None,
+    ):
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.name = name or model.config.name_or_path or model.config.model_type
+
+    def compare(self, items: Sequence[Comparison]) -> list[Verdict]:
+        """One verdict for each comparison, in their order."""
+        texts = list(dict.fromkeys((item.prompt, text) for item in items for text in (item.first, item.second)))
+        prompts = [encode_prompt(prompt, self.tokenizer) for prompt, _ in texts]
+        found = completion_likelihoods(
+            self.model, self.tokenizer, prompts, [text for _, text in texts], self.batch_size, "reading completions"
+        )
+        means = [-nll / tokens if tokens else -math.inf for nll, tokens in found]
+        by_text = dict(zip(texts, means, strict=True))
+        return [self._verdict(by_text[item.prompt, item.first], by_text[item.prompt, item.second]) for item in items]
+
+    def _verdict(self, first: float, second: float) -> Verdict:
+        if math.isnan(first) or math.isnan(second):
+            return Verdict.missing("the judge's likelihoods are not finite")
+        return Verdict("tie" if first == second else "first" if first > second else "second")
+
+
 class ChatJudge:
     """A model behind an OpenAI-compatible chat endpoint (`POST {url}/chat/completions`), at temperature 0.
 
@@ -217,6 +268,7 @@ class ChatJudge:
     Args:
         url: of the interface, e.g. "http://localhost:8000/v1".
         api_key_env: environment variable that holds the key; by default no key is sent.
+        examples: earlier questions of the chat, with their answers.
         name: in results; `model` by default.
         options: of `Endpoint`.
 
@@ -232,11 +284,17 @@ class ChatJudge:
         api_key_env: str | None = None,
         *,
         template: str = CHAT_PROMPT,
+        examples: Sequence[Example] = (),
         name: str | None = None,
         **options: Any,
     ):
         _template_pieces(template)
         self.name, self.model, self.template = name or model, model, template
+        self._examples = [
+            turn
+            for item, winner in examples
+            for turn in (self._asked(item), {"role": "assistant", "content": json.dumps({"winner": _NAMES[winner]})})
+        ]
         with prefixed(f"judge {model}: "):
             self.endpoint = Endpoint(f"{url.rstrip('/')}/chat/completions", api_key_env, **options)
 
@@ -246,8 +304,10 @@ class ChatJudge:
         return [self._read(replies[index]) for index in range(len(items))]
 
     def _question(self, item: Comparison) -> dict[str, Any]:
-        messages = [{"role": "user", "content": self.template.format(**asdict(item))}]
-        return {"model": self.model, "messages": messages, "temperature": 0}
+        return {"model": self.model, "messages": [*self._examples, self._asked(item)], "temperature": 0}
+
+    def _asked(self, item: Comparison) -> dict[str, str]:
+        return {"role": "user", "content": self.template.format(**asdict(item))}
 
     def _read(self, reply: Reply) -> Verdict:
         if reply.fault:

@@ -7,7 +7,7 @@ pair with a missing verdict in either order is excluded, because the other order
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, permutations, zip_longest
 from pathlib import Path
@@ -31,7 +31,7 @@ _POINTS: dict[str | None, float] = {"first": 1.0, "tie": 0.5, "second": 0.0}
 
 @dataclass(frozen=True)
 class Match:
-    """The result of one method against another.
+    """The result of one method, or kind of text, against another.
 
     Attributes:
         rate: mean score over the prompts; its interval resamples prompts. `missing` counts excluded pairs of
@@ -95,7 +95,7 @@ class WinRates(Result):
                 f"{match.contradictions} by a change of order), {match.losses} lost, {match.rate.missing} left out"
             )
         lines.append(f"position bias: {self.position_bias} for the text shown first; 0.5 is none")
-        lines.append(f"verdicts missing: {self.missing} of {self.asked}{_most_frequent(self.reasons)}")
+        lines.append(f"verdicts missing: {self.missing} of {self.asked}{most_frequent(self.reasons)}")
         return "\n".join(lines)
 
 
@@ -124,31 +124,29 @@ def win_rates(
     _check(prompts, completions)
     # Row by row, so that the verdicts of a run that stops are spread evenly over the methods.
     games = [
-        _Game(row, first, second, Comparison(prompt, completions[first][row], completions[second][row]))
+        Game(row, first, second, Comparison(prompt, completions[first][row], completions[second][row]))
         for row, prompt in enumerate(prompts)
         for first, second in permutations(completions, 2)
     ]
     asked = [game for game in games if game.texts.first != game.texts.second]
-    verdicts = _ask(judge, asked, keep)
+    verdicts = ask(judge, asked, keep)
     by_order: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
     for game in games:
         by_order[game.first, game.second].append(verdicts.get(game, IDENTICAL))
     matrix: dict[str, dict[str, Match]] = {method: {} for method in completions}
     for one, other in combinations(completions, 2):
-        match = _match(by_order[one, other], by_order[other, one], prompts, seed)
+        match = match_of(by_order[one, other], by_order[other, one], prompts, seed)
         matrix[one][other], matrix[other][one] = match, match.reversed()
     lengths = {method: [len(text.split()) for text in texts] for method, texts in completions.items()}
-    decided = [verdict.winner == "first" for verdict in verdicts.values() if verdict.winner in ("first", "second")]
-    reasons = _reasons(verdicts.values())
-    missing = sum(reasons.values())
+    reasons = reasons_of(verdicts.values())
     return WinRates(
         judge=judge.name,
         pairs=len(prompts),
         matrix=matrix,
         mean_length={name: estimate_mean(_by_prompt(prompts, values), seed=seed) for name, values in lengths.items()},
-        position_bias=estimate_proportion(decided, missing=missing),
+        position_bias=position_bias_of(verdicts.values()),
         asked=len(asked),
-        missing=missing,
+        missing=sum(reasons.values()),
         reasons=reasons,
     )
 
@@ -192,8 +190,8 @@ def read_methods(files: Mapping[str, str | Path]) -> tuple[list[str], dict[str, 
 
 
 @dataclass(frozen=True)
-class _Game:
-    """A comparison of two methods on one row, in one order."""
+class Game:
+    """A comparison of two methods, or kinds of text, on one row (from 0), in one order."""
 
     row: int
     first: str
@@ -201,9 +199,10 @@ class _Game:
     texts: Comparison
 
 
-def _ask(judge: Judge, games: Sequence[_Game], keep: Path | None) -> dict[_Game, Verdict]:
-    verdicts: dict[_Game, Verdict] = {}
-    with Progress(f"judging ({judge.name})", len(games), unit="verdicts") as progress:
+def ask(judge: Judge, games: Sequence[Game], keep: Path | None, doing: str = "judging") -> dict[Game, Verdict]:
+    """The verdict of every game, shown as `doing`; `keep` and errors as in `win_rates`."""
+    verdicts: dict[Game, Verdict] = {}
+    with Progress(f"{doing} ({judge.name})", len(games), unit="verdicts") as progress:
         for start in range(0, len(games), ASKED_AT_ONCE):
             batch = games[start : start + ASKED_AT_ONCE]
             found = dict(zip(batch, judge.compare([game.texts for game in batch]), strict=True))
@@ -215,7 +214,7 @@ def _ask(judge: Judge, games: Sequence[_Game], keep: Path | None) -> dict[_Game,
     return verdicts
 
 
-def _append(keep: Path, judge: Judge, verdicts: Mapping[_Game, Verdict]) -> None:
+def _append(keep: Path, judge: Judge, verdicts: Mapping[Game, Verdict]) -> None:
     rows = (
         {"judge": judge.name, "row": game.row + 1, "first": game.first, "second": game.second} | asdict(verdict)
         for game, verdict in verdicts.items()
@@ -228,22 +227,28 @@ def _append(keep: Path, judge: Judge, verdicts: Mapping[_Game, Verdict]) -> None
 
 
 def _check_missing(judge: Judge, verdicts: Iterable[Verdict], asked: int, keep: Path | None) -> None:
-    reasons = _reasons(verdicts)
+    reasons = reasons_of(verdicts)
     missing = sum(reasons.values())
     if missing > MOST_MISSING * asked:
         where = f"the verdicts so far are in {keep}" if keep else "the verdicts were not kept in a file"
         raise RunStopped(
-            f"judge {judge.name}: {missing} of {asked} verdicts are missing{_most_frequent(reasons)}; {where}; "
+            f"judge {judge.name}: {missing} of {asked} verdicts are missing{most_frequent(reasons)}; {where}; "
             "fix the judge and ask again"
         )
 
 
-def _reasons(verdicts: Iterable[Verdict]) -> dict[str, int]:
+def reasons_of(verdicts: Iterable[Verdict]) -> dict[str, int]:
     """The number of missing verdicts by reason, the most frequent first."""
     return dict(Counter(verdict.reason for verdict in verdicts if verdict.is_missing).most_common())
 
 
-def _match(one: Sequence[Verdict], other: Sequence[Verdict], prompts: Sequence[str], seed: int) -> Match:
+def position_bias_of(verdicts: Collection[Verdict]) -> Estimate:
+    """`WinRates.position_bias` of verdicts in both orders."""
+    decided = [verdict.winner == "first" for verdict in verdicts if verdict.winner in ("first", "second")]
+    return estimate_proportion(decided, missing=sum(verdict.is_missing for verdict in verdicts))
+
+
+def match_of(one: Sequence[Verdict], other: Sequence[Verdict], prompts: Sequence[str], seed: int) -> Match:
     """The match of a method from the verdicts by row in which it is shown first, and those in which it is second."""
     both = list(zip(one, other, strict=True))
     scores = [
@@ -287,7 +292,7 @@ def _percent(rate: Estimate) -> str:
     return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
-def _most_frequent(reasons: Mapping[str, int]) -> str:
+def most_frequent(reasons: Mapping[str, int]) -> str:
     """The three most frequent reasons, in brackets."""
     most = [f"{count}: {reason}" for reason, count in list(reasons.items())[:3]]
     return f" ({'; '.join(most)})" if most else ""

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from bridle.constraints.spec import trained_on
 from bridle.errors import UserError, prefixed
+from bridle.evaluation.judge_examination import JudgeExamination
 from bridle.evaluation.prompt_sets import GenerationOptions
 from bridle.evaluation.statistics import Comparison, Estimate
 from bridle.evaluation.transfer import reference_of, transfers
@@ -273,6 +274,7 @@ class Report:
         comparisons: comparisons of each method with the best one.
         win_rate: None without a judge, or if it failed.
         judge_failed: why the judge failed.
+        judge_examined: what the judge was worth on pairs with a known answer; None if it was not examined.
         curves: training runs in the order of methods and seeds.
         rollouts: some rollouts, by round and regulariser.
         recipe_text: the resolved recipe, YAML.
@@ -288,12 +290,18 @@ class Report:
     comparisons: list[FigureComparison] = field(default_factory=list)
     win_rate: WinRates | None = None
     judge_failed: str | None = None
+    judge_examined: JudgeExamination | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
     guidance: Guidance | None = None
     recipe_text: str = ""
+
+    @property
+    def win_rates_mean_something(self) -> bool:
+        """Whether there are win rates, by a judge that did not fail its examination."""
+        return self.win_rate is not None and (self.judge_examined is None or self.judge_examined.passed)
 
 
 def read_report(folder: Path) -> Report:

@@ -11,6 +11,7 @@ from bridle.report.tables import (
     PERCENT,
     Measure,
     best,
+    in_words,
     main_violation,
     main_violations,
     measures,
@@ -101,11 +102,9 @@ def _of_oracle(report: Report, main: Main) -> Iterator[str]:
         for name, method in report.methods.items():
             ratio = measure.of(method)
             if ratio is not None and pleases_its_oracle(ratio):
-                cell = to_cell(ratio, PERCENT)
-                interval = f" (95% interval {cell.below})" if cell.interval else ""
                 yield (
                     f"Warning: {name} is learning to please its oracle: of its drop under {main.trained_on} on "
-                    f"{measure.on}, {measure.within} confirms {cell.text}%{interval}."
+                    f"{measure.on}, {measure.within} confirms {in_words(ratio)}."
                 )
 
 
@@ -125,11 +124,20 @@ def _of_failures(report: Report) -> Iterator[str]:
 
 
 def _of_judge(report: Report) -> Iterator[str]:
-    """Warns if the judge failed, prefers a position, or calls nearly all pairs ties: win rates are then near 50%."""
+    """Warns if the judge failed, prefers a position, or calls nearly all pairs ties: win rates are then near 50%.
+
+    Of a judge that failed its examination nothing else is said.
+    """
     if report.judge_failed:
         yield f"There are no win rates, because the judge failed: {report.judge_failed}."
-    found = report.win_rate
+    found, examined = report.win_rate, report.judge_examined
     if found is None:
+        return
+    if examined is not None and not examined.passed:
+        yield (
+            f"The judge {found.judge} failed its examination: it is right about {in_words(examined.accuracy)} of the "
+            "pairs whose better text is known. The win rates are not meaningful and are left out here."
+        )
         return
     names = list(found.matrix)
     matches = [found.matrix[one][other] for one, other in combinations(names, 2)]

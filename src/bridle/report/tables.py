@@ -1,9 +1,10 @@
 """The tables of a report, as plain text in cells, without markup."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
+from bridle.evaluation.judge_examination import LEAST_ACCURACY
 from bridle.evaluation.statistics import LEVEL, Estimate
 from bridle.evaluation.win_rate import WinRates
 from bridle.report.data import Figure, FigureComparison, Group, Main, Method, RegulariserRound, Report
@@ -278,13 +279,15 @@ def _plain(value: float | None, form: str) -> Cell:
 
 
 def win_matrix(report: Report) -> Table | None:
-    """Win rates of row over column, with mean lengths; None without a judge."""
+    """Win rates of row over column, with mean lengths; marked if the judge failed its examination. None without one."""
     found = report.win_rate
     if found is None:
         return None
     rows = {row: [*_matches(found, row), to_cell(found.mean_length.get(row), PLAIN)] for row in found.matrix}
     groups = [("wins against, %", len(rows)), ("Length", 1)]
-    return Table("Win rate of the row over the column", groups, [*rows, "mean words"], rows, _judging(found))
+    marked = "" if report.win_rates_mean_something else " (not meaningful: the judge failed its examination)"
+    caption, columns = f"Win rate of the row over the column{marked}", [*rows, "mean words"]
+    return Table(caption, groups, columns, rows, [*_judging(found), *_judge_examined(report)])
 
 
 def differences(report: Report, without: Collection[Measure] = ()) -> dict[str, list[Difference]]:
@@ -401,6 +404,25 @@ def _judging(found: WinRates) -> list[str]:
         "All verdicts are ties or missing." if bias.text == MISSING else decided,
         f"{'; '.join(missing)}.",
     ]
+
+
+def _judge_examined(report: Report) -> Iterator[str]:
+    """How often the judge is right where the answer is known."""
+    found = report.judge_examined
+    if found is None:
+        yield "The judge was not examined."
+        return
+    kinds = ", ".join(f"{kind} {to_cell(accuracy, PERCENT).text}%" for kind, accuracy in found.by_kind.items())
+    yield (
+        f"The judge was examined on human continuations against worse ones: accuracy {in_words(found.accuracy)} "
+        f"({kinds}); chance is 50%, and {LEAST_ACCURACY:.0%} is needed over all and in all kinds but one."
+    )
+
+
+def in_words(share: Estimate) -> str:
+    """A share with its interval, e.g. "81.0% (95% interval 77.0 to 85.0, n = 300)"."""
+    cell = to_cell(share, PERCENT)
+    return f"{cell.text}%" + (f" (95% interval {cell.below})" if cell.interval else "")
 
 
 def _difference(comparison: FigureComparison, unit: Unit) -> Difference:

@@ -25,7 +25,7 @@ def tables(report: Report) -> str:
         for table in (
             made.overview(report),
             made.transfer(report),
-            made.win_matrix(report),
+            made.win_matrix(report) if report.win_rates_mean_something else None,
             made.classification(report),
         ):
             if table is not None:
