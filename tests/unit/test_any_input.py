@@ -20,6 +20,7 @@ from bridle.recipes.recipe import build_recipe
 from bridle.report import data, html
 from bridle.report.plots import draw_plots
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
+from bridle.training.dual_ascent import TargetOptions
 
 few = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -94,11 +95,15 @@ GROUPS = {
     "corpus.rude": Domain,
     "regularisers.rude": Regulariser,
     "regularisers.rude.prompts": DataSource,
+    "regularisers.rude.target": TargetOptions,
     "lora": LoraOptions,
     "auxiliary": AuxiliaryOptions,
     "parallel": ParallelOptions,
     "evaluation": Evaluation,
 }
+NEEDED = {"prompts": {"path": "forum.jsonl"}, "target": {"rate": 0.1}}
+"""What a group needs beside the key that is tried."""
+
 KEYS = [
     *("model", "dtype", "lora", "corpus", "constraints", "constraints.no e", "constraints.no e.pattern"),
     *("regularisers", "regularisers.rude", "evaluation", "evaluation.prompts.forum", "methods"),
@@ -118,7 +123,7 @@ def test_any_value_of_any_key_makes_a_recipe_or_is_refused_by_that_key(key, valu
     *groups, last = key.split(".")
     inner = mapping
     for group in groups:
-        inner = inner.setdefault(group, {"path": "forum.jsonl"} if group == "prompts" else {})
+        inner = inner.setdefault(group, dict(NEEDED.get(group, {})))
     inner[last] = value
     if key in ("corpus", "constraints"):
         mapping["regularisers"] = {}  # which name those that were there

@@ -17,6 +17,7 @@ TRAINING = {
     "Each domain of the corpus": ("corpus.NAME.", ["data/source.py:DataSource", "data/corpus.py:Domain"]),
     "A label in words": ("corpus.NAME.label.", ["data/labels.py:VerbalisedLabel"]),
     "Each regulariser": ("regularisers.NAME.", ["training/config.py:Regulariser"]),
+    "A regulariser's target": ("regularisers.NAME.target.", ["training/dual_ascent.py:TargetOptions"]),
     "Training, with every field of TRL's SFTConfig (max_steps, learning_rate, ...)": (
         "",
         ["training/config.py:ConstrainedConfig"],

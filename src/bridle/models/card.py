@@ -132,7 +132,8 @@ def setting_text(value: Any, key: str = "") -> str:
 def with_names(options: Any) -> dict[str, Any]:
     """A regulariser's options as in a recipe: constraint and prompts by name."""
     constraint = RETENTION if options.constraint is None else options.constraint.name
-    return {**vars(options), "constraint": constraint, "prompts": options.prompts and options.prompts.place}
+    prompts, target = options.prompts and options.prompts.place, options.target and vars(options.target)
+    return {**vars(options), "constraint": constraint, "prompts": prompts, "target": target}
 
 
 # ---------------------------------------------------------------------- the header
@@ -216,6 +217,8 @@ def _regulariser(name: str, options: Mapping[str, Any]) -> tuple:
     if not _is_retention(options):
         labels = "degrees" if options.get("soft_labels") else "yes or no"
         start = _source(options["prompts"]) if options.get("prompts") else "the domain's rows"
+    if options.get("target"):
+        options = {**options, "weight": f"from {options['weight']}; target {setting_text(options['target'])}"}
     chosen = (options.get(key, "default") for key in ("weight", "anchor", "kl_on", "guidance_scale"))
     return name, setting_text(options.get("domain", name) or "all"), options["constraint"], *chosen, labels, start
 

@@ -25,6 +25,7 @@ from bridle.data.rows import filled_rows, format_fields, outputs_of
 from bridle.errors import one_line
 from bridle.recipes.recipe import Recipe
 from bridle.recipes.run import build_trainer
+from bridle.training.setup import check_options
 from bridle.training.trainer import ConstrainedTrainer
 
 UPDATES, SAMPLES, PROMPTS = 3, 64, 5  # updates; rows and rollouts that are scored; prompts that are shown
@@ -54,10 +55,13 @@ def check(recipe: Recipe, show: Callable[[str], None]) -> None:
     config = recipe.config("unused")
     for constraint in recipe.constraints.values():
         _without_cache(constraint)
+    check_options(config, recipe.regularisers, {})
+    untargeted = {name: replace(one, target=None) for name, one in recipe.regularisers.items()}
     rows = recipe.read_corpus()
     with TemporaryDirectory(prefix="bridle-check-") as folder:
         clock = _Clock()
-        trainer = build_trainer(replace(recipe, training=recipe.training | DRY), Path(folder), rows, [clock])
+        dry = replace(recipe, training=recipe.training | DRY, regularisers=untargeted)
+        trainer = build_trainer(dry, Path(folder), rows, [clock])
         for line in chain(_corpus(trainer, rows), _prompts(trainer), _labels_of_rows(recipe, rows)):
             show(line)
         trainer.train()

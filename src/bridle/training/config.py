@@ -16,6 +16,7 @@ from bridle.constraints.options import Probability
 from bridle.constraints.spec import RETENTION
 from bridle.data import DataSource
 from bridle.errors import UserError, prefixed
+from bridle.training.dual_ascent import TargetOptions
 from bridle.training.options import check_needed, check_refused, in_one_line
 from bridle.utils.settings import check_fields, check_file_name, known_name
 from bridle.utils.variables import NO_VARIABLES
@@ -47,7 +48,9 @@ class Regulariser:
         constraint: C, the oracle on a whole output: a `Constraint`, a specification for `build_constraint`, or a
             function of a list of texts, as `PythonFunction` takes it. None, or "retention", is retention: R = 1, so
             that q is the initial model, and the term keeps the policy close to it.
-        weight: λ, the strength of KL(q ‖ p_θ) against the corpus's cross-entropy, ≥ 0.
+        weight: λ, the strength of KL(q ‖ p_θ) against the corpus's cross-entropy, ≥ 0; with a `target`, the value
+            that it begins with.
+        target: the highest violation, in place of a fixed λ: after each round λ moves towards it.
         anchor: the model p_a that q is built on. `live`: the policy itself, detached, which needs no extra
             forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
         kl_on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`.
@@ -60,12 +63,13 @@ class Regulariser:
         name: what metrics and files call it; the domain's name if not given.
 
     Raises:
-        UserError: a value of the wrong kind or outside its range, or retention on rollouts; the message begins with
-            the field.
+        UserError: a value of the wrong kind or outside its range, retention on rollouts, or a target that nothing
+            measures; the message begins with the field.
     """
 
     constraint: Constraint | None = None
     weight: float = 4.0
+    target: TargetOptions | None = None
     anchor: Literal["live", "previous", "initial"] = "live"
     kl_on: Literal["corpus", "rollouts", "both"] = "corpus"
     prompts: DataSource | None = None
@@ -85,6 +89,21 @@ class Regulariser:
             if self.kl_on != "corpus":
                 raise UserError("kl_on: retention has no rollouts; leave it at corpus")
             self.anchor = "initial"
+        if self.target is not None:
+            self._check_target(self.target)
+
+    def _check_target(self, target: TargetOptions) -> None:
+        if self.is_retention:
+            raise UserError("target: retention has no rollouts to measure; set its weight instead")
+        if self.anchor == "initial":
+            raise UserError(
+                "target: is measured on the policy's rollouts; anchor: initial has only the initial model's"
+            )
+        if not target.least <= self.weight <= target.most:
+            raise UserError(
+                f"weight: {self.weight:g} is where λ begins, outside target.least {target.least:g} and target.most "
+                f"{target.most:g}"
+            )
 
     @property
     def is_retention(self) -> bool:

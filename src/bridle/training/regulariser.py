@@ -84,7 +84,7 @@ class DomainRegulariser(StatefulRegulariser):
         if not self.options.is_retention:
             shape = self.config.auxiliary
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._seed("auxiliary"))
+                torch.manual_seed(self.seed("auxiliary"))
                 self.auxiliary = new_auxiliary(self.model, **shape.shape).to(self.config.device)
             align(self.auxiliary.state_dict().values())  # the other processes' model may have no weights yet
 
@@ -151,13 +151,13 @@ class DomainRegulariser(StatefulRegulariser):
             scoring,
             name=self.name,
             round_index=round_index,
-            seed=self._seed(f"sampling {round_index}"),
+            seed=self.seed(f"sampling {round_index}"),
             auxiliary=self.auxiliary if self.is_fitted else None,
         )
 
     def prompts(self, round_index: int) -> list[Prompt]:
         """The prompts of a round's rollouts."""
-        seed = self._seed(f"prompts {round_index}")
+        seed = self.seed(f"prompts {round_index}")
         source = self.options.prompts
         return prompts_of_round(round_index, self.corpus, source, self.model, self.tokenizer, self.config, seed)
 
@@ -200,7 +200,7 @@ class DomainRegulariser(StatefulRegulariser):
         count, config = self.config.auxiliary.corpus_outputs, self.config
         if self.is_fitted or not count:
             return {}
-        seed = self._seed("corpus outputs")
+        seed = self.seed("corpus outputs")
         outputs = corpus_outputs(
             prompts_of_corpus(count, self.corpus, self.model, self.tokenizer, config, seed),
             self.tokenizer,
@@ -234,7 +234,7 @@ class DomainRegulariser(StatefulRegulariser):
 
     def _fit_auxiliary(self, examples: Examples, fresh: int, description: str, purpose: str) -> dict[str, Any]:
         assert self.auxiliary is not None
-        generator = torch.Generator().manual_seed(self._seed(purpose))
+        generator = torch.Generator().manual_seed(self.seed(purpose))
         report = fit_auxiliary(
             self.auxiliary,
             self.model,
@@ -354,7 +354,7 @@ class DomainRegulariser(StatefulRegulariser):
             self.rollout_cursor += count
         return taken, sum(len(rollout.completion_ids) for part in taken for rollout in part)
 
-    def _seed(self, purpose: str) -> int:
+    def seed(self, purpose: str) -> int:
         """A separate seed for each purpose and round, so that a resumed round draws the same numbers."""
         return zlib.crc32(f"{self.config.seed}/{self.index}/{purpose}".encode())
 

@@ -114,5 +114,5 @@ class RegulariserSet(Sequence[DomainRegulariser]):
             sampled = np.broadcast_to((prefixes.regulariser >= 0)[:, None], mask.shape)[mask]
             on_rollouts = divisor / self._sampled.get(regulariser.index, int(sampled.sum()) or 1)
             weights = torch.where(torch.from_numpy(sampled).to(divisor.device), on_rollouts, 1.0)
-            weights = weights.float() * regulariser.options.weight
+            weights = weights.float() * regulariser.weight
             yield Divergence(regulariser.name, torch.from_numpy(place[mask]), weights, target)

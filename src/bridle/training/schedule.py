@@ -17,6 +17,7 @@ from bridle.training.guards import Supervisor, lost_entropy, round_warnings, unr
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.regulariser_set import RegulariserSet
 from bridle.training.state import PROGRESS_FILE, RegulariserState, RoundProgress
+from bridle.training.steering import steer
 from bridle.utils.distributed import is_main
 from bridle.utils.files import read_json
 from bridle.utils.interruption import at_once
@@ -103,7 +104,8 @@ class SequentialSchedule(TrainerCallback):
     def _note(self, index: int, regulariser: DomainRegulariser, measured: dict[str, Any], log: Log) -> None:
         """Keeps R of round `index` and records its metrics."""
         self._keep_auxiliary(regulariser, index)
-        measured = measured | {"lambda": regulariser.options.weight, "term_on": regulariser.active}
+        steered = steer(regulariser, index, self.round) if measured else {}
+        measured = measured | steered | {"lambda": regulariser.weight, "term_on": regulariser.active}
         self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
         self._warn(round_warnings(regulariser.name, index, measured, log, self.config))
 
@@ -134,7 +136,8 @@ class SequentialSchedule(TrainerCallback):
         """Writes the regularisers' states into a checkpoint; returns the progress of the round."""
         seconds, tally = time.perf_counter() - self._policy_began, self.regularisers.means.state()
         self._save_states(checkpoint)
-        return vars(RoundProgress(self.round, self._record, seconds, tally))
+        duals = {one.name: vars(one.dual) for one in self.regularisers if one.dual is not None}
+        return vars(RoundProgress(self.round, self._record, seconds, tally)) | {"duals": duals}
 
     def _save_states(self, checkpoint: Path) -> None:
         states = {regulariser.name: regulariser.state() for regulariser in self.regularisers}
@@ -150,3 +153,4 @@ class SequentialSchedule(TrainerCallback):
         self.regularisers.means.restore(saved.tally)
         for regulariser in self.regularisers:
             regulariser.load_state(RegulariserState.load(checkpoint / "regularisers" / regulariser.name))
+            regulariser.dual = saved.duals.get(regulariser.name)

@@ -156,10 +156,21 @@ def check_options(
                 f"regularisers.{name}.anchor: targets are precomputed, and `live` moves with every update; "
                 "set anchor: previous or initial, or targets: computed"
             )
+        if options.target is not None and config.rounds < (needed := rounds_needed(config)):
+            raise UserError(
+                f"rounds: {config.rounds} leave λ of regularisers.{name}.target as it begins; set at least {needed}"
+            )
     for name in arguments.keys() & NOT_TAKEN:
         raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
     if arguments.get("eval_dataset") is None and (config.eval_strategy != "no" or config.eval_on_start):
         raise UserError("eval_strategy: there are no rows to evaluate on; give the trainer an eval_dataset")
+
+
+def rounds_needed(config: ConstrainedConfig) -> int:
+    """The least number of rounds in which λ takes a step towards a target."""
+    if config.schedule == "sequential":
+        return 2
+    return 3 if config.parallel.first_round == "wait" else 4
 
 
 def check_sharding(config: ConstrainedConfig, fsdp_version: int | None) -> None:

@@ -21,6 +21,7 @@ from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.sharding import in_shards, trainable, whole
 from bridle.training.config import ConstrainedConfig, Regulariser
+from bridle.training.dual_ascent import DualState
 from bridle.training.running_means import Totals
 from bridle.utils.distributed import is_main
 from bridle.utils.files import atomic_files, read_json, write_json
@@ -44,12 +45,14 @@ class RoundProgress:
         record: its metrics so far.
         seconds_policy: of its updates.
         tally: sums of its updates, for their means.
+        duals: λ of regularisers with a target.
     """
 
     round: int
     record: dict[str, Any]
     seconds_policy: float
     tally: Totals
+    duals: dict[str, DualState] = field(default_factory=dict)
 
 
 @dataclass
@@ -116,7 +119,7 @@ class StatefulRegulariser:
     Attributes:
         index: its place among the run's regularisers.
         name: in metrics and files.
-        options: constraint, weight λ, anchor and the rest.
+        options: constraint, anchor and the rest.
         model: the policy.
         tokenizer: the policy's.
         corpus: rows of its domains by name, the source of prompts if `options` has none: tokenised, or chats.
@@ -127,6 +130,7 @@ class StatefulRegulariser:
         has_begun: a round has run, so there is an anchor.
         rollout_cursor: rollouts taken by updates since the start of the round.
         targets: precomputed ones, see `precomputed`.
+        dual: λ and its steps, if it has a target and a round has been measured. The policy's process alone steers.
     """
 
     index: int
@@ -144,6 +148,12 @@ class StatefulRegulariser:
     has_begun: bool = field(init=False, default=False)
     rollout_cursor: int = field(init=False, default=0)
     targets: TargetCache | None = field(init=False, default=None)
+    dual: DualState | None = field(init=False, default=None)
+
+    @property
+    def weight(self) -> float:
+        """λ."""
+        return self.options.weight if self.dual is None else self.dual.weight
 
     @property
     def constraint(self) -> Constraint:

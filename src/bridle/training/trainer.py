@@ -37,6 +37,7 @@ from bridle.training.regulariser import DomainRegulariser
 from bridle.training.regulariser_set import RegulariserSet, Riders
 from bridle.training.running_means import RunningMeans
 from bridle.training.schedule import SequentialSchedule
+from bridle.training.steering import report_targets
 from bridle.training.trackers import log_scalars_to_trackers
 from bridle.training.worker import SharedWorker, Worker
 
@@ -138,6 +139,12 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         from bridle.training.ray_worker import RayWorker  # Ray is optional
 
         return SharedWorker(lambda: RayWorker(self.regularisers, self.args.parallel, Path(self.args.output_dir)))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, then measures the trained model against each target. Raises as `CheckpointedTrainer.train`."""
+        output = super().train(*args, **kwargs)
+        report_targets(self.regularisers, self.supervisor, self.state.log_history)
+        return output
 
     # ------------------------------------------------------------------ the update
 

@@ -1,0 +1,135 @@
+"""λ by dual ascent: a highest violation takes the place of a fixed λ, and each round's measurement moves λ.
+
+    log λ ← log λ + η·log(v̂ / (ε·(1 − margin))),  within [least, most]
+
+v̂ is the violation of a round's plain rollouts, ε the highest that is allowed. The constraint v ≤ ε is taken as
+log v ≤ log ε: on this scale a step depends on the ratio alone, so that one η fits targets of 10% and of 0.1%.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import exp, log
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat
+
+from bridle.constraints.options import Probability
+from bridle.data import Rollout
+from bridle.errors import UserError
+from bridle.utils.settings import check_fields
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+LARGEST_ERROR = log(4)
+"""The largest |log(v̂/ε)| of a step: a model that is far from its target would else move λ by orders of magnitude."""
+
+
+@dataclass
+class TargetOptions:
+    """The highest violation that a regulariser allows: one of `rate`, `mean` and `base`. λ follows from it.
+
+    Attributes:
+        rate: highest share of outputs that violate.
+        mean: lowest mean score, from 0 (violates) to 1 (complies).
+        base: highest violation rate as a multiple of the base model's, which the first round measures before any
+            update: 1 for at most the base's rate.
+        margin: share of the allowed violation that is left as room: λ is steered to (1 − margin) of it.
+        step: η, the change of log λ for a violation that is e times the one aimed at. A round changes λ by a factor of
+            at most 4^η.
+        momentum: share of the last change of log λ that is added to the next one in the same direction.
+        least: lower bound of λ.
+        most: upper bound of λ.
+
+    Raises:
+        UserError: a value of the wrong kind or outside its range, or not exactly one of `rate`, `mean` and `base`; the
+            message begins with the field.
+    """
+
+    rate: Probability | None = None
+    mean: Probability | None = None
+    base: PositiveFloat | None = None
+    margin: Fraction = 0.1
+    step: PositiveFloat = 1.0
+    momentum: Fraction = 0.0
+    least: PositiveFloat = 0.1
+    most: PositiveFloat = 100.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        given = [name for name in ("rate", "mean", "base") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UserError(f"{' and '.join(given) or 'rate'}: a target has exactly one of rate, mean and base")
+        if self.rate == 0:
+            raise UserError("rate: must be above 0; no number of samples shows that nothing violates")
+        if self.mean == 1:
+            raise UserError("mean: must be below 1; no number of samples shows that nothing violates")
+        if self.least > self.most:
+            raise UserError(f"least: {self.least:g} is above most, {self.most:g}")
+
+    def violations(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """What each plain rollout with a score adds to the violation: 0 or 1 for a rate, 1 − score for a mean."""
+        scores = [(r.value, r.complies) for r in rollouts if r.value is not None and not r.sought]
+        return [1 - value if self.mean is not None else float(not complies) for value, complies in scores]
+
+    def limit(self, base: float) -> float:
+        """ε, given the base's violation rate."""
+        if self.rate is not None:
+            return self.rate
+        if self.mean is not None:
+            return 1 - self.mean
+        assert self.base is not None
+        return min(1.0, self.base * base)
+
+
+@dataclass(frozen=True)
+class DualState:
+    """λ and what its next step depends on.
+
+    Attributes:
+        weight: λ.
+        change: of log λ in the last step.
+        steps: taken so far.
+        limit: ε; None until the first round has been measured.
+        since: first round whose updates λ acted in; None before.
+    """
+
+    weight: float
+    change: float = 0.0
+    steps: int = 0
+    limit: float | None = None
+    since: int | None = None
+
+    def measured(
+        self, options: TargetOptions, round_index: int, violations: Sequence[float], acts_in: int | None
+    ) -> "DualState":
+        """The state after a round's measurement.
+
+        λ moves only if it acted on the policy that was measured: an error that λ could not change would wind it up.
+
+        Args:
+            options: the target.
+            round_index: the round, from 1, at whose start the policy was sampled.
+            violations: as from `TargetOptions.violations`.
+            acts_in: the round whose updates come next; None if λ does not act in them.
+        """
+        state = self
+        if violations:
+            violation = (sum(violations) + 0.5) / (len(violations) + 1)  # above 0 where nothing violates
+            if round_index == 1:
+                state = replace(state, limit=options.limit(violation))
+            if state.limit is not None and state.since is not None and state.since < round_index:
+                state = state.stepped(options, violation)
+        return replace(state, since=acts_in) if state.since is None else state
+
+    def stepped(self, options: TargetOptions, violation: float) -> "DualState":
+        """The state after one step of dual ascent for a violation above 0.
+
+        Against windup, momentum never acts against the error, and at a bound only the change that took place is kept.
+        """
+        assert self.limit is not None
+        error = log(violation / (self.limit * (1 - options.margin)))
+        error = max(-LARGEST_ERROR, min(LARGEST_ERROR, error))
+        momentum = options.momentum * self.change if self.change * error > 0 else 0.0
+        weight = self.weight * exp(options.step * error + momentum)
+        weight = max(options.least, min(options.most, weight))
+        return replace(self, weight=weight, change=log(weight / self.weight), steps=self.steps + 1)

@@ -1,0 +1,166 @@
+"""A target in place of a fixed λ: in both schedules, after a resume, for several regularisers, and at the end."""
+
+import json
+
+import pytest
+import torch
+
+from bridle.errors import UserError
+from bridle.training.config import AuxiliaryOptions, ParallelOptions, Regulariser
+from bridle.training.worker import LocalWorker
+from trainers import NO_E, SHARE_OF_E, Labels, logged, trainer_of, weights
+
+ROUNDS = {"rounds": 4, "max_steps": 8}
+PARALLEL = {**ROUNDS, "schedule": "parallel"}
+
+
+def held(constraint=NO_E, **target):
+    return Regulariser(constraint, kl_on="rollouts", target={"rate": 0.01, **target})
+
+
+def made(folder, output, regularisers, **options):
+    trainer = trainer_of(folder, output, regularisers, **{**ROUNDS, **options})
+    if trainer.args.schedule == "parallel":
+        trainer.schedule.worker = LocalWorker(trainer.regularisers)
+    return trainer
+
+
+@pytest.mark.parametrize("target", [{"rate": 0.01}, {"rate": None, "mean": 0.99}, {"rate": None, "base": 0.01}])
+def test_lambda_rises_from_the_second_round_while_the_target_is_missed(tiny_folder, tmp_path, target):
+    trainer = made(tiny_folder(), tmp_path, {"rude": held(**target)})
+    trainer.train()
+    found, violations = logged(trainer, "rude/lambda"), logged(trainer, "rude/violation")
+    assert min(violations) > 0.04
+    assert found == pytest.approx([4.0, 16.0, 64.0, 100.0])
+    expected = 0.01 if "base" not in target else 0.01 * violations[0]
+    assert logged(trainer, "rude/target") == pytest.approx([expected] * 5, rel=0.05)
+
+
+def test_lambda_falls_where_there_is_room(tiny_folder, tmp_path):
+    trainer = made(tiny_folder(), tmp_path, {"rude": held(rate=1.0)})
+    trainer.train()
+    found = logged(trainer, "rude/lambda")
+    assert found[0] == 4.0
+    assert found[1] > found[2] > found[3]
+    assert not [warning for warnings in logged(trainer, "warnings") for warning in warnings if "target" in warning]
+    assert logged(trainer, "rude/violation_reached")
+
+
+def test_the_loss_has_the_steered_lambda(tiny_folder, tmp_path):
+    trainer = made(tiny_folder(), tmp_path, {"rude": held()})
+    begin, seen = trainer.schedule.begin_round, []
+
+    def spied(index, log):
+        begin(index, log)
+        seen.append(trainer.regularisers[0].weight)
+
+    trainer.schedule.begin_round = spied
+    trainer.train()
+    assert seen == logged(trainer, "rude/lambda")
+    for record in trainer.state.log_history:
+        if "loss" in record:
+            weight = seen[(record["step"] - 1) // 2]
+            assert record["loss"] == pytest.approx(record["ce"] + weight * record["kl/rude"], rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [ROUNDS, PARALLEL, {**PARALLEL, "parallel": ParallelOptions(first_round="train")}])
+def test_a_resumed_run_steers_on_as_the_uninterrupted_one(tiny_folder, tmp_path, options):
+    folder, options = tiny_folder(), {**options, "save_strategy": "steps", "save_steps": 1}
+    regularisers = {"rude": held(rate=0.4, momentum=0.5)}
+    whole = made(folder, tmp_path / "whole", regularisers, **options)
+    whole.train()
+    for step in (1, 2, 5, 6):
+        again = made(folder, tmp_path / f"again-{step}", regularisers, **options)
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert again.regularisers[0].dual == whole.regularisers[0].dual
+        assert logged(again, "rude/lambda") == logged(whole, "rude/lambda")
+        for name, weight in weights(whole).items():
+            assert torch.equal(weights(again)[name], weight), (step, name)
+
+
+@pytest.mark.parametrize(("first_round", "expected"), [("wait", [4, 4, 16, 64]), ("train", [4, 4, 16])])
+def test_the_parallel_schedule_moves_lambda_once_it_has_acted(tiny_folder, tmp_path, first_round, expected):
+    parallel = ParallelOptions(first_round=first_round)
+    trainer = made(tiny_folder(), tmp_path, {"rude": held()}, **PARALLEL, parallel=parallel)
+    trainer.train()
+    assert logged(trainer, "rude/lambda") == pytest.approx(expected)
+
+
+def test_several_regularisers_each_follow_their_own_target(tiny_folder, tmp_path):
+    held_to = [
+        Regulariser(NO_E, domain="rude", name="few", kl_on="rollouts", target={"rate": 0.01}),
+        Regulariser(SHARE_OF_E, domain="rude", name="share", soft_labels=True, target={"mean": 0.1}),
+        Regulariser(None, domain="plain", name="keep", weight=2.0),
+    ]
+    trainer = made(tiny_folder(), tmp_path, held_to)
+    trainer.train()
+    few, share, keep = (logged(trainer, f"{name}/lambda") for name in ("few", "share", "keep"))
+    assert few[0] < few[-1]
+    assert share[0] > share[-1]
+    assert set(keep) == {2.0}
+    assert not logged(trainer, "keep/target")
+
+
+def test_rollouts_that_seek_violations_are_not_counted(tiny_folder, tmp_path):
+    options = {"auxiliary": AuxiliaryOptions(epochs=2, batch_size=8, seek=0.5)}
+    trainer = made(tiny_folder(), tmp_path, {"rude": held()}, **options)
+    trainer.train()
+    for record in trainer.state.log_history:
+        if "round" in record:
+            assert record["rude/violation"] == pytest.approx(1 - record["rude/compliance"])
+
+
+class TestTheEnd:
+    def of(self, trainer):
+        """The warning that a target is missed."""
+        (found,) = [text for texts in logged(trainer, "warnings") for text in texts if "target is missed" in text]
+        return found
+
+    def test_a_missed_target_is_reported_with_its_cause(self, tiny_folder, tmp_path):
+        trainer = made(tiny_folder(), tmp_path, {"rude": held(most=5.0)})
+        trainer.train()
+        warning = self.of(trainer)
+        assert "of 32 samples violate (95% interval" in warning
+        assert "more than 1.0%. λ is at its bound, target.most 5: raise it" in warning
+        (reached,), (low,) = logged(trainer, "rude/violation_reached"), logged(trainer, "rude/violation_reached_low")
+        assert 0.01 < low < reached
+
+    def test_a_lambda_that_still_rises_asks_for_more(self, tiny_folder, tmp_path):
+        trainer = made(tiny_folder(), tmp_path, {"rude": held(most=1e6)})
+        trainer.train()
+        assert "λ was still rising, to 256 after 3 steps" in self.of(trainer)
+
+    def test_a_mean_is_told_as_one(self, tiny_folder, tmp_path):
+        trainer = made(tiny_folder(), tmp_path, {"rude": held(SHARE_OF_E, rate=None, mean=0.999)})
+        trainer.train()
+        assert "the mean score of 32 samples is 0." in self.of(trainer)
+        assert ", below 0.999" in self.of(trainer)
+
+    def test_where_every_label_was_alike_nothing_acted(self, tiny_folder, tmp_path):
+        constraint = Labels()
+        constraint._score = lambda texts: [0.0] * len(texts)
+        trainer = made(tiny_folder(), tmp_path, {"rude": held(constraint)})
+        trainer.train()
+        assert logged(trainer, "rude/lambda") == [4.0] * 4
+        assert "The KL never acted, since every label was alike" in self.of(trainer)
+
+    def test_the_command_line_keeps_a_whole_model(self, bridle, recipe, tmp_path):
+        options = ("--rounds", 3, "--regularisers.rude.target", "{rate: 0.001}")
+        code, _, err = bridle("train", recipe(), "--output_dir", tmp_path / "run", *options)
+        assert code == 0, err
+        assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+        assert "target rate: 0.001" in (tmp_path / "run" / "model" / "README.md").read_text()
+        *_, last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert last["rude/target"] == 0.001
+        assert last["warnings"][0].startswith("rude: the target is missed: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [({}, 2), ({"schedule": "parallel"}, 3), ({"schedule": "parallel", "parallel": {"first_round": "train"}}, 4)],
+)
+def test_too_few_rounds_to_steer_are_refused(tiny_folder, tmp_path, options, needed):
+    if "parallel" in options:
+        options = {**options, "parallel": ParallelOptions(**options["parallel"])}
+    with pytest.raises(UserError, match=rf"rounds: {needed - 1} leave .*target as it begins; set at least {needed}"):
+        trainer_of(tiny_folder(), tmp_path, {"rude": held()}, rounds=needed - 1, **options)
