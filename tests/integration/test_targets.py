@@ -148,6 +148,7 @@ class TestTheEnd:
         options = ("--rounds", 3, "--regularisers.rude.target", "{rate: 0.001}")
         code, _, err = bridle("train", recipe(), "--output_dir", tmp_path / "run", *options)
         assert code == 0, err
+        assert "trained model  rude: violation 0." in err
         assert (tmp_path / "run" / "model" / "model.safetensors").exists()
         assert "target rate: 0.001" in (tmp_path / "run" / "model" / "README.md").read_text()
         *_, last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -136,10 +136,11 @@ def test_a_training_run_shows_its_rounds_regulariser_by_regulariser(tmp_path):
     assert (rude.caption, rude.of, list(rude.rows)) == ("Regulariser rude", "Round", ["1", "2"])
     assert rude.columns[:5] == ["drawn", "compliance, %", "clipped, %", "missing", "truncated"]
     assert [cell.text for cell in rude.rows["1"]] == [
-        "1,000", "76.0", "12.5", "3", "–", "0.0021", "20.0", "fitted", "0.100", "0.45", "0.054"
+        "1,000", "76.0", "12.5", "3", "–", "4", "–", "0.0021", "20.0", "fitted", "0.100", "0.45", "0.054"
     ]  # fmt: skip
     assert (rude.rows["1"][1].interval, rude.rows["1"][1].n) == ("73.4 to 78.2", 997)
-    assert [cell.text for cell in plain.rows["2"]] == ["–"] * 5 + ["0.0362"] + ["–"] * 5  # retention draws nothing
+    retained = [cell.text for cell in plain.rows["2"]]  # draws nothing
+    assert retained == ["–"] * 5 + ["2", "–", "0.0362"] + ["–"] * 5
 
 
 def test_a_comparison_leaves_rounds_and_rollouts_to_its_runs(page, report):

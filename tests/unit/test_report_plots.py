@@ -14,6 +14,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.text import Text
 
 from bridle.errors import UserError
+from bridle.report import tables
 from bridle.report.data import Curve, Figure, Figures, Main, Method, RegulariserRound, Report, Round, read_report
 from bridle.report.pareto import pareto_front, tradeoffs
 from bridle.report.plots import (
@@ -151,6 +152,22 @@ def test_training_curves_draw_every_run(report):
     np.testing.assert_allclose(segments[0][:, 1], [0.76 - 0.026, 0.76 + 0.022])
     assert kl.get_yscale() == "log"
     assert weight.get_ylim()[0] == 0
+
+
+def test_a_steered_run_shows_the_violation_beside_its_target():
+    measured = [(1, 0.25, 8.0), (2, 0.12, 9.5)]
+    steered = [
+        Round(i, i, regularisers={"rude": RegulariserRound(violation=violation, weight=weight, target=0.1)})
+        for i, violation, weight in measured
+    ]
+    report = Report("run", curves=[Curve("run", "0", steered)])
+    weight, violation = training_curves(report).axes
+    drawn = [line.get_ydata().tolist() for line in violation.get_lines()]
+    assert (drawn[0], drawn[-1]) == ([0.25, 0.12], [0.1, 0.1])
+    assert [text.get_text() for text in violation.texts] == ["target"]
+    assert weight.get_ylabel() == "weight λ"
+    (rude,) = tables.rounds(report)
+    assert [cell.text for cell in rude.rows["2"]][5:7] == ["9.5", "10.0"]
 
 
 def test_a_kl_of_zero_is_not_drawn_on_a_log_scale():

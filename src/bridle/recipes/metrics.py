@@ -44,7 +44,7 @@ class MetricsFile(TrainerCallback):
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows steps, rate and time left, and a line after each round; `disable_tqdm` hides both."""
+    """Shows steps, rate and time left, and a line after each round and for each target; `disable_tqdm` hides both."""
 
     _progress: Progress
 
@@ -63,6 +63,9 @@ class TrainingProgress(TrainerCallback):
             self._progress.write(round_line(logs, args.rounds))
         elif logs and ("eval_loss" in logs or "eval_completions" in logs):
             self._progress.write(evaluation_line(logs))
+        elif logs:
+            for line in target_lines(logs):
+                self._progress.write(line)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._progress.close()
@@ -107,6 +110,15 @@ def evaluation_line(record: dict[str, Any]) -> str:
             n = record["eval_completions"] - record[f"eval_missing/{name}"]
             parts.append(f"{name} violated {value:.3f} [{low:.3f}, {high:.3f}] of {n}")
     return "  ".join(parts)
+
+
+def target_lines(record: dict[str, Any]) -> Iterator[str]:
+    """What the trained model reaches of each target, a line each."""
+    for key, value in record.items():
+        name, _, what = key.rpartition("/")
+        if what == "violation_reached":
+            low, high, target = record[f"{key}_low"], record[f"{key}_high"], record[f"{name}/target"]
+            yield f"trained model  {name}: violation {value:.3f} [{low:.3f}, {high:.3f}], target {target:.3f}"
 
 
 def _step(line: str, place: str) -> int:

@@ -129,6 +129,8 @@ class RegulariserRound:
         kl: mean KL(q‖p), nats per prefix.
         kl_unreached: share of the corpus's prefixes that the KL excludes because no rollout can reach them.
         weight: λ.
+        violation: of the plain rollouts, as the target counts it; None without a target.
+        target: the highest violation that is allowed.
         r_reliability: mean prediction of R, observed rate and count of each non-empty bin.
         rollouts_missing: number of rollouts without a score.
         clipped: share of rollouts cut at the length limit.
@@ -142,6 +144,8 @@ class RegulariserRound:
     kl: float | None = None
     kl_unreached: float | None = None
     weight: Annotated[float | None, Field(validation_alias="lambda")] = None
+    violation: float | None = None
+    target: float | None = None
     r_brier: float | None = None
     r_skill: float | None = None
     r_ece: float | None = None

@@ -43,7 +43,7 @@ HEADINGS = {
 
 PLOTS_IN_WORDS = {
     "tradeoff": "One point per method; the table of all methods holds the same figures.",
-    "training_curves": "One line per training run: compliance, KL, CE and λ over the rounds.",
+    "training_curves": "One line per training run: compliance, KL, CE, λ and its target over the rounds.",
     "reliability": "What R predicted for prefixes against how often the finished text complied.",
 }
 """Descriptions of the plots for screen readers."""

@@ -35,6 +35,7 @@ CURVES = {
     "kl": "KL(q‖p), nats per prefix",
     "ce": "CE of the corpus, nats per token",
     "weight": "weight λ",
+    "violation": "violation that λ is steered by",
 }
 """Panels of the training curves, by the name in `Round` or `RegulariserRound`."""
 
@@ -76,7 +77,10 @@ def tradeoff(report: Report) -> Figure | None:
 
 @rc_context(STYLE)
 def training_curves(report: Report) -> Figure | None:
-    """Draws compliance with Wilson's interval, KL, CE and λ by round, one line per run; None without data."""
+    """Draws compliance with Wilson's interval, KL, CE and λ by round, one line per run; None without data.
+
+    If λ follows a target, a further panel has the violation beside it.
+    """
     panels = {name: lines for name in CURVES if (lines := list(_lines(report, name)))}
     if not panels:
         return None
@@ -86,6 +90,8 @@ def training_curves(report: Report) -> Figure | None:
     for ax, (name, lines) in zip(axes, panels.items(), strict=True):
         _draw_lines(ax, lines, dashes)
         ax.set_ylabel(CURVES[name])
+        if name == "violation":
+            _draw_targets(ax, report)
     _set_scales(dict(zip(panels, axes, strict=True)), panels)
     handles = [_method_handle(method) for method in dict.fromkeys(curve.method for curve in report.curves)]
     handles += [
@@ -244,9 +250,17 @@ def _draw_lines(ax: Axes, lines: list[Line], dashes: dict[str, Any]) -> None:
     ax.set_xlabel("round")
 
 
+def _draw_targets(ax: Axes, report: Report) -> None:
+    for line in _lines(report, "target"):
+        rounds, values = [number for number, _ in line.points], [figure.known for _, figure in line.points]
+        ax.plot(rounds, values, linewidth=1.1, linestyle=":", color=method_style(line.method).line["color"])
+        ax.annotate("target", (rounds[-1], values[-1]), (0, 3), textcoords="offset points", ha="right", fontsize=8)
+    ax.set_ylim(bottom=0)
+
+
 def _set_scales(axes: dict[str, Axes], panels: dict[str, list[Line]]) -> None:
-    if "compliance" in axes:
-        axes["compliance"].yaxis.set_major_formatter(_percent)
+    for name in {"compliance", "violation"} & axes.keys():
+        axes[name].yaxis.set_major_formatter(_percent)
     if "weight" in axes:
         axes["weight"].set_ylim(bottom=0)
     values = [figure.known for line in panels.get("kl", []) for _, figure in line.points]

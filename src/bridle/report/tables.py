@@ -64,6 +64,7 @@ ARROWS = {"brier": "↓", "expected_calibration_error": "↓", "output_perplexit
 NAMES = {"mmlu": "MMLU", "roc_auc": "ROC-AUC", "mean_length": "mean words", "distinct_2": "distinct-2"}
 ROUND_COLUMNS = {
     "Rollouts": ("drawn", "compliance, %", "clipped, %", "missing", "truncated"),
+    "λ": ("value", "target, %"),
     "KL(q‖p)": ("nats", "left out, %"),
     "R": ("fit", "Brier", "skill", "ECE"),
 }
@@ -265,6 +266,8 @@ def _round(found: RegulariserRound) -> list[Cell]:
         Cell(PERCENT.write(found.clipped)),
         _plain(found.rollouts_missing, ","),
         _plain(found.truncated, ",g"),
+        _plain(found.weight, ".3g"),
+        Cell(PERCENT.write(found.target)),
         _plain(found.kl, ".3g"),
         Cell(PERCENT.write(found.kl_unreached)),
         Cell(found.fit or MISSING),

@@ -14,7 +14,7 @@ from bridle.training.guards import Supervisor
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.rollouts import draw_rollouts, score_rollouts
 
-LEAST_SKILL = 0.05  # of R's Brier score against the constant rate's; below it R knows next to nothing
+LEAST_SKILL = 0.05  # of R; below it R knows next to nothing
 
 Log = Sequence[Mapping[str, Any]]  # a run's records
 
@@ -108,7 +108,7 @@ def _in_words(options: TargetOptions, count: int, value: float, low: float, high
 
 def _causes(regulariser: DomainRegulariser, dual: DualState, options: TargetOptions, log: Log) -> Iterator[str]:
     """What keeps a model from its target, each with what to do."""
-    skill = _skill(regulariser.name, log)
+    skills = [record[key] for record in log if record.get(key := f"{regulariser.name}/r_skill") is not None]
     if dual.since is None:
         yield "The KL never acted, since every label was alike: show the constraint more, by harder prompts"
         return
@@ -121,20 +121,8 @@ def _causes(regulariser: DomainRegulariser, dual: DualState, options: TargetOpti
         )
     else:
         yield f"λ had fallen to {dual.weight:.3g}, as the last round met the target: raise target.margin"
-    if skill is not None and skill < LEAST_SKILL:
+    if skills and skills[-1] < LEAST_SKILL:
         yield (
-            f"R predicts labels hardly better than their rate does (Brier skill {skill:.2f}), so that λ has little "
-            "to act with: raise rollouts_per_round or rounds"
+            f"R predicts labels hardly better than a constant (skill {skills[-1]:.2f}), so that λ has little to act "
+            "with: raise rollouts_per_round or rounds"
         )
-
-
-def _skill(name: str, log: Log) -> float | None:
-    """Brier skill of the last R against the constant rate, on the rollouts kept back; None if not measured."""
-    for record in reversed(log):
-        bins = record.get(f"{name}/r_reliability")
-        if bins:
-            count = sum(size for *_, size in bins)
-            rate = sum(observed * size for _, observed, size in bins) / count
-            spread = rate * (1 - rate)
-            return 1 - record[f"{name}/r_brier"] / spread if spread else None
-    return None
