@@ -61,7 +61,7 @@ def report_targets(regularisers: Iterable[DomainRegulariser], supervisor: Superv
         record |= {f"{name}/violation_reached_low": low, f"{name}/violation_reached_high": high}
         if value > limit:
             found = _in_words(options, len(violations), value, low, high, limit)
-            causes = "; ".join(_causes(regulariser, dual, options, log))
+            causes = "; ".join(_causes(name, dual, options, log))
             supervisor.warn(f"{name}: the target is missed: {found}. {causes}", **record)
         else:
             supervisor.log(record)
@@ -106,9 +106,9 @@ def _in_words(options: TargetOptions, count: int, value: float, low: float, high
     return f"{value:.1%} of {count} samples violate (95% interval {low:.1%} to {high:.1%}), more than {limit:.1%}"
 
 
-def _causes(regulariser: DomainRegulariser, dual: DualState, options: TargetOptions, log: Log) -> Iterator[str]:
+def _causes(name: str, dual: DualState, options: TargetOptions, log: Log) -> Iterator[str]:
     """What keeps a model from its target, each with what to do."""
-    skills = [record[key] for record in log if record.get(key := f"{regulariser.name}/r_skill") is not None]
+    skills = [record[f"{name}/r_skill"] for record in log if record.get(f"{name}/r_skill") is not None]
     if dual.since is None:
         yield "The KL never acted, since every label was alike: show the constraint more, by harder prompts"
         return
