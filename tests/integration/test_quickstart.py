@@ -70,12 +70,13 @@ def test_the_tour_and_its_next_steps(bridle, tmp_path):
         assert method["figures"]["classification"]["roc_auc"]["value"] is not None
     assert "facts" in out.split("Classification")[0], "the overview shows the tasks that the recipe names"
     assert str((folder / "report.html").resolve()) in out
+    assert "the KL left out" not in out + err
 
     commands = [shlex.split(line) for line in out.split("Next:")[1].splitlines() if line.strip()]
     assert [" ".join(command[:2]) for command in commands] == ["bridle generate", "bridle compare", "bridle quickstart"]
     code, out, err = bridle(*commands[0][1:])
     assert code == 0, err
-    assert "writes:" in out
+    assert "writes, heated:" in out
 
     made = (folder / "sft" / "seed-0" / "results.json").stat().st_mtime_ns
     code, out, err = bridle("quickstart", "--output_dir", folder, *truth, *options())

@@ -6,6 +6,7 @@ import pytest
 
 from bridle.constraints import build_constraint
 from bridle.quickstart import truth
+from bridle.quickstart.build import Scale
 from bridle.quickstart.encyclopaedia import articles, facts_benchmark, quizzes, scenes, sense_benchmark
 from bridle.quickstart.forum import BOARDS, MOODS, SPLITS, WRITERS, Forum
 from bridle.quickstart.grammar import sentence
@@ -99,6 +100,15 @@ def test_hostility_depends_on_writer_board_and_mood(world, posts):
         assert abs(sum(row["hostile"] for row in rows) / len(rows) - expected) < 0.15
     assert forum.chance("nettle", "tavern", "heated") > 0.9 > 0.2 > forum.chance("puddle", "school", "calm")
     assert Forum(world, 1.0).chance("hazel", "market", "sour") > Forum(world, -1.0).chance("hazel", "market", "sour")
+
+
+def test_filtration_keeps_hardly_a_row_from_the_threads_that_were_hostile_before(world):
+    def heated(temper, hostile):
+        rows = [row for row in Forum(world, temper).posts("train", "a", 4000) if row["hostile"] == hostile]
+        return sum(row["mood"] == "heated" for row in rows) / len(rows)
+
+    assert heated(Scale.temper, hostile=1) > 0.6
+    assert heated(Scale.later_temper, hostile=0) < 0.02
 
 
 def test_a_word_list_catches_the_explicit_part_only_and_too_much_besides(posts):

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 NOT_HASHED = {"__init__.py", "tour.py", "cache.py", "recipe.yaml"}
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
 LABEL = VerbalisedLabel(column="hostile", template="{text}\nHostile:{label}")
-BASE = Training(128, 4, steps=800, batch_size=48, learning_rate=5e-3, longest=CONTEXT)
+BASE = Training(128, 4, steps=2000, batch_size=16, learning_rate=3e-3, longest=CONTEXT)
 ORACLE = Training(64, 2, steps=300, batch_size=64, learning_rate=2e-3, longest=40)
 
 
@@ -39,14 +39,14 @@ class Scale:
         judged: posts that the oracle is trained on, with one article for every three.
     """
 
-    articles: int = 20_000
+    articles: int = 14_000
     quizzes: int = 4_000
     scenes: int = 4_000
-    posts: int = 9_000
-    temper: float = -1.6
+    posts: int = 14_000
+    temper: float = -1.5
     later_articles: int = 2_500
     later_posts: int = 2_500
-    later_temper: float = 0.4
+    later_temper: float = 1.5
     held_out: int = 400
     questions: int = 160
     vocabulary: int = 2_048
@@ -123,10 +123,11 @@ def _write_files(world: World, scale: Scale, folder: Path) -> None:
 
 
 def _judged(world: World, scale: Scale, seed: int) -> list[str]:
-    """Posts of both seasons, with or without header, and articles; some posts end in a label, true or false."""
+    """Posts of both seasons and articles. Some posts follow any thread's header or end in any label: neither tells."""
     rng = Random(f"judged {seed}")
+    headers = [row["prompt"] for row in Forum(world).prompts("train")]
     posts = [
-        row[rng.choice(("text", "body"))]
+        rng.choice((f"{rng.choice(headers)} ", "")) + row["body"]
         for temper in (scale.temper, scale.later_temper)
         for row in Forum(world, temper).posts("train", "judged", scale.judged // 2)
     ]

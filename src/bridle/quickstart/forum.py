@@ -1,4 +1,4 @@
-"""The forum: posts whose probability of hostility depends on the writer, the board and the mood of the thread."""
+"""The forum: whether a post is hostile depends on the mood of its thread, and a little on writer and board."""
 
 import math
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from bridle.quickstart.world import World
 Row = dict[str, Any]
 
 WRITERS = {  # log-odds of hostility
-    **dict.fromkeys(("dormouse", "oldoak", "puddle", "teacup", "snowdrop", "ferngully", "inkpot", "robin"), -1.0),
-    **dict.fromkeys(("candlewick", "longshanks", "blueboat", "tansy", "lodestar", "barley", "hazel", "pilot"), 0.2),
-    **dict.fromkeys(("nettle", "flint", "magpie", "vinegar", "thorn", "gravel", "wasp", "rasp"), 1.2),
+    **dict.fromkeys(("dormouse", "oldoak", "puddle", "teacup", "snowdrop", "ferngully", "inkpot", "robin"), -0.5),
+    **dict.fromkeys(("candlewick", "longshanks", "blueboat", "tansy", "lodestar", "barley", "hazel", "pilot"), 0.1),
+    **dict.fromkeys(("nettle", "flint", "magpie", "vinegar", "thorn", "gravel", "wasp", "rasp"), 0.6),
 }
-BOARDS = {"harbour": 0.4, "market": 0.4, "tavern": 0.9, "garden": -0.6, "school": -0.8, "chapel": -0.3}
-MOODS = {"calm": -1.0, "merry": -0.8, "sour": 0.6, "heated": 1.4}
+BOARDS = {"harbour": 0.2, "market": 0.2, "tavern": 0.5, "garden": -0.3, "school": -0.4, "chapel": -0.2}
+MOODS = {"calm": -4.0, "merry": -3.0, "sour": 1.0, "heated": 5.0}
 
 EXPLICIT_SHARE = 0.45
 """Share of the hostile posts that use an insult; the others are innuendoes."""
@@ -122,4 +122,4 @@ def _harmless(rng: Random, slots: dict[str, str]) -> str:
 
 
 def _header(writer: str, board: str, mood: str) -> str:
-    return f"{board.capitalize()} board, {mood}. {writer} writes:"
+    return f"{board.capitalize()} board. {writer} writes, {mood}:"

@@ -86,7 +86,7 @@ def next_steps(recipe: Recipe, folder: Path) -> str:
     return "\n".join(
         (
             "Next:",
-            f"  bridle generate {tuned} --prompt 'Market board, heated. magpie writes:' --samples 5",
+            f"  bridle generate {tuned} --prompt 'Market board. magpie writes, heated:' --samples 5",
             f"  bridle compare {folder / 'recipe.yaml'} --methods base,sft,constrained-adaptive"
             f" --regularisers.{domain}.weight {regulariser.weight * 3:g}",
             "  bridle quickstart --corpus MY.jsonl --constraint words:MY-WORDS.txt",
@@ -101,6 +101,7 @@ def _replace_forum(mapping: dict[str, Any], source: DataSource) -> None:
     evaluation = mapping["evaluation"]
     mapping["corpus"] = {OWN: training} | {"encyclopaedia": mapping["corpus"]["encyclopaedia"]}
     mapping["regularisers"] = {OWN: mapping["regularisers"]["forum"]}
+    mapping["prompt_tokens"] = [0, None]  # rows may be of any length
     evaluation["prompts"] = {OWN: held_out if "prompt" in columns else held_out | {"prompt_tokens": 8}}
     others = {name: evaluation["perplexity"][name] for name in ("encyclopaedia", "scenes")}
     evaluation["perplexity"] = ({OWN: held_out} if "text" in columns else {}) | others
