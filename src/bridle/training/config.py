@@ -201,7 +201,7 @@ class AuxiliaryOptions:
 
     depth: NonNegativeInt = 1
     head_rank: PositiveInt | None = 64
-    memory: NonNegativeInt = 256
+    memory: NonNegativeInt = 64
     own_network: bool = False
     learning_rate: PositiveFloat = 1e-3
     epochs: PositiveInt = 3
