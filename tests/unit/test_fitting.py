@@ -134,7 +134,7 @@ class TestLosses:
         loss = F.binary_cross_entropy_with_logits(r_taken, torch.ones(length))
         if length > 1:
             log_p = project(model, examples.hidden).log_softmax(-1)
-            apart, _ = consistency_loss(r_logits[None], r_taken[None], log_p, examples.mask)
+            apart, _ = consistency_loss(r_logits[None].detach(), r_taken[None], log_p, examples.mask)
             loss = loss + 0.7 * apart / (length - 1)
         torch.testing.assert_close(found[0], torch.autograd.grad(loss, head)[0], rtol=1e-4, atol=1e-7)
         assert (report["r_consistency"] is None) == (length == 1)

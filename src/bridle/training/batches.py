@@ -85,7 +85,7 @@ def run_lengths(mask: Mask) -> NDArray[np.int64]:
     return counted - np.maximum.accumulate(np.where(mask, 0, counted), axis=-1)
 
 
-def beginnings(mask: Mask, longest: int) -> Mask:
+def beginnings(mask: Mask, longest: int) -> Tensor:
     """Where completions begin in rows.
 
     In a row with a prompt, at the prompt's end. In plain text, at every prefix that a rollout may start from: so what
@@ -96,9 +96,26 @@ def beginnings(mask: Mask, longest: int) -> Mask:
         longest: tokens of the longest prompt.
 
     Returns:
-        [batch, time - 1], true at the last token before a completion.
+        [batch, time], on the CPU, true at the last token before a completion.
     """
-    return mask & (run_lengths(mask) <= np.where(mask[:, :1], longest, 1))
+    begins = mask & (run_lengths(mask) <= np.where(mask[:, :1], longest, 1))
+    return torch.from_numpy(np.pad(begins, ((0, 0), (0, 1))))
+
+
+def reachable(mask: Mask, shortest: int, longest: int, horizon: int) -> Mask:
+    """The prefixes of corpus rows that a rollout can reach.
+
+    In text, prompts have certain lengths, and rollouts continue up to the horizon. In a row with a prompt, rollouts
+    start at its end.
+
+    Args:
+        mask: [batch, time - 1], true before tokens that are trained on.
+        shortest, longest: tokens of prompts.
+        horizon: tokens of the longest rollout.
+    """
+    depth = run_lengths(mask)  # tokens of a row up to a position
+    of_text = (depth >= shortest) & (depth < longest + horizon)
+    return np.where(mask[:, :1], of_text, depth <= horizon)
 
 
 def append_rollouts(

@@ -1,5 +1,6 @@
 """Fitting the auxiliary model R on one round of labelled samples (NeurIPS 2022)."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ SumAndCount = tuple[Tensor, Tensor]
 
 CONSISTENCY_SHARE = 4  # at most one row in this many uses the whole vocabulary in a fitting step
 CONSISTENCY_LOGITS = 2**23  # and no more rows than have so many logits together
+AVERAGE_DECAY = 0.9  # a step, of the average of R that consistency compares with
 
 
 @torch.enable_grad()  # an anchor that is sampled from runs without
@@ -33,6 +35,9 @@ def fit_auxiliary(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Minimises L_R = BCE + β·consistency on labelled samples (`core.decomposition`).
+
+    Consistency draws R of a prefix towards the mean over next tokens, and not the mean towards R: an average of R over
+    the last steps gives the mean, without gradient.
 
     Args:
         auxiliary: R, changed in place.
@@ -54,18 +59,19 @@ def fit_auxiliary(
     )
     steps = options.epochs * -(-len(fitting) // options.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
-    skipped = 0
+    average, skipped = deepcopy(auxiliary), 0
     auxiliary.train()
     with Progress(description, steps, "steps") as progress:
         for _ in range(options.epochs):
             totals = torch.zeros(4)
             shuffled = fitting[torch.randperm(len(fitting), generator=generator)]
             for rows in shuffled.split(options.batch_size):
-                losses = _fit_losses(auxiliary, model, examples[rows].to(auxiliary.device), dtype)
+                losses = _fit_losses(auxiliary, average, model, examples[rows].to(auxiliary.device), dtype)
                 if _step(auxiliary, optimizer, losses, options.consistency_weight):
                     totals += torch.stack([part.detach().float().cpu() for pair in losses for part in pair])
                 else:
                     skipped += 1
+                _follow(average, auxiliary)
                 schedule.step()
                 progress.update()
     auxiliary.eval()
@@ -90,14 +96,25 @@ def _step(
     return finite
 
 
+@torch.no_grad()
+def _follow(average: AuxiliaryModel, auxiliary: AuxiliaryModel) -> None:
+    """Moves the average towards R."""
+    for mean, now in zip(average.parameters(), auxiliary.parameters(), strict=True):
+        mean.lerp_(now, 1 - AVERAGE_DECAY)
+
+
 def _mean(total: Tensor, count: Tensor) -> float | None:
     return (total / count).item() if count else None
 
 
 def _fit_losses(
-    auxiliary: AuxiliaryModel, model: PreTrainedModel, batch: Examples, dtype: torch.dtype | None
+    auxiliary: AuxiliaryModel,
+    average: AuxiliaryModel,
+    model: PreTrainedModel,
+    batch: Examples,
+    dtype: torch.dtype | None,
 ) -> tuple[SumAndCount, SumAndCount]:
-    """Both terms of L_R on one batch, each as (sum, count)."""
+    """Both terms of L_R on one batch, each as (sum, count); consistency's mean is that of R's average, a target."""
     states = batch.states(auxiliary)
     r_taken = auxiliary(states, batch.completion)
     bce = label_loss(r_taken, batch.mask, _labels(batch, r_taken), batch.weights)
@@ -106,7 +123,8 @@ def _fit_losses(
     some = slice(0, max(1, min(affordable, -(-len(batch) // CONSISTENCY_SHARE))))
     with torch.no_grad():
         anchor_log_probs = F.log_softmax(project(model, batch.hidden[some], dtype).float(), dim=-1)
-    consistency = consistency_loss(auxiliary(states[some]), r_taken[some], anchor_log_probs, batch.mask[some])
+        r_logits = average(batch[some].states(average))
+    consistency = consistency_loss(r_logits, r_taken[some], anchor_log_probs, batch.mask[some])
     return bce, consistency
 
 

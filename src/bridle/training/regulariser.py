@@ -27,7 +27,7 @@ from bridle.models.hidden import output_layer
 from bridle.models.loading import end_token_ids
 from bridle.models.sampling import Trace
 from bridle.models.sharding import is_sharded
-from bridle.training.batches import Mask, beginnings, flat_positions, run_lengths
+from bridle.training.batches import Mask, beginnings, flat_positions, reachable
 from bridle.training.corpus_outputs import corpus_outputs
 from bridle.training.examples import Examples, encode
 from bridle.training.fitting import fit_auxiliary
@@ -315,28 +315,23 @@ class DomainRegulariser(StatefulRegulariser):
         """What R's trunk reads; without `trained`, where that is the states alone. [..., hidden] -> [..., hidden]"""
         if self.auxiliary is None or trained is None:
             return states if self.auxiliary is None else self.auxiliary.features(states)
-        longest = max((len(rollout.prompt_ids) for rollout in self.rollouts), default=1)
-        begins = torch.from_numpy(np.pad(beginnings(trained, longest), ((0, 0), (0, 1)))).to(states.device)
+        begins = beginnings(trained, self.prompt_lengths[1]).to(states.device)
         return self.auxiliary.features(states, input_ids, attention_mask, begins)
 
     def _target(self, features: Tensor, anchor: tuple[Tensor, OutputLayer] | None = None) -> Target:
         return Target(self.auxiliary, features, self.options.guidance_scale, anchor)
 
     def reaches(self, mask: Mask) -> Mask:
-        """The prefixes of corpus rows that a rollout of this round can reach, where R is fitted.
-
-        In text, prompts have certain lengths, and rollouts continue for `max_new_tokens`. In a row with a prompt,
-        rollouts start at its end.
-
-        Args:
-            mask: [batch, time - 1], true before tokens that are trained on.
-        """
+        """The prefixes of corpus rows that this round's rollouts can reach, where R is fitted: see `reachable`."""
         if self.options.is_retention or not self.rollouts:
             return np.ones_like(mask)
-        lengths = [len(rollout.prompt_ids) for rollout in self.rollouts]
-        depth = run_lengths(mask)  # tokens of a row up to a position
-        of_text = (depth >= min(lengths)) & (depth < max(lengths) + self.config.max_new_tokens)
-        return np.where(mask[:, :1], of_text, depth <= self.config.max_new_tokens)
+        return reachable(mask, *self.prompt_lengths, self.config.max_new_tokens)
+
+    @property
+    def prompt_lengths(self) -> tuple[int, int]:
+        """Tokens of the shortest and of the longest prompt of this round's rollouts."""
+        lengths = [len(rollout.prompt_ids) for rollout in self.rollouts] or [1]
+        return min(lengths), max(lengths)
 
     def take(self, counts: Sequence[Sequence[int]]) -> tuple[list[list[Rollout]], int]:
         """The next rollouts of this round, in turn.
