@@ -133,7 +133,7 @@ class TestTheEnd:
         knows_little = bool(skills) and skills[-1] < 0.05
         assert ("R predicts labels hardly better than a constant" in self.of(trainer)) == knows_little
 
-    def test_a_mean_is_told_as_one(self, tiny_folder, tmp_path):
+    def test_a_mean_is_reported_as_one(self, tiny_folder, tmp_path):
         trainer = made(tiny_folder(), tmp_path, {"rude": held(SHARE_OF_E, rate=None, mean=0.999)})
         trainer.train()
         assert "the mean score of 32 samples is 0." in self.of(trainer)

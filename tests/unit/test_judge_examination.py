@@ -8,6 +8,7 @@ from bridle.errors import RunStopped, UserError
 from bridle.evaluation.judge_examination import HUMAN, KINDS, HumanText, JudgeExamination, examine_judge
 from bridle.evaluation.judges import Verdict
 from bridle.evaluation.statistics import Estimate
+from judges import FunctionJudge
 
 SENTENCES = [
     "the kettle on the old stove sings while it rains over the town",
@@ -16,20 +17,6 @@ SENTENCES = [
     "you grumblefish, said the keeper, who has hidden my lantern under the bridge",
     "the river bends north below the weir and slows beside the meadow",
 ]
-
-
-class FunctionJudge:
-    """A judge that is a function of the two texts."""
-
-    name = "function"
-
-    def __init__(self, function):
-        self.function, self.asked = function, []
-
-    def compare(self, items):
-        self.asked += items
-        verdicts = [self.function(item.first, item.second) for item in items]
-        return [verdict if isinstance(verdict, Verdict) else Verdict(verdict) for verdict in verdicts]
 
 
 def by(value):

@@ -7,20 +7,7 @@ from bridle.errors import RunStopped, UserError
 from bridle.evaluation.judges import Verdict
 from bridle.evaluation.statistics import bootstrap_interval, wilson_interval
 from bridle.evaluation.win_rate import ASKED_AT_ONCE, read_completions, read_methods, win_rates
-
-
-class FunctionJudge:
-    """A judge that is a function of the two texts; it remembers what it was asked."""
-
-    name = "function"
-
-    def __init__(self, function):
-        self.function, self.asked = function, []
-
-    def compare(self, items):
-        self.asked += items
-        verdicts = [self.function(item.first, item.second) for item in items]
-        return [verdict if isinstance(verdict, Verdict) else Verdict(verdict) for verdict in verdicts]
+from judges import FunctionJudge
 
 
 def longer(first, second):

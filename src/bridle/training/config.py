@@ -184,7 +184,7 @@ class AuxiliaryOptions:
         epochs: passes over a round's rollouts.
         batch_size: rollouts a step.
         weight_decay: of AdamW.
-        consistency_weight: β of the forward-consistency term.
+        consistency_weight: β of the forward-consistency term; with 0, R overfits where violations are rare.
         validation_share: share of the rollouts held out to measure R's calibration.
         replay: earlier rounds whose rollouts R is also fitted on, each label weighted by the likelihood
             ratio of what follows the prefix under the current policy. A compliant policy gives a fresh R few
