@@ -103,10 +103,11 @@ def config(options: argparse.Namespace, folder: str, checkpointing: bool, **more
         use_cpu=options.device == "cpu",
         bf16=False if options.device == "cpu" else None,
         logging_strategy="no",
-        # A round as short as can be: what it makes is needed, what it costs is measured elsewhere.
+        # A small round: what it makes is needed, what it costs is measured elsewhere. Its rollouts may be as long as
+        # the rows, so that the KL looks at every prefix but the first.
         rounds=1,
         rollouts_per_round=8,
-        max_new_tokens=2,
+        max_new_tokens=options.length,
         prompt_tokens=(1, 2),
         auxiliary=AuxiliaryOptions(head_rank=options.head_rank, epochs=1),
         **QUIET,
