@@ -1,6 +1,6 @@
 import pytest
 
-from bridle.constraints import Regex, WordList
+from bridle.constraints import Length, Regex, WordList
 from bridle.errors import UserError
 
 
@@ -103,3 +103,23 @@ def test_a_pattern_that_backtracks_without_end_is_given_up():
     scores = Regex("^(a|aa)+$", timeout=0.3).score(None, texts)
     assert [score.complies for score in scores] == [True, None, False]
     assert scores[1].reason == "timed out: 0.3 s are over for its batch"
+
+
+def test_length_counts_words():
+    texts = ["", "?!", "One, two.", "One two three", "snake_case कि né", "a b c d e"]
+    assert complies(Length(min_words=3), *texts) == [False, False, False, True, True, True]
+    assert complies(Length(max_words=3), *texts) == [True, True, True, True, True, False]
+    assert complies(Length(min_words=1, max_words=2), *texts) == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs 'min_words'"),
+        ({"min_words": 3, "max_words": 2}, "max_words 2 is less than min_words 3"),
+        ({"min_words": -1}, "'min_words'"),
+    ],
+)
+def test_bounds_on_the_length_that_make_no_sense(options, message):
+    with pytest.raises(UserError, match=message):
+        Length(**options)

@@ -9,6 +9,7 @@ from bridle.constraints import (
     Cached,
     Classifier,
     Constraint,
+    Length,
     Not,
     PythonFunction,
     Regex,
@@ -40,6 +41,9 @@ def test_every_type_has_a_short_form(tmp_path):
     regex = build_constraint("regex:a{1,2}:b,name=c")
     assert isinstance(regex, Regex)
     assert regex.pattern == "a{1,2}:b,name=c"
+    length = build_constraint("length:3,max_words=5")
+    assert isinstance(length, Length)
+    assert (length.min_words, length.max_words) == (3, 5)
     function = build_constraint("python:my.module:Judge.score")
     assert isinstance(function, PythonFunction)
     assert function.function == "my.module:Judge.score"
@@ -71,6 +75,8 @@ def test_a_name_replaces_the_specifications_own():
         CLASSIFIER,
         {"type": "words", "words": ["fish", "noodle head"]},
         "regex:fish",
+        "length:3",
+        {"type": "length", "max_words": 5},
         "python:module:function",
         {"all": ["regex:a", {"any": ["regex:b", {"not": "regex:c"}]}], "name": "three"},
     ],
@@ -151,6 +157,7 @@ def test_a_mistake_is_reported_in_one_line(spec, message):
         ("classifier:other,label=toxic", True),
         ({**CLASSIFIER, "model": "other"}, True),
         ({"all": ["regex:fish", {"not": "regex:cat"}]}, True),
+        (["classifier:other,label=toxic", "length:3"], True),  # a length is no oracle
         (CLASSIFIER, False),
         ({**CLASSIFIER, "threshold": 0.75, "label": "rude", "cache": "file"}, False),  # the same model
         ("classifier:some/folder,odd,label=x", False),
@@ -163,7 +170,7 @@ def test_what_shares_no_oracle_with_training_is_independent(spec, independent):
         "constraints": {
             "judge": spec,
             "part": "regex:dog",
-            "own": {"all": [CLASSIFIER, "regex:dog"]},
+            "own": {"all": [CLASSIFIER, "regex:dog", "length:3"]},
             "spare": "regex:a",
         },
         "regularisers": {"rude": {"constraint": "own"}, "plain": {"constraint": "retention"}},

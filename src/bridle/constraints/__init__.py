@@ -7,7 +7,7 @@ from bridle.constraints.classifier import Classifier
 from bridle.constraints.function import PythonFunction
 from bridle.constraints.reading import Given, Messages, Reads
 from bridle.constraints.remote import Remote
-from bridle.constraints.rules import Regex, WordList
+from bridle.constraints.rules import Length, Regex, WordList
 from bridle.constraints.spec import build_constraint
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Classifier",
     "Constraint",
     "Given",
+    "Length",
     "Messages",
     "Not",
     "PythonFunction",

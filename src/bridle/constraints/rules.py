@@ -1,4 +1,4 @@
-"""Constraints without a model: a text complies if nothing in it matches."""
+"""Constraints without a model: a text complies if nothing in it matches, or if it is long enough."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import regex
-from pydantic import PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
 from bridle.constraints.base import Constraint, Score
 from bridle.constraints.deadline import TimedOut, batches
@@ -132,6 +132,49 @@ class WordList(_Unmatched):
         return _fold(text)
 
 
+class Length(Constraint):
+    """A text complies if its number of words is within bounds, both included.
+
+    Beside a classifier, `min_words` keeps an empty output from complying: without it, to end at once is the surest way
+    to violate nothing. A word is a run of letters, digits, marks and underscores; for a script without spaces use
+    `Regex`.
+
+    Args:
+        min_words: the fewest words.
+        max_words: the most; None is no bound.
+        name: "length" by default.
+        reads: see `Constraint`.
+
+    Raises:
+        UserError: neither bound is given, or the most is less than the fewest.
+    """
+
+    type_name = "length"
+    takes_messages = False
+
+    @checked
+    def __init__(
+        self,
+        min_words: NonNegativeInt = 0,
+        max_words: NonNegativeInt | None = None,
+        name: str | None = None,
+        reads: Reads = "completion",
+    ):
+        if min_words == 0 and max_words is None:
+            raise UserError("constraint 'length': needs 'min_words' (1 or more) or 'max_words'")
+        if max_words is not None and max_words < min_words:
+            raise UserError(f"constraint 'length': max_words {max_words} is less than min_words {min_words}")
+        self.min_words, self.max_words, self.name, self.reads = min_words, max_words, name or "length", reads
+
+    def _score(self, texts: list[str]) -> list[Score]:
+        word = regex.compile(rf"{_letter()}+")
+        counts = (sum(1 for _ in word.finditer(text)) for text in texts)
+        return [Score.of(self.min_words <= n and (self.max_words is None or n <= self.max_words)) for n in counts]
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"min_words": self.min_words, "max_words": self.max_words}
+
+
 def _read_words(file: str | Path | None) -> list[str]:
     try:
         lines = Path(str(file)).read_text(encoding="utf-8-sig").splitlines()
@@ -142,7 +185,7 @@ def _read_words(file: str | Path | None) -> list[str]:
 
 def _whole_words(words: list[str]) -> regex.Pattern[str]:
     phrases = (r"\s+".join(map(re.escape, _fold(word).split())) for word in words)
-    letter = rf"[\w{_marks()}]"
+    letter = _letter()
     return regex.compile(rf"(?<!{letter})(?:{'|'.join(phrases)})(?!{letter})")
 
 
@@ -152,6 +195,7 @@ def _fold(text: str) -> str:
 
 
 @cache
-def _marks() -> str:
-    """Returns the combining marks, which belong to a word in Unicode but not to `re`'s \\w."""
-    return "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c).startswith("M"))
+def _letter() -> str:
+    """Returns the class of a word's characters: `re`'s \\w and combining marks, which belong to a word in Unicode."""
+    marks = (c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c).startswith("M"))
+    return rf"[\w{''.join(marks)}]"

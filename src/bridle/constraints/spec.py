@@ -12,16 +12,23 @@ from bridle.constraints.cache import Cached
 from bridle.constraints.classifier import Classifier
 from bridle.constraints.function import PythonFunction
 from bridle.constraints.remote import Remote
-from bridle.constraints.rules import Regex, WordList
+from bridle.constraints.rules import Length, Regex, WordList
 from bridle.errors import UserError
 from bridle.utils.settings import as_mapping, known_name, parse_yaml
 from bridle.utils.variables import NO_VARIABLES, Variables
 
 TYPES: dict[str, type[Constraint]] = {
-    cls.type_name: cls for cls in (Classifier, WordList, Regex, PythonFunction, Remote)
+    cls.type_name: cls for cls in (Classifier, WordList, Regex, Length, PythonFunction, Remote)
 }
 # The key that VALUE sets in the short form TYPE:VALUE
-SHORT_KEYS = {"classifier": "model", "words": "file", "regex": "pattern", "python": "function", "remote": "preset"}
+SHORT_KEYS = {
+    "classifier": "model",
+    "words": "file",
+    "regex": "pattern",
+    "length": "min_words",
+    "python": "function",
+    "remote": "preset",
+}
 OPERATORS = ("all", "any", "not")
 CACHE_KEYS = ("cache", "version")  # of any constraint; a remote one has them among its own
 ORACLE_KEYS = ("type", "model", "file", "words", "pattern", "function", "preset", "url")
@@ -37,7 +44,7 @@ def build_constraint(
 
     Args:
         spec: one of
-            a mapping with the key `type` (classifier, words, regex, python, remote) and that class's arguments;
+            a mapping with the key `type` (classifier, words, regex, length, python, remote) and that class's arguments;
             a mapping `{all: [..]}`, `{any: [..]}` or `{not: ..}` of further specifications;
             either of them with `cache: FILE` and optionally `version`: see `Cached`;
             a list, which means all of them;
@@ -83,6 +90,8 @@ def _oracles(spec: Any) -> set[str]:
     spec = as_mapping(spec, "constraint")
     parts = next((spec[key] for key in OPERATORS if key in spec), None)
     if parts is None:
+        if spec.get("type") == Length.type_name:
+            return set()  # there is nothing in it to please
         return {dumps({key: spec[key] for key in ORACLE_KEYS if key in spec}, sort_keys=True)}
     return {oracle for part in (parts if isinstance(parts, list) else [parts]) for oracle in _oracles(part)}
 
