@@ -186,8 +186,8 @@ def _of_silence(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
     if empty > config.empty_bound * drawn:
         yield (
             f"{empty} of {drawn} rollouts say nothing, above empty_bound {config.empty_bound}. Most constraints call "
-            "that compliance: try a smaller weight, a constraint that asks for text, or prompts that do not end where "
-            "a text does"
+            "that compliance, and R learns little but to end: put {type: length, min_words: 3} beside the constraint, "
+            "or try a smaller weight, or prompts that do not end where a text does"
         )
 
 
