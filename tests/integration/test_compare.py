@@ -302,7 +302,7 @@ def test_a_judge_is_examined_before_it_judges(bridle, comparison, corpus_files, 
     assert err.index("pairs whose better text is known") < err.index("making"), "before anything is trained"
     examined = results["judge_examined"]
     assert examined["accuracy"]["n"] == 2 * 3
-    assert examined["by_kind"].keys() == {"another", "shuffled", "truncated"}
+    assert examined["by_kind"].keys() == {"another", "shuffled", "truncated", "repeated"}
     verdicts = (folder / "verdicts.jsonl").stat().st_mtime_ns
     again, err = compare(examine=human | {"pairs": 2})
     assert (again["judge_examined"], "examining" in err) == (examined, False)

@@ -1,12 +1,13 @@
 """The examination of a judge: how often it is right about pairs of completions whose answer is known.
 
-Of each row of human text, the human continuation is better than three others: that of another row, its own words in
-random order, and the first half of its words.
+Of each row of human text, the human continuation is better than four others: that of another row, its own words in
+random order, the first half of its words, and its first third repeated to its length.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +21,7 @@ from bridle.evaluation.judges import Comparison, Example, Judge
 from bridle.evaluation.statistics import Estimate, Result
 from bridle.evaluation.win_rate import Game, ask, match_of, most_frequent, position_bias_of, reasons_of
 
-HUMAN, KINDS = "human", ("another", "shuffled", "truncated")
+HUMAN, KINDS = "human", ("another", "shuffled", "truncated", "repeated")
 FEWEST_WORDS = 4  # of a human continuation
 LEAST_ACCURACY = 0.6  # of a judge whose win rates mean something; 0.5 is chance
 
@@ -112,7 +113,9 @@ def _continuations(rows: Sequence[tuple[int, str, str]], rng: Random) -> Iterato
         shuffled = words
         while shuffled == words:
             shuffled = rng.sample(words, len(words))
-        worse = (another, space + " ".join(shuffled), space + " ".join(words[: len(words) // 2]))
+        half, third = words[: len(words) // 2], words[: max(len(words) // 3, 1)]
+        repeated = islice(cycle(third), len(words))
+        worse = (another, *(space + " ".join(some) for some in (shuffled, half, repeated)))
         yield Continuations(row, prompt, {HUMAN: human} | dict(zip(KINDS, worse, strict=True)))
 
 
@@ -140,7 +143,8 @@ class JudgeExamination(Result):
     def passed(self) -> bool:
         """Whether the accuracy is 60% or more, over all pairs and in all kinds but one.
 
-        A judge that prefers the longer text is always right about truncated ones, and at chance about the others.
+        A judge that prefers the longer text is always right about truncated ones, and at chance about the others. One
+        by likelihood prefers what repeats itself: show how often texts do beside its win rates.
         """
         enough = [kind.value is not None and kind.value >= LEAST_ACCURACY for kind in self.by_kind.values()]
         return (self.accuracy.value or 0.0) >= LEAST_ACCURACY and enough.count(False) <= 1
