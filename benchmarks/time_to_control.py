@@ -35,7 +35,7 @@ from subjects import QUIET, RECIPE
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from bridle.baselines.reinforcement import reinforce
-from bridle.comparison.methods import rl_options
+from bridle.comparison.methods import options_of
 from bridle.comparison.plan import evaluation_of
 from bridle.data import read_prompts
 from bridle.evaluation.generation import generate_completions
@@ -118,7 +118,7 @@ def reinforced(algorithm: str, recipe: Recipe, clock: ControlClock, folder: Path
         held.tokenizer,
         [prompt.ids for index in range(1, trainer.args.rounds + 1) for prompt in held.prompts(index)],
         held.constraint,
-        replace(rl_options(recipe), algorithm=algorithm, max_steps=updates, save_every=updates),
+        replace(options_of("rl", recipe), algorithm=algorithm, max_steps=updates, save_every=updates),
         output_dir=folder,
         seed=trainer.args.seed,
         max_new_tokens=trainer.args.max_new_tokens,

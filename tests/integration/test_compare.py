@@ -179,7 +179,7 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     folder, changes = tmp_path / "out", []
     plugged_in(
         other=lambda cell: Candidate(cell.recipe.model),
-        upon=lambda cell: Candidate(cell.candidate("sft").model),
+        upon=lambda cell: Candidate(cell.candidate("other").model),
     )
 
     def made_after(*change):
@@ -194,9 +194,8 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     assert made_after()[0] == {"base", "sft", "other", "upon"}
     assert made_after()[0] == set()
     made, err = made_after("--methods.other.option", 1)
-    assert made == {"other"}
+    assert made == {"other", "upon"}
     assert "other, seed-0: is made again, as methods.other differ" in err
-    assert made_after("--methods.sft.option", 1)[0] == {"sft", "upon"}
     assert made_after("--regularisers.rude.weight", 8)[0] == {"other", "upon"}
     assert made_after("--learning_rate", 1e-3)[0] == {"sft", "other", "upon"}
     made, err = made_after("--evaluation.samples", 3)
@@ -301,14 +300,14 @@ def test_a_judge_is_examined_before_it_judges(bridle, comparison, corpus_files, 
     results, err = compare(examine=human | {"pairs": 2})
     assert err.index("pairs whose better text is known") < err.index("making"), "before anything is trained"
     examined = results["judge_examined"]
-    assert examined["accuracy"]["n"] == 2 * 3
+    assert examined["accuracy"]["n"] == 2 * 4
     assert examined["by_kind"].keys() == {"another", "shuffled", "truncated", "repeated"}
     verdicts = (folder / "verdicts.jsonl").stat().st_mtime_ns
     again, err = compare(examine=human | {"pairs": 2})
     assert (again["judge_examined"], "examining" in err) == (examined, False)
 
     results, err = compare(examine=human | {"pairs": 4})
-    assert results["judge_examined"]["accuracy"]["n"] == 4 * 3
+    assert results["judge_examined"]["accuracy"]["n"] == 4 * 4
     assert results["win_rate"] == again["win_rate"]
     assert (folder / "verdicts.jsonl").stat().st_mtime_ns == verdicts, "the judge is the same"
     results, err = compare(examine=human, by="likelihood")
@@ -335,6 +334,18 @@ def test_a_judge_that_fails_takes_nothing_else_with_it(bridle, comparison, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("options", "scale"),
+    [((), 1.0), (("--regularisers.rude.guidance_scale", 3), 3.0), (("--methods.nado-decoding.guidance_scale", 2), 2.0)],
+)
+def test_guided_decoding_has_the_strength_that_the_recipe_says(bridle, comparison, tmp_path, options, scale):
+    folder = tmp_path / "out"
+    code, _, err = bridle("compare", comparison, "--methods", "nado-decoding", "--output_dir", folder, *options)
+    assert code == 0, err
+    measured = json.loads((folder / "nado-decoding" / "seed-0" / "results.json").read_text())
+    assert measured["settings"] == {"guidance_scale": scale}
+
+
+@pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({"evaluation": None}, "evaluation.prompts: is missing"),
@@ -343,6 +354,8 @@ def test_a_judge_that_fails_takes_nothing_else_with_it(bridle, comparison, tmp_p
         ({"constraints": None, "regularisers": None}, "constraints: is missing"),
         ({"methods": {"r1": {}}}, "methods.r1: there is no key 'r1'; did you mean rl?"),
         ({"methods": {"rl": {"betaa": 1}}}, "did you mean beta?"),
+        ({"methods": {"sft": {"option": 1}}}, "methods.sft.option: there is no key 'option'; there are: none"),
+        ({"methods": {"nado-decoding": {"guidance_scale": -1}}}, "methods.nado-decoding.guidance_scale: "),
     ],
 )
 def test_mistakes_are_told_in_one_line(bridle, recipe, tmp_path, change, expected):

@@ -13,7 +13,7 @@ import malformed
 import report_folder
 import tiny_tokenizers
 from bridle.comparison.compare import Comparison
-from bridle.comparison.methods import rl_options
+from bridle.comparison.methods import options_of
 from bridle.comparison.plan import evaluation_of
 from bridle.constraints.base import Score
 from bridle.constraints.mapping import JsonMapping, Scale
@@ -86,7 +86,7 @@ def read(mapping):
     recipe = build_recipe(mapping)
     recipe.config("unused")
     evaluation_of(recipe)
-    rl_options(recipe)
+    options_of("rl", recipe)
     return recipe
 
 

@@ -41,6 +41,10 @@ COMPARISON = {
         ["data/source.py:DataSource", "evaluation/judge_examination.py:HumanText"],
     ),
     "Reinforcement learning": ("methods.rl.", ["baselines/reinforcement.py:ReinforcementOptions"]),
+    "NADO decoding, also of nado-decoding-sft": (
+        "methods.nado-decoding.",
+        ["comparison/methods.py:GuidanceOptions"],
+    ),
 }
 """By heading: the prefix of the keys, and the dataclasses, each in its file, whose fields are the keys."""
 

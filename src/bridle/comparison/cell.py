@@ -31,6 +31,7 @@ class Candidate:
     Attributes:
         model: folder or hub name.
         guide: folder of the auxiliary that guides its decoding; None for plain sampling.
+        guidance_scale: η of that guidance.
         cost: `seconds` of training, sampling, scoring and fitting, without loading; `updates` of the policy;
             `tokens_trained` and `tokens_sampled`. Unknown entries are left out.
         rows: number of rows of each domain of the corpus.
@@ -40,6 +41,7 @@ class Candidate:
 
     model: str
     guide: str | None = None
+    guidance_scale: float = 1.0
     cost: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
@@ -81,11 +83,14 @@ class Cell:
         regularisers = one_regulariser(self.recipe)
         return self.variant(model=model, lora=None, schedule="sequential", regularisers=regularisers)
 
-    def guided(self, model: str) -> Candidate:
-        """A model guided by an R fitted on its own samples."""
-        measured = fit_guide(self.sampling_from(model), self.folder)
+    def guided(self, model: str, guidance_scale: float | None = None) -> Candidate:
+        """A model guided by an R fitted on its own samples, at η of the regulariser if not given."""
+        recipe = self.sampling_from(model)
+        if guidance_scale is None:
+            (guidance_scale,) = (one.guidance_scale for one in recipe.regularisers.values())
+        measured = fit_guide(recipe, self.folder)
         cost = {"seconds": _total(measured, "seconds_"), "tokens_sampled": _total(measured, "tokens_sampled")}
-        return Candidate(model, str(self.folder / "auxiliary"), cost)
+        return Candidate(model, str(self.folder / "auxiliary"), guidance_scale, cost)
 
 
 @dataclass(frozen=True)

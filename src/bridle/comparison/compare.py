@@ -16,7 +16,7 @@ from typing import Any
 
 from bridle.comparison.cell import CANDIDATE, RESULTS, Candidate, Cell, CellFiles, reason_of
 from bridle.comparison.measure import measure
-from bridle.comparison.methods import description, free_memory, method_named, methods, rl_options, shapes
+from bridle.comparison.methods import description, free_memory, method_named, methods, options_of, shapes
 from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
 from bridle.comparison.summary import Runs, comparisons, first_completions, over_seeds, transfers_of
 from bridle.comparison.tracing import trace_guidance
@@ -92,9 +92,9 @@ class Comparison:
         self.plan: Evaluation = evaluation_of(self.recipe)
         self.names = list(self.names or methods())
         check_keys(self.recipe.methods, methods(), "methods")
-        rl_options(self.recipe)
-        for name in self.names:
+        for name in {*self.recipe.methods, *self.names}:
             method_named(name)
+            options_of(name, self.recipe)
         if os.path.exists(self.folder / RECIPE_FILE):  # Path's own raises where a name is too long
             self._resume(self.folder / RECIPE_FILE)
 
@@ -186,7 +186,13 @@ class Comparison:
             self.show(f"{cell}: measuring")
             base, dtype, seed = self.recipe.model, self.recipe.dtype, cell.seed
             results, observations = measure(
-                candidate.model, self.plan, guide=candidate.guide, base=base, dtype=dtype, seed=seed
+                candidate.model,
+                self.plan,
+                guide=candidate.guide,
+                guidance_scale=candidate.guidance_scale,
+                base=base,
+                dtype=dtype,
+                seed=seed,
             )
             observations.write(cell.folder)
             self._write_card(cell, candidate, results)

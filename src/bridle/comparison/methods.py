@@ -7,12 +7,13 @@ gets the wall-clock time of `constrained-adaptive` on top of the plain fine-tuni
 
 import gc
 from collections.abc import Callable, Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat
 
 from bridle.baselines.filtration import compliant_rows
 from bridle.baselines.reinforcement import ReinforcementOptions, reinforce
@@ -30,6 +31,30 @@ ENTRY_POINTS = "bridle.methods"
 REPORT = "reinforcement.json"
 
 Method = Callable[[Cell], Candidate]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Most methods have none: the recipe says all."""
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """Options of guided decoding.
+
+    Attributes:
+        guidance_scale: η in q ∝ p·R^η; None: the regulariser's.
+    """
+
+    guidance_scale: NonNegativeFloat | None = None
+
+
+OPTIONS: dict[str, type] = {
+    "rl": ReinforcementOptions,
+    "nado-decoding": GuidanceOptions,
+    "nado-decoding-sft": GuidanceOptions,
+}
+"""By method, its options in a recipe."""
 
 
 def base(cell: Cell) -> Candidate:
@@ -72,12 +97,13 @@ def rl_converged(cell: Cell) -> Candidate:
 
 def nado_decoding(cell: Cell) -> Candidate:
     """The model before tuning, guided by R at decoding time."""
-    return cell.guided(cell.recipe.model)
+    return cell.guided(cell.recipe.model, options_of("nado-decoding", cell.recipe).guidance_scale)
 
 
 def nado_decoding_sft(cell: Cell) -> Candidate:
     """The plainly tuned model, guided by R at decoding time."""
-    return cell.guided(cell.candidate("sft").model)
+    scale = options_of("nado-decoding-sft", cell.recipe).guidance_scale
+    return cell.guided(cell.candidate("sft").model, scale)
 
 
 def constrained(cell: Cell) -> Candidate:
@@ -150,7 +176,7 @@ def description(name: str) -> str:
 
 def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path | None = None) -> Candidate:
     """TRL's reinforcement learning from the plainly tuned model, on the prompts of the regulariser's rollouts."""
-    start, options = cell.candidate("sft").model, rl_options(cell.recipe)
+    start, options = cell.candidate("sft").model, options_of("rl", cell.recipe)
     recipe = cell.sampling_from(start)
     prompts, constraint, max_new_tokens = _rollout_prompts(recipe, cell.folder)
     model, tokenizer = load_model(start, dtype=recipe.dtype), load_tokenizer(start)
@@ -186,10 +212,14 @@ def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path |
     return Candidate(str(cell.folder / "model"), cost=cost, about=about)
 
 
-def rl_options(recipe: Recipe) -> ReinforcementOptions:
-    """The recipe's `methods.rl`."""
-    options: ReinforcementOptions = build(ReinforcementOptions, recipe.methods.get("rl"), "methods.rl")
-    return options
+def options_of(name: str, recipe: Recipe) -> Any:
+    """The recipe's options of a method, `methods.NAME`: of a plugged-in one the mapping, which it checks itself.
+
+    Raises:
+        UserError: a key is unknown, or a value is wrong.
+    """
+    given = recipe.methods.get(name)
+    return build(OPTIONS.get(name, NoOptions), given, f"methods.{name}") if name in BUILT_IN else given
 
 
 def _rollout_prompts(recipe: Recipe, folder: Path) -> tuple[list[Prompt], Constraint, int]:

@@ -83,7 +83,7 @@ def known_name(name: Any, known: Iterable[str], where: str, what: str) -> None:
     if name in known:
         return
     near = get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known[:12])}"
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known[:12]) or 'none'}"
     raise UserError(f"{where}: there is no {what} '{name}'; {hint}")
 
 
