@@ -13,7 +13,7 @@ ROWS = [
     {"core", "constraints"},
     {"models", "data"},
     {"training", "evaluation", "baselines"},
-    {"recipes", "report"},
+    {"recipes", "report", "certification"},
     {"comparison"},
     {"quickstart"},
     {"cli"},

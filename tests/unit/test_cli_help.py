@@ -26,7 +26,9 @@ def test_versions_are_told():
     assert [word for word in told.split() if word.isalpha()] == ["bridle", "torch", "transformers", "trl"]
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["evaluate"], ["judge"], ["compare"], ["report"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["generate"], ["evaluate"], ["certify"], ["judge"], ["compare"], ["report"]]
+)
 def test_help_has_a_short_form(bridle, command):
     code, told, _ = bridle(*command, "-h")
     assert code == 0

@@ -20,9 +20,10 @@ from markupsafe import Markup
 from bridle.constraints import Constraint
 from bridle.constraints.spec import RETENTION
 from bridle.models.gguf import hub_file, is_gguf
-from bridle.utils.files import write_text
+from bridle.utils.files import read_text, write_text
 
 CARD_FILE = "README.md"
+CERTIFICATE = "<!-- certificate -->", "<!-- end of the certificate -->"
 MISSING = "missing"
 FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gguf"}  # "data/rows.jsonl" looks like a hub name
 
@@ -85,7 +86,7 @@ def write_card(
     figures = [*_figures(results or {})]
     base_model, gguf_file = _base_model(recipe)
     header = _header(recipe, method, adapter, license, figures)
-    body = _template().render(
+    body = _template("card").render(
         title=_title(recipe, method),
         base=public_name(recipe["model"]),
         base_model=base_model,
@@ -107,6 +108,25 @@ def write_card(
     )
     write_text(folder / CARD_FILE, f"---\n{header.to_yaml()}\n---\n\n{body}")
     return folder / CARD_FILE
+
+
+def add_certificate(model_folder: str | Path, **content: Any) -> Path:
+    """Writes a certificate into the card of a model's folder, in place of an earlier one, and returns the card's path.
+
+    Args:
+        model_folder: holds a card.
+        content: what `certificate.md.jinja` shows: the statement, its limits, the candidates by heading, and details.
+
+    Raises:
+        UserError: the card cannot be read or written.
+    """
+    path = Path(model_folder) / CARD_FILE
+    begin, end = CERTIFICATE
+    block = f"{begin}\n{_template('certificate').render(content)}{end}\n\n"
+    card = re.sub(f"{begin}.*?{end}\n*", "", read_text(path), flags=re.DOTALL)
+    above, heading, below = card.partition("## Intended use")
+    write_text(path, f"{above.rstrip()}\n\n{block}{heading}{below}")
+    return path
 
 
 def public_name(path: Any) -> str:
@@ -353,7 +373,7 @@ def _line(value: Any) -> str:
 # ---------------------------------------------------------------------- Markdown
 
 
-def _template() -> Any:
+def _template(name: str) -> Any:
     environment = Environment(
         autoescape=True,  # so that `Markup` marks what is escaped already
         finalize=_escaped,
@@ -362,7 +382,7 @@ def _template() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(files("bridle.models").joinpath("card.md.jinja").read_text("utf-8"))
+    return environment.from_string(files("bridle.models").joinpath(f"{name}.md.jinja").read_text("utf-8"))
 
 
 def _escaped(value: Any) -> Markup:

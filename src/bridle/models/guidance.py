@@ -133,13 +133,14 @@ class NADOGuide:
     def log_probs(
         self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor, begins: Tensor | None = None
     ) -> Tensor:
-        """log q at every position, right after the model ran on `input_ids`: [batch, time, vocabulary].
+        """log q, or log q⁻, at every position, right after the model ran on `input_ids`: [batch, time, vocabulary].
 
         Args:
             logits: [batch, time, vocabulary] of the model.
             input_ids, attention_mask, begins: [batch, time], as in `AuxiliaryModel.features`.
         """
-        return log_target(logits, self._r_logits(input_ids, attention_mask, begins), self.guidance_scale)
+        r_logits = self._r_logits(input_ids, attention_mask, begins)
+        return log_target(logits, -r_logits if self.violate else r_logits, self.guidance_scale)
 
     @torch.no_grad()
     def compliance(self, input_ids: Tensor, attention_mask: Tensor, begins: Tensor | None = None) -> Tensor:
