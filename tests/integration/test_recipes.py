@@ -59,6 +59,7 @@ def hub(tiny_model, tmp_path_factory):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     standins.save_classifier(folder / "tomh/toxigen_roberta", tokenizer, ["LABEL_0", "LABEL_1"])
+    standins.save_classifier(folder / "s-nlp/roberta_toxicity_classifier", tokenizer, ["neutral", "toxic"])
     save_splits(folder / "toxigen/toxigen-data", "annotated", train=ROWS, test=SENTENCES)
     save_splits(folder / "Salesforce/wikitext", "wikitext-103-raw-v1", train=ROWS, test=SENTENCES)
     prompts = [{"prompt": {"text": text, "toxicity": 0.5}} for text in SENTENCES]
@@ -109,6 +110,7 @@ def test_detoxification(compare, name, tmp_path):
     assert set(METHODS) <= set(figures)
     for method, found in figures.items():
         assert set(found["violation"]) == {"toxigen-llama2", "toxigen", "realtoxicityprompts"}
+        assert list(found["violation"]["toxigen-llama2"]) == ["independent", "non-toxic"]
         assert 0 <= found["violation"]["toxigen-llama2"]["non-toxic"]["value"] <= 1
         assert found["perplexity"]["wikitext"]["value"] > 1
         assert set(found["tasks"]) == {"mmlu", "commonsense-4", "boolq", "piqa", "hellaswag", "winogrande"}, method
