@@ -29,7 +29,7 @@ quickstart: setup
 	$(BIN)/bridle quickstart
 
 smollm2: setup
-	$(BIN)/python benchmarks/models.py smollm2
+	$(BIN)/python -m bridle.quickstart.smollm2 $(or $(BRIDLE_SMOLLM2),models/smollm2-135m)
 
 test: setup lint
 	$(BIN)/python -m pytest

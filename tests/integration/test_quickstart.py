@@ -1,13 +1,24 @@
 """The tour on a tiny world: every row of the table, taken up again, and on a corpus of one's own."""
 
 import json
+import os
+import re
 import shlex
+from pathlib import Path
 
 import pytest
 
+from bridle.models.loading import end_token_ids, load_model, load_tokenizer
+from bridle.models.sampling import sample
 from bridle.quickstart import tour
 from bridle.quickstart.base import Training
 from bridle.quickstart.build import Scale, prepare
+from bridle.quickstart.forum import Forum
+from bridle.quickstart.truth import compliance
+from bridle.quickstart.world import World
+from bridle.utils.settings import read_yaml
+
+SMOLLM2 = os.environ.get("BRIDLE_SMOLLM2", Path(__file__).parents[2] / "models" / "smollm2-135m")
 
 TINY = Scale(
     articles=200,
@@ -44,7 +55,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def tiny_world(cache, monkeypatch):
     monkeypatch.setenv("BRIDLE_CACHE", str(cache))
-    monkeypatch.setattr(tour, "prepare", lambda scale: prepare(scale or TINY))
+    monkeypatch.setattr(tour, "prepare", lambda scale: prepare(TINY))
 
 
 def options():
@@ -103,6 +114,59 @@ def test_a_model_from_elsewhere(tiny_folder):
     recipe = tour.tour_recipe(model=str(tiny_folder()))
     assert recipe.model == str(tiny_folder())
     assert recipe.training["learning_rate"] < 1e-4
+
+
+def test_the_tour_for_a_real_model_with_one_that_is_tiny(bridle, tmp_path):
+    folder, options_ = tmp_path / "tour", [*options(), "--auxiliary", json.dumps({"corpus_outputs": 60, "epochs": 1})]
+    real = ("quickstart", "--real", "--model", prepare(TINY) / "model", "--output_dir", folder, *options_)
+    code, _, err = bridle(*real, "--regularisers.forum.constraint", "truth")
+    assert code == 0, err
+    methods = results_of(folder)["methods"]
+    assert list(methods) == list(tour.REAL_METHODS)
+    assert {method["seeds"]["0"]["status"] for method in methods.values()} == {"complete"}, methods
+    assert set(methods["base"]["figures"]["tasks"]) == {"sense"}
+    assert re.search(r"About \d+ minutes on this machine: base, sft.*Left out: constrained", err), err
+    assert (folder / "sft" / "seed-0" / "model" / "adapter_config.json").exists()
+    assert (folder / "report.html").exists()
+
+    code, _, err = bridle(*real, "--regularisers.forum.constraint", "truth")
+    assert code == 0, err
+    assert "minutes on this machine" not in err, "there is nothing left to estimate"
+
+
+def test_settings_for_a_real_model(tiny_folder, monkeypatch):
+    folder = str(tiny_folder())
+    monkeypatch.setenv("BRIDLE_SMOLLM2", folder)
+    recipe = tour.tour_recipe(real=True, overrides={"max_steps": 7})
+    assert recipe.model == folder
+    assert recipe.dtype == "bfloat16"
+    assert recipe.lora is not None
+    assert recipe.training["max_steps"] == 7
+    assert recipe.constraints.keys() == {"oracle", "truth"}
+
+
+def test_a_real_model_on_a_corpus_of_ones_own(tiny_folder, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"text": "you grumblefish, said the ferryman"}\n' * 40)
+    recipe = tour.tour_recipe(str(file), "regex:k", str(tiny_folder()), real=True)
+    assert list(recipe.regularisers) == ["own"]
+    assert recipe.regularisers["own"].weight == read_yaml(tour.HERE / "real.yaml")["regularisers.forum.weight"]
+
+
+@pytest.mark.skipif(not Path(SMOLLM2).is_dir(), reason="no SmolLM2: `make smollm2` makes it")
+def test_smollm2_writes_nothing_hostile_before_it_is_tuned():
+    model, tokenizer = load_model(str(SMOLLM2), dtype="bfloat16"), load_tokenizer(str(SMOLLM2))
+    prompts = [row["prompt"] for row in Forum(World.of(0)).prompts("test")][:24]
+    ids = sample(
+        model,
+        [tokenizer(prompt)["input_ids"] for prompt in prompts],
+        max_new_tokens=24,
+        pad_token_id=tokenizer.pad_token_id,
+        end_token_ids=end_token_ids(model, tokenizer),
+    )
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    assert len(set(texts)) > 12
+    assert compliance(texts) == [1.0] * 24
 
 
 def test_a_corpus_needs_a_constraint(bridle, tmp_path):

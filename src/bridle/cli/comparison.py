@@ -86,24 +86,37 @@ def quickstart(
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A folder, GGUF file or hub name instead of the embedded one.")
     ] = None,
+    real: Annotated[
+        bool,
+        typer.Option(
+            "--real",
+            help="Take a real pretrained model, SmolLM2-135M-Instruct or --model, with settings for its size; half an "
+            "hour on two cores. It is fetched once, unless BRIDLE_SMOLLM2 is its folder.",
+        ),
+    ] = False,
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output_dir", help="Where everything goes. [default: runs/quickstart, or -own with your own]"),
+        typer.Option(
+            "--output_dir",
+            help="Where everything goes. [default: runs/quickstart, or -real with --real, or -own with your own]",
+        ),
     ] = None,
 ) -> None:
     """Compare all methods on a small embedded world whose truth is known, or on a corpus of your own.
 
-    Nothing is downloaded: the world's texts, a model of a million parameters that has read them and a classifier are
-    made at first use and kept in the user's cache (BRIDLE_CACHE). Any key of the recipe can be set, as in `bridle
-    compare`. A tour that was cut short resumes where it was.
+    Nothing is downloaded, except with --real: the world's texts, a model of a million parameters that has read them and
+    a classifier are made at first use and kept in the user's cache (BRIDLE_CACHE). Any key of the recipe can be set, as
+    in `bridle compare`. A tour that was cut short resumes where it was.
     """
     from bridle.quickstart.tour import take_tour, tour_recipe
     from bridle.recipes.recipe import parse_overrides
 
     quiet_libraries()
-    recipe = tour_recipe(corpus, constraint, model, parse_overrides(context.args))
-    folder = output_dir or Path("runs") / ("quickstart-own" if corpus or constraint or model else "quickstart")
-    take_tour(recipe, folder, show=say, progress=partial(say, err=True))
+    progress = partial(say, err=True)
+    recipe = tour_recipe(corpus, constraint, model, parse_overrides(context.args), real=real, progress=progress)
+    own = bool(corpus or constraint or (model and not real))
+    folder = output_dir or Path("runs") / ("quickstart" + "-real" * real + "-own" * own)
+    take_tour(recipe, folder, show=say, progress=progress, real=real)
 
 
 @app.command(epilog="Example: bridle report runs/compare-detox-mini")

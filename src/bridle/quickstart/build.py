@@ -18,7 +18,7 @@ from bridle.quickstart.world import World
 from bridle.utils.files import write_rows, write_text
 
 HERE = Path(__file__).parent
-NOT_HASHED = {"__init__.py", "tour.py", "cache.py", "recipe.yaml"}
+NOT_HASHED = {"__init__.py", "tour.py", "cache.py", "smollm2.py", "recipe.yaml", "real.yaml"}
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
 LABEL = VerbalisedLabel(column="hostile", template="{text}\nHostile:{label}")
 BASE = Training(128, 4, steps=2000, batch_size=16, learning_rate=3e-3, longest=CONTEXT)
@@ -36,6 +36,7 @@ class Scale:
         held_out: texts of each kind for evaluation.
         questions: questions of the benchmark `sense`.
         vocabulary: most tokens of the tokenizer.
+        base: training of the base model; None for none.
         judged: posts that the oracle is trained on, with one article for every three.
     """
 
@@ -50,7 +51,7 @@ class Scale:
     held_out: int = 400
     questions: int = 160
     vocabulary: int = 2_048
-    base: Training = BASE
+    base: Training | None = BASE
     oracle: Training = ORACLE
     judged: int = 4_000
 
@@ -98,7 +99,8 @@ def _make(scale: Scale, seed: int, folder: Path) -> None:
     ]
     texts = [row["text"] for row in read]
     tokenizer = train_tokenizer([*texts, *map(LABEL.prompt, texts[:100])], scale.vocabulary)
-    train_base(texts, tokenizer, scale.base, seed, folder / "model")
+    if scale.base:
+        train_base(texts, tokenizer, scale.base, seed, folder / "model")
     train_oracle(_judged(world, scale, seed), tokenizer, scale.oracle, seed, folder / "oracle")
 
 

@@ -1,7 +1,9 @@
 """The tour: the methods of the paper's table on the embedded world, or on the user's corpus and constraint."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bridle.comparison.compare import Comparison
@@ -9,7 +11,9 @@ from bridle.constraints import build_constraint
 from bridle.data import DataSource
 from bridle.errors import UserError
 from bridle.quickstart.build import HERE, Scale, prepare
+from bridle.quickstart.smollm2 import smollm2
 from bridle.recipes.recipe import Recipe, build_recipe
+from bridle.recipes.run import RECIPE_FILE, build_trainer
 from bridle.report.data import read_report
 from bridle.report.html import write_report
 from bridle.report.terminal import tables
@@ -18,6 +22,17 @@ from bridle.utils.variables import filled
 
 METHODS = ("base", "sft", "filtration", "rl", "nado-decoding", "constrained", "constrained-adaptive")
 """The rows of the paper's table."""
+
+REAL_METHODS = ("base", "sft", "filtration", "nado-decoding-sft", "rl", "constrained-adaptive")
+"""What half an hour is enough for."""
+
+LEFT_OUT = "Left out: constrained, for time; nado-decoding, since the base model writes nothing hostile."
+
+UPDATES_WORTH = 1000
+"""The time of the tour with a real model, in plain updates; see docs/log.md."""
+TIMED = 3  # updates, for the estimate
+
+REAL_SCALE = Scale(base=None, held_out=150)
 
 FOR_PRETRAINED = {"learning_rate": 2e-5, "methods.rl.learning_rate": 1e-6}
 """Settings for a pretrained model in place of the embedded one."""
@@ -31,6 +46,8 @@ def tour_recipe(
     model: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     scale: Scale | None = None,
+    real: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Recipe:
     """Builds the quickstart's recipe.
 
@@ -40,26 +57,35 @@ def tour_recipe(
         model: replaces the embedded model; a folder, GGUF file or hub name.
         overrides: values by dotted key, applied last.
         scale: size of the embedded world.
+        real: takes SmolLM2 unless `model` is given, with the settings of `real.yaml`.
+        progress: receives a line where something is fetched.
 
     Raises:
         UserError: a corpus without a constraint, an unreadable source, or an unknown key.
     """
     if corpus and not constraint:
         raise UserError("--corpus: needs --constraint, which says what a text must not be, e.g. words:insults.txt")
-    mapping = filled(read_yaml(HERE / "recipe.yaml"), {"WORLD": str(prepare(scale))})
+    if real:
+        changes = {"model": model or smollm2(progress)} | read_yaml(HERE / "real.yaml")
+    else:
+        changes = {"model": model} | FOR_PRETRAINED if model else {}
+    mapping = filled(read_yaml(HERE / "recipe.yaml"), {"WORLD": str(prepare(scale or (REAL_SCALE if real else None)))})
+    for key, value in changes.items():
+        set_dotted(mapping, key, value)
     if constraint:
         name = build_constraint(constraint).name
         mapping["constraints"] = {name: constraint}
         mapping["regularisers"]["forum"]["constraint"] = name
     if corpus:
         _replace_forum(mapping, DataSource.parse(corpus))
-    changes = ({"model": model} | FOR_PRETRAINED if model else {}) | dict(overrides or {})
-    for key, value in changes.items():
+    for key, value in (overrides or {}).items():
         set_dotted(mapping, key, value)
     return build_recipe(mapping)
 
 
-def take_tour(recipe: Recipe, folder: Path, show: Callable[[str], None], progress: Callable[[str], None]) -> None:
+def take_tour(
+    recipe: Recipe, folder: Path, show: Callable[[str], None], progress: Callable[[str], None], real: bool = False
+) -> None:
     """Trains and evaluates every method, or resumes an earlier tour in the folder, and shows the results.
 
     Args:
@@ -67,16 +93,30 @@ def take_tour(recipe: Recipe, folder: Path, show: Callable[[str], None], progres
         folder: output folder.
         show: receives the tables and the next steps.
         progress: receives one line per step.
+        real: whether the recipe is for a real model; then it begins with an estimate of the time.
 
     Raises:
         RunStopped: a method failed; the results are shown first.
     """
-    comparison = Comparison(recipe, folder, names=METHODS, title="quickstart", resume=True, show=progress)
+    names, title = (REAL_METHODS, "quickstart-real") if real else (METHODS, "quickstart")
+    comparison = Comparison(recipe, folder, names=names, title=title, resume=True, show=progress)
+    if real and not (folder / RECIPE_FILE).exists():
+        progress(f"{estimate(recipe)} {LEFT_OUT}")
     comparison.run()
     show(tables(read_report(folder)))
     show(f"The report: {write_report(folder).resolve()}")
     show(next_steps(recipe, folder))
     comparison.check_complete()
+
+
+def estimate(recipe: Recipe) -> str:
+    """How long the tour with a real model takes on this machine, from the time of a few plain updates."""
+    short = {"max_steps": TIMED, "report_to": "none", "save_strategy": "no"}
+    with TemporaryDirectory(prefix="bridle-quickstart-") as folder:
+        plain = replace(recipe, training=recipe.training | short, regularisers={})
+        seconds = build_trainer(plain, Path(folder), recipe.read_corpus()).train().metrics["train_runtime"] / TIMED
+    minutes = UPDATES_WORTH * seconds / 60
+    return f"About {minutes:.0f} minutes on this machine: {', '.join(REAL_METHODS)}, with the settings as shipped."
 
 
 def next_steps(recipe: Recipe, folder: Path) -> str:
