@@ -351,6 +351,39 @@ def test_a_training_run_warns_in_its_summary_too(tmp_path):
     assert findings(run)[-1] == "Training gave 3 warnings; the first: round 1, rude: violations rose."
 
 
+def with_target(folder, value):
+    """Appends to a run's metrics what it writes at its end where a regulariser has a target of 10%."""
+    record = {"violation_reached": value, "violation_reached_low": value - 0.02, "violation_reached_high": value + 0.03}
+    row = {f"rude/{key}": number for key, number in (record | {"target": 0.1}).items()}
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 4, **row}) + "\n")
+
+
+def test_the_summary_of_a_run_begins_with_its_target(tmp_path):
+    folder = report_folder.make_run(tmp_path / "run")
+    with_target(folder, 0.12)  # of an earlier end of the run
+    with_target(folder, 0.07)
+    assert findings(data.read_report(folder))[0] == (
+        "The target of rude, at most 10.0% violations, is met: 7.0% (95% interval 5.0 to 10.0%) of the trained "
+        "model’s rollouts."
+    )
+
+
+def test_the_summary_of_a_comparison_begins_with_the_target_and_its_cost(tmp_path):
+    folder = report_folder.make_folder(tmp_path / "comparison")
+    for seed, value in ((0, 0.07), (1, 0.12)):
+        with_target(folder / "constrained-adaptive" / f"seed-{seed}", value)
+    report = data.read_report(folder)
+    assert findings(report)[0] == (
+        "The target of rude, at most 10.0% violations, is met by 1 of 2 seeds: 7.0% and 12.0% of "
+        "constrained-adaptive’s rollouts, at perplexity 73.4 on novels, against 73.9 for sft."
+    )
+    figure = draw_plots(report)["tradeoff"]
+    for ax in figure.axes:
+        assert [line.get_xdata() for line in ax.get_lines() if line.get_linestyle() == ":"] == [[0.1, 0.1]]
+    assert "target of a regulariser" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def judged(report: Report, **counts: int) -> list[str]:
     """What the summary says where the only match has these counts."""
     matrix = {

@@ -173,13 +173,29 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """What a trained model's rollouts violate, with its 95% interval, and the target: the highest that is allowed."""
+
+    violation_reached: float
+    violation_reached_low: float
+    violation_reached_high: float
+    target: float
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the violation is at or below the target."""
+        return self.violation_reached <= self.target
+
+
+@dataclass(frozen=True)
 class Curve:
-    """The rounds and warnings of one training run."""
+    """The rounds and warnings of one training run, and by regulariser how its target was reached, if it has one."""
 
     method: str
     seed: str
     rounds: list[Round]
     warnings: list[str] = field(default_factory=list)
+    targets: dict[str, Reached] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -445,10 +461,20 @@ def _curve(method: str, seed: str, folder: Path) -> Curve:
     rows = list(_rows(folder / "metrics.jsonl"))
     rounds = [checked(Round, _round(row), place) for place, row in rows if "round" in row]
     warnings = [checked(list[str], row["warnings"], place) for place, row in rows if "warnings" in row]
-    return Curve(method, seed, rounds, list(chain.from_iterable(warnings)))
+    targets = {
+        domain: checked(Reached, measured, place)
+        for place, row in rows
+        for domain, measured in _by_domain(row).items()
+        if "violation_reached" in measured
+    }
+    return Curve(method, seed, rounds, list(chain.from_iterable(warnings)), targets)
 
 
 def _round(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"number": record["round"], **record, "regularisers": _by_domain(record)}
+
+
+def _by_domain(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Groups a record's keys, DOMAIN/NAME, kl/DOMAIN and kl_unreached/DOMAIN, by domain."""
     domains: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in record.items():
@@ -457,7 +483,7 @@ def _round(record: Mapping[str, Any]) -> dict[str, Any]:
             domain, name = name, domain
         if slash:
             domains[domain][name] = value
-    return {"number": record["round"], **record, "regularisers": dict(domains)}
+    return dict(domains)
 
 
 def _completions(method: str, seed: str, folder: Path) -> Iterator[Completion]:

@@ -1,11 +1,12 @@
 """The summary of a comparison or a training run, in sentences made from its figures."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
 from bridle.evaluation.transfer import pleases_its_oracle
-from bridle.report.data import Curve, FigureComparison, Main, Report
+from bridle.report.data import Curve, FigureComparison, Main, Reached, Report
 from bridle.report.pareto import tradeoffs
 from bridle.report.tables import (
     PERCENT,
@@ -26,9 +27,10 @@ LEAST_DECIDED = 0.1  # share of pairs; the summary warns of a judge that decides
 def findings(report: Report) -> list[str]:
     """Sentences on the main figures and their reliability, if measured."""
     if report.main is None:
-        return [*_of_runs(report.curves), *_of_warnings(report)]
+        return [*_of_targets(report), *_of_runs(report.curves), *_of_warnings(report)]
     violation = main_violation(report.main)
     return [
+        *_of_targets(report),
         *_of_best(report, violation),
         *_of_significance([one for one in report.comparisons if violation.is_of(one)]),
         *_of_oracle(report, report.main),
@@ -56,6 +58,42 @@ def warnings(report: Report) -> list[dict[str, str]]:
         for curve in report.curves
         for warning in curve.warnings
     ]
+
+
+def _of_targets(report: Report) -> Iterator[str]:
+    """Whether each method met its targets, with each seed, and at what cost."""
+    found: dict[tuple[str, str], list[Reached]] = defaultdict(list)
+    for curve in report.curves:
+        for domain, reached in curve.targets.items():
+            found[curve.method, domain].append(reached)
+    for (method, domain), seeds in found.items():
+        met = sum(one.is_met for one in seeds)
+        verdict = (
+            "is met" if met == len(seeds) else "is missed" if not met else f"is met by {met} of {len(seeds)} seeds"
+        )
+        rates = listed([f"{PERCENT.write(one.violation_reached)}%" for one in seeds])
+        if len(seeds) == 1:
+            low, high = (
+                PERCENT.write(bound) for bound in (seeds[0].violation_reached_low, seeds[0].violation_reached_high)
+            )
+            rates += f" (95% interval {low} to {high}%)"
+        limit = listed(list(dict.fromkeys(f"{PERCENT.write(one.target)}%" for one in seeds)))
+        whose = "the trained model" if report.main is None else method
+        cost = "".join(_cost(report, method))
+        yield f"The target of {domain}, at most {limit} violations, {verdict}: {rates} of {whose}’s rollouts{cost}."
+
+
+def _cost(report: Report, method: str) -> Iterator[str]:
+    """What the control costs: perplexity of the main held-out text, against plain tuning or the base."""
+    held_out = report.main and report.main.held_out
+    rival = next((name for name in ("sft", "base") if name in report.methods and name != method), None)
+    if not held_out or rival is None or method not in report.methods:
+        return
+    perplexity = Measure("perplexity", held_out)
+    values = [perplexity.of(report.methods[name]) for name in (method, rival)]
+    if all(value is not None and value.value is not None for value in values):
+        ours, theirs = (to_cell(value, perplexity.unit).text for value in values)
+        yield f", at perplexity {ours} on {spelt(held_out)}, against {theirs} for {rival}"
 
 
 def _of_best(report: Report, violation: Measure) -> Iterator[str]:

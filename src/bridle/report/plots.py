@@ -56,18 +56,26 @@ class Line:
 def tradeoff(report: Report) -> Figure | None:
     """Draws violation rate against each utility, with 95% intervals and the Pareto front; None without data.
 
-    Up and left is better in every panel: perplexity's axis is inverted.
+    Up and left is better in every panel: perplexity's axis is inverted. A target is a vertical line.
     """
     panels = tradeoffs(report)
     if not panels:
         return None
     figure, axes = _panels(len(panels))
+    targets = {reached.target for curve in report.curves for reached in curve.targets.values()}
     for ax, panel in zip(axes, panels, strict=True):
         _draw_tradeoff(ax, panel)
+        for target in targets:
+            ax.axvline(target, color=INK, linestyle=":", linewidth=1, alpha=0.6, zorder=1)
         ax.set_xlabel(_violation_label(report, panel))
     front = Line2D([], [], color=INK, linestyle="--", linewidth=1, alpha=0.6, label="Pareto front")
     interval = Line2D([], [], color=INK, linewidth=1, label="95% interval")
-    figure.legend(handles=[front, interval], loc="outside lower center", ncols=2)
+    handles = [front, interval]
+    if targets:
+        handles.append(
+            Line2D([], [], color=INK, linestyle=":", linewidth=1, alpha=0.6, label="target of a regulariser")
+        )
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.draw_without_rendering()  # labels need the final layout
     for ax, panel in zip(axes, panels, strict=True):
         points = panel.points
