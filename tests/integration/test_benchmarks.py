@@ -196,6 +196,14 @@ class TestTimeToControl:
         assert clock.curve[-1]["seconds"] < 0.05
 
 
+def test_coverage(benchmark):
+    found = benchmark("coverage", "--runs", 200, "--saving_runs", 2)
+    assert len(found["wrong"]) >= 10
+    assert max(found["wrong"].values()) < 0.05 + 4 * found["standard_error_at_5_percent"]
+    ways = {"count, fixed number", "count, anytime", "importance, seek 0.1", "importance, seek 0.5"}
+    assert all(ways < row.keys() for row in found["prompts"])
+
+
 def test_growth(benchmark, tmp_path):
     picture = tmp_path / "growth.png"
     small = ("--rows", 8, "--length", 16, "--hidden_size", 32, "--layers", 1, "--repeats", 1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 
 import pytest
 
@@ -86,6 +87,28 @@ class TestOneModel:
         code, _, err = bridle("certify", "--verify", "certificate.json")
         assert code == 2
         assert "a completion was changed" in err
+
+    def test_a_forged_weight_is_noticed(self, certify, bridle, tmp_path):
+        certify()
+        place, found = tmp_path / "certificate.completions.jsonl", read(tmp_path)
+        rows = [json.loads(line) for line in place.read_text().splitlines()]
+        write_rows(place, [{**row, "weight": 0.01} for row in rows])
+        forged = {**found, "completions_sha256": sha256(place.read_bytes()).hexdigest()}
+        (tmp_path / "certificate.json").write_text(json.dumps(forged))
+        code, _, err = bridle("certify", "--verify", "certificate.json")
+        assert code == 2
+        assert "row 1: weight: must lie between 1 and 1, not 0.01" in err
+
+    def test_a_verdict_that_the_constraint_does_not_give_is_noticed(self, certify, bridle, tmp_path):
+        certify()
+        place, found = tmp_path / "certificate.completions.jsonl", read(tmp_path)
+        rows = [json.loads(line) for line in place.read_text().splitlines()]
+        write_rows(place, [{**row, "complies": True, "value": 1.0} for row in rows])
+        forged = {**found, "completions_sha256": sha256(place.read_bytes()).hexdigest()}
+        (tmp_path / "certificate.json").write_text(json.dumps(forged))
+        code, _, err = bridle("certify", "--verify", "certificate.json", "--constraint", "regex:e")
+        assert code == 2
+        assert "complies is True, but the constraint says False" in err
 
     @pytest.mark.parametrize(
         ("change", "said"),

@@ -134,9 +134,8 @@ T = TypeVar("T", bound=Tested)
 def fixed_sequence(tests: Iterable[T]) -> list[T]:
     """Makes tests in an order that was fixed before, up to the first that fails: all that were made.
 
-    Each is made at the full level α. With a probability of at least 1 − α, every one that passes is right to: only the
-    first false null hypothesis in the order can be rejected wrongly before the sequence ends, and one test errs with
-    a probability of at most α (Maurer, Hothorn and Lehmacher, 1995). So many tests cost no more than one.
+    Each is made at the full level α. To pass any candidate wrongly, the first in the order that must not pass has to,
+    which has a probability of at most α. So many tests cost no more than one (Maurer, Hothorn and Lehmacher, 1995).
     """
     made = []
     for test in tests:

@@ -120,7 +120,7 @@ class Certificate:
 
     Attributes:
         goal: rate, confidence and method.
-        tried: the candidates that were tested, in order; all but the last passed.
+        tried: the candidates that were tested, in order, up to the first that did not pass.
         candidates: how many the order held.
         prompts: those of the completions.
         constraint: its settings.
@@ -150,7 +150,7 @@ class Certificate:
 
     @property
     def certified(self) -> Tried | None:
-        """The last candidate that passed: of all certified ones, the least constrained."""
+        """The last candidate that passed; None if none did."""
         return next((tried for tried in reversed(self.tried) if tried.passed), None)
 
     @property
@@ -276,7 +276,8 @@ class Certificate:
 
         Args:
             path: of its file.
-            constraint: scores the completions again; without it their stored verdicts count.
+            constraint: scores the completions again; without it their stored verdicts count. Importance weights are
+                taken from the file, as only the model could compute them again.
 
         Raises:
             UserError: naming the first thing that does not agree.
@@ -284,7 +285,7 @@ class Certificate:
         place = completions_file(path)
         if sha256(read_text(place).encode()).hexdigest() != self.completions_sha256:
             raise UserError(f"{place}: is not the file that the certificate was made from; a completion was changed")
-        seen = [checked(Observation, row, where) for where, row in read_rows(place)]
+        seen = [self._observation(row, where) for where, row in read_rows(place)]
         if constraint is not None:
             if version_of(constraint) != self.constraint_sha256:
                 raise UserError(f"--constraint: is not the certificate's: {json.dumps(self.constraint)}")
@@ -301,6 +302,15 @@ class Certificate:
                     raise UserError(f"{path}: tried.{number}.{key}: {getattr(tried, key)} should be {value}")
         if not all(tried.passed for tried in self.tried[:-1]):
             raise UserError(f"{path}: tried: goes on after a candidate that did not pass")
+
+    def _observation(self, row: dict[str, Any], place: str) -> Observation:
+        found = checked(Observation, row, place)
+        least = 0.0 if self.goal.method == "importance" else 1.0
+        if not least <= found.weight <= self.goal.largest:
+            raise UserError(
+                f"{place}: weight: must lie between {least:g} and {self.goal.largest:g}, not {found.weight}"
+            )
+        return found
 
 
 def outcome(

@@ -195,7 +195,8 @@ def _verify(path: Path, constraint: str | None) -> None:
     certificate.verify(path, loaded)
     count = sum(tried.n for tried in certificate.tried)
     scores = "scored again" if loaded else "with the verdicts in the file (give --constraint to score them again)"
-    say(f"{path}: agrees with its {count:,} completions, {scores}.\n{certificate.statement}")
+    weights = " and the weights in the file" if certificate.goal.method == "importance" else ""
+    say(f"{path}: agrees with its {count:,} completions, {scores}{weights}.\n{certificate.statement}")
 
 
 def _scales(text: str | None) -> list[float]:
