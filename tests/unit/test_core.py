@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Bernoulli
 
-from bridle.core.calibration import calibration
+from bridle.core.calibration import calibration, shift_to_rate
 from bridle.core.decomposition import consistency_loss, future_weights, label_loss, log_target
 from bridle.core.output_layer import OutputLayer
 from bridle.core.tokens import (
@@ -278,6 +278,15 @@ class TestCalibration:
         assert measured.expected_calibration_error == pytest.approx((0.45 + 0.05) / 2, abs=1e-6)
         assert [count for *_, count in measured.bins] == [2, 2]
         assert measured.skill == pytest.approx(1 - measured.brier / (0.25 * 0.75), abs=1e-6)
+
+    @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
+    def test_a_shift_of_logits_meets_the_weighted_rate(self, rate):
+        logits, weights = torch.linspace(-6, 3, 40), torch.linspace(0.5, 2, 40)
+        labels = (torch.linspace(0, 1, 40) <= rate).float() if rate else torch.zeros(40)
+        shift = shift_to_rate(logits, labels, weights)
+        mean = ((logits + shift).sigmoid() * weights).sum() / weights.sum()
+        expected = (labels * weights).sum() / weights.sum()
+        assert mean.item() == pytest.approx(expected.clamp(1e-3, 1 - 1e-3).item(), abs=1e-6)
 
     def test_skill_of_the_labels_mean_is_0_and_of_labels_that_are_alike_unknown(self):
         labels = torch.tensor([1.0, 1.0, 1.0, 0.0])

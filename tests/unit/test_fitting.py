@@ -156,7 +156,7 @@ class TestLosses:
         examples, seen = encode(model, ROLLOUTS + ROLLOUTS[:4], 0), []
         auxiliary.register_forward_hook(lambda _, __, r_logits: seen.append(tuple(r_logits.shape)))
         fit(auxiliary, model, examples, epochs=1, batch_size=9, **STANDING_STILL)
-        assert seen == [(9, 4), (3, 4, 64)]
+        assert seen[-2:] == [(9, 4), (3, 4, 64)]
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(4, 2), (5, 2), (5, 8)])
@@ -204,3 +204,18 @@ def test_rollouts_after_one_prompt_alone_are_split_one_by_one(model):
     kept_back, fitting = split(known, 10, 0.3, torch.Generator().manual_seed(0))
     assert len(kept_back) == 3
     assert {*kept_back.tolist(), *fitting.tolist()} == {*range(10)}
+
+
+@pytest.mark.parametrize("value", [-3.0, 2.0])
+def test_it_starts_from_the_rate_of_the_labels(model, auxiliary, value):
+    auxiliary.value.bias.data.fill_(value)
+    samples = encode(model, ROLLOUTS, 0, soft_labels=False, bootstrap=True)
+    fit(auxiliary, model, samples, **STANDING_STILL)
+    known = samples[samples.labelled.nonzero()[:, 0]]
+    with torch.no_grad():
+        predicted = auxiliary(known.states(auxiliary), known.completion).sigmoid()[known.mask]
+    labels = known.compliance[:, None].expand_as(known.mask)[known.mask]
+    assert predicted.mean().item() == pytest.approx(labels.mean().item(), abs=1e-5)
+    before = auxiliary.value.bias.clone()
+    fit(auxiliary, model, samples, **STANDING_STILL)
+    assert auxiliary.value.bias.item() == pytest.approx(before.item(), abs=1e-5), "it is there already"

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RARE = 1e-3  # a rate of 0 would need a shift without end
+SHIFTED = 10.0  # σ(−10) and σ(10) are beyond such a rate
+BISECTIONS = 60
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -41,3 +45,18 @@ def calibration(predicted: Tensor, compliance: Tensor, bins: int = 10) -> Calibr
     gap = sum(abs(mean - rate) * count for mean, rate, count in rows) / len(predicted)
     brier, of_mean = torch.mean((predicted - compliance) ** 2).item(), compliance.var(correction=0).item()
     return Calibration(brier, 1 - brier / of_mean if of_mean > 0 else None, gap, rows)
+
+
+def shift_to_rate(logits: Tensor, compliance: Tensor, weights: Tensor) -> float:
+    """The number b for which the mean of σ(logits + b) is that of the labels, by bisection.
+
+    Args:
+        logits, compliance, weights: [n]; weights of both means.
+    """
+    logits, weights = logits.double(), weights.double() / weights.double().sum()
+    rate = (weights * compliance.double()).sum().clamp(RARE, 1 - RARE)
+    low, high = -SHIFTED - logits.max(), SHIFTED - logits.min()
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if (weights * (logits + middle).sigmoid()).sum() > rate else (middle, high)
+    return ((low + high) / 2).item()

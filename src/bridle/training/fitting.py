@@ -13,7 +13,7 @@ from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.hidden import project
 from bridle.training.config import AuxiliaryOptions
 from bridle.training.examples import Examples, split
-from bridle.training.measures import measure_calibration
+from bridle.training.measures import measure_calibration, rate_shift
 from bridle.utils.progress import Progress
 
 SumAndCount = tuple[Tensor, Tensor]
@@ -34,7 +34,7 @@ def fit_auxiliary(
     fresh: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Minimises L_R = BCE + β·consistency on labelled samples (`core.decomposition`).
+    """Minimises L_R = BCE + β·consistency on labelled samples (`core.decomposition`), from R shifted to their rate.
 
     Consistency draws R of a prefix towards the mean over next tokens, and not the mean towards R: an average of R over
     the last steps gives the mean, without gradient.
@@ -54,6 +54,10 @@ def fit_auxiliary(
     """
     fresh = len(examples) if fresh is None else fresh
     validation, fitting = split(examples, fresh, options.validation_share, generator)
+    with (
+        torch.no_grad()
+    ):  # a policy that complies more, or a new R, is off by far more than the fit's few steps move it
+        auxiliary.value.bias.add_(rate_shift(auxiliary, examples[fitting]))
     optimizer = torch.optim.AdamW(
         auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
     )
@@ -75,8 +79,8 @@ def fit_auxiliary(
                 schedule.step()
                 progress.update()
     auxiliary.eval()
-    report = {"r_bce": _mean(totals[0], totals[1]), "r_consistency": _mean(totals[2], totals[3])}
-    report |= {"r_steps_skipped": skipped, "r_kept_back": len(validation)}
+    bce, consistency = ((total / count).item() if count else None for total, count in totals.view(2, 2))
+    report = {"r_bce": bce, "r_consistency": consistency, "r_steps_skipped": skipped, "r_kept_back": len(validation)}
     return report | measure_calibration(auxiliary, examples[validation])
 
 
@@ -101,10 +105,6 @@ def _follow(average: AuxiliaryModel, auxiliary: AuxiliaryModel) -> None:
     """Moves the average towards R."""
     for mean, now in zip(average.parameters(), auxiliary.parameters(), strict=True):
         mean.lerp_(now, 1 - AVERAGE_DECAY)
-
-
-def _mean(total: Tensor, count: Tensor) -> float | None:
-    return (total / count).item() if count else None
 
 
 def _fit_losses(

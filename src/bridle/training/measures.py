@@ -8,7 +8,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from bridle.core.calibration import calibration
+from bridle.core.calibration import calibration, shift_to_rate
 from bridle.data import Rollout
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.training.examples import ENCODE_BATCH, Examples
@@ -52,26 +52,41 @@ def measure_replay(examples: Examples) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[str, Any]:
     """Calibration of R over every prefix of held-out labelled samples; empty if there are none."""
     examples = examples[examples.labelled.nonzero()[:, 0]]
     if not len(examples):
         return {}
-
-    def predict(rows: Tensor) -> tuple[Tensor, Tensor]:
-        batch = examples[rows].to(auxiliary.device)
-        r_taken = auxiliary(batch.states(auxiliary), batch.completion)
-        labels = batch.compliance[:, None].expand_as(r_taken)
-        return r_taken.sigmoid()[batch.mask].cpu(), labels[batch.mask].cpu()
-
-    limit = RowLimit("measuring R")
-    batches = torch.arange(len(examples)).split(ENCODE_BATCH)
-    predicted, labels = zip(*(part for rows in batches for part in limit.run(predict, rows)), strict=True)
-    measured = calibration(torch.cat(predicted), torch.cat(labels))
+    r_taken, labels = _predicted(auxiliary, examples)
+    measured = calibration(r_taken.sigmoid(), labels)
     return {
         "r_brier": measured.brier,
         "r_skill": measured.skill,
         "r_ece": measured.expected_calibration_error,
         "r_reliability": measured.bins,
     }
+
+
+def rate_shift(auxiliary: AuxiliaryModel, examples: Examples) -> float:
+    """What to add to R's logits so that its mean prediction is the labels' rate; 0 without labels."""
+    examples = examples[examples.labelled.nonzero()[:, 0]]
+    if not len(examples):
+        return 0.0
+    r_taken, labels = _predicted(auxiliary, examples)
+    return shift_to_rate(r_taken, labels, examples.weights[examples.mask].cpu())
+
+
+@torch.no_grad()
+def _predicted(auxiliary: AuxiliaryModel, examples: Examples) -> tuple[Tensor, Tensor]:
+    """R's logits and the labels at every prefix of labelled samples. Each [prefixes]"""
+
+    def predict(rows: Tensor) -> tuple[Tensor, Tensor]:
+        batch = examples[rows].to(auxiliary.device)
+        r_taken = auxiliary(batch.states(auxiliary), batch.completion)
+        labels = batch.compliance[:, None].expand_as(r_taken)
+        return r_taken[batch.mask].cpu(), labels[batch.mask].cpu()
+
+    limit = RowLimit("measuring R")
+    batches = torch.arange(len(examples)).split(ENCODE_BATCH)
+    r_taken, labels = zip(*(part for rows in batches for part in limit.run(predict, rows)), strict=True)
+    return torch.cat(r_taken), torch.cat(labels)
