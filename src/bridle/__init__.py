@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bridle.constraints import Classifier, Constraint, Regex, Score, WordList, build_constraint
+    from bridle.constraints import Classifier, Constraint, Length, Regex, Score, WordList, build_constraint
     from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary
     from bridle.models.guidance import NADOGuide
     from bridle.training.config import ConstrainedConfig, Regulariser
@@ -20,6 +20,7 @@ __version__ = version("bridle")
 _HOMES = {
     "Classifier": "bridle.constraints",
     "Constraint": "bridle.constraints",
+    "Length": "bridle.constraints",
     "Regex": "bridle.constraints",
     "Score": "bridle.constraints",
     "WordList": "bridle.constraints",
@@ -38,6 +39,7 @@ __all__ = [
     "ConstrainedConfig",
     "ConstrainedTrainer",
     "Constraint",
+    "Length",
     "NADOGuide",
     "Regex",
     "Regulariser",
