@@ -194,6 +194,19 @@ def overview(report: Report) -> Table | None:
     return _table(report, "Mean over seeds, ± standard deviation, 95% interval", columns)
 
 
+def brief(report: Report) -> Table | None:
+    """The overview with the figures that matter most in front, for a narrow place that leaves out the last columns."""
+    measured = measures(report, "violation", "perplexity", "tasks", "classification")
+    first: list[Measure] = []
+    if report.main is not None:
+        violation, *by_oracle = main_violations(report.main)
+        tasks = [measure for measure in measured if measure.group == "tasks"]
+        first = [violation, Measure("perplexity", report.main.held_out or ""), *tasks, *by_oracle]
+    single = single_tasks(report)
+    ordered = [measure for measure in dict.fromkeys([*first, *measured]) if measure in measured]
+    return _table(report, "Main figures", [measure for measure in ordered if measure not in single])
+
+
 def transfer(report: Report) -> Table | None:
     """The transfer ratio of each method; None without an independent constraint."""
     columns = measures(report, "transfer")

@@ -1,10 +1,8 @@
-"""The tables of a comparison as plain text, for a terminal or a log."""
-
-from collections.abc import Iterator
-from typing import Any
+"""The result of a comparison as plain text of 80 columns, for a terminal or a log."""
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -12,28 +10,20 @@ from bridle.errors import plain
 from bridle.report import tables as made
 from bridle.report.data import Report
 from bridle.report.findings import failures, findings
-from bridle.report.tables import Cell, Difference, Table
+from bridle.report.tables import Cell, Table
 
-WIDEST = 200  # columns
+WIDTH = 80  # columns
+LONGEST_NAME = 24  # of a method or a heading, in columns; a longer one is cut
 MARKS = {"best": "*", "alike": "~"}
 
 
 def tables(report: Report) -> str:
-    """Formats the paper's tables, the differences from the best, the summary and the failures."""
-    console = Console(width=WIDEST, color_system=None, highlight=False, markup=False, emoji=False)
+    """Formats the main figures, a line for each method, the summary and the failures."""
+    console = Console(width=WIDTH, color_system=None, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
-        for table in (
-            made.overview(report),
-            made.transfer(report),
-            made.win_matrix(report) if report.win_rates_mean_something else None,
-            made.classification(report),
-        ):
-            if table is not None:
-                console.print(_plain(table.caption), _drawn(table), *map(_plain, _notes(table)), "", sep="\n")
-        for name, differences in made.differences(report, without=made.single_tasks(report)).items():
-            console.print(_differences(name, differences), "")
-        if report.comparisons:
-            console.print(_plain(made.DIFFERENCES_IN_WORDS), end="\n\n")
+        if table := made.brief(report):
+            console.print(_fitting(table, console))
+            console.print("* best; ~ no difference from it shown. The report has all figures and intervals.\n")
         for sentence in findings(report):
             console.print(_plain(sentence))
         for run in failures(report):
@@ -45,43 +35,34 @@ def _plain(text: str) -> Text:
     return Text(plain(text))
 
 
-def _drawn(table: Table) -> RichTable:
-    drawn = RichTable(**_STYLE)
-    for heading in ["", *_headings(table)]:
-        drawn.add_column(_plain(heading), justify="right" if heading else "left")
+def _fitting(table: Table, console: Console) -> RichTable:
+    """As many of the columns, from the first on, as fit; at least one."""
+    unlimited = console.options.update(width=1000)
+    drawings = (_drawn(table, count) for count in range(len(table.columns), 1, -1))
+    widths = ((drawn, Measurement.get(console, unlimited, drawn).maximum) for drawn in drawings)
+    return next((drawn for drawn, width in widths if width <= WIDTH), _drawn(table, 1))
+
+
+def _drawn(table: Table, count: int) -> RichTable:
+    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    titles = [title for title, span in table.groups for _ in range(span)]
+    headings = [f"{title}\n{column}" for title, column in zip(titles, table.columns, strict=True)]
+    for heading in ["", *headings[:count]]:
+        drawn.add_column(_cut(heading), justify="right" if heading else "left", vertical="bottom", no_wrap=True)
     for method, cells in table.rows.items():
-        drawn.add_row(_plain(method), *(_plain(_text(cell)) for cell in cells))
+        first, *others = cells[:count]
+        drawn.add_row(_cut(method), _plain(_text(first, interval=True)), *(_plain(_text(cell)) for cell in others))
     return drawn
 
 
-_STYLE: dict[str, Any] = {
-    "box": box.SIMPLE,
-    "title_justify": "left",
-    "title_style": "",
-}
+def _cut(names: str) -> Text:
+    """Names on their lines, each cut to `LONGEST_NAME` columns."""
+    lines = [_plain(name) for name in names.split("\n")]
+    for line in lines:
+        line.truncate(LONGEST_NAME, overflow="ellipsis")
+    return Text("\n").join(lines)
 
 
-def _headings(table: Table) -> list[str]:
-    above = [heading for heading, span in table.groups for _ in range(span)] or [""] * len(table.columns)
-    return [f"{group}\n{column}" if group else column for group, column in zip(above, table.columns, strict=True)]
-
-
-def _notes(table: Table) -> Iterator[str]:
-    marks = {cell.mark for cells in table.rows.values() for cell in cells}
-    if "best" in marks:
-        yield "* best; ~ no difference from it shown"
-    yield from table.notes
-
-
-def _text(cell: Cell) -> str:
-    value = " ".join(part for part in (cell.text + MARKS.get(cell.mark, ""), cell.spread) if part)
-    return "\n".join(filter(None, (value, cell.interval, cell.counts)))
-
-
-def _differences(name: str, differences: list[Difference]) -> RichTable:
-    drawn = RichTable(title=_plain(name), **_STYLE)
-    for heading in ("", f"minus the best,\n{differences[0].reference}", "95% interval, n", "adjusted p", ""):
-        drawn.add_column(_plain(heading), justify="right" if heading else "left")
-    for one in differences:
-        drawn.add_row(*map(_plain, (one.method, one.cell.text, one.cell.below, one.p_value, one.verdict)))
-    return drawn
+def _text(cell: Cell, *, interval: bool = False) -> str:
+    value = cell.text + MARKS.get(cell.mark, "")
+    return f"{value} ({cell.interval})" if interval and cell.interval else value
