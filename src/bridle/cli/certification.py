@@ -63,10 +63,6 @@ Output = Annotated[Path, typer.Option(metavar="FILE", help="The certificate; com
 Verify = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Recompute this certificate from its completions instead.")
 ]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option("--max_new_tokens", min=1, help="Tokens at which a completion is cut. [default: the set's, or 32]"),
-]
 
 
 @app.command(
@@ -92,7 +88,7 @@ def certify(
     output: Output = Path("certificate.json"),
     verify: Verify = None,
     prompt_tokens: common.PromptTokens = None,
-    max_new_tokens: MaxNewTokens = None,
+    max_new_tokens: common.MaxNewTokens = None,
     temperature: common.Temperature = None,
     top_p: common.TopP = None,
     greedy: common.Greedy = False,

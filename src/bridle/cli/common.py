@@ -33,6 +33,10 @@ PromptTokens = Annotated[
 Samples = Annotated[
     int | None, typer.Option(min=1, help="K: completions drawn for each prompt. [default: the set's, or 1]")
 ]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option("--max_new_tokens", min=1, help="Tokens at which a completion is cut. [default: the set's, or 32]"),
+]
 Temperature = Annotated[
     float | None,
     typer.Option(help="Divides the log-probabilities, after guidance. [default: the set's, or 1]"),

@@ -56,10 +56,6 @@ Base = Annotated[
 PromptData = Annotated[
     Path | None, typer.Option("--prompt_data", metavar="DIR", help="Where named prompt sets lie as local files.")
 ]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option("--max_new_tokens", min=1, help="Tokens at which a completion is cut. [default: the set's, or 32]"),
-]
 Completions = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write what was drawn here, a JSON line each, with scores.")
 ]
@@ -109,7 +105,7 @@ def evaluate(
     completions: Completions = None,
     json_file: common.JsonFile = None,
     prompt_tokens: common.PromptTokens = None,
-    max_new_tokens: MaxNewTokens = None,
+    max_new_tokens: common.MaxNewTokens = None,
     temperature: common.Temperature = None,
     top_p: common.TopP = None,
     greedy: common.Greedy = False,
