@@ -97,7 +97,9 @@ def guided(violates: bool | None) -> Report:
 def test_it_writes_a_page_and_the_plots(folder):
     assert write_report(folder) == folder / "report.html"
     names = {"tradeoff", "training_curves", "reliability"}
-    assert {path.name for path in (folder / "plots").iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "svg")}
+    assert {path.name for path in (folder / "plots").iterdir()} == {
+        f"{n}.{s}" for n in names for s in ("png", "svg", "pdf")
+    }
     assert [path.name for path in folder.glob(".*")] == []
 
 

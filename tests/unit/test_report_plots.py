@@ -206,14 +206,15 @@ def test_files_of_a_training_run(tmp_path):
     assert set(paths) == {"training_curves", "reliability"}
     assert paths["reliability"]["png"].read_bytes().startswith(b"\x89PNG")
     assert ElementTree.parse(paths["reliability"]["svg"]).getroot().tag == f"{SVG}svg"
-    assert len(list((tmp_path / "plots").iterdir())) == 4
+    assert paths["reliability"]["pdf"].read_bytes().startswith(b"%PDF")
+    assert len(list((tmp_path / "plots").iterdir())) == 6
 
 
 def test_files_are_the_same_bytes_again(report, tmp_path):
     small = replace(compared({"base": (0.2, 70.0), "sft": (0.1, 75.0)}), curves=report.curves[-1:])
     first, again = (write_plots(draw_plots(small), tmp_path / name) for name in ("first", "again"))
     assert set(first) == {"tradeoff", "training_curves", "reliability"}
-    for name, suffix in itertools.product(first, ("png", "svg")):
+    for name, suffix in itertools.product(first, ("png", "svg", "pdf")):
         assert first[name][suffix].read_bytes() == again[name][suffix].read_bytes()
 
 

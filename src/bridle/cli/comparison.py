@@ -123,11 +123,17 @@ def quickstart(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `bridle compare` or `bridle train` wrote.")],
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="The page. [default: DIR/report.html]")] = None,
+    tables: Annotated[
+        Path | None,
+        typer.Option("--tables", metavar="FOLDER", help="Write every table here as LaTeX, Markdown and CSV."),
+    ] = None,
 ) -> None:
-    """Write one HTML page with tables, plots and texts, and every plot as PNG and SVG.
+    """Write one HTML page with tables, plots and texts, and every plot as PNG, SVG and PDF.
 
     The page needs no network and opens from the file system.
     """
     from bridle.report.html import write_report
 
-    say(f"The report is {write_report(folder, output)}.")
+    say(f"The report is {write_report(folder, output, tables)}.")
+    if tables is not None:
+        say(f"The tables are in {tables}.")

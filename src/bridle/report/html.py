@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from bridle.report import plots, tables, texts
 from bridle.report.data import Report, read_report
+from bridle.report.export import write_tables
 from bridle.report.findings import failures, findings, warnings
 from bridle.utils.files import check_output, write_text
 from bridle.utils.progress import Progress
@@ -49,23 +50,26 @@ PLOTS_IN_WORDS = {
 """Descriptions of the plots for screen readers."""
 
 
-def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Writes the page and its plots, `plots/*.png` and `plots/*.svg`, to the folder of a comparison or training run.
+def write_report(folder: Path, output: Path | None = None, tables_to: Path | None = None) -> Path:
+    """Writes the page and its plots, `plots/*` as PNG, SVG and PDF, to the folder of a comparison or training run.
 
     Args:
         folder: output folder of `bridle compare` or `bridle train`.
         output: path of the page; `folder/report.html` by default.
+        tables_to: folder that receives every table as LaTeX, Markdown and CSV.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: results are absent or broken, or a file cannot be written.
+        UserError: results are absent or broken, a file cannot be written, or there is no table for `tables_to`.
     """
     folder, output = Path(folder), Path(output or Path(folder) / "report.html")
     with Progress("report", total=3, unit="parts") as progress:
         report = read_report(folder)
         check_output(output)
+        if tables_to is not None:
+            write_tables(report, Path(tables_to))
         progress.update()
         figures = plots.draw_plots(report)
         plots.write_plots(figures, folder / "plots")

@@ -1,4 +1,4 @@
-"""The plots of a report, for its page and as PNG and SVG files; without pyplot and its global state."""
+"""The plots of a report, for its page and as PNG, SVG and PDF files; without pyplot and its global state."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +41,14 @@ CURVES = {
 
 PANEL = (3.8, 3.3)  # inches
 DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+
+
+SAVED: dict[str, dict[str, Any]] = {
+    "png": {"dpi": DPI},
+    "svg": {"metadata": {"Date": None}},
+    "pdf": {"metadata": {"CreationDate": None}},
+}
+"""Formats of the files, with the options of `Figure.savefig` that give the same bytes at any time."""
 
 
 @dataclass(frozen=True)
@@ -140,25 +148,25 @@ def draw_plots(report: Report) -> dict[str, Figure]:
 
 @rc_context(STYLE)
 def write_plots(figures: Mapping[str, Figure], folder: Path) -> dict[str, dict[str, Path]]:
-    """Writes each plot as PNG (200 dpi) and SVG; the same report gives the same bytes.
+    """Writes each plot as PNG (200 dpi), SVG and PDF; the same report gives the same bytes.
 
     Returns:
-        Paths by plot and format: {"tradeoff": {"png": path, "svg": path}}.
+        Paths by plot and format: {"tradeoff": {"png": path, "svg": path, "pdf": path}}.
 
     Raises:
         UserError: a file cannot be written.
     """
     return {
-        name: {suffix: _write(figure, folder / f"{name}.{suffix}") for suffix in ("png", "svg")}
+        name: {suffix: _write(figure, folder / f"{name}.{suffix}") for suffix in SAVED}
         for name, figure in track(figures.items(), "writing plots", len(figures), "plots")
     }
 
 
 def _write(figure: Figure, path: Path) -> Path:
-    options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": DPI}
+    suffix = path.suffix[1:]
     try:
         with atomic_file(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:], **options)
+            figure.savefig(temporary, format=suffix, **SAVED[suffix])
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     return path

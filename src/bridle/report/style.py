@@ -12,6 +12,7 @@ DPI = 200
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bridle",
+    "pdf.fonttype": 42,  # TrueType; publishers refuse type 3
     "text.parse_math": False,  # a "$" in a name is a "$"
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; a page falls back to its own
     "font.size": 9,

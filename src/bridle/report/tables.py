@@ -26,6 +26,13 @@ class Unit:
         """The format with the digits of this value, also for its interval and spread."""
         return replace(self, digits=self.digits + self.more, more=0) if abs(value * self.factor) < 10 else self
 
+    def scaled(self, figure: Estimate) -> Estimate:
+        """The figure multiplied by the factor."""
+        found = figure.map(lambda value: value * self.factor)
+        if isinstance(found, Figure) and found.spread is not None:
+            found = replace(found, spread=found.spread * self.factor)
+        return found
+
     def write(self, value: float | None, *, signed: bool = False) -> str:
         """The number without the symbol; a dash if missing."""
         if value is None:
@@ -126,6 +133,7 @@ class Cell:
         n: number of observations of the interval.
         missing: number of missing observations.
         mark: "best", or "alike" if not significantly different from the best.
+        estimate: the figure behind the text, unrounded, in the text's unit; None of words.
     """
 
     text: str = MISSING
@@ -134,6 +142,7 @@ class Cell:
     n: int | None = None
     missing: int = 0
     mark: str = ""
+    estimate: Estimate | None = field(default=None, compare=False, repr=False)
 
     @property
     def counts(self) -> str:
@@ -247,12 +256,15 @@ def single_tasks(report: Report) -> list[Measure]:
 
 def further(report: Report) -> list[Table]:
     """Further tables: single tasks, properties of the text, cost."""
-    tables = (
+    return [table for table in _further(report) if table]
+
+
+def _further(report: Report) -> tuple[Table | None, ...]:
+    return (
         _table(report, "Single tasks", single_tasks(report)),
         _table(report, "Properties of the generated text", measures(report, "text")),
         _table(report, "Training cost", measures(report, "cost")),
     )
-    return [table for table in tables if table]
 
 
 def rounds(report: Report) -> list[Table]:
@@ -276,13 +288,13 @@ def _round(found: RegulariserRound) -> list[Cell]:
     return [
         _plain(found.rollouts, ","),
         to_cell(rate, PERCENT),
-        Cell(PERCENT.write(found.clipped)),
+        _percent(found.clipped),
         _plain(found.rollouts_missing, ","),
         _plain(found.truncated, ",g"),
         _plain(found.weight, ".3g"),
-        Cell(PERCENT.write(found.target)),
+        _percent(found.target),
         _plain(found.kl, ".3g"),
-        Cell(PERCENT.write(found.kl_unreached)),
+        _percent(found.kl_unreached),
         Cell(found.fit or MISSING),
         _plain(found.r_brier, ".3f"),
         _plain(found.r_skill, ".2f"),
@@ -291,7 +303,15 @@ def _round(found: RegulariserRound) -> list[Cell]:
 
 
 def _plain(value: float | None, form: str) -> Cell:
-    return Cell() if value is None else Cell(format(value, form))
+    return Cell() if value is None else Cell(format(value, form), estimate=_alone(value))
+
+
+def _percent(share: float | None) -> Cell:
+    return Cell() if share is None else Cell(PERCENT.write(share), estimate=PERCENT.scaled(_alone(share)))
+
+
+def _alone(value: float) -> Estimate:
+    return Estimate(value, None, None, n=1)
 
 
 def win_matrix(report: Report) -> Table | None:
@@ -316,6 +336,37 @@ def differences(report: Report, without: Collection[Measure] = ()) -> dict[str, 
         title, unit = DIFFERENCES.get(one.figure, (measure.title, measure.unit))
         found.setdefault(f"{title}: {measure.label}", []).append(_difference(one, unit))
     return found
+
+
+def every(report: Report) -> dict[str, Table]:
+    """All tables by name: those of methods, their differences from the best, and the rounds of a training run."""
+    found = {
+        "overview": overview(report),
+        "transfer": transfer(report),
+        "win_rates": win_matrix(report),
+        "classification": classification(report),
+        **dict(zip(("single_tasks", "text", "cost"), _further(report), strict=True)),
+        "differences": _all_differences(report),
+        "rounds": _all_rounds(report),
+    }
+    return {name: table for name, table in found.items() if table is not None}
+
+
+def _all_differences(report: Report) -> Table | None:
+    rows = {
+        f"{one.method}, {heading}": [Cell(one.reference), one.cell, *map(Cell, (one.p_value, one.verdict, one.test))]
+        for heading, found in differences(report).items()
+        for one in found
+    }
+    columns = ["minus the best", "difference", "adjusted p", "verdict", "test"]
+    caption, notes = "How each method differs from the best", [DIFFERENCES_IN_WORDS]
+    return Table(caption, [("Difference", len(columns))], columns, rows, notes, of="Method, figure") if rows else None
+
+
+def _all_rounds(report: Report) -> Table | None:
+    tables = rounds(report)
+    rows = {f"{one.caption}, round {number}": cells for one in tables for number, cells in one.rows.items()}
+    return replace(tables[0], caption="Rounds", rows=rows, of="Regulariser, round") if tables else None
 
 
 def best(report: Report, measure: Measure) -> str | None:
@@ -351,6 +402,7 @@ def to_cell(figure: Estimate | None, unit: Unit, mark: str = "", *, signed: bool
         n=figure.n if interval else None,
         missing=figure.missing,
         mark=mark,
+        estimate=unit.scaled(figure),
     )
 
 
