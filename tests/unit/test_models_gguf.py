@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny_tokenizers
 from bridle.errors import UserError
 from bridle.models import gguf
-from bridle.models.loading import LoraOptions, convert_gguf, load_model, load_tokenizer
+from bridle.models.export import convert_gguf
+from bridle.models.loading import LoraOptions, load_model, load_tokenizer
 from conftest import ROOT
 from tiny_gguf import write_gguf
 

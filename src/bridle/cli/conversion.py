@@ -1,4 +1,4 @@
-"""`bridle convert`."""
+"""`bridle export` and `convert`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +11,21 @@ from bridle.cli.common import quiet_libraries, say
 app = typer.Typer()
 
 
+@app.command(epilog="Example: bridle export runs/detox-mini models/detox --dtype bfloat16")
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, whose model/ is taken, or a model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, which must not exist or be empty; or a file.")],
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write the file OUT.gguf, of a Llama model.")] = False,
+    dtype: common.Dtype = "float32",
+) -> None:
+    """Write a run's model for other programs, its adapters merged: a folder of save_pretrained, or a GGUF file."""
+    from bridle.models.export import export as write
+
+    quiet_libraries()
+    write(run, out, gguf=gguf, dtype=dtype)
+    say(f"The model is in {out}.")
+
+
 @app.command(epilog="Example: bridle convert SmolLM2-135M.Q4_1.gguf models/smollm2 --dtype bfloat16")
 def convert(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A GGUF file, or hub/name:file.gguf.")],
@@ -21,7 +36,7 @@ def convert(
 
     Every command takes a GGUF file itself as a model. A folder loads faster, and other programs take it, too.
     """
-    from bridle.models.loading import convert_gguf
+    from bridle.models.export import convert_gguf
 
     quiet_libraries()
     convert_gguf(file, out, dtype)

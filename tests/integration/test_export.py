@@ -1,0 +1,168 @@
+"""`bridle export`: what other programs read."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+import tiny_tokenizers
+from bridle.models.export import export
+from bridle.models.gguf_writer import write_gguf
+from bridle.models.loading import LoraOptions, load_model, load_tokenizer
+from tiny_gguf import write_gguf as reference
+
+TEXT = "The kettle sings 1234 times"
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
+
+
+@pytest.fixture
+def llama(tiny_model, tmp_path):
+    """A factory of folders of Llama models with a tokenizer."""
+
+    def make(tokenizer=None, model_type="llama", **options):
+        tokenizer, folder = tokenizer or tiny_tokenizers.tiny_tokenizer(), tmp_path / "base"
+        tiny_model(model_type, vocab_size=len(tokenizer) + 3, **HEADS, **options).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def greedy(model, ids, tokens=8):
+    return model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0].tolist()
+
+
+class TestFolder:
+    def test_the_adapters_of_a_run_are_merged(self, bridle, recipe, tmp_path):
+        code, _, err = bridle("train", recipe(lora={"r": 2}), "--output_dir", tmp_path / "run")
+        assert code == 0, err
+        code, told, err = bridle("export", tmp_path / "run", tmp_path / "out")
+        assert (code, told) == (0, f"The model is in {tmp_path / 'out'}.\n"), err
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+        assert found.dtype == torch.float32
+        expected, ids = load_model(str(tmp_path / "run" / "model")), torch.tensor([[5, 6, 7]])
+        torch.testing.assert_close(found(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
+        assert load_tokenizer(str(tmp_path / "out"))("a") == load_tokenizer(str(tmp_path / "run" / "model"))("a")
+
+    def test_the_dtype_is_that_asked_for(self, llama, tmp_path):
+        export(llama(), tmp_path / "out", dtype="bfloat16")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+    def test_nothing_is_overwritten(self, bridle, llama):
+        folder = llama()
+        code, _, err = bridle("export", folder, folder)
+        assert (code, err) == (2, f"bridle: {folder}: exists already; name another folder\n")
+
+    def test_transformers_serves_it(self, llama, tmp_path):
+        export(llama(), tmp_path / "out")
+        served = complete(tmp_path / "out", "The kettle", max_tokens=6)
+        model, tokenizer = (load(str(tmp_path / "out")) for load in (load_model, load_tokenizer))
+        ids = tokenizer("The kettle")["input_ids"]
+        assert served == tokenizer.decode(greedy(model, ids, 6)[len(ids) :], skip_special_tokens=True)
+
+
+class TestGGUF:
+    @pytest.mark.parametrize("adapted", [False, True])
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_transformers_reads_it_back(self, bridle, llama, tmp_path, tied, adapted):
+        folder, file = llama(tie_word_embeddings=tied), tmp_path / "out.gguf"
+        tokenizer = load_tokenizer(str(folder))
+        source = folder
+        if adapted:
+            source = tmp_path / "adapter"
+            model = load_model(str(folder), lora=LoraOptions(r=2))
+            torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+            model.save_pretrained(source)
+            tokenizer.save_pretrained(source)
+        code, _, err = bridle("export", source, file, "--gguf")
+        assert code == 0, err
+        options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+        found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **options)
+        ids = tokenizer(TEXT)["input_ids"]
+        assert AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)(TEXT)["input_ids"] == ids
+        assert greedy(found, ids) == greedy(load_model(str(source)), ids)
+        assert load_tokenizer(str(file))(TEXT)["input_ids"] == ids
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_half_precision(self, llama, tmp_path, dtype):
+        folder = llama()
+        export(folder, tmp_path / "out.gguf", gguf=True, dtype=dtype)
+        found, expected = load_model(str(tmp_path / "out.gguf")), load_model(str(folder), dtype=dtype).float()
+        torch.testing.assert_close(found.lm_head.weight, expected.lm_head.weight, rtol=0, atol=0)
+
+    def test_it_is_what_llama_cpp_s_converter_writes(self, tiny_model, tmp_path):
+        tokenizer = tiny_tokenizers.tiny_tokenizer()
+        model = tiny_model("llama", vocab_size=len(tokenizer), **HEADS)
+        write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
+        reference(tmp_path / "reference.gguf", model, tokenizer)
+        found, expected = (content(tmp_path / name) for name in ("tiny.gguf", "reference.gguf"))
+        assert {key: found[0].get(key) for key in expected[0]} == expected[0]
+        assert found[1] == expected[1]
+
+    def test_what_it_does_not_write_is_refused(self, bridle, llama, tmp_path):
+        for words, folder in [
+            ("not gpt2", {"model_type": "gpt2"}),
+            ("has no biases, and this model has 'model.layers.0.self_attn.q_proj.bias'", {"attention_bias": True}),
+            ("scales positions (linear)", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+            ("writes byte-level tokenizers", {"tokenizer": tiny_tokenizers.tiny_tokenizer(metaspace=True)}),
+        ]:
+            code, _, err = bridle("export", llama(**folder), tmp_path / "out.gguf", "--gguf")
+            assert code == 2
+            assert err.startswith("bridle: --gguf: ")
+            assert words in err
+        assert not (tmp_path / "out.gguf").exists()
+
+    def test_the_name_says_what_is_written(self, bridle, llama, tmp_path):
+        assert "name a file NAME.gguf" in bridle("export", llama(), tmp_path / "out", "--gguf")[2]
+        assert "a GGUF file is written with --gguf" in bridle("export", llama(), tmp_path / "out.gguf")[2]
+
+
+def content(path):
+    """The metadata of a GGUF file, and its tensors."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    fields = {key: json.dumps(field.contents()) for key, field in reader.fields.items() if not key.startswith("GGUF")}
+    tensors = {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in reader.tensors}
+    return fields, tensors
+
+
+def complete(folder, prompt, **options):
+    """The likeliest completion of a model by `transformers serve`, over HTTP."""
+    command = Path(sys.executable).with_name("transformers")
+    if not command.exists():
+        pytest.skip("this version of transformers has no command")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [command, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log = folder.parent / "serve.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(started, stdout=output, stderr=output, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    body = json.dumps({"model": str(folder), "prompt": prompt, "temperature": 0, **options}).encode()
+    url, headers = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
+    try:
+        for _ in range(600):
+            if server.poll() is not None:
+                text = log.read_text()
+                if "No such command" in text or "Missing dependencies" in text:
+                    pytest.skip(text.strip().splitlines()[-1])
+                pytest.fail(text)
+            try:
+                with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as answer:
+                    return json.load(answer)["choices"][0]["text"]
+            except urllib.error.URLError:
+                time.sleep(0.1)
+        pytest.fail(log.read_text())
+    finally:
+        server.terminate()
+        server.wait()
