@@ -230,8 +230,15 @@ class TestWholeRuns:
         code, _, err = bridle("train", recipe(), "--output_dir", folder, "--resume")
         assert code == 0, err
         assert (folder / "model" / "model.safetensors").read_bytes() == whole
-        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert steps == sorted(steps)
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for key in ("step", "seconds"):
+            assert [record[key] for record in records] == sorted(record[key] for record in records)
+        code, out, err = bridle("watch", folder)
+        assert code == 0, err
+        assert [line.partition("  ")[0] for line in out.splitlines() if line.startswith("round")] == [
+            "round 1/2", "round 2/2"
+        ]  # fmt: skip
+        assert out.splitlines()[-1].startswith("The run is over")
 
     def test_a_policy_that_loses_its_entropy_stops_the_run(self, bridle, recipe, tmp_path):
         code, _, err = bridle(

@@ -17,6 +17,7 @@ import bridle.training.rollouts as rollouts
 from bridle.comparison.compare import Comparison
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import train
+from bridle.utils.files import only_writer
 from bridle.utils.interruption import Interrupted, catching_signals
 
 
@@ -109,3 +110,14 @@ def test_the_command_line_says_what_is_kept_and_how_to_go_on(recipe, tmp_path, n
         f"bridle: interrupted by {number.name}; {checkpoint} is kept; "
         f"resume with: {shlex.join(['bridle', *command, '--resume'])}"
     )
+
+
+def test_who_watches_a_run_leaves_it_with_ctrl_c(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "round": 1, "max_steps": 4, "rounds": 2}\n')
+    with only_writer(tmp_path):
+        command = [sys.executable, "-m", "bridle", "watch", str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline().startswith("round 1/2")
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "")

@@ -136,6 +136,9 @@ def test_the_command_line_runs_both_roles(ray, bridle, recipe, tmp_path, first_r
     assert taken["rude/worker_seconds_sampling"] > 0
     assert (tmp_path / "run" / "model" / "README.md").exists()
     assert (tmp_path / "run" / "auxiliary" / "round-1" / "model.safetensors").exists()
+    code, out, err = bridle("watch", tmp_path / "run")
+    assert code == 0, err
+    assert "round 2/2" in out
 
 
 def test_a_killed_policy_is_named_and_its_regulariser_ends_with_it(ray, bridle, recipe, tmp_path):

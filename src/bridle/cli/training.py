@@ -1,4 +1,4 @@
-"""`bridle check` and `train`."""
+"""`bridle check`, `train` and `watch`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -62,3 +62,24 @@ def train(
         run(loaded, folder, resume=resume, accept_changes=accept_changes)
     if is_main():
         say(f"The model is in {folder / 'model'}, the metrics in {folder / 'metrics.jsonl'}.")
+
+
+@app.command(epilog="Example: bridle watch runs/detox-mini")
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of `bridle train`, also while it goes on.")],
+) -> None:
+    """Show a run: its rounds, compliance with interval, λ, KL, R's skill, tokens a second, time left.
+
+    It follows metrics.jsonl until the run ends, or until Ctrl-C, which leaves the run alone. Where the output is no
+    terminal it prints plain lines.
+    """
+    import signal
+
+    from bridle.recipes.watch import watch as run
+    from bridle.utils.interruption import Interrupted
+
+    try:
+        run(folder)
+    except Interrupted as interrupted:
+        if interrupted.signal != signal.SIGINT:
+            raise

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
@@ -20,26 +21,31 @@ LONGEST_NAME = 30  # of a regulariser, in a line for people
 class MetricsFile(TrainerCallback):
     """Appends every log record to `metrics.jsonl`, one JSON object a line.
 
-    A resumed run drops the records after its checkpoint, so that no step occurs twice. Only the main process writes.
+    Each has the run's length beside it, and the time so far. A resumed run drops the records after its checkpoint, so
+    that no step occurs twice, and its time continues. Only the main process writes.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        self._began = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not is_main():
             return
-        kept = []
+        kept, seconds = [], 0.0
         if state.global_step and self.path.is_file():
             *whole, _ = read_text(self.path).split("\n")  # the last may be incomplete
-            steps = [_step(line, f"{self.path} row {number}") for number, line in enumerate(whole, start=1)]
-            kept = [line for line, step in zip(whole, steps, strict=True) if step <= state.global_step]
+            times = [_time(line, f"{self.path} row {number}") for number, line in enumerate(whole, start=1)]
+            kept = [line for line, (step, _) in zip(whole, times, strict=True) if step <= state.global_step]
+            seconds = max((so_far for step, so_far in times if step <= state.global_step), default=0.0)
         write_text(self.path, "".join(line + "\n" for line in kept))
+        self._began = time.monotonic() - seconds
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not is_main():
             return
-        record = {"step": state.global_step, **{key: _finite(value) for key, value in (logs or {}).items()}}
+        run = {"seconds": time.monotonic() - self._began, "max_steps": state.max_steps, "rounds": args.rounds}
+        record = {"step": state.global_step, **{key: _finite(value) for key, value in (logs or {}).items()}, **run}
         append_text(self.path, json.dumps(record, allow_nan=False) + "\n")
 
 
@@ -77,7 +83,7 @@ def round_line(record: dict[str, Any], rounds: int) -> str:
     λ·KL is the regulariser's part of the loss, to compare with CE.
     """
     parts = [f"CE {record['ce']:.3f}" if "ce" in record else "no policy step"]
-    for name in [key.removesuffix("/lambda") for key in record if key.endswith("/lambda")]:
+    for name in regularisers_of(record):
         parts.append(f"{shorten(name, LONGEST_NAME, placeholder='…')}: {', '.join(_of_regulariser(record, name))}")
     lines = [f"round {record['round']}/{rounds}"]
     for part in parts:
@@ -85,6 +91,11 @@ def round_line(record: dict[str, Any], rounds: int) -> str:
             lines.append(" ")
         lines[-1] += f"  {part}"
     return "\n".join(lines)
+
+
+def regularisers_of(record: dict[str, Any]) -> list[str]:
+    """The names of a round's regularisers."""
+    return [key.removesuffix("/lambda") for key in record if key.endswith("/lambda")]
 
 
 def _of_regulariser(record: dict[str, Any], name: str) -> Iterator[str]:
@@ -121,9 +132,11 @@ def target_lines(record: dict[str, Any]) -> Iterator[str]:
             yield f"trained model  {name}: violation {value:.3f} [{low:.3f}, {high:.3f}], target {target:.3f}"
 
 
-def _step(line: str, place: str) -> int:
+def _time(line: str, place: str) -> tuple[int, float]:
+    """Step and seconds of a record; of one without its time, 0 seconds."""
     record = checked(dict[str, Any], parse(line, place), place)
-    return checked(int, record.get("step"), f"{place}: step")
+    step = checked(int, record.get("step"), f"{place}: step")
+    return step, checked(float, record.get("seconds", 0.0), f"{place}: seconds")
 
 
 def _finite(value: Any) -> Any:

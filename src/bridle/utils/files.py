@@ -18,6 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from bridle.errors import UserError, first_line
 
+LOCK = ".lock"  # of a folder, held by the process that writes there
+
 T = TypeVar("T")
 
 
@@ -182,7 +184,7 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     holds the lock, or the folder cannot be created or written to.
     """
     folder = Path(folder)
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -194,3 +196,17 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_locked(folder: str | Path) -> bool | None:
+    """Whether a process holds the lock of `only_writer`; None where nobody has held it, or it cannot be known."""
+    path = Path(folder) / LOCK
+    try:
+        if not path.exists():
+            return None
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, ValueError):
+        return None
