@@ -3,7 +3,7 @@
 import pytest
 
 from bridle.training.config import ConstrainedConfig
-from bridle.training.guards import FEWEST_KEPT_BACK, round_warnings
+from bridle.training.guards import FEWEST_KEPT_BACK, FEWEST_OF_EACH, round_warnings
 
 FINE = {
     "rollouts": 100,
@@ -13,6 +13,7 @@ FINE = {
     "compliance_high": 0.94,
     "r_steps_skipped": 0,
     "r_kept_back": 100,
+    "r_violating": 10,
     "r_ece": 0.05,
     "r_skill": 0.01,
     "lambda": 4.0,
@@ -61,7 +62,12 @@ def test_intervals_that_touch_say_nothing(config, earlier):
 def test_what_was_not_measured_is_not_judged(config):
     assert warnings(config, {"lambda": 1.0}, BETTER) == []
     assert warnings(config, FINE | UNSCORED, BETTER) == []
-    assert warnings(config, FINE | {"r_ece": 0.9, "r_skill": -1.0, "r_kept_back": FEWEST_KEPT_BACK - 1}) == []
+    assert (
+        warnings(config, FINE | {"r_ece": 0.9, "r_skill": -1.0, "r_kept_back": FEWEST_KEPT_BACK - 1, "r_violating": 0})
+        == []
+    )
+    for violating in (FEWEST_OF_EACH - 1, 100 - FEWEST_OF_EACH + 1):
+        assert warnings(config, FINE | {"r_skill": -1.0, "r_violating": violating}) == []
     assert warnings(config, FINE | {"r_skill": None}) == []
 
 

@@ -19,6 +19,7 @@ Measured = Mapping[str, Any]  # what a round measured for one regulariser, by th
 
 UNREACHED_BOUND = 0.05  # of a domain's prefixes; prompts take a token or two at the beginning of each row
 FEWEST_KEPT_BACK = 20  # rollouts; on fewer the calibration error of a perfect R can exceed any useful bound
+FEWEST_OF_EACH = 5  # kept back of those that violate and of those that comply; on fewer R's skill is noise
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +173,8 @@ def _of_fit(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
             f"R's calibration error is {error:.3f}, above calibration_bound {config.calibration_bound}, so q follows "
             "an R that is wrong; try more rollouts_per_round, fewer auxiliary.epochs, or auxiliary.own_network"
         )
-    skill = now.get("r_skill")
-    if kept_back >= FEWEST_KEPT_BACK and skill is not None and skill <= 0:
+    skill, violating = now.get("r_skill"), now.get("r_violating", 0)
+    if min(violating, kept_back - violating) >= FEWEST_OF_EACH and skill is not None and skill <= 0:
         yield (
             f"R knows nothing: on the {kept_back} rollouts kept back it is no better than a constant (skill "
             f"{skill:.2f}), so q hardly differs from the policy, or follows noise; try more rollouts_per_round, "
