@@ -1,14 +1,19 @@
-"""TensorBoard, trackio and MLflow get every number of a run, with no network."""
+"""TensorBoard, W&B, trackio and MLflow get every number of a run, and tables of rollouts, with no network."""
 
 import json
 import math
+import struct
 
 import pytest
 
+from bridle.data.rollouts import Rollout, read_rollouts
 from bridle.errors import UserError
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
-from bridle.training.trackers import scalars
+from bridle.training.trackers import _columns, scalars
 from trainers import NO_E, trainer_of
+
+ROLLOUT = {"prompt_ids": [1], "completion_ids": [2], "prompt": "the", "round": 1}
+ROLLOUT |= {"regulariser": "rude", "model_hash": "0", "constraint": "no e"}
 
 
 def test_scalars():
@@ -58,7 +63,65 @@ def trackio(folder):
     return values, SQLiteStorage.get_run_config("bridle-tests", "first")
 
 
-@pytest.mark.parametrize(("tracker", "kept"), [("tensorboard", tensorboard), ("mlflow", mlflow), ("trackio", trackio)])
+def wandb(folder):
+    """What W&B has written for an upload to come."""
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    wandb.finish()  # the whole file is written
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    values, options = {}, {}
+    for data in records_of(file.read_bytes()):
+        record = Record.FromString(data)
+        for item in record.history.item:
+            values.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+        for item in record.config.update:
+            options[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    return values, options
+
+
+def records_of(log: bytes):
+    """The records of a log in LevelDB's format: blocks of 32 KiB; records in parts with checksum, length and type."""
+    place, whole = 7, b""  # behind W&B's own header
+    while place + 7 <= len(log):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", log, place + 4)
+        whole += log[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # the whole record, or its last part
+            yield whole
+            whole = b""
+
+
+def table_of(tracker, folder):
+    """The tables of rollouts that a tracker has, each as a mapping of columns."""
+    if tracker == "mlflow":
+        tables = [json.loads(path.read_text()) for path in sorted(folder.glob("mlruns/**/round-*.rude.json"))]
+    elif tracker == "wandb":
+        paths = folder.glob("wandb/offline-run-*/files/media/table/rollouts/rude*.json")
+        tables = [json.loads(path.read_text()) for path in paths]
+    else:
+        tables = [{"columns": [*rows[0]], "data": [[*row.values()] for row in rows]} for rows in of_trackio()]
+    found = [{name: [row[at] for row in one["data"]] for at, name in enumerate(one["columns"])} for one in tables]
+    return sorted(found, key=lambda one: one["round"])
+
+
+def of_trackio():
+    """The rows of the tables of rollouts that trackio has."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for point in SQLiteStorage.get_logs("bridle-tests", "first"):
+        if "rollouts/rude" in point:
+            yield point["rollouts/rude"]["_value"]
+
+
+TRACKERS = [("tensorboard", tensorboard), ("wandb", wandb), ("mlflow", mlflow), ("trackio", trackio)]
+
+
+@pytest.mark.parametrize(("tracker", "kept"), TRACKERS)
 def test_trackers(tracker, kept, tiny_folder, tmp_path, monkeypatch, caplog):
     for name, value in {
         "TENSORBOARD_LOGGING_DIR": tmp_path / "board",
@@ -66,6 +129,9 @@ def test_trackers(tracker, kept, tiny_folder, tmp_path, monkeypatch, caplog):
         "MLFLOW_ALLOW_FILE_STORE": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": tmp_path,
+        "WANDB_SILENT": "true",
     }.items():
         monkeypatch.setenv(name, str(value))
     pytest.importorskip(tracker, reason=f"{tracker} is not installed")
@@ -91,6 +157,20 @@ def test_trackers(tracker, kept, tiny_folder, tmp_path, monkeypatch, caplog):
             if key not in ("step", "epoch"):
                 assert any(found == pytest.approx(value, rel=1e-5) for found in values[f"train/{key}"]), key
     assert "attempting to log" not in caplog.text
+    if tracker == "tensorboard":
+        return  # has no tables
+    tables = table_of(tracker, tmp_path)
+    assert [one["round"][0] for one in tables] == [1, 2]
+    for one in tables:
+        drawn = read_rollouts(tmp_path / "run" / "rollouts" / f"round-{one['round'][0]}.rude.jsonl")
+        assert one["completion"] == [rollout.completion for rollout in drawn]
+        assert one["complies"] == [rollout.complies for rollout in drawn]
+
+
+def test_of_many_rollouts_a_table_has_some():
+    rollouts = [Rollout(**ROLLOUT, completion=str(number)) for number in range(200)]
+    shown = _columns(rollouts)["completion"]
+    assert shown == [str(number) for number in range(0, 200, 4)]
 
 
 def test_spaces_of_trackio():

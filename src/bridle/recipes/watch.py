@@ -111,34 +111,22 @@ class Run:
         return "train_runtime" in last or any(key.endswith("/violation_reached") for key in last)
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens of corpus and rollouts in the last updates, with what came between."""
-        timed = [(0, 0.0, 0.0), *self._timed()]
-        if len(timed) == 1:
-            return None
-        (_, before, tokens), (_, now, more) = timed[-2:]
-        return (more - tokens) / (now - before) if now > before and more >= tokens else None
-
-    @property
     def seconds_left(self) -> float | None:
         """An estimate: the updates to come at the low median time of one, and the rounds to come at the mean of one."""
         timed = self._timed()
         if not timed or not self.steps or not self.rounds:
             return None
-        step, seconds, _ = timed[-1]
+        step, seconds = timed[-1]
         paces = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(timed) if b[0] > a[0]]
         pace = median_low(paces) if paces else seconds / step
         begun = min(self.rounds, (step - 1) * self.rounds // self.steps + 1)
         between = max(0.0, seconds - pace * step) / begun
         return pace * (self.steps - step) + between * (self.rounds - begun)
 
-    def _timed(self) -> list[tuple[int, float, float]]:
-        """Step, seconds and tokens of each training record that has them."""
-        return [
-            (record["step"], record["seconds"], record["num_tokens"])
-            for record in self.records
-            if "loss" in record and {"seconds", "num_tokens"} <= record.keys() and record["step"] > 0
-        ]
+    def _timed(self) -> list[tuple[int, float]]:
+        """Step and seconds of each training record that has them."""
+        records = [record for record in self.records if "loss" in record and "seconds" in record]
+        return [(record["step"], record["seconds"]) for record in records if record["step"] > 0]
 
 
 def watch(folder: Path, *, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -268,8 +256,8 @@ def _progress(record: Record, run: Run) -> str:
     """CE, each KL, the speed, the time so far and the time left."""
     parts = [f"CE {_number(record.get('ce', record.get('loss')), '.3f')}"]
     parts += [f"KL {key.removeprefix('kl/')} {value:.2g}" for key, value in record.items() if key.startswith("kl/")]
-    if run.tokens_per_second is not None:
-        parts.append(f"{run.tokens_per_second:,.0f} tokens/s")
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if run.seconds is not None:
         parts.append(f"{_duration(run.seconds)} so far")
     if run.seconds_left is not None and not run.has_ended:

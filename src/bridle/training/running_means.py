@@ -1,5 +1,6 @@
 """Running sums of an update's values, so that means do not depend on how batches are cut."""
 
+import time
 from collections import defaultdict
 
 import torch
@@ -22,6 +23,7 @@ class RunningMeans:
         self._log: Kept = {}
         self._update: Kept = {}
         self._round: Kept = {}
+        self._logged_at = 0.0
 
     def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
         """Adds a sum over `count` items; both are scalars."""
@@ -36,10 +38,18 @@ class RunningMeans:
             _add(self._round, self._update)
         self._update = {}
 
-    def since_last_log(self) -> dict[str, float]:
-        """Means by name since the last call."""
+    def since_last_log(self, start_time: float | None = None) -> dict[str, float]:
+        """Means by name since the last call, and the corpus's tokens a second.
+
+        Args:
+            start_time: when training began, in seconds of `time.time`; without it there is no speed.
+        """
         sums, self._log = _of_all(self._log), {}
-        return _means(sums)
+        now, means = time.time(), _means(sums)
+        if start_time is not None and "ce" in means:
+            means["tokens_per_second"] = sums["ce"][1] / max(now - max(start_time, self._logged_at), 1e-9)
+        self._logged_at = now
+        return means
 
     def of_round(self) -> dict[str, float]:
         """Means by name and trained corpus tokens of the round; starts the next one."""

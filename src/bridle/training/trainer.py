@@ -38,7 +38,7 @@ from bridle.training.regulariser_set import RegulariserSet, Riders
 from bridle.training.running_means import RunningMeans
 from bridle.training.schedule import SequentialSchedule
 from bridle.training.steering import report_targets
-from bridle.training.trackers import log_scalars_to_trackers
+from bridle.training.trackers import log_to_trackers
 from bridle.training.worker import SharedWorker, Worker
 
 
@@ -123,7 +123,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         self.evaluate_on(self.eval_dataset, self._weights, judged, list(constraints.values()))
 
     def _add_callbacks(self) -> None:
-        log_scalars_to_trackers(self.callback_handler.callbacks)
+        log_to_trackers(self.callback_handler.callbacks)
         parts = (self.regularisers, self.args, self.supervisor, self.eval_options is not None)
         if self.args.schedule == "parallel":
             self.schedule = ParallelSchedule(*parts, make_worker=self._ray_worker)
@@ -235,9 +235,9 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs the means of CE and of every KL beside what `SFTTrainer` logs."""
+        """Logs the means of CE and of every KL, and the speed, beside what `SFTTrainer` logs."""
         if "loss" in logs:
-            parts = self.means.since_last_log()
+            parts = self.means.since_last_log(start_time)
             finite = all(map(math.isfinite, parts.values()))
             # `transformers` replaces a loss that is not finite with the mean of earlier ones.
             logs = {**logs, **parts, "loss": logs["loss"] if finite else math.nan}
