@@ -1,5 +1,6 @@
 """The report as people meet it: in a browser, from the file system, with a mouse, a keyboard, a phone."""
 
+import itertools
 import shutil
 
 import pytest
@@ -52,13 +53,33 @@ def visit(browser, report):
 
 
 def test_the_plots_are_there(visit):
-    plots = visit().locator("figure svg").all()
-    assert len(plots) == 3
+    page = visit()
+    page.get_by_text("The same for other utilities").click()
+    plots = page.locator("figure svg").all()
+    assert len(plots) == 4
     for plot in plots:
         box = plot.bounding_box()
         assert box["width"] > 300
         assert box["height"] > 200
         assert plot.locator("path").count() > 10
+
+
+def test_the_first_screen_says_which_method_and_shows_why(visit):
+    page = visit(viewport={"width": 1280, "height": 1000})
+    answer = page.locator("main section").first
+    assert answer.locator(".finding").inner_text().startswith("Take constrained-adaptive: 5.8%")
+    box = answer.locator("svg").first.bounding_box()
+    assert box["width"] > 600
+    assert box["y"] + box["height"] <= 1000
+    labels = page.evaluate(
+        """() => [...document.querySelector("main section svg").querySelectorAll("text")]
+           .map((one) => [one.textContent.trim(), one.getBoundingClientRect().toJSON()])"""
+    )
+    names = [box for text, box in labels if text in report_folder.DESCRIPTIONS]
+    assert len(names) == 4
+    for one, other in itertools.combinations(names, 2):
+        apart = one["right"] <= other["left"] or other["right"] <= one["left"]
+        assert apart or one["bottom"] <= other["top"] or other["bottom"] <= one["top"]
 
 
 def test_a_generated_script_is_text_and_does_not_run(visit):

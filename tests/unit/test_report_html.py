@@ -96,7 +96,7 @@ def guided(violates: bool | None) -> Report:
 
 def test_it_writes_a_page_and_the_plots(folder):
     assert write_report(folder) == folder / "report.html"
-    names = {"tradeoff", "training_curves", "reliability"}
+    names = {"tradeoff", "other_tradeoffs", "training_curves", "reliability"}
     assert {path.name for path in (folder / "plots").iterdir()} == {
         f"{n}.{s}" for n in names for s in ("png", "svg", "pdf")
     }
@@ -450,7 +450,8 @@ def test_a_name_is_spelt_alike_in_tables_plots_and_sentences(report):
     renamed = replace(report, methods=methods, main=data.Main("rude_posts", "non-rude", "my_novels"), comparisons=[])
     assert tables.overview(renamed).columns[:1] == ["rude_posts · non-rude ↓"]
     assert "my_novels ↓" in tables.overview(renamed).columns
-    axes = draw_plots(renamed)["tradeoff"].axes
+    plots = draw_plots(renamed)
+    axes = plots["tradeoff"].axes + plots["other_tradeoffs"].axes
     assert any("my_novels" in ax.get_ylabel() for ax in axes)
     assert any("MMLU" in ax.get_ylabel() for ax in axes)
     assert "rude_posts violate" in findings(renamed)[0]

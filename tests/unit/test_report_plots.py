@@ -20,6 +20,7 @@ from bridle.report.pareto import pareto_front, tradeoffs
 from bridle.report.plots import (
     draw_plots,
     method_style,
+    other_tradeoffs,
     reliability,
     svg,
     tradeoff,
@@ -95,8 +96,8 @@ def test_of_accuracy_the_front_is_where_more_is(report):
 
 
 def test_tradeoff_labels_every_measured_method_and_names_the_others(report):
-    drawing = tradeoff(report)
-    novels, letters, mmlu = drawing.axes
+    drawing, others = tradeoff(report), other_tradeoffs(report)
+    (novels,), (letters, mmlu) = drawing.axes, others.axes
     assert "novels" in novels.get_ylabel()
     assert "letters" in letters.get_ylabel()
     assert "MMLU" in mmlu.get_ylabel()
@@ -107,7 +108,7 @@ def test_tradeoff_labels_every_measured_method_and_names_the_others(report):
 
 
 def test_better_is_up_and_left_in_every_panel(report):
-    novels, _, mmlu = tradeoff(report).axes
+    (novels,), (_, mmlu) = tradeoff(report).axes, other_tradeoffs(report).axes
     assert novels.yaxis_inverted()
     assert not mmlu.yaxis_inverted()
     assert not novels.xaxis_inverted()
@@ -140,6 +141,16 @@ def test_labels_cover_neither_each_other_nor_markers():
     for box, place in itertools.product(boxes, places.values()):
         assert not box.contains(*ax.transData.transform(place))
         assert ax.bbox.x0 <= box.x0 < box.x1 <= ax.bbox.x1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_dozen_labels_in_a_cluster_never_overlap(seed):
+    points = 0.05 + 0.001 * np.random.default_rng(seed).random((12, 2)) * [1, 300]
+    drawing = tradeoff(compared({f"constrained-{i:02}": (x, 70 + y) for i, (x, y) in enumerate(points)}))
+    drawing.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in drawing.axes[0].texts if "constrained" in text.get_text()]
+    assert len(boxes) == 12
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_training_curves_draw_every_run(report):
@@ -198,7 +209,7 @@ def test_of_many_rounds_the_first_and_the_last_are_among_the_drawn():
 
 def test_nothing_to_draw_is_none():
     empty = Report("nothing")
-    assert tradeoff(empty) is training_curves(empty) is reliability(empty) is None
+    assert tradeoff(empty) is other_tradeoffs(empty) is training_curves(empty) is reliability(empty) is None
 
 
 def test_files_of_a_training_run(tmp_path):

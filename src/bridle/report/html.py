@@ -21,13 +21,14 @@ from bridle.report import plots, tables, texts
 from bridle.report.data import Report, read_report
 from bridle.report.export import write_tables
 from bridle.report.findings import failures, findings, warnings
+from bridle.report.recommendation import recommendation
 from bridle.utils.files import check_output, write_text
 from bridle.utils.progress import Progress
 
 PIXELS = 1.25  # of the page for each point of a plot
 HEADINGS = {
+    "tradeoff": "Which method",
     "summary": "Summary",
-    "tradeoff": "Trade-off",
     "methods": "Methods",
     "wins": "Win rates",
     "classification": "Classification",
@@ -44,6 +45,7 @@ HEADINGS = {
 
 PLOTS_IN_WORDS = {
     "tradeoff": "One point per method; the table of all methods holds the same figures.",
+    "other_tradeoffs": "The same for the other utilities.",
     "training_curves": "One line per training run: compliance, KL, CE, λ and its target over the rounds.",
     "reliability": "What R predicted for prefixes against how often the finished text complied.",
 }
@@ -101,6 +103,7 @@ def render(report: Report, figures: Mapping[str, Figure]) -> str:
         style=style,
         script=script,
         policy=_policy(style, script),
+        recommendation=recommendation(report),
         headings={name: title for name, title in HEADINGS.items() if name == "made" or parts.get(name)},
         **parts,
         differences=tables.differences(report),
@@ -143,7 +146,7 @@ def _hash(text: str) -> str:
 
 
 def _drawing(name: str, figure: Figure) -> Markup:
-    return Markup(_without_styles(plots.svg(figure, HEADINGS[name], PLOTS_IN_WORDS[name])))
+    return Markup(_without_styles(plots.svg(figure, HEADINGS.get(name, "Other trade-offs"), PLOTS_IN_WORDS[name])))
 
 
 def _without_styles(svg: str) -> str:

@@ -10,9 +10,10 @@ from bridle.report.style import INK
 
 Point = tuple[float, float]
 
-DISTANCES = (8.0, 13.0, 18.0, 26.0, 36.0, 48.0)  # points from the marker to its label
+DISTANCES = (8.0, 13.0, 18.0, 26.0, 36.0, 48.0, 64.0, 84.0, 110.0)  # points from the marker to its label
 LED_FROM = 12.0  # from this distance a thin line joins label and marker
-FAR = 4.0  # square pixels: the cost of one point of distance; a label may cross a thin line, not another label
+FAR = 4.0  # square pixels: the cost of one point of distance; a label may cross a thin line
+LABEL = 1000.0  # the cost of a square pixel of another label, which no label may cover
 MARKER = 5.0  # half the side of a marker with its margin, in points
 OTHERS = 11.0  # the same for other points' markers, which a label must not seem to belong to
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
@@ -31,17 +32,21 @@ def label_points(axes: Axes, points: Sequence[Point], texts: Sequence[str], obst
     """
     pixels = axes.figure.dpi / 72
     centres = [(float(x), float(y)) for x, y in map(axes.transData.transform, points)]
-    taken = list(obstacles)
+    obstacles, labels = list(obstacles), list[Bbox]()
     # From left to right: in another order the lines would cross.
     for centre, point, text in sorted(zip(centres, points, texts, strict=True)):
         markers = [Bbox([c, c]).padded((MARKER if c == centre else OTHERS) * pixels) for c in centres]
         width, height = _size(axes, text)
         places = [(shift, way, _box(centre, shift, way, width, height, pixels)) for shift, way in _places()]
-        shift, way, box = min(
-            places, key=lambda place: _covered(place[2], taken + markers, axes.bbox) + FAR * hypot(*place[0])
-        )
+
+        def cost(place: tuple[Point, tuple[int, int], Bbox], markers: list[Bbox] = markers) -> float:
+            shift, _, box = place
+            covered = _covered(box, [*obstacles, *markers], axes.bbox)
+            return covered + LABEL * sum(_common(box, other) for other in labels) + FAR * hypot(*shift)
+
+        shift, way, box = min(places, key=cost)
         _write(axes, point, shift, way, text)
-        taken.append(box)
+        labels.append(box)
 
 
 def _places() -> Iterator[tuple[Point, tuple[int, int]]]:

@@ -28,7 +28,16 @@ from bridle.report.tables import spelt
 from bridle.utils.files import atomic_file
 from bridle.utils.progress import track
 
-__all__ = ["draw_plots", "method_style", "reliability", "svg", "tradeoff", "training_curves", "write_plots"]
+__all__ = [
+    "draw_plots",
+    "method_style",
+    "other_tradeoffs",
+    "reliability",
+    "svg",
+    "tradeoff",
+    "training_curves",
+    "write_plots",
+]
 
 CURVES = {
     "compliance": "rollouts that comply",
@@ -40,6 +49,7 @@ CURVES = {
 """Panels of the training curves, by the name in `Round` or `RegulariserRound`."""
 
 PANEL = (3.8, 3.3)  # inches
+LARGE = (7.6, 4.2)
 DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 
 
@@ -62,14 +72,23 @@ class Line:
 
 @rc_context(STYLE)
 def tradeoff(report: Report) -> Figure | None:
-    """Draws violation rate against each utility, with 95% intervals and the Pareto front; None without data.
+    """Draws violation rate against the main utility, with 95% intervals and the Pareto front; None without data.
 
-    Up and left is better in every panel: perplexity's axis is inverted. A target is a vertical line.
+    Up and left is better: perplexity's axis is inverted. A target is a vertical line.
     """
-    panels = tradeoffs(report)
+    return _tradeoffs(report, tradeoffs(report)[:1], LARGE)
+
+
+@rc_context(STYLE)
+def other_tradeoffs(report: Report) -> Figure | None:
+    """Draws the same for each further utility, as small multiples."""
+    return _tradeoffs(report, tradeoffs(report)[1:], PANEL)
+
+
+def _tradeoffs(report: Report, panels: list[Tradeoff], size: tuple[float, float]) -> Figure | None:
     if not panels:
         return None
-    figure, axes = _panels(len(panels))
+    figure, axes = _panels(len(panels), size)
     targets = {reached.target for curve in report.curves for reached in curve.targets.values()}
     for ax, panel in zip(axes, panels, strict=True):
         _draw_tradeoff(ax, panel)
@@ -135,6 +154,7 @@ def reliability(report: Report) -> Figure | None:
 
 PLOTS: dict[str, Callable[[Report], Figure | None]] = {
     "tradeoff": tradeoff,
+    "other_tradeoffs": other_tradeoffs,
     "training_curves": training_curves,
     "reliability": reliability,
 }

@@ -10,6 +10,7 @@ from bridle.errors import plain
 from bridle.report import tables as made
 from bridle.report.data import Report
 from bridle.report.findings import failures, findings
+from bridle.report.recommendation import recommendation
 from bridle.report.tables import Cell, Table
 
 WIDTH = 80  # columns
@@ -24,7 +25,7 @@ def tables(report: Report) -> str:
         if table := made.brief(report):
             console.print(_fitting(table, console))
             console.print("* best; ~ no difference from it shown. The report has all figures and intervals.\n")
-        for sentence in findings(report):
+        for sentence in filter(None, (recommendation(report), *findings(report))):
             console.print(_plain(sentence))
         for run in failures(report):
             console.print(_plain("{method}, seed {seed}: {status}: {reason}".format(**run)))
