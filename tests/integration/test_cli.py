@@ -202,8 +202,8 @@ class TestWholeRuns:
         assert "win_rate" not in found
         examined = found["judge_examined"]
         rows = len(texts) - (2 if options[0] == "--examples" else 0)  # the example, and the other row it is made from
-        assert examined["accuracy"]["n"] == 3 * rows
-        assert len((tmp_path / "v.jsonl").read_text().splitlines()) == examined["asked"] == 6 * rows
+        assert examined["accuracy"]["n"] == 4 * rows
+        assert len((tmp_path / "v.jsonl").read_text().splitlines()) == examined["asked"] == 8 * rows
         assert "human against shuffled" in out
 
     def test_overrides_reach_the_run_and_the_saved_recipe(self, bridle, recipe, tmp_path):
