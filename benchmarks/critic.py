@@ -40,7 +40,6 @@ from sklearn.metrics import roc_auc_score
 
 from bridle.constraints import Constraint
 from bridle.constraints.cache import Cached
-from bridle.core.decomposition import log_target
 from bridle.data import Prompt, Rollout, read_prompts, read_rollouts, write_rollouts
 from bridle.errors import UserError
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, load_auxiliary, new_auxiliary
@@ -302,7 +301,7 @@ class Truth:
                 mask = some.mask[row]
                 logits = project(self.world.model, some.hidden[row][mask], self.world.config.autocast_dtype).float()
                 tokens = some.completion[row][mask][:, None]
-                log_q = log_target(logits, auxiliary(states[row][mask]), self.world.regulariser.options.guidance_scale)
+                log_q = auxiliary.log_q(states[row][mask], logits, self.world.regulariser.options.guidance_scale)
                 gains[place] = (log_q - F.log_softmax(logits, -1)).gather(1, tokens).sum()
         return self._over_q(gains) / self.kl_q_p()
 
@@ -348,7 +347,7 @@ def skill(r: np.ndarray, true_r: np.ndarray, noise: np.ndarray) -> tuple[float, 
 def _r_taken(auxiliary: AuxiliaryModel, examples: Examples) -> np.ndarray:
     """R along each text, [n, time]."""
     parts = [examples[rows] for rows in torch.arange(len(examples)).split(ROWS)]
-    return torch.cat([auxiliary(some.states(auxiliary), some.completion).sigmoid() for some in parts]).numpy()
+    return torch.cat([some.r_taken(auxiliary).sigmoid() for some in parts]).numpy()
 
 
 def _last(along: np.ndarray, examples: Examples) -> np.ndarray:
@@ -388,7 +387,7 @@ class Fits:
         auxiliary = new_auxiliary(self.world.model, **options.shape)
         examples, generator = self.examples(count, soft_labels), torch.Generator().manual_seed(seed)
         began = time.perf_counter()
-        report = fit_auxiliary(auxiliary, self.world.model, examples, options, generator, dtype=config.autocast_dtype)
+        report = fit_auxiliary(auxiliary, examples, options, generator)
         return auxiliary, {**report, "seconds": time.perf_counter() - began}
 
 

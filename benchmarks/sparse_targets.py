@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bridle.core.decomposition import log_target
 from bridle.core.sparse import SparseTarget, sparse_target
 from bridle.core.tokens import pad_right
 from bridle.data import tokenize_domain
@@ -91,7 +90,7 @@ def targets(model: PreTrainedModel, auxiliary: AuxiliaryModel, batch: Batch) -> 
     with capture_hidden_states(model) as captured:
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][prefixes(batch)]
     features = auxiliary.features(captured.last, ids, mask)[:, :-1][prefixes(batch)]
-    return logits.log_softmax(-1), log_target(logits, auxiliary(features))
+    return logits.log_softmax(-1), auxiliary.log_q(features, logits)
 
 
 def gradients(policy: PreTrainedModel, batch: Batch, loss: Loss) -> dict[str, Tensor]:

@@ -15,8 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import tiny_tokenizers
-from bridle.models.export import export
+from bridle.errors import UserError
+from bridle.models.auxiliary import new_auxiliary
+from bridle.models.export import export, fold
 from bridle.models.gguf_writer import write_gguf
+from bridle.models.guidance import NADOGuide
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
 from tiny_gguf import write_gguf as reference
 
@@ -62,12 +65,84 @@ class TestFolder:
         code, _, err = bridle("export", folder, folder)
         assert (code, err) == (2, f"bridle: {folder}: exists already; name another folder\n")
 
-    def test_transformers_serves_it(self, llama, tmp_path):
-        export(llama(), tmp_path / "out")
+    @pytest.mark.parametrize("folded", [False, True])
+    def test_transformers_serves_it(self, llama, tmp_path, folded):
+        folder, guide = llama(), None
+        if folded:
+            guide = tmp_path / "R"
+            log_linear(load_model(str(folder))).save_pretrained(guide)
+        export(folder, tmp_path / "out", auxiliary=guide)
         served = complete(tmp_path / "out", "The kettle", max_tokens=6)
         model, tokenizer = (load(str(tmp_path / "out")) for load in (load_model, load_tokenizer))
         ids = tokenizer("The kettle")["input_ids"]
         assert served == tokenizer.decode(greedy(model, ids, 6)[len(ids) :], skip_special_tokens=True)
+
+
+class TestFold:
+    @pytest.mark.parametrize("scale", [1.0, 2.5])
+    @pytest.mark.parametrize(
+        ("model_type", "options"),
+        [
+            *(
+                (name, {"tie_word_embeddings": tied})
+                for name in ("gpt2", "llama", "qwen2", "falcon")
+                for tied in (False, True)
+            ),
+            ("granite", {"logits_scaling": 4.0}),
+            ("cohere", {"logit_scale": 0.5}),
+        ],
+    )
+    @torch.no_grad()
+    def test_next_tokens_are_those_of_guided_decoding(self, tiny_model, tmp_path, model_type, options, scale):
+        model = tiny_model(model_type, initializer_range=0.1, **options)
+        auxiliary = log_linear(model)
+        ids = torch.randint(3, 60, (2, 7))
+        with NADOGuide(model, auxiliary, scale) as guide:
+            plain = model(ids).logits
+            expected = guide.log_probs(plain, ids, torch.ones_like(ids))
+        fold(model, auxiliary, scale)
+        model.save_pretrained(tmp_path)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert not found.config.tie_word_embeddings
+        torch.testing.assert_close(found(ids).logits.log_softmax(-1), expected, rtol=0, atol=1e-4)
+        assert (plain.log_softmax(-1) - expected).abs().max() > 0.1, "it must say something"
+
+    def test_of_a_run_s_r(self, bridle, recipe, tmp_path, caplog):
+        run = tmp_path / "run"
+        shape = {"form": "log-linear", "epochs": 2, "batch_size": 8, "learning_rate": 0.05}
+        assert bridle("train", recipe(auxiliary=shape, lora={"r": 2}), "--output_dir", run)[0] == 0
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert all(record["rude/r_excess"] >= 0 for record in records if "round" in record)
+        code, _, err = bridle("export", run, tmp_path / "out", "--fold", "--guidance_scale", 2)
+        assert code == 0, err
+        draw = ("--prompt", "the old", "--max_new_tokens", 8)
+        guided = bridle("generate", run / "model", "--guide", run / "auxiliary", "--guidance_scale", 2, *draw)
+        assert bridle("generate", tmp_path / "out", *draw) == guided
+        code, _, err = bridle("export", run, tmp_path / "one", "--fold", "--guide", run / "auxiliary" / "round-1")
+        assert code == 0, err
+        assert "fitted on another model" in caplog.text
+
+    def test_what_cannot_be_folded_is_refused(self, bridle, llama, tiny_model, tmp_path):
+        folder, out = llama(), tmp_path / "out"
+        new_auxiliary(load_model(str(folder))).save_pretrained(tmp_path / "R")
+        _, _, err = bridle("export", folder, out, "--fold", "--guide", tmp_path / "R")
+        assert err.startswith("bridle: fold: R has the sigmoid form")
+        capped = tiny_model("gemma2", head_dim=16, num_key_value_heads=1, final_logit_softcapping=3.0)
+        with pytest.raises(UserError, match=r"gemma2 caps its logits \(final_logit_softcapping\)"):
+            fold(capped, log_linear(capped))
+        assert "no auxiliary model here" in bridle("export", folder, out, "--fold")[2]
+        assert "add --fold" in bridle("export", folder, out, "--guide", tmp_path / "R")[2]
+        assert "leave it out" in bridle("export", folder, out, "--guidance_scale", 2)[2]
+        assert "must be a finite number" in bridle("export", folder, out, "--fold", "--guidance_scale", -1)[2]
+        assert not out.exists()
+
+
+def log_linear(model):
+    """An R of the log-linear form that has something to say."""
+    auxiliary = new_auxiliary(model, form="log-linear", head_rank=4, memory=8)
+    torch.nn.init.normal_(auxiliary.head.weight, std=0.5)
+    torch.nn.init.uniform_(auxiliary.scale, 0.5, 2.0)
+    return auxiliary.eval()
 
 
 class TestGGUF:

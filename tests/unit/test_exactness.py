@@ -106,21 +106,21 @@ def fitted(world):
     return fitted_on(world, ideal_rollouts(world, SAMPLES))
 
 
-def fitted_on(world: World, rollouts: list[Rollout]):
+def fitted_on(world: World, rollouts: list[Rollout], epochs: int = 60, form: str = "sigmoid"):
     torch.manual_seed(0)
-    auxiliary = new_auxiliary(world.model, depth=2, expansion=4)
+    auxiliary = new_auxiliary(world.model, depth=2, expansion=4, form=form)
     soft = any(0 < world.constraint(y) < 1 for y in world.outputs())
     with torch.no_grad():
         examples = encode(world.model, rollouts, 0, soft_labels=soft)
     options = AuxiliaryOptions(
-        epochs=60,
+        epochs=epochs,
         batch_size=512,
         learning_rate=1.2e-2,
         weight_decay=0.0,
         consistency_weight=0.1,
         validation_share=0.0,
     )
-    fit_auxiliary(auxiliary, world.model, examples, options, torch.Generator().manual_seed(0))
+    fit_auxiliary(auxiliary, examples, options, torch.Generator().manual_seed(0))
     return auxiliary
 
 
@@ -150,6 +150,27 @@ def test_fitted_r_is_the_true_one_where_nine_of_ten_rollouts_seek_violations(wor
     fitted = fitted_on(world, rollouts)
     for prefix in world.prefixes():
         check_r(world, fitted, prefix)
+
+
+@pytest.mark.parametrize("constraint", [lambda y: float((0, 1) not in pairwise(y)), CONSTRAINTS["a degree"]])
+def test_a_log_linear_r_is_the_true_one_and_consistent(tiny_model, constraint):
+    """In a world of three tokens: r is linear in the states, which must tell its prefixes apart."""
+    model = tiny_model("gpt2", vocab_size=3, initializer_range=0.3)
+    world = World(model=model, prompt=[1], length=3, end=2, constraint=constraint)
+    fitted = fitted_on(world, ideal_rollouts(world, SAMPLES), epochs=40, form="log-linear")
+    for prefix in world.prefixes():
+        ids = torch.tensor([world.prompt + list(prefix)])
+        with torch.no_grad(), capture_hidden_states(model) as hidden:
+            logits = model(input_ids=ids).logits
+            features = fitted.features(hidden.last, ids)
+            r = fitted(features, anchor_logits=logits)[0, -1].double().sigmoid()
+            value = fitted.values(features)[0, -1].double().sigmoid()
+            log_q = fitted.log_q(features, logits)[0, -1].double()
+        true_r = torch.tensor([world.true_r((*prefix, v)) for v in range(3)], dtype=torch.float64)
+        torch.testing.assert_close(r, true_r, atol=0.02, rtol=0)
+        p = world.next_token(prefix)
+        torch.testing.assert_close(p @ r, value, atol=5e-3, rtol=0)  # an R of 1 is read as 0.999
+        assert (log_q.exp() - p * r / (p @ r)).abs().max() < 5e-3
 
 
 def check_r(world, fitted, prefix) -> torch.Tensor:
@@ -232,7 +253,7 @@ def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
         mask[row, len(prefix)] = True
         true_r[row, len(prefix)] = torch.tensor([world.true_r((*prefix, v)) for v in range(VOCABULARY)])
     r_logits = true_r.clamp(1e-30, 1 - 1e-7).logit()
-    regulariser.auxiliary.forward = lambda states: r_logits[:, :-1][mask]  # all prefixes fit into one chunk
+    regulariser.auxiliary.forward = lambda states, **_: r_logits[:, :-1][mask]  # all prefixes fit into one chunk
 
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 300)

@@ -10,7 +10,7 @@ from bridle.core.decomposition import consistency_loss, label_loss
 from bridle.core.tokens import pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import new_auxiliary
-from bridle.models.forward import policy_forward
+from bridle.models.forward import disable_dropout, policy_forward
 from bridle.models.hidden import project
 from bridle.models.sampling import Trace
 from bridle.training import examples, fitting
@@ -52,9 +52,9 @@ def auxiliary(model):
     return made
 
 
-def fit(auxiliary, model, examples, fresh=None, **options):
+def fit(auxiliary, examples, fresh=None, **options):
     return fit_auxiliary(
-        auxiliary, model, examples, AuxiliaryOptions(**options), torch.Generator().manual_seed(0), fresh=fresh
+        auxiliary, examples, AuxiliaryOptions(**options), torch.Generator().manual_seed(0), fresh=fresh
     )
 
 
@@ -103,7 +103,7 @@ class TestExamples:
 class TestLosses:
     def test_what_is_reported_is_the_mean_over_all_prefixes(self, model, auxiliary):
         examples = encode(model, ROLLOUTS, 0)
-        report = fit(auxiliary, model, examples, batch_size=1, epochs=2, **STANDING_STILL)
+        report = fit(auxiliary, examples, batch_size=1, epochs=2, **STANDING_STILL)
         r_taken = auxiliary(examples.states(auxiliary), examples.completion)
         bce, prefixes = label_loss(r_taken, examples.mask, examples.compliance)
         assert report["r_bce"] == pytest.approx((bce / prefixes).item(), rel=1e-5)
@@ -115,7 +115,7 @@ class TestLosses:
     def test_of_an_output_that_was_cut_r_is_taught_its_own_estimate_at_the_cut(self, model, auxiliary):
         for one, teaches_itself in [(ROLLOUTS[0], False), (ROLLOUTS[3], True)]:
             examples = encode(model, [one], 0, bootstrap=True)
-            report = fit(auxiliary, model, examples, epochs=1, **STANDING_STILL)
+            report = fit(auxiliary, examples, epochs=1, **STANDING_STILL)
             r_taken = auxiliary(examples.states(auxiliary), examples.completion)[0].detach()
             label = r_taken[-1].sigmoid() if teaches_itself else torch.tensor(1.0)
             expected = F.binary_cross_entropy_with_logits(r_taken, label.expand_as(r_taken))
@@ -127,7 +127,7 @@ class TestLosses:
         examples = encode(model, [rollout([1, 5], [3, 4, 8, 2][:length])], 0)
         found, head = [], auxiliary.head.weight
         hook = head.register_hook(lambda gradient: found.append(gradient.clone()))
-        report = fit(auxiliary, model, examples, epochs=1, consistency_weight=0.7, **STANDING_STILL)
+        report = fit(auxiliary, examples, epochs=1, consistency_weight=0.7, **STANDING_STILL)
         hook.remove()
         r_logits = auxiliary(examples.states(auxiliary))[0]
         r_taken = r_logits.gather(-1, examples.completion[0, :, None])[:, 0]
@@ -139,15 +139,40 @@ class TestLosses:
         torch.testing.assert_close(found[0], torch.autograd.grad(loss, head)[0], rtol=1e-4, atol=1e-7)
         assert (report["r_consistency"] is None) == (length == 1)
 
+    @pytest.mark.parametrize("own_network", [False, True])
+    def test_of_the_log_linear_form(self, model, own_network, monkeypatch):
+        """Each prefix's BCE, after a token and before one, and what is above 1; a few logits at a time."""
+        monkeypatch.setattr(examples, "LOGITS_AT_ONCE", 200)
+        made = new_auxiliary(model, memory=8, own_network=own_network, form="log-linear")
+        for part in (made.head, made.value):
+            torch.nn.init.normal_(part.weight)  # some R is then above 1
+        disable_dropout(made)
+        samples = encode(model, ROLLOUTS, 0)
+        found, weight = [], made.value.weight
+        hook = weight.register_hook(lambda gradient: found.append(gradient.clone()))
+        report = fit(made, samples, epochs=1, consistency_weight=0.0, **STANDING_STILL)
+        hook.remove()
+        features = samples.states(made)
+        r_taken = made(features, samples.completion, samples.anchor_logits())
+        torch.testing.assert_close(samples.r_taken(made)[samples.mask], r_taken[samples.mask])
+        bce, prefixes = label_loss(r_taken, samples.mask, samples.compliance)
+        excess = made.excess(r_taken)[samples.mask].mean()
+        later = label_loss(made.values(features)[:, 1:], samples.mask[:, 1:], samples.compliance)
+        assert report["r_bce"] == pytest.approx((bce / prefixes).item(), rel=1e-5)
+        assert report["r_excess"] == pytest.approx(excess.item(), rel=1e-5)
+        assert excess > 0 or own_network
+        expected = torch.autograd.grad(bce / prefixes + excess + later[0] / later[1], weight)[0]
+        torch.testing.assert_close(sum(found), expected, rtol=1e-3, atol=1e-5)
+
     def test_gradients_are_cut_to_a_norm_of_one(self, model, auxiliary):
-        fit(auxiliary, model, encode(model, ROLLOUTS, 0), epochs=1, consistency_weight=100.0, **STANDING_STILL)
+        fit(auxiliary, encode(model, ROLLOUTS, 0), epochs=1, consistency_weight=100.0, **STANDING_STILL)
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in auxiliary.parameters()])
         assert norm.item() == pytest.approx(1.0, rel=1e-4)
 
     def test_steps_that_are_not_finite_are_skipped_and_counted(self, model, auxiliary):
         before = auxiliary.head.weight.detach().clone()
         auxiliary.value.weight.register_hook(lambda gradient: gradient * math.nan)
-        report = fit(auxiliary, model, encode(model, ROLLOUTS, 0), epochs=3, batch_size=5, validation_share=0.0)
+        report = fit(auxiliary, encode(model, ROLLOUTS, 0), epochs=3, batch_size=5, validation_share=0.0)
         assert report["r_steps_skipped"] == 3
         assert report["r_bce"] is report["r_consistency"] is None
         torch.testing.assert_close(auxiliary.head.weight, before, rtol=1e-4, atol=0)  # but for the decay
@@ -155,7 +180,7 @@ class TestLosses:
     def test_a_quarter_of_the_rows_pays_for_the_whole_vocabulary(self, model, auxiliary):
         examples, seen = encode(model, ROLLOUTS + ROLLOUTS[:4], 0), []
         auxiliary.register_forward_hook(lambda _, __, r_logits: seen.append(tuple(r_logits.shape)))
-        fit(auxiliary, model, examples, epochs=1, batch_size=9, **STANDING_STILL)
+        fit(auxiliary, examples, epochs=1, batch_size=9, **STANDING_STILL)
         assert seen[-2:] == [(9, 4), (3, 4, 64)]
 
 
@@ -169,7 +194,7 @@ def test_it_shows_as_many_steps_as_it_makes(model, auxiliary, monkeypatch, count
             super().close()
 
     monkeypatch.setattr(fitting, "Progress", Kept)
-    fit(auxiliary, model, encode(model, ROLLOUTS[:count], 0), epochs=3, batch_size=batch_size, **STANDING_STILL)
+    fit(auxiliary, encode(model, ROLLOUTS[:count], 0), epochs=3, batch_size=batch_size, **STANDING_STILL)
     assert shown == [(3 * len(range(0, count, batch_size)),) * 2]
 
 
@@ -179,7 +204,7 @@ def test_a_share_of_the_fresh_ones_is_kept_back(model, auxiliary, fresh, share, 
     rows = []
     auxiliary.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])) if auxiliary.training else None)
     options = STANDING_STILL | {"validation_share": share}
-    report = fit(auxiliary, model, encode(model, alike, 0), fresh, epochs=1, consistency_weight=0.0, **options)
+    report = fit(auxiliary, encode(model, alike, 0), fresh, epochs=1, consistency_weight=0.0, **options)
     assert report["r_kept_back"] == kept
     assert rows[0] == len(ROLLOUTS) - kept
     assert [rate for _, rate, _ in report.get("r_reliability", [])] == [1.0] * len(report.get("r_reliability", []))
@@ -210,12 +235,12 @@ def test_rollouts_after_one_prompt_alone_are_split_one_by_one(model):
 def test_it_starts_from_the_rate_of_the_labels(model, auxiliary, value):
     auxiliary.value.bias.data.fill_(value)
     samples = encode(model, ROLLOUTS, 0, soft_labels=False, bootstrap=True)
-    fit(auxiliary, model, samples, **STANDING_STILL)
+    fit(auxiliary, samples, **STANDING_STILL)
     known = samples[samples.labelled.nonzero()[:, 0]]
     with torch.no_grad():
         predicted = auxiliary(known.states(auxiliary), known.completion).sigmoid()[known.mask]
     labels = known.compliance[:, None].expand_as(known.mask)[known.mask]
     assert predicted.mean().item() == pytest.approx(labels.mean().item(), abs=1e-5)
     before = auxiliary.value.bias.clone()
-    fit(auxiliary, model, samples, **STANDING_STILL)
+    fit(auxiliary, samples, **STANDING_STILL)
     assert auxiliary.value.bias.item() == pytest.approx(before.item(), abs=1e-5), "it is there already"

@@ -1,5 +1,6 @@
 """Networks, sampling and guidance, on tiny real architectures."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -8,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import AutoModel, GenerationConfig
 
+from bridle.core import log_linear
 from bridle.core.decomposition import log_target
 from bridle.core.tokens import pad_left, pad_right, positions
 from bridle.errors import UserError
@@ -203,7 +205,7 @@ class TestGuidance:
     def test_with_the_true_r_samples_follow_p_times_c(self, world):
         """NADO decoding, end to end through `generate`, against p·C normalised."""
         auxiliary = new_auxiliary(world.model)
-        auxiliary.forward = lambda states: true_r_logits(world, auxiliary.seen, states)  # type: ignore[method-assign]
+        auxiliary.forward = lambda states, **_: true_r_logits(world, auxiliary.seen, states)  # type: ignore[method-assign]
         auxiliary.seen = []
         outputs = list(world.outputs())
         target = torch.tensor([world.output_probability(y) * world.constraint(y) for y in outputs], dtype=torch.float64)
@@ -284,10 +286,30 @@ class TestGuidance:
                 expected = (logits[:, -1].log_softmax(-1) + r_logits.sigmoid().log()).log_softmax(-1)
                 torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
 
-    def test_a_fresh_auxiliary_changes_nothing(self, tiny_model):
+    @pytest.mark.parametrize("violate", [False, True])
+    @pytest.mark.parametrize("own_network", [False, True])
+    def test_so_does_the_log_linear_form(self, tiny_model, violate, own_network):
+        model, ids = tiny_model(initializer_range=0.1), torch.tensor([[1, 5, 9]])
+        auxiliary = randomise(new_auxiliary(model, memory=8, own_network=own_network, form="log-linear"), scale=0.1)
+        auxiliary.value.bias.data.fill_(-1.0)
+        begins, recorded = torch.tensor([[False, False, True]]), []
+        with NADOGuide(model, auxiliary, 1.5, violate) as guide:
+            processors = guide.processors(torch.ones_like(ids))
+            processors.append(lambda seen, scores: recorded.append((seen, scores)) or scores)
+            model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=processors, max_new_tokens=5)
+            assert len(recorded) > 1
+            for seen, scores in recorded:
+                at = torch.nn.functional.pad(begins, (0, seen.shape[1] - 3))
+                with torch.no_grad():
+                    logits = model(seen).logits
+                expected = guide.log_probs(logits, seen, torch.ones_like(seen), at)[:, -1]
+                torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("form", ["sigmoid", "log-linear"])
+    def test_a_fresh_auxiliary_changes_nothing(self, tiny_model, form):
         model = tiny_model()
         plain = sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, end_token_ids=[2])
-        with NADOGuide(model, new_auxiliary(model)) as guide:
+        with NADOGuide(model, new_auxiliary(model, form=form)) as guide:
             assert sample(model, PROMPTS, max_new_tokens=6, pad_token_id=0, end_token_ids=[2], guide=guide) == plain
 
     def test_its_power_is_finite_and_0_or_more(self, tiny_model):
@@ -346,7 +368,9 @@ class TestGuidance:
 
 
 class TestAuxiliary:
-    @pytest.mark.parametrize("options", [{}, {"head_rank": 4}, {"depth": 3}, {"memory": 8}, {"own_network": True}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"head_rank": 4}, {"depth": 3}, {"memory": 8}, {"own_network": True}, {"form": "log-linear"}]
+    )
     def test_it_survives_saving(self, tiny_model, tmp_path, options):
         model = tiny_model()
         auxiliary = randomise(new_auxiliary(model, **options))
@@ -356,8 +380,8 @@ class TestAuxiliary:
         assert isinstance(AutoModel.from_pretrained(tmp_path), AuxiliaryModel)
         ids = torch.randint(3, 60, (2, 5))
         with torch.no_grad(), capture_hidden_states(model) as hidden:
-            model(input_ids=ids)
-            before, after = (a(a.features(hidden.last, ids)) for a in (auxiliary, loaded))
+            logits = model(input_ids=ids).logits
+            before, after = (a(a.features(hidden.last, ids), anchor_logits=logits) for a in (auxiliary, loaded))
         assert before.shape == (2, 5, 64)
         torch.testing.assert_close(after, before)
 
@@ -381,6 +405,44 @@ class TestAuxiliary:
         features, tokens = torch.randn(2, 5, 32), torch.randint(64, (2, 5))
         whole = auxiliary(features).gather(-1, tokens[..., None]).squeeze(-1)
         torch.testing.assert_close(auxiliary(features, tokens), whole)
+
+    def test_the_log_linear_form(self, tiny_model):
+        """Its mean over p's next tokens is R itself, and its q is p's with r added to the logits."""
+        model = tiny_model(initializer_range=0.1)
+        auxiliary = randomise(new_auxiliary(model, memory=8, form="log-linear"), scale=0.1)
+        auxiliary.value.bias.data.fill_(-3.0)  # so that no R is above 1
+        ids, tokens = torch.randint(3, 60, (2, 5)), torch.randint(64, (2, 5))
+        with torch.no_grad(), capture_hidden_states(model) as hidden:
+            logits = model(input_ids=ids).logits
+            features = auxiliary.features(hidden.last)
+            r_logits, p = auxiliary(features, anchor_logits=logits), logits.softmax(-1)
+            torch.testing.assert_close((p * r_logits.sigmoid()).sum(-1), auxiliary.values(features).sigmoid())
+            assert not auxiliary.excess(r_logits).any()
+            taken = r_logits.gather(-1, tokens[..., None]).squeeze(-1)
+            torch.testing.assert_close(auxiliary(features, tokens, logits), taken)
+            for scale in (1.0, 2.5):
+                log_q = auxiliary.log_q(features, logits, scale)
+                torch.testing.assert_close(log_q, log_target(logits, r_logits, scale), atol=1e-5, rtol=1e-5)
+                added = hidden.last @ auxiliary.output_change().T
+                torch.testing.assert_close(log_q, (logits + scale * added).log_softmax(-1), atol=1e-5, rtol=1e-5)
+            violating = (p * (1 - r_logits.sigmoid())).log().log_softmax(-1)
+            torch.testing.assert_close(auxiliary.log_q(features, logits, violate=True), violating)
+
+    def test_an_r_above_1_is_measured_and_has_a_gradient(self):
+        log_r = torch.tensor([-2.0, -1e-2, 0.0, 0.5], requires_grad=True)
+        r_logits = log_linear.logit_of(log_r)
+        torch.testing.assert_close(r_logits[:2], log_r[:2].exp().logit(), atol=1e-4, rtol=1e-4)
+        above = torch.tensor([0.0, 0.0, 0.0, math.exp(0.5) - 1])
+        torch.testing.assert_close(log_linear.excess(r_logits), above, atol=1e-5, rtol=1e-5)
+        assert (torch.autograd.grad(r_logits.sum(), log_r)[0] >= 1).all()
+
+    def test_a_new_log_linear_r_reads_numbers_of_size_one(self, tiny_model):
+        auxiliary, states = new_auxiliary(tiny_model(), form="log-linear"), torch.randn(4, 9, 32) * torch.arange(1, 33)
+        auxiliary.scale_to(states)
+        read = auxiliary.features(states)[..., 32:]
+        torch.testing.assert_close(read.square().mean((0, 1)), torch.ones(32))
+        randomise(auxiliary).scale_to(3 * states)
+        torch.testing.assert_close(auxiliary.features(states)[..., 32:], read)
 
     def test_a_folder_that_does_not_fit_is_refused(self, tiny_model, tmp_path):
         new_auxiliary(tiny_model(vocab_size=32)).save_pretrained(tmp_path / "a")

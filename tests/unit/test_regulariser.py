@@ -191,7 +191,7 @@ class TestRound:
         fits = []
         held = trained_on(auxiliary=AuxiliaryOptions(epochs=1, corpus_outputs=10), max_new_tokens=4)
         real = module.fit_auxiliary
-        monkeypatch.setattr(module, "fit_auxiliary", lambda *a, **k: fits.append((a[2], a[5])) or real(*a, **k))
+        monkeypatch.setattr(module, "fit_auxiliary", lambda *a, **k: fits.append((a[1], a[4])) or real(*a, **k))
         measured = held.update(1)
         examples, description = fits[0]
         assert description == "fitting R on the corpus"
@@ -316,10 +316,11 @@ class TestFit:
         found = []
         for of_the_cut in (True, False):
             held = of(config={"truncated": truncated, "auxiliary": AuxiliaryOptions(epochs=1)})
-            ends = [rollout([1, 5], [3, 2], complies=label, value=label, finished=True) for label in (True, False)]
+            labels = (True, False, False)  # the two rates then lie at unequal distances from a half
+            ends = [rollout([1, 5], [3, 2], complies=label, value=label, finished=True) for label in labels]
             cut = rollout([1, 5], [3, 4], complies=of_the_cut, value=of_the_cut, finished=False)
             held.rollouts = [*ends, cut]
-            measured = held._fit(1, {row: Trace([], [-1.0, -1.0], None) for row in range(3)})
+            measured = held._fit(1, {row: Trace([], [-1.0, -1.0], None) for row in range(4)})
             assert measured["fit"] == "fitted"
             found.append(measured["r_bce"])
         assert (found[0] == found[1]) == (truncated != "label")

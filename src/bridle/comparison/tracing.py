@@ -72,7 +72,7 @@ def trace(guide: NADOGuide, tokenizer: Any, ids: list[int], prompt_tokens: int) 
     logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
     begins = torch.arange(len(ids), device=model.device)[None] == prompt_tokens - 1
     log_q = guide.log_probs(logits, input_ids, mask, begins)[0]  # [time, vocabulary]
-    r = guide.compliance(input_ids, mask, begins)[0]  # [time, vocabulary]
+    r = guide.compliance(logits, input_ids, mask, begins)[0]  # [time, vocabulary]
     log_p = logits[0].float().log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     unread: dict[str, Any] = {"p": None, "q": None, "r": None, "kl": None, "gains": [], "losses": []}

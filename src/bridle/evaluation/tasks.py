@@ -22,7 +22,6 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.core.decomposition import log_target
 from bridle.core.tokens import pad_right
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, Result, estimate_proportion
@@ -195,8 +194,7 @@ class _Scorer(HFLM):
             if self.guide is None or features is None:
                 yield F.log_softmax(logits, dim=-1)
             else:
-                r_logits = self.guide.auxiliary(features[number, last])
-                yield log_target(logits, r_logits, self.guide.guidance_scale)
+                yield self.guide.auxiliary.log_q(features[number, last], logits, self.guide.guidance_scale)
 
 
 def _likelihood(log_probs: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:

@@ -2,7 +2,8 @@
 
 It is a small trunk over the hidden states of the model that it guides, and a vocabulary head. A memory keeps what the
 states of the completion so far have shown. Optionally it has a body of its own ("a separate network"), which reads
-tokens instead of those hidden states.
+tokens instead of those hidden states. In the log-linear form the vocabulary head reads the guided model's states alone,
+so that it can be folded into that model's output layer.
 """
 
 import os
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from bridle.core import log_linear
+from bridle.core.decomposition import log_target
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm
 from bridle.models.loading import reason
@@ -33,6 +37,7 @@ class AuxiliaryConfig(PreTrainedConfig):
         expansion: inner width of a block, in multiples of `hidden_size`.
         head_rank: rank of the vocabulary head; None for a full one.
         memory: width of the memory; 0 for none.
+        form: "sigmoid", or "log-linear" (`core.log_linear`).
         network: configuration of a body of its own, as a dictionary; None to read the guided model's hidden states.
         provenance: what it was fitted with: constraint, round, and under `fitted_on` and `trained_model` the
             fingerprints of the models that it fits.
@@ -46,6 +51,7 @@ class AuxiliaryConfig(PreTrainedConfig):
     expansion: float = 2.0
     head_rank: int | None = None
     memory: int = 0
+    form: str = "sigmoid"
     network: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -100,8 +106,10 @@ def largest_so_far(entries: Tensor, begins: Tensor | None) -> Tensor:
 class AuxiliaryModel(PreTrainedModel):
     """R for every prefix and next token, as logits before the sigmoid (NADO, NeurIPS 2022).
 
-    `r_logits[..., t, v]` scores the prefix up to t followed by v: the sum of the prefix's value (one number) and the
-    token's (a vocabulary head that starts at zero, so that a new auxiliary does not change the guided model).
+    `r_logits[..., t, v]` scores the prefix up to t followed by v. It is made of the prefix's value (one number) and the
+    token's (a vocabulary head that starts at zero, so that a new auxiliary does not change the guided model). In the
+    sigmoid form it is their sum. In the log-linear form the value is the logit of the prefix's own R, and the token's
+    is the logarithm of a factor.
     """
 
     config_class = AuxiliaryConfig
@@ -119,12 +127,20 @@ class AuxiliaryModel(PreTrainedModel):
         self.trunk = nn.Sequential(*(Block(size, int(config.expansion * size)) for _ in range(config.depth)))
         self.value = nn.Linear(size, 1)
         self.down = nn.Identity() if rank is None else nn.Linear(size, rank, bias=False)
-        self.head = nn.Linear(size if rank is None else rank, config.vocab_size)
+        self.head = nn.Linear(size if rank is None else rank, config.vocab_size, bias=not self.is_log_linear)
+        if self.is_log_linear:
+            self.scale = nn.Buffer(torch.ones(size))
         self.post_init()
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
         if self.memory is not None:
             nn.init.zeros_(self.memory.read.weight)
+
+    @property
+    def is_log_linear(self) -> bool:
+        """Whether R has the log-linear form; then R of a next token depends on p_a's whole distribution."""
+        return self.config.form == "log-linear"
 
     @property
     def reads_rows(self) -> bool:
@@ -137,19 +153,69 @@ class AuxiliaryModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, features: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, tokens: Tensor | None = None, anchor_logits: Tensor | None = None) -> Tensor:
         """R of all next tokens of each prefix, or of one: r_logits [..., vocabulary], or [...] with `tokens`.
 
         Args:
-            features: [..., hidden], from `features`.
+            features: [..., width], from `features`.
             tokens: [...], one next token for each prefix.
+            anchor_logits: [..., vocabulary] of p_a; only the log-linear form reads them.
         """
+        if self.is_log_linear:
+            assert anchor_logits is not None
+            log_r = log_linear.log_r(self._value(features), self._tilt(features), anchor_logits)
+            return log_linear.logit_of(log_r if tokens is None else log_r.gather(-1, tokens[..., None]).squeeze(-1))
         states = self.trunk(features)
         value, codes = self.value(states), self.down(states)
         if tokens is None:
             return value + self.head(codes)
         chosen = nn.functional.embedding(tokens, self.head.weight)
         return value.squeeze(-1) + (codes * chosen).sum(-1) + self.head.bias[tokens]
+
+    def log_q(
+        self, features: Tensor, anchor_logits: Tensor, guidance_scale: float = 1.0, violate: bool = False
+    ) -> Tensor:
+        """log q, or with `violate` log q⁻: q⁻(v|s) ∝ p_a(v|s)·(1 − R(s∘v))^η. [..., vocabulary]
+
+        Args:
+            features: [..., width], from `features`.
+            anchor_logits: [..., vocabulary] of p_a, logits or log-probabilities.
+            guidance_scale: η.
+            violate: seek violations.
+        """
+        if self.is_log_linear and not violate:  # R(s) and Z(s) cancel
+            return F.log_softmax(anchor_logits.float() + guidance_scale * self._tilt(features), dim=-1)
+        r_logits = self(features, anchor_logits=anchor_logits)
+        return log_target(anchor_logits, -r_logits if violate else r_logits, guidance_scale)
+
+    def excess(self, r_logits: Tensor) -> Tensor:
+        """max(log R, 0): what the fit's penalty keeps small; 0 in the sigmoid form. [...] -> [...]"""
+        return log_linear.excess(r_logits) if self.is_log_linear else torch.zeros_like(r_logits)
+
+    def scale_to(self, hidden_states: Tensor) -> None:
+        """Lets a new log-linear R read numbers of size 1, whatever the guided model's are. [..., hidden]"""
+        if self.is_log_linear and not self.head.weight.any():
+            squares = hidden_states.float().square().flatten(0, -2).mean(0)
+            self.scale.copy_(squares.clamp(min=1e-12).rsqrt())
+
+    def output_change(self) -> Tensor:
+        """U·V of the log-linear form: what, added to the output layer's weight, makes p into q. [vocabulary, hidden]"""
+        into = self.down.weight if isinstance(self.down, nn.Linear) else torch.eye(len(self.scale)).to(self.scale)
+        return self.head.weight @ (into * self.scale)
+
+    def values(self, features: Tensor) -> Tensor:
+        """The logit of R of each prefix of rows itself, of the log-linear form; the sigmoid form has none.
+
+        [batch, time, width] -> [batch, time], or [batch, 0]
+        """
+        return self._value(features).squeeze(-1) if self.is_log_linear else features.new_zeros(len(features), 0)
+
+    def _value(self, features: Tensor) -> Tensor:
+        return self.value(self.trunk(features[..., : self.config.hidden_size]))
+
+    def _tilt(self, features: Tensor) -> Tensor:
+        """r, of the log-linear form. [..., width] -> [..., vocabulary]"""
+        return self.head(self.down(features[..., self.config.hidden_size :]))
 
     def features(
         self,
@@ -158,18 +224,33 @@ class AuxiliaryModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         begins: Tensor | None = None,
     ) -> Tensor:
-        """The trunk's input at each prefix. [batch, time, hidden] -> [batch, time, hidden]
+        """What R reads at each prefix. [batch, time, hidden] -> [batch, time, width]
 
         Args:
-            hidden_states: [batch, time, hidden] of the guided model; ignored with an own network.
+            hidden_states: [batch, time, hidden] of the guided model; the sigmoid form with an own network ignores them.
             input_ids, attention_mask: [batch, time]; only an own network reads them.
             begins: [batch, time], true at the last token before each completion; None where completions begin with the
                 row's first token. Only a memory reads it.
         """
-        states = self.states(hidden_states, input_ids, attention_mask)
-        if self.memory is None:
-            return states
-        return self.memory(states, largest_so_far(self.memory.entries(states), begins))
+        return self.remembering(self.states(hidden_states, input_ids, attention_mask), hidden_states, begins)
+
+    def remembering(self, states: Tensor, hidden_states: Tensor, begins: Tensor | None = None) -> Tensor:
+        """As `features`, from what `states` gives. [batch, time, hidden] and [batch, time] -> [batch, time, width]"""
+        kept = None if self.memory is None else largest_so_far(self.memory.entries(states), begins)
+        return self.joined(states, kept, hidden_states)
+
+    def joined(self, states: Tensor, kept: Tensor | None, hidden_states: Tensor) -> Tensor:
+        """The trunk's input, and in the log-linear form the guided model's states beside it. [..., width]
+
+        Args:
+            states: [..., hidden], from `states`.
+            kept: [..., memory], what the memory has kept; None without one.
+            hidden_states: [..., hidden] of the guided model.
+        """
+        read = states if self.memory is None else self.memory(states, kept)
+        if not self.is_log_linear:
+            return read
+        return torch.cat([read, hidden_states.detach().to(read.dtype) * self.scale], dim=-1)
 
     def states(
         self,
@@ -204,6 +285,7 @@ def new_auxiliary(
     expansion: float = 2.0,
     head_rank: int | None = None,
     memory: int = 0,
+    form: str = "sigmoid",
     own_network: bool = False,
 ) -> AuxiliaryModel:
     """A new auxiliary for a causal language model; an own network starts as a copy of its body, adapters merged."""
@@ -216,6 +298,7 @@ def new_auxiliary(
         expansion=expansion,
         head_rank=head_rank,
         memory=memory,
+        form=form,
         network=text_config.to_diff_dict() | {"model_type": text_config.model_type} if own_network else None,
     )
     auxiliary = AuxiliaryModel(config).float()

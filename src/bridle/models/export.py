@@ -2,34 +2,53 @@
 
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.errors import UserError
+from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.gguf import is_gguf
 from bridle.models.gguf_writer import check_writable, write_gguf
+from bridle.models.guidance import check_scale, load_guide
 from bridle.models.loading import check_model, load_model, load_tokenizer, torch_dtype
 from bridle.utils.files import atomic_file, atomic_files, check_output
 
 
-def export(name: str | Path, out: Path, *, gguf: bool = False, dtype: str = "float32") -> None:
+def export(
+    name: str | Path,
+    out: Path,
+    *,
+    auxiliary: str | Path | None = None,
+    guidance_scale: float = 1.0,
+    gguf: bool = False,
+    dtype: str = "float32",
+) -> None:
     """Writes a model with its adapters merged, and its tokenizer.
 
     Args:
         name: a run's folder, whose `model/` is taken, or a model as `load_model` takes it.
         out: a folder, which must not exist or be empty; or a file.
+        auxiliary: folder of an R that is folded into the output layer.
+        guidance_scale: η, the strength of its guidance.
         gguf: write a GGUF file.
-        dtype: of the weights in the file; they are merged in float32.
+        dtype: of the weights in the file; they are merged and folded in float32.
 
     Raises:
-        UserError: there is no such model, a GGUF file cannot hold it, or `out` exists or cannot be written.
+        UserError: there is no such model or R, R cannot be folded, a GGUF file cannot hold the model, or `out` exists
+            or cannot be written.
     """
     kept = torch_dtype(dtype)
+    check_scale(guidance_scale)
     if gguf != is_gguf(str(out)):
         raise UserError(f"{out}: " + ("name a file NAME.gguf" if gguf else "a GGUF file is written with --gguf"))
     _check_new(out) if not gguf else check_output(out)
     model, tokenizer = _load(str(Path(name) / "model" if (Path(name) / "model").is_dir() else name), "float32")
-    model = merged(model).to(kept)
+    guide = None if auxiliary is None else load_guide(auxiliary, model)
+    model = merged(model)
+    if guide is not None:
+        fold(model, guide, guidance_scale)
+    model = model.to(kept)
     if not gguf:
         _save(model, tokenizer, out)
         return
@@ -41,6 +60,32 @@ def export(name: str | Path, out: Path, *, gguf: bool = False, dtype: str = "flo
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model with its adapters added to its weights; it may be changed in place."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel, auxiliary: AuxiliaryModel, guidance_scale: float = 1.0) -> None:
+    """Makes guided decoding the model's own: W + η·U·V is its output layer, apart from the embedding.
+
+    Raises:
+        UserError: R is not log-linear, or the model caps its logits.
+    """
+    if not auxiliary.is_log_linear:
+        raise UserError(
+            "fold: R has the sigmoid form, which is no output layer; fit one with auxiliary.form: log-linear, or guide "
+            "while decoding (bridle generate --guide)"
+        )
+    config, layer = model.config.get_text_config(), model.get_output_embeddings()
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        raise UserError(
+            f"fold: {config.model_type} caps its logits (final_logit_softcapping), and no output layer does the same "
+            "as guidance; guide while decoding (bridle generate --guide)"
+        )
+    # Of some architectures the logits are divided or multiplied after the layer.
+    unit = (getattr(config, "logits_scaling", None) or 1.0) / (getattr(config, "logit_scale", None) or 1.0)
+    change = guidance_scale * unit * auxiliary.output_change()
+    layer.weight = torch.nn.Parameter(layer.weight + change.to(layer.weight))
+    model.config.tie_word_embeddings = config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
 
 
 def convert_gguf(name: str, folder: Path, dtype: str = "float32") -> None:

@@ -4,12 +4,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from bridle.core.decomposition import log_target
 from bridle.core.tokens import positions
 from bridle.errors import UserError
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, load_auxiliary
@@ -41,8 +42,7 @@ class NADOLogitsProcessor(LogitsProcessor):
         guidance_scale: float = 1.0,
         violate: bool = False,
     ):
-        self.auxiliary, self.hidden, self.guidance_scale = auxiliary, hidden, guidance_scale
-        self.sign = -1 if violate else 1  # log(1 − σ(r)) = log σ(−r)
+        self.auxiliary, self.hidden, self.how = auxiliary, hidden, (guidance_scale, violate)
         self.attention_mask = attention_mask
         self._seen: Tensor | None = None  # the last call's tokens, [batch, time]
         self._mask = attention_mask  # of the prompts of those rows
@@ -54,8 +54,7 @@ class NADOLogitsProcessor(LogitsProcessor):
         """[batch, time], [batch, vocabulary] -> log q, or log q⁻, [batch, vocabulary]."""
         parents = self._parents(input_ids)
         states = self._borrowed_states() if self.auxiliary.network is None else self._own_states(input_ids, parents)
-        r_logits = self.sign * self.auxiliary(self._remembering(states, parents))
-        return log_target(scores, r_logits, self.guidance_scale).to(scores.dtype)
+        return self.auxiliary.log_q(self._features(states, parents), scores, *self.how).to(scores.dtype)
 
     def _parents(self, input_ids: Tensor) -> Tensor | None:
         """Which row of the last call each row continues, [batch]; None where one continues none of them."""
@@ -91,14 +90,13 @@ class NADOLogitsProcessor(LogitsProcessor):
             use_cache=True,
         )[:, -1]
 
-    def _remembering(self, states: Tensor, parents: Tensor | None) -> Tensor:
-        """What the trunk reads: the states with what the memory has kept. [batch, hidden] -> [batch, hidden]"""
-        memory = self.auxiliary.memory
-        if memory is None:
-            return states
-        entries = memory.entries(states)
-        self._kept = entries if parents is None or self._kept is None else entries.maximum(self._kept[parents])
-        return memory(states, self._kept)
+    def _features(self, states: Tensor, parents: Tensor | None) -> Tensor:
+        """What R reads: the states with what the memory has kept. [batch, hidden] -> [batch, width]"""
+        assert self.hidden.last is not None
+        if (memory := self.auxiliary.memory) is not None:
+            entries = memory.entries(states)
+            self._kept = entries if parents is None or self._kept is None else entries.maximum(self._kept[parents])
+        return self.auxiliary.joined(states, self._kept, self.hidden.last[:, -1])
 
 
 class NADOGuide:
@@ -139,21 +137,48 @@ class NADOGuide:
             logits: [batch, time, vocabulary] of the model.
             input_ids, attention_mask, begins: [batch, time], as in `AuxiliaryModel.features`.
         """
-        r_logits = self._r_logits(input_ids, attention_mask, begins)
-        return log_target(logits, -r_logits if self.violate else r_logits, self.guidance_scale)
+        features = self._features(input_ids, attention_mask, begins)
+        return self.auxiliary.log_q(features, logits, self.guidance_scale, self.violate)
 
     @torch.no_grad()
-    def compliance(self, input_ids: Tensor, attention_mask: Tensor, begins: Tensor | None = None) -> Tensor:
+    def compliance(
+        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor, begins: Tensor | None = None
+    ) -> Tensor:
         """R of every prefix followed by every token, right after the model ran: [batch, time, vocabulary].
 
         Args:
+            logits: [batch, time, vocabulary] of the model.
             input_ids, attention_mask, begins: [batch, time], as in `AuxiliaryModel.features`.
         """
-        return self._r_logits(input_ids, attention_mask, begins).float().sigmoid()
+        features = self._features(input_ids, attention_mask, begins)
+        return self.auxiliary(features, anchor_logits=logits).float().sigmoid()
 
-    def _r_logits(self, input_ids: Tensor, attention_mask: Tensor, begins: Tensor | None) -> Tensor:
+    def _features(self, input_ids: Tensor, attention_mask: Tensor, begins: Tensor | None) -> Tensor:
         assert self._hidden.last is not None
-        return self.auxiliary(self.auxiliary.features(self._hidden.last, input_ids, attention_mask, begins))
+        return self.auxiliary.features(self._hidden.last, input_ids, attention_mask, begins)
+
+
+def check_scale(guidance_scale: float) -> None:
+    """Refuses a guidance scale below 0, or one that is not finite.
+
+    Raises:
+        UserError: it is.
+    """
+    if not 0 <= guidance_scale < inf:
+        raise UserError(f"guidance_scale: must be a finite number, 0 or more, not {guidance_scale}")
+
+
+def load_guide(folder: str | Path, model: PreTrainedModel | PeftModel) -> AuxiliaryModel:
+    """Loads the auxiliary of a folder for a model; warns if it was fitted on another one.
+
+    Raises:
+        UserError: as `load_auxiliary`.
+    """
+    loaded = load_auxiliary(folder, causal_lm(model))
+    fits = {loaded.config.provenance.get(key) for key in ("fitted_on", "trained_model")} - {None}
+    if fits and model.dtype != torch.float16 and fingerprint(model) not in fits:
+        logger.warning("%s: R was fitted on another model, and its guidance may be wrong for this one", folder)
+    return loaded
 
 
 @contextmanager
@@ -163,14 +188,9 @@ def guided(model: PreTrainedModel, auxiliary: str | None, guidance_scale: float 
     Raises:
         UserError: the folder holds no auxiliary for this model; the guidance scale is below 0 or not finite.
     """
-    if not 0 <= guidance_scale < inf:
-        raise UserError(f"guidance_scale: must be a finite number, 0 or more, not {guidance_scale}")
+    check_scale(guidance_scale)
     if auxiliary is None:
         yield None
         return
-    loaded = load_auxiliary(auxiliary, causal_lm(model))
-    fits = {loaded.config.provenance.get(key) for key in ("fitted_on", "trained_model")} - {None}
-    if fits and model.dtype != torch.float16 and fingerprint(model) not in fits:
-        logger.warning("%s: R was fitted on another model, and its guidance may be wrong for this one", auxiliary)
-    with NADOGuide(model, loaded, guidance_scale) as guide:
+    with NADOGuide(model, load_guide(auxiliary, model), guidance_scale) as guide:
         yield guide

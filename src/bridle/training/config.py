@@ -180,6 +180,8 @@ class AuxiliaryOptions:
         memory: how many features of the completion's states so far it keeps the largest value of; 0 for none. Without
             them it reads the state at the last token alone, which does not know what the completion has said.
         own_network: give it its own body instead of the guided model's hidden states.
+        form: `sigmoid`; or `log-linear`, which is consistent by construction and linear in the model's final states,
+            so that `bridle export --fold` makes guided decoding an ordinary checkpoint.
         learning_rate: of AdamW.
         epochs: passes over a round's rollouts.
         batch_size: rollouts a step.
@@ -203,6 +205,7 @@ class AuxiliaryOptions:
     head_rank: PositiveInt | None = 64
     memory: NonNegativeInt = 64
     own_network: bool = False
+    form: Literal["sigmoid", "log-linear"] = "sigmoid"
     learning_rate: PositiveFloat = 1e-3
     epochs: PositiveInt = 3
     batch_size: PositiveInt = 64
@@ -221,7 +224,7 @@ class AuxiliaryOptions:
     @property
     def shape(self) -> dict[str, Any]:
         """The options of `new_auxiliary`."""
-        return {key: getattr(self, key) for key in ("depth", "head_rank", "memory", "own_network")}
+        return {key: getattr(self, key) for key in ("depth", "head_rank", "memory", "own_network", "form")}
 
 
 @dataclass

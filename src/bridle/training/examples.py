@@ -1,20 +1,23 @@
 """Training examples of R: labelled rollouts with the guided model's states."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bridle.core.decomposition import future_weights
+from bridle.core.output_layer import OutputLayer
 from bridle.core.tokens import completion_positions, length_mask, pad_right
 from bridle.data import Rollout
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.forward import policy_forward
-from bridle.models.hidden import causal_lm, evaluation_mode, project
+from bridle.models.hidden import causal_lm, evaluation_mode, output_layer, project
 from bridle.models.sampling import Trace
 from bridle.models.sharding import is_sharded
 from bridle.utils.oom import RowLimit
@@ -22,6 +25,7 @@ from bridle.utils.progress import track
 
 ENCODE_BATCH = 64  # rollouts in one forward of the guided model
 PREFIXES_AT_ONCE = 1024  # positions whose logits are computed at once
+LOGITS_AT_ONCE = 2**23  # in a fit
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Examples:
             were not p_a's own, but drawn to seek a violation.
         input_ids, attention_mask: [n, longer time] of prompt and completion.
         positions: [n, time], where in `input_ids` each completion token is predicted.
+        layer: the guided model's output layer.
     """
 
     hidden: Tensor
@@ -49,24 +54,46 @@ class Examples:
     input_ids: Tensor
     attention_mask: Tensor
     positions: Tensor
+    layer: OutputLayer
 
     def __len__(self) -> int:
         return len(self.compliance)
 
     def __getitem__(self, rows: Tensor | slice) -> "Examples":
-        return Examples(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        return self._each(lambda part: part[rows])
 
     def states(self, auxiliary: AuxiliaryModel) -> Tensor:
-        """What R's trunk reads before each completion token. [n, time, hidden]"""
+        """What R reads before each completion token. [n, time, width]"""
         if auxiliary.network is None:
             return auxiliary.features(self.hidden)
-        begins = torch.arange(self.input_ids.shape[1], device=self.positions.device) == self.positions[:, :1]
-        features = auxiliary.features(self.hidden, self.input_ids, self.attention_mask, begins)
-        return _gather(features, self.positions)
+        read = _gather(auxiliary.states(None, self.input_ids, self.attention_mask), self.positions)
+        return auxiliary.remembering(read, self.hidden)
 
     def to(self, device: torch.device) -> "Examples":
         """The same examples on another device."""
-        return Examples(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return self._each(lambda part: part.to(device))
+
+    def anchor_logits(self) -> Tensor:
+        """p_a's logits before each completion token. [n, time, vocabulary]"""
+        return self.layer(self.hidden).float()
+
+    def r_taken(self, auxiliary: AuxiliaryModel) -> Tensor:
+        """R's logits after each completion token. [n, time]"""
+        states = self.states(auxiliary)
+        if not auxiliary.is_log_linear:
+            return auxiliary(states, self.completion)
+
+        def part(states: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor:
+            return auxiliary(states, tokens, self.layer(hidden))
+
+        at_once = max(1, LOGITS_AT_ONCE // auxiliary.config.vocab_size)  # what the backward needs is computed again
+        parts = zip(*(whole[self.mask].split(at_once) for whole in (states, self.hidden, self.completion)), strict=True)
+        taken = torch.cat([checkpoint(part, *some, use_reentrant=False) for some in parts])
+        return torch.zeros(self.mask.shape, device=taken.device).masked_scatter(self.mask, taken)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Examples":
+        tensors: dict[str, Any] = {name: change(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **tensors)
 
 
 def encode(
@@ -120,6 +147,7 @@ def encode(
         input_ids=input_ids,
         attention_mask=attention_mask,
         positions=at,
+        layer=output_layer(model, dtype).detach(copy=is_sharded(causal_lm(model))),
     )
 
 

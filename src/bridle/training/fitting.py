@@ -6,33 +6,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from bridle.core.decomposition import consistency_loss, label_loss
 from bridle.models.auxiliary import AuxiliaryModel
-from bridle.models.hidden import project
 from bridle.training.config import AuxiliaryOptions
-from bridle.training.examples import Examples, split
+from bridle.training.examples import LOGITS_AT_ONCE, Examples, split
 from bridle.training.measures import measure_calibration, rate_shift
 from bridle.utils.progress import Progress
 
 SumAndCount = tuple[Tensor, Tensor]
+Losses = tuple[SumAndCount, ...]
 
-CONSISTENCY_SHARE = 4  # at most one row in this many uses the whole vocabulary in a fitting step
-CONSISTENCY_LOGITS = 2**23  # and no more rows than have so many logits together
+CONSISTENCY_SHARE = 4  # at most one row in this many, and no more than LOGITS_AT_ONCE, serve consistency in a step
+SCALE_ROWS = 256  # examples whose states' size a new R of the log-linear form measures
 AVERAGE_DECAY = 0.9  # a step, of the average of R that consistency compares with
 
 
 @torch.enable_grad()  # an anchor that is sampled from runs without
 def fit_auxiliary(
     auxiliary: AuxiliaryModel,
-    model: PreTrainedModel,
     examples: Examples,
     options: AuxiliaryOptions,
     generator: torch.Generator,
     description: str = "fitting R",
     fresh: int | None = None,
-    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Minimises L_R = BCE + β·consistency on labelled samples (`core.decomposition`), from R shifted to their rate.
 
@@ -41,12 +38,10 @@ def fit_auxiliary(
 
     Args:
         auxiliary: R, changed in place.
-        model: the guided model p_a, whose next-token distribution the consistency term averages over.
-        examples: from `encode`; a share of the fresh ones is kept back to measure R.
+        examples: from `encode`, of the guided model p_a; a share of the fresh ones is kept back to measure R.
         options: length and rates of the fit.
         generator: orders the examples.
         fresh: how many of the first were drawn from p_a itself; all if not given.
-        dtype: of mixed precision, as in `policy_forward`.
 
     Returns:
         Losses of the last epoch, the number of steps skipped because loss or gradient was not finite, and R's
@@ -54,9 +49,9 @@ def fit_auxiliary(
     """
     fresh = len(examples) if fresh is None else fresh
     validation, fitting = split(examples, fresh, options.validation_share, generator)
-    with (
-        torch.no_grad()
-    ):  # a policy that complies more, or a new R, is off by far more than the fit's few steps move it
+    with torch.no_grad():
+        auxiliary.scale_to(examples.hidden[:SCALE_ROWS])
+        # A policy that complies more, or a new R, is off by far more than the fit's few steps move it.
         auxiliary.value.bias.add_(rate_shift(auxiliary, examples[fitting]))
     optimizer = torch.optim.AdamW(
         auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
@@ -67,10 +62,10 @@ def fit_auxiliary(
     auxiliary.train()
     with Progress(description, steps, "steps") as progress:
         for _ in range(options.epochs):
-            totals = torch.zeros(4)
+            totals = torch.zeros(8)
             shuffled = fitting[torch.randperm(len(fitting), generator=generator)]
             for rows in shuffled.split(options.batch_size):
-                losses = _fit_losses(auxiliary, average, model, examples[rows].to(auxiliary.device), dtype)
+                losses = _fit_losses(auxiliary, average, examples[rows].to(auxiliary.device))
                 if _step(auxiliary, optimizer, losses, options.consistency_weight):
                     totals += torch.stack([part.detach().float().cpu() for pair in losses for part in pair])
                 else:
@@ -79,18 +74,16 @@ def fit_auxiliary(
                 schedule.step()
                 progress.update()
     auxiliary.eval()
-    bce, consistency = ((total / count).item() if count else None for total, count in totals.view(2, 2))
+    bce, consistency, excess, _ = ((total / count).item() if count else None for total, count in totals.view(4, 2))
     report = {"r_bce": bce, "r_consistency": consistency, "r_steps_skipped": skipped, "r_kept_back": len(validation)}
+    report |= {"r_excess": excess} if auxiliary.is_log_linear else {}
     return report | measure_calibration(auxiliary, examples[validation])
 
 
-def _step(
-    auxiliary: AuxiliaryModel, optimizer: torch.optim.Optimizer, losses: tuple[SumAndCount, SumAndCount], beta: float
-) -> bool:
-    """Takes one step on BCE + β·consistency; if it is not finite, changes nothing and returns False."""
-    bce, consistency = losses
-    loss = bce[0] / bce[1].clamp(min=1)
-    loss = loss + beta * consistency[0] / consistency[1].clamp(min=1)
+def _step(auxiliary: AuxiliaryModel, optimizer: torch.optim.Optimizer, losses: Losses, beta: float) -> bool:
+    """Takes one step on BCE + β·consistency + the others; if it is not finite, changes nothing and returns False."""
+    bce, consistency, *others = (total / count.clamp(min=1) for total, count in losses)
+    loss = sum(others, bce + beta * consistency)
     optimizer.zero_grad()
     loss.backward()
     finite = bool(torch.isfinite(loss + nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)))
@@ -107,25 +100,25 @@ def _follow(average: AuxiliaryModel, auxiliary: AuxiliaryModel) -> None:
         mean.lerp_(now, 1 - AVERAGE_DECAY)
 
 
-def _fit_losses(
-    auxiliary: AuxiliaryModel,
-    average: AuxiliaryModel,
-    model: PreTrainedModel,
-    batch: Examples,
-    dtype: torch.dtype | None,
-) -> tuple[SumAndCount, SumAndCount]:
-    """Both terms of L_R on one batch, each as (sum, count); consistency's mean is that of R's average, a target."""
-    states = batch.states(auxiliary)
-    r_taken = auxiliary(states, batch.completion)
-    bce = label_loss(r_taken, batch.mask, _labels(batch, r_taken), batch.weights)
+def _fit_losses(auxiliary: AuxiliaryModel, average: AuxiliaryModel, batch: Examples) -> Losses:
+    """On one batch, each as (sum, count): BCE and consistency; what is above R = 1, and BCE of a log-linear R's value.
+
+    Consistency's mean is that of R's average, a target.
+    """
+    r_taken = batch.r_taken(auxiliary)
+    labels = _labels(batch, r_taken)
+    bce = label_loss(r_taken, batch.mask, labels, batch.weights)
     # The whole vocabulary is the expensive part; a mean over some rows suffices.
-    affordable = CONSISTENCY_LOGITS // (batch.mask.shape[1] * auxiliary.config.vocab_size)
+    affordable = LOGITS_AT_ONCE // (batch.mask.shape[1] * auxiliary.config.vocab_size)
     some = slice(0, max(1, min(affordable, -(-len(batch) // CONSISTENCY_SHARE))))
     with torch.no_grad():
-        anchor_log_probs = F.log_softmax(project(model, batch.hidden[some], dtype).float(), dim=-1)
-        r_logits = average(batch[some].states(average))
-    consistency = consistency_loss(r_logits, r_taken[some], anchor_log_probs, batch.mask[some])
-    return bce, consistency
+        anchor_logits = batch[some].anchor_logits()
+        r_logits = average(batch[some].states(average), anchor_logits=anchor_logits)
+    consistency = consistency_loss(r_logits, r_taken[some], F.log_softmax(anchor_logits, dim=-1), batch.mask[some])
+    excess = auxiliary.excess(r_taken).masked_fill(~batch.mask, 0).sum(), batch.mask.sum()
+    values = auxiliary.values(batch.states(auxiliary))[:, 1:]
+    value = label_loss(values, batch.mask[:, 1 : values.shape[1] + 1], labels, batch.weights[:, : values.shape[1]])
+    return bce, consistency, excess, value
 
 
 def _labels(batch: Examples, r_taken: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bridle.constraints import AsyncScoring
-from bridle.core.decomposition import log_target
 from bridle.core.output_layer import OutputLayer
 from bridle.core.sparse import SparseTarget
 from bridle.data import Prompt, Rollout
@@ -47,7 +46,7 @@ class Target:
 
     Attributes:
         auxiliary: R; None is retention, R = 1.
-        features: [prefixes, hidden], the input of R's trunk; the states themselves without R.
+        features: [prefixes, width], what R reads; the states themselves without R.
         guidance_scale: η.
         anchor: states [prefixes, hidden] of a frozen p_a, and its output layer; None where p_a is the policy itself.
     """
@@ -71,7 +70,7 @@ class Target:
         """log q at some of the prefixes. [some, vocabulary] -> [some, vocabulary]"""
         if self.auxiliary is None:
             return F.log_softmax(anchor_logits.float(), dim=-1)
-        return log_target(anchor_logits, self.auxiliary(self.features[which]), self.guidance_scale)
+        return self.auxiliary.log_q(self.features[which], anchor_logits, self.guidance_scale)
 
 
 @dataclass
@@ -235,16 +234,7 @@ class DomainRegulariser(StatefulRegulariser):
     def _fit_auxiliary(self, examples: Examples, fresh: int, description: str, purpose: str) -> dict[str, Any]:
         assert self.auxiliary is not None
         generator = torch.Generator().manual_seed(self.seed(purpose))
-        report = fit_auxiliary(
-            self.auxiliary,
-            self.model,
-            examples,
-            self.config.auxiliary,
-            generator,
-            description,
-            fresh=fresh,
-            dtype=self.config.autocast_dtype,
-        )
+        report = fit_auxiliary(self.auxiliary, examples, self.config.auxiliary, generator, description, fresh=fresh)
         align(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
         self.is_fitted = True
         self.auxiliary.config.provenance = {
@@ -312,7 +302,7 @@ class DomainRegulariser(StatefulRegulariser):
         attention_mask: Tensor | None = None,
         trained: Mask | None = None,
     ) -> Tensor:
-        """What R's trunk reads; without `trained`, where that is the states alone. [..., hidden] -> [..., hidden]"""
+        """What R reads; without `trained`, where that is the states alone. [..., hidden] -> [..., width]"""
         if self.auxiliary is None or trained is None:
             return states if self.auxiliary is None else self.auxiliary.features(states)
         begins = beginnings(trained, self.prompt_lengths[1]).to(states.device)
