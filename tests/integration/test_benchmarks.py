@@ -222,13 +222,13 @@ class TestCritic:
 
     def test_variants_on_one_policy_and_what_is_kept(self, benchmark, recipe, tmp_path, capsys):
         path, kept = recipe(), tmp_path / "critic"
-        variants = ("--variant", "a", "rollouts=16", "--variant", "b", "rollouts=24", "epochs=3", "head_rank=2")
+        variants = ("--variant", "a", "rollouts=16", "--variant", "b", "rollouts=24", "epochs=3", "form=log-linear")
         command = ("critic", path, *self.SMALL, "--cache", kept, "--independent", "no e", *variants)
         found = benchmark(*command)
         files = {file: file.stat().st_mtime_ns for file in kept.glob("*.jsonl")}
         assert len(files) == 3  # the policy's texts, their continuations, and a block of rollouts
         assert found["policy"]["p"] == found["policy"]["p_independent"] > 0 == found["policy"]["q_independent"]
-        for name, settings in {"a": {"rollouts": 16}, "b": {"rollouts": 24, "epochs": 3, "head_rank": 2}}.items():
+        for name, settings in {"a": {"rollouts": 16}, "b": {"rollouts": 24, "epochs": 3, "form": "log-linear"}}.items():
             one = found["variants"][name]
             assert one["settings"] == settings
             assert one["guided"] == one["guided_independent"]

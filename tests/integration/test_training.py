@@ -472,6 +472,24 @@ class TestResume:
         for name, weight in weights(whole).items():
             assert torch.equal(weights(resumed)[name], weight), name
 
+    def test_so_does_one_with_a_log_linear_r_that_seeks(self, tiny_folder, tmp_path):
+        shape = AuxiliaryOptions(form="log-linear", seek=0.5, replay=1, epochs=2, batch_size=8)
+        options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "auxiliary": shape}
+        regulariser = {"rude": Regulariser(NO_E, kl_on="both")}
+        whole = trainer_of(tiny_folder(), tmp_path / "whole", regulariser, **options)
+        whole.train()
+        died = trainer_of(tiny_folder(), tmp_path / "died", regulariser, **options)
+        died.add_callback(StopAt(7))
+        with pytest.raises(KeyboardInterrupt):
+            died.train()
+        resumed = trainer_of(tiny_folder(), tmp_path / "died", regulariser, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "died" / "checkpoint-6"))
+        for name, weight in weights(whole).items():
+            assert torch.equal(weights(resumed)[name], weight), name
+        of = whole.regularisers[0].auxiliary, resumed.regularisers[0].auxiliary
+        assert torch.equal(of[0].scale, of[1].scale)
+        assert of[0].scale.std() > 0
+
     def test_a_half_written_checkpoint_is_passed_over(self, tmp_path):
         for step, files in {4: ["schedule.json"], 12: ["schedule.json"], 100: ["model.safetensors"]}.items():
             for file in files:
