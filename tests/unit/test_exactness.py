@@ -106,7 +106,9 @@ def fitted(world):
     return fitted_on(world, ideal_rollouts(world, SAMPLES))
 
 
-def fitted_on(world: World, rollouts: list[Rollout], epochs: int = 60, form: str = "sigmoid"):
+def fitted_on(
+    world: World, rollouts: list[Rollout], epochs: int = 100, learning_rate: float = 6e-3, form: str = "sigmoid"
+):
     torch.manual_seed(0)
     auxiliary = new_auxiliary(world.model, depth=2, expansion=4, form=form)
     soft = any(0 < world.constraint(y) < 1 for y in world.outputs())
@@ -115,7 +117,7 @@ def fitted_on(world: World, rollouts: list[Rollout], epochs: int = 60, form: str
     options = AuxiliaryOptions(
         epochs=epochs,
         batch_size=512,
-        learning_rate=1.2e-2,
+        learning_rate=learning_rate,
         weight_decay=0.0,
         consistency_weight=0.1,
         validation_share=0.0,
@@ -157,7 +159,7 @@ def test_a_log_linear_r_is_the_true_one_and_consistent(tiny_model, constraint):
     """In a world of three tokens: r is linear in the states, which must tell its prefixes apart."""
     model = tiny_model("gpt2", vocab_size=3, initializer_range=0.3)
     world = World(model=model, prompt=[1], length=3, end=2, constraint=constraint)
-    fitted = fitted_on(world, ideal_rollouts(world, SAMPLES), epochs=40, form="log-linear")
+    fitted = fitted_on(world, ideal_rollouts(world, SAMPLES), epochs=40, learning_rate=1.2e-2, form="log-linear")
     for prefix in world.prefixes():
         ids = torch.tensor([world.prompt + list(prefix)])
         with torch.no_grad(), capture_hidden_states(model) as hidden:
