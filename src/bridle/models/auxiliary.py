@@ -189,7 +189,7 @@ class AuxiliaryModel(PreTrainedModel):
         return log_target(anchor_logits, -r_logits if violate else r_logits, guidance_scale)
 
     def excess(self, r_logits: Tensor) -> Tensor:
-        """max(log R, 0): what the fit's penalty keeps small; 0 in the sigmoid form. [...] -> [...]"""
+        """max(R − 1, 0): what the fit's penalty keeps small; 0 in the sigmoid form. [...] -> [...]"""
         return log_linear.excess(r_logits) if self.is_log_linear else torch.zeros_like(r_logits)
 
     def scale_to(self, hidden_states: Tensor) -> None:

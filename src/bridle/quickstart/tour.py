@@ -24,7 +24,7 @@ METHODS = ("base", "sft", "filtration", "rl", "nado-decoding", "constrained", "c
 """The rows of the paper's table."""
 
 REAL_METHODS = ("base", "sft", "filtration", "nado-decoding-sft", "rl", "constrained-adaptive")
-"""What half an hour is enough for."""
+"""Those that fit into 40 minutes of one core."""
 
 LEFT_OUT = "Left out: constrained, for time; nado-decoding, since the base model writes nothing hostile."
 

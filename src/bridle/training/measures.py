@@ -69,7 +69,10 @@ def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[s
 
 
 def rate_shift(auxiliary: AuxiliaryModel, examples: Examples) -> float:
-    """What to add to R's logits so that its mean prediction is the labels' rate; 0 without labels."""
+    """What to add to R's logits so that its mean prediction is the labels' rate; 0 without labels.
+
+    A log-linear R whose value is shifted by it comes near the rate.
+    """
     examples = examples[examples.labelled.nonzero()[:, 0]]
     if not len(examples):
         return 0.0
