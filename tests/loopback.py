@@ -1,13 +1,21 @@
 """A real HTTP server on the loopback interface that gives scripted answers and faults."""
 
 import json
+import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
 
 
 class Server(ThreadingHTTPServer):
@@ -68,6 +76,37 @@ def serving():
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def transformers_serving(folder):
+    """`transformers serve` of a model's folder; gives the URL of its interface."""
+    command = Path(sys.executable).with_name("transformers")
+    if not command.exists():
+        pytest.skip("this version of transformers has no command")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [command, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log, url = folder.parent / "serve.log", f"http://127.0.0.1:{port}"
+    with log.open("w") as output:
+        server = subprocess.Popen(started, stdout=output, stderr=output, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(600):
+            if server.poll() is not None:
+                text = log.read_text()
+                if "No such command" in text or "Missing dependencies" in text:
+                    pytest.skip(text.strip().splitlines()[-1])
+                pytest.fail(text)
+            with suppress(urllib.error.URLError), urllib.request.urlopen(f"{url}/health", timeout=60):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(log.read_text())
+        yield f"{url}/v1"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def ok(content):

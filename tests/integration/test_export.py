@@ -1,14 +1,8 @@
 """`bridle export`: what other programs read."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +15,7 @@ from bridle.models.export import export, fold
 from bridle.models.gguf_writer import write_gguf
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
+from loopback import transformers_serving
 from tiny_gguf import write_gguf as reference
 
 TEXT = "The kettle sings 1234 times"
@@ -213,31 +208,8 @@ def content(path):
 
 def complete(folder, prompt, **options):
     """The likeliest completion of a model by `transformers serve`, over HTTP."""
-    command = Path(sys.executable).with_name("transformers")
-    if not command.exists():
-        pytest.skip("this version of transformers has no command")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = [command, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    log = folder.parent / "serve.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(started, stdout=output, stderr=output, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    body = json.dumps({"model": str(folder), "prompt": prompt, "temperature": 0, **options}).encode()
-    url, headers = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
-    try:
-        for _ in range(600):
-            if server.poll() is not None:
-                text = log.read_text()
-                if "No such command" in text or "Missing dependencies" in text:
-                    pytest.skip(text.strip().splitlines()[-1])
-                pytest.fail(text)
-            try:
-                with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as answer:
-                    return json.load(answer)["choices"][0]["text"]
-            except urllib.error.URLError:
-                time.sleep(0.1)
-        pytest.fail(log.read_text())
-    finally:
-        server.terminate()
-        server.wait()
+    with transformers_serving(folder) as url:
+        body = json.dumps({"model": str(folder), "prompt": prompt, "temperature": 0, **options}).encode()
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/completions", body, headers), timeout=60) as answer:
+            return json.load(answer)["choices"][0]["text"]

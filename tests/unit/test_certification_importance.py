@@ -59,7 +59,7 @@ def test_the_weighted_violations_have_the_model_s_own_rate(model, auxiliary, gui
         evaluator = Evaluator(model, Letters(), guide, batch_size=256)
         seeker = Seeker(stack.enter_context(NADOGuide(model, auxiliary, violate=True)), share)
         texts, weights = zip(*seeker.draw(evaluator, prompts, how, seed=1), strict=True)
-        plain = [text for (text,) in evaluator.draw([PROMPT] * count, how)]
+        plain = [text for (text,) in evaluator.draw(prompts, how)]
     weights, violates = np.array(weights), np.array([text.count("e") >= 2 for text in texts])
     assert 0 < weights.min() < 0.9 < weights.max() <= 1 / (1 - share)
     assert weights.mean() == pytest.approx(1, abs=4 * weights.std() / np.sqrt(count))

@@ -58,8 +58,8 @@ class Tried:
 
     Attributes:
         candidate: its name.
-        model: folder or hub name.
-        weights: a hash of all of its weights, and of its guide's.
+        model: folder or hub name, or the URL of its server.
+        weights: a hash of all of its weights, and of its guide's; "" where a server hides them.
         guide: of its decoding, and at which `guidance_scale` (η); None where it is unguided.
         n: number of completions, one for each prompt.
         violations: number of them that violate or have no score.
@@ -192,11 +192,17 @@ class Certificate:
                 "An oracle that errs otherwise on these completions than on the labelled texts: the bound on the true "
                 "rate takes its errors to be the same."
             )
+        weights = "Other weights: any change to them, further tuning and quantisation included."
+        if not all(tried.weights for tried in self.tried):
+            weights = (
+                "Another model behind the server's address. Its weights were not seen: the statement is about what "
+                "answered then, with all that the server adds to a request."
+            )
         return [
             "Other prompts. The statement is about prompts drawn, independently, as these were. It is void if the "
             "model was trained or chosen on them, or if they served an earlier certificate.",
             f"Other decoding than {decoding}.",
-            "Other weights: any change to them, further tuning and quantisation included.",
+            weights,
             errors,
             "Any single output. A rate is no guarantee.",
         ]

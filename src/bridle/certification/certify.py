@@ -31,8 +31,9 @@ from bridle.errors import UserError
 from bridle.evaluation.evaluator import COMPLETIONS_PER_ROW, Evaluator
 from bridle.evaluation.examination import LabelledRows
 from bridle.evaluation.prompt_sets import PromptSet
+from bridle.evaluation.served import ServedModel
 from bridle.models.guidance import guided
-from bridle.models.loading import load_for_inference
+from bridle.models.loading import load_for_inference, load_tokenizer
 from bridle.models.sharding import digest
 
 DEVELOPMENT, CERTIFICATION, ORDER = range(3)  # purposes, each with its own random numbers
@@ -43,9 +44,10 @@ class Candidate:
     """A model with its decoding, which may be certified.
 
     Attributes:
-        model: folder or hub name.
+        model: folder or hub name, or the URL of a server.
         guide: folder of the auxiliary model; None for none.
         guidance_scale: η.
+        served: what the server calls its model; None for a model that is loaded here.
 
     Raises:
         UserError: the guidance scale is below 0 or not finite.
@@ -54,6 +56,7 @@ class Candidate:
     model: str
     guide: str | None = None
     guidance_scale: float = 1.0
+    served: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_scale < inf:
@@ -67,6 +70,8 @@ class Candidate:
     @property
     def name(self) -> str:
         """The model, and where it is guided, by what and at which η."""
+        if self.served is not None:
+            return f"{self.served} at {self.model}"
         return candidate_name(self.model, self.guide if self.is_guided else None, self.guidance_scale)
 
 
@@ -84,6 +89,7 @@ class Certification:
             another on the development prompts and writes no better is then left out.
         oracle_labels: texts with human labels.
         batch_size, seed, device, dtype: as in `bridle evaluate`.
+        tokenizer, api_key_env: of models behind servers, as in `measure_served`.
         show: called with lines of text.
 
     Raises:
@@ -102,6 +108,8 @@ class Certification:
     seed: int = 0
     device: str | None = None
     dtype: str = "float32"
+    tokenizer: str | None = None
+    api_key_env: str | None = None
     show: Callable[[str], None] = field(default=lambda line: None)
     _loaded: tuple[str, Any, Any] | None = field(default=None, init=False, repr=False)
 
@@ -170,7 +178,7 @@ class Certification:
 
     # ------------------------------------------------------------------ prompts
 
-    def _read(self, evaluator: Evaluator) -> list[Prompt]:
+    def _read(self, evaluator: Evaluator | ServedModel) -> list[Prompt]:
         """The prompts in a random order, as a file may be sorted."""
         prompts = evaluator.read(self.prompts)
         order = np.random.default_rng(self._seed(ORDER)).permutation(len(prompts))
@@ -204,8 +212,12 @@ class Certification:
     # ------------------------------------------------------------------ candidates
 
     @contextmanager
-    def _opened(self, candidate: Candidate) -> Iterator[tuple[Evaluator, Seeker | None]]:
+    def _opened(self, candidate: Candidate) -> Iterator[tuple[Evaluator | ServedModel, Seeker | None]]:
         """A candidate, ready to draw from, and what seeks its violations."""
+        if candidate.served is not None:
+            counting = None if self.tokenizer is None else load_tokenizer(self.tokenizer)
+            yield ServedModel(candidate.model, candidate.served, counting, self.api_key_env, self.seed), None
+            return
         if self._loaded is None or self._loaded[0] != candidate.model:
             self._loaded = None  # so that two models are never in memory
             self._loaded = candidate.model, *load_for_inference(candidate.model, self.dtype, self.device)
@@ -236,7 +248,7 @@ class Certification:
             drawn = draw(evaluator, prompts, self.prompts.generation, self._seed(DEVELOPMENT))
             scores = self.constraint.score([_given(prompt) for prompt in prompts], [text for text, _ in drawn])
             bits = None
-            if self.perplexity is not None:
+            if self.perplexity is not None and isinstance(evaluator, Evaluator):
                 place = self.perplexity.place
                 bits = evaluator.perplexity({place: texts_of(self.perplexity)})[place]["bits_per_byte"]["value"]
         rate = fmean(not score.complies for score in scores)
@@ -269,7 +281,7 @@ class Certification:
         return tried
 
     def _observations(
-        self, candidate: Candidate, evaluator: Evaluator, seeker: Seeker | None, prompts: Sequence[Prompt]
+        self, candidate: Candidate, evaluator: Evaluator | ServedModel, seeker: Seeker | None, prompts: Sequence[Prompt]
     ) -> Iterator[Observation]:
         """The completions in the order of the prompts, of all or until the result is settled."""
         size = COMPLETIONS_PER_ROW * self.batch_size if self.goal.anytime else len(prompts)
@@ -289,8 +301,10 @@ class Certification:
                 return
 
 
-def weights_of(evaluator: Evaluator) -> str:
-    """A short hash of all weights that decide what a model says, those of its guide included."""
+def weights_of(evaluator: Evaluator | ServedModel) -> str:
+    """A short hash of all weights that decide what a model says, its guide's included; "" where a server hides them."""
+    if isinstance(evaluator, ServedModel):
+        return ""
     parts = [evaluator.model, *([evaluator.guide.auxiliary] if evaluator.guide else [])]
     return digest((name, parameter.detach()) for part in parts for name, parameter in part.named_parameters())
 

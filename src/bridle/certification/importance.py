@@ -21,6 +21,7 @@ from bridle.core.tokens import pad_right
 from bridle.data import Prompt, decode_parts
 from bridle.evaluation.evaluator import COMPLETIONS_PER_ROW, Evaluator
 from bridle.evaluation.prompt_sets import GenerationOptions
+from bridle.evaluation.served import ServedModel
 from bridle.models.auxiliary import load_auxiliary
 from bridle.models.guidance import NADOGuide
 from bridle.models.hidden import causal_lm, evaluation_mode
@@ -136,12 +137,16 @@ def seeking(evaluator: Evaluator, auxiliary: str, share: float) -> Iterator[Seek
 
 
 def draw(
-    evaluator: Evaluator, prompts: Sequence[Prompt], how: GenerationOptions, seed: int, seeker: Seeker | None = None
+    evaluator: Evaluator | ServedModel,
+    prompts: Sequence[Prompt],
+    how: GenerationOptions,
+    seed: int,
+    seeker: Seeker | None = None,
 ) -> list[tuple[str, float]]:
     """One completion for each prompt, each with its weight: 1 without a seeker."""
-    if seeker is not None:
+    if seeker is not None and isinstance(evaluator, Evaluator):
         return seeker.draw(evaluator, prompts, how, seed)
-    drawn = replace(evaluator, seed=seed).draw([prompt.ids for prompt in prompts], how)
+    drawn = replace(evaluator, seed=seed).draw(prompts, how)
     return [(text, 1.0) for (text,) in drawn]
 
 

@@ -12,11 +12,13 @@ from bridle.errors import UserError
 
 app = typer.Typer()
 
+WEIGHTS = ("guide", "guidance_scale", "perplexity", "device", "dtype")  # options that need a model's weights
 NOTHING_CERTIFIED = 1  # exit code
 GOAL = {"rate", "confidence", "method", "anytime", "seek"}  # with nothing else, the command says what they need
 
 Models = Annotated[
-    list[str] | None, typer.Argument(metavar="MODEL...", help="Folder, adapter folder, GGUF file or hub name.")
+    list[str] | None,
+    typer.Argument(metavar="MODEL...", help="Folder, adapter folder, GGUF file, hub name, or http://HOST/v1."),
 ]
 Prompts = Annotated[
     str | None, typer.Option(metavar="FILE|NAME", help="Prompts used for nothing else; each is completed once.")
@@ -93,6 +95,9 @@ def certify(
     top_p: common.TopP = None,
     greedy: common.Greedy = False,
     batch_size: common.BatchSize = 64,
+    served: common.Served = None,
+    tokenizer: common.Tokenizer = None,
+    api_key_env: common.ApiKeyEnv = None,
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "float32",
@@ -102,7 +107,7 @@ def certify(
     Candidates are ordered on --development prompts from the safest on and tested in this order, up to the first that
     fails; the last that passed is certified. Exit code 1: none is.
     """
-    asked = {name for name in context.params if _is_asked(context, name)}
+    asked = common.asked(context)
     if verify is not None:
         others = sorted(asked - {"verify", "constraint"})
         refuse((others, f"--verify reads a certificate; leave out {', '.join(others)}"))
@@ -116,7 +121,10 @@ def certify(
     if asked <= GOAL:
         say(goal.plan())
         return
+    server = next((model for model in named if common.is_url(model)), "")
     refuse(
+        *common.about_server(context, server, WEIGHTS),
+        (server and len(named) > 1, f"{server}: is a server, which is certified alone; leave out the other models"),
         (not named, "nothing to certify: give a MODEL or --candidates"),
         (prompts is None or constraint is None, "--prompts and --constraint are needed: texts are drawn, then judged"),
         (guide is None and guidance_scale is not None, common.SCALE_WITHOUT_GUIDE),
@@ -126,13 +134,9 @@ def certify(
     how |= common.given(top_p=top_p, greedy=greedy)
     running = {"batch_size": batch_size, "seed": seed, "device": device, "dtype": dtype}
     guides = [(guide, scale) for scale in _scales(guidance_scale)]
-    request = {"goal": goal, "candidates": [(model, *guided) for model in named for guided in guides]}
+    request = {"goal": goal, "candidates": [(model, *guided, served) for model in named for guided in guides]}
+    request |= {"tokenizer": tokenizer, "api_key_env": api_key_env}
     _certify(request | running, str(constraint), output, how, [prompts, development], perplexity, oracle_labels)
-
-
-def _is_asked(context: typer.Context, option: str) -> bool:
-    source = context.get_parameter_source(option)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _certify(

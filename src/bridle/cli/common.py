@@ -20,6 +20,19 @@ RecipeFile = Annotated[Path, typer.Argument(help="YAML file: model, corpus, cons
 Model = Annotated[
     str, typer.Argument(help="Folder written by save_pretrained, adapter folder, GGUF file, or hub name.")
 ]
+MeasuredModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, adapter folder, GGUF file, hub name, or http://HOST/v1.")
+]
+Served = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="What the server at an http address calls its model.")
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Cuts prompts to --prompt_tokens for a server's model.")
+]
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option("--api_key_env", metavar="NAME", help="Environment variable whose key is sent to a server."),
+]
 Guide = Annotated[
     str | None, typer.Option(metavar="AUXILIARY", help="Guide sampling by this auxiliary model (NADO decoding).")
 ]
@@ -111,6 +124,32 @@ def load_constraints(specs: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"--constraint: two constraints are called '{constraint.name}'; name them in a recipe")
         constraints[constraint.name] = constraint
     return constraints
+
+
+def asked(context: typer.Context) -> set[str]:
+    """The names of the parameters that were given on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def is_url(model: str) -> bool:
+    """Whether a model is behind a server."""
+    return model.startswith(("http://", "https://"))
+
+
+def about_server(context: typer.Context, model: str, weights: Iterable[str]) -> Iterable[tuple[object, str]]:
+    """What to refuse, as `refuse` takes it, where a model is or is not behind a server.
+
+    Args:
+        weights: the options that need a model's weights.
+    """
+    options = {"served": "--model", "tokenizer": "--tokenizer", "api_key_env": "--api_key_env"}
+    found, is_served = asked(context), is_url(model)
+    for name in options.keys() & found if not is_served else ():
+        yield True, f"{options[name]} is for a model behind a server, http://HOST/v1; leave it out"
+    for name in [name for name in weights if name in found and is_served]:
+        yield True, f"--{name} needs the model's weights, which a server does not show; leave it out"
+    yield is_served and "served" not in found, f"{model} is a server: say which of its models with --model NAME"
 
 
 def given(**options: Any) -> dict[str, Any]:

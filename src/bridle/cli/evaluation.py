@@ -76,10 +76,9 @@ Url = Annotated[
     str | None,
     typer.Option(help="Ask an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1, not a local model."),
 ]
-ApiKeyEnv = Annotated[
-    str | None,
-    typer.Option("--api_key_env", metavar="NAME", help="Environment variable whose key is sent to --url."),
-]
+WEIGHTS = ("guide", "guidance_scale", "perplexity", "tasks", "classify", "base", "batch_size", "device", "dtype")
+"""Options that need a model's weights."""
+
 Keep = Annotated[Path, typer.Option(metavar="FILE", help="Verdicts are kept here as they come.")]
 
 
@@ -88,7 +87,8 @@ Keep = Annotated[Path, typer.Option(metavar="FILE", help="Verdicts are kept here
     "--constraint classifier:oracle,label=toxic --perplexity heldout.jsonl --tasks piqa,mmlu --json results.json"
 )
 def evaluate(
-    model: common.Model,
+    context: typer.Context,
+    model: common.MeasuredModel,
     prompts: Prompts = None,
     constraint: Constraints = None,
     guide: common.Guide = None,
@@ -111,12 +111,16 @@ def evaluate(
     greedy: common.Greedy = False,
     batch_size: common.BatchSize = 64,
     guidance_scale: common.GuidanceScale = 1.0,
+    served: common.Served = None,
+    tokenizer: common.Tokenizer = None,
+    api_key_env: common.ApiKeyEnv = None,
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "float32",
 ) -> None:
     """Measure what a model says (violations), what it knows (perplexity, tasks), each figure with its interval.
 
+    Of a model behind an OpenAI-compatible server, http://HOST/v1 --model NAME, violations and text are measured.
     A figure's n counts what it is made from; texts that could not be scored are missing, never a number.
     """
     from bridle.comparison.plan import Evaluation
@@ -128,6 +132,7 @@ def evaluate(
     how |= common.given(temperature=temperature, top_p=top_p, greedy=greedy)
     measured = prompts or perplexity or tasks or classify
     refuse(
+        *common.about_server(context, model, WEIGHTS),
         (bool(prompts) != bool(constraint), "--prompts and --constraint go together: texts are drawn, then scored"),
         (completions and not prompts, "--completions keeps the completions of --prompts; give both"),
         (how and not prompts, f"--{next(iter(how), '')} says how --prompts are completed; give both"),
@@ -145,8 +150,12 @@ def evaluate(
         **benchmarks,
         **_classification(classify, validation),
     )
-    guidance = {"guide": guide, "guidance_scale": guidance_scale}
-    _measure(model, plan, completions, json_file, **guidance, base=base, device=device, dtype=dtype, seed=seed)
+    if served is not None:
+        server = {"name": served, "tokenizer": tokenizer, "api_key_env": api_key_env}
+        _measure(model, plan, completions, json_file, **server, seed=seed)
+    else:
+        guidance = {"guide": guide, "guidance_scale": guidance_scale}
+        _measure(model, plan, completions, json_file, **guidance, base=base, device=device, dtype=dtype, seed=seed)
 
 
 def _classification(test: str | None, validation: str | None) -> dict[str, Any]:
@@ -162,12 +171,12 @@ def _classification(test: str | None, validation: str | None) -> dict[str, Any]:
 
 def _measure(model: str, plan: Any, completions: Path | None, json_file: Path | None, **how: Any) -> None:
     """Measures a model as `how` says, shows the figures, and writes them and the completions if asked."""
-    from bridle.comparison.measure import measure
+    from bridle.comparison.measure import measure, measure_served
     from bridle.evaluation import write_results
     from bridle.utils.files import write_rows
 
     quiet_libraries()
-    results, observations = measure(model, plan, show=say, **how)
+    results, observations = (measure_served if "name" in how else measure)(model, plan, show=say, **how)
     if completions is not None:
         write_rows(completions, observations.completions)
         results["completions"] = str(completions)
@@ -217,7 +226,7 @@ def judge(
     by: By = "verdict",
     examples: Examples = 0,
     url: Url = None,
-    api_key_env: ApiKeyEnv = None,
+    api_key_env: common.ApiKeyEnv = None,
     json_file: common.JsonFile = None,
     keep: Keep = Path("verdicts.jsonl"),
     batch_size: common.BatchSize = 8,

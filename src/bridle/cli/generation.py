@@ -70,7 +70,7 @@ def generate(
         evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed)
         asked = evaluator.read(asked_of) if asked_of else [evaluator.prompt(prompt or "", how.max_new_tokens)]
         streamer = _streamer(tokenizer, asked[0].ids) if stream else None
-        drawn = evaluator.draw([one.ids for one in asked], how, streamer.put if streamer is not None else None)
+        drawn = evaluator.draw(asked, how, streamer.put if streamer is not None else None)
     if streamer is not None:
         streamer.end()
         return

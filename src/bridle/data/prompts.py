@@ -24,7 +24,7 @@ class Prompt:
 
     Attributes:
         text: decoded, without special tokens.
-        ids: its tokens, with the beginning-of-text token where the tokenizer adds one.
+        ids: its tokens, with the beginning-of-text token where the tokenizer adds one; none where a server reads it.
         row: the row of the file that it came from, 1-based.
         messages: the turns of a chat; None for a text.
         rest: the tokens that follow in a row of the corpus: the rest of the text, or the assistant's turn.
@@ -150,9 +150,16 @@ def _chat(
     return Prompt(tokenizer.decode(ids, skip_special_tokens=True), ids, row, kept)
 
 
+def _unread_chat(turns: Messages, values: dict[str, Any], row: int, place: str) -> Prompt:
+    """A chat that its model puts into a template itself."""
+    if options := template_options(values, place):
+        raise UserError(f"{place}: {', '.join(options)}: a server sets the options of its chat template itself")
+    return Prompt("\n".join(f"{turn['role']}: {turn['content']}" for turn in turns), [], row, turns)
+
+
 def read_prompts(
     source: DataSource,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     max_prompt_tokens: int | None = None,
     *,
     prefix_words: int | None = None,
@@ -165,6 +172,7 @@ def read_prompts(
 
     Args:
         source: its `prompt` or `text` names the column.
+        tokenizer: None for a model that reads texts and chats itself; the prompts then have no `ids`.
         max_prompt_tokens: the longest prompt that leaves room for the new tokens; None checks nothing.
         prefix_words, prefix_tokens: keep only the first words or tokens of each text, the beginning-of-text token not
             counted.
@@ -187,7 +195,12 @@ def read_prompts(
             raise UserError(f"{place}: a chat cannot be cut to its first words or tokens")
         else:
             answered = field == "messages" and value[-1]["role"] == "assistant"
-            prompt = _chat(value[:-1] if answered else value, values, row, tokenizer, max_prompt_tokens, place)
+            turns = value[:-1] if answered else value
+            prompt = (
+                _chat(turns, values, row, tokenizer, max_prompt_tokens, place)
+                if tokenizer is not None
+                else _unread_chat(turns, values, row, place)
+            )
         check_room(prompt.ids, max_prompt_tokens, place)
         prompts.append(prompt)
     if not prompts:
@@ -207,12 +220,18 @@ def _fits(ids: Sequence[int], most: int | None) -> bool:
 
 
 def _cut_prompt(
-    value: str, tokenizer: PreTrainedTokenizerBase, place: str, words: int | None, tokens: int | None
+    value: str, tokenizer: PreTrainedTokenizerBase | None, place: str, words: int | None, tokens: int | None
 ) -> tuple[str, list[int]]:
     """The text and the ids of a prompt's first `words` words and `tokens` tokens; None keeps all."""
     if words:
         *_, last = islice(re.finditer(r"\S+", value), words)
         value = value[: last.end()]
+    if tokenizer is None:
+        if tokens is not None:
+            raise UserError(
+                f"{place}: its first {tokens} tokens are the prompt, which needs a tokenizer; name one with --tokenizer"
+            )
+        return value, []
     ids = encode_prompt(value, tokenizer, place)
     if tokens is None:
         return value, ids

@@ -13,6 +13,7 @@ from bridle.evaluation.judge_examination import HumanText, JudgeExamination, exa
 from bridle.evaluation.judges import ChatJudge, Comparison, LikelihoodJudge, LocalJudge, Verdict
 from bridle.evaluation.prompt_sets import PromptSet, prompt_set
 from bridle.evaluation.results import FORMAT, read_results, validate_results, write_results
+from bridle.evaluation.served import ServedModel
 from bridle.evaluation.statistics import (
     Estimate,
     bootstrap_interval,
@@ -41,6 +42,7 @@ __all__ = [
     "LocalJudge",
     "Perplexity",
     "PromptSet",
+    "ServedModel",
     "TaskResult",
     "TextLikelihood",
     "Verdict",

@@ -8,15 +8,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.constraints import Constraint
 from bridle.data import DataSource, Prompt, VerbalisedLabel, encode_prompt, labelled_texts, read_prompts
 from bridle.data.prompts import check_room
 from bridle.data.readers import whole_text
 from bridle.errors import UserError
-from bridle.evaluation.generation import evaluate_constraints, generate_completions, output_perplexity
+from bridle.evaluation.completer import Completer
+from bridle.evaluation.generation import generate_completions
 from bridle.evaluation.observations import Observations
 from bridle.evaluation.prompt_sets import GenerationOptions, PromptSet
-from bridle.evaluation.results import generation_parts
 from bridle.evaluation.tasks import evaluate_tasks
 from bridle.evaluation.utility import Perplexity, likelihoods
 from bridle.models.guidance import NADOGuide
@@ -26,7 +25,7 @@ COMPLETIONS_PER_ROW = 4  # sampled at once for each row of a forward, since a st
 
 
 @dataclass
-class Evaluator:
+class Evaluator(Completer):
     """A model and the settings of its evaluation.
 
     Attributes:
@@ -44,44 +43,6 @@ class Evaluator:
     seed: int = 0
     show: Callable[[str], None] = field(default=lambda line: None)
     observations: Observations = field(default_factory=Observations)
-
-    def generation(
-        self,
-        sets: Sequence[PromptSet],
-        constraints: Mapping[str, Constraint],
-        *,
-        base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
-    ) -> dict[str, Any]:
-        """The parts `generation` and `text` of the results.
-
-        Args:
-            sets: prompts to complete, each as its `generation` says.
-            constraints: by name; each scores the same completions.
-            base: model and tokenizer that measure the perplexity of the completions.
-        """
-        found, fluency = {}, {}
-        for prompts in sets:
-            self.show(f"{prompts.name}: {prompts.generation}")
-            read = self.read(prompts)
-            ids = [prompt.ids for prompt in read]
-            drawn = self.draw(ids, prompts.generation)
-            cut_before = {name: constraint.cut_texts() for name, constraint in constraints.items()}
-            found[prompts.name] = evaluate_constraints(
-                drawn, constraints, prompts=[prompt.messages or prompt.text for prompt in read], seed=self.seed
-            )
-            for name, result in found[prompts.name].items():
-                constraint = constraints[name]
-                reads = f" ({constraint.reads})" if constraint.reads != "completion" else ""
-                cut = constraint.cut_texts() - cut_before[name]
-                note = f"\n{cut} completions were too long and scored in part" if cut else ""
-                self.show(f"{prompts.name} under {name}{reads}\n{result}{note}")
-            texts = [prompt.text for prompt in read]
-            prompt_scores = {name: constraint.score(None, texts) for name, constraint in constraints.items()}
-            self.observations.add_completions(prompts.name, read, drawn, found[prompts.name], prompt_scores)
-            if base is not None:
-                fluency[prompts.name] = output_perplexity(*base, ids, drawn, seed=self.seed)
-                self.show(f"perplexity of the completions under the base: {fluency[prompts.name]}")
-        return generation_parts(found, fluency)
 
     def read(self, prompts: PromptSet) -> list[Prompt]:
         """Reads the prompts of a set; a `UserError` names one that leaves no room for the new tokens."""
@@ -106,16 +67,13 @@ class Evaluator:
         return context - max_new_tokens if context else None
 
     def draw(
-        self,
-        prompts: Sequence[list[int]],
-        how: GenerationOptions,
-        on_token: Callable[[Tensor], None] | None = None,
+        self, prompts: Sequence[Prompt], how: GenerationOptions, on_token: Callable[[Tensor], None] | None = None
     ) -> list[list[str]]:
         """[prompts, samples] completions, decoded after guidance; `on_token` as in `generate_completions`."""
         return generate_completions(
             self.model,
             self.tokenizer,
-            prompts,
+            [prompt.ids for prompt in prompts],
             samples=how.samples,
             max_new_tokens=how.max_new_tokens,
             batch_size=COMPLETIONS_PER_ROW * self.batch_size,

@@ -49,12 +49,20 @@ def export(
     if guide is not None:
         fold(model, guide, guidance_scale)
     model = model.to(kept)
+    _sample_from_all(model)
     if not gguf:
         _save(model, tokenizer, out)
         return
     check_writable(model, tokenizer)
     with atomic_file(out) as unfinished:
         write_gguf(unfinished, model, tokenizer)
+
+
+def _sample_from_all(model: PreTrainedModel) -> None:
+    """Servers then sample as Bridle does where the model says nothing else; `transformers` would take 50 tokens."""
+    model.generation_config.do_sample = True
+    if model.generation_config.top_k is None:
+        model.generation_config.top_k = 0
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
