@@ -109,14 +109,9 @@ def certify(
     """
     asked = common.asked(context)
     if verify is not None:
-        others = sorted(asked - {"verify", "constraint"})
-        refuse((others, f"--verify reads a certificate; leave out {', '.join(others)}"))
-        _verify(verify, constraint)
+        _verify(verify, constraint, sorted(asked - {"verify", "constraint"}))
         return
-    from bridle.certification.goal import Goal
-
-    goal = Goal(rate, confidence, method, anytime, **common.given(seek=seek))
-    refuse((seek is not None and method == "count", "--seek is for --method importance"))
+    goal = _goal(method, seek, rate=rate, confidence=confidence, anytime=anytime)
     named = [*(models or []), *(path for pattern in candidates or [] for path in _matching(pattern))]
     if asked <= GOAL:
         say(goal.plan())
@@ -132,11 +127,17 @@ def certify(
     )
     how = common.given(prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens, temperature=temperature)
     how |= common.given(top_p=top_p, greedy=greedy)
-    running = {"batch_size": batch_size, "seed": seed, "device": device, "dtype": dtype}
-    guides = [(guide, scale) for scale in _scales(guidance_scale)]
-    request = {"goal": goal, "candidates": [(model, *guided, served) for model in named for guided in guides]}
+    request = {"goal": goal, "batch_size": batch_size, "seed": seed, "device": device, "dtype": dtype}
+    request["candidates"] = [(model, guide, scale, served) for model in named for scale in _scales(guidance_scale)]
     request |= {"tokenizer": tokenizer, "api_key_env": api_key_env}
-    _certify(request | running, str(constraint), output, how, [prompts, development], perplexity, oracle_labels)
+    _certify(request, str(constraint), output, how, [prompts, development], perplexity, oracle_labels)
+
+
+def _goal(method: Literal["count", "importance"], seek: float | None, **options: Any) -> Any:
+    from bridle.certification.goal import Goal
+
+    refuse((seek is not None and method == "count", "--seek is for --method importance"))
+    return Goal(method=method, **options, **common.given(seek=seek))
 
 
 def _certify(
@@ -186,10 +187,11 @@ def _write_card(certificate: Any, output: Path) -> None:
         say(f"{folder} has no {CARD_FILE} to write it into.")
 
 
-def _verify(path: Path, constraint: str | None) -> None:
-    """Recomputes a certificate, and says what was checked."""
+def _verify(path: Path, constraint: str | None, others: list[str]) -> None:
+    """Recomputes a certificate, and says what was checked; `others` are options that do not go with it."""
     from bridle.certification.certificate import Certificate
 
+    refuse((others, f"--verify reads a certificate; leave out {', '.join(others)}"))
     certificate = Certificate.load(path)
     loaded = next(iter(load_constraints([constraint]).values())) if constraint else None
     certificate.verify(path, loaded)

@@ -123,11 +123,6 @@ def evaluate(
     Of a model behind an OpenAI-compatible server, http://HOST/v1 --model NAME, violations and text are measured.
     A figure's n counts what it is made from; texts that could not be scored are missing, never a number.
     """
-    from bridle.comparison.plan import Evaluation
-    from bridle.data import DataSource
-    from bridle.evaluation import prompt_set
-    from bridle.utils.files import check_output
-
     how = common.given(prompt_tokens=prompt_tokens, samples=samples, max_new_tokens=max_new_tokens)
     how |= common.given(temperature=temperature, top_p=top_p, greedy=greedy)
     measured = prompts or perplexity or tasks or classify
@@ -140,22 +135,26 @@ def evaluate(
         (bool(classify) != bool(validation), "--classify and --validation go together: one chooses the threshold"),
         (not measured, "nothing to measure: give --prompts with --constraint, --perplexity, --tasks or --classify"),
     )
-    check_output(json_file, completions)
-    benchmarks = common.given(tasks=tasks and tasks.split(","), task_data=task_data, limit=limit, shots=shots)
-    plan = Evaluation(
-        prompts={one: prompt_set(one, data_dir=prompt_data, defaults={"samples": 1}, **how) for one in prompts or []},
-        constraints=load_constraints(constraint or []),
-        perplexity={name: DataSource.parse(name) for name in perplexity or []},
-        batch_size=batch_size,
-        **benchmarks,
-        **_classification(classify, validation),
-    )
-    if served is not None:
-        server = {"name": served, "tokenizer": tokenizer, "api_key_env": api_key_env}
-        _measure(model, plan, completions, json_file, **server, seed=seed)
-    else:
-        guidance = {"guide": guide, "guidance_scale": guidance_scale}
-        _measure(model, plan, completions, json_file, **guidance, base=base, device=device, dtype=dtype, seed=seed)
+    plan = _plan(prompts or [], prompt_data, how, constraint or [], perplexity or [])
+    plan |= common.given(tasks=tasks and tasks.split(","), task_data=task_data, limit=limit, shots=shots)
+    plan |= _classification(classify, validation) | {"batch_size": batch_size}
+    how = {"guide": guide, "guidance_scale": guidance_scale, "base": base, "device": device, "dtype": dtype}
+    how = {"name": served, "tokenizer": tokenizer, "api_key_env": api_key_env} if served is not None else how
+    _measure(model, plan, completions, json_file, **how, seed=seed)
+
+
+def _plan(
+    prompts: list[str], data_dir: Path | None, how: dict[str, Any], constraints: list[str], held_out: list[str]
+) -> dict[str, Any]:
+    """The prompts, constraints and held-out texts of a plan."""
+    from bridle.data import DataSource
+    from bridle.evaluation import prompt_set
+
+    return {
+        "prompts": {one: prompt_set(one, data_dir=data_dir, defaults={"samples": 1}, **how) for one in prompts},
+        "constraints": load_constraints(constraints),
+        "perplexity": {name: DataSource.parse(name) for name in held_out},
+    }
 
 
 def _classification(test: str | None, validation: str | None) -> dict[str, Any]:
@@ -169,14 +168,16 @@ def _classification(test: str | None, validation: str | None) -> dict[str, Any]:
     return {"classification": rows, "label": VerbalisedLabel()}
 
 
-def _measure(model: str, plan: Any, completions: Path | None, json_file: Path | None, **how: Any) -> None:
+def _measure(model: str, plan: dict[str, Any], completions: Path | None, json_file: Path | None, **how: Any) -> None:
     """Measures a model as `how` says, shows the figures, and writes them and the completions if asked."""
     from bridle.comparison.measure import measure, measure_served
+    from bridle.comparison.plan import Evaluation
     from bridle.evaluation import write_results
-    from bridle.utils.files import write_rows
+    from bridle.utils.files import check_output, write_rows
 
+    check_output(json_file, completions)
     quiet_libraries()
-    results, observations = (measure_served if "name" in how else measure)(model, plan, show=say, **how)
+    results, observations = (measure_served if "name" in how else measure)(model, Evaluation(**plan), show=say, **how)
     if completions is not None:
         write_rows(completions, observations.completions)
         results["completions"] = str(completions)
