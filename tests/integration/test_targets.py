@@ -1,12 +1,15 @@
 """A target in place of a fixed λ: in both schedules, after a resume, for several regularisers, and at the end."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bridle.errors import UserError
 from bridle.training.config import AuxiliaryOptions, ParallelOptions, Regulariser
+from bridle.training.dual_ascent import TargetOptions
+from bridle.training.steering import report_targets
 from bridle.training.worker import LocalWorker
 from trainers import NO_E, SHARE_OF_E, Labels, logged, trainer_of, weights
 
@@ -124,6 +127,25 @@ class TestTheEnd:
         assert "more than 1.0%. λ is at its bound, target.most 5: raise it" in warning
         (reached,), (low,) = logged(trainer, "rude/violation_reached"), logged(trainer, "rude/violation_reached_low")
         assert 0.01 < low < reached
+
+    def test_a_confidence_asks_for_a_bound(self, tiny_folder, tmp_path):
+        """Some of the samples may violate where the target is missed, and all may where it is met."""
+        trainer = made(tiny_folder(), tmp_path, {"rude": held(rate=0.999, confidence=0.9)})
+        trainer.train()
+        (reached,), (bound,) = logged(trainer, "rude/violation_reached"), logged(trainer, "rude/violation_bound")
+        assert reached < bound <= 0.999
+        assert not [text for texts in logged(trainer, "warnings") for text in texts if "target" in text]
+
+        (regulariser,), between = trainer.regularisers, (reached + bound) / 2
+        regulariser.options.target = TargetOptions(rate=between, confidence=0.9)
+        regulariser.dual = replace(regulariser.dual, limit=between)
+        report_targets([regulariser], trainer.supervisor, [])
+        assert logged(trainer, "rude/violation_bound") == [bound] * 2
+        assert "does not show at most" in self.of(trainer)
+
+    def test_rollouts_that_cannot_show_it_are_refused(self, tiny_folder, tmp_path):
+        with pytest.raises(UserError, match=r"rollouts_per_round: 32 cannot show .*target.*at least 299"):
+            made(tiny_folder(), tmp_path, {"rude": held(confidence=0.95)})
 
     def test_a_lambda_that_still_rises_asks_for_more(self, tiny_folder, tmp_path):
         trainer = made(tiny_folder(), tmp_path, {"rude": held(most=1e6)})

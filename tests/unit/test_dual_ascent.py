@@ -38,6 +38,20 @@ class TestStep:
     def test_the_margin_is_room_below_the_target(self):
         assert state().stepped(TargetOptions(rate=0.1, margin=0.2), 0.08).weight == pytest.approx(4)
 
+    @pytest.mark.parametrize(("rate", "samples", "violations"), [(0.05, 600, 20), (0.05, 2_400, 102), (0.01, 473, 1)])
+    def test_a_confidence_aims_at_the_highest_rate_that_shows_the_target(self, rate, samples, violations):
+        options = TargetOptions(rate=rate, confidence=0.95, margin=0.0)
+        assert options.bound(violations, samples) <= rate < options.bound(violations + 1, samples)
+        assert options.aim(rate, samples) == violations / samples
+        found = state(limit=rate).stepped(options, 2 * violations / samples, samples)
+        assert found.weight == pytest.approx(8)
+
+    @pytest.mark.parametrize(("confidence", "needed"), [(0.95, 299), (0.99, 459)])
+    def test_too_few_samples_show_nothing(self, confidence, needed):
+        options = TargetOptions(rate=0.01, confidence=confidence)
+        assert options.bound(0, needed) <= 0.01 < options.bound(0, needed - 1)
+        assert 0 < options.aim(0.01, 100) < 0.01
+
     def test_the_step_scales_the_change(self):
         assert state().stepped(TargetOptions(rate=0.1, margin=0.0, step=0.5), 0.4).weight == pytest.approx(8)
 
@@ -146,7 +160,9 @@ def test_options_are_checked(options, message):
         ({"constraint": None}, "target: retention has no rollouts to measure; set its weight"),
         ({"anchor": "initial"}, "target: is measured on the policy's rollouts"),
         ({"weight": 0.0}, r"weight: 0 is where λ begins, outside target.least 0.1 and target.most 100"),
-        ({"target": {"rate": 0.1, "confidence": 0.9}}, "confidence: there is no key 'confidence'"),
+        ({"target": {"mean": 0.9, "confidence": 0.9}}, "target.confidence: is of a rate, which counts"),
+        ({"target": {"rate": 0.1, "confidence": 0.4}}, "target.confidence: "),
+        ({"target": {"rate": 0.1, "certainty": 0.9}}, "certainty: there is no key 'certainty'"),
         ({"target": 0.1}, "target: must be a mapping"),
     ],
 )

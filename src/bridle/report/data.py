@@ -180,11 +180,12 @@ class Reached:
     violation_reached_low: float
     violation_reached_high: float
     target: float
+    violation_bound: float | None = None
 
     @property
     def is_met(self) -> bool:
-        """Whether the violation is at or below the target."""
-        return self.violation_reached <= self.target
+        """Whether the violation, or its bound where a confidence was asked for, is at or below the target."""
+        return (self.violation_reached if self.violation_bound is None else self.violation_bound) <= self.target
 
 
 @dataclass(frozen=True)

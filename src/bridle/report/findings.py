@@ -76,7 +76,9 @@ def _of_targets(report: Report) -> Iterator[str]:
             low, high = (
                 PERCENT.write(bound) for bound in (seeds[0].violation_reached_low, seeds[0].violation_reached_high)
             )
-            rates += f" (95% interval {low} to {high}%)"
+            bound = seeds[0].violation_bound
+            shown = "" if bound is None else f", with the asked confidence at most {PERCENT.write(bound)}%"
+            rates += f" (95% interval {low} to {high}%{shown})"
         limit = listed(list(dict.fromkeys(f"{PERCENT.write(one.target)}%" for one in seeds)))
         whose = "the trained model" if report.main is None else method
         cost = "".join(_cost(report, method))

@@ -2,13 +2,14 @@
 
     log λ ← log λ + η·log(v̂ / (ε·(1 − margin))),  within [least, most]
 
-v̂ is the violation of a round's plain rollouts, ε the highest that is allowed. The constraint v ≤ ε is taken as
-log v ≤ log ε: on this scale a step depends on the ratio alone, so that one η fits targets of 10% and of 0.1%.
+v̂ is the violation of a round's plain rollouts, ε the highest that is allowed or, with a confidence, the highest that
+shows it. The constraint v ≤ ε is taken as log v ≤ log ε: on this scale a step depends on the ratio alone, so that one η
+fits targets of 10% and of 0.1%.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import exp, floor, log
 from typing import Annotated
 
 from pydantic import Field, PositiveFloat
@@ -19,6 +20,7 @@ from bridle.errors import UserError
 from bridle.utils.settings import check_fields
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 
 LARGEST_ERROR = log(4)
 """The largest |log(v̂/ε)| of a step: a model that is far from its target would else move λ by orders of magnitude."""
@@ -33,7 +35,9 @@ class TargetOptions:
         mean: lowest mean score, from 0 (violates) to 1 (complies).
         base: highest violation rate as a multiple of the base model's, which the first round measures before any
             update: 1 for at most the base's rate.
-        margin: share of the allowed violation that is left as room: λ is steered to (1 − margin) of it.
+        confidence: of a `rate`: λ aims at a rate that a round's rollouts show, with this confidence, to be at most
+            `rate` (a one-sided Clopper–Pearson bound); None aims at `rate` itself.
+        margin: share of the violation aimed at that is left as room: λ is steered to (1 − margin) of it.
         step: η, the change of log λ for a violation that is e times the one aimed at. A round changes λ by a factor of
             at most 4^η.
         momentum: share of the last change of log λ that is added to the next one in the same direction.
@@ -48,6 +52,7 @@ class TargetOptions:
     rate: Probability | None = None
     mean: Probability | None = None
     base: PositiveFloat | None = None
+    confidence: Confidence | None = None
     margin: Fraction = 0.1
     step: PositiveFloat = 1.0
     momentum: Fraction = 0.0
@@ -63,6 +68,8 @@ class TargetOptions:
             raise UserError("rate: must be above 0; no number of samples shows that nothing violates")
         if self.mean == 1:
             raise UserError("mean: must be below 1; no number of samples shows that nothing violates")
+        if self.confidence is not None and self.rate is None:
+            raise UserError("confidence: is of a rate, which counts; leave it out, or set rate")
         if self.least > self.most:
             raise UserError(f"least: {self.least:g} is above most, {self.most:g}")
 
@@ -79,6 +86,25 @@ class TargetOptions:
             return 1 - self.mean
         assert self.base is not None
         return min(1.0, self.base * base)
+
+    def aim(self, limit: float, samples: int) -> float:
+        """The violation that λ is steered to: below ε by the margin, and low enough for `samples` to show ε."""
+        if self.confidence is None:
+            return limit * (1 - self.margin)
+        # The bound rises with the count: the first that shows too much is found by halving.
+        low, high = -1, floor(limit * samples) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.bound(middle, samples) <= limit else (low, middle)
+        return max(low, 0.5) / samples * (1 - self.margin)
+
+    def bound(self, violations: int, samples: int) -> float:
+        """The one-sided Clopper–Pearson upper bound (Biometrika 1934) on a rate, at `confidence`."""
+        from scipy.stats import binomtest  # which takes a second
+
+        assert self.confidence is not None
+        found = binomtest(violations, samples, alternative="less").proportion_ci(self.confidence, method="exact")
+        return float(found.high)
 
 
 @dataclass(frozen=True)
@@ -118,16 +144,16 @@ class DualState:
             if round_index == 1:
                 state = replace(state, limit=options.limit(violation))
             if state.limit is not None and state.since is not None and state.since < round_index:
-                state = state.stepped(options, violation)
+                state = state.stepped(options, violation, len(violations))
         return replace(state, since=acts_in) if state.since is None else state
 
-    def stepped(self, options: TargetOptions, violation: float) -> "DualState":
-        """The state after one step of dual ascent for a violation above 0.
+    def stepped(self, options: TargetOptions, violation: float, samples: int = 1) -> "DualState":
+        """The state after one step of dual ascent for a violation above 0, measured on so many samples.
 
         Against windup, momentum never acts against the error, and at a bound only the change that took place is kept.
         """
         assert self.limit is not None
-        error = log(violation / (self.limit * (1 - options.margin)))
+        error = log(violation / options.aim(self.limit, samples))
         error = max(-LARGEST_ERROR, min(LARGEST_ERROR, error))
         momentum = options.momentum * self.change if self.change * error > 0 else 0.0
         weight = self.weight * exp(options.step * error + momentum)

@@ -1,6 +1,7 @@
 """Checks and preparations of a `ConstrainedTrainer` before it trains."""
 
 from collections.abc import Callable, Iterable, Mapping
+from math import ceil, log
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -15,6 +16,7 @@ from bridle.models.forward import disable_dropout
 from bridle.models.hidden import check_output_adapter, check_projection
 from bridle.models.loading import check_model, context_length, load_model
 from bridle.training.config import ConstrainedConfig, Regulariser
+from bridle.training.dual_ascent import TargetOptions
 from bridle.training.guards import warn
 from bridle.training.regulariser import DomainRegulariser
 from bridle.utils.settings import check_file_name
@@ -160,10 +162,21 @@ def check_options(
             raise UserError(
                 f"rounds: {config.rounds} leave λ of regularisers.{name}.target as it begins; set at least {needed}"
             )
+        _check_confidence(name, options.target, config.rollouts_per_round)
     for name in arguments.keys() & NOT_TAKEN:
         raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
     if arguments.get("eval_dataset") is None and (config.eval_strategy != "no" or config.eval_on_start):
         raise UserError("eval_strategy: there are no rows to evaluate on; give the trainer an eval_dataset")
+
+
+def _check_confidence(name: str, target: TargetOptions | None, samples: int) -> None:
+    """Refuses a target that a round cannot show even if nothing violates."""
+    if target is not None and target.rate and target.confidence and target.bound(0, samples) > target.rate:
+        needed = ceil(log(1 - target.confidence) / log(1 - target.rate))
+        raise UserError(
+            f"rollouts_per_round: {samples} cannot show regularisers.{name}.target, at most {target.rate:.3g} with "
+            f"{target.confidence:.0%} confidence; set at least {needed}, better four times as many"
+        )
 
 
 def rounds_needed(config: ConstrainedConfig) -> int:

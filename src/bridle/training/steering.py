@@ -59,8 +59,13 @@ def report_targets(regularisers: Iterable[DomainRegulariser], supervisor: Superv
         value, (low, high) = fmean(violations), _interval(violations)
         record = {f"{name}/violation_reached": value, f"{name}/target": limit}
         record |= {f"{name}/violation_reached_low": low, f"{name}/violation_reached_high": high}
-        if value > limit:
+        shown = value
+        if options.confidence is not None:
+            shown = record[f"{name}/violation_bound"] = options.bound(int(sum(violations)), len(violations))
+        if shown > limit:
             found = _in_words(options, len(violations), value, low, high, limit)
+            if value <= limit:
+                found += f" with {options.confidence:.0%} confidence: the bound is {shown:.1%}"
             causes = "; ".join(_causes(name, dual, options, log))
             supervisor.warn(f"{name}: the target is missed: {found}. {causes}", **record)
         else:
@@ -103,7 +108,8 @@ def _in_words(options: TargetOptions, count: int, value: float, low: float, high
             f"the mean score of {count} samples is {1 - value:.3f} (95% interval {1 - high:.3f} to {1 - low:.3f}), "
             f"below {1 - limit:.3f}"
         )
-    return f"{value:.1%} of {count} samples violate (95% interval {low:.1%} to {high:.1%}), more than {limit:.1%}"
+    missed = "more than" if value > limit else "which does not show at most"
+    return f"{value:.1%} of {count} samples violate (95% interval {low:.1%} to {high:.1%}), {missed} {limit:.1%}"
 
 
 def _causes(name: str, dual: DualState, options: TargetOptions, log: Log) -> Iterator[str]:
