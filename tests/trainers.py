@@ -81,7 +81,7 @@ def config(folder, **options):
     return ConstrainedConfig(output_dir=str(folder), **{**SFT_OPTIONS, **own, **options})
 
 
-def trainer_of(folder, output, regularisers, rows=None, lora=None, eval_options=None, **options):
+def trainer_of(folder, output, regularisers, rows=None, lora=None, eval_options=None, learn=None, **options):
     return ConstrainedTrainer(
         model=load_model(str(folder), lora=lora),
         args=config(output, **options),
@@ -89,6 +89,7 @@ def trainer_of(folder, output, regularisers, rows=None, lora=None, eval_options=
         regularisers=regularisers,
         processing_class=load_tokenizer(str(folder)),
         eval_options=eval_options,
+        learn=learn,
     )
 
 

@@ -211,6 +211,19 @@ def test_mixture_of_one_domain_is_that_domain_shuffled():
     assert sorted(tokens) == list(range(50)) != tokens
 
 
+def test_an_epoch_has_the_rows_that_are_learnt_and_a_share_of_those_that_are_held():
+    domains = {"learnt": rows_of(0, 40), "large": rows_of(100, 99), "small": rows_of(200, 3)}
+    weights = {"learnt": 1.0, "large": 0.5, "small": 0.25}
+    mixed = mix(domains, weights, seed=0, held=["large", "small"])
+    assert Counter(mixed[DOMAIN]) == {0: 40, 1: 20, 2: 10}
+    large = [ids[0] for ids in mixed["input_ids"] if 100 <= ids[0] < 200]
+    assert len(set(large)) == 20, "each once"
+    assert max(large) > 150, "not the first alone"
+    assert Counter(mix(domains, weights, seed=0, held=domains)[DOMAIN])[1] == 99, "nothing is learnt: all rows"
+    few = mix(domains, {"learnt": 1.0, "large": 0.001, "small": 0.001}, seed=0, held=["large", "small"])
+    assert Counter(few[DOMAIN]) == {0: 40, 1: 1, 2: 1}
+
+
 def test_weights_that_make_no_mixture_are_refused():
     domains = {"a": rows_of(0, 5), "b": rows_of(100, 5)}
     with pytest.raises(UserError, match="weights are for a, but the domains are a, b"):

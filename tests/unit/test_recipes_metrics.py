@@ -39,6 +39,11 @@ def test_retention_has_a_divergence_alone():
     assert line == "round 2/2  CE 1.000  plain: λ·KL 0.5"
 
 
+def test_a_round_shows_what_is_held():
+    line = round_line({"round": 1, "plain/lambda": 2.0, "ce": 1.0, "kl/plain": 0.25, "held_rows": 0.2}, 2)
+    assert line == "round 1/2  CE 1.000  20% of the rows held  plain: λ·KL 0.5"
+
+
 @pytest.mark.parametrize("disabled", [False, True])
 def test_progress_is_shown_unless_it_is_disabled(disabled, capsys):
     args, state = SimpleNamespace(disable_tqdm=disabled, rounds=2), SimpleNamespace(max_steps=3, global_step=0)

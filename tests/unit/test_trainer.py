@@ -134,7 +134,8 @@ class TestPrefixes:
 
     mask = np.array([[True, True, False], [True, True, True], [False, True, True], [False, True, False]])
     reached = np.array([[True, False, True]] * 4)
-    batch = Prefixes(np.array([0, 1, 1, NO_DOMAIN]), np.array([-1, -1, -1, 0]), mask, np.array([3, 4, 4, 3]))
+    learnt = np.array([True, True, True, False])
+    batch = Prefixes(np.array([0, 1, 1, NO_DOMAIN]), np.array([-1, -1, -1, 0]), mask, np.array([3, 4, 4, 3]), learnt)
 
     @pytest.fixture
     def trainer(self, tiny_folder, tmp_path):
@@ -203,7 +204,7 @@ class TestLoss:
         batch = trainer.data_collator(rows)
         inputs = append_rollouts(batch, regulariser.rollouts, 0, trainer.processing_class.pad_token_id)
         ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
-        trained_on = torch.from_numpy(inputs["prefixes"].of_the_corpus)
+        trained_on = torch.from_numpy(inputs["prefixes"].trained_on)
         rude = torch.tensor([row["domain"] == 1 for row in rows] + [False] * 2)
         on_corpus = trained_on & rude[:, None] & (torch.arange(ids.shape[1] - 1) >= 2)
         on_rollouts = torch.from_numpy(inputs["prefixes"].mask) & (torch.arange(8) >= 6)[:, None]
@@ -250,6 +251,52 @@ class TestLoss:
         assert infinite.isnan(), "so that all processes skip the update"
 
 
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+class TestHeldRows:
+    """Rows of a domain that is held and not learnt, with a target q that is known at every prefix."""
+
+    @pytest.fixture
+    def trainer(self, tiny_folder, tmp_path, loss_type):
+        made = trainer_of(
+            tiny_folder(), tmp_path, {"plain": Regulariser(weight=3.0)}, learn={"plain": False}, loss_type=loss_type
+        )
+        vocabulary = len(made.processing_class)
+        self.q = torch.randn(vocabulary).log_softmax(-1)
+        made.regularisers[0].target = lambda *_: lambda which, logits: self.q.expand(logits.shape)
+        return made
+
+    @pytest.mark.parametrize("accumulated", [False, True])
+    def test_the_cross_entropy_counts_learnt_tokens_and_the_kl_is_a_mean_over_held_ones(self, trainer, accumulated):
+        rows = [trainer.train_dataset[index] for index in range(6)]
+        batch = trainer.data_collator(rows)
+        plain = torch.tensor([row["domain"] == 0 for row in rows])
+        assert 0 < plain.sum() < 6
+        labelled = batch["attention_mask"][:, 1:].bool()
+        learnt, held = labelled & ~plain[:, None], labelled & plain[:, None]
+        assert (batch["labels"][:, 1:] != -100).equal(learnt), "what `transformers` counts"
+        items = None
+        if accumulated:  # with another batch, of the same rows
+            items = torch.tensor(2 * int(learnt.sum()))
+            trainer.regularisers.share_rollouts([batch["prefixes"]] * 2)
+        model = trainer.model.train()
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+        log_p = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+        of_targets = log_p.gather(-1, batch["input_ids"][:, 1:, None])[..., 0][learnt]
+        by = of_targets.exp().detach() if trainer.args.loss_type == "dft" else 1.0
+        kl = (self.q.exp() * (self.q - log_p)).sum(-1)
+        expected = -(by * of_targets).mean() + 3 * kl[held].mean()
+        torch.testing.assert_close(loss, expected / 2 if accumulated else expected)
+
+    def test_an_update_without_a_learnt_token_has_the_kl_alone(self, trainer):
+        rows = [row for row in (trainer.train_dataset[index] for index in range(12)) if row["domain"] == 0]
+        batch = trainer.data_collator(rows)
+        model = trainer.model.train()
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(0))
+        log_p = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+        kl = (self.q.exp() * (self.q - log_p)).sum(-1)
+        torch.testing.assert_close(loss, 3 * kl[batch["attention_mask"][:, 1:].bool()].mean())
+
+
 @pytest.mark.parametrize(
     ("counts", "sharded", "active", "asked"),
     [(True, False, True, True), (False, False, True, False), (False, True, True, True), (False, True, False, False)],
@@ -260,8 +307,9 @@ def test_a_regulariser_is_asked_where_it_looks_and_an_anchor_in_shards_always(
     monkeypatch.setattr(regulariser_set, "is_sharded", lambda model: sharded)
     target = lambda *_: "q"  # noqa: E731
     regulariser = SimpleNamespace(index=0, name="rude", active=active, weight=2.0, target=target, model=None)
+    regulariser.corpus = ["plain"]
     held = RegulariserSet([regulariser], ["plain"], None)
-    batch = Prefixes(np.array([0]), np.array([-1]), np.ones((1, 3), dtype=bool), np.array([4]))
+    batch = Prefixes(np.array([0]), np.array([-1]), np.ones((1, 3), dtype=bool), np.array([4]), np.array([True]))
     mask = np.array([[False, counts, False]])
     inputs = {"input_ids": torch.ones(1, 4), "attention_mask": torch.ones(1, 4)}
     seen = np.array([[True, True, False]])

@@ -5,7 +5,7 @@ DIR/METHOD/seed-N/   candidate.json, results.json, completions.jsonl, likelihood
 """
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,24 @@ class Cell:
         """The recipe with this cell's seed and some changed keys; nothing is pushed."""
         return build_recipe({**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes})
 
+    def learnt(self, **changes: Any) -> Recipe:
+        """As `variant`, without the domains that are held and not learnt, which only `constrained-adaptive` has."""
+        return self._on([], changes)
+
+    def _on(self, held: Collection[str], changes: Mapping[str, Any]) -> Recipe:
+        """The variant on the domains that are learnt, and on these held ones."""
+        kept = {name for name, domain in self.recipe.corpus.items() if domain.learn or name in held}
+        if not kept:
+            raise UserError(f"corpus: no domain is learnt, so {self.method} has nothing to learn from")
+
+        def of_kept(section: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: rows for name, rows in section.items() if name in kept}
+
+        only, evaluated = {"corpus": of_kept(self.recipe.resolved["corpus"])}, self.recipe.resolved.get("eval")
+        if evaluated and evaluated.get("corpus"):
+            only["eval"] = {**evaluated, "corpus": of_kept(evaluated["corpus"])}
+        return self.variant(**only, **changes)
+
     def train(self, recipe: Recipe, corpus: Mapping[str, Dataset] | None = None) -> Candidate:
         """Runs a recipe in this cell's folder, on the rows of `corpus` if given."""
         rows = corpus or recipe.read_corpus()
@@ -79,9 +97,11 @@ class Cell:
         return Candidate(str(self.folder / "model"), cost=_training_cost(self.folder), rows=counts)
 
     def sampling_from(self, model: str) -> Recipe:
-        """The recipe with another model, and one regulariser whose prompts and constraint are used."""
-        regularisers = one_regulariser(self.recipe)
-        return self.variant(model=model, lora=None, schedule="sequential", regularisers=regularisers)
+        """The recipe with another model, and one regulariser whose prompts and constraint are used, on its domains."""
+        found = one_regulariser(self.recipe)
+        used = [one for name, one in self.recipe.regularisers.items() if name in found]
+        domains = {domain for one in used for domain in one.domains(self.recipe.corpus)}
+        return self._on(domains, {"model": model, "lora": None, "schedule": "sequential", "regularisers": found})
 
     def guided(self, model: str, guidance_scale: float | None = None) -> Candidate:
         """A model guided by an R fitted on its own samples, at η of the regulariser if not given."""

@@ -1,8 +1,9 @@
 """The methods that are compared, each a few lines over what exists. Others join by the entry point `bridle.methods`.
 
 A method is a function of a `Cell` that makes a `Candidate`; the first line of its docstring describes it.
-Every method sees the same corpus for the same number of updates, except reinforcement learning, which
-gets the wall-clock time of `constrained-adaptive` on top of the plain fine-tuning that it starts from.
+Every method learns the same corpus for the same number of updates, except reinforcement learning, which
+gets the wall-clock time of `constrained-adaptive` on top of the plain fine-tuning that it starts from. Domains that are
+held and not learnt (`learn: false`) are for `constrained-adaptive` alone.
 """
 
 import gc
@@ -64,18 +65,18 @@ def base(cell: Cell) -> Candidate:
 
 def sft(cell: Cell) -> Candidate:
     """Plain fine-tuning on the whole corpus."""
-    return cell.train(cell.variant(regularisers={}))
+    return cell.train(cell.learnt(regularisers={}))
 
 
 def filtration(cell: Cell) -> Candidate:
     """Fine-tuning on what is left of the corpus when the rows that violate are dropped."""
-    recipe = cell.variant(regularisers={})
+    recipe = cell.learnt(regularisers={})
     rows, counts = recipe.read_corpus(), {}
     for domain in rows:
         constraints = [
             regulariser.constraint
             for regulariser in cell.recipe.regularisers.values()
-            if regulariser.constraint is not None and domain in regulariser.domains(rows)
+            if regulariser.constraint is not None and domain in regulariser.domains(cell.recipe.corpus)
         ]
         if constraints:
             constraint = constraints[0] if len(constraints) == 1 else AllOf(constraints)
@@ -109,7 +110,7 @@ def nado_decoding_sft(cell: Cell) -> Candidate:
 def constrained(cell: Cell) -> Candidate:
     """Constrained fine-tuning without adaptive: one regulariser on the whole corpus."""
     (options,) = one_regulariser(cell.recipe).values()
-    return cell.train(cell.variant(regularisers=[{**options, "domain": None}]))
+    return cell.train(cell.learnt(regularisers=[{**options, "domain": None}]))
 
 
 def constrained_adaptive(cell: Cell) -> Candidate:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,7 @@ class Domain(DataSource):
     Attributes:
         name: its key in the recipe.
         weight: its share of the mixture's rows, relative to the other domains' weights; above 0.
+        learn: false holds the domain and does not learn it: its rows have regularisers and no cross-entropy.
         label: how to append the label of plain text in words; None leaves the text unchanged.
 
     Raises:
@@ -42,6 +43,7 @@ class Domain(DataSource):
 
     name: str = ""
     weight: float = 1.0
+    learn: bool = True
     label: VerbalisedLabel | None = None
 
     def __post_init__(self) -> None:
@@ -135,16 +137,18 @@ def _learnable(rows: Iterator[Encoded], max_length: int | None, keep_end: bool, 
         log.warning("%s: dropped %d rows without a token to learn in max_length=%s", name, dropped, max_length)
 
 
-def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int) -> Dataset:
+def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int, held: Collection[str] = ()) -> Dataset:
     """Mixes tokenised domains by weights into the rows of one epoch.
 
     Domain d gets the share w_d / Σ w of the rows; equal weights are the paper's "equal proportions". The epoch is the
-    shortest in which every row of every domain occurs; a domain that runs out starts again in another order.
+    shortest in which every row that is learnt occurs; a domain that runs out starts again in another order.
 
     Args:
         domains: rows by domain name, all with the same columns.
         weights: above 0, by the same names.
         seed: of the order.
+        held: names of domains that are not learnt: an epoch has as many of their rows as their weights say, drawn at
+            random, and need not have all. If no domain is learnt, it has all.
 
     Returns:
         The rows with the integer column `domain`, the index of the name in `domains`.
@@ -153,7 +157,7 @@ def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int)
         UserError: the names differ, a weight is not above 0, or the weights are so uneven that a domain repeats too
             often.
     """
-    counts = _row_counts({name: len(rows) for name, rows in domains.items()}, weights)
+    counts = _row_counts({name: len(rows) for name, rows in domains.items()}, weights, held)
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.repeat(np.arange(len(counts)), counts))
     chosen = np.empty(len(order), dtype=np.int64)
@@ -165,16 +169,17 @@ def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int)
     return concatenate_datasets(parts).select(chosen)
 
 
-def _row_counts(sizes: dict[str, int], weights: Mapping[str, float]) -> list[int]:
-    """How many rows each domain gives, so that the shares hold and the scarcest domain is used up."""
+def _row_counts(sizes: dict[str, int], weights: Mapping[str, float], held: Collection[str]) -> list[int]:
+    """How many rows each domain gives, so that the shares hold and every row that is learnt occurs."""
     if sizes.keys() != weights.keys():
         raise UserError(f"weights are for {', '.join(weights)}, but the domains are {', '.join(sizes)}")
     for name, weight in weights.items():
         check_weight(f"weights.{name}", weight)
-    per_weight = max(size / weights[name] for name, size in sizes.items())
+    whole = {name: size for name, size in sizes.items() if name not in held} or sizes
+    per_weight = max(size / weights[name] for name, size in whole.items())
     if per_weight * sum(weights.values()) > MOST_REPEATS * sum(sizes.values()):
         raise UserError(f"weights {dict(weights)} repeat a domain over {MOST_REPEATS} times to use up the others")
-    return [max(size, round(per_weight * weights[name])) for name, size in sizes.items()]
+    return [max(whole.get(name, 1), round(per_weight * weights[name])) for name in sizes]
 
 
 def _passes(size: int, count: int, rng: np.random.Generator) -> np.ndarray:

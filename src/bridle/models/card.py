@@ -93,7 +93,7 @@ def write_card(
         gguf_file=gguf_file,
         method=method,
         method_heading=method[:1].upper() + method[1:],
-        domains=", ".join(map(str, recipe["corpus"])),
+        domains=", ".join(name for name, domain in recipe["corpus"].items() if domain.get("learn", True)),
         description=description or _description(recipe),
         constraints={name: setting_text(spec) for name, spec in (recipe.get("constraints") or {}).items()},
         data=_data(recipe, rows or {}),
@@ -221,7 +221,8 @@ def _data(recipe: Mapping[str, Any], rows: Mapping[str, int]) -> list[tuple]:
             _source(domain),
             setting_text({key: domain.get(key) for key in ("rows", "where", "shuffle")}) or "all",
             rows.get(name, "not recorded"),
-            f"{weights[name] / sum(weights.values()):.1%}",
+            f"{weights[name] / sum(weights.values()):.1%}"
+            + ("" if domain.get("learn", True) else ", held, not learnt"),
         )
         for name, domain in corpus.items()
     ]

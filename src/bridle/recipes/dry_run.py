@@ -85,7 +85,11 @@ def _corpus(trainer: ConstrainedTrainer, rows: Mapping[str, Dataset]) -> Iterato
             f"{full} of them as long as max_length allows"
         )
         text, tokens = _marked(mixture[int(places[0])], trainer.processing_class)
-        yield f"  ›what is trained on‹ of a row: {text}"
+        if name in trainer.held:
+            of_batch = trainer.get_train_dataloader().total_batch_size * trainer.args.gradient_accumulation_steps
+            part = len(places) / len(mixture)
+            yield f"  held and not learnt: {part:.0%} of the rows, {part * of_batch:.2g} of the {of_batch} of an update"
+        yield f"  ›what is {'held' if name in trainer.held else 'trained on'}‹ of a row: {text}"
         yield f"  its tokens: {tokens}"
 
 

@@ -82,7 +82,9 @@ def round_line(record: dict[str, Any], rounds: int) -> str:
 
     λ·KL is the regulariser's part of the loss, to compare with CE.
     """
-    parts = [f"CE {record['ce']:.3f}" if "ce" in record else "no policy step"]
+    parts = [f"CE {record['ce']:.3f}" if "ce" in record else "no cross-entropy"]
+    if "held_rows" in record:
+        parts.append(f"{record['held_rows']:.0%} of the rows held")
     for name in regularisers_of(record):
         parts.append(f"{shorten(name, LONGEST_NAME, placeholder='…')}: {', '.join(_of_regulariser(record, name))}")
     lines = [f"round {record['round']}/{rounds}"]

@@ -36,6 +36,7 @@ from bridle.training.config import (
     Regulariser,
     default_name,
 )
+from bridle.training.held import held_domains
 from bridle.training.options import EVALUATION
 from bridle.utils.settings import (
     as_mapping,
@@ -146,14 +147,16 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     for name, spec in specs.items():
         with prefixed(f"constraints.{name}: "):
             constraints[name] = build_constraint(spec, name, variables)
+    regularisers = {
+        name: _regulariser(name, as_mapping(options, f"regularisers.{name}"), corpus, constraints)
+        for name, options in as_named(mapping.get("regularisers"), "regularisers").items()
+    }
+    held_domains({name: domain.learn for name, domain in corpus.items()}, corpus, regularisers)
     return Recipe(
         model=validated(str, mapping["model"], "model"),
         corpus=corpus,
         constraints=constraints,
-        regularisers={
-            name: _regulariser(name, as_mapping(options, f"regularisers.{name}"), corpus, constraints)
-            for name, options in as_named(mapping.get("regularisers"), "regularisers").items()
-        },
+        regularisers=regularisers,
         training=_training({key: mapping[key] for key in mapping.keys() & trained}, bool(mapping.get("eval"))),
         dtype=validated(str, mapping.get("dtype", "float32"), "dtype"),
         lora=build(LoraOptions, mapping["lora"], "lora") if mapping.get("lora") else None,

@@ -141,6 +141,7 @@ def build_trainer(
         corpus=corpus,
         regularisers=list(recipe.regularisers.values()),
         weights={name: domain.weight for name, domain in recipe.corpus.items()},
+        learn={name: domain.learn for name, domain in recipe.corpus.items()},
         processing_class=load_tokenizer(recipe.model),
         eval_options=recipe.eval,
     )

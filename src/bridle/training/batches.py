@@ -1,6 +1,6 @@
 """Batches that remember which domain each row belongs to, and rollouts as further rows of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -29,40 +29,62 @@ class Prefixes:
     Attributes:
         domain: [batch] index of the corpus's domain; `NO_DOMAIN` for a rollout.
         regulariser: [batch] index of the regulariser a rollout was drawn for; -1 for the corpus.
-        mask: [batch, time - 1] true at the prefixes before a trained-on or sampled token.
+        mask: [batch, time - 1] true at the prefixes before a labelled or sampled token.
         tokens: [batch] length of each row.
+        learnt: [batch] whether the cross-entropy counts: not in rollouts, nor in rows of a held domain.
     """
 
     domain: NDArray[np.int64]
     regulariser: NDArray[np.int64]
     mask: Mask
     tokens: NDArray[np.int64]
+    learnt: NDArray[np.bool_]
 
     @classmethod
-    def of_corpus(cls, domain: Sequence[int], labels: Tensor, attention_mask: Tensor) -> "Prefixes":
-        """Every prefix whose next token is trained on. Shapes: [batch], [batch, time], [batch, time]."""
+    def of_corpus(
+        cls, domain: Sequence[int], labels: Tensor, attention_mask: Tensor, held: Collection[int] = ()
+    ) -> "Prefixes":
+        """Every prefix whose next token is labelled.
+
+        Args:
+            domain: [batch].
+            labels, attention_mask: [batch, time].
+            held: indices of the domains that are not learnt.
+        """
         indices = np.asarray(domain, dtype=np.int64)
-        tokens = attention_mask.sum(-1).numpy()
-        return cls(indices, np.full_like(indices, -1), shift(labels)[1].numpy(), tokens)
+        tokens, learnt = attention_mask.sum(-1).numpy(), ~np.isin(indices, list(held))
+        return cls(indices, np.full_like(indices, -1), shift(labels)[1].numpy(), tokens, learnt)
 
     @property
-    def of_the_corpus(self) -> Mask:
-        """[batch, time - 1] the prefixes whose next token is trained on."""
-        return self.mask & (self.regulariser < 0)[:, None]
+    def trained_on(self) -> Mask:
+        """[batch, time - 1] the prefixes whose next token the cross-entropy counts."""
+        return self.mask & self.learnt[:, None]
+
+    def tokens_before(self, rows: NDArray[np.bool_]) -> int:
+        """The number of labelled or sampled tokens in some rows, which are [batch]."""
+        return int(self.mask[rows].sum())
 
     def __getitem__(self, rows: slice) -> "Prefixes":
-        return Prefixes(self.domain[rows], self.regulariser[rows], self.mask[rows], self.tokens[rows])
+        return Prefixes(*(part[rows] for part in vars(self).values()))
 
 
 @dataclass
 class DomainCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which pads `input_ids` and `labels`, and the batch's `Prefixes`."""
+    """TRL's collator, which pads `input_ids` and `labels`, and the batch's `Prefixes`.
+
+    Attributes:
+        held: indices of the domains that are not learnt; their rows lose their labels.
+    """
+
+    held: Collection[int] = ()
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of some rows, tensors of [batch, time], with its `Prefixes`."""
         batch = super().torch_call(examples)
         domains = [example.get(DOMAIN, NO_DOMAIN) for example in examples]
-        batch[PREFIXES] = Prefixes.of_corpus(domains, batch["labels"], batch["attention_mask"])
+        prefixes = Prefixes.of_corpus(domains, batch["labels"], batch["attention_mask"], self.held)
+        batch["labels"][torch.from_numpy(~prefixes.learnt)] = IGNORE
+        batch[PREFIXES] = prefixes
         return batch
 
 
@@ -145,6 +167,7 @@ def append_rollouts(
         regulariser=np.concatenate([known.regulariser, regulariser * new]),
         mask=np.concatenate(list(masks)),
         tokens=np.concatenate([known.tokens, attention_mask.sum(-1).numpy()]),
+        learnt=np.concatenate([known.learnt, np.zeros(len(ids), dtype=bool)]),
     )
     return {**inputs, **joined, PREFIXES: prefixes}
 

@@ -19,7 +19,7 @@ from datasets import Dataset
 from scipy.stats import binomtest
 
 from bridle.constraints import Constraint
-from bridle.data import DOMAIN, DataSource, Prompt, prompts_from_domain, read_prompts
+from bridle.data import DataSource, Prompt, prompts_from_domain, read_prompts
 from bridle.errors import UserError
 from bridle.models.hidden import evaluation_mode
 from bridle.models.loading import context_length, end_token_ids
@@ -63,7 +63,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
     Attributes:
         eval_options: what is measured; None for only what `transformers` measures.
-        eval_weights: share of each domain's loss in `eval_loss`.
+        eval_weights: share in `eval_loss` of the loss of each domain that is learnt.
         eval_prompts: the prompts to complete.
         eval_constraints: all score the same completions.
     """
@@ -80,21 +80,23 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
         Args:
             held_out: tokenised rows by domain.
-            weights: the domains' mixing weights.
+            weights: the mixing weights of the domains that are learnt; `eval_loss` leaves the others out.
             judged: the domains whose rows give the prompts.
             constraints: used if `eval_options` names none.
 
         Raises:
-            UserError: a rule without a constraint or without a prompt.
+            UserError: a rule without a constraint, without a prompt or without a loss.
         """
         options = self.eval_options
         assert options is not None
-        self.eval_weights = {name: weights[name] for name in held_out}
+        self.eval_weights = {name: weights[name] for name in held_out if name in weights}
         self.eval_constraints = options.constraints or constraints
         if self.eval_constraints:
             self.eval_prompts = self._held_out_prompts(options, {name: held_out[name] for name in judged} or held_out)
         if options.best is not None and not self.eval_prompts:
             raise UserError("eval.best: goes by a violation rate; name eval.constraints that can be asked")
+        if options.best is not None and not self.eval_weights:
+            raise UserError("eval.best: goes by the loss of domains that are learnt; hold out rows of one")
         if options.best is not None and self.args.load_best_model_at_end:
             raise UserError("load_best_model_at_end: eval.best says which model is the best; leave one of them out")
 
@@ -255,11 +257,6 @@ def has_waited(log: Sequence[Record], rule: BestOptions) -> bool:
 
 def _evaluations(log: Sequence[Record]) -> list[Record]:
     return [one for one in log if math.isfinite(one.get("eval_loss", math.nan))]
-
-
-def with_domain(rows: Dataset, index: int) -> Dataset:
-    """Tokenised rows with the column `domain`, [rows]."""
-    return rows.add_column(DOMAIN, np.full(len(rows), index))
 
 
 @contextmanager

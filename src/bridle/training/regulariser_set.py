@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bridle.core.loss import Divergence
@@ -29,7 +30,9 @@ class RegulariserSet(Sequence[DomainRegulariser]):
 
     def __init__(self, regularisers: Sequence[DomainRegulariser], domains: Sequence[str], means: RunningMeans):
         self.regularisers, self.domains, self.means = list(regularisers), list(domains), means
-        self._sampled: dict[int, int] = {}  # sampled tokens in the update, on all processes, by regulariser
+        # In the update, on all processes, by regulariser:
+        self._sampled: dict[int, int] = {}  # tokens of its rollouts
+        self._held: dict[int, int] = {}  # tokens of its domains that are held and not learnt
 
     def __len__(self) -> int:
         return len(self.regularisers)
@@ -44,25 +47,34 @@ class RegulariserSet(Sequence[DomainRegulariser]):
     def share_rollouts(self, batches: Sequence[Prefixes]) -> tuple[list[Riders], int]:
         """Rollouts for the micro-batches of an update: one for each row of a regulariser's domains.
 
-        The processes exchange their counts once per update, and take rollouts in the order of one global batch.
+        The processes exchange their counts once per update, and take rollouts in the order of one global batch. The
+        share of rows that are held and not learnt is noted.
 
         Returns:
             The rollouts of each micro-batch; and the update's tokens on all processes, including theirs.
         """
         looking = [one for one in self if one.active and one.options.kl_on != "corpus"]
         rows = [[int(self.corpus_rows(one, batch).sum()) for batch in batches] for one in looking]
-        everyone = gathered((rows, sum(int(batch.tokens.sum()) for batch in batches)))
-        tokens = sum(of_process for _, of_process in everyone)
+        held = {one.index: sum(self._held_tokens(one, batch) for batch in batches) for one in self}
+        everyone = gathered((rows, held, sum(int(batch.tokens.sum()) for batch in batches)))
+        self._held = {index: sum(of_process[index] for _, of_process, _ in everyone) for index in held}
+        tokens = sum(of_process for *_, of_process in everyone)
         shares = []
         for place, regulariser in enumerate(looking):
-            taken, self._sampled[regulariser.index] = regulariser.take([counts[place] for counts, _ in everyone])
+            taken, self._sampled[regulariser.index] = regulariser.take([counts[place] for counts, *_ in everyone])
             tokens += sum(len(r.prompt_ids) + len(r.completion_ids) for part in taken for r in part)
             shares.append(taken[rank() :: world()])
+        learnt = np.concatenate([batch.learnt for batch in batches])
+        if not learnt.all():
+            self.means.add("held_rows", torch.tensor((~learnt).sum()), len(learnt))
         riders: list[Riders] = [
             [(one, share[index]) for one, share in zip(looking, shares, strict=True) if share[index]]
             for index in range(len(batches))
         ]
         return riders, tokens
+
+    def _held_tokens(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> int:
+        return prefixes.tokens_before(~prefixes.learnt & self.corpus_rows(regulariser, prefixes))
 
     def masks(self, prefixes: Prefixes) -> list[Mask]:
         """The prefixes of a batch that each regulariser uses. [batch, time - 1] each"""
@@ -92,9 +104,9 @@ class RegulariserSet(Sequence[DomainRegulariser]):
     ) -> Iterator[Divergence]:
         """λ_d·KL(q_d ‖ p) of each regulariser with prefixes in a batch (EMNLP 2024).
 
-        Those on the corpus are divided by the corpus's tokens, as the cross-entropy is, since the optimum
-        (p_data + λ·q)/(1 + λ) needs one divisor for both; those on rollouts by their own tokens, so that λ has
-        the same effect for any length of rows and rollouts.
+        Those on rows that are learnt are divided by the learnt tokens, as the cross-entropy is, since the optimum
+        (p_data + λ·q)/(1 + λ) needs one divisor for both; those on held rows and on rollouts by their own tokens, so
+        that λ has the same effect for any length and number of them.
 
         Args:
             hidden_states: [batch, time, hidden] of the policy, without a graph.
@@ -102,7 +114,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
             prefixes: of the batch.
             masks: [batch, time - 1] each, from `masks`.
             seen: [batch, time - 1], true at the positions whose logits are computed.
-            divisor: [], the corpus's tokens in the whole update, by which the whole loss is divided.
+            divisor: [], the learnt tokens in the whole update, by which the whole loss is divided.
         """
         place = seen.cumsum().reshape(seen.shape) - 1  # of each position among those seen
         for regulariser, mask in zip(self, masks, strict=True):
@@ -111,8 +123,14 @@ class RegulariserSet(Sequence[DomainRegulariser]):
                 continue
             rows = hidden_states, inputs["input_ids"], inputs["attention_mask"]
             target = regulariser.target(*rows, mask, prefixes.mask)
-            sampled = np.broadcast_to((prefixes.regulariser >= 0)[:, None], mask.shape)[mask]
-            on_rollouts = divisor / self._sampled.get(regulariser.index, int(sampled.sum()) or 1)
-            weights = torch.where(torch.from_numpy(sampled).to(divisor.device), on_rollouts, 1.0)
-            weights = weights.float() * regulariser.weight
+            tokens = np.broadcast_to(self._own_tokens(regulariser, prefixes)[:, None], mask.shape)[mask]
+            own = torch.from_numpy(tokens).to(divisor.device)
+            weights = torch.where(own > 0, divisor / own.clamp(min=1), 1.0).float() * regulariser.weight
             yield Divergence(regulariser.name, torch.from_numpy(place[mask]), weights, target)
+
+    def _own_tokens(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> NDArray[np.int64]:
+        """The tokens in the update of a row's kind, by which its KL is divided; 0 if it is learnt. [batch]"""
+        index, sampled = regulariser.index, prefixes.regulariser >= 0
+        of_rollouts = self._sampled.get(index, prefixes.tokens_before(prefixes.regulariser == index))
+        of_held = self._held.get(index, self._held_tokens(regulariser, prefixes))
+        return np.where(prefixes.learnt, 0, np.where(sampled, of_rollouts, of_held))

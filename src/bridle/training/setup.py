@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
 
+from bridle.constraints import Constraint
 from bridle.data import tokenize_domain
+from bridle.data.rows import holds_chats
 from bridle.errors import UserError
 from bridle.models.forward import disable_dropout
 from bridle.models.hidden import check_output_adapter, check_projection
@@ -81,6 +83,19 @@ def tokenised(
         packing=packing,
         shuffle=config.seed if config.shuffle_dataset else None,
     )
+
+
+def starts(corpus: Mapping[str, Dataset], tokenised: Mapping[str, Dataset], formatted: bool) -> dict[str, Dataset]:
+    """The rows that rollouts start from, by domain: chats as they were read, unless `formatted`; others tokenised."""
+    return {name: rows if holds_chats(rows) and not formatted else tokenised[name] for name, rows in corpus.items()}
+
+
+def judges(regularisers: Iterable[DomainRegulariser], held_out: Iterable[str]) -> tuple[list[str], list[Constraint]]:
+    """The held-out domains that have a regulariser with a constraint, and these constraints."""
+    judging = [regulariser for regulariser in regularisers if not regulariser.options.is_retention]
+    constraints = {regulariser.constraint.name: regulariser.constraint for regulariser in judging}
+    judged = [name for name in held_out if any(name in regulariser.corpus for regulariser in judging)]
+    return judged, list(constraints.values())
 
 
 # ---------------------------------------------------------------------- the model

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.core.loss import Sums, constrained_loss
 from bridle.data import DOMAIN, mix
-from bridle.data.rows import holds_chats
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import capture_hidden_states, output_layer, project_only
 from bridle.models.hub import PushesModel
@@ -28,8 +27,9 @@ from bridle.models.loading import load_tokenizer
 from bridle.training import setup
 from bridle.training.batches import PREFIXES, DomainCollator, Prefixes, append_rollouts, flat_positions
 from bridle.training.config import ConstrainedConfig, EvalOptions, Regularisers, named
-from bridle.training.evaluating import EvaluatedTrainer, hold_out, with_domain
+from bridle.training.evaluating import EvaluatedTrainer, hold_out
 from bridle.training.guards import FiniteGuard, InterruptionGuard
+from bridle.training.held import held_domains
 from bridle.training.options import check_optimiser, in_one_line
 from bridle.training.parallel import ParallelSchedule
 from bridle.training.precomputed import PrecomputedTargets
@@ -56,11 +56,12 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         weights: mixing weights of the domains; equal where not given.
         processing_class: the tokenizer.
         eval_options: held-out evaluation at the end of each round, and the rule for the best checkpoint.
+        learn: by domain, false if it is held and not learnt: its rows have regularisers and no cross-entropy.
         kwargs: passed to `SFTTrainer`.
 
     Raises:
-        UserError: a name cannot name files, a regulariser names no domain of the corpus, a data set is streamed, or
-            the configuration does not fit the model.
+        UserError: a name cannot name files, a regulariser names no domain of the corpus, a domain is neither learnt nor
+            held, a data set is streamed, or the configuration does not fit the model.
     """
 
     args: ConstrainedConfig
@@ -75,10 +76,12 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         weights: Mapping[str, float] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         eval_options: EvalOptions | None = None,
+        learn: Mapping[str, bool] | None = None,
         **kwargs: Any,
     ):
         corpus = setup.by_domain(corpus)
         by_name = named(regularisers, corpus)
+        self.held = held_domains(learn, corpus, by_name)
         self._weights = weights or dict.fromkeys(corpus, 1.0)
         self._corpus, self._held_out = hold_out(corpus, eval_options)
         if self._held_out:
@@ -93,13 +96,12 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         with in_one_line():
             super().__init__(model=model, args=args, train_dataset=example, processing_class=tokenizer, **kwargs)
         setup.check_sharding(args, self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else None)
-        self.data_collator = DomainCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
+        held = [self.domains.index(name) for name in self.held]
+        self.data_collator = DomainCollator(
+            tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of, held=held
+        )
         self.means = RunningMeans()
-        formatted = kwargs.get("formatting_func") is not None
-        starts = {
-            name: rows if holds_chats(rows) and not formatted else self.tokenised[name]
-            for name, rows in self._corpus.items()
-        }
+        starts = setup.starts(self._corpus, self.tokenised, formatted=kwargs.get("formatting_func") is not None)
         made = []
         for index, (name, options) in enumerate(by_name.items()):
             of = {domain: starts[domain] for domain in options.domains(self.domains)}
@@ -117,10 +119,8 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         if options is None:
             return
         self.eval_options = options
-        judges = [regulariser for regulariser in self.regularisers if not regulariser.options.is_retention]
-        judged = [name for name in self._held_out if any(name in regulariser.corpus for regulariser in judges)]
-        constraints = {regulariser.constraint.name: regulariser.constraint for regulariser in judges}
-        self.evaluate_on(self.eval_dataset, self._weights, judged, list(constraints.values()))
+        learnt = {name: weight for name, weight in self._weights.items() if name not in self.held}
+        self.evaluate_on(self.eval_dataset, learnt, *setup.judges(self.regularisers, self._held_out))
 
     def _add_callbacks(self) -> None:
         log_to_trackers(self.callback_handler.callbacks)
@@ -173,14 +173,14 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         if not model.training or prefixes is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-        tokens = int(prefixes.of_the_corpus.sum())
+        trained_on = prefixes.trained_on
+        tokens = int(trained_on.sum())
         targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1)).flatten()
         # `SFTTrainer` divides by the tokens of the whole accumulated batch, on all processes; so does this.
         divisor = torch.as_tensor(tokens if num_items_in_batch is None else num_items_in_batch, device=targets.device)
         divisor = divisor.clamp(min=1)
         scale = self._loss_scale(num_items_in_batch)
 
-        trained_on = prefixes.of_the_corpus
         if self._cross_entropy_is_trls:  # separate from the pass below, which then trains on nothing
             kept = flat_positions(trained_on).to(targets.device)
             labelled = {**inputs, "shift_labels": targets[kept][None]}
@@ -270,12 +270,11 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         """The mixture of tokenised domains, instead of TRL's preparation; uses the tokenizer and template of `args`."""
         how = (processing_class, args, formatting_func, packing)
         if dataset is self._held_out.get(dataset_name):
-            rows = setup.tokenised(dataset_name, dataset, *how)
-            return with_domain(rows, self.domains.index(dataset_name))
+            return setup.tokenised(dataset_name, dataset, *how)
         if dataset_name != "train":
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         self.tokenised = {name: setup.tokenised(name, rows, *how) for name, rows in self._corpus.items()}
-        return mix(self.tokenised, self._weights, args.seed)
+        return mix(self.tokenised, self._weights, args.seed, self.held)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
