@@ -274,6 +274,32 @@ class TestCritic:
         assert skill(r, np.full(4_000, 0.5), noise + 0.01) is None
 
 
+class TestSteering:
+    def test_targets_stand_beside_fixed_weights(self, benchmark, recipe, corpus_files, tmp_path):
+        held_out = {"path": str(corpus_files["plain"]), "rows": "0:6"}
+        prompts = {"path": str(corpus_files["rude"]), "rows": "0:6", "prompt_tokens": 2}
+        path = recipe(evaluation={"prompts": {"rude": prompts}, "perplexity": {"plain": held_out}})
+        command = ("steering", path, tmp_path / "runs", "--rates", 0.99, "--weights", 1, 9, "--seeds", 1, "--rounds", 2)
+        found = benchmark(*command)
+        assert found["fixed"]["9"]["weight"] == 9
+        assert found["fixed"]["1"]["rates"].keys() == {"no e"}
+        target = found["targets"]["0.99"]
+        (seed,) = target["seeds"]
+        assert seed["reached"] < seed["bound"]
+        assert target["met"] == (seed["bound"] <= 0.99)
+        made = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("model.safetensors")}
+        again = benchmark(*command)
+        assert again["targets"] == found["targets"]
+        assert {file: file.stat().st_mtime_ns for file in made} == made
+
+    def test_the_sweep_is_read_between_its_points_alone(self):
+        from steering import of_sweep
+
+        sweep = [{"rates": {"c": rate}, "perplexity": ppl} for rate, ppl in ((0.2, 10.0), (0.1, 40.0))]
+        assert of_sweep(sweep, "c", 0.15) == pytest.approx(20.0)
+        assert of_sweep(sweep, "c", 0.05) is None
+
+
 def test_a_head_learns_to_classify(tiny_folder, tiny_tokenizer):
     from heads import head_scores, train_head
 
