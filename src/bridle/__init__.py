@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bridle.constraints import Classifier, Constraint, Length, Regex, Score, WordList, build_constraint
     from bridle.models.auxiliary import AuxiliaryModel, load_auxiliary
     from bridle.models.guidance import NADOGuide
+    from bridle.models.monitor import Monitor
     from bridle.training.config import ConstrainedConfig, Regulariser
     from bridle.training.trainer import ConstrainedTrainer
 
@@ -27,6 +28,7 @@ _HOMES = {
     "build_constraint": "bridle.constraints",
     "AuxiliaryModel": "bridle.models.auxiliary",
     "load_auxiliary": "bridle.models.auxiliary",
+    "Monitor": "bridle.models.monitor",
     "NADOGuide": "bridle.models.guidance",
     "ConstrainedConfig": "bridle.training.config",
     "Regulariser": "bridle.training.config",
@@ -40,6 +42,7 @@ __all__ = [
     "ConstrainedTrainer",
     "Constraint",
     "Length",
+    "Monitor",
     "NADOGuide",
     "Regex",
     "Regulariser",

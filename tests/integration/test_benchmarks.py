@@ -274,6 +274,20 @@ class TestCritic:
         assert skill(r, np.full(4_000, 0.5), noise + 0.01) is None
 
 
+def test_a_monitor_beside_rejection(benchmark, bridle, recipe, corpus_files, tmp_path):
+    prompts = {"path": str(corpus_files["rude"]), "rows": "0:6", "prompt_tokens": 2}
+    path, run = recipe(evaluation={"prompts": {"rude": prompts}, "samples": 2}), tmp_path / "run"
+    assert bridle("train", path, "--output_dir", run)[0] == 0
+    auxiliary = run / "auxiliary" / "rude"
+    auxiliary = auxiliary if auxiliary.is_dir() else run / "auxiliary"
+    found = benchmark("monitor", path, run / "model", auxiliary, "--bounds", 0.01, 0.99, "--redraw", 1)
+    assert found["plain"]["stopped"] == 0
+    for way in ("monitor", "rejection"):
+        assert found[f"{way}, 0.01"]["rates"] == found["plain"]["rates"]
+        assert found[f"{way}, 0.99"]["stopped"] > 0
+    assert found["monitor, 0.99"]["tokens"] < found["rejection, 0.99"]["tokens"]
+
+
 class TestSteering:
     def test_targets_stand_beside_fixed_weights(self, benchmark, recipe, corpus_files, tmp_path):
         held_out = {"path": str(corpus_files["plain"]), "rows": "0:6"}

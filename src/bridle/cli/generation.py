@@ -20,6 +20,17 @@ MaxNewTokens = Annotated[
     typer.Option("--max_new_tokens", min=1, help="Tokens at which a completion is cut. [default: the set's, or 64]"),
 ]
 Stream = Annotated[bool, typer.Option("--stream", help="Print the text of --prompt as it is drawn.")]
+StopBelow = Annotated[
+    float | None,
+    typer.Option(
+        "--stop_below",
+        metavar="P",
+        help="Stop a completion once the R of --guide says that it will comply with less than this probability.",
+    ),
+]
+Redraw = Annotated[
+    int | None, typer.Option(min=0, help="Draw a stopped completion again so often; after that it is withheld.")
+]
 
 
 @app.command(epilog="Example: bridle generate runs/detox-mini/model --prompt 'The weather in' --samples 3")
@@ -38,6 +49,8 @@ def generate(
     stream: Stream = False,
     batch_size: common.BatchSize = 64,
     guidance_scale: common.GuidanceScale = 1.0,
+    stop_below: StopBelow = None,
+    redraw: Redraw = None,
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "float32",
@@ -53,6 +66,9 @@ def generate(
         ((prompts is None) == (prompt is None), "give either --prompts FILE or --prompt TEXT"),
         (prompt is not None and prompt_tokens, "--prompt_tokens is for --prompts; cut the --prompt yourself"),
         (guide is None and guidance_scale != 1, common.SCALE_WITHOUT_GUIDE),
+        (guide is None and stop_below is not None, "--stop_below watches the R of a --guide; name one"),
+        (stop_below is None and redraw is not None, "--redraw draws again what --stop_below stops; give both"),
+        (stop_below is not None and stream, "--stream prints what --stop_below might withhold; leave one out"),
         (
             stream and (prompt is None or output or (samples or 1) > 1),
             "--stream is for one --prompt, not --samples or --output",
@@ -67,7 +83,8 @@ def generate(
     quiet_libraries()
     lm, tokenizer = load_for_inference(model, dtype, device)
     with guided(lm, guide, guidance_scale) as guidance:
-        evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed)
+        watching = {"monitor": _monitor(guidance, stop_below, redraw)}
+        evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed, **watching)
         asked = evaluator.read(asked_of) if asked_of else [evaluator.prompt(prompt or "", how.max_new_tokens)]
         streamer = _streamer(tokenizer, asked[0].ids) if stream else None
         drawn = evaluator.draw(asked, how, streamer.put if streamer is not None else None)
@@ -75,6 +92,14 @@ def generate(
         streamer.end()
         return
     _show([(one.text, text) for one, texts in zip(asked, drawn, strict=True) for text in texts], output)
+    if evaluator.monitor is not None:
+        say(f"{evaluator.monitor.watched}; what was withheld is empty.", err=True)
+
+
+def _monitor(guide: Any, stop_below: float | None, redraw: int | None) -> Any:
+    from bridle.models.monitor import Monitor
+
+    return None if stop_below is None else Monitor(guide, stop_below, redraw or 0)
 
 
 def _show(texts: list[tuple[str, str]], output: Path | None) -> None:

@@ -20,6 +20,7 @@ from bridle.evaluation.tasks import evaluate_tasks
 from bridle.evaluation.utility import Perplexity, likelihoods
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import context_length
+from bridle.models.monitor import Monitor
 
 COMPLETIONS_PER_ROW = 4  # sampled at once for each row of a forward, since a step reads one position only
 
@@ -30,6 +31,7 @@ class Evaluator(Completer):
 
     Attributes:
         guide: an (entered) guide; the guided model is evaluated.
+        monitor: watches the completions that are drawn; its guide is `guide`.
         batch_size: rows in one forward.
         seed: of sampling and of bootstraps.
         show: called with each figure as a line of text.
@@ -43,6 +45,7 @@ class Evaluator(Completer):
     seed: int = 0
     show: Callable[[str], None] = field(default=lambda line: None)
     observations: Observations = field(default_factory=Observations)
+    monitor: Monitor | None = None
 
     def read(self, prompts: PromptSet) -> list[Prompt]:
         """Reads the prompts of a set; a `UserError` names one that leaves no room for the new tokens."""
@@ -80,6 +83,7 @@ class Evaluator(Completer):
             seed=self.seed,
             guide=self.guide,
             decoding=how,
+            monitor=self.monitor,
             on_token=on_token,
         )
 

@@ -8,6 +8,7 @@ may overfit the constraint that it was trained on.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, Result, estimate_mean, estimate_rate, estimate_ratio
 from bridle.evaluation.utility import Window, check_finite, nll_by_text
 from bridle.models.loading import context_length, end_token_ids
+from bridle.models.monitor import Monitor
 from bridle.models.sampling import DRAWN, Decoding, Guide, sample
 
 TEXT_FIGURES = ("distinct_1", "distinct_2", "distinct_3", "mean_length", "empty_share")
@@ -93,6 +95,7 @@ def generate_completions(
     seed: int,
     guide: Guide | None = None,
     decoding: Decoding = DRAWN,
+    monitor: Monitor | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> list[list[str]]:
     """Samples [prompts, samples] completions, by default at temperature 1 from the full distribution.
@@ -104,6 +107,7 @@ def generate_completions(
         batch_size: number of completions sampled at once.
         guide: changes the distribution at each step (NADO decoding).
         decoding: how tokens are chosen from it.
+        monitor: stops completions, and draws them again; in place of `guide`. One that it withholds is "".
         on_token: called with the tokens of each step, [batch].
 
     Raises:
@@ -115,7 +119,8 @@ def generate_completions(
         for index, prompt in enumerate(prompts):
             check_room(prompt, context - max_new_tokens, f"prompts[{index}]")
     repeated = [prompt for prompt in prompts for _ in range(samples)]
-    sampled = sample(
+    draw = partial(sample, guide=guide) if monitor is None else monitor.sample
+    sampled = draw(
         model,
         repeated,
         max_new_tokens=max_new_tokens,
@@ -123,7 +128,6 @@ def generate_completions(
         seed=seed,
         pad_token_id=tokenizer.pad_token_id,
         end_token_ids=end_token_ids(model, tokenizer),
-        guide=guide,
         decoding=decoding,
         on_token=on_token,
     )
