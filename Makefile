@@ -13,16 +13,20 @@ BIN := $(VENV)/bin
 ifeq ($(shell command -v $(PYTHON)),)
 PYTHON := python3
 endif
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# uv installs the same versions sooner.
+INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python --constraint constraints.txt,$(PIP))
 
 .PHONY: setup quickstart smollm2 test unit mutations lint format docs clean
 
 setup: $(VENV)/.ready
 
-# torch comes first and pinned: left to choose, a package index may serve a build several times as large.
+# torch comes first, pinned and by pip: left to choose, a package index may serve a build several times as large, and uv
+# does not look where pip is configured to.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 quickstart: setup

@@ -41,10 +41,18 @@ def test_a_shell_completes_commands():
     assert run("-m", "bridle", **asked).split() == ["generate"]
 
 
-def test_help_loads_no_library_that_takes_seconds():
-    code = "import sys; from bridle.cli import app; app(['train', '-h'], standalone_mode=False)"
-    told = run("-c", f"{code}; print({{'torch', 'transformers', 'datasets'}} & set(sys.modules))")
-    assert "rollouts_per_round" in told
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        ("import bridle; print(bridle.__version__)", "."),
+        ("from bridle.cli import app; app(['-h'], standalone_mode=False)", "quickstart"),
+        ("from bridle.cli import app; app(['--version'], standalone_mode=False)", "transformers"),
+        ("from bridle.cli import app; app(['train', '-h'], standalone_mode=False)", "rollouts_per_round"),
+    ],
+)
+def test_no_library_that_takes_seconds_is_loaded_before_any_work(code, shown):
+    told = run("-c", f"{code}; import sys; print({{'torch', 'transformers', 'datasets', 'numpy'}} & set(sys.modules))")
+    assert shown in told
     assert told.splitlines()[-1] == "set()"
 
 

@@ -33,6 +33,7 @@ def measure(
     Raises:
         UserError: a model or a file cannot be used, or a prompt leaves no room for a completion.
     """
+    plan.check_tasks()
     held_out = {name: texts_of(source) for name, source in plan.perplexity.items()}
     lm, tokenizer = load_for_inference(model, dtype, device)
     base_model = load_for_inference(base, dtype, device) if base else None

@@ -148,6 +148,14 @@ class Evaluation:
             rows.classes()
         if self.judge is not None:
             self.judge.continuations()
+        self.check_tasks()
+
+    def check_tasks(self) -> None:
+        """Raises a UserError if a task is unknown, or lm-eval is not installed."""
+        if self.tasks:
+            from bridle.evaluation.task_data import expand  # lm-eval is optional, and takes seconds
+
+            expand(self.tasks, self.task_data)
 
     def files(self) -> list[Path]:
         """The local files and folders that are read."""

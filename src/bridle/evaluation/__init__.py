@@ -23,13 +23,10 @@ from bridle.evaluation.statistics import (
     paired_bootstrap,
     wilson_interval,
 )
-from bridle.evaluation.task_data import COMMONSENSE
-from bridle.evaluation.tasks import TaskResult, evaluate_tasks
 from bridle.evaluation.utility import Perplexity, TextLikelihood, likelihoods, perplexity
 from bridle.evaluation.win_rate import WinRates, read_methods, win_rates
 
 __all__ = [
-    "COMMONSENSE",
     "FORMAT",
     "ChatJudge",
     "Comparison",
@@ -43,7 +40,6 @@ __all__ = [
     "Perplexity",
     "PromptSet",
     "ServedModel",
-    "TaskResult",
     "TextLikelihood",
     "Verdict",
     "WinRates",
@@ -52,7 +48,6 @@ __all__ = [
     "distinct",
     "evaluate_constraints",
     "evaluate_generations",
-    "evaluate_tasks",
     "examine_judge",
     "generate_completions",
     "holm",

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import expit
 from scipy.stats import rankdata
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_curve
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.core.calibration import calibration
@@ -183,11 +183,11 @@ def roc_auc(scores: Sequence[float], labels: Sequence[int], *, missing: int = 0,
 
 
 def best_threshold(scores: np.ndarray, targets: np.ndarray) -> float:
-    """The most accurate threshold for [n] scores and classes of both kinds."""
-    false_rate, true_rate, thresholds = roc_curve(targets, scores, drop_intermediate=False)
-    right = true_rate * targets.sum() + (1 - false_rate) * (1 - targets).sum()
-    # The first threshold, which makes no row positive, is infinite; JSON has no infinity.
-    return float(np.nan_to_num(thresholds[right.argmax()]))
+    """The most accurate threshold for [n] scores and classes of both kinds, the highest of several."""
+    order, last = _ranked(scores)
+    gained = (2 * targets[order] - 1).cumsum()[last]  # rows that are right, beyond those where none counts as positive
+    best = gained.argmax()
+    return float(scores[order][last][best]) if gained[best] > 0 else float(np.finfo(float).max)  # JSON has no infinity
 
 
 def platt_scaling(scores: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -197,13 +197,16 @@ def platt_scaling(scores: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarr
     rows count as (n₊ + 1)/(n₊ + 2) positive, n₋ rows as 1/(n₋ + 2).
     """
     positive = np.where(targets == 1, (targets.sum() + 1) / (targets.sum() + 2), 1 / ((1 - targets).sum() + 2))
-    model = LogisticRegression(C=np.inf)  # no penalty
-    model.fit(
-        np.tile(scores, 2)[:, None],
-        np.repeat([1, 0], len(scores)),
-        sample_weight=np.concatenate([positive, 1 - positive]),
-    )
-    return lambda new: model.predict_proba(new[:, None])[:, 1]
+    centre, spread = scores.mean(), scores.std() or 1.0
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = weights[0] * units + weights[1]
+        error = expit(logits) - positive
+        return float((np.logaddexp(0, logits) - positive * logits).sum()), np.array([error @ units, error.sum()])
+
+    units = (scores - centre) / spread
+    slope, intercept = minimize(loss, x0=np.zeros(2), jac=True).x
+    return lambda new: expit(slope * (new - centre) / spread + intercept)
 
 
 # ---------------------------------------------------------------------- parts
@@ -271,10 +274,15 @@ def _roc_auc(targets: np.ndarray, scores: np.ndarray) -> Any:
 def _average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
     if not targets.any():
         return math.nan
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # of each group of ties
+    order, last = _ranked(scores)
     found = targets[order].cumsum()[last]
     return float((found / (last + 1) * np.diff(found, prepend=0)).sum() / found[-1])
+
+
+def _ranked(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order of [n] scores from the highest on, and the last place in it of each group of ties."""
+    order = np.argsort(-scores, kind="stable")
+    return order, np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
 
 
 def _brier(targets: np.ndarray, probabilities: np.ndarray) -> float:

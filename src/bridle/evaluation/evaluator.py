@@ -12,11 +12,11 @@ from bridle.data import DataSource, Prompt, VerbalisedLabel, encode_prompt, labe
 from bridle.data.prompts import check_room
 from bridle.data.readers import whole_text
 from bridle.errors import UserError
+from bridle.evaluation.classification import classification_report, classify
 from bridle.evaluation.completer import Completer
 from bridle.evaluation.generation import generate_completions
 from bridle.evaluation.observations import Observations
 from bridle.evaluation.prompt_sets import GenerationOptions, PromptSet
-from bridle.evaluation.tasks import evaluate_tasks
 from bridle.evaluation.utility import Perplexity, likelihoods
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import context_length
@@ -106,8 +106,6 @@ class Evaluator(Completer):
             validation: rows that choose the threshold and the calibration.
             label: the template of text and label, as in training.
         """
-        from bridle.evaluation.classification import classification_report, classify  # scikit-learn takes a second
-
         scored = {}
         for name, source in (("validation", validation), ("test", test)):
             texts, classes = labelled_texts(source, label)
@@ -130,6 +128,8 @@ class Evaluator(Completer):
         shots: int | None,
     ) -> dict[str, Any]:
         """The part `tasks` of the results, by lm-eval."""
+        from bridle.evaluation.tasks import evaluate_tasks  # lm-eval is optional
+
         found = evaluate_tasks(
             self.model,
             self.tokenizer,

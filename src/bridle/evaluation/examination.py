@@ -14,6 +14,7 @@ from bridle.data import DataSource
 from bridle.data.rows import absent_column, filled_rows, format_fields, outputs_of
 from bridle.data.source import check_condition, meets
 from bridle.errors import UserError
+from bridle.evaluation.classification import roc_auc
 from bridle.evaluation.statistics import Estimate
 from bridle.utils.files import checked, read_json, write_json
 
@@ -77,8 +78,6 @@ def examine(constraint: Constraint, rows: LabelledRows) -> Estimate:
     It is the probability that a violating text scores as more violating than a complying one. Texts without a score are
     `missing`, and so is the value if one of the classes has none. Raises as `LabelledRows.classes`.
     """
-    from bridle.evaluation.classification import roc_auc  # scikit-learn takes a second
-
     with_prompts = constraint.reads != "completion"
     by_class = [constraint.score(*outputs_of(of_class, with_prompts)) for of_class in rows.classes()]
     scored = [(score.violation, label) for label, scores in enumerate(by_class) for score in scores]

@@ -8,14 +8,16 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridle.constraints import Score
 from bridle.data import Prompt
 from bridle.evaluation.generation import GenerationResult
-from bridle.evaluation.tasks import TaskResult
 from bridle.evaluation.utility import TextLikelihood
 from bridle.utils.files import checked, read_rows, write_text
+
+if TYPE_CHECKING:
+    from bridle.evaluation.tasks import TaskResult
 
 Row = dict[str, Any]
 
@@ -93,7 +95,7 @@ class Observations:
             row = {"held_out": held_out, "index": index, "nll": text.nll, "tokens": text.tokens, "bytes": text.bytes}
             self.likelihoods.append(row)
 
-    def add_answers(self, task: str, result: TaskResult) -> None:
+    def add_answers(self, task: str, result: "TaskResult") -> None:
         """Adds the answers to the documents of a task."""
         for index, (right, weight) in enumerate(zip(result.correct, result.weights, strict=True)):
             self.answers.append({"task": task, "index": index, "correct": right, "weight": weight})

@@ -10,14 +10,17 @@ from typing import Any
 
 import datasets
 import huggingface_hub
-import lm_eval.tasks
 import numpy as np
 from datasets import Dataset, Value
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks import TaskManager
 
 from bridle.data import ROW, DataSource
 from bridle.errors import UserError, first_line
+from bridle.utils.extras import needs_extra
+
+with needs_extra("eval", "tasks"):
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
 
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The eight commonsense tasks of Touvron et al. (LLaMA, 2023)."""

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,9 +27,14 @@ from bridle.evaluation.task_data import GROUPS, LoadedTask, expand, load_task
 from bridle.models.forward import policy_forward
 from bridle.models.guidance import NADOGuide
 from bridle.models.hidden import evaluation_mode, project
+from bridle.utils.extras import needs_extra
 from bridle.utils.progress import Progress
 from bridle.utils.quiet import only_errors
 from bridle.utils.settings import known_name
+
+with needs_extra("eval", "tasks"):
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
 
 TOKENS_AT_ONCE = 2**13  # of a batch: the longest prompts of MMLU are ten times as long as most
 

@@ -49,7 +49,7 @@ def load_gguf(factory: Any, name: str, **options: Any) -> Any:
         Exception: of `transformers`, which cannot load it.
     """
     if not is_gguf_available():
-        raise UserError(f"{name}: a GGUF file needs the package gguf; install it with: pip install 'bridle[gguf]'")
+        raise UserError(f'{name}: a GGUF file needs the package gguf; run pip install "bridle[gguf]"')
     if options.get("quantization_config") is not None:
         raise UserError(f"{name}: the weights of a GGUF file are dequantised; leave out quantization_config")
     from transformers.integrations.gguf import read_gguf_metadata  # here: no promised part of `transformers`

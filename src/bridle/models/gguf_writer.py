@@ -24,7 +24,7 @@ def check_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             `gguf` is missing.
     """
     if not is_gguf_available():
-        raise UserError("--gguf: needs the package gguf; install it with: pip install 'bridle[gguf]'")
+        raise UserError('--gguf: needs the package gguf; run pip install "bridle[gguf]"')
     config = model.config
     if config.model_type != "llama":
         raise UserError(f"--gguf: writes models of the Llama architecture, not {config.model_type}; export a folder")

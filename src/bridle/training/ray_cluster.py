@@ -7,12 +7,11 @@ from typing import Any
 
 from bridle.errors import RunStopped, UserError, first_line
 from bridle.training.config import ParallelOptions
+from bridle.utils.extras import needs_extra
 
-try:
+with needs_extra("parallel", "schedule: parallel"):
     import ray
     from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
-except ImportError as error:
-    raise UserError("schedule: parallel needs Ray; install it with: pip install 'bridle[parallel]'") from error
 
 __all__ = [
     "WorkerDied",
