@@ -21,6 +21,7 @@ from bridle.report import data, html
 from bridle.report.plots import draw_plots
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
 from bridle.training.dual_ascent import TargetOptions
+from bridle.training.engine import SamplerOptions
 
 few = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -99,6 +100,7 @@ GROUPS = {
     "lora": LoraOptions,
     "auxiliary": AuxiliaryOptions,
     "parallel": ParallelOptions,
+    "sampler": SamplerOptions,
     "evaluation": Evaluation,
 }
 NEEDED = {"prompts": {"path": "forum.jsonl"}, "target": {"rate": 0.1}}

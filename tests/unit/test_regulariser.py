@@ -19,7 +19,7 @@ from bridle.models.sampling import Trace
 from bridle.training import prompts as of_round
 from bridle.training import regulariser as module
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
-from bridle.training.measures import measure_replay, measure_rollouts
+from bridle.training.measures import measure_rollouts, measure_weights
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.rollouts import output_of
 from trainers import NO_E, Labels, Letters, trainer_of
@@ -293,9 +293,9 @@ class TestFit:
         replayed = [rollout([1, 5], [3, 4], log_probs=[-1.0, now - math.log(w)], complies=True) for w in (3.0, 1.0)]
         examples = held._encode([rollout([1, 5], [3, 4], complies=True), *replayed], fresh=1)
         torch.testing.assert_close(examples.weights[1:], torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
-        measured = measure_replay(examples[1:])
+        measured = measure_weights(examples, 1)
         assert measured == {"replayed": 2, "replay_effective": pytest.approx(6**2 / 12 / 4, rel=1e-4)}
-        assert measure_replay(examples[3:]) == {}
+        assert measure_weights(examples[:1], 1) == {}
 
     def test_without_any_score_it_stays_as_it_is(self, of):
         held = of(config={"max_missing": 1.0})

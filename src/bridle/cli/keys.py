@@ -24,6 +24,7 @@ TRAINING = {
     ),
     "R": ("auxiliary.", ["training/config.py:AuxiliaryOptions"]),
     "Schedule: parallel": ("parallel.", ["training/config.py:ParallelOptions"]),
+    "Sampler of rollouts": ("sampler.", ["training/engine.py:SamplerOptions"]),
     "Evaluation on held-out rows": ("eval.", ["training/config.py:EvalOptions"]),
     "The best checkpoint": ("eval.best.", ["training/config.py:BestOptions"]),
     "Adapters": ("lora.", ["models/loading.py:LoraOptions"]),

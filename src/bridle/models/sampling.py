@@ -52,11 +52,13 @@ class Trace:
         log_probs: of each token, in nats, under the distribution that it was drawn from.
         states: [tokens, hidden] on the CPU, the hidden states that the tokens were drawn from; None where another
             process drew them, or nothing reads them.
+        is_exact: whether they were drawn by the model's own probabilities, not by another engine's.
     """
 
     tokens: list[int]
     log_probs: list[float]
     states: Tensor | None
+    is_exact: bool = True
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from bridle.training.config import (
     Regulariser,
     default_name,
 )
+from bridle.training.engine import SamplerOptions
 from bridle.training.held import held_domains
 from bridle.training.options import EVALUATION
 from bridle.utils.settings import (
@@ -275,8 +276,12 @@ def _eval(
     return found
 
 
+SECTIONS = {"auxiliary": AuxiliaryOptions, "parallel": ParallelOptions, "sampler": SamplerOptions}
+"""Of the training options, those that are sections of their own."""
+
+
 def _training(options: dict[str, Any], is_evaluated: bool) -> dict[str, Any]:
-    for key, cls in (("auxiliary", AuxiliaryOptions), ("parallel", ParallelOptions)):
+    for key, cls in SECTIONS.items():
         if key in options:
             options = {**options, key: build(cls, options[key], key)}
     for key in () if is_evaluated else options.keys() & EVALUATION:

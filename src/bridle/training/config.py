@@ -17,6 +17,7 @@ from bridle.constraints.spec import RETENTION
 from bridle.data import DataSource
 from bridle.errors import UserError, prefixed
 from bridle.training.dual_ascent import TargetOptions
+from bridle.training.engine import SamplerOptions
 from bridle.training.options import check_needed, check_refused, in_one_line
 from bridle.utils.settings import check_fields, check_file_name, known_name
 from bridle.utils.variables import NO_VARIABLES
@@ -350,6 +351,7 @@ class ConstrainedConfig(SFTConfig):
         keep_last: how many of the last checkpoints to keep; None for all. Half-written ones do not count.
         auxiliary: shape and fit of R.
         parallel: how and where the parallel schedule's roles run.
+        sampler: what draws rollouts: `transformers`, or vLLM.
 
     Raises:
         UserError: a value of the wrong kind or outside its range, such as no round; an option of TRL or `transformers`
@@ -357,7 +359,7 @@ class ConstrainedConfig(SFTConfig):
     """
 
     variables = NO_VARIABLES  # a recipe's configuration has its own
-    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel"]
+    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel", "sampler"]
 
     schedule: Literal["sequential", "parallel"] = field(default="sequential", metadata={"help": "Order of updates."})
     rounds: int = field(default=2, metadata={"help": "How many times R is refreshed."})
@@ -379,6 +381,7 @@ class ConstrainedConfig(SFTConfig):
     keep_last: int | None = field(default=None, metadata={"help": "Checkpoints that stay."})
     auxiliary: AuxiliaryOptions = field(default_factory=AuxiliaryOptions, metadata={"help": "Shape and fit of R."})
     parallel: ParallelOptions = field(default_factory=ParallelOptions, metadata={"help": "How the roles run."})
+    sampler: SamplerOptions = field(default_factory=SamplerOptions, metadata={"help": "What draws rollouts."})
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -416,7 +419,7 @@ class ConstrainedConfig(SFTConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields for trackers: options by dotted keys, variables of a recipe by name."""
         found: dict[str, Any] = super().to_dict()
-        for group in ("auxiliary", "parallel"):
+        for group in ("auxiliary", "parallel", "sampler"):
             found |= {f"{group}.{key}": value for key, value in asdict(found.pop(group)).items()}
         found |= {"eos_token": self.eos_token, "pad_token": self.pad_token}  # which are no secrets
         return self.variables.hidden(found)

@@ -115,7 +115,7 @@ def encode(
         pad_token_id: fills rows.
         fresh: how many of the first were drawn from p_a itself; all if not given. The others hold their tokens'
             log-probabilities at drawing.
-        traces: by row, how it was drawn, for its hidden states.
+        traces: by row, how it was drawn, for its hidden states; labels of a row that another engine drew are weighted.
         soft_labels: use the constraint's value and not its yes or no.
         bootstrap: label a cut rollout with R's own estimate at the cut.
         dtype: of mixed precision, as in `policy_forward`.
@@ -131,9 +131,9 @@ def encode(
     known = {row: trace.states for row, trace in (traces or {}).items() if trace.states is not None}
     hidden = _hidden_states(model, input_ids, attention_mask, at, known, dtype)
     weights = torch.ones(mask.shape)
-    if fresh < len(rollouts):
-        old = slice(fresh, None)
-        weights[old] = _weights(model, rollouts[old], hidden[old], completion[old], mask[old], dtype)
+    exact = {row for row in range(fresh) if traces is None or row not in traces or traces[row].is_exact}
+    if old := [row for row in range(len(rollouts)) if row not in exact]:
+        weights[old] = _weights(model, [rollouts[row] for row in old], hidden[old], completion[old], mask[old], dtype)
     sought = torch.tensor([rollout.sought for rollout in rollouts])
     weights[torch.arange(mask.shape[1]) < sought[:, None] - 1] = 0  # position j scores the first j + 1 tokens
     compliance = [rollout.value if soft_labels else rollout.complies for rollout in rollouts]

@@ -38,18 +38,23 @@ def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     }
 
 
-def measure_replay(examples: Examples) -> dict[str, Any]:
+def measure_weights(examples: Examples, fresh: int) -> dict[str, Any]:
     """Number of replayed samples, and how many prefixes with weight 1 their labels are worth, as a share of theirs.
 
-    It is (Σw)² / Σw² over the number of prefixes: 1 where the policy has not moved. Empty if nothing is replayed.
+    The share is (Σw)² / Σw² over the number of prefixes: 1 where the policy has not moved. `sampler_effective` is that
+    of the `fresh` first samples, where another engine drew them.
     """
+    found: dict[str, Any] = {}
+    if len(replayed := examples[fresh:]):
+        found |= {"replayed": len(replayed), "replay_effective": _effective(replayed)}
+    if bool((examples[:fresh].weights > 0).logical_and(examples[:fresh].weights != 1).any()):
+        found["sampler_effective"] = _effective(examples[:fresh])
+    return found
+
+
+def _effective(examples: Examples) -> float:
     weights = examples.weights[examples.mask]
-    if not len(weights):
-        return {}
-    return {
-        "replayed": len(examples),
-        "replay_effective": (weights.sum() ** 2 / (weights**2).sum()).item() / len(weights),
-    }
+    return (weights.sum() ** 2 / (weights**2).sum()).item() / len(weights)
 
 
 def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[str, Any]:

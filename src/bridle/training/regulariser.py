@@ -30,7 +30,7 @@ from bridle.training.batches import Mask, beginnings, flat_positions, reachable
 from bridle.training.corpus_outputs import corpus_outputs
 from bridle.training.examples import Examples, encode
 from bridle.training.fitting import fit_auxiliary
-from bridle.training.measures import measure_calibration, measure_replay, measure_rollouts
+from bridle.training.measures import measure_calibration, measure_rollouts, measure_weights
 from bridle.training.prompts import prompts_of_corpus, prompts_of_round
 from bridle.training.rollouts import draw_rollouts, score_rollouts
 from bridle.training.state import StatefulRegulariser
@@ -186,7 +186,7 @@ class DomainRegulariser(StatefulRegulariser):
         examples = self._encode(fresh + replayed, fresh=len(fresh), traces=traces)
         # The last round's R on samples of a policy that is one round newer.
         stale = measure_calibration(self.auxiliary, examples[:plain]) if self.is_fitted else {}
-        report = {"fit": fit, **measure_replay(examples[len(fresh) :])}
+        report = {"fit": fit, **measure_weights(examples, len(fresh))}
         report |= {f"{key}_before": stale[key] for key in COMPARED & stale.keys()}
         if fit == "kept":
             return report

@@ -12,9 +12,10 @@ from bridle.data import Prompt, Rollout, decode_parts
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import end_token_ids
-from bridle.models.sampling import Trace, sample
+from bridle.models.sampling import Trace
 from bridle.models.sharding import weights_hash
 from bridle.training.config import ConstrainedConfig
+from bridle.training.engine import sampler
 from bridle.utils.distributed import gathered, joined, share
 
 
@@ -44,7 +45,6 @@ def draw_rollouts(
     Args:
         prompts: one rollout each.
         model, tokenizer, config: p_a and the sampling options.
-        scoring: receives each batch as it is drawn.
         auxiliary: R, if it has been fitted.
 
     Returns:
@@ -59,7 +59,7 @@ def draw_rollouts(
     seek = config.auxiliary.seek if auxiliary is not None else 0.0
     sought = tokens_to_seek(len(prompts), seek, config.max_new_tokens, seed)
     with NADOGuide(model, auxiliary, violate=True) if auxiliary is not None and seek else nullcontext() as guide:
-        completions = sample(
+        completions = sampler(config.sampler, tokenizer)(
             model,
             [prompt.ids for prompt in prompts],
             max_new_tokens=config.max_new_tokens,

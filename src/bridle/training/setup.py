@@ -167,6 +167,8 @@ def check_options(
     Raises:
         UserError: naming the argument or key.
     """
+    if config.sampler.engine != "transformers":
+        _check_sampler(config)
     for name, options in regularisers.items():
         if config.targets == "precomputed" and options.anchor == "live":
             raise UserError(
@@ -182,6 +184,13 @@ def check_options(
         raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
     if arguments.get("eval_dataset") is None and (config.eval_strategy != "no" or config.eval_on_start):
         raise UserError("eval_strategy: there are no rows to evaluate on; give the trainer an eval_dataset")
+
+
+def _check_sampler(config: ConstrainedConfig) -> None:
+    if config.auxiliary.seek:
+        raise UserError("auxiliary.seek: R cannot guide vLLM; set 0, or sampler.engine: transformers")
+    if config.schedule == "parallel":
+        raise UserError("schedule: parallel does not sample by vLLM; set sequential, or sampler.engine: transformers")
 
 
 def _check_confidence(name: str, target: TargetOptions | None, samples: int) -> None:

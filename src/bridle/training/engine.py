@@ -1,0 +1,125 @@
+"""Rollouts by vLLM, through TRL's `VLLMGeneration`, which also brings the policy's weights to it.
+
+An engine's probabilities differ a little from the policy's: other kernels, other precision. So the log-probability that
+each token had when it was drawn is kept, and R's labels are weighted by the likelihood ratio of what follows
+(`future_weights`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from pydantic import PositiveFloat, PositiveInt
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bridle.errors import UserError, first_line
+from bridle.models.sampling import Trace, sample
+from bridle.utils.distributed import gathered, rank, world
+from bridle.utils.settings import check_fields
+
+
+@dataclass
+class SamplerOptions:
+    """What draws rollouts.
+
+    Attributes:
+        engine: `transformers`, in this process; or `vllm` (`pip install "bridle[vllm]"`), which does not draw the same
+            text again for the same seed.
+        mode: `colocate`: vLLM shares the GPUs of the policy; `server`: it runs elsewhere (`trl vllm-serve`).
+        server_url: of a server, e.g. "http://localhost:8000".
+        gpu_memory: share of a GPU's memory that a colocated vLLM takes.
+        tensor_parallel: GPUs that share a colocated model.
+        sleep: whether a colocated vLLM frees its memory between rounds.
+
+    Raises:
+        UserError: a value of the wrong kind or out of range, or one that the engine or the mode does not read; the
+            message begins with the field.
+    """
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    mode: Literal["colocate", "server"] = "colocate"
+    server_url: str | None = None
+    gpu_memory: PositiveFloat = 0.3
+    tensor_parallel: PositiveInt = 1
+    sleep: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.gpu_memory > 1:
+            raise UserError(f"gpu_memory: is a share, at most 1, not {self.gpu_memory:g}")
+        colocated = ("gpu_memory", "tensor_parallel", "sleep")
+        unread = {
+            ("mode", "server_url", *colocated): (self.engine == "transformers", "engine: vllm"),
+            ("server_url",): (self.mode == "colocate", "mode: server"),
+            colocated: (self.mode == "server", "mode: colocate"),
+        }
+        defaults = {field.name: field.default for field in fields(self)}
+        for names, (is_unread, needed) in unread.items():
+            for name in names:
+                if is_unread and getattr(self, name) != defaults[name]:
+                    raise UserError(f"{name}: has no effect without {needed}; set that too, or leave {name} out")
+        if self.mode == "server" and self.server_url is None:
+            raise UserError("server_url: mode: server needs one, such as http://localhost:8000")
+
+
+def sampler(options: SamplerOptions, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[int]]]:
+    """The function that draws rollouts, with the arguments of `bridle.models.sampling.sample`."""
+    if options.engine == "transformers":
+        return sample
+    return lambda model, prompts, **how: _sample(options, tokenizer, model, prompts, **how)
+
+
+def _sample(
+    options: SamplerOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_token_ids: Sequence[int],
+    traces: dict[int, Trace],
+    on_batch: Callable[[Mapping[int, list[int]]], None],
+    **_: Any,
+) -> list[list[int]]:
+    """All processes call this; each draws its share of the prompts and returns all completions."""
+    engine = _engine(options, model, tokenizer, max_new_tokens, list(end_token_ids))
+    engine.sync_weights()
+    size = -(-len(prompts) // world())  # the server's mode wants as many of every process
+    mine = [index % len(prompts) for index in range(rank() * size, (rank() + 1) * size)]
+    _, completions, log_probs, _ = engine.generate([list(prompts[index]) for index in mine], None, 1)
+    drawn = {
+        index: Trace(list(ids), [step[0] for step in likely], None, is_exact=False)
+        for index, ids, likely in zip(mine, completions, log_probs, strict=True)
+    }
+    on_batch({index: trace.tokens for index, trace in drawn.items()})
+    for part in gathered(drawn):
+        traces |= part
+    return [traces[index].tokens for index in range(len(prompts))]
+
+
+_running: list[tuple[PreTrainedModel, Any]] = []
+"""The policy and its engine, which takes minutes to start and much of a GPU: at most one."""
+
+
+def _engine(
+    options: SamplerOptions,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    end_token_ids: list[int],
+) -> Any:
+    if not _running or _running[0][0] is not model:
+        _running.clear()
+        from accelerate import Accelerator
+        from trl.generation import vllm_generation
+
+        where: dict[str, Any] = {"mode": options.mode, "server_base_url": options.server_url}
+        if options.mode == "colocate":
+            where |= {"gpu_memory_utilization": options.gpu_memory, "enable_sleep_mode": options.sleep}
+            where |= {"tensor_parallel_size": options.tensor_parallel}
+        how = {"max_completion_length": max_new_tokens, "generation_kwargs": {"stop_token_ids": end_token_ids}}
+        try:
+            _running.append((model, vllm_generation.VLLMGeneration(model, Accelerator(), tokenizer, **where, **how)))
+        except (ImportError, ConnectionError, ValueError) as error:
+            raise UserError(f"sampler: vLLM cannot start: {first_line(error)}") from error
+    return _running[0][1]
