@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-PACKAGES = {"eval": "lm_eval", "gguf": "gguf", "parallel": "ray", "report": "matplotlib"}
+PACKAGES = {"demo": "gradio", "eval": "lm_eval", "gguf": "gguf", "parallel": "ray", "report": "matplotlib"}
 
 WITHOUT_EXTRAS = """
 import json, sys
@@ -26,6 +26,7 @@ for command in commands:
 def test_training_needs_no_extra_and_a_missing_one_is_named_in_one_line(recipe, tmp_path):
     file, model = str(recipe()), str(tmp_path / "tiny-llama")
     needs = {
+        "demo": ["demo", model],
         "eval": ["evaluate", model, "--tasks", "piqa"],
         "gguf": ["generate", f"{model}.gguf", "--prompt", "a"],
         "parallel": ["train", file, "--schedule", "parallel", "--output_dir", str(tmp_path / "parallel")],

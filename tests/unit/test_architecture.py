@@ -15,7 +15,7 @@ ROWS = [
     {"training", "evaluation", "baselines"},
     {"recipes", "report", "certification"},
     {"comparison"},
-    {"quickstart"},
+    {"quickstart", "demo"},
     {"cli"},
     {"__main__"},
 ]

@@ -27,7 +27,8 @@ def test_versions_are_told():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["watch"], ["generate"], ["evaluate"], ["certify"], ["judge"], ["compare"], ["report"]]
+    "command",
+    [[], ["train"], ["watch"], ["generate"], ["demo"], ["evaluate"], ["certify"], ["judge"], ["compare"], ["report"]],
 )
 def test_help_has_a_short_form(bridle, command):
     code, told, _ = bridle(*command, "-h")

@@ -52,9 +52,13 @@ class NADOLogitsProcessor(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[batch, time], [batch, vocabulary] -> log q, or log q⁻, [batch, vocabulary]."""
+        return self.auxiliary.log_q(self.features(input_ids), scores, *self.how).to(scores.dtype)
+
+    def features(self, input_ids: Tensor) -> Tensor:
+        """What R reads of each row, right after the model ran on its last tokens. [batch, time] -> [batch, width]"""
         parents = self._parents(input_ids)
         states = self._borrowed_states() if self.auxiliary.network is None else self._own_states(input_ids, parents)
-        return self.auxiliary.log_q(self._features(states, parents), scores, *self.how).to(scores.dtype)
+        return self._features(states, parents)
 
     def _parents(self, input_ids: Tensor) -> Tensor | None:
         """Which row of the last call each row continues, [batch]; None where one continues none of them."""

@@ -1,0 +1,172 @@
+"""The page: Gradio's inputs, and our own HTML for what models write."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import gradio as gr
+
+from bridle.constraints import Score
+from bridle.demo.session import Request, Session
+from bridle.demo.subject import MOST
+from bridle.demo.views import Page, certificate_html, draws_html, header_html, message_html, texts_html
+from bridle.demo.writing import Controls, Writing
+from bridle.errors import RunStopped, UserError
+
+SAMPLES = 32
+LONGEST = 512  # tokens
+SECONDS = 0.05  # between two pictures of a text that is being written
+PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
+AT_ONCE = {"trigger_mode": "multiple", "concurrency_limit": None}
+
+
+@dataclass
+class Tab:
+    """What one browser tab has asked for and seen; its newest texts and its newest draws go on, and older ones end."""
+
+    writing: Controls = field(default_factory=Controls)
+    drawing: Controls = field(default_factory=Controls)
+    request: Request | None = None
+    writings: Mapping[str, Writing] = field(default_factory=dict)
+    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+
+    def set(self, **values: Any) -> None:
+        """Changes the controls of what goes on."""
+        for controls in (self.writing, self.drawing):
+            for name, value in values.items():
+                setattr(controls, name, value)
+
+
+class Handlers:
+    """What the page's controls do; each yields or returns HTML, the last piece a message."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.page = Page(list(session.remote))
+
+    def write(self, tab: Tab, guidance_scale: float, temperature: float, covered: bool, *asked: Any) -> Iterator[Any]:
+        """Writes the texts and has them judged: (texts, message)."""
+        tab.writing.stopped, tab.writing = True, Controls(guidance_scale, temperature)
+        controls, request, page, last = tab.writing, _request(*asked), replace(self.page, is_covered=covered), 0.0
+        tab.scores = {}
+        try:
+            for writings in self.session.write(request, controls):
+                if controls is tab.writing and time.monotonic() - last > SECONDS:
+                    yield texts_html(writings, request.prompt, page), ""
+                    last = time.monotonic()
+            if controls is not tab.writing:
+                return
+            tab.request, tab.writings = request, writings
+            tab.scores = self._judged(tab, remote=False)
+            yield self._judged_texts(tab), ""
+        except (UserError, RunStopped) as error:
+            yield gr.skip(), message_html(str(error))
+
+    def ask_remote(self, tab: Tab) -> Any:
+        """Asks the constraints of other hosts about the texts: (texts, message)."""
+        if not tab.scores:
+            return gr.skip(), message_html("Write texts first, and let them end.")
+        try:
+            for name, scores in self._judged(tab, remote=True).items():
+                tab.scores[name] |= scores
+        except UserError as error:
+            return gr.skip(), message_html(str(error))
+        return self._judged_texts(tab), ""
+
+    def draw(
+        self, tab: Tab, guidance_scale: float, temperature: float, constraint: str | None, *asked: Any
+    ) -> Iterator[Any]:
+        """Draws many completions: (dots, message)."""
+        tab.drawing.stopped, tab.drawing = True, Controls(guidance_scale, temperature)
+        controls = tab.drawing
+        try:
+            for draws in self.session.draw(_request(*asked), controls, SAMPLES, constraint):
+                if controls is not tab.drawing:
+                    return
+                yield draws_html(draws, constraint), ""
+        except (UserError, RunStopped) as error:
+            yield gr.skip(), message_html(str(error))
+
+    def stop(self, tab: Tab) -> None:
+        """No further token is drawn."""
+        tab.set(stopped=True)
+
+    def guide(self, tab: Tab, guidance_scale: float) -> None:
+        """Sets η of the next token."""
+        tab.set(guidance_scale=guidance_scale)
+
+    def heat(self, tab: Tab, temperature: float) -> None:
+        """Sets the temperature of the next token."""
+        tab.set(temperature=temperature)
+
+    def _judged(self, tab: Tab, remote: bool) -> dict[str, dict[str, Score]]:
+        assert tab.request is not None
+        texts = {name: writing.text for name, writing in tab.writings.items()}
+        return self.session.judge(texts, tab.request.given, remote)
+
+    def _judged_texts(self, tab: Tab) -> str:
+        assert tab.request is not None
+        return texts_html(tab.writings, tab.request.prompt, replace(self.page, is_judged=True, scores=tab.scores))
+
+
+def _request(prompt: str, names: list[str], length: float, seed: float, as_chat: bool) -> Request:
+    return Request(prompt, names, int(length), int(seed or 0), as_chat)
+
+
+def build(session: Session) -> gr.Blocks:
+    """The page of a session."""
+    subject, handlers = session.subject, Handlers(session)
+    with gr.Blocks(title=f"Try {subject.title}", analytics_enabled=False, fill_width=True) as page:
+        tab = gr.State(Tab())
+        _html(header_html(subject))
+        asked, guidance_scale, temperature, covered = _inputs(session)
+        with gr.Row():
+            write = gr.Button("Write", variant="primary")
+            stop = gr.Button("Stop")
+        message = _html()
+        _html("<h2>Texts</h2>")
+        texts = _html()
+        remote = gr.Button(f"Ask {', '.join(session.remote)}", visible=bool(session.remote))
+        _html(f"<h2>{SAMPLES} completions each</h2>")
+        judges = [*session.local, *((f"{name} (asks another host)", name) for name in session.remote)]
+        judge = gr.Dropdown(judges, label="Judged by", value=_first_of(subject.constraints), visible=len(judges) > 1)
+        draw = gr.Button(f"Draw {SAMPLES}")
+        dots = _html()
+        if subject.certificate is not None:
+            with gr.Accordion("Certificate", open=False):
+                _html(certificate_html(subject.certificate))
+        held = [tab, guidance_scale, temperature]
+        for begins in (write.click, asked[0].submit):
+            begins(handlers.write, [*held, covered, *asked], [texts, message], **PRIVATE, **AT_ONCE)
+        draw.click(handlers.draw, [*held, judge, *asked], [dots, message], **PRIVATE, **AT_ONCE)
+        remote.click(handlers.ask_remote, tab, [texts, message], **PRIVATE)
+        stop.click(handlers.stop, tab, None, queue=False, **PRIVATE)
+        for slider, sets in ((guidance_scale, handlers.guide), (temperature, handlers.heat)):
+            slider.input(sets, [tab, slider], None, queue=False, trigger_mode="always_last", **PRIVATE)
+    return page
+
+
+def _inputs(session: Session) -> tuple[list[Any], gr.Slider, gr.Slider, gr.Checkbox]:
+    """The inputs of a `Request`, η, the temperature, and whether texts are covered while they are written."""
+    subject = session.subject
+    prompt = gr.Textbox(label="Prompt", lines=2, placeholder="The weather in")
+    label = f"Methods, at most {MOST}"
+    names = gr.CheckboxGroup(list(subject.variants), value=subject.shown, label=label)
+    with gr.Row():
+        guidance_scale = gr.Slider(0, 10, subject.guidance_scale, step=0.1, label="Guidance scale η")
+        temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature")
+        length = gr.Slider(1, LONGEST, min(subject.max_new_tokens, LONGEST), step=1, label="Tokens")
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+    with gr.Row():
+        covered = gr.Checkbox(False, label="Cover texts until they are judged")
+        as_chat = gr.Checkbox(False, label="The prompt is a user's turn of a chat", visible=session.has_chats)
+    return [prompt, names, length, seed, as_chat], guidance_scale, temperature, covered
+
+
+def _html(text: str = "") -> gr.HTML:
+    return gr.HTML(text, elem_classes="bridle", padding=False)
+
+
+def _first_of(names: Mapping[str, Any]) -> str | None:
+    return next(iter(names), None)

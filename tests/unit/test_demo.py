@@ -1,0 +1,292 @@
+"""The demo without its page: what it shows, how it writes, what it judges."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from bridle.comparison.cell import Candidate, CellFiles
+from bridle.comparison.tracing import trace
+from bridle.constraints import Score, WordList, build_constraint
+from bridle.demo.session import Draws, Request, Session
+from bridle.demo.subject import subject_of
+from bridle.demo.views import Page, draws_html, line_of_r, message_html, texts_html
+from bridle.demo.writing import Chance, Controls, Token, Writing
+from bridle.errors import UserError
+from bridle.models.auxiliary import new_auxiliary
+from bridle.models.guidance import NADOGuide
+from bridle.utils.variables import NO_VARIABLES
+
+HOSTILE = "<img src=x onerror=alert(1)> {{ 7*7 }} ${alert(1)}"
+
+
+def random_auxiliary(model, **options):
+    """An R that differs from token to token."""
+    auxiliary = new_auxiliary(model, **options)
+    torch.manual_seed(5)
+    for name, parameter in auxiliary.named_parameters():
+        if name.startswith(("head", "value", "memory")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return auxiliary.eval()
+
+
+@pytest.fixture
+def parts(tiny_model, tiny_tokenizer):
+    model = tiny_model("llama", vocab_size=len(tiny_tokenizer), initializer_range=0.1)
+    return model, tiny_tokenizer, tiny_tokenizer("you never bring")["input_ids"]
+
+
+def written(writing, controls=None):
+    while not writing.is_finished:
+        writing.step(controls or Controls())
+    return writing
+
+
+@pytest.mark.parametrize("form", [{}, {"memory": 8}, {"own_network": True}, {"form": "log-linear", "memory": 4}])
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_each_token_has_the_p_q_and_r_of_the_finished_text(parts, form, is_guided):
+    model, tokenizer, prompt = parts
+    auxiliary = random_auxiliary(model, **form)
+    writing = written(Writing(model, tokenizer, prompt, 12, 3, auxiliary, is_guided), Controls(guidance_scale=2.0))
+    with NADOGuide(model, auxiliary, 2.0) as guide:
+        expected = trace(guide, tokenizer, prompt + writing.ids, len(prompt))[len(prompt) :]
+    assert len(writing.tokens) == len(expected) == 12
+    for token, known in zip(writing.tokens, expected, strict=True):
+        assert token.drawn.text == known["text"]
+        for name in "pqr":
+            assert getattr(token.drawn, name) == pytest.approx(known[name], abs=1e-5)
+        for mine, theirs, sign in ((token.gains, known["gains"], 1), (token.losses, known["losses"], -1)):
+            shifts = [sign * (one["q"] - one["p"]) for one in theirs]
+            assert [sign * (one.q - one.p) for one in mine] == pytest.approx(shifts[: len(mine)], abs=1e-5)
+            assert all(shift < 1e-5 for shift in shifts[len(mine) :]), "what does not gain is no gain"
+
+
+def test_guidance_without_strength_writes_the_plain_text(parts):
+    model, tokenizer, prompt = parts
+    auxiliary = random_auxiliary(model)
+    plain, guided, strong = (
+        written(Writing(model, tokenizer, prompt, 12, 0, auxiliary, is_guided), Controls(scale)).ids
+        for is_guided, scale in ((False, 5.0), (True, 0.0), (True, 5.0))
+    )
+    assert plain == guided
+    assert guided != strong
+
+
+def test_a_model_without_r_is_written_too(parts):
+    writing = written(Writing(*parts, 4))
+    assert [token.drawn.r for token in writing.tokens] == [None] * 4
+    assert [token.gains for token in writing.tokens] == [[]] * 4
+    assert line_of_r(writing.tokens) == ""
+
+
+def test_the_controls_act_on_the_next_token(parts):
+    model, tokenizer, prompt = parts
+    controls, auxiliary = Controls(guidance_scale=0.0), random_auxiliary(model)
+    writing = Writing(model, tokenizer, prompt, 8, 0, auxiliary, True)
+    writing.step(controls)
+    assert writing.tokens[-1].drawn.q == pytest.approx(writing.tokens[-1].drawn.p)
+    controls.guidance_scale = 6.0
+    writing.step(controls)
+    assert writing.tokens[-1].drawn.q != pytest.approx(writing.tokens[-1].drawn.p, rel=0.05)
+    controls.temperature = 1e-4
+    writing.step(controls)
+    likeliest = max([writing.tokens[-1].drawn, *writing.tokens[-1].gains], key=lambda one: one.q)
+    assert writing.tokens[-1].drawn == likeliest
+
+
+def test_a_text_ends_by_its_end_token(parts, monkeypatch):
+    monkeypatch.setattr("bridle.demo.writing.end_token_ids", lambda *_: list(range(400)))
+    writing = Writing(*parts, 5)
+    writing.step(Controls())
+    assert writing.has_ended
+    assert writing.is_finished
+
+
+# ---------------------------------------------------------------------- a session
+
+
+@pytest.fixture
+def session(tiny_folder, tmp_path):
+    folder = str(tiny_folder())
+    make = Session(subject_of(folder))
+    model, _, _ = make._loaded("model")
+    random_auxiliary(model).save_pretrained(tmp_path / "r")
+    constraints = {"no e": build_constraint("regex:e", "no e"), "far": WordList(["kettle"], name="far")}
+    constraints["far"].waits = True
+    return Session(subject_of(folder, str(tmp_path / "r"), constraints))
+
+
+def request(*names, prompt="you never", tokens=8, **options):
+    return Request(prompt, names, tokens, **options)
+
+
+def test_texts_are_written_side_by_side(session):
+    rounds = [
+        [len(one.ids) for one in writings.values()]
+        for writings in session.write(request("model", "guided"), Controls())
+    ]
+    assert rounds[0] == [0, 0], "what is coming shows at once"
+    assert rounds[-1] == [8, 8]
+    assert all(abs(one - other) <= 1 for one, other in rounds)
+
+
+def test_stop_leaves_the_text_as_it_is(session):
+    controls = Controls()
+    for writings in session.write(request("model"), controls):
+        controls.stopped = len(writings["model"].ids) == 3
+    assert len(writings["model"].ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (request(), "methods: choose one to 4 to see side by side, not 0"),
+        (request("modle"), "methods: there is no method 'modle'; did you mean model?"),
+        (request("model", tokens=64), "length: 64 new tokens do not fit into model's context of 64"),
+        (request("model", prompt="e" * 200), "prompt of model: the prompt has"),
+        (request("model", as_chat=True), "prompt: chat messages need a tokenizer with a chat template"),
+    ],
+)
+def test_a_request_that_cannot_be_obeyed_is_refused_in_words(session, asked, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        list(session.write(asked, Controls()))
+
+
+def test_remote_constraints_are_asked_only_on_request(session):
+    assert list(session.local) == ["no e"]
+    assert list(session.remote) == ["far"]
+    texts = {"one": "the kettle", "other": "warm"}
+    assert session.judge(texts, "you", remote=False) == {
+        "one": {"no e": Score(0.0, False)},
+        "other": {"no e": Score(1.0, True)},
+    }
+    assert session.judge(texts, "you", remote=True)["one"] == {"far": Score(0.0, False)}
+
+
+def test_many_completions_arrive_in_parts_with_a_rate(session):
+    asked = request("model", "guided")
+    *_, last = (
+        {name: (len(one.texts), len(one.scores)) for name, one in draws.items()}
+        for draws in session.draw(asked, Controls(guidance_scale=3.0), 10, "no e")
+    )
+    assert last == {"model": (10, 10), "guided": (10, 10)}
+    *_, again = session.draw(asked, Controls(guidance_scale=3.0), 10, None)
+    assert again["model"].scores == []
+    assert again["model"].rate.value is None
+
+
+def test_the_rate_counts_what_is_scored():
+    scores = [Score(0.0, False), Score(1.0, True), Score(1.0, True), Score.missing("no answer")]
+    rate = Draws("base", 4, ["a"] * 4, scores).rate
+    assert (rate.value, rate.n, rate.missing) == (pytest.approx(1 / 3), 3, 1)
+    assert 0 < rate.low < 1 / 3 < rate.high < 1
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+def test_a_run_shows_its_model_before_and_after_and_guided(recipe, tmp_path):
+    folder = tmp_path / "run"
+    for part in ("model", "auxiliary/round-1"):
+        (folder / part).mkdir(parents=True)
+    for part in ("auxiliary", "auxiliary/round-1"):
+        (folder / part / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("", encoding="utf-8")
+    (folder / "recipe.yaml").write_text(recipe().read_text(encoding="utf-8"), encoding="utf-8")
+    subject = subject_of(str(folder))
+    found = {name: (one.auxiliary, one.is_guided) for name, one in subject.variants.items()}
+    first, last = str(folder / "auxiliary" / "round-1"), str(folder / "auxiliary")
+    assert found == {"base": (first, False), "tuned": (last, False), "guided": (first, True)}
+    assert subject.shown == ["base", "tuned", "guided"]
+    assert list(subject.constraints) == ["no e"]
+    assert subject.max_new_tokens == 8
+
+
+def test_a_comparison_shows_one_method_of_each_kind(recipe, tmp_path):
+    folder = tmp_path / "comparison"
+    mapping = yaml.safe_load(recipe().read_text(encoding="utf-8"))
+    names = ["base", "filtration", "sft", "nado-decoding", "constrained", "rl"]
+    for name in names[:-1]:  # rl failed
+        cell = CellFiles(folder, name, 1, NO_VARIABLES)
+        (cell.folder / "auxiliary" / "round-1").mkdir(parents=True)
+        if name in ("constrained", "nado-decoding"):
+            for part in ("auxiliary", "auxiliary/round-1"):
+                (cell.folder / part / "config.json").write_text("{}", encoding="utf-8")
+        guide = str(cell.folder / "auxiliary") if name == "nado-decoding" else None
+        made = mapping["model"] if name in ("base", "nado-decoding") else str(cell.folder / "model")
+        cell.write_candidate(Candidate(made, guide, 2.0))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(mapping), encoding="utf-8")
+    results = {"methods": {name: {} for name in names}, "seeds": [0, 1]}
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    subject = subject_of(str(folder))
+    assert list(subject.variants) == names[:-1]
+    assert subject.shown == ["base", "sft", "constrained", "nado-decoding"]
+    r = {name: one.auxiliary and one.auxiliary.removeprefix(str(folder)) for name, one in subject.variants.items()}
+    assert r == {
+        "base": "/nado-decoding/seed-1/auxiliary",
+        "filtration": None,
+        "sft": None,
+        "nado-decoding": "/nado-decoding/seed-1/auxiliary",
+        "constrained": "/constrained/seed-1/auxiliary",
+    }
+    given = subject_of(str(folder), guide="elsewhere")
+    assert given.shown == ["base", "sft", "constrained", "guided"]
+    assert given.variants["sft"].auxiliary == "elsewhere"
+    assert given.variants["constrained"].auxiliary == subject.variants["constrained"].auxiliary
+
+
+def test_a_folder_without_models_is_refused(recipe, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("", encoding="utf-8")
+    (folder / "recipe.yaml").write_text(recipe().read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(UserError, match="holds no model yet"):
+        subject_of(str(folder))
+    (folder / "metrics.jsonl").unlink()
+    (folder / "results.json").write_text('{"methods": {"sft": {}}, "seeds": [0]}', encoding="utf-8")
+    with pytest.raises(UserError, match="no method of this comparison is complete"):
+        subject_of(str(folder))
+
+
+# ---------------------------------------------------------------------- HTML
+
+
+def hostile_writing(parts):
+    model, tokenizer, prompt = parts
+    chance = Chance(HOSTILE, 0.5, 0.5, 0.25)
+    return Writing(model, tokenizer, prompt, 4, tokens=[Token(chance, [chance], [chance])], ids=[5])
+
+
+def test_all_text_is_escaped(parts):
+    score = Score.missing(HOSTILE)
+    page = Page([HOSTILE], is_judged=True, scores={HOSTILE: {HOSTILE: score}})
+    found = [
+        texts_html({HOSTILE: hostile_writing(parts)}, HOSTILE, page),
+        draws_html({HOSTILE: Draws(HOSTILE, 1, [HOSTILE], [score])}, HOSTILE),
+        message_html(HOSTILE),
+    ]
+    for html in found:
+        assert "<img" not in html
+        assert "&lt;img" in html
+
+
+@pytest.mark.parametrize(
+    ("page", "cover"),
+    [
+        (Page(), ""),
+        (Page(is_covered=True), "text without a score"),
+        (Page(is_judged=True), ""),
+        (Page(is_judged=True, scores={"base": {"a": Score(1.0, True)}}), ""),
+        (Page(is_judged=True, scores={"base": {"a": Score(1.0, True), "b": Score(0.0, False)}}), "violating text"),
+        (Page(is_judged=True, scores={"base": {"a": Score.missing("no answer")}}), "text without a score"),
+        (Page(["b"], True, True, {"base": {"a": Score(1.0, True)}}), ""),
+    ],
+)
+def test_a_text_is_covered_where_it_violates_or_has_no_score(page, cover):
+    assert page.cover("base") == cover
+
+
+def test_the_line_of_r_runs_from_left_to_right():
+    tokens = [Token(Chance("a", 0.1, 0.1, r), [], []) for r in (1.0, 0.5, None, 0.0)]
+    assert line_of_r(tokens) == "0.0,0.0 33.3,12.0 100.0,24.0"
