@@ -21,6 +21,7 @@ from bridle.training import regulariser as module
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.measures import measure_rollouts, measure_weights
 from bridle.training.regulariser import DomainRegulariser
+from bridle.training.retention import Retention
 from bridle.training.rollouts import output_of
 from trainers import NO_E, Labels, Letters, trainer_of
 
@@ -33,7 +34,8 @@ def of(tiny_model, tmp_path):
 
     def make(constraint=NO_E, config=None, **options):
         args = ConstrainedConfig(output_dir=str(tmp_path), report_to="none", **(config or {}))
-        return DomainRegulariser(0, "rude", Regulariser(constraint, **options), tiny_model(), PADS, {}, args)
+        kind = DomainRegulariser if constraint is not None else Retention
+        return kind(0, "rude", Regulariser(constraint, **options), tiny_model(), PADS, {}, args)
 
     return make
 

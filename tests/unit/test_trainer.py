@@ -307,7 +307,7 @@ def test_a_regulariser_is_asked_where_it_looks_and_an_anchor_in_shards_always(
     monkeypatch.setattr(regulariser_set, "is_sharded", lambda model: sharded)
     target = lambda *_: "q"  # noqa: E731
     regulariser = SimpleNamespace(index=0, name="rude", active=active, weight=2.0, target=target, model=None)
-    regulariser.corpus = ["plain"]
+    regulariser.corpus, regulariser.options = ["plain"], Regulariser(NO_E)
     held = RegulariserSet([regulariser], ["plain"], None)
     batch = Prefixes(np.array([0]), np.array([-1]), np.ones((1, 3), dtype=bool), np.array([4]), np.array([True]))
     mask = np.array([[False, counts, False]])

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 
 from bridle.core.tokens import IGNORE
-from bridle.data.encoding import Encoded, RowEncoder
+from bridle.data.encoding import Encoded, RowEncoder, encode_prompt, template_options
 from bridle.data.labels import VerbalisedLabel
 from bridle.data.readers import gather
-from bridle.data.rows import filled_rows, format_fields
+from bridle.data.rows import PROMPTS, filled_rows, format_fields, holds_prompts
 from bridle.data.source import DataSource
 from bridle.errors import UserError
 from bridle.utils.progress import track
@@ -56,10 +56,14 @@ class Domain(DataSource):
         """Reads the rows, as `DataSource.read`, with the label in words.
 
         Raises:
-            UserError: as `DataSource.read` and `VerbalisedLabel.written`; the rows have no format, or take no label.
+            UserError: as `DataSource.read` and `VerbalisedLabel.written`; the rows have no format, or take no label, or
+                are prompts alone in a domain that is learnt.
         """
         dataset = super().read()
-        fields = format_fields(dataset.column_names, self.place)
+        prompts = holds_prompts(dataset.column_names)
+        if prompts and self.learn:
+            raise UserError(f"{self.place} has prompts and no completions to learn; add them, or set learn: false")
+        fields = PROMPTS if prompts else format_fields(dataset.column_names, self.place)
         if self.label is None:
             return dataset
         if fields != ("text",):
@@ -116,6 +120,22 @@ def tokenize_domain(
     if shuffle is not None:
         tokens = tokens.shuffle(seed=shuffle)
     return pack_dataset(tokens, max_length, "wrapped") if packing else tokens
+
+
+def tokenize_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:
+    """Tokenises prompts alone, text or chats: `input_ids`, and `labels` that are all -100.
+
+    Raises:
+        UserError: a prompt is empty, or the chat template refuses it; it names the row. Or all are blank.
+    """
+    rows = (
+        encode_prompt(values["prompt"], tokenizer, f"{name} row {number}", **template_options(values, name))
+        for number, values in filled_rows(dataset, PROMPTS, name)
+    )
+    tokens = gather(({"input_ids": ids, "labels": [IGNORE] * len(ids)} for ids in rows), _TOKENS)
+    if not len(tokens):
+        raise UserError(f"{name}: none of its {len(dataset)} rows holds a prompt")
+    return tokens
 
 
 def _encoded(dataset: Dataset, encoder: RowEncoder, name: str) -> Iterator[Encoded]:

@@ -49,10 +49,10 @@ def prompts_from_domain(
 ) -> list[Prompt]:
     """Draws `n` prompts from the rows of a domain, without replacement until all rows have been drawn, then again.
 
-    The prompt of a chat is all turns before one of the assistant's, all equally likely. That of a tokenised row that
-    begins with masked labels (-100) is those tokens. Any other row gives a prefix whose length, beyond the
-    beginning-of-text token, is uniform over `prompt_tokens`, both ends included, as far as a token of its first text is
-    left to predict. Rows that are too short, or whose prompt is too long, are skipped.
+    The prompt of a chat is all turns before one of the assistant's, all equally likely, or all turns of a prompt alone.
+    That of a tokenised row that begins with masked labels (-100) is those tokens. Any other row gives a prefix whose
+    length, beyond the beginning-of-text token, is uniform over `prompt_tokens`, both ends included, as far as a token
+    of its first text is left to predict. Rows that are too short, or whose prompt is too long, are skipped.
 
     Args:
         tokenized: rows with `input_ids` and `labels`, packed or not; or chats, as they were read.
@@ -134,7 +134,8 @@ def _chat_prompt(
         return None
     chosen = rng.choice(answers)
     prompt = _chat(turns[:chosen], values, number, tokenizer, longest, f"row {number}")
-    answer = tokenizer(turns[chosen]["content"] or "", add_special_tokens=False)["input_ids"]
+    said = turns[chosen]["content"] if chosen < len(turns) else None
+    answer = tokenizer(said or "", add_special_tokens=False)["input_ids"]
     return replace(prompt, rest=answer)
 
 

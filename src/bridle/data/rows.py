@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 FORMATS = (("messages",), ("prompt", "completion"), ("text",))  # columns of each format; the first match wins
 
+PROMPTS = ("prompt",)  # the columns of rows that are prompts alone
+
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, for its chat template
 
 Messages = list[dict[str, Any]]  # the turns of a chat: {"role": ..., "content": ...}
@@ -32,6 +34,11 @@ def format_fields(columns: Sequence[str], name: str) -> tuple[str, ...]:
     if fields is None:
         raise absent_column(name, "text", columns)
     return fields
+
+
+def holds_prompts(columns: Sequence[str]) -> bool:
+    """Whether rows with these columns are prompts alone, without what follows them."""
+    return "prompt" in columns and not any(set(fields) <= set(columns) for fields in FORMATS)
 
 
 def absent_column(name: str, column: str, columns: Sequence[str]) -> UserError:
@@ -83,17 +90,23 @@ def warn_of_blank(name: str, blank: int, total: int) -> None:
 
 def holds_chats(dataset: Dataset) -> bool:
     """Whether the rows are chats, judged by the first that is not blank; tokenised rows are not."""
-    field = next((field for field in ("messages", "completion") if field in dataset.column_names), None)
+    fields = PROMPTS if holds_prompts(dataset.column_names) else ("messages", "completion")
+    field = next((field for field in fields if field in dataset.column_names), None)
     first = next((value for value in dataset[field] if value), None) if field is not None else None
     return isinstance(first, list)
 
 
 def conversation(values: dict[str, Any]) -> tuple[Messages, list[int]]:
-    """The turns of a chat, and the indices of the assistant's turns that are learnt; both are empty for other rows."""
+    """The turns of a chat, and the indices of the assistant's turns that are learnt; both are empty for other rows.
+
+    Of a prompt alone it is the index of the turn that comes next.
+    """
     begun, rest = values.get("prompt") or [], values.get("completion", values.get("messages")) or []
     if not (isinstance(begun, list) and isinstance(rest, list)):
         return [], []
     turns: Messages = [*begun, *rest]
+    if not values.keys() & {"completion", "messages"}:
+        return turns, [len(turns)]
     return turns, [n for n, turn in enumerate(turns) if n >= max(1, len(begun)) and turn["role"] == "assistant"]
 
 

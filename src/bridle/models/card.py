@@ -237,6 +237,7 @@ def _regulariser(name: str, options: Mapping[str, Any]) -> tuple:
     labels, start = "–", "–"
     if not _is_retention(options):
         labels = "degrees" if options.get("soft_labels") else "yes or no"
+    if not _is_retention(options) or options.get("kl_on", "corpus") != "corpus":
         start = _source(options["prompts"]) if options.get("prompts") else "the domain's rows"
     if options.get("target"):
         options = {**options, "weight": f"from {options['weight']}; target {setting_text(options['target'])}"}

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from bridle.constraints import Constraint
 from bridle.core.tokens import IGNORE
 from bridle.data import DOMAIN
-from bridle.data.rows import filled_rows, format_fields, outputs_of
+from bridle.data.rows import filled_rows, format_fields, holds_prompts, outputs_of
 from bridle.errors import one_line
 from bridle.recipes.recipe import Recipe
 from bridle.recipes.run import build_trainer
@@ -89,6 +89,9 @@ def _corpus(trainer: ConstrainedTrainer, rows: Mapping[str, Dataset]) -> Iterato
             of_batch = trainer.get_train_dataloader().total_batch_size * trainer.args.gradient_accumulation_steps
             part = len(places) / len(mixture)
             yield f"  held and not learnt: {part:.0%} of the rows, {part * of_batch:.2g} of the {of_batch} of an update"
+        if holds_prompts(rows[name].column_names):
+            yield f"  a prompt: {text}"
+            continue
         yield f"  ›what is {'held' if name in trainer.held else 'trained on'}‹ of a row: {text}"
         yield f"  its tokens: {tokens}"
 
@@ -106,7 +109,7 @@ def _marked(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[st
 
 def _prompts(trainer: ConstrainedTrainer) -> Iterator[str]:
     for regulariser in trainer.regularisers:
-        if not regulariser.options.is_retention:
+        if regulariser.options.samples:
             prompts = [trainer.processing_class.decode(prompt.ids) for prompt in regulariser.prompts(1)[:PROMPTS]]
             yield f"rollouts for {regulariser.name} start at: {' · '.join(map(_short, prompts))}"
 
@@ -120,6 +123,7 @@ def _short(text: str) -> str:
 
 def _labels_of_rows(recipe: Recipe, rows: Mapping[str, Dataset]) -> Iterator[str]:
     """The labels of each constraint on rows spread over each domain."""
+    rows = {domain: dataset for domain, dataset in rows.items() if not holds_prompts(dataset.column_names)}
     sampled = {domain: _some_rows(dataset, ceil(SAMPLES / len(rows)), domain) for domain, dataset in rows.items()}
     scored = list(chain.from_iterable(sampled.values()))
     for name, constraint in recipe.constraints.items():
@@ -139,7 +143,7 @@ def _some_rows(dataset: Dataset, count: int, domain: str) -> list[dict[str, Any]
 
 def _labels_of_rollouts(trainer: ConstrainedTrainer) -> Iterator[str]:
     for regulariser in trainer.regularisers:
-        if regulariser.rollouts:
+        if regulariser.rollouts and not regulariser.options.is_retention:
             verdicts = [rollout.complies for rollout in regulariser.rollouts]
             warning = ": R cannot learn from labels that are all alike" if len({*verdicts} - {None}) < 2 else ""
             yield f"{regulariser.constraint.name} on rollouts for {regulariser.name}: {_balance(verdicts)}{warning}"

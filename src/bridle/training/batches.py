@@ -1,7 +1,7 @@
 """Batches that remember which domain each row belongs to, and rollouts as further rows of a batch."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -64,7 +64,7 @@ class Prefixes:
         """The number of labelled or sampled tokens in some rows, which are [batch]."""
         return int(self.mask[rows].sum())
 
-    def __getitem__(self, rows: slice) -> "Prefixes":
+    def __getitem__(self, rows: slice | NDArray[np.bool_]) -> "Prefixes":
         return Prefixes(*(part[rows] for part in vars(self).values()))
 
 
@@ -138,6 +138,23 @@ def reachable(mask: Mask, shortest: int, longest: int, horizon: int) -> Mask:
     depth = run_lengths(mask)  # tokens of a row up to a position
     of_text = (depth >= shortest) & (depth < longest + horizon)
     return np.where(mask[:, :1], of_text, depth <= horizon)
+
+
+def without_unread(inputs: dict[str, Any], looked_at: Collection[int]) -> dict[str, Any]:
+    """Drops the rows that nothing looks at: prompts alone, and held rows of which only rollouts count.
+
+    Args:
+        inputs: a batch of the corpus, as for `append_rollouts`.
+        looked_at: indices of the domains whose rows a regulariser looks at.
+    """
+    prefixes = inputs[PREFIXES]
+    kept = prefixes.learnt | (np.isin(prefixes.domain, list(looked_at)) & prefixes.mask.any(-1))
+    if kept.all():
+        return inputs
+    rows, time = torch.from_numpy(kept), int(prefixes.tokens[kept].max(initial=1))
+    prefixes = replace(prefixes[kept], mask=prefixes.mask[kept, : time - 1])
+    cut = {key: inputs[key][rows.to(inputs[key].device), :time] for key in ("input_ids", "attention_mask", "labels")}
+    return {**inputs, **cut, PREFIXES: prefixes}
 
 
 def append_rollouts(

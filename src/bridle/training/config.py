@@ -55,6 +55,8 @@ class Regulariser:
         anchor: the model p_a that q is built on. `live`: the policy itself, detached, which needs no extra
             forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
         kl_on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`.
+        rollouts_of: whose rollouts, for retention: the `anchor`'s, the initial model's, drawn once; or the `policy`'s,
+            drawn anew in each round. A constraint has those of its anchor, on which R is fitted.
         prompts: where rollouts start; None for the beginnings of the domain's own rows.
         guidance_scale: η in q ∝ p_a·R^η.
         soft_labels: fit R to the constraint's value itself and not to its yes or no. Iterating a soft C
@@ -64,8 +66,8 @@ class Regulariser:
         name: what metrics and files call it; the domain's name if not given.
 
     Raises:
-        UserError: a value of the wrong kind or outside its range, retention on rollouts, or a target that nothing
-            measures; the message begins with the field.
+        UserError: a value of the wrong kind or outside its range, one that would have no effect, or a target that
+            nothing measures; the message begins with the field.
     """
 
     constraint: Constraint | None = None
@@ -73,6 +75,7 @@ class Regulariser:
     target: TargetOptions | None = None
     anchor: Literal["live", "previous", "initial"] = "live"
     kl_on: Literal["corpus", "rollouts", "both"] = "corpus"
+    rollouts_of: Literal["anchor", "policy"] = "anchor"
     prompts: DataSource | None = None
     guidance_scale: float = 1.0
     soft_labels: bool = False
@@ -87,15 +90,19 @@ class Regulariser:
         if not 0 <= self.guidance_scale <= LARGEST:
             raise UserError(f"guidance_scale: must be 0 or more, and a float32, not {self.guidance_scale}")
         if self.is_retention:
-            if self.kl_on != "corpus":
-                raise UserError("kl_on: retention has no rollouts; leave it at corpus")
             self.anchor = "initial"
+        elif self.rollouts_of == "policy":
+            raise UserError("rollouts_of: R is fitted on its anchor's rollouts; the policy's are for retention alone")
+        if not self.samples and self.rollouts_of == "policy":
+            raise UserError("rollouts_of: retention has rollouts only with kl_on: rollouts or both; set that too")
+        if not self.samples and self.prompts is not None:
+            raise UserError("prompts: retention has rollouts only with kl_on: rollouts or both; set that too")
         if self.target is not None:
             self._check_target(self.target)
 
     def _check_target(self, target: TargetOptions) -> None:
         if self.is_retention:
-            raise UserError("target: retention has no rollouts to measure; set its weight instead")
+            raise UserError("target: retention asks no constraint; set its weight instead")
         if self.anchor == "initial":
             raise UserError(
                 "target: is measured on the policy's rollouts; anchor: initial has only the initial model's"
@@ -110,6 +117,11 @@ class Regulariser:
     def is_retention(self) -> bool:
         """Whether this regulariser only keeps the policy close to the initial model."""
         return self.constraint is None
+
+    @property
+    def samples(self) -> bool:
+        """Whether this regulariser draws rollouts: for its constraint, or to look at them."""
+        return not self.is_retention or self.kl_on != "corpus"
 
     def domains(self, corpus: Collection[str]) -> list[str]:
         """The names of its domains.

@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 
 from bridle.constraints import Constraint
 from bridle.data import DataSource, Prompt, prompts_from_domain, read_prompts
+from bridle.data.rows import holds_prompts
 from bridle.errors import UserError
 from bridle.models.hidden import evaluation_mode
 from bridle.models.loading import context_length, end_token_ids
@@ -36,7 +37,7 @@ Record = Mapping[str, Any]
 def hold_out(
     corpus: Mapping[str, Dataset], options: EvalOptions | None
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Splits each domain into training rows and held-out rows, independently of the run's seed.
+    """Splits each domain into training rows and held-out rows, independently of the run's seed; prompts alone stay.
 
     Raises:
         UserError: a domain is not in the corpus, or too small to split.
@@ -48,8 +49,10 @@ def hold_out(
         if name not in corpus:
             raise UserError(f"eval.corpus.{name}: no such domain; the corpus has {', '.join(corpus)}")
         held_out[name] = rows.read() if isinstance(rows, DataSource) else rows
+        if holds_prompts(held_out[name].column_names):
+            raise UserError(f"eval.corpus.{name}: prompts alone have no loss; give them as eval.prompts")
     for name, rows in corpus.items():
-        if options.share and name not in held_out:
+        if options.share and name not in held_out and not holds_prompts(rows.column_names):
             count = math.ceil(options.share * len(rows))
             if count == len(rows):
                 raise UserError(f"eval.share: leaves domain {name} with its {len(rows)} rows none to train on")

@@ -2,6 +2,9 @@
 
 from collections.abc import Collection, Mapping
 
+from datasets import Dataset
+
+from bridle.data.rows import holds_prompts
 from bridle.errors import UserError
 from bridle.training.config import Regulariser
 from bridle.utils.settings import known_name, validated
@@ -35,3 +38,22 @@ def held_domains(
     if len(held) == len(corpus) and all(one.is_retention for one in acting):
         raise UserError("corpus: no domain is learnt, and retention alone changes nothing; learn one")
     return held
+
+
+def check_prompts(
+    corpus: Mapping[str, Dataset], held: Collection[str], regularisers: Mapping[str, Regulariser]
+) -> None:
+    """Refuses a domain of prompts alone that would do nothing.
+
+    Raises:
+        UserError: it is learnt, or no regulariser looks at rollouts after its prompts.
+    """
+    for name in (name for name, rows in corpus.items() if holds_prompts(rows.column_names)):
+        if name not in held:
+            raise UserError(f"corpus.{name}: has prompts and no completions to learn; add them, or set learn: false")
+        looking = [one for one in regularisers.values() if one.kl_on != "corpus" and one.prompts is None]
+        if not any(name in one.domains(corpus) for one in looking):
+            raise UserError(
+                f"corpus.{name}: has prompts alone, and no regulariser of {name} looks at rollouts after them; set its "
+                "kl_on: rollouts"
+            )

@@ -95,14 +95,14 @@ def upcoming(
     state: TrainerState,
     round_index: int,
 ) -> Upcoming:
-    """The rows that a regulariser needs in a round, or in the whole run if its anchor never moves.
+    """The rows that a regulariser needs in a round, or in the rest of the run if its targets stay.
 
     Raises:
         UserError: the order of the corpus is not known in advance.
     """
     all_steps, rounds = state.max_steps, config.rounds
     steps = range(-(-(round_index - 1) * all_steps // rounds), -(-round_index * all_steps // rounds))
-    if regulariser.options.anchor == "initial":
+    if regulariser.settled:
         steps = range(all_steps)
     found, seen = Upcoming(), set[int]()
     for batch in _batches(dataloader, config, steps):
@@ -110,6 +110,7 @@ def upcoming(
         mine = regularisers.corpus_rows(regulariser, prefixes)
         if regulariser.options.kl_on != "corpus":
             found.rollouts += int(mine.sum())
+        mine &= prefixes.mask.any(-1)
         if regulariser.options.kl_on != "rollouts" and mine.any():
             mask = torch.from_numpy(prefixes.mask[mine])
             ids, attention_mask = (batch[key][torch.from_numpy(mine)] for key in ("input_ids", "attention_mask"))

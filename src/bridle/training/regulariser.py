@@ -1,9 +1,8 @@
 """One regulariser: a round of sample → score → fit R, and the target q of its KL(q ‖ p_θ) (EMNLP 2024)."""
 
-import time
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -35,6 +34,7 @@ from bridle.training.prompts import prompts_of_corpus, prompts_of_round
 from bridle.training.rollouts import draw_rollouts, score_rollouts
 from bridle.training.state import StatefulRegulariser
 from bridle.utils.distributed import align, gathered
+from bridle.utils.timing import timed
 
 COMPARED = {"r_brier", "r_skill", "r_ece"}
 """Measures of R that are also taken before a round's fit, and after the fit on the corpus."""
@@ -80,12 +80,10 @@ class DomainRegulariser(StatefulRegulariser):
     def __post_init__(self) -> None:
         if self.options.anchor != "live":
             self.anchor = Anchor(self.model)
-        if not self.options.is_retention:
-            shape = self.config.auxiliary
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed("auxiliary"))
-                self.auxiliary = new_auxiliary(self.model, **shape.shape).to(self.config.device)
-            align(self.auxiliary.state_dict().values())  # the other processes' model may have no weights yet
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed("auxiliary"))
+            self.auxiliary = new_auxiliary(self.model, **self.config.auxiliary.shape).to(self.config.device)
+        align(self.auxiliary.state_dict().values())  # the other processes' model may have no weights yet
 
     @property
     def active(self) -> bool:
@@ -94,9 +92,8 @@ class DomainRegulariser(StatefulRegulariser):
         With a frozen anchor it can even without R, since KL(p_a ‖ p_θ) pulls. With a live one q is the policy until R
         has been fitted.
         """
-        if self.options.weight == 0:
-            return False
-        return self.options.is_retention or self.is_fitted or (self.anchor is not None and self.has_begun)
+        begun = self.is_fitted or (self.anchor is not None and self.has_begun)
+        return self.options.weight > 0 and begun
 
     # ------------------------------------------------------------------ a round
 
@@ -113,8 +110,8 @@ class DomainRegulariser(StatefulRegulariser):
             RunStopped: more than `max_missing` of the rollouts got no score. They are kept in `rollouts`.
         """
         options = self.options
-        if options.is_retention or options.weight == 0 or (options.anchor == "initial" and self.is_fitted):
-            return {}  # there is no R, it is not needed, or p_a has not changed since its fit
+        if options.weight == 0 or self.settled:
+            return {}  # R is not needed, or there is nothing new to learn
         if options.anchor == "previous":
             assert self.anchor is not None
             self.anchor.refresh()
@@ -123,25 +120,25 @@ class DomainRegulariser(StatefulRegulariser):
         earlier = [rollout for rollout in self.replayed + self.rollouts if rollout.complies is not None]
         self.replayed = [r for r in earlier if r.round >= round_index - self.config.auxiliary.replay]
         cut_before = self.constraint.cut_texts()
-        with self._sampled_model():
+        with self._sampled_model(options.anchor == "initial"):
             with AsyncScoring(self.constraint) as scoring:
-                with _timed(seconds, "sampling"):
+                with timed(seconds, "seconds_sampling"):
                     self.rollouts, traces = self._draw(round_index, scoring)
                     self.rollout_cursor = 0
-                with _timed(seconds, "scoring"):
+                with timed(seconds, "seconds_scoring"):
                     score_rollouts(self.rollouts, self.constraint, scoring)
-            with _timed(seconds, "fitting"):
+            with timed(seconds, "seconds_fitting"):
                 fitted = self._fit_on_corpus() | self._fit(round_index, traces)
         self.has_begun = True
         cut = sum(gathered(self.constraint.cut_texts() - cut_before))
         measured = {**measure_rollouts(self.rollouts), **({"truncated": cut} if cut else {}), **fitted}
-        return measured | {f"seconds_{phase}": spent for phase, spent in seconds.items()}
+        return measured | seconds
 
-    def _sampled_model(self) -> AbstractContextManager[None]:
-        """Inside the block the model is p_a. `live` and `previous` anchors are the current policy."""
-        return self.anchor.active() if self.anchor is not None and self.options.anchor == "initial" else nullcontext()
+    def _sampled_model(self, is_anchor: bool) -> AbstractContextManager[None]:
+        """Inside the block the model is the anchor, or else the policy, which `live` and `previous` anchors are."""
+        return self.anchor.active() if self.anchor is not None and is_anchor else nullcontext()
 
-    def _draw(self, round_index: int, scoring: AsyncScoring) -> tuple[list[Rollout], dict[int, Trace]]:
+    def _draw(self, round_index: int, scoring: AsyncScoring | None) -> tuple[list[Rollout], dict[int, Trace]]:
         return draw_rollouts(
             self.prompts(round_index),
             self.model,
@@ -313,7 +310,7 @@ class DomainRegulariser(StatefulRegulariser):
 
     def reaches(self, mask: Mask) -> Mask:
         """The prefixes of corpus rows that this round's rollouts can reach, where R is fitted: see `reachable`."""
-        if self.options.is_retention or not self.rollouts:
+        if not self.rollouts:
             return np.ones_like(mask)
         return reachable(mask, *self.prompt_lengths, self.config.max_new_tokens)
 
@@ -347,10 +344,3 @@ class DomainRegulariser(StatefulRegulariser):
 def _at(mask: Mask, states: Tensor) -> Tensor:
     """The states at the true positions of a mask, [batch, time - 1]. [batch, time, hidden] -> [prefixes, hidden]"""
     return states.flatten(0, 1)[flat_positions(mask).to(states.device)]
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - started

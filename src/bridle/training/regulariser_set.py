@@ -30,6 +30,8 @@ class RegulariserSet(Sequence[DomainRegulariser]):
 
     def __init__(self, regularisers: Sequence[DomainRegulariser], domains: Sequence[str], means: RunningMeans):
         self.regularisers, self.domains, self.means = list(regularisers), list(domains), means
+        looked_at = {name for one in self if one.options.kl_on != "rollouts" for name in one.corpus}
+        self.looked_at = [self.domains.index(name) for name in looked_at]  # whose rows count, not rollouts alone
         # In the update, on all processes, by regulariser:
         self._sampled: dict[int, int] = {}  # tokens of its rollouts
         self._held: dict[int, int] = {}  # tokens of its domains that are held and not learnt

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import AsyncScoring, Constraint, Given
+from bridle.constraints.spec import RETENTION
 from bridle.data import Prompt, Rollout, decode_parts
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.guidance import NADOGuide
@@ -30,14 +31,14 @@ def draw_rollouts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: ConstrainedConfig,
-    scoring: AsyncScoring,
+    scoring: AsyncScoring | None,
     *,
     name: str,
     round_index: int,
     seed: int,
     auxiliary: AuxiliaryModel | None,
 ) -> tuple[list[Rollout], dict[int, Trace]]:
-    """Samples from p_a after each prompt, and requests scores while it samples.
+    """Samples from p_a after each prompt, and requests scores while it samples; retention has no `scoring`.
 
     With `auxiliary.seek`, a share of the rollouts begins with tokens from q⁻(v|s) ∝ p_a(v|s)·(1 − R(s∘v)). What follows
     them is p_a's own, so its label is unbiased for the prefixes from there on, and violations are more frequent.
@@ -50,11 +51,11 @@ def draw_rollouts(
     Returns:
         The unscored rollouts, and by index their traces, so that fitting need not run p_a again.
     """
-    traces: dict[int, Trace] = {}
-    ends = end_token_ids(model, tokenizer)
+    traces, ends = dict[int, Trace](), end_token_ids(model, tokenizer)
 
     def ask(drawn: Mapping[int, list[int]]) -> None:
-        scoring.submit(*zip(*(output_of(prompts[at], ids, tokenizer) for at, ids in drawn.items()), strict=True))
+        if scoring is not None:
+            scoring.submit(*zip(*(output_of(prompts[at], ids, tokenizer) for at, ids in drawn.items()), strict=True))
 
     seek = config.auxiliary.seek if auxiliary is not None else 0.0
     sought = tokens_to_seek(len(prompts), seek, config.max_new_tokens, seed)
@@ -75,8 +76,8 @@ def draw_rollouts(
             traces=traces,
             on_batch=ask,
         )
-    origin: dict[str, Any] = {"round": round_index, "regulariser": name, "constraint": scoring.constraint.name}
-    origin["model_hash"] = weights_hash(model)
+    constraint = scoring.constraint.name if scoring is not None else RETENTION
+    origin = {"round": round_index, "regulariser": name, "constraint": constraint, "model_hash": weights_hash(model)}
     rollouts = [
         rollout_of(
             prompt, ids, tokenizer, ends, log_probs=traces[row].log_probs, sought=min(sought[row], len(ids)), **origin

@@ -44,7 +44,7 @@ class SequentialSchedule(TrainerCallback):
         self._policy_began = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if args.rounds > state.max_steps and any(one.auxiliary for one in self.regularisers):
+        if args.rounds > state.max_steps and any(one.options.samples for one in self.regularisers):
             raise UserError(
                 f"rounds: {args.rounds} are more than the run's {state.max_steps} updates; lower rounds, or train for "
                 "longer"

@@ -12,7 +12,8 @@ from trl.data_utils import is_conversational
 
 from bridle.constraints import Constraint
 from bridle.data import tokenize_domain
-from bridle.data.rows import holds_chats
+from bridle.data.corpus import tokenize_prompts
+from bridle.data.rows import holds_chats, holds_prompts
 from bridle.errors import UserError
 from bridle.models.forward import disable_dropout
 from bridle.models.hidden import check_output_adapter, check_projection
@@ -55,8 +56,9 @@ def by_domain(corpus: Mapping[str, Dataset] | Dataset) -> dict[str, Dataset]:
 
 def example_of(corpus: Mapping[str, Dataset], config: ConstrainedConfig) -> Dataset:
     """The domain whose first row shows TRL the corpus's format: a chat, if training is on the assistant only."""
-    chats = [rows for rows in corpus.values() if is_conversational(rows[0])] if config.assistant_only_loss else []
-    return next(iter(chats or corpus.values()))
+    whole = [rows for rows in corpus.values() if not holds_prompts(rows.column_names)] or [*corpus.values()]
+    chats = [rows for rows in whole if is_conversational(rows[0])] if config.assistant_only_loss else []
+    return (chats or whole)[0]
 
 
 def tokenised(
@@ -70,6 +72,8 @@ def tokenised(
     """Rows of one domain as `input_ids` and `labels`, packed separately so that no row belongs to two domains."""
     if "input_ids" in rows.column_names:
         return rows
+    if holds_prompts(rows.column_names):
+        return tokenize_prompts(rows, tokenizer, name)
     if formatting_func is not None:
         rows = rows.map(lambda row: {"text": formatting_func(row)}, remove_columns=rows.column_names)
     return tokenize_domain(
@@ -138,7 +142,7 @@ def check_room(model: PreTrainedModel, config: ConstrainedConfig, regularisers: 
         UserError: the model's context is too short.
     """
     context = context_length(model)
-    if context and config.max_new_tokens >= context and not all(one.is_retention for one in regularisers):
+    if context and config.max_new_tokens >= context and any(one.samples for one in regularisers):
         raise UserError(
             f"max_new_tokens: {config.max_new_tokens} leave no room for a prompt in the model's context of {context}"
         )

@@ -151,6 +151,11 @@ class StatefulRegulariser:
     dual: DualState | None = field(init=False, default=None)
 
     @property
+    def settled(self) -> bool:
+        """Whether neither q nor the rollouts will change: p_a does not, and R has been fitted to it."""
+        return self.options.anchor == "initial" and self.is_fitted
+
+    @property
     def weight(self) -> float:
         """λ."""
         return self.options.weight if self.dual is None else self.dual.weight
@@ -178,7 +183,7 @@ class StatefulRegulariser:
 
     def load_state(self, state: RegulariserState) -> None:
         """Resumes from a state, of this process or another."""
-        if not (self.options.anchor == "initial" and self.is_fitted):
+        if not self.settled:
             self.targets = None  # they were built on another R or anchor
         self.is_fitted, self.has_begun = state.is_fitted, state.has_begun
         self.rollouts, self.replayed, self.rollout_cursor = state.rollouts, state.replayed, state.rollout_cursor

@@ -25,16 +25,17 @@ from bridle.models.hidden import capture_hidden_states, output_layer, project_on
 from bridle.models.hub import PushesModel
 from bridle.models.loading import load_tokenizer
 from bridle.training import setup
-from bridle.training.batches import PREFIXES, DomainCollator, Prefixes, append_rollouts, flat_positions
+from bridle.training.batches import PREFIXES, DomainCollator, Prefixes, append_rollouts, flat_positions, without_unread
 from bridle.training.config import ConstrainedConfig, EvalOptions, Regularisers, named
 from bridle.training.evaluating import EvaluatedTrainer, hold_out
 from bridle.training.guards import FiniteGuard, InterruptionGuard
-from bridle.training.held import held_domains
+from bridle.training.held import check_prompts, held_domains
 from bridle.training.options import check_optimiser, in_one_line
 from bridle.training.parallel import ParallelSchedule
 from bridle.training.precomputed import PrecomputedTargets
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.regulariser_set import RegulariserSet, Riders
+from bridle.training.retention import Retention
 from bridle.training.running_means import RunningMeans
 from bridle.training.schedule import SequentialSchedule
 from bridle.training.steering import report_targets
@@ -82,6 +83,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         corpus = setup.by_domain(corpus)
         by_name = named(regularisers, corpus)
         self.held = held_domains(learn, corpus, by_name)
+        check_prompts(corpus, self.held, by_name)
         self._weights = weights or dict.fromkeys(corpus, 1.0)
         self._corpus, self._held_out = hold_out(corpus, eval_options)
         if self._held_out:
@@ -96,16 +98,15 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         with in_one_line():
             super().__init__(model=model, args=args, train_dataset=example, processing_class=tokenizer, **kwargs)
         setup.check_sharding(args, self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else None)
-        held = [self.domains.index(name) for name in self.held]
-        self.data_collator = DomainCollator(
-            tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of, held=held
-        )
+        pad, held = tokenizer.pad_token_id, [self.domains.index(name) for name in self.held]
+        self.data_collator = DomainCollator(pad, pad_to_multiple_of=args.pad_to_multiple_of, held=held)
         self.means = RunningMeans()
         starts = setup.starts(self._corpus, self.tokenised, formatted=kwargs.get("formatting_func") is not None)
         made = []
         for index, (name, options) in enumerate(by_name.items()):
             of = {domain: starts[domain] for domain in options.domains(self.domains)}
-            made.append(DomainRegulariser(index, name, options, self.model, tokenizer, of, args))
+            kind = Retention if options.is_retention else DomainRegulariser
+            made.append(kind(index, name, options, self.model, tokenizer, of, args))
         self.regularisers = RegulariserSet(made, self.domains, self.means)
         if any(regulariser.options.weight > 0 for regulariser in self.regularisers):
             setup.disable_policy_dropout(self.model)
@@ -163,7 +164,9 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
                 self._total_train_tokens += tokens
         if self._riders:
             pad, multiple = self._tokenizer.pad_token_id, self.args.pad_to_multiple_of or 1
-            for regulariser, rollouts in self._riders.popleft():
+            if of_batch := self._riders.popleft():
+                inputs = without_unread(inputs, self.regularisers.looked_at)
+            for regulariser, rollouts in of_batch:
                 inputs = append_rollouts(inputs, rollouts, regulariser.index, pad, multiple)
         return super().training_step(model, inputs, num_items_in_batch)
 
