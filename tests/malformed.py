@@ -186,7 +186,7 @@ RECIPE_KEYS = [
     (
         "regularisers.rude",
         {"constraint": "retention", "target": {"rate": 0.1}},
-        "regularisers.rude.target: retention has no rollouts",
+        "regularisers.rude.target: retention asks no constraint",
     ),
     ("lora", 16, "lora: must be a mapping"),
     ("lora.r", 0, "lora.r: input should be greater than 0"),
