@@ -338,7 +338,7 @@ DATA_FILES = [
     ("a.jsonl", GOOD + '["text"]', "a.jsonl row 2: expected a mapping of columns, found list"),
     ("a.jsonl", lines({"txt": "a"}), "has no column 'text'; it has 'txt'; did you mean 'txt'?"),
     ("a.jsonl", lines({}), "has no column 'text'; it has none"),
-    ("a.jsonl", lines({"prompt": "a"}), "has no column 'text'; it has 'prompt'"),
+    ("a.jsonl", lines({"prompt": "a"}), "has no column 'completion'; it has 'prompt'"),
     ("a.jsonl", GOOD + lines({"text": 5}), "a.jsonl row 2: column 'text' holds int, not text"),
     ("a.jsonl", lines({"text": NAN}), "a.jsonl row 1: column 'text' holds float, not text"),
     ("a.jsonl", GOOD + lines({"text": True}), "a.jsonl row 2: column 'text' holds bool, not text"),

@@ -321,4 +321,4 @@ def test_a_recipe_with_prompts_alone(bridle, held, tmp_path):
     held.write_text(yaml.safe_dump(mapping))
     code, _, err = bridle("train", held, "--output_dir", tmp_path / "run")
     assert code == 2
-    assert "asked.jsonl has prompts and no completions to learn; add them, or set learn: false" in err
+    assert "asked.jsonl has no column 'completion'; it has 'prompt'; to hold the model after" in err

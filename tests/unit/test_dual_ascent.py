@@ -157,7 +157,7 @@ def test_options_are_checked(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"constraint": None}, "target: retention has no rollouts to measure; set its weight"),
+        ({"constraint": None}, "target: retention asks no constraint; set its weight"),
         ({"anchor": "initial"}, "target: is measured on the policy's rollouts"),
         ({"weight": 0.0}, r"weight: 0 is where λ begins, outside target.least 0.1 and target.most 100"),
         ({"target": {"mean": 0.9, "confidence": 0.9}}, "target.confidence: is of a rate, which counts"),
