@@ -226,7 +226,7 @@ class TestPresets:
         chat = {"type": "remote", "preset": "openai-chat", "model": "m", "prompt": "{text}", "answer": answer, **FAST}
         assert values(remote(chat), ["x"]) == [value]
 
-    def test_perspective(self, server, remote, monkeypatch):
+    def test_perspective_with_a_word_on_its_end(self, server, remote, monkeypatch, caplog):
         monkeypatch.setenv("PERSPECTIVE_API_KEY", KEY)
 
         def answer(request):
@@ -236,7 +236,9 @@ class TestPresets:
         server.answer = answer
         own = {"preset": "perspective", "requests_per_minute": 6000, "api_key_env": "PERSPECTIVE_API_KEY"}
         constraint = remote({"type": "remote", **own, **FAST})
+        constraint.load()
         assert values(constraint, ["you grumblefish"]) == pytest.approx([0.1])
+        assert "ends on 31 December 2026; its successors here are preset: openai-moderation" in caplog.text
         path, headers, _ = server.requests[0]
         assert headers["X-Goog-Api-Key"] == KEY
         assert KEY not in path

@@ -222,10 +222,10 @@ def test_an_insult_after_many_harmless_words_is_found(tmp_path, caplog):
 def test_a_batch_that_takes_too_long_is_missing(folder, monkeypatch):
     constraint, waiting = Classifier(folder, "grumpy", batch_size=1, timeout=0.2), threading.Event()
     constraint.load()
-    probabilities = constraint._probabilities
+    probabilities = constraint._degrees
     monkeypatch.setattr(
         constraint,
-        "_probabilities",
+        "_degrees",
         lambda columns, batch: waiting.wait() if batch == [1] else probabilities(columns, batch),
     )
     first, second, third = constraint.score(None, ["fine", "old", "sea"])

@@ -5,12 +5,16 @@ from bridle.constraints.base import AllOf, AnyOf, Constraint, Not, Score
 from bridle.constraints.cache import Cached, ScoreCache
 from bridle.constraints.classifier import Classifier
 from bridle.constraints.function import PythonFunction
+from bridle.constraints.guard import Guard
+from bridle.constraints.nli import NLI
 from bridle.constraints.reading import Given, Messages, Reads
 from bridle.constraints.remote import Remote
+from bridle.constraints.reward import Reward
 from bridle.constraints.rules import Length, Regex, WordList
 from bridle.constraints.spec import build_constraint
 
 __all__ = [
+    "NLI",
     "AllOf",
     "AnyOf",
     "AsyncScoring",
@@ -18,6 +22,7 @@ __all__ = [
     "Classifier",
     "Constraint",
     "Given",
+    "Guard",
     "Length",
     "Messages",
     "Not",
@@ -25,6 +30,7 @@ __all__ = [
     "Reads",
     "Regex",
     "Remote",
+    "Reward",
     "Score",
     "ScoreCache",
     "WordList",

@@ -1,5 +1,6 @@
 """A constraint that asks an HTTP scorer, by a declarative mapping of texts to requests and of replies to numbers."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -17,6 +18,8 @@ from bridle.constraints.reading import Messages, Reads
 from bridle.errors import UserError, prefixed
 from bridle.utils.http import Endpoint, Reply, same_origin
 from bridle.utils.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -47,6 +50,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """The options of each preset, which given ones replace. Its API key goes to its own host alone."""
+
+ENDS = {
+    "perspective": "Perspective's service ends on 31 December 2026; its successors here are preset: openai-moderation, "
+    "and models on this machine: type: guard, classifier or nli"
+}
+"""What is said of presets whose service ends."""
 
 DEFAULTS: dict[str, Any] = {"answer": "number", "batch_size": 1, "api_key_env": None, "api_key_header": "Authorization"}
 
@@ -155,6 +164,8 @@ class Remote(Constraint):
                 f"constraint '{self.name}': the environment variable {self._endpoint.api_key_env} is not set; "
                 "put the endpoint's key there"
             )
+        if self.preset in ENDS:
+            logger.warning("constraint '%s': %s", self.name, ENDS[self.preset])
         if self.cache is not None:
             self.cache.check()
 
