@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bridle.cli import certification, comparison, conversion, demo, evaluation, generation, training
+from bridle.cli import certification, comparison, conversion, demo, evaluation, generation, schema, training
 from bridle.cli.common import PlainFormatter
 from bridle.errors import RunStopped, UserError
 from bridle.utils.interruption import Interrupted, catching_signals
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for group in (training, generation, demo, evaluation, certification, comparison, conversion):
+for group in (training, generation, demo, evaluation, certification, comparison, conversion, schema):
     app.add_typer(group.app)
 
 USER_ERROR, RUN_STOPPED, SIGNALLED = 2, 3, 128  # exit codes; a signal's number is added
