@@ -8,6 +8,7 @@ import pytest
 import report_folder
 from bridle.report.html import write_report
 
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -20,6 +21,11 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 def report(tmp_path_factory):
     folder = report_folder.make_folder(tmp_path_factory.mktemp("comparison"))
     return write_report(folder)
+
+
+@pytest.fixture(scope="module")
+def run_report(tmp_path_factory):
+    return write_report(report_folder.make_run(tmp_path_factory.mktemp("run")))
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +223,100 @@ def test_the_dark_theme_changes_page_and_plots(visit):
         "light": ("rgb(255, 255, 255)", "rgb(27, 27, 31)"),
         "dark": ("rgb(21, 23, 27)", "rgb(231, 230, 225)"),
     }
+
+
+def order(page):
+    """The methods of the first table, from top to bottom."""
+    return (
+        page.locator("table.grid")
+        .first.locator("tbody th")
+        .evaluate_all("(all) => all.map((one) => one.textContent.trim())")
+    )
+
+
+def test_a_table_is_sorted_by_a_column_and_back(visit):
+    page = visit()
+    before = order(page)
+    heading = page.locator("table.grid").first.locator("thead tr").nth(1).locator("th").nth(1)
+    values = """(all) => all.map((one) => one.dataset.value === undefined ? null : Number(one.dataset.value))"""
+    cells = page.locator("table.grid").first.locator("tbody td:nth-child(2)")
+    heading.get_by_role("button").focus()
+    for sort, key in (("ascending", "Enter"), ("descending", "Space")):
+        page.keyboard.press(key)
+        assert heading.get_attribute("aria-sort") == sort
+        found = cells.evaluate_all(values)
+        known = [value for value in found if value is not None]
+        assert known == sorted(known, reverse=sort == "descending")
+        assert found[: len(known)] == known, "what is missing stays at the end"
+        assert page.locator("[aria-sort]").count() == 1
+    page.keyboard.press("Enter")
+    assert heading.get_attribute("aria-sort") is None
+    assert order(page) == before
+    page.locator("table.grid").first.locator("thead tr").nth(1).get_by_role("button").first.click()
+    assert order(page) == sorted(before)
+
+
+def test_columns_can_be_hidden_and_their_groups_shrink(visit):
+    page = visit()
+    table = page.locator("table.grid").first
+    shown = "(one) => [...one.rows].slice(1).map((row) => [...row.cells].filter((cell) => !cell.hidden).length)"
+    counts = table.evaluate(shown)
+    spans = "(one) => [...one.rows[0].cells].slice(1).reduce((sum, cell) => sum + (cell.hidden ? 0 : cell.colSpan), 0)"
+    page.get_by_text("Choose columns").first.click()
+    boxes = page.locator(".columns").first.get_by_role("checkbox")
+    assert boxes.count() == counts[0] - 1 == table.evaluate(spans)
+    boxes.first.focus()
+    page.keyboard.press("Space")
+    boxes.last.uncheck()
+    assert table.evaluate(shown) == [count - 2 for count in counts]
+    assert table.evaluate(spans) == counts[0] - 3
+    boxes.first.check()
+    boxes.last.check()
+    assert table.evaluate(shown) == counts
+
+
+def test_samples_on_which_methods_disagree_can_be_shown_alone(visit):
+    page = visit()
+    articles = page.locator("section[aria-labelledby=samples] article")
+    agreed = page.locator("section[aria-labelledby=samples] article.agreed")
+    total, same = articles.count(), agreed.count()
+    assert 0 < same < total
+    page.get_by_label("Only prompts on which methods disagree").check()
+    assert [one.is_visible() for one in agreed.all()] == [False] * same
+    assert sum(one.is_visible() for one in articles.all()) == total - same
+    page.get_by_label("Only prompts on which methods disagree").uncheck()
+    assert all(one.is_visible() for one in agreed.all())
+
+
+def test_without_scripts_tables_and_samples_are_whole(visit):
+    page = visit(java_script_enabled=False)
+    assert page.locator("table.grid").first.locator("th button").count() == 0
+    assert page.locator(".columns").count() == 0
+    assert not page.get_by_label("Only prompts on which methods disagree").is_visible()
+
+
+def test_a_plot_leads_to_its_rows(visit):
+    page = visit()
+    page.locator("section[aria-labelledby=tradeoff] figcaption a").click()
+    assert page.url.endswith("#methods")
+    assert page.locator("#methods").evaluate("(one) => one.getBoundingClientRect().top < innerHeight")
+
+
+@pytest.mark.parametrize("which", ["report", "run_report"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_no_serious_fault_of_accessibility(browser, request, which, scheme, width):
+    page = browser.new_context(
+        color_scheme=scheme,
+        viewport={"width": width, "height": 800},
+        bypass_csp=True,  # or the page's policy would refuse axe-core
+    ).new_page()
+    page.goto(request.getfixturevalue(which).as_uri())
+    for summary in page.locator("summary").all():
+        summary.click()
+    for button in page.locator(".lift").all():
+        if button.is_visible():
+            button.click()
+    found = axe.Axe().run(page).response["violations"]
+    faults = [(one["impact"], one["id"], [node["html"][:120] for node in one["nodes"]]) for one in found]
+    assert [fault for fault in faults if fault[0] in ("serious", "critical")] == []
+    page.context.close()

@@ -150,6 +150,34 @@ def test_a_comparison_leaves_rounds_and_rollouts_to_its_runs(page, report):
     assert "Rollouts" not in page.inlined("h2")
 
 
+def test_plots_lead_to_tables_that_are_there(report, tmp_path):
+    run = data.read_report(report_folder.make_run(tmp_path / "run"))
+    for shown, places in ((report, ["methods"]), (run, ["rounds", "rounds"])):
+        written = rendered(shown)
+        captions = "".join(re.findall(r"<figcaption>.*?</figcaption>", written, re.DOTALL))
+        assert re.findall(r'href="#(\w+)"', captions) == places
+        assert all(f'id="{place}"' in written for place in places)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "disagrees"),
+    [
+        ([{"a": True, "b": False}, {"a": True, "b": False}], False),
+        ([{"a": True, "b": False}, {"a": True, "b": True}], True),
+        ([{"a": True}, {"b": False}], False),
+        ([{"a": True}, {"a": None}, {}], False),
+    ],
+)
+def test_methods_disagree_where_one_violates_what_another_keeps(outcomes, disagrees):
+    answers = [
+        texts.Answer(
+            "base", "text", [texts.verdict(name, data.Score(0.5, complies)) for name, complies in of.items()], ""
+        )
+        for of in outcomes
+    ]
+    assert texts.Sample("mild", 1, "prompt", [], "", answers).disagrees is disagrees
+
+
 def test_a_training_run_shows_rollouts_covered_unless_they_comply(tmp_path):
     report = data.read_report(report_folder.make_run(tmp_path / "run"))
     page = Page(rendered(replace(report, rollouts=[replace(report.rollouts[0], finished=False), *report.rollouts[1:]])))

@@ -46,6 +46,14 @@ class Sample:
     covered: str
     answers: list[Answer]
 
+    @property
+    def disagrees(self) -> bool:
+        """Whether one method's answer violates a constraint that another's complies with."""
+        outcomes: dict[str, set[str]] = {}
+        for one in (one for answer in self.answers for one in answer.verdicts):
+            outcomes.setdefault(one.constraint, set()).add(one.outcome)
+        return any({"complies", "violates"} <= found for found in outcomes.values())
+
 
 @dataclass(frozen=True)
 class Drawn:

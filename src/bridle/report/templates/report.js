@@ -23,6 +23,69 @@ for (const button of document.querySelectorAll(".lift-prompts")) {
   });
 }
 
+// A table of several rows is sorted by its headings: up, down, and as it was. What is missing stays at the end.
+function sortable(table) {
+  const body = table.tBodies[0];
+  const rows = [...body.rows];
+  const headings = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+  headings.forEach((heading, at) => {
+    const value = (row) => at ? row.cells[at].dataset.value ?? null : row.cells[0].textContent;
+    if (at && rows.every((row) => value(row) === null)) return;
+    const compare = (a, b) => at ? a - b : a.localeCompare(b, undefined, {numeric: true});
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...heading.childNodes);
+    heading.append(button);
+    button.addEventListener("click", () => {
+      const next = {ascending: "descending", descending: null}[heading.getAttribute("aria-sort")];
+      for (const one of headings) one.removeAttribute("aria-sort");
+      const known = rows.filter((row) => value(row) !== null);
+      if (next === null) return body.append(...rows);
+      heading.setAttribute("aria-sort", next ?? "ascending");
+      known.sort((a, b) => compare(value(a), value(b)) * (next ? -1 : 1));
+      body.append(...known, ...rows.filter((row) => !known.includes(row)));
+    });
+  });
+}
+
+// Each column of figures has a box that hides it; a group's heading spans what is left of it.
+function hideable(table) {
+  const chosen = document.createElement("details");
+  chosen.className = "columns";
+  chosen.append(Object.assign(document.createElement("summary"), {textContent: "Choose columns"}));
+  const boxes = chosen.appendChild(document.createElement("div"));
+  const groups = [...table.tHead.rows[0].cells].slice(1);
+  const headings = [...table.tHead.rows[1].cells].slice(1);
+  const groupOf = groups.flatMap((group) => Array(group.colSpan).fill(group));
+  headings.forEach((heading, at) => {
+    const box = Object.assign(document.createElement("input"), {type: "checkbox", checked: true});
+    const label = boxes.appendChild(document.createElement("label"));
+    label.append(box, ` ${[groupOf[at].textContent, heading.textContent].filter(Boolean).join(": ")}`);
+    box.addEventListener("change", () => {
+      for (const row of [table.tHead.rows[1], ...table.tBodies[0].rows]) row.cells[at + 1].hidden = !box.checked;
+      const left = headings.filter((one, place) => groupOf[place] === groupOf[at] && !one.hidden).length;
+      groupOf[at].hidden = !left;
+      groupOf[at].colSpan = Math.max(1, left);
+    });
+  });
+  table.closest(".scroll").before(chosen);
+}
+
+for (const table of document.querySelectorAll("table.grid")) {
+  if (table.tHead.rows[1].cells.length > 3) hideable(table);
+  if (table.tBodies[0].rows.length > 2) sortable(table);
+}
+
+// The samples on which methods disagree, or all of them.
+const only = document.getElementById("only");
+if (only) {
+  only.hidden = false;
+  only.addEventListener("change", (event) => {
+    for (const one of document.querySelectorAll(".sample.agreed")) one.hidden = event.target.checked;
+    for (const one of document.querySelectorAll(".more")) one.open ||= event.target.checked;
+  });
+}
+
 // One token is selected. Tab enters and leaves the text, arrow keys move within it.
 const tokens = [...document.querySelectorAll(".token")];
 
