@@ -5,12 +5,13 @@ DIR/METHOD/seed-N/   candidate.json, results.json, completions.jsonl, likelihood
 """
 
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from bridle.comparison.summary import Figures, figures_of
 from bridle.errors import RunStopped, UserError, one_line
@@ -89,10 +90,15 @@ class Cell:
             only["eval"] = {**evaluated, "corpus": of_kept(evaluated["corpus"])}
         return self.variant(**only, **changes)
 
-    def train(self, recipe: Recipe, corpus: Mapping[str, Dataset] | None = None) -> Candidate:
+    def train(
+        self,
+        recipe: Recipe,
+        corpus: Mapping[str, Dataset] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> Candidate:
         """Runs a recipe in this cell's folder, on the rows of `corpus` if given."""
         rows = corpus or recipe.read_corpus()
-        train(recipe, self.folder, resume=self.resume, corpus=rows)
+        train(recipe, self.folder, resume=self.resume, corpus=rows, callbacks=callbacks)
         counts = {name: len(domain) for name, domain in rows.items()}
         return Candidate(str(self.folder / "model"), cost=_training_cost(self.folder), rows=counts)
 

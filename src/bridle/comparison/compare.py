@@ -16,7 +16,7 @@ from typing import Any
 
 from bridle.comparison.cell import CANDIDATE, RESULTS, Candidate, Cell, CellFiles, reason_of
 from bridle.comparison.measure import measure
-from bridle.comparison.methods import description, free_memory, method_named, methods, options_of, shapes
+from bridle.comparison.methods import base_name, chosen, description, free_memory, method_named, methods, shapes
 from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
 from bridle.comparison.summary import Runs, comparisons, first_completions, over_seeds, transfers_of
 from bridle.comparison.tracing import trace_guidance
@@ -36,7 +36,7 @@ from bridle.utils.files import only_writer, read_json, write_json
 from bridle.utils.oom import is_disk_full, stopping_when_exhausted
 from bridle.utils.progress import Progress
 from bridle.utils.provenance import environment
-from bridle.utils.settings import check_keys, different_keys, known_name, read_yaml
+from bridle.utils.settings import different_keys, known_name, read_yaml
 
 FORMAT = 1
 COMMON = ("model", "dtype", "corpus")
@@ -67,7 +67,7 @@ class Comparison:
     """All methods on one recipe.
 
     Attributes:
-        names: methods, in the order in which they run and are shown; all if not given.
+        names: methods, in the order in which they run and are shown; all but unnamed optional ones if not given.
         seeds: each method runs with each of them.
         title: the recipe's name in the results.
         resume: make only what is missing, failed or affected by a change of the recipe.
@@ -90,11 +90,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.plan: Evaluation = evaluation_of(self.recipe)
-        self.names = list(self.names or methods())
-        check_keys(self.recipe.methods, methods(), "methods")
-        for name in {*self.recipe.methods, *self.names}:
-            method_named(name)
-            options_of(name, self.recipe)
+        self.names = chosen(self.names, self.recipe)
         if os.path.exists(self.folder / RECIPE_FILE):  # Path's own raises where a name is too long
             self._resume(self.folder / RECIPE_FILE)
 
@@ -110,7 +106,7 @@ class Comparison:
         if (self.folder / RESULTS).exists():
             before = read_json(self.folder / RESULTS, Earlier)
             for name in before.methods:
-                known_name(name, methods(), f"{self.folder / RESULTS}: methods", "method")
+                known_name(base_name(name), methods(), f"{self.folder / RESULTS}: methods", "method")
             self.names = list(dict.fromkeys([*before.methods, *self.names]))
             self.seeds = sorted({*before.seeds, *self.seeds})
 
@@ -153,8 +149,8 @@ class Comparison:
         """Removes the results that the changed recipe affects."""
         if not self._changed:
             return
-        folders = [folder for name in methods() for folder in sorted((self.folder / name).glob("seed-*"))]
-        for name, folder in ((folder.parent.name, folder) for folder in folders):
+        folders = [(folder.parent.name, folder) for folder in sorted(self.folder.glob("*/seed-*"))]
+        for name, folder in [both for both in folders if base_name(both[0]) in methods()]:
             if changed := [key for key in self._changed if shapes(key, self._builds_on(name, folder.name))]:
                 self.show(f"{name}, {folder.name}: is made again, as {', '.join(changed)} differ")
                 for file in (RESULTS, CANDIDATE):  # first, so that a half-removed cell does not look whole

@@ -7,7 +7,7 @@ held and not learnt (`learn: false`) are for `constrained-adaptive` alone.
 """
 
 import gc
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -18,6 +18,7 @@ from pydantic import NonNegativeFloat
 
 from bridle.baselines.filtration import compliant_rows
 from bridle.baselines.reinforcement import ReinforcementOptions, reinforce
+from bridle.comparison import rivals
 from bridle.comparison.cell import Candidate, Cell, one_regulariser
 from bridle.constraints import AllOf, Constraint
 from bridle.data import Prompt
@@ -26,7 +27,7 @@ from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import Recipe
 from bridle.recipes.run import SHAPES_NOTHING, build_trainer
 from bridle.utils.files import read_json, write_json
-from bridle.utils.settings import build, known_name
+from bridle.utils.settings import build, check_keys, known_name
 
 ENTRY_POINTS = "bridle.methods"
 REPORT = "reinforcement.json"
@@ -54,6 +55,7 @@ OPTIONS: dict[str, type] = {
     "rl": ReinforcementOptions,
     "nado-decoding": GuidanceOptions,
     "nado-decoding-sft": GuidanceOptions,
+    **rivals.OPTIONS,
 }
 """By method, its options in a recipe."""
 
@@ -131,34 +133,66 @@ BUILT_IN: dict[str, Method] = {
 }
 
 
-UNSEEN: dict[str, tuple[str, ...]] = {"sft": ("constraints", "regularisers")}
+UNSEEN: dict[str, tuple[str, ...]] = dict.fromkeys(("sft", *rivals.METHODS), ("constraints", "regularisers"))
 """By method, the sections of a recipe that it does not read."""
 
 
 def shapes(key: str, names: Collection[str]) -> bool:
     """Whether what any of these methods makes depends on a key of the recipe, as "regularisers.forum.weight".
 
-    A method depends on its own options, `methods.NAME`, and on all other keys but its `UNSEEN`; the model and the seed
-    are the cell's.
+    A method depends on its own options, `methods.NAME`, unless its name has the value, and on all other keys but its
+    `UNSEEN`; the model and the seed are the cell's.
     """
     section, _, rest = key.partition(".")
     if section == "methods":
         return rest.partition(".")[0] in names
     if key.startswith(SHAPES_NOTHING) or section == "seed":
         return False
-    return any(name != "base" and section not in UNSEEN.get(name, ()) for name in names)
+    return any(name != "base" and section not in UNSEEN.get(base_name(name), ()) for name in names)
 
 
 def methods() -> list[str]:
-    """The names of all methods: the built-in ones, then those of installed packages."""
-    return [*BUILT_IN, *sorted(_plugged_in())]
+    """The names of all methods: the built-in ones, the optional ones, then those of installed packages."""
+    return [*BUILT_IN, *rivals.METHODS, *sorted(_plugged_in())]
+
+
+def chosen(names: Sequence[str], recipe: Recipe) -> list[str]:
+    """The names of the methods to compare; of an optional one whose knob has several values, one name for each.
+
+    Args:
+        names: the requested ones; if none, all but the optional ones that the section `methods` does not name.
+        recipe: has the options.
+
+    Raises:
+        UserError: a method is unknown, or an option is wrong.
+    """
+    check_keys(recipe.methods, methods(), "methods")
+    for name in recipe.methods:
+        method_named(name)
+        options_of(name, recipe)
+    wanted = list(names) or [name for name in methods() if name not in rivals.METHODS or name in recipe.methods]
+    for name in wanted:
+        method_named(name)
+    return list(dict.fromkeys(value for name in wanted for value in _values(name, options_of(name, recipe))))
+
+
+def _values(name: str, options: Any) -> list[str]:
+    (knob,) = vars(options).values() if name in rivals.METHODS else (None,)
+    return [f"{name}@{value}" for value in knob] if isinstance(knob, list) else [name]
+
+
+def base_name(name: str) -> str:
+    """A method's name without the value of its knob."""
+    base, _, value = name.partition("@")
+    return base if value and base in rivals.METHODS else name
 
 
 def method_named(name: str) -> Method:
     """The method of a name; a UserError if there is none, or its package does not load."""
+    name = base_name(name)
     known_name(name, methods(), "methods", "method")
-    if name in BUILT_IN:
-        return BUILT_IN[name]
+    if built_in := (BUILT_IN | rivals.METHODS).get(name):
+        return built_in
     try:
         method: Method = _plugged_in()[name].load()
     except Exception as error:
@@ -172,7 +206,9 @@ def _plugged_in() -> dict[str, EntryPoint]:
 
 def description(name: str) -> str:
     """What a method is, in a sentence."""
-    return (method_named(name).__doc__ or "").strip().split("\n")[0]
+    said = (method_named(name).__doc__ or "").strip().split("\n")[0]
+    value = name[len(base_name(name)) + 1 :]
+    return f"{said.rstrip('.')}: {value}." if value else said
 
 
 def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path | None = None) -> Candidate:
@@ -219,6 +255,8 @@ def options_of(name: str, recipe: Recipe) -> Any:
     Raises:
         UserError: a key is unknown, or a value is wrong.
     """
+    if name.partition("@")[0] in rivals.METHODS:
+        return rivals.options_of(name, recipe)
     given = recipe.methods.get(name)
     return build(OPTIONS.get(name, NoOptions), given, f"methods.{name}") if name in BUILT_IN else given
 

@@ -40,6 +40,7 @@ def train(
     resume: bool = False,
     accept_changes: bool = False,
     corpus: Mapping[str, Dataset] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> ConstrainedTrainer:
     """Runs a recipe.
 
@@ -51,6 +52,7 @@ def train(
         resume: resume from the last checkpoint in `output_dir`.
         accept_changes: resume even if the recipe or one of its files has changed.
         corpus: rows by domain, in place of the recipe's own.
+        callbacks: further ones of the trainer.
 
     Returns:
         The trainer, with the tuned model.
@@ -68,7 +70,7 @@ def train(
     wait()  # or a process may mistake the main process's files for another run's
     with stopping_when_exhausted(folder), only_writer(folder) if is_main() else nullcontext():
         try:
-            return _train(recipe, folder, corpus or recipe.read_corpus(), resume)
+            return _train(recipe, folder, corpus or recipe.read_corpus(), resume, callbacks)
         except Interrupted as interrupted:
             last = last_checkpoint(folder)
             interrupted.kept = f"{last} is kept" if last else f"{folder} holds no checkpoint yet"
@@ -97,8 +99,15 @@ def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bo
         )
 
 
-def _train(recipe: Recipe, folder: Path, rows: Mapping[str, Dataset], resume: bool) -> ConstrainedTrainer:
-    trainer = build_trainer(recipe, folder, rows, [MetricsFile(folder / "metrics.jsonl"), TrainingProgress()])
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    rows: Mapping[str, Dataset],
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> ConstrainedTrainer:
+    shown = [MetricsFile(folder / "metrics.jsonl"), TrainingProgress()]
+    trainer = build_trainer(recipe, folder, rows, [*shown, *callbacks])
     config = trainer.args
     if is_main():
         write_recipe(recipe, folder)

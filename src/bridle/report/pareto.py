@@ -1,10 +1,14 @@
 """The trade-off of violation rate and utility, and its Pareto front."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bridle.report.data import Figure, Report
 from bridle.report.tables import Measure, main_violation, measures, overview_tasks
+
+VALUE = re.compile(r"(.+)@(\d[\d.]*(?:e-?\d+)?)$")
+"""A method's name with the value of its knob."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,14 @@ class Tradeoff:
     def points(self) -> dict[str, tuple[float, float]]:
         """Both values by method."""
         return {name: (violation.known, utility.known) for name, (violation, utility) in self.methods.items()}
+
+    @property
+    def sweeps(self) -> dict[str, list[tuple[float, float]]]:
+        """The points of the values of one knob, as of `wise-ft@0.5`, by method and in the order of the values."""
+        swept = [
+            (match[1], float(match[2]), point) for name, point in self.points.items() if (match := VALUE.match(name))
+        ]
+        return {name: [point for one, _, point in sorted(swept) if one == name] for name, *_ in swept}
 
     @property
     def front(self) -> dict[str, tuple[float, float]]:

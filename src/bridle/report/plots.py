@@ -220,6 +220,8 @@ def _draw_tradeoff(ax: Axes, panel: Tradeoff) -> None:
     for name, (x, y) in panel.methods.items():
         style = method_style(name).line
         ax.errorbar(x.known, y.known, xerr=_bar(x), yerr=_bar(y), elinewidth=1, zorder=3, **style)
+    for name, points in panel.sweeps.items():
+        ax.plot(*zip(*points, strict=True), color=method_style(name).line["color"], linewidth=1, zorder=2)
     ax.plot(*zip(*panel.front.values(), strict=True), color=INK, linestyle="--", linewidth=1, alpha=0.6, zorder=2)
     ax.margins(0.16)
     ax.set_ylabel(_utility_label(panel))

@@ -77,7 +77,8 @@ _FURTHER = [MethodStyle(color, marker) for marker in "<>ph" for color in ("#3f9b
 
 def method_style(name: str) -> MethodStyle:
     """The style of a method; an unknown one gets one of twelve by its name."""
-    return _STYLES.get(name) or _FURTHER[zlib.crc32(name.encode(errors="replace")) % len(_FURTHER)]
+    family = name.partition("@")[0]  # the values of one knob look alike
+    return _STYLES.get(name) or _FURTHER[zlib.crc32(family.encode(errors="replace")) % len(_FURTHER)]
 
 
 def shown(text: str, longest: int = LONGEST_NAME) -> str:
