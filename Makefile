@@ -1,6 +1,7 @@
 # make setup   the virtual environment .venv, with everything in it
 # make test    lint, types and all tests; sets up first where that is missing
 # make unit    the fast tests only
+# make coverage   the share of lines that tests run, of TESTS=tests; at least 90% of the packages of the method
 # make mutations   whether the tests notice small faults in the method; an hour, so by hand
 # make docs    the documentation as HTML in site/, with warnings as errors
 # make smollm2   SmolLM2-135M as models/smollm2-135m (or $BRIDLE_SMOLLM2), for recipes and tests that need a real model
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # uv installs the same versions sooner.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python --constraint constraints.txt,$(PIP))
 
-.PHONY: setup quickstart smollm2 test unit mutations lint format docs clean
+.PHONY: setup quickstart smollm2 test unit coverage mutations lint format docs clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +41,11 @@ test: setup lint
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit
+
+coverage: setup
+	$(BIN)/python -m pytest $(or $(TESTS),tests) --cov --cov-report=
+	$(BIN)/coverage report
+	$(BIN)/coverage report --include='*/core/*,*/training/*,*/constraints/*,*/models/*' --fail-under=90
 
 mutations: setup
 	$(BIN)/python tests/mutations.py
