@@ -43,7 +43,7 @@ def main() -> None:
 def photograph(address: str, asked: argparse.Namespace) -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page = browser.new_page(viewport={"width": 1200, "height": 1640})
         page.goto(address)
         page.get_by_label("Prompt").first.fill(asked.prompt)
         page.get_by_label("Seed").fill(asked.seed)

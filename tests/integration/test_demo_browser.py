@@ -154,7 +154,8 @@ def uncover(page):
 def chances(page, text, place):
     """p, q and R of a token that was drawn."""
     script = "(one) => JSON.parse(one.dataset.chances).drawn[0]"
-    return page.locator(".written").nth(text).locator(".token").nth(place).evaluate(script)
+    _, p, r, q = page.locator(".written").nth(text).locator(".token").nth(place).evaluate(script)
+    return {"p": p, "r": r, "q": q}
 
 
 def test_two_methods_write_side_by_side_and_are_judged(visit):
@@ -212,7 +213,7 @@ def test_the_sliders_act_on_the_next_tokens(visit, slowly):
     page = visit()
     number(page, "Guidance scale η").fill("0")
     number(page, "Guidance scale η").press("Tab")
-    write(page, tokens=200)
+    write(page, tokens=100)
     page.locator(".written").nth(1).locator(".token").nth(5).wait_for()
     number(page, "Guidance scale η").fill("9")
     number(page, "Guidance scale η").press("Tab")
@@ -241,13 +242,23 @@ def test_a_low_temperature_takes_the_likeliest_token(visit):
     assert sum(cold) > sum(hot)
 
 
+def test_what_falls_below_the_bound_on_r_is_begun_anew_and_then_withheld(visit):
+    page = visit()
+    number(page, "Stop and draw anew below R").fill("0.95")
+    number(page, "Stop and draw anew below R").press("Tab")
+    write(page, tokens=24)
+    judged(page)
+    states = page.locator(".written").first.locator(".state").first.inner_text()
+    assert states == "0 of at most 24 tokens, stopped and begun anew 4 times, then withheld"
+
+
 def test_stop_ends_the_texts_and_has_them_judged(visit, slowly):
     page = visit()
-    write(page, tokens=240)
+    write(page, tokens=120)
     page.locator(".written").first.locator(".token").nth(3).wait_for()
     button(page, "Stop").click()
     judged(page)
-    assert 3 < page.locator(".written").first.locator(".token").count() < 240
+    assert 3 < page.locator(".written").first.locator(".token").count() < 120
 
 
 def test_another_seed_writes_another_text_and_the_methods_are_chosen(visit):
@@ -269,7 +280,7 @@ def test_another_seed_writes_another_text_and_the_methods_are_chosen(visit):
 
 def test_what_begins_last_goes_on(visit, slowly):
     page = visit()
-    write(page, prompt="the old kettle", tokens=240)
+    write(page, prompt="the old kettle", tokens=120)
     page.locator(".token").first.wait_for()
     write(page, prompt="a small brown dog", tokens=4)
     judged(page)
@@ -281,7 +292,7 @@ def test_what_begins_last_goes_on(visit, slowly):
 def test_texts_can_be_covered_while_they_are_written(visit, slowly):
     page = visit()
     page.get_by_label("Cover texts until they are judged").check()
-    write(page, tokens=240)
+    write(page, tokens=120)
     page.locator(".written .lift").first.wait_for()
     assert page.locator(".written .veiled[inert]").count() == 2
     button(page, "Stop").click()
@@ -350,7 +361,7 @@ def test_everything_is_reached_by_keyboard(visit):
 
 def test_a_token_keeps_the_focus_while_its_text_goes_on(visit, slowly):
     page = visit()
-    write(page, tokens=200)
+    write(page, tokens=100)
     page.locator(".written").first.locator(".token").nth(2).focus()
     before = page.locator(".written").first.locator(".token").count()
     page.wait_for_function(

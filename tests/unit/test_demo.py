@@ -12,7 +12,7 @@ from bridle.constraints import Score, WordList, build_constraint
 from bridle.demo.session import Draws, Request, Session
 from bridle.demo.subject import subject_of
 from bridle.demo.views import Page, draws_html, line_of_r, message_html, texts_html
-from bridle.demo.writing import Chance, Controls, Token, Writing
+from bridle.demo.writing import REDRAW, Chance, Controls, Token, Writing
 from bridle.errors import UserError
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.guidance import NADOGuide
@@ -95,6 +95,24 @@ def test_the_controls_act_on_the_next_token(parts):
     assert writing.tokens[-1].drawn == likeliest
 
 
+def test_a_text_whose_r_falls_below_the_bound_is_begun_anew(parts):
+    model, tokenizer, prompt = parts
+    auxiliary = random_auxiliary(model, memory=8)
+    plain = written(Writing(model, tokenizer, prompt, 12, 0, auxiliary))
+    lowest = sorted(token.drawn.r for token in plain.tokens)[1]
+    kept = written(Writing(model, tokenizer, prompt, 12, 0, auxiliary), Controls(stop_below=lowest / 2))
+    stopped = written(Writing(model, tokenizer, prompt, 12, 0, auxiliary), Controls(stop_below=lowest))
+    assert 1 <= stopped.redrawn <= REDRAW
+    assert stopped.ids != plain.ids
+    assert all(token.drawn.r >= lowest for token in stopped.tokens)
+    with NADOGuide(model, auxiliary) as guide:
+        again = trace(guide, tokenizer, prompt + stopped.ids, len(prompt))[len(prompt) :]
+    assert [token.drawn.r for token in stopped.tokens] == pytest.approx([one["r"] for one in again], abs=1e-5)
+    assert kept.redrawn <= stopped.redrawn
+    never = written(Writing(model, tokenizer, prompt, 12, 0, auxiliary), Controls(stop_below=1.1))
+    assert (never.is_withheld, never.redrawn, never.text) == (True, REDRAW, "")
+
+
 def test_a_text_ends_by_its_end_token(parts, monkeypatch):
     monkeypatch.setattr("bridle.demo.writing.end_token_ids", lambda *_: list(range(400)))
     writing = Writing(*parts, 5)
@@ -174,6 +192,15 @@ def test_many_completions_arrive_in_parts_with_a_rate(session):
     *_, again = session.draw(asked, Controls(guidance_scale=3.0), 10, None)
     assert again["model"].scores == []
     assert again["model"].rate.value is None
+
+
+def test_the_bound_on_r_holds_for_many_completions_too(session):
+    asked = request("model", "guided")
+    *_, free = session.draw(asked, Controls(), 8, None)
+    *_, held = session.draw(asked, Controls(stop_below=0.95), 8, None)
+    assert "" not in free["model"].texts
+    assert held["model"].texts != free["model"].texts
+    assert "" in held["model"].texts, "some are withheld"
 
 
 def test_the_rate_counts_what_is_scored():

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -16,7 +17,7 @@ from bridle.errors import RunStopped, UserError
 
 SAMPLES = 32
 LONGEST = 512  # tokens
-SECONDS = 0.05  # between two pictures of a text that is being written
+SECONDS, OF_TOKEN = 0.1, 0.0005  # between two pictures of texts that are being written, and more for each token shown
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 AT_ONCE = {"trigger_mode": "multiple", "concurrency_limit": None}
 
@@ -45,14 +46,17 @@ class Handlers:
         self.session = session
         self.page = Page(list(session.remote))
 
-    def write(self, tab: Tab, guidance_scale: float, temperature: float, covered: bool, *asked: Any) -> Iterator[Any]:
+    def write(
+        self, tab: Tab, guidance_scale: float, temperature: float, stop_below: float, covered: bool, *asked: Any
+    ) -> Iterator[Any]:
         """Writes the texts and has them judged: (texts, message)."""
-        tab.writing.stopped, tab.writing = True, Controls(guidance_scale, temperature)
+        tab.writing.stopped, tab.writing = True, Controls(guidance_scale, temperature, stop_below)
         controls, request, page, last = tab.writing, _request(*asked), replace(self.page, is_covered=covered), 0.0
         tab.scores = {}
         try:
             for writings in self.session.write(request, controls):
-                if controls is tab.writing and time.monotonic() - last > SECONDS:
+                pause = SECONDS + OF_TOKEN * sum(len(one.tokens) for one in writings.values())
+                if controls is tab.writing and time.monotonic() - last > pause:
                     yield texts_html(writings, request.prompt, page), ""
                     last = time.monotonic()
             if controls is not tab.writing:
@@ -75,30 +79,22 @@ class Handlers:
         return self._judged_texts(tab), ""
 
     def draw(
-        self, tab: Tab, guidance_scale: float, temperature: float, constraint: str | None, *asked: Any
+        self, tab: Tab, guidance_scale: float, temperature: float, stop_below: float, judge: str | None, *asked: Any
     ) -> Iterator[Any]:
         """Draws many completions: (dots, message)."""
-        tab.drawing.stopped, tab.drawing = True, Controls(guidance_scale, temperature)
+        tab.drawing.stopped, tab.drawing = True, Controls(guidance_scale, temperature, stop_below)
         controls = tab.drawing
         try:
-            for draws in self.session.draw(_request(*asked), controls, SAMPLES, constraint):
+            for draws in self.session.draw(_request(*asked), controls, SAMPLES, judge):
                 if controls is not tab.drawing:
                     return
-                yield draws_html(draws, constraint), ""
+                yield draws_html(draws, judge), ""
         except (UserError, RunStopped) as error:
             yield gr.skip(), message_html(str(error))
 
     def stop(self, tab: Tab) -> None:
         """No further token is drawn."""
         tab.set(stopped=True)
-
-    def guide(self, tab: Tab, guidance_scale: float) -> None:
-        """Sets η of the next token."""
-        tab.set(guidance_scale=guidance_scale)
-
-    def heat(self, tab: Tab, temperature: float) -> None:
-        """Sets the temperature of the next token."""
-        tab.set(temperature=temperature)
 
     def _judged(self, tab: Tab, remote: bool) -> dict[str, dict[str, Score]]:
         assert tab.request is not None
@@ -120,7 +116,7 @@ def build(session: Session) -> gr.Blocks:
     with gr.Blocks(title=f"Try {subject.title}", analytics_enabled=False, fill_width=True) as page:
         tab = gr.State(Tab())
         _html(header_html(subject))
-        asked, guidance_scale, temperature, covered = _inputs(session)
+        asked, sliders, covered = _inputs(session)
         with gr.Row():
             write = gr.Button("Write", variant="primary")
             stop = gr.Button("Stop")
@@ -136,32 +132,41 @@ def build(session: Session) -> gr.Blocks:
         if subject.certificate is not None:
             with gr.Accordion("Certificate", open=False):
                 _html(certificate_html(subject.certificate))
-        held = [tab, guidance_scale, temperature]
+        held = [tab, *sliders.values()]
         for begins in (write.click, asked[0].submit):
             begins(handlers.write, [*held, covered, *asked], [texts, message], **PRIVATE, **AT_ONCE)
         draw.click(handlers.draw, [*held, judge, *asked], [dots, message], **PRIVATE, **AT_ONCE)
         remote.click(handlers.ask_remote, tab, [texts, message], **PRIVATE)
         stop.click(handlers.stop, tab, None, queue=False, **PRIVATE)
-        for slider, sets in ((guidance_scale, handlers.guide), (temperature, handlers.heat)):
+        for name, slider in sliders.items():
+            sets = partial(_set, name)
             slider.input(sets, [tab, slider], None, queue=False, trigger_mode="always_last", **PRIVATE)
     return page
 
 
-def _inputs(session: Session) -> tuple[list[Any], gr.Slider, gr.Slider, gr.Checkbox]:
-    """The inputs of a `Request`, η, the temperature, and whether texts are covered while they are written."""
+def _set(control: str, tab: Tab, value: float) -> None:
+    tab.set(**{control: value})
+
+
+def _inputs(session: Session) -> tuple[list[Any], dict[str, gr.Slider], gr.Checkbox]:
+    """The inputs of a `Request`, those of `Controls`, and whether texts are covered while they are written."""
     subject = session.subject
     prompt = gr.Textbox(label="Prompt", lines=2, placeholder="The weather in")
     label = f"Methods, at most {MOST}"
     names = gr.CheckboxGroup(list(subject.variants), value=subject.shown, label=label)
     with gr.Row():
-        guidance_scale = gr.Slider(0, 10, subject.guidance_scale, step=0.1, label="Guidance scale η")
-        temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature")
+        sliders = {
+            "guidance_scale": gr.Slider(0, 10, subject.guidance_scale, step=0.1, label="Guidance scale η"),
+            "temperature": gr.Slider(0.1, 2, 1, step=0.05, label="Temperature"),
+            "stop_below": gr.Slider(0, 0.95, 0, step=0.05, label="Stop and draw anew below R"),
+        }
+    with gr.Row():
         length = gr.Slider(1, LONGEST, min(subject.max_new_tokens, LONGEST), step=1, label="Tokens")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
     with gr.Row():
         covered = gr.Checkbox(False, label="Cover texts until they are judged")
         as_chat = gr.Checkbox(False, label="The prompt is a user's turn of a chat", visible=session.has_chats)
-    return [prompt, names, length, seed, as_chat], guidance_scale, temperature, covered
+    return [prompt, names, length, seed, as_chat], sliders, covered
 
 
 def _html(text: str = "") -> gr.HTML:

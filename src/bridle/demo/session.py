@@ -12,13 +12,14 @@ from bridle.constraints.reading import Messages
 from bridle.data import encode_prompt
 from bridle.data.prompts import check_room
 from bridle.demo.subject import MOST, Subject, Variant
-from bridle.demo.writing import Controls, Writing
+from bridle.demo.writing import REDRAW, Controls, Writing
 from bridle.errors import UserError
 from bridle.evaluation.generation import generate_completions
 from bridle.evaluation.statistics import Estimate, wilson_interval
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.guidance import NADOGuide, check_scale, load_guide
 from bridle.models.loading import context_length, load_for_inference
+from bridle.models.monitor import Monitor
 from bridle.models.sampling import Decoding
 from bridle.utils.settings import known_name
 
@@ -223,9 +224,9 @@ class Session:
         check_scale(controls.guidance_scale)
         model, tokenizer, auxiliary = self._loaded(name)
         prompts = [self._prompt(name, request)]
-        is_guided = self.subject.variants[name].is_guided
-        scale = controls.guidance_scale
-        guidance = NADOGuide(model, auxiliary, scale) if auxiliary is not None and is_guided else nullcontext()
+        scale = controls.guidance_scale if self.subject.variants[name].is_guided else 0.0
+        is_read = scale > 0 or controls.stop_below > 0
+        guidance = NADOGuide(model, auxiliary, scale) if auxiliary is not None and is_read else nullcontext()
         with self._lock, guidance as guide:
             (texts,) = generate_completions(
                 model,
@@ -236,6 +237,7 @@ class Session:
                 batch_size=samples,
                 seed=seed,
                 guide=guide,
+                monitor=Monitor(guide, controls.stop_below, REDRAW) if guide and controls.stop_below else None,
                 decoding=Decoding(controls.temperature),
             )
         return texts

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -11,7 +12,7 @@ from bridle.certification.certificate import Certificate
 from bridle.constraints import Score
 from bridle.demo.session import Draws
 from bridle.demo.subject import Subject
-from bridle.demo.writing import Token, Writing
+from bridle.demo.writing import Chance, Token, Writing
 from bridle.report import texts as words
 from bridle.report.data import Score as ShownScore
 
@@ -96,9 +97,14 @@ def _environment() -> Environment:
 
 
 def as_json(token: Token) -> str:
-    """What the page's script shows of a token."""
-    rows = {name: [asdict(one) | {"text": words.visible(one.text)} for one in found] for name, found in _parts(token)}
-    return json.dumps(rows)
+    """What the page's script shows of a token: rows of text, p, R and q, of four digits, since a page holds many."""
+
+    def row(one: Chance) -> list[Any]:
+        numbers = (None if value is None else float(f"{value:.4g}") for value in (one.p, one.r, one.q))
+        return [words.visible(one.text), *numbers]
+
+    parts = {"drawn": [token.drawn], "gains": token.gains, "losses": token.losses}
+    return json.dumps({name: [row(one) for one in found] for name, found in parts.items()})
 
 
 def line_of_r(tokens: Sequence[Token]) -> str:
@@ -111,10 +117,6 @@ def line_of_r(tokens: Sequence[Token]) -> str:
 def outcome(score: Score | None) -> str:
     """A score in a word; "not judged" without one."""
     return "not judged" if score is None else words.verdict("", _shown(score)).outcome
-
-
-def _parts(token: Token) -> list[tuple[str, list]]:
-    return [("drawn", [token.drawn]), ("gains", token.gains), ("losses", token.losses)]
 
 
 def _shown(score: Score) -> ShownScore:

@@ -15,6 +15,7 @@ from bridle.models.loading import end_token_ids
 from bridle.models.sampling import InverseTransform
 
 SHOWN = 5  # tokens that gain most and that lose most
+REDRAW = 4  # times that a stopped text is drawn again
 CONTEXT = 8  # tokens before a token, from which its text is decoded
 
 
@@ -25,11 +26,13 @@ class Controls:
     Attributes:
         guidance_scale: η of the guided variants, and of the q shown beside the others.
         temperature: divides the log-probabilities, after guidance.
+        stop_below: a text whose R falls below this is drawn again, as by a `Monitor`; 0 for none.
         stopped: no further token is drawn.
     """
 
     guidance_scale: float = 1.0
     temperature: float = 1.0
+    stop_below: float = 0.0
     stopped: bool = False
 
 
@@ -65,6 +68,8 @@ class Writing:
         is_guided: draw from q, not from p.
         ids, tokens: what has been drawn.
         has_ended: whether it ended by itself.
+        redrawn: how often it was stopped and begun anew.
+        is_withheld: it was stopped more than `REDRAW` times, and is empty.
     """
 
     model: PreTrainedModel
@@ -77,12 +82,13 @@ class Writing:
     ids: list[int] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     has_ended: bool = False
+    redrawn: int = 0
+    is_withheld: bool = False
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
-        uniform = torch.rand(self.max_new_tokens, 1, dtype=torch.float64, generator=generator)
-        self._transform = InverseTransform(uniform.to(self.model.device))
+        self._generator = torch.Generator().manual_seed(self.seed)
         self._ends = end_token_ids(self.model, self.tokenizer)
+        self._transform = self._draws()
         self._cache: Any = None
         self._reader: NADOLogitsProcessor | None = None
         if self.auxiliary is not None:
@@ -91,7 +97,7 @@ class Writing:
     @property
     def is_finished(self) -> bool:
         """Whether no token follows."""
-        return self.has_ended or len(self.ids) == self.max_new_tokens
+        return self.has_ended or self.is_withheld or len(self.ids) == self.max_new_tokens
 
     @property
     def text(self) -> str:
@@ -121,6 +127,18 @@ class Writing:
         self.tokens.append(self._token(token, log_p[0].exp(), None if log_q is None else log_q[0].exp(), r))
         self.ids.append(token)
         self.has_ended = token in self._ends
+        if r is not None and r[token] < controls.stop_below:
+            self._begin_again()
+
+    def _draws(self) -> InverseTransform:
+        uniform = torch.rand(self.max_new_tokens, 1, dtype=torch.float64, generator=self._generator)
+        return InverseTransform(uniform.to(self.model.device))
+
+    def _begin_again(self) -> None:
+        self.ids, self.tokens, self.has_ended = [], [], False
+        self.is_withheld = self.redrawn == REDRAW
+        self.redrawn += not self.is_withheld
+        self._transform, self._cache = self._draws(), None
 
     def _read(
         self, hidden: HiddenStates, ids: Tensor, log_p: Tensor, guidance_scale: float

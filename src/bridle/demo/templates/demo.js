@@ -32,7 +32,7 @@
     row(table, "th", ["token", "p", "R", "q"]);
     for (const [part, title] of PARTS) {
       if (part !== "drawn" && chances[part].length) make("th", title, make("tr", "", table)).colSpan = 4;
-      for (const one of chances[part]) row(table, "td", [one.text, number(one.p), number(one.r), number(one.q)]);
+      for (const [text, ...numbers] of chances[part]) row(table, "td", [text, ...numbers.map(number)]);
     }
     shown.replaceChildren(table);
     shown.hidden = false;
