@@ -1,6 +1,9 @@
 """A run as `bridle watch` shows it: finished, going on, resumed, killed."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -235,3 +238,17 @@ def test_each_record_has_the_time_so_far_also_of_a_resumed_run(tmp_path):
     assert (first["step"], first["max_steps"], first["rounds"], second["step"]) == (10, 100, 4, 20)
     assert first["seconds"] == pytest.approx(50, abs=1)
     assert second["seconds"] == pytest.approx(57, abs=2)
+
+
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}])
+def test_colours_on_a_terminal_unless_no_color_is_set(tmp_path, variables):
+    write(tmp_path, [update(25, 75.0), end_of_round(1, 75.0), END])
+    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm-256color"}
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "bridle", "watch", str(tmp_path)]
+    subprocess.run(command, stdout=theirs, env=environment | variables, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 2**20).decode()
+    os.close(ours)
+    assert "rude" in shown
+    assert bool(re.search(r"\x1b\[[\d;]*(3[0-7]|9[0-7]|38;5;\d+)m", shown)) is (not variables)
