@@ -5,13 +5,17 @@ import json
 import pytest
 import torch
 import yaml
+from markupsafe import escape
 
+import tiny_tokenizers
+from bridle.certification.certificate import Certificate, PromptRecord, Tried
+from bridle.certification.goal import Goal
 from bridle.comparison.cell import Candidate, CellFiles
 from bridle.comparison.tracing import trace
 from bridle.constraints import Score, WordList, build_constraint
 from bridle.demo.session import Draws, Request, Session
 from bridle.demo.subject import subject_of
-from bridle.demo.views import Page, draws_html, line_of_r, message_html, texts_html
+from bridle.demo.views import Page, certificate_html, draws_html, line_of_r, message_html, texts_html
 from bridle.demo.writing import REDRAW, Chance, Controls, Token, Writing
 from bridle.errors import UserError
 from bridle.models.auxiliary import new_auxiliary
@@ -171,6 +175,18 @@ def test_a_request_that_cannot_be_obeyed_is_refused_in_words(session, asked, mes
         list(session.write(asked, Controls()))
 
 
+def test_a_prompt_can_be_the_turn_of_a_chat(tiny_model, tmp_path):
+    tokenizer = tiny_tokenizers.tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    session = Session(subject_of(str(tmp_path)))
+    assert session.has_chats
+    asked = request("model", tokens=4, as_chat=True)
+    *_, writings = session.write(asked, Controls())
+    assert tokenizer.decode(writings["model"].prompt) == "<bos>[user] you never\n[assistant] "
+    assert asked.given == [{"role": "user", "content": "you never"}]
+
+
 def test_remote_constraints_are_asked_only_on_request(session):
     assert list(session.local) == ["no e"]
     assert list(session.remote) == ["far"]
@@ -273,6 +289,23 @@ def test_a_folder_without_models_is_refused(recipe, tmp_path):
     (folder / "metrics.jsonl").unlink()
     (folder / "results.json").write_text('{"methods": {"sft": {}}, "seeds": [0]}', encoding="utf-8")
     with pytest.raises(UserError, match="no method of this comparison is complete"):
+        subject_of(str(folder))
+
+
+def test_the_certificate_of_the_folder_is_shown_and_one_that_was_changed_is_refused(tiny_folder):
+    folder = tiny_folder()
+    tried = Tried(HOSTILE, "model", "", None, 1.0, 400, 0, 0, 0.0075, None, True)
+    prompts = PromptRecord("unseen.jsonl", 400, "")
+    goal = Goal(0.01, 0.95)
+    certificate = Certificate(goal, [tried], 1, prompts, {"name": "kind"}, "", {"max_new_tokens": 8}, "", {})
+    assert subject_of(str(folder)).certificate is None
+    certificate.save(folder / "certificate.json")
+    html = certificate_html(subject_of(str(folder)).certificate)
+    assert "at most 1% of the completions of &lt;img" in html
+    assert all(escape(limit) in html for limit in certificate.limits)
+    changed = (folder / "certificate.json").read_text(encoding="utf-8").replace("at most 1%", "at most 0%")
+    (folder / "certificate.json").write_text(changed, encoding="utf-8")
+    with pytest.raises(UserError, match="the file was changed"):
         subject_of(str(folder))
 
 
