@@ -5,9 +5,11 @@ import torch
 from test_training import NO_E, logged, trainer_of, weights
 
 from bridle.errors import UserError
+from bridle.models.loading import LoraOptions
 from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.worker import LocalWorker
+from trainers import config
 
 # 80 rows of two domains in batches of 8: ten updates an epoch.
 # Rollouts of any depth: `computed` leaves out prefixes that none can reach, which targets made ahead do not know.
@@ -163,3 +165,55 @@ def test_a_live_anchor_and_an_unknown_order_are_refused(tiny_folder, tmp_path):
     by_length = trainer_of(folder, tmp_path, regularisers(), **SHIPPED, train_sampling_strategy="group_by_length")
     with pytest.raises(UserError, match="needs to know the order of the corpus beforehand"):
         by_length.train()
+
+
+class TestKeptForOtherRuns:
+    """`target_cache`: what retention needs of a row is built once for a model and k."""
+
+    @pytest.fixture
+    def run(self, tiny_folder, tmp_path, calls):
+        folder = tiny_folder()
+
+        def make(name, model=folder, keep=True, **options):
+            calls["ahead"] = 0
+            cache = {"target_cache": str(tmp_path / "cache")} if keep else {}
+            held = {"plain": Regulariser(weight=2.0), "rude": Regulariser(NO_E, weight=2.0)}
+            options = {**SHIPPED, **cache, "regularisers": held, "learn": {"plain": False}, **options}
+            return trained(model, tmp_path / name, **options), calls["ahead"]
+
+        return make
+
+    def test_another_run_builds_none(self, run):
+        whole = {"max_length": 60}  # so that no two rows are alike
+        without, built = run("without", keep=False, max_steps=2, **whole)
+        first, built_first = run("first", max_steps=2, **whole)
+        second, built_second = run("second", max_steps=2, **whole)
+        assert built == built_first > 0 == built_second
+        for trainer in (first, second):
+            for name, weight in weights(without).items():
+                assert torch.equal(weights(trainer)[name], weight), name
+        longer, more = run("longer", max_steps=4, **whole)
+        assert 0 < more <= built, "what the longer run has besides"
+        assert logged(longer, "kl/plain")
+
+    def test_another_model_or_k_has_its_own(self, run, tiny_folder, tmp_path):
+        _, built = run("first")
+        other = tiny_folder("gpt2")
+        assert run("k", target_tokens=64)[1] == built
+        assert run("model", model=other)[1] == built
+        assert len(list((tmp_path / "cache").iterdir())) == 3
+        assert run("adapters", lora=LoraOptions(r=2), seed=0)[1] == built
+        assert run("other adapters", lora=LoraOptions(r=4), seed=0)[1] == 0, "none of them has moved yet"
+
+    def test_beside_a_live_anchor_it_is_the_same_training(self, run):
+        shipped, _ = run("shipped", target_tokens=WHOLE_VOCABULARY, max_steps=4)
+        computed, built = run("computed", keep=False, targets="computed", max_steps=4)
+        assert built == 0
+        for key in ("loss", "kl/rude"):
+            assert logged(shipped, key)[0] == pytest.approx(logged(computed, key)[0], rel=1e-5)
+        # As the policy leaves p_0, the rounding of a KL that is almost 0 to float16 is a step of Adam's.
+        assert logged(shipped, "loss") == pytest.approx(logged(computed, "loss"), abs=0.02)
+
+    def test_it_needs_targets_that_are_precomputed(self, tmp_path):
+        with pytest.raises(UserError, match="target_cache: keeps precomputed targets; set targets: precomputed"):
+            config(tmp_path, target_cache="cache")

@@ -187,6 +187,24 @@ class TargetCache:
         return torch.from_numpy(np.concatenate(parts))
 
 
+class TargetShelf:
+    """Several caches as one."""
+
+    path: Path | None = None
+
+    def __init__(self, caches: Sequence[TargetCache]):
+        self.caches = caches
+
+    def __contains__(self, key: int) -> bool:
+        return any(key in cache for cache in self.caches)
+
+    def gather(self, keys: Sequence[int], mask: Tensor) -> SparseTarget:
+        """As `TargetCache.gather`, of rows that are in one of the caches; mask is [batch, time]."""
+        caches = (next(cache for cache in self.caches if key in cache) for key in keys)
+        rows = zip(caches, keys, mask.split(1), strict=True)
+        return SparseTarget.cat([cache.gather([key], row) for cache, key, row in rows])
+
+
 def _table(buffer: pa.Buffer) -> tuple[pa.Table, dict[str, Any]]:
     """The rows and the metadata of a cache; raises a ValueError if it is none."""
     table = pa.ipc.open_file(buffer).read_all()

@@ -346,8 +346,11 @@ class ConstrainedConfig(SFTConfig):
         rollout_batch_size: samples drawn at a time.
         targets: when q is built. `computed`: in the update, over the whole vocabulary; `precomputed`: ahead of a
             round's updates, and kept sparsely, so that the update runs no forward but its own. A
-            row that occurs in several epochs of a round is computed once. Needs a frozen anchor.
+            row that occurs in several epochs of a round is computed once. Needs a frozen anchor; beside one, q of a
+            `live` anchor is computed.
         target_tokens: k, how many tokens a precomputed target keeps; all others are one bucket.
+        target_cache: folder that keeps precomputed targets of retention on rows of the corpus: a row's is built once
+            for a model and k, for all runs that name the folder. None keeps none.
         truncated: what R learns from a rollout cut at `max_new_tokens`. `label`: the constraint's answer to the
             text up to there, which is exact where outputs are evaluated up to the same length; `mask`: nothing;
             `bootstrap`: R's own estimate at the cut.
@@ -380,6 +383,7 @@ class ConstrainedConfig(SFTConfig):
     prompt_tokens: tuple[int, int | None] = field(default=(2, None), metadata={"help": "Prompt length, in tokens."})
     rollout_batch_size: int = field(default=256, metadata={"help": "Samples drawn at a time."})
     targets: Literal["computed", "precomputed"] = field(default="computed", metadata={"help": "When q is built."})
+    target_cache: str | None = field(default=None, metadata={"help": "Folder that keeps targets for other runs."})
     target_tokens: int = field(default=128, metadata={"help": "Tokens that a precomputed target keeps."})
     truncated: Literal["label", "mask", "bootstrap"] = field(
         default="label", metadata={"help": "What cut samples teach."}
@@ -413,6 +417,8 @@ class ConstrainedConfig(SFTConfig):
             raise UserError(f"max_steps: must be at least 1, or -1 to go by num_train_epochs, not {self.max_steps}")
         if not 0 < self.num_train_epochs < inf:
             raise UserError(f"num_train_epochs: must be above 0, not {self.num_train_epochs}")
+        if self.target_cache is not None and self.targets != "precomputed":
+            raise UserError("target_cache: keeps precomputed targets; set targets: precomputed, or leave it out")
         shortest, longest = self.prompt_tokens
         if shortest < 0 or (longest is not None and longest < shortest):
             raise UserError(f"prompt_tokens: needs a shortest and a longest prompt, not {shortest} and {longest}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from transformers import TrainerCallback, TrainerState
 
 from bridle.core.loss import chunk_rows, chunks
 from bridle.core.sparse import SparseTarget, sparse_target
-from bridle.data.target_cache import TargetCache, TargetWriter, bytes_per_token, row_keys
+from bridle.data.target_cache import TargetCache, TargetShelf, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError
-from bridle.models.sharding import is_sharded
+from bridle.models.sharding import digest, is_sharded, whole
 from bridle.training.batches import PREFIXES, rollout_rows
 from bridle.training.config import ConstrainedConfig
 from bridle.training.regulariser import DomainRegulariser, Target
@@ -50,7 +51,8 @@ class PrecomputedTargets(TrainerCallback):
         self.regularisers, self.schedule = regularisers, schedule
 
     def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        lacking = [one for one in self.regularisers if one.active and one.targets is None]
+        frozen = [one for one in self.regularisers if one.active and one.anchor is not None]
+        lacking = [one for one in frozen if one.targets is None]
         if not lacking:
             return
         with at_once():
@@ -58,7 +60,9 @@ class PrecomputedTargets(TrainerCallback):
             self._remove_old_files(args)
             for regulariser in lacking:
                 rows = upcoming(self.regularisers, regulariser, train_dataloader, args, state, index)
-                regulariser.targets = make_targets(regulariser, rows, index)
+                kept = args.target_cache and regulariser.options.is_retention and not rows.rollouts
+                make = kept_targets if kept else make_targets
+                regulariser.targets = make(regulariser, rows, index)
             self.schedule.add_seconds("targets", time.perf_counter() - began)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -145,14 +149,56 @@ def _batches(dataloader: DataLoader, config: ConstrainedConfig, steps: range) ->
             yield dataloader.collate_fn([dataloader.dataset[index] for index in indices])
 
 
+def kept_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: int) -> TargetShelf:
+    """The targets of retention in `target_cache`; those of rows that it lacks are built and added.
+
+    They depend on the model before tuning, k and the row's tokens alone, by whose hashes they are found.
+
+    Args:
+        regulariser: retention.
+        rows: of the corpus.
+        round_index: the current round.
+    """
+    config = regulariser.config
+    assert config.target_cache is not None
+    folder = Path(config.target_cache) / f"{_anchor_hash(regulariser)}-{config.target_tokens}"
+    caches = [TargetCache.open(file) for file in sorted(folder.glob("*.arrow"))]
+    kept, lacking, missing = TargetShelf(caches), Upcoming(), list[int]()
+    for batch in rows.corpus:
+        keys = row_keys(*batch)
+        new = torch.tensor([key not in kept for key in keys])
+        missing += [key for key in keys if key not in kept]
+        if new.any():
+            ids, attention_mask, mask = (part[new] for part in batch)
+            lacking.corpus.append((ids, attention_mask, mask))
+    if missing:
+        name = blake2b(repr(missing).encode(), digest_size=8).hexdigest()
+        caches.append(make_targets(regulariser, lacking, round_index, folder.resolve() / f"{name}.arrow"))
+    return kept
+
+
+def _anchor_hash(regulariser: DomainRegulariser) -> str:
+    """A hash of the anchor's weights, with the dtype of its products; adapters that have not moved do not count."""
+    assert regulariser.anchor is not None
+    with regulariser.anchor.active():
+        weights = {name: whole(parameter.detach()) for name, parameter in regulariser.model.named_parameters()}
+        if not any(weight.any() for name, weight in weights.items() if "lora_B" in name):
+            weights = {name: weight for name, weight in weights.items() if "lora_" not in name}
+    dtype = str(regulariser.config.autocast_dtype or regulariser.model.dtype).removeprefix("torch.")
+    return f"{digest(weights.items())}-{dtype}"
+
+
 @torch.no_grad()
-def make_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: int) -> TargetCache:
+def make_targets(
+    regulariser: DomainRegulariser, rows: Upcoming, round_index: int, path: Path | None = None
+) -> TargetCache:
     """Builds the targets of upcoming rows on the regulariser's anchor.
 
     Args:
         regulariser: with R fitted, and an anchor.
         rows: the rows to build them for.
         round_index: the current round.
+        path: the file to write; by default one in the output folder, if they are many.
 
     Returns:
         The targets: in memory, or memory-mapped from a file in the output folder above `parallel.largest_message`.
@@ -165,7 +211,7 @@ def make_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: in
     prefixes = sum(int(mask.sum()) for *_, mask in batches)
     large = prefixes * bytes_per_token(config.target_tokens, vocabulary) > config.parallel.largest_bytes
     name = f"round-{round_index}.{regulariser.name}.{rank()}.arrow"
-    path = Path(config.output_dir) / "targets" / name if large else None
+    path = path or (Path(config.output_dir) / "targets" / name if large else None)
     limit = RowLimit(f"targets for {regulariser.name}", can_cut=not is_sharded(model))
     with TargetWriter(path, config.target_tokens, vocabulary) as writer:
         add = partial(_add, regulariser, writer)

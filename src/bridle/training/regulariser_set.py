@@ -89,7 +89,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         if regulariser.options.kl_on == "rollouts":
             return mask
         corpus = reached = prefixes.mask & self.corpus_rows(regulariser, prefixes)[:, None]
-        if regulariser.config.targets == "computed":  # precomputed targets are built before the rollouts are known
+        if regulariser.anchor is None or regulariser.config.targets == "computed":  # else made before the rollouts
             reached = corpus & regulariser.reaches(corpus)  # R was not fitted elsewhere
         unreached = torch.tensor(corpus.sum() - reached.sum(), device=regulariser.config.device)
         self.means.add(f"kl_unreached/{regulariser.name}", unreached, corpus.sum())

@@ -173,8 +173,9 @@ def check_options(
     """
     if config.sampler.engine != "transformers":
         _check_sampler(config)
+    all_live = all(options.anchor == "live" for options in regularisers.values())
     for name, options in regularisers.items():
-        if config.targets == "precomputed" and options.anchor == "live":
+        if config.targets == "precomputed" and all_live:
             raise UserError(
                 f"regularisers.{name}.anchor: targets are precomputed, and `live` moves with every update; "
                 "set anchor: previous or initial, or targets: computed"

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint
 from bridle.data import Rollout, read_rollouts, write_rollouts
-from bridle.data.target_cache import TargetCache
+from bridle.data.target_cache import TargetCache, TargetShelf
 from bridle.errors import RunStopped, UserError, first_line
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel
@@ -147,7 +147,7 @@ class StatefulRegulariser:
     is_fitted: bool = field(init=False, default=False)
     has_begun: bool = field(init=False, default=False)
     rollout_cursor: int = field(init=False, default=0)
-    targets: TargetCache | None = field(init=False, default=None)
+    targets: TargetCache | TargetShelf | None = field(init=False, default=None)
     dual: DualState | None = field(init=False, default=None)
 
     @property
