@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 from bridle.utils.files import write_json
@@ -157,7 +158,9 @@ def peak_memory(device: str | torch.device) -> Iterator[list[int]]:
 
 def _held() -> int:
     """Bytes of all tensors that are alive in main memory."""
-    tensors = (found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
+    tensors = (
+        found for found in gc.get_objects() if issubclass(type(found), torch.Tensor) and type(found) is not FakeTensor
+    )
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # views share theirs
 

@@ -1,4 +1,4 @@
-"""`bridle check`, `train` and `watch`."""
+"""`bridle check`, `plan`, `train` and `watch`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +9,8 @@ from bridle.cli.common import RECIPE_KEYS, RecipeFile, read_recipe, say
 from bridle.cli.keys import TrainingCommand
 
 app = typer.Typer()
+
+DOES_NOT_FIT = 1  # exit code of `bridle plan`
 
 
 @app.command(
@@ -24,6 +26,31 @@ def check(context: typer.Context, recipe: RecipeFile) -> None:
     from bridle.recipes.dry_run import check as run
 
     run(read_recipe(recipe, context), say)
+
+
+@app.command(
+    context_settings=RECIPE_KEYS,
+    epilog="Example: bridle plan recipes/detox-llama-7b.yaml --gpus 8 --memory 80 --shard",
+)
+def plan(
+    context: typer.Context,
+    recipe: RecipeFile,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that train the policy, a GPU each.")] = 1,
+    memory: Annotated[float, typer.Option(min=0, help="GiB of each GPU.")] = 80.0,
+    shard: Annotated[bool, typer.Option("--shard", help="FSDP2 shards the policy.")] = False,
+) -> None:
+    """Predict the memory that a recipe's run takes on each GPU; exit code 1 if it does not fit.
+
+    Only the model's configuration is read. `bridle check` measures time and memory on the machine that it runs on. Any
+    key of the recipe can be set here, as in `bridle train`.
+    """
+    from bridle.recipes.memory_plan import memory_plan
+
+    found = memory_plan(read_recipe(recipe, context), gpus=gpus, memory=memory, shard=shard)
+    for line in found.lines(gpus, memory):
+        say(line)
+    if found.needed > memory:
+        raise typer.Exit(DOES_NOT_FIT)
 
 
 @app.command(

@@ -10,7 +10,14 @@ import torch
 from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import PositiveFloat, PositiveInt
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bridle.constraints.options import Probability
 from bridle.errors import UserError, first_line
@@ -62,6 +69,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration of a model, named as in `load_model`; an adapter's is its base's.
+
+    Raises:
+        UserError: nothing can be loaded from `name`.
+    """
+    has_own = not os.path.isdir(name) or os.path.isfile(Path(name) / "config.json")
+    config: PretrainedConfig = _load(AutoConfig, name if has_own else _adapter_base(name), what="configuration")
+    return config
 
 
 def load_model(

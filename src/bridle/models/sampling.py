@@ -18,6 +18,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PretrainedConfig,
     PreTrainedModel,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
@@ -222,12 +223,16 @@ def _batches(prompts: Sequence[Sequence[int]], size: int, share: bool) -> dict[i
 
 def _row_limit(model: PreTrainedModel, description: str, tokens: int) -> RowLimit:
     """How many rows of so many tokens fit, by a row's keys and values, its logits and their probabilities."""
-    config = causal_lm(model).config.get_text_config()
+    size = row_bytes(causal_lm(model).config.get_text_config(), tokens, model.dtype)
+    return RowLimit(description, not is_sharded(model), size, model.device)
+
+
+def row_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of a row of so many tokens while it is drawn: its keys and values, its logits and their probabilities."""
     size, heads = config.hidden_size, config.num_attention_heads
     kept = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or size // heads
-    cache = 2 * config.num_hidden_layers * kept * width * tokens * model.dtype.itemsize
-    return RowLimit(description, not is_sharded(model), cache + 32 * config.vocab_size, model.device)
+    return 2 * config.num_hidden_layers * kept * width * tokens * dtype.itemsize + 32 * config.vocab_size
 
 
 def _uniform(seed: str, steps: int, rows: int, device: torch.device) -> Tensor:
