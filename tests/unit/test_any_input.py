@@ -22,6 +22,7 @@ from bridle.report.plots import draw_plots
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
 from bridle.training.dual_ascent import TargetOptions
 from bridle.training.engine import SamplerOptions
+from bridle.training.shares import ShareOptions
 
 few = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -97,13 +98,14 @@ GROUPS = {
     "regularisers.rude": Regulariser,
     "regularisers.rude.prompts": DataSource,
     "regularisers.rude.target": TargetOptions,
+    "regularisers.rude.share": ShareOptions,
     "lora": LoraOptions,
     "auxiliary": AuxiliaryOptions,
     "parallel": ParallelOptions,
     "sampler": SamplerOptions,
     "evaluation": Evaluation,
 }
-NEEDED = {"prompts": {"path": "forum.jsonl"}, "target": {"rate": 0.1}}
+NEEDED = {"prompts": {"path": "forum.jsonl"}, "target": {"rate": 0.1}, "share": {"at_least": 0.5}}
 """What a group needs beside the key that is tried."""
 
 KEYS = [

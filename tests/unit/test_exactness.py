@@ -113,7 +113,8 @@ def fitted_on(
     auxiliary = new_auxiliary(world.model, depth=2, expansion=4, form=form)
     soft = any(0 < world.constraint(y) < 1 for y in world.outputs())
     with torch.no_grad():
-        examples = encode(world.model, rollouts, 0, soft_labels=soft)
+        label = (lambda one: one.value) if soft else (lambda one: one.complies)
+        examples = encode(world.model, rollouts, 0, label=label)
     options = AuxiliaryOptions(
         epochs=epochs,
         batch_size=512,

@@ -85,7 +85,9 @@ class TestExamples:
     def test_a_label_is_the_verdict_or_the_degree(self, model):
         degrees = [rollout([1, 5], [3, 4], degree) for degree in (0.3, 0.75)]
         assert encode(model, degrees, 0).compliance.tolist() == [0.0, 1.0]
-        torch.testing.assert_close(encode(model, degrees, 0, soft_labels=True).compliance, torch.tensor([0.3, 0.75]))
+        torch.testing.assert_close(
+            encode(model, degrees, 0, label=lambda one: one.value).compliance, torch.tensor([0.3, 0.75])
+        )
 
     def test_a_replayed_label_counts_by_how_likely_what_came_after_is_now(self, model):
         fresh = 2
@@ -234,7 +236,7 @@ def test_rollouts_after_one_prompt_alone_are_split_one_by_one(model):
 @pytest.mark.parametrize("value", [-3.0, 2.0])
 def test_it_starts_from_the_rate_of_the_labels(model, auxiliary, value):
     auxiliary.value.bias.data.fill_(value)
-    samples = encode(model, ROLLOUTS, 0, soft_labels=False, bootstrap=True)
+    samples = encode(model, ROLLOUTS, 0, bootstrap=True)
     fit(auxiliary, samples, **STANDING_STILL)
     known = samples[samples.labelled.nonzero()[:, 0]]
     with torch.no_grad():

@@ -18,6 +18,7 @@ TRAINING = {
     "A label in words": ("corpus.NAME.label.", ["data/labels.py:VerbalisedLabel"]),
     "Each regulariser": ("regularisers.NAME.", ["training/config.py:Regulariser"]),
     "A regulariser's target": ("regularisers.NAME.target.", ["training/dual_ascent.py:TargetOptions"]),
+    "A regulariser's share": ("regularisers.NAME.share.", ["training/shares.py:ShareOptions"]),
     "Training, with every field of TRL's SFTConfig (max_steps, learning_rate, ...)": (
         "",
         ["training/config.py:ConstrainedConfig"],

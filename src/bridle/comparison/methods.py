@@ -72,6 +72,7 @@ def sft(cell: Cell) -> Candidate:
 
 def filtration(cell: Cell) -> Candidate:
     """Fine-tuning on what is left of the corpus when the rows that violate are dropped."""
+    _refuse_shares(cell.recipe, "a share does not say which rows to drop")
     recipe = cell.learnt(regularisers={})
     rows, counts = recipe.read_corpus(), {}
     for domain in rows:
@@ -211,8 +212,16 @@ def description(name: str) -> str:
     return f"{said.rstrip('.')}: {value}." if value else said
 
 
+def _refuse_shares(recipe: Recipe, reason: str) -> None:
+    """Refuses a recipe with a regulariser that asks for a share."""
+    for name, regulariser in recipe.regularisers.items():
+        if regulariser.share is not None:
+            raise UserError(f"regularisers.{name}.share: {reason}; leave the method out")
+
+
 def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path | None = None) -> Candidate:
     """TRL's reinforcement learning from the plainly tuned model, on the prompts of the regulariser's rollouts."""
+    _refuse_shares(cell.recipe, "its reward would make all outputs comply")
     start, options = cell.candidate("sft").model, options_of("rl", cell.recipe)
     recipe = cell.sampling_from(start)
     prompts, constraint, max_new_tokens = _rollout_prompts(recipe, cell.folder)

@@ -19,6 +19,7 @@ from bridle.errors import UserError, prefixed
 from bridle.training.dual_ascent import TargetOptions
 from bridle.training.engine import SamplerOptions
 from bridle.training.options import check_needed, check_refused, in_one_line
+from bridle.training.shares import ShareOptions
 from bridle.utils.settings import check_fields, check_file_name, known_name
 from bridle.utils.variables import NO_VARIABLES
 
@@ -52,6 +53,7 @@ class Regulariser:
         weight: λ, the strength of KL(q ‖ p_θ) against the corpus's cross-entropy, ≥ 0; with a `target`, the value
             that it begins with.
         target: the highest violation, in place of a fixed λ: after each round λ moves towards it.
+        share: the share of outputs that shall comply, in place of all of them: `{at_least: 0.4, at_most: 0.6}`.
         anchor: the model p_a that q is built on. `live`: the policy itself, detached, which needs no extra
             forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
         kl_on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`.
@@ -73,6 +75,7 @@ class Regulariser:
     constraint: Constraint | None = None
     weight: float = 4.0
     target: TargetOptions | None = None
+    share: ShareOptions | None = None
     anchor: Literal["live", "previous", "initial"] = "live"
     kl_on: Literal["corpus", "rollouts", "both"] = "corpus"
     rollouts_of: Literal["anchor", "policy"] = "anchor"
@@ -99,6 +102,8 @@ class Regulariser:
             raise UserError("prompts: retention has rollouts only with kl_on: rollouts or both; set that too")
         if self.target is not None:
             self._check_target(self.target)
+        if self.share is not None:
+            self._check_share()
 
     def _check_target(self, target: TargetOptions) -> None:
         if self.is_retention:
@@ -112,6 +117,18 @@ class Regulariser:
                 f"weight: {self.weight:g} is where λ begins, outside target.least {target.least:g} and target.most "
                 f"{target.most:g}"
             )
+
+    def _check_share(self) -> None:
+        refused = {
+            "constraint": (self.is_retention, "retention asks no constraint; name the one whose share it is"),
+            "target": (self.target is not None, "is a highest violation, and a share has a range; leave one out"),
+            "soft_labels": (self.soft_labels, "a share counts outputs; leave it out"),
+            "guidance_scale": (self.guidance_scale != 1, "the share says how strong q is; leave it at 1"),
+            "anchor": (self.anchor == "initial", "initial is measured once, and the policy not; set live or previous"),
+        }
+        for name, (is_given, reason) in refused.items():
+            if is_given:
+                raise UserError(f"{name}: {reason}")
 
     @property
     def is_retention(self) -> bool:

@@ -103,7 +103,7 @@ def encode(
     *,
     fresh: int | None = None,
     traces: Mapping[int, Trace] | None = None,
-    soft_labels: bool = False,
+    label: Callable[[Rollout], float | bool | None] = lambda rollout: rollout.complies,
     bootstrap: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Examples:
@@ -116,7 +116,7 @@ def encode(
         fresh: how many of the first were drawn from p_a itself; all if not given. The others hold their tokens'
             log-probabilities at drawing.
         traces: by row, how it was drawn, for its hidden states; labels of a row that another engine drew are weighted.
-        soft_labels: use the constraint's value and not its yes or no.
+        label: what R is fitted to; by default the constraint's yes or no.
         bootstrap: label a cut rollout with R's own estimate at the cut.
         dtype: of mixed precision, as in `policy_forward`.
     """
@@ -136,7 +136,7 @@ def encode(
         weights[old] = _weights(model, [rollouts[row] for row in old], hidden[old], completion[old], mask[old], dtype)
     sought = torch.tensor([rollout.sought for rollout in rollouts])
     weights[torch.arange(mask.shape[1]) < sought[:, None] - 1] = 0  # position j scores the first j + 1 tokens
-    compliance = [rollout.value if soft_labels else rollout.complies for rollout in rollouts]
+    compliance = [label(rollout) for rollout in rollouts]
     return Examples(
         hidden=hidden,
         completion=completion,

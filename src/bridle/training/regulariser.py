@@ -127,12 +127,13 @@ class DomainRegulariser(StatefulRegulariser):
                     self.rollout_cursor = 0
                 with timed(seconds, "seconds_scoring"):
                     score_rollouts(self.rollouts, self.constraint, scoring)
+            tilted = self.set_tilt()
             with timed(seconds, "seconds_fitting"):
                 fitted = self._fit_on_corpus() | self._fit(round_index, traces)
         self.has_begun = True
         cut = sum(gathered(self.constraint.cut_texts() - cut_before))
         measured = {**measure_rollouts(self.rollouts), **({"truncated": cut} if cut else {}), **fitted}
-        return measured | seconds
+        return measured | tilted | seconds
 
     def _sampled_model(self, is_anchor: bool) -> AbstractContextManager[None]:
         """Inside the block the model is the anchor, or else the policy, which `live` and `previous` anchors are."""
@@ -174,7 +175,7 @@ class DomainRegulariser(StatefulRegulariser):
         fresh = [self.rollouts[place] for place in places]
         plain = sum(not rollout.sought for rollout in fresh)
         replayed = [rollout for rollout in self.replayed if self._teaches(rollout)]
-        new, known = ({self._label(rollout) for rollout in some} for some in (fresh, replayed))
+        new, known = ({self.label(rollout) for rollout in some} for some in (fresh, replayed))
         fit = "fitted" if len(new) > 1 else "replay" if len(new | known) > 1 else "kept" if self.is_fitted else "none"
         if not fresh or (fit in ("kept", "none") and not self.is_fitted):
             return {"fit": fit}
@@ -210,7 +211,7 @@ class DomainRegulariser(StatefulRegulariser):
             "corpus_outputs_missing": sum(output.complies is None for output in outputs),
         }
         outputs = [output for output in outputs if self._teaches(output)]
-        if len({self._label(output) for output in outputs}) < 2:
+        if len({self.label(output) for output in outputs}) < 2:
             return counts  # nothing to learn
         examples = self._encode(outputs)
         report = self._fit_auxiliary(examples, len(examples), "fitting R on the corpus", "fitting on the corpus")
@@ -222,7 +223,7 @@ class DomainRegulariser(StatefulRegulariser):
             self.model,
             rollouts,
             self.tokenizer.pad_token_id,
-            soft_labels=self.options.soft_labels,
+            label=self.label,
             bootstrap=self.config.truncated == "bootstrap",
             dtype=self.config.autocast_dtype,
             **known,
@@ -246,9 +247,6 @@ class DomainRegulariser(StatefulRegulariser):
     def _teaches(self, rollout: Rollout) -> bool:
         """Whether R is fitted on a rollout: it has a label, and no cut that `truncated` masks."""
         return rollout.complies is not None and (rollout.finished or self.config.truncated != "mask")
-
-    def _label(self, rollout: Rollout) -> float | bool | None:
-        return rollout.value if self.options.soft_labels else rollout.complies
 
     # ------------------------------------------------------------------ the update
 

@@ -23,6 +23,7 @@ from bridle.models.sharding import in_shards, trainable, whole
 from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.dual_ascent import DualState
 from bridle.training.running_means import Totals
+from bridle.training.shares import Tilt, tilt_of
 from bridle.utils.distributed import is_main
 from bridle.utils.files import atomic_files, read_json, write_json
 
@@ -130,6 +131,7 @@ class StatefulRegulariser:
         has_begun: a round has run, so there is an anchor.
         rollout_cursor: rollouts taken by updates since the start of the round.
         targets: precomputed ones, see `precomputed`.
+        tilt: what the round's labels are, if it has a share.
         dual: λ and its steps, if it has a target and a round has been measured. The policy's process alone steers.
     """
 
@@ -149,6 +151,7 @@ class StatefulRegulariser:
     rollout_cursor: int = field(init=False, default=0)
     targets: TargetCache | TargetShelf | None = field(init=False, default=None)
     dual: DualState | None = field(init=False, default=None)
+    tilt: Tilt | None = field(init=False, default=None)
 
     @property
     def settled(self) -> bool:
@@ -165,6 +168,20 @@ class StatefulRegulariser:
         """C; none for retention."""
         assert self.options.constraint is not None, "retention asks no oracle"
         return self.options.constraint
+
+    def set_tilt(self) -> dict[str, Any]:
+        """Measures the round's share, if the regulariser has one; where it is allowed as it is, R is not needed."""
+        self.tilt = tilt_of(self.options.share, self.rollouts)
+        if self.tilt is None:
+            return {}
+        self.is_fitted &= self.tilt.weight != 0
+        return {"tilt": self.tilt.weight}
+
+    def label(self, rollout: Rollout) -> float | bool | None:
+        """What R is fitted to for a rollout; None without a score."""
+        if self.tilt is not None and rollout.complies is not None:
+            return self.tilt.degree(rollout.complies)
+        return rollout.value if self.options.soft_labels else rollout.complies
 
     def state(self, measured: dict[str, Any] | None = None) -> RegulariserState:
         """Everything that the next updates and rounds depend on, and the last round's metrics."""
