@@ -25,8 +25,8 @@ Constraints = Annotated[
     typer.Option(
         metavar="SPEC",
         help="classifier:MODEL,label=toxic,threshold=0.5 | guard:MODEL,family=llama-guard | words:FILE | "
-        "regex:PATTERN | python:module:function | RECIPE.yaml:name | a mapping in YAML, as in a recipe. Give it several "
-        "times to see the oracle that was trained on beside an independent one.",
+        "regex:PATTERN | python:module:function | RECIPE.yaml:name | a mapping in YAML, as in a recipe. Give it "
+        "several times to see the oracle that was trained on beside an independent one.",
     ),
 ]
 HeldOut = Annotated[list[str] | None, typer.Option(metavar="FILE", help="Held-out text; may be given several times.")]
