@@ -99,9 +99,26 @@ def test_a_colocated_vllm_takes_its_share(recipe_of, sleep):
     recipe = recipe_of()
     sampler = SamplerOptions(engine="vllm", gpu_memory=0.4, sleep=sleep)
     planned = memory_plan(replace(recipe, training=recipe.training | {"sampler": sampler}), memory=10)
-    assert planned.phases["it samples"] == 4 * GIB
+    assert planned.phases["it samples"] == (4 * GIB if sleep else 0)
     assert planned.reserved == (0 if sleep else 4 * GIB)
     assert any("vLLM" in line for line in planned.lines(1, 10)) != sleep
+
+
+def test_rollouts_that_retention_looks_at_count(recipe_of):
+    """They ride in the update, and are drawn."""
+    keys = {"regularisers.domain-0.constraint": "retention"}
+    corpus, rollouts = (
+        memory_plan(recipe_of(**keys, **{"regularisers.domain-0.kl_on": where})) for where in ("corpus", "rollouts")
+    )
+    assert rollouts.phases["it updates"] > 1.7 * corpus.phases["it updates"]
+    assert rollouts.phases.keys() - corpus.phases.keys() == {"it samples"}
+
+
+def test_a_plan_for_gpus_needs_none(recipe_of):
+    """A recipe for GPUs may ask for half precision, which a machine without one refuses to train in."""
+    plain, half = (memory_plan(recipe_of(**options)) for options in ({}, {"bf16": False}))
+    assert memory_plan(replace(recipe_of(), training=recipe_of().training | {"bf16": True})) == plain
+    assert half.phases["it updates"] > plain.phases["it updates"]
 
 
 def test_a_model_of_seven_billion_takes_no_memory_here(bridle, recipe_of, tmp_path):

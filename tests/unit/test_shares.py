@@ -113,13 +113,21 @@ def test_a_run_moves_the_share(tiny_folder, tmp_path, options):
     assert not [text for texts in logged(trainer, "warnings") for text in texts if "violations rose" in text]
 
 
-def test_where_the_share_is_allowed_the_term_is_off(tiny_folder, tmp_path):
-    held = Regulariser(NO_E, kl_on="rollouts", share={"at_least": 0.05, "at_most": 0.95})
+@pytest.mark.parametrize("anchor", ["live", "previous"])
+def test_where_the_share_is_allowed_the_term_is_off(tiny_folder, tmp_path, anchor):
+    held = Regulariser(NO_E, kl_on="rollouts", anchor=anchor, share={"at_least": 0.05, "at_most": 0.95})
     trainer = trainer_of(tiny_folder(), tmp_path, {"rude": held})
+    (regulariser,) = trainer.regularisers
+    regulariser.is_fitted = True  # in a round whose share was not allowed
     trainer.train()
     assert logged(trainer, "rude/tilt") == [0.0, 0.0]
-    assert logged(trainer, "rude/fit") == ["none", "none"]
     assert not any(logged(trainer, "rude/term_on"))
+    assert not [text for texts in logged(trainer, "warnings") for text in texts if "label" in text]
+    state = regulariser.state()
+    regulariser.tilt = None
+    assert regulariser.active
+    regulariser.load_state(state)
+    assert not regulariser.active
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,8 @@ def _write_card(certificate: Any, output: Path) -> None:
     """Writes the certificate's block into the card of the certified model, if its folder has one."""
     from bridle.models.card import CARD_FILE, add_certificate
 
+    if common.is_url(certificate.certified.model):
+        return
     folder = Path(certificate.certified.model)
     if (folder / CARD_FILE).is_file():
         say(f"It is in the model card {add_certificate(folder, **certificate.public().card(output.name))}, too.")

@@ -29,7 +29,7 @@ StopBelow = Annotated[
     ),
 ]
 Redraw = Annotated[
-    int | None, typer.Option(min=0, help="Draw a stopped completion again so often; after that it is withheld.")
+    int | None, typer.Option(min=0, help="How often to draw a stopped completion again; after that it is withheld.")
 ]
 
 

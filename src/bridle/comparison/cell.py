@@ -25,6 +25,10 @@ from bridle.utils.variables import Variables
 RESULTS, CANDIDATE, FAILED = "results.json", "candidate.json", "failed.json"
 
 
+PRECOMPUTED = ("targets", "target_cache")
+"""Keys that need a frozen anchor."""
+
+
 @dataclass
 class Candidate:
     """A model to measure.
@@ -70,7 +74,11 @@ class Cell:
 
     def variant(self, **changes: Any) -> Recipe:
         """The recipe with this cell's seed and some changed keys; nothing is pushed."""
-        return build_recipe({**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes})
+        mapping = {**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes}
+        recipe = build_recipe(mapping)
+        if all(one.anchor == "live" for one in recipe.regularisers.values()):  # nothing is left to build ahead
+            recipe = build_recipe({key: value for key, value in mapping.items() if key not in PRECOMPUTED})
+        return recipe
 
     def learnt(self, **changes: Any) -> Recipe:
         """As `variant`, without the domains that are held and not learnt, which only `constrained-adaptive` has."""

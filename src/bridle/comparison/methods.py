@@ -26,6 +26,7 @@ from bridle.errors import RunStopped, UserError
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import Recipe
 from bridle.recipes.run import SHAPES_NOTHING, build_trainer
+from bridle.training.engine import release
 from bridle.utils.files import read_json, write_json
 from bridle.utils.settings import build, check_keys, known_name
 
@@ -285,6 +286,7 @@ def _used_constraints(recipe: Recipe) -> dict[str, Any]:
 
 def free_memory() -> None:
     """Frees the memory of a method's models before the next method loads its own."""
+    release()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -129,7 +129,11 @@ def interleave(cell: Cell) -> Candidate:
         rows[name] = rows[name].shuffle(seed=cell.seed).select(range(count))
     given = cell.recipe.resolved["corpus"]
     corpus = {name: {**given[name], "learn": True, "weight": weights[name]} for name in rows}
-    return cell.train(cell.variant(corpus=corpus, regularisers={}), rows)
+    changes: dict[str, Any] = {"corpus": corpus, "regularisers": {}}
+    if (evaluated := cell.recipe.resolved.get("eval")) and evaluated.get("corpus"):
+        kept = {name: text for name, text in evaluated["corpus"].items() if name in corpus}
+        changes["eval"] = {**evaluated, "corpus": kept}
+    return cell.train(cell.variant(**changes), rows)
 
 
 METHODS: dict[str, Callable[[Cell], Candidate]] = {

@@ -105,7 +105,8 @@ class ServedModel(Completer):
     def _check_varied(self, drawn: Sequence[Sequence[str]], how: GenerationOptions) -> None:
         """Refuses samples that are the same for every prompt: `transformers serve` ignores a temperature of models
         whose generation_config.json does not say `do_sample`."""
-        if how.temperature >= 1 and how.samples > 1 and all(len(set(texts)) == 1 for texts in drawn):
+        is_drawn = how.temperature >= 1 and how.top_p == 1 and not how.greedy
+        if is_drawn and min(how.samples, len(drawn)) > 1 and all(len(set(texts)) == 1 for texts in drawn):
             raise UserError(
                 f"{self.url}: gave the same completion {how.samples} times for every prompt, so it decodes greedily "
                 "whatever the temperature; set do_sample in the model's generation_config.json, or measure --greedy"

@@ -6,7 +6,7 @@ A forward of an update's rows then shows what autograd keeps for the backward, o
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,7 +85,8 @@ def memory_plan(
     Raises:
         UserError: the configuration cannot be read.
     """
-    config = recipe.config("unused")
+    anywhere = {key: value for key, value in recipe.training.items() if key not in ("bf16", "fp16")}
+    config = replace(recipe, training=anywhere | {"use_cpu": True}).config("unused")
     dtype = torch_dtype(recipe.dtype)
     unfilled = meta_model(load_config(recipe.model), dtype, recipe.lora)
     with torch.device("meta"):
@@ -105,17 +106,26 @@ def memory_plan(
         if learnt:
             held["R"] = learnt * auxiliary
         phases = {
-            "it updates": _update(model, config, recipe, dtype, torch.device(device))
+            "it updates": _update(model, config, recipe, autocast_of(recipe, device), torch.device(device))
             + (weights / _layers(model) if shard else 0)
         }
-        if learnt:
+        if any(one.samples for one in regularisers):
             phases["it samples"] = _sampling(model, config, dtype)
+        if learnt:
             phases["R is fitted"] = 4 * auxiliary + _fitting(model, config)  # its average, gradients, two moments
     sampler = config.sampler
     colocated = sampler.engine == "vllm" and sampler.mode == "colocate"
+    of_engine = sampler.gpu_memory * memory * GIB if colocated else 0.0
     if colocated:
-        phases["it samples"] = sampler.gpu_memory * memory * GIB
-    return MemoryPlan(held, phases, sampler.gpu_memory * memory * GIB if colocated and not sampler.sleep else 0.0)
+        phases["it samples"] = of_engine if sampler.sleep else 0.0
+    return MemoryPlan(held, phases, 0.0 if sampler.sleep else of_engine)
+
+
+def autocast_of(recipe: Recipe, device: str) -> torch.dtype | None:
+    """The dtype of an update's matrix products; by default bfloat16 on a GPU, and the weights' own on a CPU."""
+    if recipe.training.get("fp16"):
+        return torch.float16
+    return torch.bfloat16 if recipe.training.get("bf16", device == "cuda") else None
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype, lora: LoraOptions | None) -> Any:
@@ -159,20 +169,18 @@ def kept_for_backward(model: nn.Module, rows: int, length: int, autocast: torch.
 
 
 def _update(
-    model: nn.Module, config: ConstrainedConfig, recipe: Recipe, dtype: torch.dtype, device: torch.device
+    model: nn.Module, config: ConstrainedConfig, recipe: Recipe, autocast: torch.dtype | None, device: torch.device
 ) -> float:
-    """Activations of a micro-batch: its rows of the corpus, and a rollout beside each."""
+    """Activations of a micro-batch: its rows of the corpus, and the rollouts beside each."""
     own = causal_lm(model).config.get_text_config()
     longest = min(config.max_length or own.max_position_embeddings, own.max_position_embeddings)
-    riding = any(one.kl_on != "corpus" and not one.is_retention for one in recipe.regularisers.values())
-    rows = config.per_device_train_batch_size * (2 if riding else 1)
-    autocast = config.autocast_dtype
-    if device.type == "cuda" and not config.fp16 and recipe.training.get("bf16") is None:
-        autocast = torch.bfloat16
+    looking = [one.domains(recipe.corpus) for one in recipe.regularisers.values() if one.kl_on != "corpus"]
+    riding = max(sum(name in domains for domains in looking) for name in recipe.corpus)
+    rows = config.per_device_train_batch_size * (1 + riding)
     kept = float(kept_for_backward(model, rows, longest, autocast))
     states = rows * longest * own.hidden_size
     if config.gradient_checkpointing:  # a layer's inputs, and one whole layer that is computed again
-        kept = kept / _layers(model) + _layers(model) * states * (autocast or dtype).itemsize
+        kept = kept / _layers(model) + _layers(model) * states * (autocast or model.dtype).itemsize
     vocabulary = len(causal_lm(model).get_output_embeddings().weight)
     chunk = min(rows * longest, chunk_rows(device, vocabulary)) * vocabulary
     return kept + 3 * 4 * chunk + 2 * 4 * states

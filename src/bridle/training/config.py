@@ -53,7 +53,7 @@ class Regulariser:
         weight: λ, the strength of KL(q ‖ p_θ) against the corpus's cross-entropy, ≥ 0; with a `target`, the value
             that it begins with.
         target: the highest violation, in place of a fixed λ: after each round λ moves towards it.
-        share: the share of outputs that shall comply, in place of all of them: `{at_least: 0.4, at_most: 0.6}`.
+        share: the share of outputs that comply, in place of all of them: `{at_least: 0.4, at_most: 0.6}`.
         anchor: the model p_a that q is built on. `live`: the policy itself, detached, which needs no extra
             forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
         kl_on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`.

@@ -84,7 +84,7 @@ def _sample(
     """All processes call this; each draws its share of the prompts and returns all completions."""
     engine = _engine(options, model, tokenizer, max_new_tokens, list(end_token_ids))
     engine.sync_weights()
-    size = -(-len(prompts) // world())  # the server's mode wants as many of every process
+    size = -(-len(prompts) // world())  # in server mode every process must have as many
     mine = [index % len(prompts) for index in range(rank() * size, (rank() + 1) * size)]
     _, completions, log_probs, _ = engine.generate([list(prompts[index]) for index in mine], None, 1)
     drawn = {
@@ -97,8 +97,13 @@ def _sample(
     return [traces[index].tokens for index in range(len(prompts))]
 
 
-_running: list[tuple[PreTrainedModel, Any]] = []
-"""The policy and its engine, which takes minutes to start and much of a GPU: at most one."""
+_running: list[tuple[PreTrainedModel, tuple, Any]] = []
+"""The policy, the engine's settings and the engine, which takes minutes to start and much of a GPU: at most one."""
+
+
+def release() -> None:
+    """Lets go of the engine and its policy."""
+    _running.clear()
 
 
 def _engine(
@@ -108,8 +113,9 @@ def _engine(
     max_new_tokens: int,
     end_token_ids: list[int],
 ) -> Any:
-    if not _running or _running[0][0] is not model:
-        _running.clear()
+    settings = (*vars(options).values(), max_new_tokens)
+    if not _running or _running[0][0] is not model or _running[0][1] != settings:
+        release()
         from accelerate import Accelerator
         from trl.generation import vllm_generation
 
@@ -119,7 +125,10 @@ def _engine(
             where |= {"tensor_parallel_size": options.tensor_parallel}
         how = {"max_completion_length": max_new_tokens, "generation_kwargs": {"stop_token_ids": end_token_ids}}
         try:
-            _running.append((model, vllm_generation.VLLMGeneration(model, Accelerator(), tokenizer, **where, **how)))
-        except (ImportError, ConnectionError, ValueError) as error:
+            started = vllm_generation.VLLMGeneration(model, Accelerator(), tokenizer, **where, **how)
+        except ImportError as error:
+            raise UserError('sampler: engine: vllm needs the package vllm; run pip install "bridle[vllm]"') from error
+        except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"sampler: vLLM cannot start: {first_line(error)}") from error
-    return _running[0][1]
+        _running.append((model, settings, started))
+    return _running[0][2]

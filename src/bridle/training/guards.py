@@ -158,6 +158,8 @@ def _of_regulariser(name: str, record: Measured) -> Measured:
 
 def _of_labels(now: Measured) -> Iterator[str]:
     advice = "more rollouts_per_round or harder prompts would show the constraint more"
+    if now.get("tilt") == 0:
+        return  # the share is allowed, and no label need differ
     if now.get("fit") == "kept":
         yield f"every label is alike, so R learnt nothing new and stays as the last round left it; {advice}"
     if now.get("fit") == "none":

@@ -93,7 +93,7 @@ class DomainRegulariser(StatefulRegulariser):
         has been fitted.
         """
         begun = self.is_fitted or (self.anchor is not None and self.has_begun)
-        return self.options.weight > 0 and begun
+        return self.options.weight > 0 and begun and not self.is_allowed
 
     # ------------------------------------------------------------------ a round
 

@@ -204,7 +204,7 @@ def _check_confidence(name: str, target: TargetOptions | None, samples: int) -> 
         needed = ceil(log(1 - target.confidence) / log(1 - target.rate))
         raise UserError(
             f"rollouts_per_round: {samples} cannot show regularisers.{name}.target, at most {target.rate:.3g} with "
-            f"{target.confidence:.0%} confidence; set at least {needed}, better four times as many"
+            f"{100 * target.confidence:g}% confidence; set at least {needed}, better four times as many"
         )
 
 

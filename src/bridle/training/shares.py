@@ -22,7 +22,7 @@ from bridle.utils.settings import check_fields
 
 @dataclass
 class ShareOptions:
-    """The share of outputs that shall comply.
+    """The share of outputs that should comply.
 
     Attributes:
         at_least: the lowest share.
@@ -56,7 +56,7 @@ class Tilt:
     weight: float
 
     def degree(self, complies: bool) -> float:
-        """C of an output, 1 for the kind that shall be more frequent."""
+        """C of an output, 1 for the kind that should be more frequent."""
         return exp(min(self.weight, 0.0)) if complies else exp(min(-self.weight, 0.0))
 
 

@@ -64,6 +64,7 @@ class PlainState:
         rollout_cursor: rollouts taken by updates since the start of the round.
         is_fitted: whether R has been fitted.
         has_begun: whether a round has run.
+        tilt: w of the round's share; None without one.
         provenance: the data that R was fitted on.
         measured: the round's metrics.
     """
@@ -71,6 +72,7 @@ class PlainState:
     rollout_cursor: int  # required, so that a state with its old name is refused
     is_fitted: bool = False
     has_begun: bool = False
+    tilt: float | None = None
     provenance: dict[str, Any] | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
@@ -170,12 +172,16 @@ class StatefulRegulariser:
         return self.options.constraint
 
     def set_tilt(self) -> dict[str, Any]:
-        """Measures the round's share, if the regulariser has one; where it is allowed as it is, R is not needed."""
+        """Measures the round's share, if the regulariser has one."""
         self.tilt = tilt_of(self.options.share, self.rollouts)
         if self.tilt is None:
             return {}
-        self.is_fitted &= self.tilt.weight != 0
         return {"tilt": self.tilt.weight}
+
+    @property
+    def is_allowed(self) -> bool:
+        """Whether the round's share is allowed as it is, so that nothing need change."""
+        return self.tilt is not None and self.tilt.weight == 0
 
     def label(self, rollout: Rollout) -> float | bool | None:
         """What R is fitted to for a rollout; None without a score."""
@@ -189,6 +195,7 @@ class StatefulRegulariser:
         return RegulariserState(
             is_fitted=self.is_fitted,
             has_begun=self.has_begun,
+            tilt=None if self.tilt is None else self.tilt.weight,
             rollout_cursor=self.rollout_cursor,
             rollouts=self.rollouts,
             replayed=self.replayed,
@@ -203,6 +210,7 @@ class StatefulRegulariser:
         if not self.settled:
             self.targets = None  # they were built on another R or anchor
         self.is_fitted, self.has_begun = state.is_fitted, state.has_begun
+        self.tilt = None if state.tilt is None else Tilt(state.tilt)
         self.rollouts, self.replayed, self.rollout_cursor = state.rollouts, state.replayed, state.rollout_cursor
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(state.auxiliary)

@@ -65,7 +65,7 @@ def report_targets(regularisers: Iterable[DomainRegulariser], supervisor: Superv
         if shown > limit:
             found = _in_words(options, len(violations), value, low, high, limit)
             if value <= limit:
-                found += f" with {options.confidence:.0%} confidence: the bound is {shown:.1%}"
+                found += f" with {100 * (options.confidence or 0):g}% confidence: the bound is {shown:.1%}"
             causes = "; ".join(_causes(name, dual, options, log))
             supervisor.warn(f"{name}: the target is missed: {found}. {causes}", **record)
         else:
