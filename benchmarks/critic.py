@@ -178,7 +178,7 @@ class World:
             self.model,
             rollouts,
             self.tokenizer.pad_token_id,
-            soft_labels=soft_labels,
+            label=(lambda one: one.value) if soft_labels else (lambda one: one.complies),
             bootstrap=self.config.truncated == "bootstrap",
             dtype=self.config.autocast_dtype,
         )

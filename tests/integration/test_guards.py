@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from bridle.errors import RunStopped
 from bridle.recipes.metrics import MetricsFile
-from bridle.training import rollouts
+from bridle.training import engine
 from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import AuxiliaryOptions, Regulariser
 from bridle.training.worker import LocalWorker
@@ -203,8 +203,8 @@ class TestRounds:
     def test_rollouts_that_say_nothing(self, tiny_folder, tmp_path, monkeypatch):
         trainer = make(tiny_folder, tmp_path)
         silence = [trainer.processing_class.eos_token_id]
-        sample = rollouts.sample
-        monkeypatch.setattr(rollouts, "sample", lambda *a, **k: [silence] * 8 + sample(*a, **k)[8:])
+        sample = engine.sample
+        monkeypatch.setattr(engine, "sample", lambda *a, **k: [silence] * 8 + sample(*a, **k)[8:])
         trainer.train()
         assert min(logged(trainer, "rude/rollouts_empty")) >= 8
         assert [

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bridle.training.engine as engine
 import bridle.training.regulariser as regulariser
-import bridle.training.rollouts as rollouts
 from bridle.comparison.compare import Comparison
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import train
@@ -64,7 +64,7 @@ def test_the_update_is_finished_and_the_run_goes_on_to_the_same_weights(recipe, 
 
 
 def test_in_a_round_it_stops_at_once_and_the_last_checkpoint_is_named(recipe, tmp_path, signalled):
-    signalled(rollouts, "sample", 2)
+    signalled(engine, "sample", 2)
     folder = tmp_path / "run"
     assert interrupted(recipe(), folder) == f"{folder / 'checkpoint-2'} is kept"
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 PLACES = {
     "before anything is written": ("bridle.recipes.run:build_trainer", 1),
-    "sampling": ("bridle.training.rollouts:sample", 2),
+    "sampling": ("bridle.training.engine:sample", 2),
     "scoring": ("bridle.training.regulariser:score_rollouts", 1),
     "fitting R": ("bridle.training.regulariser:fit_auxiliary", 2),
     "a step of the policy": ("bridle.training.regulariser:DomainRegulariser.target", 6),
