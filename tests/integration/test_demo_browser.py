@@ -1,7 +1,6 @@
 """The demo as people meet it: in a browser, with a mouse, a keyboard, a phone."""
 
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,10 +16,9 @@ import tiny_tokenizers
 from bridle.constraints import Remote, WordList, build_constraint
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.loading import load_model
+from browsing import axe, launched, needs_chromium, watching
 from loopback import ok, serving
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn, which serves the page, is not installed")
 pytest.importorskip("gradio", reason="gradio, which makes the page, is not installed")
 
@@ -29,8 +27,6 @@ from bridle.demo.session import Session  # noqa: E402
 from bridle.demo.subject import subject_of  # noqa: E402
 from bridle.demo.writing import Writing  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
 SCRIPTS = [
     template.replace("N", str(number))
     for number in range(40)
@@ -43,7 +39,7 @@ SCRIPTS = [
     )
 ]
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -89,34 +85,24 @@ def address(session):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def visit(browser, address):
     """Opens the page; nothing may be asked of another host, and nothing may complain or open a dialogue."""
-    contexts, requests, complaints = [], [], []
 
     def _visit(**options):
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
+        page = watch.page(**options)
         page.set_default_timeout(20_000)
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
         page.goto(address)
         page.get_by_role("button", name="Write").wait_for()
         return page
 
-    yield _visit
-    assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
-    assert complaints == []
-    for context in contexts:
-        context.close()
+    with watching(browser) as watch:
+        yield _visit
+        assert [url for url in watch.requests if not url.startswith((address, "data:", "blob:"))] == []
 
 
 @pytest.fixture
@@ -132,6 +118,11 @@ def button(page, name):
 
 def number(page, label):
     return page.get_by_label(f"number input for {label}")
+
+
+def set_number(page, label, value):
+    number(page, label).fill(value)
+    number(page, label).press("Tab")
 
 
 def write(page, prompt="you never", tokens=8):
@@ -211,12 +202,10 @@ def test_hover_shows_p_r_and_q_of_what_gains_and_loses(visit):
 
 def test_the_sliders_act_on_the_next_tokens(visit, slowly):
     page = visit()
-    number(page, "Guidance scale η").fill("0")
-    number(page, "Guidance scale η").press("Tab")
+    set_number(page, "Guidance scale η", "0")
     write(page, tokens=100)
     page.locator(".written").nth(1).locator(".token").nth(5).wait_for()
-    number(page, "Guidance scale η").fill("9")
-    number(page, "Guidance scale η").press("Tab")
+    set_number(page, "Guidance scale η", "9")
     page.wait_for_timeout(500)
     button(page, "Stop").click()
     judged(page)
@@ -227,14 +216,12 @@ def test_the_sliders_act_on_the_next_tokens(visit, slowly):
 
 def test_a_low_temperature_takes_the_likeliest_token(visit):
     page = visit()
-    number(page, "Temperature").fill("0.1")
-    number(page, "Temperature").press("Tab")
+    set_number(page, "Temperature", "0.1")
     write(page, tokens=6)
     judged(page)
     text = page.locator(".tokens").first.text_content()
     cold = [chances(page, 0, place)["p"] for place in range(6)]
-    number(page, "Temperature").fill("2")
-    number(page, "Temperature").press("Tab")
+    set_number(page, "Temperature", "2")
     button(page, "Write").click()
     page.wait_for_function("(cold) => !document.querySelector('.tokens')?.textContent.startsWith(cold)", arg=text)
     judged(page)
@@ -244,8 +231,7 @@ def test_a_low_temperature_takes_the_likeliest_token(visit):
 
 def test_what_falls_below_the_bound_on_r_is_begun_anew_and_then_withheld(visit):
     page = visit()
-    number(page, "Stop and draw anew below R").fill("0.95")
-    number(page, "Stop and draw anew below R").press("Tab")
+    set_number(page, "Stop and draw anew below R", "0.95")
     write(page, tokens=24)
     judged(page)
     states = page.locator(".written").first.locator(".state").first.inner_text()

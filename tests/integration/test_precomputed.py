@@ -217,3 +217,9 @@ class TestKeptForOtherRuns:
     def test_it_needs_targets_that_are_precomputed(self, tmp_path):
         with pytest.raises(UserError, match="target_cache: keeps precomputed targets; set targets: precomputed"):
             config(tmp_path, target_cache="cache")
+
+    @pytest.mark.parametrize("kl_on", ["rollouts", "both"])
+    def test_without_anything_to_keep_it_is_refused(self, tiny_folder, tmp_path, kl_on):
+        held = {"plain": Regulariser(None, kl_on=kl_on), "rude": Regulariser(NO_E, anchor="previous")}
+        with pytest.raises(UserError, match="target_cache: keeps the targets of retention with kl_on: corpus"):
+            trainer_of(tiny_folder(), tmp_path, held, targets="precomputed", target_cache="cache")

@@ -1,20 +1,14 @@
 """The report as people meet it: in a browser, from the file system, with a mouse, a keyboard, a phone."""
 
 import itertools
-import shutil
 
 import pytest
 
 import report_folder
 from bridle.report.html import write_report
+from browsing import axe, launched, needs_chromium, watching
 
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -30,32 +24,22 @@ def run_report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def visit(browser, report):
     """Opens the report; whatever it asks for and complains about must have been nothing when the test ends."""
-    contexts, requests, complaints = [], [], []
 
     def _visit(**options):
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        page = watch.page(**options)
         page.goto(report.as_uri())
         return page
 
-    yield _visit
-    assert set(requests) == {report.as_uri()}
-    assert complaints == []
-    for context in contexts:
-        context.close()
+    with watching(browser) as watch:
+        yield _visit
+        assert set(watch.requests) == {report.as_uri()}
 
 
 def test_the_plots_are_there(visit):
@@ -296,7 +280,7 @@ def test_without_scripts_tables_and_samples_are_whole(visit):
 
 
 def test_a_plot_leads_to_its_rows(visit):
-    page = visit()
+    page = visit(reduced_motion="reduce")  # else the page scrolls there in its own time
     page.locator("section[aria-labelledby=tradeoff] figcaption a").click()
     assert page.url.endswith("#methods")
     assert page.locator("#methods").evaluate("(one) => one.getBoundingClientRect().top < innerHeight")

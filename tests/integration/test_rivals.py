@@ -145,3 +145,12 @@ def test_mistakes(compared, names, methods, said):
     recipe = build_recipe({**yaml.safe_load(compared().read_text()), "methods": methods})
     with pytest.raises(UserError, match=said):
         chosen(names, recipe)
+
+
+def test_methods_without_the_held_domain_have_nothing_to_build_ahead(bridle, compared, tmp_path):
+    """`targets: precomputed` is for the retention that only `constrained-adaptive` and `sft-kl` have."""
+    path = compared(targets="precomputed", target_cache=str(tmp_path / "cache"))
+    names = "constrained,constrained-adaptive,nado-decoding,sft-kl"
+    code, _, err = bridle("compare", path, "--methods", names, "--output_dir", tmp_path / "out")
+    assert code == 0, err
+    assert list((tmp_path / "cache").iterdir())

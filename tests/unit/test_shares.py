@@ -1,6 +1,7 @@
 """A share of the outputs: the tilt, its target on a world that can be enumerated, and a run."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from math import exp, log
 
@@ -14,6 +15,7 @@ from bridle.models.auxiliary import new_auxiliary
 from bridle.training.config import AuxiliaryOptions, Regulariser
 from bridle.training.examples import encode
 from bridle.training.fitting import fit_auxiliary
+from bridle.training.measures import measure_calibration
 from bridle.training.shares import ShareOptions, Tilt, tilt_of
 from trainers import NO_E, logged, trainer_of
 
@@ -111,6 +113,15 @@ def test_a_run_moves_the_share(tiny_folder, tmp_path, options):
     assert (shares[-1] - shares[0]) * (1 if rises else -1) > 0.1
     assert abs(tilts[-1]) < abs(tilts[0])
     assert not [text for texts in logged(trainer, "warnings") for text in texts if "violations rose" in text]
+
+
+def test_verdicts_are_counted_whatever_the_degrees_are(tiny_model):
+    """A tilt of less than log 2 leaves both degrees above a half."""
+    model = tiny_model()
+    drawn = [replace(one, prompt_ids=[1, 5], completion_ids=[3, 4]) for one in rollouts(3, 5)]
+    examples = encode(model, drawn, 0, label=lambda one: Tilt(0.3).degree(one.complies))
+    assert examples.compliance.min() > 0.5
+    assert measure_calibration(new_auxiliary(model), examples)["r_violating"] == 5
 
 
 @pytest.mark.parametrize("anchor", ["live", "previous"])

@@ -25,10 +25,6 @@ from bridle.utils.variables import Variables
 RESULTS, CANDIDATE, FAILED = "results.json", "candidate.json", "failed.json"
 
 
-PRECOMPUTED = ("targets", "target_cache")
-"""Keys that need a frozen anchor."""
-
-
 @dataclass
 class Candidate:
     """A model to measure.
@@ -76,9 +72,11 @@ class Cell:
         """The recipe with this cell's seed and some changed keys; nothing is pushed."""
         mapping = {**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes}
         recipe = build_recipe(mapping)
-        if all(one.anchor == "live" for one in recipe.regularisers.values()):  # nothing is left to build ahead
-            recipe = build_recipe({key: value for key, value in mapping.items() if key not in PRECOMPUTED})
-        return recipe
+        # A method without some of the regularisers may have nothing to build ahead, or to keep.
+        regularisers = recipe.regularisers.values()
+        idle = {"target_cache"} if not any(one.keeps_targets for one in regularisers) else set()
+        idle |= {"targets", "target_cache"} if all(one.anchor == "live" for one in regularisers) else set()
+        return build_recipe({key: value for key, value in mapping.items() if key not in idle}) if idle else recipe
 
     def learnt(self, **changes: Any) -> Recipe:
         """As `variant`, without the domains that are held and not learnt, which only `constrained-adaptive` has."""

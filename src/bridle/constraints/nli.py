@@ -66,6 +66,7 @@ class NLI(Classifier):
             raise UserError(f"{where}: needs one label that begins with 'entail'; its labels are: {known}")
         (self.label,) = labels
         super()._prepare(where, network)
+        self._one_by_one = False  # the labels exclude each other, whatever the configuration says of the head
 
     def _encode(self, texts: list[str], **options: Any) -> Any:
         cut = {"truncation": "only_first"} if options.get("truncation") else {}

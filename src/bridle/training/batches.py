@@ -140,18 +140,24 @@ def reachable(mask: Mask, shortest: int, longest: int, horizon: int) -> Mask:
     return np.where(mask[:, :1], of_text, depth <= horizon)
 
 
-def without_unread(inputs: dict[str, Any], looked_at: Collection[int]) -> dict[str, Any]:
+def without_unread(inputs: dict[str, Any], looked_at: Collection[int], joined: bool) -> dict[str, Any]:
     """Drops the rows that nothing looks at: prompts alone, and held rows of which only rollouts count.
+
+    A forward needs a row, so that one of two tokens is left where no other is.
 
     Args:
         inputs: a batch of the corpus, as for `append_rollouts`.
         looked_at: indices of the domains whose rows a regulariser looks at.
+        joined: whether rollouts will be added.
     """
     prefixes = inputs[PREFIXES]
     kept = prefixes.learnt | (np.isin(prefixes.domain, list(looked_at)) & prefixes.mask.any(-1))
     if kept.all():
         return inputs
-    rows, time = torch.from_numpy(kept), int(prefixes.tokens[kept].max(initial=1))
+    time = int(prefixes.tokens[kept].max(initial=1))
+    if not (kept.any() or joined):
+        kept[0], time = True, min(2, inputs["input_ids"].shape[1])
+    rows = torch.from_numpy(kept)
     prefixes = replace(prefixes[kept], mask=prefixes.mask[kept, : time - 1])
     cut = {key: inputs[key][rows.to(inputs[key].device), :time] for key in ("input_ids", "attention_mask", "labels")}
     return {**inputs, **cut, PREFIXES: prefixes}

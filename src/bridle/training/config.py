@@ -136,6 +136,11 @@ class Regulariser:
         return self.constraint is None
 
     @property
+    def keeps_targets(self) -> bool:
+        """Whether its targets are the same in every run, so that `target_cache` keeps them: retention, no rollouts."""
+        return self.is_retention and self.kl_on == "corpus"
+
+    @property
     def samples(self) -> bool:
         """Whether this regulariser draws rollouts: for its constraint, or to look at them."""
         return not self.is_retention or self.kl_on != "corpus"
@@ -366,7 +371,7 @@ class ConstrainedConfig(SFTConfig):
             row that occurs in several epochs of a round is computed once. Needs a frozen anchor; beside one, q of a
             `live` anchor is computed.
         target_tokens: k, how many tokens a precomputed target keeps; all others are one bucket.
-        target_cache: folder that keeps precomputed targets of retention on rows of the corpus: a row's is built once
+        target_cache: folder that keeps precomputed targets of retention with `kl_on: corpus`: a row's is built once
             for a model and k, for all runs that name the folder. None keeps none.
         truncated: what R learns from a rollout cut at `max_new_tokens`. `label`: the constraint's answer to the
             text up to there, which is exact where outputs are evaluated up to the same length; `mask`: nothing;

@@ -37,6 +37,7 @@ class Examples:
         completion: [n, time] token ids.
         mask: [n, time], true where the completion has a token.
         compliance: [n] labels in [0, 1].
+        complies: [n], the constraint's verdict.
         labelled: [n], whether the label is that of a whole output; else R's own estimate at the cut replaces it.
         weights: [n, time], weight of the label at each prefix: 1, except for replayed samples, and 0 where later tokens
             were not p_a's own, but drawn to seek a violation.
@@ -49,6 +50,7 @@ class Examples:
     completion: Tensor
     mask: Tensor
     compliance: Tensor
+    complies: Tensor
     labelled: Tensor
     weights: Tensor
     input_ids: Tensor
@@ -142,6 +144,7 @@ def encode(
         completion=completion,
         mask=mask,
         compliance=torch.tensor(compliance, dtype=torch.float32),  # a missing one raises
+        complies=torch.tensor([bool(rollout.complies) for rollout in rollouts]),
         labelled=torch.tensor([rollout.finished or not bootstrap for rollout in rollouts]),
         weights=weights,
         input_ids=input_ids,

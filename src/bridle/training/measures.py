@@ -73,7 +73,7 @@ def measure_calibration(auxiliary: AuxiliaryModel, examples: Examples) -> dict[s
     r_taken, labels = _predicted(auxiliary, examples)
     measured = calibration(r_taken.sigmoid(), labels)
     return {
-        "r_violating": int((examples.compliance < 0.5).sum()),
+        "r_violating": int((~examples.complies).sum()),
         "r_brier": measured.brier,
         "r_skill": measured.skill,
         "r_ece": measured.expected_calibration_error,

@@ -60,8 +60,7 @@ class PrecomputedTargets(TrainerCallback):
             self._remove_old_files(args)
             for regulariser in lacking:
                 rows = upcoming(self.regularisers, regulariser, train_dataloader, args, state, index)
-                kept = args.target_cache and regulariser.options.is_retention and not rows.rollouts
-                make = kept_targets if kept else make_targets
+                make = kept_targets if args.target_cache and regulariser.options.keeps_targets else make_targets
                 regulariser.targets = make(regulariser, rows, index)
             self.schedule.add_seconds("targets", time.perf_counter() - began)
 

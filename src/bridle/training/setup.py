@@ -185,6 +185,10 @@ def check_options(
                 f"rounds: {config.rounds} leave λ of regularisers.{name}.target as it begins; set at least {needed}"
             )
         _check_confidence(name, options.target, config.rollouts_per_round)
+    if config.target_cache is not None and not any(one.keeps_targets for one in regularisers.values()):
+        raise UserError(
+            "target_cache: keeps the targets of retention with kl_on: corpus; there is none, so leave it out"
+        )
     for name in arguments.keys() & NOT_TAKEN:
         raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
     if arguments.get("eval_dataset") is None and (config.eval_strategy != "no" or config.eval_on_start):

@@ -64,8 +64,8 @@ def report_targets(regularisers: Iterable[DomainRegulariser], supervisor: Superv
             shown = record[f"{name}/violation_bound"] = options.bound(int(sum(violations)), len(violations))
         if shown > limit:
             found = _in_words(options, len(violations), value, low, high, limit)
-            if value <= limit:
-                found += f" with {100 * (options.confidence or 0):g}% confidence: the bound is {shown:.1%}"
+            if options.confidence is not None and value <= limit:
+                found += f" with {100 * options.confidence:g}% confidence: the bound is {shown:.1%}"
             causes = "; ".join(_causes(name, dual, options, log))
             supervisor.warn(f"{name}: the target is missed: {found}. {causes}", **record)
         else:

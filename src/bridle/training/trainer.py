@@ -164,8 +164,8 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
                 self._total_train_tokens += tokens
         if self._riders:
             pad, multiple = self._tokenizer.pad_token_id, self.args.pad_to_multiple_of or 1
-            if of_batch := self._riders.popleft():
-                inputs = without_unread(inputs, self.regularisers.looked_at)
+            of_batch = self._riders.popleft()
+            inputs = without_unread(inputs, self.regularisers.looked_at, joined=bool(of_batch))
             for regulariser, rollouts in of_batch:
                 inputs = append_rollouts(inputs, rollouts, regulariser.index, pad, multiple)
         return super().training_step(model, inputs, num_items_in_batch)
