@@ -6,6 +6,7 @@ import urllib.request
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import tiny_tokenizers
@@ -50,6 +51,39 @@ class TestFolder:
         expected, ids = load_model(str(tmp_path / "run" / "model")), torch.tensor([[5, 6, 7]])
         torch.testing.assert_close(found(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
         assert load_tokenizer(str(tmp_path / "out"))("a") == load_tokenizer(str(tmp_path / "run" / "model"))("a")
+
+    def test_its_card_is_the_run_s_with_what_changed(self, bridle, recipe, tmp_path):
+        run = tmp_path / "run"
+        shape = {"form": "log-linear", "epochs": 1}
+        assert bridle("train", recipe(auxiliary=shape, lora={"r": 2}), "--output_dir", run)[0] == 0
+        assert bridle("export", run, tmp_path / "out", "--dtype", "bfloat16")[0] == 0
+        assert bridle("export", run, tmp_path / "folded", "--fold", "--guidance_scale", 2)[0] == 0
+        before, plain, folded = (
+            ModelCard((tmp_path / name / "README.md").read_text("utf-8")) for name in ("run/model", "out", "folded")
+        )
+        assert before.data.library_name == "peft"
+        assert "lora" in before.data.tags
+        for card in (plain, folded):
+            assert card.data.library_name == "transformers"
+            assert "lora" not in card.data.tags
+            assert "PeftModel" not in card.text
+            assert card.text.count("## How to load it") == 1
+            assert before.text.partition("## Intended use")[0] in card.text
+            assert "## Citation" in card.text
+        assert "weights are in bfloat16" in plain.text
+        assert "η =" not in plain.text
+        assert "η = 2.0" in folded.text
+        assert "nado-decoding" in folded.data.tags
+
+    def test_a_model_without_a_card_of_ours_gets_one(self, llama, tmp_path):
+        folder = llama()
+        (folder / "README.md").write_text("---\n: not a header\n---\n# Another's", encoding="utf-8")
+        export(folder, tmp_path / "out")
+        card = ModelCard((tmp_path / "out" / "README.md").read_text("utf-8"))
+        assert card.text.lstrip().startswith("# base, exported")
+        assert card.data.tags == ["bridle"]
+        assert str(tmp_path) not in card.content
+        assert "base_model" not in card.content
 
     def test_the_dtype_is_that_asked_for(self, llama, tmp_path):
         export(llama(), tmp_path / "out", dtype="bfloat16")

@@ -11,10 +11,10 @@ from importlib.resources import files
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from bridle.constraints import Constraint
@@ -23,6 +23,7 @@ from bridle.models.gguf import hub_file, is_gguf
 from bridle.utils.files import read_text, write_text
 
 CARD_FILE = "README.md"
+TRAINED_BY = "Trained with Bridle"
 CERTIFICATE = "<!-- certificate -->", "<!-- end of the certificate -->"
 MISSING = "missing"
 FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gguf"}  # "data/rows.jsonl" looks like a hub name
@@ -126,6 +127,47 @@ def add_certificate(model_folder: str | Path, **content: Any) -> Path:
     card = re.sub(f"{begin}.*?{end}\n*", "", read_text(path), flags=re.DOTALL)
     above, heading, below = card.partition("## Intended use")
     write_text(path, f"{above.rstrip()}\n\n{block}{heading}{below}")
+    return path
+
+
+def write_export_card(
+    folder: str | Path, model_folder: str | Path, *, name: str, dtype: str, guidance_scale: float | None = None
+) -> Path:
+    """Writes the card of an exported model, and returns its path.
+
+    It is the model's card, if Bridle wrote one, with what changed: the adapters are merged, and the header has no
+    figures if R is folded in, since they are of the model without it. Otherwise the card names the model.
+
+    Args:
+        folder: holds the exported model.
+        model_folder: held the model, with or without a card.
+        name: of the model.
+        dtype: of the exported weights.
+        guidance_scale: η of the R that is folded in.
+
+    Raises:
+        UserError: a card cannot be read or written.
+    """
+    before, source = Path(model_folder) / CARD_FILE, public_name(name)
+    section = _template("export").render(source=source, dtype=dtype, guidance_scale=guidance_scale)
+    load = "## How to load it\n\n" + _template("loading").render(adapter=False, base_model=None, gguf_file=None)
+    text = read_text(before) if before.is_file() else ""
+    if TRAINED_BY in text:
+        card = ModelCard(text)
+        header = ModelCardData(**card.data.to_dict())
+        body = re.sub(
+            "## How to load it\n.*?(?=## Citation)", lambda _: f"{load}\n", card.text.lstrip(), flags=re.DOTALL
+        )
+        body = body.replace("## Intended use", f"{section}## Intended use", 1)
+    else:
+        header = ModelCardData(base_model=_hub_name(name), pipeline_tag="text-generation", tags=["bridle"])
+        body = f"# {_escaped(source)}, exported\n\n{section}{load}"
+    header.library_name = "transformers"
+    header.tags = [tag for tag in header.tags or () if tag != "lora"]
+    if guidance_scale is not None:
+        header.tags, header.eval_results = [*header.tags, "nado-decoding"], None
+    path = Path(folder) / CARD_FILE
+    write_text(path, f"---\n{header.to_yaml()}\n---\n\n{body}")
     return path
 
 
@@ -377,6 +419,7 @@ def _line(value: Any) -> str:
 
 def _template(name: str) -> Any:
     environment = Environment(
+        loader=FunctionLoader(lambda part: files("bridle.models").joinpath(f"{part}.md.jinja").read_text("utf-8")),
         autoescape=True,  # so that `Markup` marks what is escaped already
         finalize=_escaped,
         undefined=StrictUndefined,
@@ -384,7 +427,7 @@ def _template(name: str) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(files("bridle.models").joinpath(f"{name}.md.jinja").read_text("utf-8"))
+    return environment.get_template(name)
 
 
 def _escaped(value: Any) -> Markup:

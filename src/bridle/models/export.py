@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.errors import UserError
 from bridle.models.auxiliary import AuxiliaryModel
+from bridle.models.card import write_export_card
 from bridle.models.gguf import is_gguf
 from bridle.models.gguf_writer import check_writable, write_gguf
 from bridle.models.guidance import check_scale, load_guide
@@ -24,7 +25,7 @@ def export(
     gguf: bool = False,
     dtype: str = "float32",
 ) -> None:
-    """Writes a model with its adapters merged, and its tokenizer.
+    """Writes a model with its adapters merged, and its tokenizer; to a folder also a card.
 
     Args:
         name: a run's folder, whose `model/` is taken, or a model as `load_model` takes it.
@@ -43,7 +44,8 @@ def export(
     if gguf != is_gguf(str(out)):
         raise UserError(f"{out}: " + ("name a file NAME.gguf" if gguf else "a GGUF file is written with --gguf"))
     _check_new(out) if not gguf else check_output(out)
-    model, tokenizer = _load(str(Path(name) / "model" if (Path(name) / "model").is_dir() else name), "float32")
+    folder = Path(name) / "model" if (Path(name) / "model").is_dir() else Path(name)
+    model, tokenizer = _load(str(folder) if folder.is_dir() else str(name), "float32")
     guide = None if auxiliary is None else load_guide(auxiliary, model)
     model = merged(model)
     if guide is not None:
@@ -52,6 +54,8 @@ def export(
     _sample_from_all(model)
     if not gguf:
         _save(model, tokenizer, out)
+        scale = None if guide is None else guidance_scale
+        write_export_card(out, folder, name=str(name), dtype=dtype, guidance_scale=scale)
         return
     check_writable(model, tokenizer)
     with atomic_file(out) as unfinished:
