@@ -51,7 +51,9 @@ def test_it_shows_what_a_run_would_do_and_writes_nothing(bridle, dry, tmp_path):
     assert re.search(f"no w on rows {of_each}; ", out)
     assert re.search(r"no ladder on rows .*; [\d.e+]+ texts a second", out)
     assert re.search(r"no w on rollouts for rude: \d+ of 64 violate", out)
-    assert re.search(r"an update takes [\d.e-]+ s, a round of 640 rollouts and R's fit [\d.]+ s", out)
+    assert re.search(
+        r"rounds 1 to 2, each: [\d.e+-]+ s: sampling .*, scoring .*, fitting R .*\nan update: [\d.e-]+ s", out
+    )
     assert re.search(r"the run takes about .+: 1000 updates and 2 rounds", out)
     assert re.search(r"most memory so far: [\d.]+ GiB", out)
 

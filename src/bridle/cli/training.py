@@ -38,6 +38,10 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Processes that train the policy, a GPU each.")] = 1,
     memory: Annotated[float, typer.Option(min=0, help="GiB of each GPU.")] = 80.0,
     shard: Annotated[bool, typer.Option("--shard", help="FSDP2 shards the policy.")] = False,
+    measured: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Also predict the time, from that of a run on the same machines."),
+    ] = None,
 ) -> None:
     """Predict the memory that a recipe's run takes on each GPU; exit code 1 if it does not fit.
 
@@ -45,9 +49,12 @@ def plan(
     key of the recipe can be set here, as in `bridle train`.
     """
     from bridle.recipes.memory_plan import memory_plan
+    from bridle.recipes.time_plan import time_plan
 
-    found = memory_plan(read_recipe(recipe, context), gpus=gpus, memory=memory, shard=shard)
-    for line in found.lines(gpus, memory):
+    asked = read_recipe(recipe, context)
+    seconds = time_plan(asked, measured).lines() if measured else ()
+    found = memory_plan(asked, gpus=gpus, memory=memory, shard=shard)
+    for line in (*found.lines(gpus, memory), *seconds):
         say(line)
     if found.needed > memory:
         raise typer.Exit(DOES_NOT_FIT)

@@ -25,6 +25,7 @@ from bridle.data.rows import filled_rows, format_fields, holds_prompts, outputs_
 from bridle.errors import one_line
 from bridle.recipes.recipe import Recipe
 from bridle.recipes.run import build_trainer
+from bridle.recipes.time_plan import TimePlan, phases_of
 from bridle.training.setup import check_options
 from bridle.training.trainer import ConstrainedTrainer
 
@@ -181,13 +182,8 @@ class _Clock(TrainerCallback):
 
 def _estimate(trainer: ConstrainedTrainer, config: Any, record: dict[str, Any], clock: _Clock) -> Iterator[str]:
     update = median(clock.seconds[1:])  # the first one allocates
-    updates, a_round = _updates(trainer, config), 0.0
-    for regulariser in trainer.regularisers:
-        phases = (f"{regulariser.name}/seconds_{phase}" for phase in ("sampling", "scoring", "fitting"))
-        a_round += sum(record.get(phase, 0.0) for phase in phases) * config.rollouts_per_round / SAMPLES
-    whole = updates * update + config.rounds * a_round
-    yield f"an update takes {update:.3g} s, a round of {config.rollouts_per_round} rollouts and R's fit {a_round:.3g} s"
-    yield f"the run takes about {_duration(whole)}: {updates} updates and {config.rounds} rounds, without saving"
+    a_round = phases_of(record, config.rollouts_per_round / SAMPLES)
+    yield from TimePlan([a_round] * config.rounds, update, _updates(trainer, config)).lines()
     yield f"most memory so far: {_peak_memory() / 2**30:.2f} GiB"
 
 
@@ -196,11 +192,6 @@ def _updates(trainer: ConstrainedTrainer, config: Any) -> int:
         return config.max_steps
     rows = trainer.get_train_dataloader().total_batch_size * config.gradient_accumulation_steps
     return ceil(config.num_train_epochs * ceil(len(trainer.train_dataset) / rows))
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.2g} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _peak_memory() -> int:

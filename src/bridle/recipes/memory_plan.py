@@ -6,7 +6,7 @@ A forward of an update's rows then shows what autograd keeps for the backward, o
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,8 +85,7 @@ def memory_plan(
     Raises:
         UserError: the configuration cannot be read.
     """
-    anywhere = {key: value for key, value in recipe.training.items() if key not in ("bf16", "fp16")}
-    config = replace(recipe, training=anywhere | {"use_cpu": True}).config("unused")
+    config = recipe.planned_config()
     dtype = torch_dtype(recipe.dtype)
     unfilled = meta_model(load_config(recipe.model), dtype, recipe.lora)
     with torch.device("meta"):

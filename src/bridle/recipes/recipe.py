@@ -15,7 +15,7 @@ Every other key is a field of `ConstrainedConfig`, and so of TRL's `SFTConfig`.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -107,6 +107,11 @@ class Recipe:
             raise UserError(f"recipe: {error}") from error
         config.variables = self.variables
         return config
+
+    def planned_config(self) -> ConstrainedConfig:
+        """The training configuration on whatever machine: nothing is asked of this one."""
+        anywhere = {key: value for key, value in self.training.items() if key not in ("bf16", "fp16")}
+        return replace(self, training=anywhere | {"use_cpu": True}).config("unused")
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
