@@ -1,13 +1,15 @@
 """Hypotheses and rewards: sequence classifiers that read a pair of texts, or have one output."""
 
+import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_constraints_classifier import POSITIONS, SENTENCE, bert, byte_tokenizer, save, word_tokenizer
 from tokenizers import processors
 
-from bridle.constraints import NLI, Reward, build_constraint
+from bridle.constraints import NLI, Reward, Similarity, build_constraint
 from bridle.errors import UserError
 
 HYPOTHESIS = "the sea is wide"
@@ -100,10 +102,88 @@ class TestReward:
             Reward(nli[1], 0.0).load()
 
 
+@pytest.fixture
+def embedding(nli, tmp_path):
+    """A folder as sentence-transformers writes it, of a model without its pooler; `pooling` is its configuration."""
+    network = nli[0].bert
+
+    def make(pooling=None, modules=("Transformer", "Pooling", "Normalize")):
+        folder = save(tmp_path / "embedding", network, word_tokenizer())
+        weights = {name: one for name, one in network.state_dict().items() if not name.startswith("pooler.")}
+        save_file(weights, tmp_path / "embedding" / "model.safetensors", metadata={"format": "pt"})
+        if pooling is not None:
+            kinds = [{"type": f"sentence_transformers.models.{name}", "path": name} for name in modules]
+            (tmp_path / "embedding" / "modules.json").write_text(json.dumps(kinds))
+            (tmp_path / "embedding" / "Pooling").mkdir(exist_ok=True)
+            (tmp_path / "embedding" / "Pooling" / "config.json").write_text(json.dumps(pooling))
+        return network, folder
+
+    return make
+
+
+NEAR = ["my friend", "the sea is wide"]
+
+
+class TestSimilarity:
+    @pytest.mark.parametrize(
+        ("saved", "given", "pool"),
+        [
+            (None, None, "mean"),
+            (None, "last", "last"),
+            ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "include_prompt": True}, None, "cls"),
+            ({"pooling_mode": "lasttoken"}, None, "last"),
+            ({"pooling_mode_cls_token": True}, "mean", "mean"),
+        ],
+    )
+    def test_the_value_is_the_largest_cosine_of_pooled_states(self, embedding, saved, given, pool):
+        network, folder = embedding(saved)
+        of = {"mean": lambda states: states.mean(0), "cls": lambda states: states[0], "last": lambda states: states[-1]}
+
+        def embedded(text):
+            with torch.no_grad():
+                states = network(**word_tokenizer()(text, return_tensors="pt")).last_hidden_state[0].double()
+            return of[pool](states)
+
+        texts = ["you grumblefish", "my friend", "wide sea"]
+        expected = [
+            max(torch.cosine_similarity(embedded(text), embedded(near), dim=0).item() for near in NEAR)
+            for text in texts
+        ]
+        on_topic = Similarity(folder, NEAR, 0.5, means="complies", pooling=given)
+        assert values(on_topic, texts) == pytest.approx(expected, abs=1e-6)
+        assert values(Similarity(folder, NEAR, 0.5, pooling=given), texts) == pytest.approx(
+            [1 - value for value in expected], abs=1e-6
+        )
+
+    def test_the_threshold_says_what_is_near(self, embedding):
+        _, folder = embedding()
+        (same,) = Similarity(folder, "my friend", 0.99).score(None, ["my friend"])
+        assert not same.complies
+        assert Similarity(folder, "my friend", 0.99, means="complies").score(None, ["my friend"])[0].complies
+
+    @pytest.mark.parametrize(
+        ("pooling", "modules", "said"),
+        [
+            (
+                {"pooling_mode_max_tokens": True},
+                ("Transformer", "Pooling"),
+                r"pooling \(max_tokens\) is none of mean",
+            ),
+            ({}, ("Transformer", "Pooling", "Dense"), r"goes through further layers \(Transformer, Pooling, Dense\)"),
+        ],
+    )
+    def test_an_embedding_that_it_does_not_make_is_refused(self, embedding, pooling, modules, said):
+        with pytest.raises(UserError, match=said):
+            Similarity(embedding(pooling, modules)[1], NEAR, 0.5).load()
+        with pytest.raises(UserError, match="names no text"):
+            Similarity("a-model", [], 0.5)
+
+
 def test_descriptions_build_the_same_again(nli, reward):
     for spec in (
         {"type": "nli", "model": nli[1], "hypothesis": HYPOTHESIS, "threshold": 0.2},
         f"reward:{reward[1]},threshold=-1.5",
+        {"type": "similarity", "model": nli[1], "texts": NEAR, "threshold": 0.2, "pooling": "cls"},
     ):
         described = build_constraint(spec).describe()
         assert build_constraint(described).describe() == described

@@ -11,6 +11,7 @@ from bridle.constraints.reading import Given, Messages, Reads
 from bridle.constraints.remote import Remote
 from bridle.constraints.reward import Reward
 from bridle.constraints.rules import Length, Regex, WordList
+from bridle.constraints.similarity import Similarity
 from bridle.constraints.spec import build_constraint
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Reward",
     "Score",
     "ScoreCache",
+    "Similarity",
     "WordList",
     "build_constraint",
 ]

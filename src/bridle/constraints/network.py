@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from bridle.constraints.base import Constraint, Score
 from bridle.constraints.deadline import batches, scored
@@ -24,12 +24,14 @@ from bridle.utils.oom import RowLimit
 from bridle.utils.quiet import only_errors
 from bridle.utils.safe_loading import refusal
 
+KINDS = {AutoModelForSequenceClassification: "classifier", AutoModelForCausalLM: "language model", AutoModel: "model"}
+
 Columns = dict[str, list[list[int]]]
 """The network's inputs by name, each with a list of numbers for every row."""
 
 
 class Network(Constraint):
-    """A constraint by a model that reads tokens. A subclass makes rows of tokens, and a degree of each row's logits.
+    """A constraint by a model that reads tokens. A subclass makes rows of tokens, and a degree of each row's outputs.
 
     Weights are float32 on the CPU and of the checkpoint's type elsewhere. They are loaded from safetensors only, and no
     code of the checkpoint runs. Rows of one length share a forward pass, so that nothing is padded. A chat becomes text
@@ -93,8 +95,8 @@ class Network(Constraint):
         """Finds in tokenizer and network what scoring needs; `where` begins its errors."""
 
     @abstractmethod
-    def _degree(self, logits: Tensor) -> Tensor:
-        """Returns [rows] numbers in [0, 1] of the network's logits, a first axis of rows."""
+    def _degree(self, outputs: Tensor) -> Tensor:
+        """Returns [rows] numbers in [0, 1] of the network's outputs, a first axis of rows; logits by default."""
 
     @abstractmethod
     def _as_score(self, degree: float) -> Score:
@@ -116,15 +118,22 @@ class Network(Constraint):
 
     @torch.inference_mode()
     def _degrees(self, columns: Columns, batch: Sequence[int]) -> list[float]:
-        """Returns the degrees of a batch of rows of one length; the inputs are [batch, tokens]."""
+        """Returns the degrees of a batch of rows of one length."""
+        return [float(degree) for degree in self._degree(self._outputs(columns, batch))]
+
+    def _outputs(self, columns: Columns, batch: Sequence[int]) -> Tensor:
+        """Returns what `_degree` takes, of rows of one length; the network's inputs are [batch, tokens]."""
         known = signature(self._network.forward).parameters
         inputs = {
             key: torch.tensor([column[index] for index in batch], device=self._network.device)
             for key, column in columns.items()
             if key in known
         }
-        logits = self._network(**inputs, **self.forward_options).logits.cpu().double()
-        return [float(degree) for degree in self._degree(logits)]
+        return self._features(self._network(**inputs, **self.forward_options)).cpu().double()
+
+    def _features(self, output: Any) -> Tensor:
+        logits: Tensor = output.logits
+        return logits
 
     def _as_text(self, messages: Messages) -> str:
         self.load()
@@ -175,8 +184,10 @@ def _load_network(where: str, auto_class: Any, model: str, device: str) -> Any:
         output_loading_info=True,
     )
     unfit = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if auto_class is AutoModel:
+        unfit = [key for key in unfit if not key.startswith("pooler.")]  # which states do not go through
     if unfit:  # transformers initialises them at random
-        kind = "classifier" if auto_class is AutoModelForSequenceClassification else "language model"
+        kind = KINDS[auto_class]
         raise UserError(f"{where}: is not a complete {kind}: '{unfit[0]}' is missing or of another shape")
     text_config = network.config.get_text_config()
     if getattr(text_config, "pad_token_id", None) is None:

@@ -16,12 +16,14 @@ from bridle.constraints.nli import NLI
 from bridle.constraints.remote import Remote
 from bridle.constraints.reward import Reward
 from bridle.constraints.rules import Length, Regex, WordList
+from bridle.constraints.similarity import Similarity
 from bridle.errors import UserError
 from bridle.utils.settings import as_mapping, known_name, parse_yaml
 from bridle.utils.variables import NO_VARIABLES, Variables
 
 TYPES: dict[str, type[Constraint]] = {
-    cls.type_name: cls for cls in (Classifier, Guard, NLI, Reward, WordList, Regex, Length, PythonFunction, Remote)
+    cls.type_name: cls
+    for cls in (Classifier, Guard, NLI, Reward, Similarity, WordList, Regex, Length, PythonFunction, Remote)
 }
 # The key that VALUE sets in the short form TYPE:VALUE
 SHORT_KEYS = {
@@ -29,6 +31,7 @@ SHORT_KEYS = {
     "guard": "model",
     "nli": "model",
     "reward": "model",
+    "similarity": "model",
     "words": "file",
     "regex": "pattern",
     "length": "min_words",
@@ -37,7 +40,19 @@ SHORT_KEYS = {
 }
 OPERATORS = ("all", "any", "not")
 CACHE_KEYS = ("cache", "version")  # of any constraint; a remote one has them among its own
-ORACLE_KEYS = ("type", "model", "hypothesis", "guideline", "file", "words", "pattern", "function", "preset", "url")
+ORACLE_KEYS = (
+    "type",
+    "model",
+    "hypothesis",
+    "guideline",
+    "texts",
+    "file",
+    "words",
+    "pattern",
+    "function",
+    "preset",
+    "url",
+)
 """What tells one oracle from another; another label, threshold or cache makes no other oracle."""
 RETENTION = "retention"
 """In the place of a constraint's name: a domain is only held to the initial model."""
@@ -50,8 +65,8 @@ def build_constraint(
 
     Args:
         spec: one of
-            a mapping with the key `type` (classifier, guard, nli, reward, words, regex, length, python, remote) and
-            that class's arguments;
+            a mapping with the key `type` (classifier, guard, nli, reward, similarity, words, regex, length, python,
+            remote) and that class's arguments;
             a mapping `{all: [..]}`, `{any: [..]}` or `{not: ..}` of further specifications;
             either of them with `cache: FILE` and optionally `version`: see `Cached`;
             a list, which means all of them;
