@@ -71,6 +71,18 @@ def test_what_was_not_measured_is_not_judged(config):
     assert warnings(config, FINE | {"r_skill": None}) == []
 
 
+@pytest.mark.parametrize(("round_index", "scoring", "warned"), [(1, 25.0, True), (1, 15.0, False), (2, 25.0, False)])
+def test_a_constraint_that_takes_most_of_the_first_round_is_named(config, round_index, scoring, warned):
+    now = FINE | {"seconds_sampling": 12.0, "seconds_scoring": scoring, "seconds_fitting": 8.0}
+    found = round_warnings("rude", round_index, now, [], config)
+    said = (
+        "round 1, rude: scoring took 25 s, 56% of the round without its updates: the constraint reads 4 texts a second"
+    )
+    assert [warning.startswith(said) for warning in found] == [True] * warned
+    seldom = {"seconds_sampling": 1.0, "seconds_scoring": 9.0}
+    assert round_warnings("rude", round_index, FINE | seldom, [], config) == []
+
+
 def test_another_regulariser_s_rounds_are_its_own(config):
     log = [{f"plain/{key}": value for key, value in BETTER.items()}]
     assert round_warnings("rude", 2, FINE, log, config) == []

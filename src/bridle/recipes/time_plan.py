@@ -12,7 +12,6 @@ from bridle.recipes.watch import Run
 from bridle.training.config import ConstrainedConfig
 
 PHASES = {"sampling": "sampling", "scoring": "scoring", "fitting": "fitting R"}
-DOMINANT = 0.5  # of a round
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,6 @@ class TimePlan:
         beside = ", after the first beside the updates" if self.overlapping else ""
         work = f"{self.updates} updates and {end} rounds{beside}"
         yield f"the run takes about {duration(self.whole)}: {work}, without saving"
-        if phases["scoring"] > DOMINANT * whole:
-            yield "scoring takes most of a round: a larger batch_size of the constraint helps, or a smaller classifier"
 
 
 def phases_of(record: Mapping[str, Any], rollouts: float, tokens: float = 1.0) -> dict[str, float]:

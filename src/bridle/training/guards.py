@@ -20,6 +20,8 @@ Measured = Mapping[str, Any]  # what a round measured for one regulariser, by th
 UNREACHED_BOUND = 0.05  # of a domain's prefixes; prompts take a token or two at the beginning of each row
 FEWEST_KEPT_BACK = 20  # rollouts; on fewer the calibration error of a perfect R can exceed any useful bound
 FEWEST_OF_EACH = 5  # kept back of those that violate and of those that comply; on fewer R's skill is noise
+DOMINANT_SHARE = 0.5  # of a round that goes into scoring
+NOTICEABLE = 10.0  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +134,7 @@ def round_warnings(
         *_of_fit(measured, config),
         *_of_silence(measured, config),
         *_of_clipping(measured, config),
+        *_of_scoring(round_index, measured),
         *_of_rising_violations(measured, [_of_regulariser(name, record) for record in log]),
     )
     return [f"round {round_index}, {name}: {warning}" for warning in found]
@@ -199,6 +202,16 @@ def _of_clipping(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
         yield (
             f"{clipped:.0%} of the rollouts were cut at max_new_tokens {config.max_new_tokens}, above clipped_bound "
             f"{config.clipped_bound}: R speaks of texts up to that length. Evaluate with the same length, or raise it"
+        )
+
+
+def _of_scoring(round_index: int, now: Measured) -> Iterator[str]:
+    seconds = {phase: now.get(f"seconds_{phase}", 0.0) for phase in ("sampling", "scoring", "fitting")}
+    share = seconds["scoring"] / (sum(seconds.values()) or 1.0)
+    if round_index == 1 and share > DOMINANT_SHARE and seconds["scoring"] > NOTICEABLE:
+        yield (
+            f"scoring took {seconds['scoring']:.0f} s, {share:.0%} of the round without its updates: the constraint reads "
+            f"{now['rollouts'] / seconds['scoring']:.2g} texts a second; try a larger batch_size of it, or a smaller model"
         )
 
 
