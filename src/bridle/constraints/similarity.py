@@ -32,7 +32,8 @@ POOLING_MODES = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token
 class Similarity(Classifier):
     """Scores a text by the largest cosine similarity of its embedding to those of some texts.
 
-    The embedding [hidden] is the model's last hidden state [tokens, hidden], pooled over the tokens. A negative similarity counts as 0.
+    The embedding [hidden] is the model's last hidden state [tokens, hidden], pooled over the tokens. A negative
+    similarity counts as 0.
 
     Args:
         model: a folder or a name on the hub, of an `AutoModel` such as those of sentence-transformers; loaded at the

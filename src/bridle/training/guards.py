@@ -209,9 +209,10 @@ def _of_scoring(round_index: int, now: Measured) -> Iterator[str]:
     seconds = {phase: now.get(f"seconds_{phase}", 0.0) for phase in ("sampling", "scoring", "fitting")}
     share = seconds["scoring"] / (sum(seconds.values()) or 1.0)
     if round_index == 1 and share > DOMINANT_SHARE and seconds["scoring"] > NOTICEABLE:
+        rate = now["rollouts"] / seconds["scoring"]
         yield (
-            f"scoring took {seconds['scoring']:.0f} s, {share:.0%} of the round without its updates: the constraint reads "
-            f"{now['rollouts'] / seconds['scoring']:.2g} texts a second; try a larger batch_size of it, or a smaller model"
+            f"scoring took {seconds['scoring']:.0f} s, {share:.0%} of the round without its updates: the constraint "
+            f"reads {rate:.2g} texts a second; try a larger batch_size of it, or a smaller model"
         )
 
 
