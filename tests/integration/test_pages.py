@@ -3,7 +3,8 @@
 Names on the hub that the pages use are folders of tiny models here, which `from_pretrained` prefers. `bridle train`
 and `bridle compare` get fewer steps and samples (`SHORT`) where the command does not set them. A block that cannot
 run here has a comment in front of it that says why, `<!-- not run: reason -->`, and is checked as far as it can
-be: its commands, options and keys must exist. A block with a title is the content of that file.
+be: its commands, options and keys must exist. A block with a title is the content of that file. Of a notebook the cells
+of code are the blocks.
 """
 
 import ast
@@ -32,7 +33,8 @@ from bridle.utils.settings import parse_yaml
 from conftest import INSULTS, ROOT, SENTENCES
 from tiny_gguf import write_gguf
 
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.ipynb"))
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")), *NOTEBOOKS]
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n\n?)?```(?P<head>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -73,7 +75,19 @@ class Block:
     text: str
 
 
+def cells_of(page):
+    """The code of a notebook; a cell with the tag `parameters`, as papermill has it, is followed by short ones."""
+    for number, cell in enumerate(json.loads((ROOT / page).read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            yield Block(f"{page} cell {number}", "python", None, None, "".join(cell["source"]))
+            if "parameters" in cell["metadata"].get("tags", ()):
+                yield Block(f"{page} cell {number}", "python", None, None, "UPDATES, ROUNDS, ROLLOUTS = 2, 2, 32")
+
+
 def blocks_of(page):
+    if page in NOTEBOOKS:
+        yield from cells_of(page)
+        return
     text = (ROOT / page).read_text(encoding="utf-8")
     assert text.count("\n```") == 2 * len(FENCE.findall("\n" + text)), (
         f"{page}: a fence that is not closed, or indented"
@@ -294,6 +308,14 @@ def check_bridle(words, place):
 def test_a_page_does_what_it_says(page, session):
     for block in blocks_of(page):
         session.do(block)
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS)
+def test_a_notebook_is_kept_without_outputs(page):
+    notebook = json.loads((ROOT / page).read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert code
+    assert not [cell["id"] for cell in code if cell["outputs"] or cell["execution_count"]]
 
 
 class TestTheReadersThemselves:
