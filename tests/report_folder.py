@@ -54,6 +54,51 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def make_large(path: Path) -> Path:
+    """Writes a comparison of nine methods and three seeds, with as many figures as the shipped recipes measure."""
+    more = ("rl", "rl-converged", "nado-decoding", "nado-decoding-sft")
+    names, seeds, found = [*(name for name in DESCRIPTIONS if name not in more), *more], (0, 1, 2), results()
+    sets, oracles, tasks = (
+        [f"prompts-{n}" for n in range(4)],
+        ("independent", "non-rude"),
+        [f"task-{n}" for n in range(10)],
+    )
+    alike = {name: name if name in VIOLATION else "filtration" for name in names}
+    for name in names:
+        measured = figures(alike[name])
+        measured["violation"] = {one: dict.fromkeys(oracles, measured["violation"]["rude"]["non-rude"]) for one in sets}
+        measured["tasks"] = dict.fromkeys(tasks, measured["tasks"]["mmlu"])
+        kept = {str(seed): {"status": "complete", "folder": f"{name}/seed-{seed}"} for seed in seeds}
+        found["methods"][name] = {"description": DESCRIPTIONS[alike[name]], "seeds": kept, "figures": measured}
+        for seed in seeds:
+            rows = [row | {"prompt_set": one} for one in sets for row in completions(alike[name], seed)]
+            _write_rows(path / name / f"seed-{seed}" / "completions.jsonl", 12 * rows)
+            if name not in ("base", "rl", "rl-converged"):
+                regularised = name.startswith(("constrained", "nado"))
+                _write_rows(path / name / f"seed-{seed}" / "metrics.jsonl", metrics(seed, regularised=regularised))
+    found["seeds"], found["main"] = (
+        list(seeds),
+        {"prompt_set": sets[0], "constraint": "independent", "held_out": "novels"},
+    )
+    found["settings"] = {f"setting-{n}": n for n in range(40)}
+    found["prompt_sets"] = dict.fromkeys(sets, found["prompt_sets"]["rude"])
+    best = "constrained-adaptive"
+    figure_of = [("violation", one, oracle) for one in sets for oracle in oracles]
+    figure_of += [("perplexity", one, None) for one in ("novels", "letters")] + [
+        ("tasks", task, None) for task in tasks
+    ]
+    found["comparisons"] = [
+        comparison(figure, on, name, 0.05, 0.03) | {"constraint": oracle, "reference": best}
+        for figure, on, oracle in figure_of
+        for name in names
+        if name != best
+    ]
+    write_json(path / "results.json", found)
+    write_json(path / "guidance.json", guidance())
+    (path / "recipe.yaml").write_text("model: tiny\ncorpus:\n  rude:\n    path: rude.jsonl\n", encoding="utf-8")
+    return path
+
+
 def make_run(path: Path) -> Path:
     """Writes the folder of one training run, as `bridle train` leaves it."""
     write_json(path / "environment.json", environment())

@@ -72,6 +72,29 @@ def test_the_first_screen_says_which_method_and_shows_why(visit):
         assert apart or one["bottom"] <= other["top"] or other["bottom"] <= one["top"]
 
 
+def test_nine_methods_and_three_seeds_are_a_short_page(browser, tmp_path):
+    """About half of the 18,400 pixels that it had before what few people need was folded away."""
+    large = write_report(report_folder.make_large(tmp_path))
+    assert large.stat().st_size < 3 * 2**20
+    with watching(browser) as watch:
+        page = watch.page(viewport={"width": 1280, "height": 900})
+        page.goto(large.as_uri())
+        timing = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+        assert 0 < timing < 2000, "milliseconds"
+        assert page.evaluate("document.documentElement.scrollHeight") < 9_300
+        page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true })")
+        assert page.evaluate("document.documentElement.scrollHeight") > 20_000, "nothing is gone"
+
+
+def test_rounds_stand_side_by_side(visit):
+    page = visit(viewport={"width": 1280, "height": 900})
+    first, second = page.locator(".strip").first.locator("li").all()
+    assert first.bounding_box()["y"] == second.bounding_box()["y"]
+    assert "24.0%" in first.inner_text()
+    assert "−14.0 points, fewer" in second.inner_text()
+    assert page.locator("details .strip").count() == 0, "two runs fit without folding"
+
+
 def test_a_generated_script_is_text_and_does_not_run(visit):
     page = visit()
     assert page.title() == "grumble-mini: comparison of methods"

@@ -181,7 +181,9 @@ def test_methods_disagree_where_one_violates_what_another_keeps(outcomes, disagr
 def test_a_training_run_shows_rollouts_covered_unless_they_comply(tmp_path):
     report = data.read_report(report_folder.make_run(tmp_path / "run"))
     page = Page(rendered(replace(report, rollouts=[replace(report.rollouts[0], finished=False), *report.rollouts[1:]])))
-    assert [text for text, above in page.texts if above and above[-1][0] == "h3"] == ["Round 1, rude", "Round 2, rude"]
+    assert [text for text, above in page.texts if above and above[-1][0] == "h3"] == [
+        "regulariser rude", "Round 1, rude", "Round 2, rude"
+    ]  # fmt: skip
     assert page.covered("that the fog would lift") == [False, False]
     assert page.covered(report_folder.INSULT) == page.covered("what a muddlehead") == [True, True]
     assert page.covered(report_folder.PROMPTS[0]) == [True, True]  # nothing scores the prompts of rollouts

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from bridle.report import plots, tables, texts
+from bridle.report import plots, strip, tables, texts
 from bridle.report.data import Report, read_report
 from bridle.report.export import write_tables
 from bridle.report.findings import failures, findings, warnings
@@ -25,6 +25,7 @@ from bridle.report.recommendation import recommendation
 from bridle.utils.files import check_output, write_text
 from bridle.utils.progress import Progress
 
+SHOWN_STRIPS, SHOWN_WARNINGS = 2, 2  # the others are there on request
 PIXELS = 1.25  # of the page for each point of a plot
 HEADINGS = {
     "tradeoff": "Which method",
@@ -32,6 +33,7 @@ HEADINGS = {
     "methods": "Methods",
     "wins": "Win rates",
     "classification": "Classification",
+    "strips": "What changed between rounds",
     "training_curves": "Training",
     "rounds": "Rounds",
     "warnings": "Warnings",
@@ -91,6 +93,7 @@ def render(report: Report, figures: Mapping[str, Figure]) -> str:
         "transfer": tables.transfer(report),
         "wins": tables.win_matrix(report),
         "classification": tables.classification(report),
+        "strips": strip.strips(report),
         "rounds": tables.rounds(report),
         "warnings": warnings(report),
         "rollouts": texts.drawn(report),
@@ -109,6 +112,8 @@ def render(report: Report, figures: Mapping[str, Figure]) -> str:
         differences=tables.differences(report),
         differences_in_words=tables.DIFFERENCES_IN_WORDS,
         further=tables.further(report),
+        shown_strips=SHOWN_STRIPS,
+        shown_warnings=SHOWN_WARNINGS,
         more=more,
         environment=texts.flat(_readable(report.environment)),
         settings=texts.flat(report.settings),

@@ -48,7 +48,7 @@ CURVES = {
 }
 """Panels of the training curves, by the name in `Round` or `RegulariserRound`."""
 
-PANEL = (3.8, 3.3)  # inches
+PANEL = (3.8, 2.8)  # inches
 LARGE = (7.6, 4.2)
 DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 

@@ -11,7 +11,7 @@ from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score,
 
 Key = tuple[str, int]  # prompt set and index of the prompt
 
-SHOWN, MORE = 12, 36  # prompts shown at first, and on request
+SHOWN, MORE = 3, 45  # prompts shown at first, and on request
 LEVELS = 20  # steps of the colour scale from R = 0 to R = 1
 VISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍"})
 
