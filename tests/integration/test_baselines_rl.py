@@ -1,15 +1,19 @@
 """Reinforcement learning with TRL's trainers: what it learns, when it stops, how it goes on, what it leaves behind."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TrainerCallback
 
 from bridle.baselines.reinforcement import HISTORY, ReinforcementOptions, reinforce
 from bridle.constraints import Constraint, Regex
 from bridle.errors import UserError
 from bridle.models.loading import load_model
+from bridle.utils.interruption import Interrupted, catching_signals
 
 VOWELS = Regex("[aeiou]", name="no vowels")
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -162,6 +166,26 @@ def test_it_stops_once_the_reward_no_longer_rises(run, make):
     assert report["stopped_because"] == "converged"
     timed = run(make(), Fixed(1.0), max_steps=8, options=options, seconds=60.0, folder="timed")
     assert timed["steps"] == 8  # who gets a time gets all of it
+
+
+class Signal(TrainerCallback):
+    """Sends a signal during the second update."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_leaves_a_checkpoint_from_which_it_goes_on(run, make):
+    through, stopped = make(), make()
+    run(through, max_steps=4, folder="through")
+    with catching_signals(), pytest.raises(Interrupted):
+        run(stopped, max_steps=4, callbacks=[Signal()])
+    resumed = make()
+    report = run(resumed, max_steps=4, resume=True)
+    assert report["steps"] == 4
+    assert len(report["history"]) == 4
+    assert same(weights(resumed), weights(through))
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -39,6 +39,7 @@ from bridle.errors import UserError
 from bridle.models.hidden import causal_lm, contiguous_states
 from bridle.models.loading import context_length, end_token_ids
 from bridle.utils.checkpoints import last_whole
+from bridle.utils.interruption import deferring
 from bridle.utils.quiet import only_errors
 
 VERBOSE = (RLOOTrainer.__module__, GRPOTrainer.__module__)  # they print a prompt for each batch with a missing score
@@ -162,6 +163,7 @@ def reinforce(
 
     Raises:
         UserError: there are no prompts, or one leaves no room in the model's context for the completion.
+        Interrupted: a signal arrived; a checkpoint of the last update is in `output_dir`.
     """
     _check_prompts(prompts, max_new_tokens, context_length(model))
     checkpoint = (last_whole(output_dir, TRAINER_STATE_NAME) if resume else None) or resume_from
@@ -177,7 +179,8 @@ def reinforce(
             processing_class=tokenizer,
             callbacks=[stopping, StepsProgress(options.max_steps if seconds is None else None), *callbacks],
         )
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with deferring():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _report(trainer.state, stopping, output_dir)
 
 

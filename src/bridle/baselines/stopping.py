@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerState
 
+from bridle.utils.interruption import is_pending
 from bridle.utils.progress import Progress
 
 
@@ -22,6 +23,8 @@ def mean_of(key: str, records: Sequence[dict[str, Any]]) -> float | None:
 
 class Stopping(TrainerCallback):
     """Ends a run, with a checkpoint, when its time is up or, without a time limit, when its reward no longer rises.
+
+    It does so after the update in which a signal arrives, too.
 
     Each record of an update gets the elapsed seconds, from which a resumed run continues to count.
 
@@ -40,6 +43,10 @@ class Stopping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         used = [record["seconds"] for record in update_records(state)]
         self._began = time.monotonic() - (used[-1] if used else 0.0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if is_pending():
+            control.should_training_stop = control.should_save = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in (logs or {}):
