@@ -1,8 +1,12 @@
 """`bridle export`: what other programs read."""
 
 import json
+import os
+import shutil
+import subprocess
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +20,12 @@ from bridle.models.export import export, fold
 from bridle.models.gguf_writer import write_gguf
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
+from conftest import ROOT
 from loopback import transformers_serving
 from tiny_gguf import write_gguf as reference
 
+NODE = Path(os.environ.get("BRIDLE_NODE", ROOT))
+LARGE = {"hidden_size": 256, "intermediate_size": 512}  # llama.cpp takes heads of at least 32
 TEXT = "The kettle sings 1234 times"
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
 
@@ -202,6 +209,25 @@ class TestGGUF:
         export(folder, tmp_path / "out.gguf", gguf=True, dtype=dtype)
         found, expected = load_model(str(tmp_path / "out.gguf")), load_model(str(folder), dtype=dtype).float()
         torch.testing.assert_close(found.lm_head.weight, expected.lm_head.weight, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_llama_cpp_says_the_same(self, llama, tmp_path, tied):
+        """The engine comes with the package node-llama-cpp of npm."""
+        if not shutil.which("node") or not (NODE / "node_modules" / "node-llama-cpp").is_dir():
+            pytest.skip(
+                f"no node-llama-cpp in {NODE}: npm install --ignore-scripts node-llama-cpp (or BRIDLE_NODE=FOLDER)"
+            )
+        folder, file = llama(tie_word_embeddings=tied, **LARGE), tmp_path / "out.gguf"
+        export(folder, file, gguf=True)
+        tokenizer = load_tokenizer(str(folder))
+        ids = tokenizer(TEXT)["input_ids"]
+        said = subprocess.run(
+            ["node", ROOT / "tests" / "llama_cpp.mjs", file, json.dumps(ids), "8", TEXT],
+            **{"cwd": NODE, "capture_output": True, "text": True, "check": True, "timeout": 120},
+        )
+        found = json.loads(said.stdout.splitlines()[-1])
+        assert found["tokens"] == tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        assert found["drawn"] == greedy(load_model(str(folder)), ids)[len(ids) :]
 
     def test_it_is_what_llama_cpp_s_converter_writes(self, tiny_model, tmp_path):
         tokenizer = tiny_tokenizers.tiny_tokenizer()

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_export import log_linear
 
 from bridle.data import DataSource, Prompt
 from bridle.errors import UserError
 from bridle.evaluation import PromptSet, ServedModel
 from bridle.evaluation.prompt_sets import GenerationOptions
+from bridle.models.loading import load_model
 from loopback import completion, error, ok, transformers_serving
 
 KEY = "sk-invented-0123456789"
@@ -176,14 +178,18 @@ class TestCommands:
 
 
 def test_what_is_deployed_is_what_is_measured(bridle, tiny_folder, tmp_path, monkeypatch):
-    """An exported model behind `transformers serve` samples from its whole distribution, as in this process."""
+    """A model with R folded in, behind `transformers serve`, samples as guided decoding does here."""
     monkeypatch.chdir(tmp_path)
     model = tiny_folder()
     weights = load_file(model / "model.safetensors")
     torch.manual_seed(0)
     save_file({name: 6 * torch.randn_like(value) if "lm_head" in name else value for name, value in weights.items()},
               model / "model.safetensors", {"format": "pt"})  # fmt: skip
-    assert bridle("export", model, "deployed")[0] == 0
+    auxiliary = log_linear(load_model(str(model)))
+    torch.nn.init.normal_(auxiliary.head.weight, std=1.2)  # beside logits as large as these
+    auxiliary.save_pretrained(tmp_path / "R")
+    guided = ("--guide", "R", "--guidance_scale", 2)
+    assert bridle("export", model, "deployed", "--fold", *guided)[0] == 0
     rows = "".join(json.dumps({"prompt": f"ship {number}"}) + "\n" for number in range(60))
     (tmp_path / "unseen.jsonl").write_text(rows)
     measured = ("--prompts", "unseen.jsonl", "--constraint", "regex:[a-m]", "--max_new_tokens", 1, "--samples", 4)
@@ -193,8 +199,10 @@ def test_what_is_deployed_is_what_is_measured(bridle, tiny_folder, tmp_path, mon
         served = (url, "--model", tmp_path / "deployed", *measured, "--json", "served.json")
         code, _, err = bridle("evaluate", *served)
         assert code == 0, err
-    assert bridle("evaluate", "deployed", *measured, "--json", "here.json")[0] == 0
-    there, here = violation_rate(tmp_path / "served.json"), violation_rate(tmp_path / "here.json")
+    assert bridle("evaluate", model, *guided, *measured, "--json", "here.json")[0] == 0
+    assert bridle("evaluate", model, *measured, "--json", "plain.json")[0] == 0
+    there, here, plain = (violation_rate(tmp_path / f"{name}.json") for name in ("served", "here", "plain"))
     assert 0.05 < here["value"] < 0.95
     assert there["low"] <= here["high"]
     assert here["low"] <= there["high"]
+    assert abs(plain["value"] - here["value"]) > 0.05, "R must say something"
