@@ -38,6 +38,7 @@ from subjects import STAND_IN, add_sizes, model_of, tokenizer_of
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.core.tokens import pad_left
+from bridle.models.forward import CACHE
 from bridle.models.sampling import sample
 
 BRIDLE = "bridle"
@@ -102,9 +103,9 @@ class Sampler:
             ids, mask, cache, drawn = ids.to(self.model.device), mask.to(self.model.device), None, []
             for _ in range(self.new_tokens):
                 output = self.model(
-                    input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **{CACHE: cache}
                 )
-                ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+                ids, cache = output.logits[:, -1:].argmax(-1), output[CACHE]
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 drawn.append(ids)
             found += torch.cat(drawn, dim=1).tolist()
@@ -176,7 +177,7 @@ def roof(sampler: Sampler, prompts: Rows) -> float | None:
 def cached_bytes(model: PreTrainedModel) -> float:
     """What the keys and values of one token take up."""
     ids = torch.ones(1, 8, dtype=torch.long, device=model.device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache = model(input_ids=ids, use_cache=True)[CACHE]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / ids.numel()
 
 

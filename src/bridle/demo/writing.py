@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.data import decode_parts
 from bridle.models.auxiliary import AuxiliaryModel
+from bridle.models.forward import CACHE
 from bridle.models.guidance import NADOLogitsProcessor
 from bridle.models.hidden import HiddenStates, capture_hidden_states
 from bridle.models.loading import end_token_ids
@@ -116,10 +117,10 @@ class Writing:
             output = self.model(
                 input_ids=ids if self._cache is None else ids[:, -1:],
                 attention_mask=self._mask(ids.shape[1]),
-                past_key_values=self._cache,
                 use_cache=True,
+                **{CACHE: self._cache},
             )
-        self._cache = output.past_key_values
+        self._cache = output[CACHE]
         log_p = output.logits[:, -1].float().log_softmax(-1)
         log_q, r = self._read(hidden, ids, log_p, controls.guidance_scale)
         scores = log_q if self.is_guided and log_q is not None else log_p

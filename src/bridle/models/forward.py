@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from bridle.models.hidden import capture_hidden_states, without_logits
+
+CACHE = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
+"""The name of keys and values in arguments and outputs of a model: `cache` since transformers 5.24."""
 
 
 def disable_dropout(model: nn.Module) -> None:

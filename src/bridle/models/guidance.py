@@ -14,6 +14,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 from bridle.core.tokens import positions
 from bridle.errors import UserError
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, load_auxiliary
+from bridle.models.forward import CACHE
 from bridle.models.hidden import HiddenStates, capture_hidden_states, causal_lm
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,8 @@ class NADOLogitsProcessor(LogitsProcessor):
             new,
             mask,
             position_ids=positions(mask)[:, -new.shape[1] :],
-            past_key_values=self._cache,
             use_cache=True,
+            **{CACHE: self._cache},
         )[:, -1]
 
     def _features(self, states: Tensor, parents: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from transformers import (
 
 from bridle.core.tokens import pad_left
 from bridle.errors import RunStopped, UserError
-from bridle.models.forward import mixed_precision
+from bridle.models.forward import CACHE, mixed_precision
 from bridle.models.hidden import causal_lm, contiguous_states, evaluation_mode, last_positions
 from bridle.models.sharding import is_sharded
 from bridle.utils.distributed import gathered, turns
@@ -280,7 +280,7 @@ def _draw(
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                **{CACHE: cache},
                 generation_config=config,
                 logits_processor=LogitsProcessorList(processors),
                 synced_gpus=is_sharded(model) or None,  # no process stops before all rows have ended
@@ -294,7 +294,7 @@ def _draw(
         open_rows = (before_end == new.shape[1]).nonzero()[:, 0]
         if not len(open_rows):
             break
-        cache = _select_rows(output.past_key_values, open_rows)
+        cache = _select_rows(output[CACHE], open_rows)
         ids, continuing, guided = output.sequences[open_rows], continuing[open_rows], guided - len(numbers)
         mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)[open_rows]
     return [_joined(stages) for stages in drawn]
