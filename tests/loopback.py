@@ -27,6 +27,8 @@ class Server(ThreadingHTTPServer):
         requests: (path, headers, body) of every request so far.
     """
 
+    request_queue_size = 128  # several processes connect at once; of 5, the default, a busy machine drops some
+
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.requests = deque(), []
