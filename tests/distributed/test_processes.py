@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+import yaml
 from safetensors.torch import load_file
 
 TOLERANCE = 1e-5
@@ -34,10 +35,10 @@ def of_two(model, tmp_path_factory):
     return folder
 
 
-def launch(*command):
+def launch(*command, how=("--multi_gpu",)):
     """`accelerate launch` with two processes on a free port; with `--cpu` it would start one, whatever it is asked."""
     here = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2"]
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
         [*launcher, *options, *map(str, command)], env=os.environ | here, capture_output=True, text=True, timeout=200
@@ -82,6 +83,23 @@ def test_a_recipe_leaves_the_same_files(model, of_two, tmp_path):
             torch.testing.assert_close(weights[1][key], weight, atol=tolerance, rtol=0)
     steps = [[json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] for folder in (one, two)]
     assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_does_what_one_process_does(bridle, recipe, tmp_path, stage):
+    """ZeRO-1 and ZeRO-2, on CPUs with gloo."""
+    pytest.importorskip("deepspeed", reason="the package deepspeed is not installed")
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True}
+    config["deepspeed_config"] = {"zero_stage": stage, "gradient_accumulation_steps": 1, "zero3_init_flag": False}
+    (tmp_path / "deepspeed.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    path = recipe(use_cpu=True, per_device_train_batch_size=2, save_strategy="no", report_to="none")
+    how = ("--config_file", str(tmp_path / "deepspeed.yaml"))
+    launch("-m", "bridle", "train", path, "--output_dir", tmp_path / "two", how=how)
+    code, _, err = bridle("train", path, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2)
+    assert code == 0, err
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, atol=TOLERANCE, rtol=0)
 
 
 def _sampled(file: Path):
