@@ -247,6 +247,20 @@ def test_a_run_on_rollouts_that_died_ends_as_if_it_had_not(tiny_folder, tmp_path
             assert torch.equal(weights(resumed)[name], weight), name
 
 
+def test_rollouts_of_the_anchor_go_on_from_round_to_round(tiny_folder, tmp_path):
+    """They are drawn once, so a round that began with the first one again would never reach the last."""
+    taken = {}
+    for schedule in ("sequential", "parallel"):
+        asked = {"asked": Regulariser(weight=1.0, kl_on="rollouts")}
+        options = {"max_steps": 8, "rounds": 4, "schedule": schedule}
+        trainer = trainer_of(tiny_folder(), tmp_path / schedule, asked, rows=ROWS, learn=ASKED, **options)
+        if schedule == "parallel":
+            trainer.schedule.worker = LocalWorker(trainer.regularisers)
+        trainer.train()
+        taken[schedule] = trainer.regularisers[0].rollout_cursor
+    assert taken["parallel"] == taken["sequential"] > 0
+
+
 def test_a_policy_holds_on_prompts_alone(tiny_folder, tmp_path):
     """No text at all: the constraint's rollouts start at the prompts."""
     trainer = trainer_of(

@@ -266,8 +266,10 @@ def _eval(
 ) -> EvalOptions:
     options = dict(as_mapping(mapping["eval"], "eval"))
     held_out = as_named(options.get("corpus"), "eval.corpus")
-    for name in held_out:
+    for name, rows in held_out.items():
         known_name(name, corpus, f"eval.corpus.{name}", "domain")
+        for key in OF_TRAINING & set(rows if isinstance(rows, Mapping) else ()):
+            raise UserError(f"eval.corpus.{name}.{key}: says how rows are trained on; set corpus.{name}.{key}")
     names = validated(list[str], options.get("constraints") or [], "eval.constraints")
     if not mapping.get("regularisers"):  # plain fine-tuning is scored by all
         names = names or list(constraints)
@@ -280,6 +282,9 @@ def _eval(
     found: EvalOptions = build(EvalOptions, options | given, "eval")
     return found
 
+
+OF_TRAINING = {"weight", "learn"}
+"""Keys of a domain that mean nothing for its held-out rows."""
 
 SECTIONS = {"auxiliary": AuxiliaryOptions, "parallel": ParallelOptions, "sampler": SamplerOptions}
 """Of the training options, those that are sections of their own."""

@@ -63,7 +63,8 @@ class ParallelSchedule(SequentialSchedule):
         states = self._received(pending, index)
         self._record["seconds_waiting"] = time.perf_counter() - began
         for regulariser, made in zip(self.regularisers, states, strict=True):
-            regulariser.load_state(made)
+            if not regulariser.settled:  # else nothing is new, and its rollouts go on where the last round ended
+                regulariser.load_state(made)
             self._note(index, regulariser, _of_worker(made.measured), log)
         return states
 
