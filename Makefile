@@ -14,20 +14,20 @@ BIN := $(VENV)/bin
 ifeq ($(shell command -v $(PYTHON)),)
 PYTHON := python3
 endif
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# uv installs the same versions sooner.
-INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python --constraint constraints.txt,$(PIP))
+# Python compiles what it imports, once; pip would compile all.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: setup quickstart smollm2 test unit coverage mutations lint format docs clean
 
 setup: $(VENV)/.ready
 
 # torch comes first, pinned and by pip: left to choose, a package index may serve a build several times as large, and uv
-# does not look where pip is configured to.
+# does not look where pip is configured to. uv installs the rest in a fifth of pip's time; where it cannot, pip does.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(INSTALL) --editable '.[dev]'
+	$(PIP) torch uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' \
+		|| $(PIP) --editable '.[dev]'
 	touch $@
 
 quickstart: setup
