@@ -1,5 +1,6 @@
 """Fixtures that tests of several rooms share: tiny real models, and the folder of real texts."""
 
+import gc
 import json
 import os
 import sys
@@ -39,6 +40,13 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"no real texts in {folder}; set BRIDLE_SHARED to run this test")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_imported_stays():
+    """Keeps libraries out of the collection of garbage, which every training run asks for: a third of its time here."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
