@@ -41,6 +41,15 @@ def path(recipe, corpus_files, tmp_path, monkeypatch):
     sys.modules.pop("given_scorers", None)
 
 
+def test_a_refused_recipe_leaves_no_run(bridle, path, tmp_path):
+    run = ("train", path, "--output_dir", tmp_path / "run")
+    code, _, err = bridle(*run, "--rounds", "9")
+    assert code == 2
+    assert "rounds: 9 are more than the run's 3 updates" in err
+    code, _, err = bridle(*run)
+    assert code == 0, err
+
+
 def test_a_run_goes_on_with_the_files_it_was_begun_with(bridle, path, tmp_path, corpus_files, monkeypatch):
     run = ("train", path, "--output_dir", tmp_path / "run")
     assert bridle(*run)[0] == 0

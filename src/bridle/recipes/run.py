@@ -106,13 +106,8 @@ def _train(
     resume: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> ConstrainedTrainer:
-    shown = [MetricsFile(folder / "metrics.jsonl"), TrainingProgress()]
-    trainer = build_trainer(recipe, folder, rows, [*shown, *callbacks])
-    config = trainer.args
-    if is_main():
-        write_recipe(recipe, folder)
-        write_json(folder / "environment.json", environment(config.seed))
-        write_inputs(recipe, folder)
+    own = [_Provenance(recipe, folder), MetricsFile(folder / "metrics.jsonl"), TrainingProgress()]
+    trainer = build_trainer(recipe, folder, rows, [*own, *callbacks])
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if trainer.is_fsdp_enabled:  # `from_pretrained` does not read a model in shards
@@ -120,9 +115,22 @@ def _train(
     trainer.save_model(str(folder / "model"), _internal_call=True)  # pushed below, with its card
     if is_main():
         describe_run(recipe, folder, rows={name: len(domain) for name, domain in rows.items()})
-    if config.push_to_hub:
+    if trainer.args.push_to_hub:
         trainer.push_saved_model()
     return trainer
+
+
+class _Provenance(TrainerCallback):
+    """Writes what a run was made from. Until training begins nothing is written: a refused recipe leaves no run."""
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.recipe, self.folder = recipe, folder
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if is_main():
+            write_recipe(self.recipe, self.folder)
+            write_json(self.folder / "environment.json", environment(args.seed))
+            write_inputs(self.recipe, self.folder)
 
 
 def build_trainer(
