@@ -256,7 +256,7 @@ RECIPE_KEYS = [
     ("eval.shares", 0.1, "eval.shares: there is no key 'shares'; did you mean share?"),
     ("eval.share", 2, "eval.share: input should be less than or equal to 1"),
     ("eval.corpus", {"wikki": {"path": "x.jsonl"}}, "eval.corpus.wikki: there is no domain 'wikki'"),
-    ("eval.corpus", {"rude": {"path": "x.jsonl", "weight": 2}}, "eval.corpus.rude.weight: says how rows are trained on"),
+    ("eval.corpus", {"rude": {"path": "x.jsonl", "weight": 2}}, "eval.corpus.rude.weight: says how rows are trained"),
     ("eval", {"share": 0.1, "constraints": ["kind"]}, "eval.constraints: there is no constraint 'kind'"),
     ("eval", {"share": 0.1, "constraints": "kind"}, "eval.constraints: input should be a valid list"),
     ("eval", {"share": 0.1, "best": {}}, "eval.best.violation: is missing"),
