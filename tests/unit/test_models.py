@@ -253,6 +253,12 @@ class TestGuidance:
         in_the_other_order = (plain[0, -1].double().log_softmax(-1) + log_q).softmax(-1)  # p^(1/T)·R
         assert (in_the_other_order - tempered).abs().sum() > 0.1
 
+    def test_a_new_own_network_says_the_same_each_time(self, tiny_model):
+        """A regulariser of another process, or of a resumed run, takes the weights of an R that it has not fitted."""
+        auxiliary, ids = new_auxiliary(tiny_model("gpt2", resid_pdrop=0.5), own_network=True), torch.tensor([[1, 5, 9]])
+        first, again = (auxiliary.states(None, ids, torch.ones_like(ids)) for _ in range(2))
+        assert torch.equal(first, again)
+
     @pytest.mark.parametrize("own_network", [False, True])
     @pytest.mark.parametrize("memory", [0, 8])
     @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -7,7 +7,6 @@ import re
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +56,7 @@ OBEYED = {
     "test_epochs": ("num_train_epochs",),
     "test_several_processes": (
         *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
-        *("ddp_timeout", "ddp_backend", "log_on_each_node", "average_tokens_across_devices"),
+        *("ddp_timeout", "ddp_backend", "log_on_each_node"),
     ),
     "test_precision": ("bf16", "fp16", "tf32"),
     "test_determinism": ("full_determinism",),
@@ -114,6 +113,7 @@ OTHER = {
     "save_total_limit": 1,
     "resume_from_checkpoint": "checkpoint-1",
     "local_rank": 0,
+    "average_tokens_across_devices": False,
     "parallelism_config": {},
     "label_smoothing_factor": 0.1,
     "neftune_noise_alpha": 5.0,
@@ -537,13 +537,6 @@ def test_several_processes(folder, tmp_path):
     assert trainer.args.should_log
     with pytest.raises(UserError, match="ddp_backend: is for several processes"):
         config(ddp_backend="gloo")
-    for averages, scale in ((True, 4), (False, 1)):
-        one_of_four = SimpleNamespace(
-            args=config(average_tokens_across_devices=averages),
-            accelerator=SimpleNamespace(num_processes=4),
-            get_tp_size=lambda: 1,
-        )
-        assert ConstrainedTrainer._loss_scale(one_of_four, torch.tensor(8)) == scale
 
 
 def test_precision(folder, tmp_path):

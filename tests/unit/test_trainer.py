@@ -51,15 +51,9 @@ def test_weights_in_shards(monkeypatch, zero3, fsdp, version, schedule, said):
         setup.check_sharding(SimpleNamespace(schedule=schedule), version if fsdp else None)
 
 
-@pytest.mark.parametrize(
-    ("items", "averages", "scale"), [(torch.tensor(8), True, 3), (torch.tensor(8), False, 1), (None, True, 1)]
-)
-def test_the_loss_undoes_an_average_over_processes_with_a_batch_of_their_own(items, averages, scale):
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(average_tokens_across_devices=averages),
-        accelerator=SimpleNamespace(num_processes=6),
-        get_tp_size=lambda: 2,
-    )
+@pytest.mark.parametrize(("items", "scale"), [(torch.tensor(8), 3), (None, 1)])
+def test_the_loss_undoes_an_average_over_processes_with_a_batch_of_their_own(items, scale):
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=6), get_tp_size=lambda: 2)
     assert ConstrainedTrainer._loss_scale(trainer, items) == scale
 
 
@@ -155,11 +149,11 @@ class TestPrefixes:
         (regulariser,) = made.regularisers
         expected = np.zeros_like(self.mask)
         if on != "rollouts":
-            expected[1:3] = self.mask[1:3] & (self.reached[1:3] | (targets == "precomputed"))
+            expected[1:3] = self.mask[1:3] & self.reached[1:3]
         expected[3] = self.mask[3]
         assert made.regularisers.masks(self.batch)[0].tolist() == expected.tolist()
         unreached = made.means.since_last_log()
-        assert unreached == ({} if on == "rollouts" else {"kl_unreached/rude": 0.4 if targets == "computed" else 0.0})
+        assert unreached == ({} if on == "rollouts" else {"kl_unreached/rude": 0.4})
         regulariser.is_fitted = False
         assert not made.regularisers.masks(self.batch)[0].any()
 
@@ -367,6 +361,14 @@ def test_a_loss_is_logged_as_missing_where_a_part_of_it_is_not_finite(tiny_folde
     assert missing["ce"] == 2.0
 
 
+def test_held_rows_are_a_share_of_all_rows_of_updates_without_one_too(tiny_folder, tmp_path):
+    options = {"per_device_train_batch_size": 1, "max_steps": 20, "rounds": 1}
+    trainer = trainer_of(tiny_folder(), tmp_path, {"plain": Regulariser()}, learn={"plain": False}, **options)
+    trainer.train()
+    (record,) = [record for record in trainer.state.log_history if "round" in record]
+    assert record["held_rows"] == pytest.approx(0.5, abs=0.3)
+
+
 def test_prompts_of_chats_come_from_their_turns_and_others_from_their_tokens(tiny_model, tmp_path):
     folder = chat_folder(tiny_model, tmp_path / "chats", TEMPLATES["qwen3"][0])
     rows = {"talk": Dataset.from_dict({"messages": CHATS}), "text": Dataset.from_dict({"text": ["a kettle"] * 8})}
@@ -378,7 +380,9 @@ def test_prompts_of_chats_come_from_their_turns_and_others_from_their_tokens(tin
             Regulariser(NO_E),
             processing_class=load_tokenizer(str(folder)),
             formatting_func=formatting,
+            eval_options=EvalOptions(corpus=rows, completions=8),
         )
+        assert any(prompt.messages for prompt in trainer.eval_prompts) == (formatting is None)
         assert [
             start in of.column_names for start, of in zip(starts, trainer.regularisers[0].corpus.values(), strict=True)
         ] == [True, True]

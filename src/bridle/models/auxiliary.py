@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from bridle.core import log_linear
 from bridle.core.decomposition import log_target
 from bridle.errors import UserError
+from bridle.models.forward import disable_dropout
 from bridle.models.hidden import causal_lm
 from bridle.models.loading import reason
 from bridle.models.sharding import digest, in_shards, whole
@@ -288,7 +289,11 @@ def new_auxiliary(
     form: str = "sigmoid",
     own_network: bool = False,
 ) -> AuxiliaryModel:
-    """A new auxiliary for a causal language model; an own network starts as a copy of its body, adapters merged."""
+    """A new auxiliary for a causal language model.
+
+    An own network starts as a copy of the model's body, adapters merged. It has no dropout: all processes, and a
+    resumed run, read the same R.
+    """
     text_config = model.config.get_text_config()
     config = AuxiliaryConfig(
         hidden_size=text_config.hidden_size,
@@ -305,6 +310,7 @@ def new_auxiliary(
     if auxiliary.network is not None:
         merged = deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
         auxiliary.network.load_state_dict(merged.base_model.state_dict())
+        disable_dropout(auxiliary.network)
     return auxiliary.to(model.device)
 
 

@@ -82,7 +82,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
         """Prepares evaluation.
 
         Args:
-            held_out: tokenised rows by domain.
+            held_out: rows by domain that prompts start from, tokenised or chats.
             weights: the mixing weights of the domains that are learnt; `eval_loss` leaves the others out.
             judged: the domains whose rows give the prompts.
             constraints: used if `eval_options` names none.

@@ -41,6 +41,7 @@ REFUSED = {
     "enable_jit_checkpoint": "a run that was stopped goes on from its last checkpoint; set save_steps",
     "resume_from_checkpoint": "give it to train() of the trainer, or add --resume to the command",
     # Processes
+    "average_tokens_across_devices": "an update is one batch of all processes, divided by its tokens; leave it out",
     "local_rank": "the launcher sets it; leave it out",
     "parallelism_config": "the model is split by FSDP2 alone; use a configuration of accelerate",
     # Read by scripts, not by trainers

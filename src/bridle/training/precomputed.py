@@ -36,7 +36,8 @@ from bridle.utils.interruption import at_once
 from bridle.utils.oom import RowLimit
 from bridle.utils.progress import track
 
-Rows = tuple[Tensor, Tensor, Tensor]  # input_ids and attention_mask, [batch, time]; prefixes' mask, [batch, time - 1]
+Rows = tuple[Tensor, Tensor, Tensor, Tensor]
+"""`input_ids` and `attention_mask`, [batch, time]; `mask` and `trained`, [batch, time - 1], of `frozen_target`."""
 
 
 class PrecomputedTargets(TrainerCallback):
@@ -113,15 +114,18 @@ def upcoming(
         mine = regularisers.corpus_rows(regulariser, prefixes)
         if regulariser.options.kl_on != "corpus":
             found.rollouts += int(mine.sum())
-        mine &= prefixes.mask.any(-1)
+        mask = prefixes.mask & mine[:, None]
+        mask &= regulariser.reaches(mask)
+        mine = mask.any(-1)
         if regulariser.options.kl_on != "rollouts" and mine.any():
-            mask = torch.from_numpy(prefixes.mask[mine])
-            ids, attention_mask = (batch[key][torch.from_numpy(mine)] for key in ("input_ids", "attention_mask"))
-            keys = row_keys(ids, attention_mask, mask)
+            parts = batch["input_ids"], batch["attention_mask"], torch.from_numpy(mask), torch.from_numpy(prefixes.mask)
+            rows = [part[torch.from_numpy(mine)] for part in parts]
+            keys = row_keys(*rows[:3])
             new = torch.tensor([key not in seen for key in keys])
             seen.update(keys)
             if new.any():
-                found.corpus.append((ids[new], attention_mask[new], mask[new]))
+                ids, attention_mask, counted, trained = (part[new] for part in rows)
+                found.corpus.append((ids, attention_mask, counted, trained))
     return found
 
 
@@ -164,12 +168,12 @@ def kept_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: in
     caches = [TargetCache.open(file) for file in sorted(folder.glob("*.arrow"))]
     kept, lacking, missing = TargetShelf(caches), Upcoming(), list[int]()
     for batch in rows.corpus:
-        keys = row_keys(*batch)
+        keys = row_keys(*batch[:3])
         new = torch.tensor([key not in kept for key in keys])
         missing += [key for key in keys if key not in kept]
         if new.any():
-            ids, attention_mask, mask = (part[new] for part in batch)
-            lacking.corpus.append((ids, attention_mask, mask))
+            ids, attention_mask, mask, trained = (part[new] for part in batch)
+            lacking.corpus.append((ids, attention_mask, mask, trained))
     if missing:
         name = blake2b(repr(missing).encode(), digest_size=8).hexdigest()
         caches.append(make_targets(regulariser, lacking, round_index, folder.resolve() / f"{name}.arrow"))
@@ -206,8 +210,9 @@ def make_targets(
     vocabulary, pad = model.get_output_embeddings().weight.shape[0], regulariser.tokenizer.pad_token_id
     rollouts = regulariser.rollouts[: rows.rollouts]
     starts = range(0, len(rollouts), config.rollout_batch_size)
-    batches = rows.corpus + [rollout_rows(rollouts[at : at + config.rollout_batch_size], pad) for at in starts]
-    prefixes = sum(int(mask.sum()) for *_, mask in batches)
+    sampled = [rollout_rows(rollouts[at : at + config.rollout_batch_size], pad) for at in starts]
+    batches = rows.corpus + [(*batch, batch[-1]) for batch in sampled]
+    prefixes = sum(int(mask.sum()) for _, _, mask, _ in batches)
     large = prefixes * bytes_per_token(config.target_tokens, vocabulary) > config.parallel.largest_bytes
     name = f"round-{round_index}.{regulariser.name}.{rank()}.arrow"
     path = path or (Path(config.output_dir) / "targets" / name if large else None)
@@ -221,9 +226,9 @@ def make_targets(
 
 def _add(regulariser: DomainRegulariser, writer: TargetWriter, rows: list[tuple[Tensor, ...]]) -> None:
     """Adds the targets of some rows, each as in `Rows`."""
-    ids, attention_mask, mask = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    ids, attention_mask, mask, trained = (torch.stack(parts) for parts in zip(*rows, strict=True))
     device = regulariser.model.device
-    target = regulariser.frozen_target(ids.to(device), attention_mask.to(device), mask.numpy(), mask.numpy())
+    target = regulariser.frozen_target(ids.to(device), attention_mask.to(device), mask.numpy(), trained.numpy())
     kept = _sparse(target, regulariser.config)
     writer.add(row_keys(ids, attention_mask, mask), kept, mask)
 

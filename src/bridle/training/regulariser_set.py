@@ -49,8 +49,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
     def share_rollouts(self, batches: Sequence[Prefixes]) -> tuple[list[Riders], int]:
         """Rollouts for the micro-batches of an update: one for each row of a regulariser's domains.
 
-        The processes exchange their counts once per update, and take rollouts in the order of one global batch. The
-        share of rows that are held and not learnt is noted.
+        The processes exchange their counts once per update, and take rollouts in the order of one global batch.
 
         Returns:
             The rollouts of each micro-batch; and the update's tokens on all processes, including theirs.
@@ -66,9 +65,6 @@ class RegulariserSet(Sequence[DomainRegulariser]):
             taken, self._sampled[regulariser.index] = regulariser.take([counts[place] for counts, *_ in everyone])
             tokens += sum(len(r.prompt_ids) + len(r.completion_ids) for part in taken for r in part)
             shares.append(taken[rank() :: world()])
-        learnt = np.concatenate([batch.learnt for batch in batches])
-        if not learnt.all():
-            self.means.add("held_rows", torch.tensor((~learnt).sum()), len(learnt))
         riders: list[Riders] = [
             [(one, share[index]) for one, share in zip(looking, shares, strict=True) if share[index]]
             for index in range(len(batches))
@@ -88,9 +84,8 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         mask = prefixes.mask & (prefixes.regulariser == regulariser.index)[:, None]
         if regulariser.options.kl_on == "rollouts":
             return mask
-        corpus = reached = prefixes.mask & self.corpus_rows(regulariser, prefixes)[:, None]
-        if regulariser.anchor is None or regulariser.config.targets == "computed":  # else made before the rollouts
-            reached = corpus & regulariser.reaches(corpus)  # R was not fitted elsewhere
+        corpus = prefixes.mask & self.corpus_rows(regulariser, prefixes)[:, None]
+        reached = corpus & regulariser.reaches(corpus)  # R was not fitted elsewhere
         unreached = torch.tensor(corpus.sum() - reached.sum(), device=regulariser.config.device)
         self.means.add(f"kl_unreached/{regulariser.name}", unreached, corpus.sum())
         return mask | reached

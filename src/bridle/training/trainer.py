@@ -101,7 +101,8 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         pad, held = tokenizer.pad_token_id, [self.domains.index(name) for name in self.held]
         self.data_collator = DomainCollator(pad, pad_to_multiple_of=args.pad_to_multiple_of, held=held)
         self.means = RunningMeans()
-        starts = setup.starts(self._corpus, self.tokenised, formatted=kwargs.get("formatting_func") is not None)
+        formatted = kwargs.get("formatting_func") is not None
+        starts = setup.starts(self._corpus, self.tokenised, formatted)
         made = []
         for index, (name, options) in enumerate(by_name.items()):
             of = {domain: starts[domain] for domain in options.domains(self.domains)}
@@ -113,15 +114,16 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         setup.warn_of_user_turns(self.regularisers, args)
         self._coming: list[Prefixes] = []  # the micro-batches of the next update
         self._riders: deque[Riders] = deque()  # of its remaining micro-batches
-        self._prepare_evaluation(eval_options)
+        self._prepare_evaluation(eval_options, formatted)
         self._add_callbacks()
 
-    def _prepare_evaluation(self, options: EvalOptions | None) -> None:
+    def _prepare_evaluation(self, options: EvalOptions | None, formatted: bool) -> None:
         if options is None:
             return
         self.eval_options = options
         learnt = {name: weight for name, weight in self._weights.items() if name not in self.held}
-        self.evaluate_on(self.eval_dataset, learnt, *setup.judges(self.regularisers, self._held_out))
+        starts = setup.starts(self._held_out, self.eval_dataset, formatted)
+        self.evaluate_on(starts, learnt, *setup.judges(self.regularisers, self._held_out))
 
     def _add_callbacks(self) -> None:
         log_to_trackers(self.callback_handler.callbacks)
@@ -158,6 +160,9 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch of the corpus with its rollouts."""
         if self._coming:
+            if self.held:
+                learnt = np.concatenate([batch.learnt for batch in self._coming])
+                self.means.add("held_rows", torch.tensor((~learnt).sum()), len(learnt))
             riders, tokens = self.regularisers.share_rollouts(self._coming)
             self._riders, self._coming = deque(riders), []
             if not self._cross_entropy_is_trls:
@@ -221,9 +226,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
 
     def _loss_scale(self, num_items_in_batch: Tensor | int | None) -> int:
         """Undoes the averaging of gradients over processes, as `SFTTrainer` does."""
-        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
-            return 1
-        return self.accelerator.num_processes // self.get_tp_size()
+        return 1 if num_items_in_batch is None else self.accelerator.num_processes // self.get_tp_size()
 
     # ------------------------------------------------------------------ what is logged
 
