@@ -1,14 +1,19 @@
 """The optional methods of `bridle compare`: each for real on a tiny model, its knob, and what is refused."""
 
 import json
+from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
 import yaml
 
+from bridle.comparison import rivals
+from bridle.comparison.cell import Candidate, Cell
 from bridle.comparison.methods import base_name, chosen, description, shapes
+from bridle.comparison.replay import losses_per_token
 from bridle.errors import UserError
-from bridle.models.loading import load_model
+from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import build_recipe, load_recipe
 
 KNOBS = {
@@ -118,6 +123,82 @@ def test_the_pull_is_the_gradient_of_the_distance(tiny_model):
             torch.testing.assert_close(p.grad, gradient, msg=name)
 
 
+def losses(folder, texts):
+    """−log p a token of each text as it is learnt, with its end."""
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    ids = [torch.tensor([tokenizer(text + tokenizer.eos_token)["input_ids"][:24]]) for text in texts]
+    with torch.no_grad():
+        return [model(input_ids=one, labels=one).loss.item() for one in ids]
+
+
+def test_what_is_forgotten_most_is_mixed_in(compared, tmp_path, monkeypatch):
+    recipe = build_recipe({**yaml.safe_load(compared().read_text()), "max_steps": 10})
+    tuned = load_model(recipe.model)
+    for p in tuned.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    for part in (tuned, load_tokenizer(recipe.model)):
+        part.save_pretrained(tmp_path / "sft")
+    given = {}
+    monkeypatch.setattr(
+        Cell, "train", lambda cell, recipe, rows: given.update(rows) or Candidate("", cost={"seconds": 5})
+    )
+
+    def mixed(name, **changes):
+        work = Cell(name, replace(recipe, **changes), 0, tmp_path, lambda other: Candidate(str(tmp_path / "sft")))
+        return rivals.METHODS["interleave"](work)
+
+    made = mixed("interleave@gap@0.5")
+    rows = recipe.read_corpus()["plain"].shuffle(seed=0)
+    texts = rows["text"][:20]  # 10 updates of 4 rows, a ninth of them held: 5 rows of four times as many candidates
+    gaps = [
+        after - before
+        for before, after in zip(losses(recipe.model, texts), losses(tmp_path / "sft", texts), strict=True)
+    ]
+    best = sorted(range(20), key=lambda place: -gaps[place])[:5]
+    assert set(given["plain"]["text"]) == {texts[place] for place in best}
+    assert len(given["rude"]) == 32
+    report = json.loads((tmp_path / "gaps.json").read_text())["plain"]
+    assert (report["candidates"], report["chosen"]) == (20, 5)
+    assert report["gap_candidates"] == pytest.approx(fmean(gaps), abs=1e-4)
+    assert report["gap_chosen"] == pytest.approx(fmean(gaps[place] for place in best), abs=1e-4)
+    assert made.cost["seconds"] > 5, "reading counts"
+
+    mixed("interleave@0.5")
+    assert given["plain"]["text"][:] == rows["text"][: len(given["plain"])], "at random"
+    with pytest.raises(
+        UserError, match=r"^methods\.interleave\.choose: all 32 rows of plain are mixed in, so gap has no"
+    ):
+        mixed("interleave@gap@99", training={**recipe.training, "max_steps": 99})
+
+
+def test_only_learnt_tokens_count(tiny_model):
+    model, ids = tiny_model(), [1, 5, 6, 7, 8, 9, 10]
+    labels = [-100, 5, -100, -100, 8, 9, -100]
+    log_p = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
+    expected = -(log_p[0, 5] + log_p[3, 8] + log_p[4, 9]).item() / 3
+    found = losses_per_token(model, {7: (ids, labels), 9: (ids[:3], [1, -100, -100])}, 2, "reading")
+    assert found == {7: pytest.approx(expected, rel=1e-4)}, "a row without any is left out"
+
+
+def test_names_say_the_values_of_options(compared):
+    def named(*names, **methods):
+        return chosen(names, build_recipe({**yaml.safe_load(compared().read_text()), "methods": methods}))
+
+    both = {"weight": [1, 2], "choose": ["random", "gap"]}
+    expanded = ["interleave@1.0", "interleave@2.0", "interleave@gap@1.0", "interleave@gap@2.0"]
+    assert named("interleave", interleave=both) == expanded
+    assert named("interleave@gap", "interleave@random@3", interleave=both) == [*expanded[2:], "interleave@3"]
+    assert named("interleave", interleave={"choose": "gap"}) == ["interleave@gap"]
+    assert named("dpo", dpo={"beta": [0.1, 0.5], "num_generations": 8}) == ["dpo@0.1", "dpo@0.5"]
+    assert description("interleave@gap@2.0").endswith(": gap, 2.0.")
+    assert shapes("methods.dpo.num_generations", ["dpo@0.1"])
+    assert not shapes("methods.dpo.beta", ["dpo@0.1"])
+    assert shapes("methods.dpo", ["dpo@0.1"]), "the whole section"
+    assert shapes("regularisers.rude.weight", ["dpo@0.1"]), "its pairs are the constraint's"
+    assert not shapes("methods.interleave.choose", ["interleave", "interleave@gap"]), "the name says it"
+    assert not shapes("methods.interleave", ["interleave@gap@2.0"])
+
+
 def test_which_are_chosen(compared):
     mapping = yaml.safe_load(compared().read_text())
     plain = build_recipe({**mapping, "methods": {}})
@@ -138,6 +219,9 @@ def test_which_are_chosen(compared):
         ([], {"wise-ft": {"alpha": []}}, "^methods.wise-ft.alpha: has no value; give one or several"),
         ([], {"l2-sp": {"wieght": 1}}, "^methods.l2-sp.wieght: there is no key 'wieght'; did you mean weight"),
         (["wise-ft@much"], {}, "^methods.wise-ft.alpha: input should be a valid number"),
+        (["wise-ft@0.5@0.7"], {}, "^methods: wise-ft@0.5@0.7 has two values of alpha; give one"),
+        ([], {"interleave": {"choose": "ppl"}}, "^methods.interleave.choose: input should be 'random' or 'gap'"),
+        ([], {"dpo": {"num_generations": 1}}, "^methods.dpo.num_generations: 1 makes no pair; set at least 2"),
         (["sft@2"], {}, "there is no method 'sft@2'; did you mean sft"),
     ],
 )

@@ -168,7 +168,7 @@ def reinforce(
     _check_prompts(prompts, max_new_tokens, context_length(model))
     checkpoint = (last_whole(output_dir, TRAINER_STATE_NAME) if resume else None) or resume_from
     stopping = Stopping(seconds, options.window, options.tolerance)
-    with _restored(model, tokenizer), contiguous_states(model), only_errors(*VERBOSE):
+    with restored(model, tokenizer), contiguous_states(model), only_errors(*VERBOSE):
         trainer = _trainer(
             model,
             options,
@@ -267,7 +267,7 @@ def _in_passes(
 
 
 @contextmanager
-def _restored(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def restored(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Undoes TRL's changes of a model other than its weights, and hides the model's own generation settings.
 
     Those would be the defaults of options that TRL does not set, but completions come from the full distribution.

@@ -47,11 +47,11 @@ COMPARISON = {
         "methods.nado-decoding.",
         ["comparison/methods.py:GuidanceOptions"],
     ),
-    "KL on the learnt rows": ("methods.sft-kl.", ["comparison/rivals.py:KLOptions"]),
-    "Distance to the first weights": ("methods.l2-sp.", ["comparison/rivals.py:L2Options"]),
-    "Small adapters": ("methods.lora-small.", ["comparison/rivals.py:LowRankOptions"]),
-    "Averaged weights": ("methods.wise-ft.", ["comparison/rivals.py:AverageOptions"]),
-    "Held domains that are learnt": ("methods.interleave.", ["comparison/rivals.py:InterleaveOptions"]),
+    "KL on the learnt rows": ("methods.sft-kl.", ["comparison/knobs.py:KLOptions"]),
+    "Distance to the first weights": ("methods.l2-sp.", ["comparison/knobs.py:L2Options"]),
+    "Small adapters": ("methods.lora-small.", ["comparison/knobs.py:LowRankOptions"]),
+    "Averaged weights": ("methods.wise-ft.", ["comparison/knobs.py:AverageOptions"]),
+    "Held domains that are learnt": ("methods.interleave.", ["comparison/knobs.py:InterleaveOptions"]),
 }
 """By heading: the prefix of the keys, and the dataclasses, each in its file, whose fields are the keys."""
 

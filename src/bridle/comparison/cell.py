@@ -217,6 +217,19 @@ def one_regulariser(recipe: Recipe) -> dict[str, Any]:
     return constrained if len(constrained) == 1 else {ALL: {**next(iter(constrained.values())), "domain": None}}
 
 
+def refuse_shares(recipe: Recipe, reason: str) -> None:
+    """Raises a UserError, with the reason, for a recipe with a regulariser that asks for a share."""
+    for name, regulariser in recipe.regularisers.items():
+        if regulariser.share is not None:
+            raise UserError(f"regularisers.{name}.share: {reason}; leave the method out")
+
+
+def used_constraints(recipe: Recipe) -> dict[str, Any]:
+    """The descriptions of the regularisers' constraints by name, for a model card."""
+    used = (regulariser.constraint for regulariser in recipe.regularisers.values())
+    return {constraint.name: constraint.describe() for constraint in used if constraint is not None}
+
+
 def _training_cost(folder: Path) -> dict[str, float]:
     """The cost of a training run, from the round records of its `metrics.jsonl`."""
     records = [record for _, record in read_rows(folder / "metrics.jsonl")]

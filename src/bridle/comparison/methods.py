@@ -18,8 +18,8 @@ from pydantic import NonNegativeFloat
 
 from bridle.baselines.filtration import compliant_rows
 from bridle.baselines.reinforcement import ReinforcementOptions, reinforce
-from bridle.comparison import rivals
-from bridle.comparison.cell import Candidate, Cell, one_regulariser
+from bridle.comparison import knobs, rivals
+from bridle.comparison.cell import Candidate, Cell, one_regulariser, refuse_shares, used_constraints
 from bridle.constraints import AllOf, Constraint
 from bridle.data import Prompt
 from bridle.errors import RunStopped, UserError
@@ -56,7 +56,7 @@ OPTIONS: dict[str, type] = {
     "rl": ReinforcementOptions,
     "nado-decoding": GuidanceOptions,
     "nado-decoding-sft": GuidanceOptions,
-    **rivals.OPTIONS,
+    **knobs.OPTIONS,
 }
 """By method, its options in a recipe."""
 
@@ -73,7 +73,7 @@ def sft(cell: Cell) -> Candidate:
 
 def filtration(cell: Cell) -> Candidate:
     """Fine-tuning on what is left of the corpus when the rows that violate are dropped."""
-    _refuse_shares(cell.recipe, "a share does not say which rows to drop")
+    refuse_shares(cell.recipe, "a share does not say which rows to drop")
     recipe = cell.learnt(regularisers={})
     rows, counts = recipe.read_corpus(), {}
     for domain in rows:
@@ -86,7 +86,7 @@ def filtration(cell: Cell) -> Candidate:
             constraint = constraints[0] if len(constraints) == 1 else AllOf(constraints)
             rows[domain], counts[domain] = compliant_rows(rows[domain], constraint, domain)
     write_json(cell.folder / "filtered.json", {domain: asdict(count) for domain, count in counts.items()})
-    return replace(cell.train(recipe, rows), about={"constraints": _used_constraints(cell.recipe)})
+    return replace(cell.train(recipe, rows), about={"constraints": used_constraints(cell.recipe)})
 
 
 def rl(cell: Cell) -> Candidate:
@@ -135,19 +135,22 @@ BUILT_IN: dict[str, Method] = {
 }
 
 
-UNSEEN: dict[str, tuple[str, ...]] = dict.fromkeys(("sft", *rivals.METHODS), ("constraints", "regularisers"))
+UNSEEN: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("sft", *(name for name in rivals.METHODS if name != "dpo")), ("constraints", "regularisers")
+)
 """By method, the sections of a recipe that it does not read."""
 
 
 def shapes(key: str, names: Collection[str]) -> bool:
     """Whether what any of these methods makes depends on a key of the recipe, as "regularisers.forum.weight".
 
-    A method depends on its own options, `methods.NAME`, unless its name has the value, and on all other keys but its
-    `UNSEEN`; the model and the seed are the cell's.
+    A method depends on its own options, `methods.NAME`, but those whose values its name has, and on all other keys but
+    its `UNSEEN`; the model and the seed are the cell's.
     """
     section, _, rest = key.partition(".")
     if section == "methods":
-        return rest.partition(".")[0] in names
+        method, _, option = rest.partition(".")
+        return any(base_name(name) == method and not knobs.says(name, option) for name in names)
     if key.startswith(SHAPES_NOTHING) or section == "seed":
         return False
     return any(name != "base" and section not in UNSEEN.get(base_name(name), ()) for name in names)
@@ -159,7 +162,7 @@ def methods() -> list[str]:
 
 
 def chosen(names: Sequence[str], recipe: Recipe) -> list[str]:
-    """The names of the methods to compare; of an optional one whose knob has several values, one name for each.
+    """The names of the methods to compare; of an optional one with several values of an option, one name for each.
 
     Args:
         names: the requested ones; if none, all but the optional ones that the section `methods` does not name.
@@ -175,16 +178,15 @@ def chosen(names: Sequence[str], recipe: Recipe) -> list[str]:
     wanted = list(names) or [name for name in methods() if name not in rivals.METHODS or name in recipe.methods]
     for name in wanted:
         method_named(name)
-    return list(dict.fromkeys(value for name in wanted for value in _values(name, options_of(name, recipe))))
+    return list(dict.fromkeys(one for name in wanted for one in _each(name, recipe)))
 
 
-def _values(name: str, options: Any) -> list[str]:
-    (knob,) = vars(options).values() if name in rivals.METHODS else (None,)
-    return [f"{name}@{value}" for value in knob] if isinstance(knob, list) else [name]
+def _each(name: str, recipe: Recipe) -> list[str]:
+    return knobs.names(name, recipe) if base_name(name) in rivals.METHODS else [name]
 
 
 def base_name(name: str) -> str:
-    """A method's name without the value of its knob."""
+    """A method's name without the values of its options."""
     base, _, value = name.partition("@")
     return base if value and base in rivals.METHODS else name
 
@@ -209,20 +211,13 @@ def _plugged_in() -> dict[str, EntryPoint]:
 def description(name: str) -> str:
     """What a method is, in a sentence."""
     said = (method_named(name).__doc__ or "").strip().split("\n")[0]
-    value = name[len(base_name(name)) + 1 :]
-    return f"{said.rstrip('.')}: {value}." if value else said
-
-
-def _refuse_shares(recipe: Recipe, reason: str) -> None:
-    """Refuses a recipe with a regulariser that asks for a share."""
-    for name, regulariser in recipe.regularisers.items():
-        if regulariser.share is not None:
-            raise UserError(f"regularisers.{name}.share: {reason}; leave the method out")
+    values = name[len(base_name(name)) + 1 :].replace("@", ", ")
+    return f"{said.rstrip('.')}: {values}." if values else said
 
 
 def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path | None = None) -> Candidate:
     """TRL's reinforcement learning from the plainly tuned model, on the prompts of the regulariser's rollouts."""
-    _refuse_shares(cell.recipe, "its reward would make all outputs comply")
+    refuse_shares(cell.recipe, "its reward would make all outputs comply")
     start, options = cell.candidate("sft").model, options_of("rl", cell.recipe)
     recipe = cell.sampling_from(start)
     prompts, constraint, max_new_tokens = _rollout_prompts(recipe, cell.folder)
@@ -250,7 +245,7 @@ def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path |
     about = {
         **{key: cell.recipe.resolved[key] for key in ("model", "corpus")},
         **asdict(options),
-        "constraints": _used_constraints(recipe),
+        "constraints": used_constraints(recipe),
         "seed": cell.seed,
         "max_steps": report["steps"],
         "max_completion_length": max_new_tokens,
@@ -266,7 +261,7 @@ def options_of(name: str, recipe: Recipe) -> Any:
         UserError: a key is unknown, or a value is wrong.
     """
     if name.partition("@")[0] in rivals.METHODS:
-        return rivals.options_of(name, recipe)
+        return knobs.options_of(name, recipe)
     given = recipe.methods.get(name)
     return build(OPTIONS.get(name, NoOptions), given, f"methods.{name}") if name in BUILT_IN else given
 
@@ -277,11 +272,6 @@ def _rollout_prompts(recipe: Recipe, folder: Path) -> tuple[list[Prompt], Constr
     (regulariser,), args = trainer.regularisers, trainer.args
     prompts = [prompt for index in range(1, args.rounds + 1) for prompt in regulariser.prompts(index)]
     return prompts, regulariser.constraint, args.max_new_tokens
-
-
-def _used_constraints(recipe: Recipe) -> dict[str, Any]:
-    used = (regulariser.constraint for regulariser in recipe.regularisers.values())
-    return {constraint.name: constraint.describe() for constraint in used if constraint is not None}
 
 
 def free_memory() -> None:

@@ -1,88 +1,36 @@
-"""Other ways to keep what a model was while it is tuned, each a few lines over what exists. None holds another domain.
+"""Optional methods, each a few lines over what exists: other ways to keep what a model was while it is tuned, and DPO.
 
-Each has one knob, the key of `methods.NAME` in a recipe. Of several values each is a method of its own, as
-`wise-ft@0.5`, so that the trade-off shows the curve. All make as many updates, of as many rows, as `sft`.
+None holds another domain. All make as many updates as `sft`, of as many rows.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from bridle.comparison.cell import Candidate, Cell
-from bridle.constraints.options import Probability
+from bridle.comparison.dpo import dpo
+from bridle.comparison.knobs import GAP, RANDOM, knob_of, values_of
+from bridle.comparison.replay import most_forgotten
 from bridle.constraints.spec import RETENTION
 from bridle.data.rows import holds_prompts
 from bridle.errors import UserError
 from bridle.models.loading import load_model, load_tokenizer
-from bridle.recipes.recipe import Recipe
-from bridle.utils.settings import build
+from bridle.utils.files import write_json
 
-
-@dataclass(frozen=True)
-class KLOptions:
-    """The knob of `sft-kl`.
-
-    Attributes:
-        weight: λ of KL(p_0 ‖ p) on the rows that are learnt; or several.
-    """
-
-    weight: NonNegativeFloat | list[NonNegativeFloat] = 1.0
-
-
-@dataclass(frozen=True)
-class L2Options:
-    """The knob of `l2-sp`.
-
-    Attributes:
-        weight: α of the term α/2·‖w − w_0‖²; or several.
-    """
-
-    weight: NonNegativeFloat | list[NonNegativeFloat] = 0.1
-
-
-@dataclass(frozen=True)
-class LowRankOptions:
-    """The knob of `lora-small`.
-
-    Attributes:
-        r: rank of the adapters; or several.
-    """
-
-    r: PositiveInt | list[PositiveInt] = 2
-
-
-@dataclass(frozen=True)
-class AverageOptions:
-    """The knob of `wise-ft`.
-
-    Attributes:
-        alpha: share of the tuned weights, from 0, the model before tuning, to 1; or several.
-    """
-
-    alpha: Probability | list[Probability] = 0.5
-
-
-@dataclass(frozen=True)
-class InterleaveOptions:
-    """The knob of `interleave`.
-
-    Attributes:
-        weight: factor of the mixing weights of the domains with `learn: false`; or several.
-    """
-
-    weight: PositiveFloat | list[PositiveFloat] = 1.0
+CANDIDATES = 4  # rows that are read for each that is chosen by its gap
 
 
 def sft_kl(cell: Cell) -> Candidate:
     """Fine-tuning with a KL to the model before tuning on the same rows."""
-    kept = {"name": "initial", "constraint": RETENTION, "domain": None, "weight": knob(cell)}
+    kept = {"name": "initial", "constraint": RETENTION, "domain": None, "weight": knob_of(cell)}
     return cell.train(cell.learnt(regularisers=[kept]))
 
 
@@ -90,31 +38,33 @@ def l2_sp(cell: Cell) -> Candidate:
     """Fine-tuning with an L2 penalty on the distance to the weights before tuning (Li et al., 2018)."""
     recipe = cell.learnt(regularisers={})
     start = None if recipe.lora else dict(load_model(recipe.model, dtype=recipe.dtype).named_parameters())
-    return cell.train(recipe, callbacks=[StartingPoint(knob(cell), start)])
+    return cell.train(recipe, callbacks=[StartingPoint(knob_of(cell), start)])
 
 
 def lora_small(cell: Cell) -> Candidate:
     """Fine-tuning of adapters of a small rank."""
     adapters = cell.recipe.resolved.get("lora") or {}
-    return cell.train(cell.learnt(regularisers={}, lora={**adapters, "r": knob(cell)}))
+    return cell.train(cell.learnt(regularisers={}, lora={**adapters, "r": knob_of(cell)}))
 
 
 def wise_ft(cell: Cell) -> Candidate:
     """Plain fine-tuning, its weights averaged with those before tuning (Wortsman et al., 2022)."""
     tuned = cell.candidate("sft")
     model = load_model(tuned.model, dtype=cell.recipe.dtype)
-    _average(model, cell.recipe.model, knob(cell))
+    _average(model, cell.recipe.model, knob_of(cell))
     for part in (model, load_tokenizer(tuned.model)):
         part.save_pretrained(cell.folder / "model")
     about = {key: cell.recipe.resolved[key] for key in ("model", "corpus")}
-    return replace(tuned, model=str(cell.folder / "model"), about={**about, "alpha": knob(cell), "seed": cell.seed})
+    return replace(tuned, model=str(cell.folder / "model"), about={**about, "alpha": knob_of(cell), "seed": cell.seed})
 
 
 def interleave(cell: Cell) -> Candidate:
-    """Plain fine-tuning with rows of the held domains mixed in at random, and learnt.
+    """Plain fine-tuning with rows of the held domains mixed in, at random unless it says gap, and learnt.
+
+    Its cost includes the reading of the candidates for the choice by gap, and not the tuning of `sft`.
 
     Raises:
-        UserError: the corpus has no text that is held, or none that is learnt.
+        UserError: the corpus has no text that is held, or none that is learnt; or there is nothing to choose.
     """
     rows = cell.recipe.read_corpus()
     rows = {name: some for name, some in rows.items() if not holds_prompts(some.column_names)}
@@ -122,18 +72,45 @@ def interleave(cell: Cell) -> Candidate:
     learnt = [name for name in rows if name not in held]
     if not (held and learnt):
         raise UserError("interleave: mixes text with learn: false into text that is learnt; the corpus lacks one")
-    weights = {name: cell.recipe.corpus[name].weight * (knob(cell) if name in held else 1) for name in rows}
+    weights = {name: cell.recipe.corpus[name].weight * (knob_of(cell) if name in held else 1) for name in rows}
     per_weight = max(len(rows[name]) / weights[name] for name in learnt)
-    for name in held:  # no more than ride along where they are held, so that an epoch is as long
-        count = min(len(rows[name]), max(1, round(per_weight * weights[name])))
-        rows[name] = rows[name].shuffle(seed=cell.seed).select(range(count))
+    # No more than ride along where they are held, so that an epoch is as long.
+    counts = {name: min(len(rows[name]), max(1, round(per_weight * weights[name]))) for name in held}
+    shuffled = {name: rows[name].shuffle(seed=cell.seed) for name in held}
+    seconds = 0.0
+    if values_of(cell.method).get("choose", RANDOM) == GAP:
+        chosen, seconds = _by_gap(cell, shuffled, counts, weights)
+    else:
+        chosen = {name: shuffled[name].select(range(counts[name])) for name in held}
     given = cell.recipe.resolved["corpus"]
     corpus = {name: {**given[name], "learn": True, "weight": weights[name]} for name in rows}
     changes: dict[str, Any] = {"corpus": corpus, "regularisers": {}}
     if (evaluated := cell.recipe.resolved.get("eval")) and evaluated.get("corpus"):
         kept = {name: text for name, text in evaluated["corpus"].items() if name in corpus}
         changes["eval"] = {**evaluated, "corpus": kept}
-    return cell.train(cell.variant(**changes), rows)
+    made = cell.train(cell.variant(**changes), rows | chosen)
+    return replace(made, cost={**made.cost, "seconds": made.cost["seconds"] + seconds})
+
+
+def _by_gap(
+    cell: Cell, rows: Mapping[str, Dataset], counts: Mapping[str, int], weights: Mapping[str, float]
+) -> tuple[dict[str, Dataset], float]:
+    """The most forgotten rows of some candidates by domain, no more than the updates can read; and the seconds."""
+    config, total = cell.recipe.config(cell.folder), sum(weights.values())
+    read = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    if read > 0 and not config.packing:
+        counts = {name: min(count, ceil(read * weights[name] / total)) for name, count in counts.items()}
+    for name, some in rows.items():
+        if len(some) <= counts[name]:
+            raise UserError(
+                f"methods.interleave.choose: all {len(some)} rows of {name} are mixed in, so gap has none to choose; "
+                "take a smaller weight, more rows, or random"
+            )
+    pools = {name: some.select(range(min(len(some), CANDIDATES * counts[name]))) for name, some in rows.items()}
+    models = (cell.recipe.model, cell.candidate("sft").model)
+    chosen, report, seconds = most_forgotten(pools, counts, models, config, cell.recipe.dtype)
+    write_json(cell.folder / "gaps.json", report)
+    return chosen, seconds
 
 
 METHODS: dict[str, Callable[[Cell], Candidate]] = {
@@ -142,36 +119,8 @@ METHODS: dict[str, Callable[[Cell], Candidate]] = {
     "lora-small": lora_small,
     "wise-ft": wise_ft,
     "interleave": interleave,
+    "dpo": dpo,
 }
-
-OPTIONS: dict[str, type] = {
-    "sft-kl": KLOptions,
-    "l2-sp": L2Options,
-    "lora-small": LowRankOptions,
-    "wise-ft": AverageOptions,
-    "interleave": InterleaveOptions,
-}
-"""By method, its knob."""
-
-
-def options_of(name: str, recipe: Recipe) -> Any:
-    """The options of a method: `methods.NAME`, or the value in its name.
-
-    Raises:
-        UserError: a key is unknown, or a value is wrong.
-    """
-    base, _, value = name.partition("@")
-    (key,) = (field.name for field in fields(OPTIONS[base]))
-    options = build(OPTIONS[base], {key: value} if value else recipe.methods.get(base), f"methods.{base}")
-    if getattr(options, key) == []:
-        raise UserError(f"methods.{base}.{key}: has no value; give one or several")
-    return options
-
-
-def knob(cell: Cell) -> Any:
-    """The value of a method's knob."""
-    (value,) = vars(options_of(cell.method, cell.recipe)).values()
-    return value
 
 
 class StartingPoint(TrainerCallback):

@@ -44,7 +44,11 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not is_main():
             return
-        run = {"seconds": time.monotonic() - self._began, "max_steps": state.max_steps, "rounds": args.rounds}
+        run = {
+            "seconds": time.monotonic() - self._began,
+            "max_steps": state.max_steps,
+            "rounds": getattr(args, "rounds", 1),
+        }
         record = {"step": state.global_step, **{key: _finite(value) for key, value in (logs or {}).items()}, **run}
         append_text(self.path, json.dumps(record, allow_nan=False) + "\n")
 
