@@ -120,6 +120,22 @@ def test_the_front_goes_through_the_undominated_methods():
     np.testing.assert_allclose(front.get_xydata(), [(0.1, 75.0), (0.2, 70.0)])
 
 
+def test_the_values_of_a_knob_are_a_curve():
+    points = {"base": (0.2, 70.0), "dpo@0.5": (0.1, 75.0), "dpo@0.05": (0.02, 90.0), "dpo@1e-05": (0.01, 95.0)}
+    points |= {"interleave@2": (0.1, 70.0), "interleave@10": (0.1, 71.0), "interleave@gap@2": (0.1, 69.0)}
+    report = compared(points)
+    (panel,) = tradeoffs(report)
+    assert panel.sweeps == {
+        "dpo": [points["dpo@1e-05"], points["dpo@0.05"], points["dpo@0.5"]],
+        "interleave": [points["interleave@2"], points["interleave@10"]],
+        "interleave@gap": [points["interleave@gap@2"]],
+    }
+    drawn = [line.get_xydata().tolist() for line in tradeoff(report).axes[0].lines if line.get_linestyle() == "-"]
+    assert [list(point) for point in panel.sweeps["dpo"]] in drawn
+    styles = [method_style(name) for name in ("interleave@2", "interleave@10", "interleave@gap@2")]
+    assert styles[0] == styles[1] != styles[2]
+
+
 def test_intervals_reach_from_low_to_high():
     ax = tradeoff(compared({"base": (0.2, 70.0)})).axes[0]
     segments = [segment for bars in ax.collections for segment in bars.get_segments()]

@@ -25,8 +25,8 @@ def compare(
         typer.Option(
             metavar="NAMES",
             help="By comma: base, sft, filtration, rl, rl-converged, nado-decoding, nado-decoding-sft, constrained, "
-            "constrained-adaptive, or one of an installed package; sft-kl, l2-sp, lora-small, wise-ft, interleave only "
-            "if named here or in the recipe's methods. [default: all others]",
+            "constrained-adaptive, or one of an installed package; sft-kl, l2-sp, lora-small, wise-ft, interleave, dpo "
+            "only if named here or in the recipe's methods. [default: all others]",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the recipe's own on.")] = 1,

@@ -52,6 +52,7 @@ COMPARISON = {
     "Small adapters": ("methods.lora-small.", ["comparison/knobs.py:LowRankOptions"]),
     "Averaged weights": ("methods.wise-ft.", ["comparison/knobs.py:AverageOptions"]),
     "Held domains that are learnt": ("methods.interleave.", ["comparison/knobs.py:InterleaveOptions"]),
+    "Preferences": ("methods.dpo.", ["comparison/knobs.py:DPOOptions"]),
 }
 """By heading: the prefix of the keys, and the dataclasses, each in its file, whose fields are the keys."""
 

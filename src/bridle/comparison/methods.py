@@ -1,9 +1,9 @@
 """The methods that are compared, each a few lines over what exists. Others join by the entry point `bridle.methods`.
 
 A method is a function of a `Cell` that makes a `Candidate`; the first line of its docstring describes it.
-Every method learns the same corpus for the same number of updates, except reinforcement learning, which
-gets the wall-clock time of `constrained-adaptive` on top of the plain fine-tuning that it starts from. Domains that are
-held and not learnt (`learn: false`) are for `constrained-adaptive` alone.
+Every method learns the same corpus for the same number of updates. On top of that, reinforcement learning gets the
+wall-clock time of `constrained-adaptive`, and `dpo` as many updates on pairs. Domains that are held and not learnt
+(`learn: false`) are for `constrained-adaptive` alone.
 """
 
 import gc

@@ -1,14 +1,11 @@
 """The trade-off of violation rate and utility, and its Pareto front."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bridle.report.data import Figure, Report
+from bridle.report.style import VALUE
 from bridle.report.tables import Measure, main_violation, measures, overview_tasks
-
-VALUE = re.compile(r"(.+)@(\d[\d.]*(?:e-?\d+)?)$")
-"""A method's name with the value of its knob."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,10 @@ class Tradeoff:
 
     @property
     def sweeps(self) -> dict[str, list[tuple[float, float]]]:
-        """The points of the values of one knob, as of `wise-ft@0.5`, by method and in the order of the values."""
+        """The points of the values of one knob, as of `wise-ft@0.5`, by method and in the order of the values.
+
+        Of `interleave@gap@0.5` the method is `interleave@gap`.
+        """
         swept = [
             (match[1], float(match[2]), point) for name, point in self.points.items() if (match := VALUE.match(name))
         ]

@@ -1,5 +1,6 @@
 """The style of plots: a colour and marker per method; a page's theme can replace ink and paper."""
 
+import re
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,9 @@ STYLE: dict[Any, Any] = {
 
 LONGEST_NAME = 40  # characters that fit a plot
 
+VALUE = re.compile(r"(.+)@(\d[\d.]*(?:e-?\d+)?)$")
+"""A method's name with the value of its knob."""
+
 
 @dataclass(frozen=True)
 class MethodStyle:
@@ -73,12 +77,15 @@ _STYLES = {
     "constrained-adaptive": MethodStyle("#d55e00", "D"),
 }
 _FURTHER = [MethodStyle(color, marker) for marker in "<>ph" for color in ("#3f9bd8", "#8a63c7", "#7a8f00")]
+_OPTIONAL = ("sft-kl", "l2-sp", "lora-small", "wise-ft", "interleave", "interleave@gap", "dpo")
+_STYLES |= zip(_OPTIONAL, _FURTHER, strict=False)
 
 
 def method_style(name: str) -> MethodStyle:
     """The style of a method; an unknown one gets one of twelve by its name."""
-    family = name.partition("@")[0]  # the values of one knob look alike
-    return _STYLES.get(name) or _FURTHER[zlib.crc32(family.encode(errors="replace")) % len(_FURTHER)]
+    match = VALUE.match(name)
+    family = match[1] if match else name  # the values of one knob look alike
+    return _STYLES.get(family) or _FURTHER[zlib.crc32(family.encode(errors="replace")) % len(_FURTHER)]
 
 
 def shown(text: str, longest: int = LONGEST_NAME) -> str:
