@@ -9,6 +9,8 @@ from importlib import import_module
 import pytest
 
 from bridle.cli.keys import COMPARISON, NO_KEYS, RENAMED, TRAINING, keys_of
+from bridle.cli.schema import recipe_schema
+from bridle.evaluation.prompt_sets import GENERATION
 from bridle.utils.settings import parse_yaml
 
 GROUPS = {heading: group for groups in (TRAINING, COMPARISON) for heading, group in groups.items()}
@@ -73,6 +75,11 @@ def test_help_lists_every_key_with_its_default(heading):
         shown = parse_yaml(text[text.rindex("  [") + 3 : -1], key)
         default = own[key].default
         assert shown == (list(default) if isinstance(default, tuple) else default) or shown == "required"
+
+
+def test_help_lists_what_a_comparison_reads_and_nothing_else():
+    read = recipe_schema()["properties"]["evaluation"]["properties"].keys() - set(GENERATION)
+    assert {key for key, _ in keys_of("comparison/plan.py:Evaluation")} == read
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])

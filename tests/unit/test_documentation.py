@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from bridle.constraints.spec import TYPES
 from conftest import ROOT
 
 DOCS = ROOT / "docs"
@@ -60,6 +61,14 @@ def test_the_reference_has_every_room():
     rooms = {path.stem for path in found if path.suffix == ".py" or (path / "__init__.py").exists()}
     for room in rooms - {"__init__", "__main__", "cli"}:
         assert f"<!-- modules: {room} -->" in page, f"docs/reference/modules.md has no {room}"
+
+
+def test_the_reference_has_every_type_of_constraint():
+    recipe, classes = ((DOCS / "reference" / page).read_text(encoding="utf-8") for page in ("recipe.md", "python.md"))
+    for name, cls in TYPES.items():
+        place = f"{cls.__module__}.{cls.__qualname__}"
+        assert re.search(rf"^\| `{name}` \| .*\(python.md#{re.escape(place)}\) \|$", recipe, re.MULTILINE), name
+        assert f"::: {place}\n" in classes, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -125,7 +125,7 @@ class Evaluation:
     """
 
     prompts: dict[str, PromptSet]
-    constraints: dict[str, Constraint]
+    constraints: dict[str, Constraint] = field(default_factory=dict)
     examine: dict[str, LabelledRows] = field(default_factory=dict)
     perplexity: dict[str, DataSource] = field(default_factory=dict)
     batch_size: PositiveInt = 64
