@@ -67,7 +67,8 @@ def test_adapters_are_evaluated_over_the_file(bridle, on_gguf, file, corpus_file
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(file)
     measured = ("--perplexity", corpus_files["plain"], "--json", tmp_path / "results.json")
     assert bridle("evaluate", adapter, *measured)[0] == 0
-    assert bridle("evaluate", file, *measured, "--base", file)[0] == 0
+    drawn = ("--prompts", corpus_files["plain"], "--constraint", "regex:e", "--prompt_tokens", 2, "--max_new_tokens", 2)
+    assert bridle("evaluate", file, *measured, *drawn, "--base", file)[0] == 0
     load_model(str(adapter)).merge_and_unload().save_pretrained(tmp_path / "merged")
     assert bridle("evaluate", tmp_path / "merged", *measured)[0] == 2, "as it has no tokenizer"
 

@@ -39,8 +39,10 @@ Tasks = Annotated[
 TaskData = Annotated[
     Path | None, typer.Option("--task_data", metavar="DIR", help="Read tasks from NAME.SPLIT.jsonl files here.")
 ]
-Limit = Annotated[int | None, typer.Option(help="Only the first so many documents of a task.")]
-Shots = Annotated[int | None, typer.Option(help="Examples in front of a document. [default: 5 for mmlu, else 0]")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many documents of a task.")]
+Shots = Annotated[
+    int | None, typer.Option(min=0, help="Examples in front of a document. [default: 5 for mmlu, else 0]")
+]
 Classify = Annotated[
     str | None,
     typer.Option(
@@ -125,18 +127,22 @@ def evaluate(
     """
     how = common.given(prompt_tokens=prompt_tokens, samples=samples, max_new_tokens=max_new_tokens)
     how |= common.given(temperature=temperature, top_p=top_p, greedy=greedy)
+    of_tasks = common.given(task_data=task_data, limit=limit, shots=shots)
     measured = prompts or perplexity or tasks or classify
     refuse(
         *common.about_server(context, model, WEIGHTS),
         (bool(prompts) != bool(constraint), "--prompts and --constraint go together: texts are drawn, then scored"),
         (completions and not prompts, "--completions keeps the completions of --prompts; give both"),
         (how and not prompts, f"--{next(iter(how), '')} says how --prompts are completed; give both"),
+        (base and not prompts, "--base measures the completions of --prompts; give both"),
+        (prompt_data and not prompts, "--prompt_data is where named --prompts lie; give both"),
+        (of_tasks and not tasks, f"--{next(iter(of_tasks), '')} is for --tasks; give both"),
         (guide is None and guidance_scale != 1, common.SCALE_WITHOUT_GUIDE),
         (bool(classify) != bool(validation), "--classify and --validation go together: one chooses the threshold"),
         (not measured, "nothing to measure: give --prompts with --constraint, --perplexity, --tasks or --classify"),
     )
     plan = _plan(prompts or [], prompt_data, how, constraint or [], perplexity or [])
-    plan |= common.given(tasks=tasks and tasks.split(","), task_data=task_data, limit=limit, shots=shots)
+    plan |= common.given(tasks=tasks and tasks.split(",")) | of_tasks
     plan |= _classification(classify, validation) | {"batch_size": batch_size}
     how = {"guide": guide, "guidance_scale": guidance_scale, "base": base, "device": device, "dtype": dtype}
     how = {"name": served, "tokenizer": tokenizer, "api_key_env": api_key_env} if served is not None else how
