@@ -131,7 +131,7 @@ def test_greedy_and_drawing_override_each_other():
 
 
 def test_a_file_that_the_folder_lacks_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"realtoxicityprompts\.jsonl: no such file; put it there, or leave data_dir"):
+    with pytest.raises(UserError, match=r"realtoxicityprompts\.jsonl: no such file; put it there, or name no folder"):
         prompt_set("realtoxicityprompts", data_dir=tmp_path)
 
 

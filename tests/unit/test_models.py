@@ -454,8 +454,11 @@ class TestAuxiliary:
         new_auxiliary(tiny_model(vocab_size=32)).save_pretrained(tmp_path / "a")
         with pytest.raises(UserError, match="vocabulary of 32 tokens, the model has 64"):
             load_auxiliary(tmp_path / "a", tiny_model())
-        with pytest.raises(UserError, match="several, name one of them: a"):
+        with pytest.raises(UserError, match=f"no auxiliary model here; name {tmp_path / 'a'}$"):
             load_auxiliary(tmp_path, tiny_model())
+        tiny_model().save_pretrained(tmp_path / "model")
+        with pytest.raises(UserError, match=r"model: no auxiliary model here$"):
+            load_auxiliary(tmp_path / "model", tiny_model())
         with pytest.raises(UserError, match="no auxiliary model here"):
             load_auxiliary(tmp_path / "nothing", tiny_model())
 
@@ -525,6 +528,9 @@ class TestLoading:
         model.config.save_pretrained(tmp_path / "empty")
         with pytest.raises(UserError, match=r"empty: cannot load the model: the folder holds no weights"):
             load_model(str(tmp_path / "empty"))
+        model.save_pretrained(tmp_path / "run" / "model")
+        with pytest.raises(UserError, match=f"run: .*; a run's model is {tmp_path / 'run' / 'model'}$"):
+            load_model(str(tmp_path / "run"))
         model.config.save_pretrained(tmp_path / "pickled")
         torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
         with pytest.raises(UserError, match=r"pickled; convert them"):

@@ -144,7 +144,7 @@ def _local_file(local: str, data_dir: str | os.PathLike[str] | None) -> Path | N
     if file and file.is_file():
         return file
     if data_dir:
-        raise UserError(f"{file}: no such file; put it there, or leave data_dir out to read the set from the hub")
+        raise UserError(f"{file}: no such file; put it there, or name no folder, to read the set from the hub")
     return None
 
 

@@ -25,6 +25,7 @@ from bridle.models.forward import disable_dropout
 from bridle.models.hidden import causal_lm
 from bridle.models.loading import reason
 from bridle.models.sharding import digest, in_shards, whole
+from bridle.utils.files import read_json
 
 FINGERPRINT = 256  # numbers of each parameter
 
@@ -330,12 +331,12 @@ def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel
     """Loads the auxiliary of a folder and checks that it fits the causal language model that it shall guide.
 
     Raises:
-        UserError: the folder holds no auxiliary, several, or one for a model of another shape.
+        UserError: the folder holds no auxiliary, or one for a model of another shape.
     """
     folder = Path(folder)
-    if not os.path.isfile(folder / "config.json"):
-        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; it holds several, name one of them: {', '.join(inside)}" if inside else ""
+    if not _is_auxiliary(folder):
+        inside = sorted(str(path.parent) for path in folder.glob("*/config.json") if _is_auxiliary(path.parent))
+        hint = f"; name {' or '.join(inside)}" if inside else ""
         raise UserError(f"{folder}: no auxiliary model here{hint}")
     try:
         auxiliary, info = AuxiliaryModel.from_pretrained(
@@ -353,3 +354,8 @@ def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel
     if auxiliary.network is None and auxiliary.config.hidden_size != model.config.get_text_config().hidden_size:
         raise UserError(f"{folder}: reads hidden states of another width than the model's")
     return auxiliary.to(model.device).eval()
+
+
+def _is_auxiliary(folder: Path) -> bool:
+    config = folder / "config.json"
+    return os.path.isfile(config) and read_json(config, dict[str, Any]).get("model_type") == AuxiliaryConfig.model_type

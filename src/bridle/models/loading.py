@@ -226,6 +226,7 @@ def reason(name: str | Path, error: Exception) -> str:
         return refused
     if os.path.isdir(name) and not holds(name, "*.safetensors"):
         hint = "; name its GGUF file, not the folder" if holds(name, "*.gguf") else ""
+        hint = f"; a run's model is {Path(name) / 'model'}" if holds(Path(name) / "model", "*.safetensors") else hint
         return f"the folder holds no weights (*.safetensors){hint}"
     if is_gguf(str(name)):
         return f"the file is damaged, or of a kind that transformers does not read: {first_line(error)}"
