@@ -36,19 +36,20 @@ def refused(said):
 
 
 @pytest.mark.parametrize(
-    ("zero3", "fsdp", "version", "schedule", "said"),
+    ("zero3", "fsdp", "version", "schedule", "gpus", "said"),
     [
-        (True, False, None, "sequential", "ZeRO-3"),
-        (False, True, 1, "sequential", "set fsdp_version: 2"),
-        (False, True, 2, "parallel", "use sequential with FSDP2"),
-        (False, True, 2, "sequential", None),
-        (False, False, None, "parallel", None),
+        (True, False, None, "sequential", 1, "ZeRO-3"),
+        (False, True, 1, "sequential", 1, "set fsdp_version: 2"),
+        (False, True, 2, "parallel", 1, "use sequential with FSDP2"),
+        (False, True, 2, "sequential", 1, None),
+        (False, False, None, "parallel", 0, None),
+        (False, False, None, "sequential", 2, "2 GPUs: one process trains on one; start one process each"),
     ],
 )
-def test_weights_in_shards(monkeypatch, zero3, fsdp, version, schedule, said):
+def test_several_gpus(monkeypatch, zero3, fsdp, version, schedule, gpus, said):
     monkeypatch.setattr(setup, "is_deepspeed_zero3_enabled", lambda: zero3)
     with refused(said):
-        setup.check_sharding(SimpleNamespace(schedule=schedule), version if fsdp else None)
+        setup.check_gpus(SimpleNamespace(schedule=schedule, n_gpu=gpus), version if fsdp else None)
 
 
 @pytest.mark.parametrize(("items", "scale"), [(torch.tensor(8), 3), (None, 1)])

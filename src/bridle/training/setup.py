@@ -219,16 +219,21 @@ def rounds_needed(config: ConstrainedConfig) -> int:
     return 3 if config.parallel.first_round == "wait" else 4
 
 
-def check_sharding(config: ConstrainedConfig, fsdp_version: int | None) -> None:
-    """Refuses ways to shard a model that Bridle does not support.
+def check_gpus(config: ConstrainedConfig, fsdp_version: int | None) -> None:
+    """Refuses ways to use several GPUs that Bridle does not support.
 
     Args:
-        config: the run's.
+        config: the run's, after the trainer was made.
         fsdp_version: of the model's shards; None without FSDP.
 
     Raises:
         UserError: naming what to use instead.
     """
+    if config.n_gpu > 1:  # `transformers` would wrap the model in DataParallel, whose threads share forward hooks
+        raise UserError(
+            f"{config.n_gpu} GPUs: one process trains on one; start one process each by accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
     if is_deepspeed_zero3_enabled():
         raise UserError("deepspeed: ZeRO-3 hides the weights that anchors are made of; use ZeRO-1, ZeRO-2 or FSDP2")
     if fsdp_version not in (None, 2):

@@ -97,7 +97,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         example = setup.example_of(self._corpus, args)
         with in_one_line():
             super().__init__(model=model, args=args, train_dataset=example, processing_class=tokenizer, **kwargs)
-        setup.check_sharding(args, self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else None)
+        setup.check_gpus(args, self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else None)
         pad, held = tokenizer.pad_token_id, [self.domains.index(name) for name in self.held]
         self.data_collator = DomainCollator(pad, pad_to_multiple_of=args.pad_to_multiple_of, held=held)
         self.means = RunningMeans()
