@@ -101,13 +101,31 @@ def test_a_corpus_and_a_constraint_of_ones_own(bridle, tmp_path):
     file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     folder = tmp_path / "tour"
     spec = "regex:k"
-    code, out, err = bridle(*("quickstart", "--corpus", file, "--constraint", spec, "--output_dir", folder), *options())
+    own = ("--corpus", file, "--constraint", spec, "--methods", "base,sft,constrained-adaptive")
+    code, out, err = bridle("quickstart", *own, "--output_dir", folder, *options())
     assert code == 0, err
     methods = results_of(folder)["methods"]
+    assert list(methods) == ["base", "sft", "constrained-adaptive"]
     assert {method["seeds"]["0"]["status"] for method in methods.values()} == {"complete"}, methods
     assert set(methods["sft"]["figures"]["violation"]["own"]) == {spec}
     assert set(methods["sft"]["figures"]["perplexity"]) == {"own", "encyclopaedia", "scenes"}
     assert "--regularisers.own.weight" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--methods", "bse"), "methods: there is no method 'bse'"),
+        (("--rounds", "some"), "rounds: input should be a valid integer"),
+        (("--real", "--rounds", "some"), "rounds: input should be a valid integer"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_made_or_fetched(bridle, monkeypatch, options, error):
+    for making in ("prepare", "smollm2"):
+        monkeypatch.setattr(tour, making, lambda *_: pytest.fail("made before the options were read"))
+    code, _, err = bridle("quickstart", *options)
+    assert code == 2
+    assert error in err
 
 
 def test_a_model_from_elsewhere(tiny_folder):

@@ -54,7 +54,7 @@ def compare(
     comparison = Comparison(
         loaded,
         folder,
-        names=[name.strip() for name in methods.split(",")] if methods else (),
+        names=_names(methods),
         seeds=range(first, first + seeds),
         title=recipe.stem,
         resume=resume,
@@ -95,6 +95,10 @@ def quickstart(
             "minutes of one core. It is fetched once, unless BRIDLE_SMOLLM2 is its folder.",
         ),
     ] = False,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="By comma, as in `bridle compare`. [default: those of the paper's table]"),
+    ] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -109,15 +113,23 @@ def quickstart(
     a classifier are made at first use and kept in the user's cache (BRIDLE_CACHE). Any key of the recipe can be set, as
     in `bridle compare`. A tour that was cut short resumes where it was.
     """
+    from bridle.comparison.methods import method_named
     from bridle.quickstart.tour import take_tour, tour_recipe
     from bridle.recipes.recipe import parse_overrides
 
     quiet_libraries()
+    names = _names(methods)
+    for name in names:
+        method_named(name)  # before anything is made
     progress = partial(say, err=True)
     recipe = tour_recipe(corpus, constraint, model, parse_overrides(context.args), real=real, progress=progress)
     own = bool(corpus or constraint or (model and not real))
     folder = output_dir or Path("runs") / ("quickstart" + "-real" * real + "-own" * own)
-    take_tour(recipe, folder, show=say, progress=progress, real=real)
+    take_tour(recipe, folder, show=say, progress=progress, real=real, names=names)
+
+
+def _names(methods: str | None) -> list[str]:
+    return [name.strip() for name in methods.split(",")] if methods else []
 
 
 @app.command(epilog="Example: bridle report runs/compare-detox-mini")

@@ -1,6 +1,6 @@
 """The tour: the methods of the paper's table on the embedded world, or on the user's corpus and constraint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,11 +65,27 @@ def tour_recipe(
     """
     if corpus and not constraint:
         raise UserError("--corpus: needs --constraint, which says what a text must not be, e.g. words:insults.txt")
+    changes = {"model": model} if model else {}
     if real:
-        changes = {"model": model or smollm2(progress)} | read_yaml(HERE / "real.yaml")
-    else:
-        changes = {"model": model} | FOR_PRETRAINED if model else {}
-    mapping = filled(read_yaml(HERE / "recipe.yaml"), {"WORLD": str(prepare(scale or (REAL_SCALE if real else None)))})
+        changes |= read_yaml(HERE / "real.yaml")
+    elif model:
+        changes |= FOR_PRETRAINED
+    _built("world", changes, corpus, constraint, overrides)  # refuses a wrong key before anything is fetched or made
+    if real and not model:
+        changes["model"] = smollm2(progress)
+    world = str(prepare(scale or (REAL_SCALE if real else None)))
+    return _built(world, changes, corpus, constraint, overrides)
+
+
+def _built(
+    world: str,
+    changes: Mapping[str, Any],
+    corpus: str | None,
+    constraint: str | None,
+    overrides: Mapping[str, Any] | None,
+) -> Recipe:
+    """The recipe on the world's folder, which need not be there yet."""
+    mapping = filled(read_yaml(HERE / "recipe.yaml"), {"WORLD": world})
     for key, value in changes.items():
         set_dotted(mapping, key, value)
     if constraint:
@@ -84,7 +100,12 @@ def tour_recipe(
 
 
 def take_tour(
-    recipe: Recipe, folder: Path, show: Callable[[str], None], progress: Callable[[str], None], real: bool = False
+    recipe: Recipe,
+    folder: Path,
+    show: Callable[[str], None],
+    progress: Callable[[str], None],
+    real: bool = False,
+    names: Sequence[str] = (),
 ) -> None:
     """Trains and evaluates every method, or resumes an earlier tour in the folder, and shows the results.
 
@@ -94,13 +115,14 @@ def take_tour(
         show: receives the tables and the next steps.
         progress: receives one line per step.
         real: whether the recipe is for a real model; then it begins with an estimate of the time.
+        names: methods; the paper's by default.
 
     Raises:
         RunStopped: a method failed; the results are shown first.
     """
-    names, title = (REAL_METHODS, "quickstart-real") if real else (METHODS, "quickstart")
-    comparison = Comparison(recipe, folder, names=names, title=title, resume=True, show=progress)
-    if real and not (folder / RECIPE_FILE).exists():
+    of_paper, title = (REAL_METHODS, "quickstart-real") if real else (METHODS, "quickstart")
+    comparison = Comparison(recipe, folder, names=names or of_paper, title=title, resume=True, show=progress)
+    if real and not names and not (folder / RECIPE_FILE).exists():
         progress(f"{estimate(recipe)} {LEFT_OUT}")
     comparison.run()
     show(tables(read_report(folder)))
