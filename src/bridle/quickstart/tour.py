@@ -65,7 +65,7 @@ def tour_recipe(
     """
     if corpus and not constraint:
         raise UserError("--corpus: needs --constraint, which says what a text must not be, e.g. words:insults.txt")
-    changes = {"model": model} if model else {}
+    changes: dict[str, Any] = {"model": model} if model else {}
     if real:
         changes |= read_yaml(HERE / "real.yaml")
     elif model:
