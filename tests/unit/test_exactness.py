@@ -255,6 +255,7 @@ def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
     for row, prefix in enumerate(prefixes):
         mask[row, len(prefix)] = True
         true_r[row, len(prefix)] = torch.tensor([world.true_r((*prefix, v)) for v in range(VOCABULARY)])
+    begins = torch.zeros_like(input_ids, dtype=torch.bool)
     r_logits = true_r.clamp(1e-30, 1 - 1e-7).logit()
     regulariser.auxiliary.forward = lambda states, **_: r_logits[:, :-1][mask]  # all prefixes fit into one chunk
 
@@ -265,7 +266,7 @@ def test_the_update_without_ce_reaches_q(tiny_model, tmp_path, anchor):
             model(input_ids=input_ids, attention_mask=attention_mask)
         states = hidden.last[:, :-1][mask]
         on = torch.arange(len(states))
-        target = regulariser.target(hidden.last.detach(), input_ids, attention_mask, mask.numpy(), mask.numpy())
+        target = regulariser.target(hidden.last.detach(), input_ids, attention_mask, mask.numpy(), begins)
         nothing = torch.zeros_like(on)
         kl, _ = constrained_loss(
             states, output_layer(model), nothing, nothing.bool(), [Divergence("all", on, torch.ones(len(on)), target)]

@@ -18,6 +18,7 @@ from bridle.models.forward import policy_forward
 from bridle.models.sampling import Trace
 from bridle.training import prompts as of_round
 from bridle.training import regulariser as module
+from bridle.training.batches import Prefixes
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.measures import measure_rollouts, measure_weights
 from bridle.training.regulariser import DomainRegulariser
@@ -56,6 +57,11 @@ def rollout(prompt, completion, /, **options):
     return Rollout(prompt_ids=prompt, completion_ids=completion, **{**known, **options})
 
 
+def corpus_rows(mask, is_text):
+    rows = np.ones(len(mask), dtype=int)
+    return Prefixes(0 * rows, -rows, mask, mask.sum(-1) + 1, rows > 0, np.array(is_text))
+
+
 @pytest.mark.parametrize(
     ("options", "fitted", "begun", "active"),
     [
@@ -81,8 +87,10 @@ def test_it_pulls_where_q_can_differ_from_the_policy(of, options, fitted, begun,
 class TestReach:
     """Rollouts of two tokens after prompts of two and three."""
 
-    text = np.array([[True] * 8, [True] * 5 + [False] * 3])
-    with_prompts = np.array([[False, False, True, True, True, True], [False, True, False, False, False, False]])
+    text = corpus_rows(np.array([[True] * 8, [True] * 5 + [False] * 3]), [True, True])
+    with_prompts = corpus_rows(
+        np.array([[False, False, True, True, True, True], [False, True, *[False] * 4], [True] * 6]), [False] * 3
+    )
 
     @pytest.fixture
     def held(self, of):
@@ -92,11 +100,15 @@ class TestReach:
 
     def test_in_text_it_is_as_deep_as_the_rollouts(self, held):
         expected = [[False, True, True, True, False, False, False, False]] * 2  # the tokens 3, 4 and 5 are sampled
-        assert (held.reaches(self.text) & self.text).tolist() == expected
+        assert (held.reaches(self.text) & self.text.mask).tolist() == expected
 
     def test_behind_a_prompt_it_is_as_long_as_a_rollout(self, held):
-        reached = held.reaches(self.with_prompts) & self.with_prompts
-        assert reached.tolist() == [[False, False, True, True, False, False], [False, True, *[False] * 4]]
+        reached = held.reaches(self.with_prompts) & self.with_prompts.mask
+        assert reached.tolist() == [
+            [False, False, True, True, False, False],
+            [False, True, *[False] * 4],
+            [True, True, *[False] * 4],  # behind one of one token
+        ]
 
     def test_without_rollouts_and_for_retention_it_is_everywhere(self, of, held):
         held.rollouts = []
@@ -342,6 +354,7 @@ class TestTarget:
 
     ids, attention_mask = pad_right([[1, 5, 9, 3, 4], [1, 7], [1, 6, 8, 2]], 0)
     mask = np.array([[False, True, True, True], [False] * 4, [True, True, True, False]])
+    begins = torch.zeros_like(ids, dtype=torch.bool)
 
     def batch(self, held):
         return policy_forward(held.model, self.ids, self.attention_mask), self.ids, self.attention_mask
@@ -360,7 +373,8 @@ class TestTarget:
         p_a = held.model if anchor == "live" else deepcopy(held.model)
         for weight in held.model.parameters():
             weight.mul_(1.5)
-        target = held.target(*self.batch(held), self.mask, self.mask)
+        rows = corpus_rows(self.mask, [False, False, True])
+        target = held.target(*self.batch(held), self.mask, held.begins(rows))
         of_policy, of_anchor = (
             self.counted(model(input_ids=self.ids, attention_mask=self.attention_mask).logits)
             for model in (held.model, p_a)
@@ -377,7 +391,7 @@ class TestTarget:
         initial = self.counted(held.model(input_ids=self.ids, attention_mask=self.attention_mask).logits)
         for weight in held.model.parameters():
             weight.mul_(1.5)
-        target = held.target(*self.batch(held), self.mask, self.mask)
+        target = held.target(*self.batch(held), self.mask, self.begins)
         torch.testing.assert_close(target(slice(None), torch.zeros_like(initial)), initial.log_softmax(-1))
 
     def test_one_made_ahead_is_taken_where_every_row_has_one(self, of):
@@ -388,9 +402,9 @@ class TestTarget:
         held, counted = of(anchor="previous"), torch.from_numpy(self.mask)
         keys = [row_keys(*(part[[row]] for part in (self.ids, self.attention_mask, counted)))[0] for row in (0, 2)]
         held.targets = Made(keys)
-        assert held.target(*self.batch(held), self.mask, self.mask) == [True, True]
+        assert held.target(*self.batch(held), self.mask, self.begins) == [True, True]
         held.targets = Made(keys[:1])
-        assert len(held.target(*self.batch(held), self.mask, self.mask).features) == 6
+        assert len(held.target(*self.batch(held), self.mask, self.begins).features) == 6
 
     def test_an_anchor_in_shards_runs_even_where_no_prefix_counts(self, of, monkeypatch):
         held, ran = of(anchor="previous"), []
@@ -398,7 +412,7 @@ class TestTarget:
         monkeypatch.setattr(module, "is_sharded", lambda model: True)
         held.model.register_forward_pre_hook(lambda *given: ran.append(len(given[2]["input_ids"])), with_kwargs=True)
         for mask, prefixes in ((self.mask, 6), (np.zeros_like(self.mask), 0)):
-            assert len(held.target(*batch, mask, mask).features) == prefixes
+            assert len(held.target(*batch, mask, self.begins).features) == prefixes
         assert ran == [2, 1]
 
 

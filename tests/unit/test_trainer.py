@@ -130,7 +130,10 @@ class TestPrefixes:
     mask = np.array([[True, True, False], [True, True, True], [False, True, True], [False, True, False]])
     reached = np.array([[True, False, True]] * 4)
     learnt = np.array([True, True, True, False])
-    batch = Prefixes(np.array([0, 1, 1, NO_DOMAIN]), np.array([-1, -1, -1, 0]), mask, np.array([3, 4, 4, 3]), learnt)
+    is_text = np.array([True, True, False, False])
+    batch = Prefixes(
+        np.array([0, 1, 1, NO_DOMAIN]), np.array([-1, -1, -1, 0]), mask, np.array([3, 4, 4, 3]), learnt, is_text
+    )
 
     @pytest.fixture
     def trainer(self, tiny_folder, tmp_path):
@@ -138,7 +141,7 @@ class TestPrefixes:
             held = {"rude": Regulariser(NO_E, kl_on=on, anchor="previous")}
             made = trainer_of(tiny_folder(), tmp_path, held, **options)
             made.regularisers[0].is_fitted = True
-            made.regularisers[0].reaches = lambda mask: self.reached
+            made.regularisers[0].reaches = lambda rows: self.reached
             return made
 
         return make
@@ -188,7 +191,7 @@ class TestLoss:
         regulariser = made.regularisers[0]
         regulariser.is_fitted = True
         regulariser.rollouts = [rollout([1, 5, 9], [3, 4, 2]), rollout([1, 7], [8])]
-        regulariser.reaches = lambda mask: np.arange(mask.shape[1]) >= 2
+        regulariser.reaches = lambda rows: np.arange(rows.mask.shape[1]) >= 2
         return made
 
     def test_each_term_is_a_mean_over_its_own_tokens(self, trainer, accumulated):
@@ -304,7 +307,9 @@ def test_a_regulariser_is_asked_where_it_looks_and_an_anchor_in_shards_always(
     regulariser = SimpleNamespace(index=0, name="rude", active=active, weight=2.0, target=target, model=None)
     regulariser.corpus, regulariser.options = ["plain"], Regulariser(NO_E)
     held = RegulariserSet([regulariser], ["plain"], None)
-    batch = Prefixes(np.array([0]), np.array([-1]), np.ones((1, 3), dtype=bool), np.array([4]), np.array([True]))
+    regulariser.begins = lambda rows: "begins"
+    one, yes = np.array([0]), np.array([True])
+    batch = Prefixes(one, one - 1, np.ones((1, 3), dtype=bool), one + 4, yes, yes)
     mask = np.array([[False, counts, False]])
     inputs = {"input_ids": torch.ones(1, 4), "attention_mask": torch.ones(1, 4)}
     seen = np.array([[True, True, False]])

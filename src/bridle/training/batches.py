@@ -32,6 +32,7 @@ class Prefixes:
         mask: [batch, time - 1] true at the prefixes before a labelled or sampled token.
         tokens: [batch] length of each row.
         learnt: [batch] whether the cross-entropy counts: not in rollouts, nor in rows of a held domain.
+        is_text: [batch] whether a row is plain text, without a prompt.
     """
 
     domain: NDArray[np.int64]
@@ -39,6 +40,7 @@ class Prefixes:
     mask: Mask
     tokens: NDArray[np.int64]
     learnt: NDArray[np.bool_]
+    is_text: NDArray[np.bool_]
 
     @classmethod
     def of_corpus(
@@ -53,7 +55,8 @@ class Prefixes:
         """
         indices = np.asarray(domain, dtype=np.int64)
         tokens, learnt = attention_mask.sum(-1).numpy(), ~np.isin(indices, list(held))
-        return cls(indices, np.full_like(indices, -1), shift(labels)[1].numpy(), tokens, learnt)
+        is_text = (labels[:, :2] != IGNORE).all(-1).numpy()  # a prompt of one token has no label itself
+        return cls(indices, np.full_like(indices, -1), shift(labels)[1].numpy(), tokens, learnt, is_text)
 
     @property
     def trained_on(self) -> Mask:
@@ -107,37 +110,37 @@ def run_lengths(mask: Mask) -> NDArray[np.int64]:
     return counted - np.maximum.accumulate(np.where(mask, 0, counted), axis=-1)
 
 
-def beginnings(mask: Mask, longest: int) -> Tensor:
+def beginnings(mask: Mask, is_text: NDArray[np.bool_], longest: int) -> Tensor:
     """Where completions begin in rows.
 
     In a row with a prompt, at the prompt's end. In plain text, at every prefix that a rollout may start from: so what
     comes after has as many tokens of a completion before it as a rollout may have.
 
     Args:
-        mask: [batch, time - 1], true before every token of the rows that is trained on or sampled.
+        mask, is_text: of `Prefixes`.
         longest: tokens of the longest prompt.
 
     Returns:
         [batch, time], on the CPU, true at the last token before a completion.
     """
-    begins = mask & (run_lengths(mask) <= np.where(mask[:, :1], longest, 1))
+    begins = mask & (run_lengths(mask) <= np.where(is_text[:, None], longest, 1))
     return torch.from_numpy(np.pad(begins, ((0, 0), (0, 1))))
 
 
-def reachable(mask: Mask, shortest: int, longest: int, horizon: int) -> Mask:
+def reachable(mask: Mask, is_text: NDArray[np.bool_], shortest: int, longest: int, horizon: int) -> Mask:
     """The prefixes of corpus rows that a rollout can reach.
 
     In text, prompts have certain lengths, and rollouts continue up to the horizon. In a row with a prompt, rollouts
     start at its end.
 
     Args:
-        mask: [batch, time - 1], true before tokens that are trained on.
+        mask, is_text: of `Prefixes`.
         shortest, longest: tokens of prompts.
         horizon: tokens of the longest rollout.
     """
     depth = run_lengths(mask)  # tokens of a row up to a position
     of_text = (depth >= shortest) & (depth < longest + horizon)
-    return np.where(mask[:, :1], of_text, depth <= horizon)
+    return np.where(is_text[:, None], of_text, depth <= horizon)
 
 
 def without_unread(inputs: dict[str, Any], looked_at: Collection[int], joined: bool) -> dict[str, Any]:
@@ -191,6 +194,7 @@ def append_rollouts(
         mask=np.concatenate(list(masks)),
         tokens=np.concatenate([known.tokens, attention_mask.sum(-1).numpy()]),
         learnt=np.concatenate([known.learnt, np.zeros(len(ids), dtype=bool)]),
+        is_text=np.concatenate([known.is_text, np.zeros(len(ids), dtype=bool)]),
     )
     return {**inputs, **joined, PREFIXES: prefixes}
 

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import SeedableRandomSampler
@@ -26,7 +27,7 @@ from bridle.core.sparse import SparseTarget, sparse_target
 from bridle.data.target_cache import TargetCache, TargetShelf, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError
 from bridle.models.sharding import digest, is_sharded, whole
-from bridle.training.batches import PREFIXES, rollout_rows
+from bridle.training.batches import PREFIXES, beginnings, rollout_rows
 from bridle.training.config import ConstrainedConfig
 from bridle.training.regulariser import DomainRegulariser, Target
 from bridle.training.regulariser_set import RegulariserSet
@@ -37,7 +38,7 @@ from bridle.utils.oom import RowLimit
 from bridle.utils.progress import track
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
-"""`input_ids` and `attention_mask`, [batch, time]; `mask` and `trained`, [batch, time - 1], of `frozen_target`."""
+"""`input_ids`, `attention_mask`, `mask` and `begins`, as `frozen_target` takes them."""
 
 
 class PrecomputedTargets(TrainerCallback):
@@ -115,17 +116,18 @@ def upcoming(
         if regulariser.options.kl_on != "corpus":
             found.rollouts += int(mine.sum())
         mask = prefixes.mask & mine[:, None]
-        mask &= regulariser.reaches(mask)
+        mask &= regulariser.reaches(prefixes)
         mine = mask.any(-1)
         if regulariser.options.kl_on != "rollouts" and mine.any():
-            parts = batch["input_ids"], batch["attention_mask"], torch.from_numpy(mask), torch.from_numpy(prefixes.mask)
+            begins = regulariser.begins(prefixes)
+            parts = batch["input_ids"], batch["attention_mask"], torch.from_numpy(mask), begins
             rows = [part[torch.from_numpy(mine)] for part in parts]
             keys = row_keys(*rows[:3])
             new = torch.tensor([key not in seen for key in keys])
             seen.update(keys)
             if new.any():
-                ids, attention_mask, counted, trained = (part[new] for part in rows)
-                found.corpus.append((ids, attention_mask, counted, trained))
+                ids, attention_mask, counted, begins = (part[new] for part in rows)
+                found.corpus.append((ids, attention_mask, counted, begins))
     return found
 
 
@@ -172,8 +174,8 @@ def kept_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: in
         new = torch.tensor([key not in kept for key in keys])
         missing += [key for key in keys if key not in kept]
         if new.any():
-            ids, attention_mask, mask, trained = (part[new] for part in batch)
-            lacking.corpus.append((ids, attention_mask, mask, trained))
+            ids, attention_mask, mask, begins = (part[new] for part in batch)
+            lacking.corpus.append((ids, attention_mask, mask, begins))
     if missing:
         name = blake2b(repr(missing).encode(), digest_size=8).hexdigest()
         caches.append(make_targets(regulariser, lacking, round_index, folder.resolve() / f"{name}.arrow"))
@@ -209,9 +211,11 @@ def make_targets(
     config, model = regulariser.config, regulariser.model
     vocabulary, pad = model.get_output_embeddings().weight.shape[0], regulariser.tokenizer.pad_token_id
     rollouts = regulariser.rollouts[: rows.rollouts]
-    starts = range(0, len(rollouts), config.rollout_batch_size)
-    sampled = [rollout_rows(rollouts[at : at + config.rollout_batch_size], pad) for at in starts]
-    batches = rows.corpus + [(*batch, batch[-1]) for batch in sampled]
+    batches = list(rows.corpus)
+    for at in range(0, len(rollouts), config.rollout_batch_size):
+        ids, attention_mask, mask = rollout_rows(rollouts[at : at + config.rollout_batch_size], pad)
+        begins = beginnings(mask.numpy(), np.zeros(len(mask), dtype=bool), 1)
+        batches.append((ids, attention_mask, mask, begins))
     prefixes = sum(int(mask.sum()) for _, _, mask, _ in batches)
     large = prefixes * bytes_per_token(config.target_tokens, vocabulary) > config.parallel.largest_bytes
     name = f"round-{round_index}.{regulariser.name}.{rank()}.arrow"
@@ -226,9 +230,9 @@ def make_targets(
 
 def _add(regulariser: DomainRegulariser, writer: TargetWriter, rows: list[tuple[Tensor, ...]]) -> None:
     """Adds the targets of some rows, each as in `Rows`."""
-    ids, attention_mask, mask, trained = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    ids, attention_mask, mask, begins = (torch.stack(parts) for parts in zip(*rows, strict=True))
     device = regulariser.model.device
-    target = regulariser.frozen_target(ids.to(device), attention_mask.to(device), mask.numpy(), trained.numpy())
+    target = regulariser.frozen_target(ids.to(device), attention_mask.to(device), mask.numpy(), begins)
     kept = _sparse(target, regulariser.config)
     writer.add(row_keys(ids, attention_mask, mask), kept, mask)
 

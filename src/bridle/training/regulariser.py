@@ -25,7 +25,7 @@ from bridle.models.hidden import output_layer
 from bridle.models.loading import end_token_ids
 from bridle.models.sampling import Trace
 from bridle.models.sharding import is_sharded
-from bridle.training.batches import Mask, beginnings, flat_positions, reachable
+from bridle.training.batches import Mask, Prefixes, beginnings, flat_positions, reachable
 from bridle.training.corpus_outputs import corpus_outputs
 from bridle.training.examples import Examples, encode
 from bridle.training.fitting import fit_auxiliary
@@ -252,7 +252,7 @@ class DomainRegulariser(StatefulRegulariser):
 
     @torch.no_grad()
     def target(
-        self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Mask, trained: Mask
+        self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Mask, begins: Tensor
     ) -> Target | SparseTarget:
         """q at the prefixes of a batch after the policy's forward.
 
@@ -260,14 +260,14 @@ class DomainRegulariser(StatefulRegulariser):
             hidden_states: [batch, time, hidden] of the policy.
             input_ids, attention_mask: [batch, time].
             mask: [batch, time - 1], true at the prefixes that count.
-            trained: [batch, time - 1], true before every token that is trained on or sampled.
+            begins: [batch, time], from `begins`, on the CPU.
         """
         if self.targets is None and self.anchor is None and not (self.auxiliary and self.auxiliary.reads_rows):
             return self._target(self._features(_at(mask, hidden_states)))
         rows = np.flatnonzero(mask.any(-1))
         if is_sharded(self.model) and not len(rows):
             rows = np.zeros(1, dtype=np.int64)  # a sharded anchor runs on all processes or on none
-        chosen, mask, trained = torch.from_numpy(rows).to(input_ids.device), mask[rows], trained[rows]
+        chosen, mask, begins = torch.from_numpy(rows).to(input_ids.device), mask[rows], begins[rows]
         hidden_states, input_ids, attention_mask = (part[chosen] for part in (hidden_states, input_ids, attention_mask))
         if self.targets is not None:
             counted = torch.from_numpy(mask).to(input_ids.device)
@@ -276,18 +276,18 @@ class DomainRegulariser(StatefulRegulariser):
             if all(key in self.targets for key in keys):
                 return self.targets.gather(keys, counted)
         if self.anchor is not None:
-            return self.frozen_target(input_ids, attention_mask, mask, trained)
-        return self._target(_at(mask, self._features(hidden_states, input_ids, attention_mask, trained)))
+            return self.frozen_target(input_ids, attention_mask, mask, begins)
+        return self._target(_at(mask, self._features(hidden_states, input_ids, attention_mask, begins)))
 
     @torch.no_grad()
-    def frozen_target(self, input_ids: Tensor, attention_mask: Tensor, mask: Mask, trained: Mask) -> Target:
+    def frozen_target(self, input_ids: Tensor, attention_mask: Tensor, mask: Mask, begins: Tensor) -> Target:
         """q built on the frozen anchor: one forward gives p_a and what R reads. Shapes as in `target`."""
         assert self.anchor is not None
         dtype = self.config.autocast_dtype
         with self.anchor.active():
             states = policy_forward(self.model, input_ids, attention_mask, dtype=dtype)
             layer = output_layer(self.model, dtype).detach(copy=is_sharded(self.model))
-        features = self._features(states, input_ids, attention_mask, trained)
+        features = self._features(states, input_ids, attention_mask, begins)
         return self._target(_at(mask, features), (_at(mask, states), layer))
 
     def _features(
@@ -295,22 +295,25 @@ class DomainRegulariser(StatefulRegulariser):
         states: Tensor,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        trained: Mask | None = None,
+        begins: Tensor | None = None,
     ) -> Tensor:
-        """What R reads; without `trained`, where that is the states alone. [..., hidden] -> [..., width]"""
-        if self.auxiliary is None or trained is None:
+        """What R reads; without `begins`, where that is the states alone. [..., hidden] -> [..., width]"""
+        if self.auxiliary is None or begins is None:
             return states if self.auxiliary is None else self.auxiliary.features(states)
-        begins = beginnings(trained, self.prompt_lengths[1]).to(states.device)
-        return self.auxiliary.features(states, input_ids, attention_mask, begins)
+        return self.auxiliary.features(states, input_ids, attention_mask, begins.to(states.device))
 
     def _target(self, features: Tensor, anchor: tuple[Tensor, OutputLayer] | None = None) -> Target:
         return Target(self.auxiliary, features, self.options.guidance_scale, anchor)
 
-    def reaches(self, mask: Mask) -> Mask:
+    def begins(self, prefixes: Prefixes) -> Tensor:
+        """Where completions begin in a batch's rows: see `beginnings`. [batch, time]"""
+        return beginnings(prefixes.mask, prefixes.is_text, self.prompt_lengths[1])
+
+    def reaches(self, prefixes: Prefixes) -> Mask:
         """The prefixes of corpus rows that this round's rollouts can reach, where R is fitted: see `reachable`."""
         if not self.rollouts:
-            return np.ones_like(mask)
-        return reachable(mask, *self.prompt_lengths, self.config.max_new_tokens)
+            return np.ones_like(prefixes.mask)
+        return reachable(prefixes.mask, prefixes.is_text, *self.prompt_lengths, self.config.max_new_tokens)
 
     @property
     def prompt_lengths(self) -> tuple[int, int]:

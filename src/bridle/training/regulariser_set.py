@@ -85,7 +85,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         if regulariser.options.kl_on == "rollouts":
             return mask
         corpus = prefixes.mask & self.corpus_rows(regulariser, prefixes)[:, None]
-        reached = corpus & regulariser.reaches(corpus)  # R was not fitted elsewhere
+        reached = corpus & regulariser.reaches(prefixes)  # R was not fitted elsewhere
         unreached = torch.tensor(corpus.sum() - reached.sum(), device=regulariser.config.device)
         self.means.add(f"kl_unreached/{regulariser.name}", unreached, corpus.sum())
         return mask | reached
@@ -119,7 +119,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
             if not mask.any() and not (regulariser.active and is_sharded(regulariser.model)):
                 continue
             rows = hidden_states, inputs["input_ids"], inputs["attention_mask"]
-            target = regulariser.target(*rows, mask, prefixes.mask)
+            target = regulariser.target(*rows, mask, regulariser.begins(prefixes))
             tokens = np.broadcast_to(self._own_tokens(regulariser, prefixes)[:, None], mask.shape)[mask]
             own = torch.from_numpy(tokens).to(divisor.device)
             weights = torch.where(own > 0, divisor / own.clamp(min=1), 1.0).float() * regulariser.weight

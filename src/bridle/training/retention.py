@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bridle.models.anchor import Anchor
-from bridle.training.batches import Mask
+from bridle.training.batches import Mask, Prefixes
 from bridle.training.measures import measure_samples
 from bridle.training.regulariser import DomainRegulariser
 from bridle.utils.timing import timed
@@ -47,6 +47,6 @@ class Retention(DomainRegulariser):
         self.rollout_cursor, self.has_begun = 0, True
         return measure_samples(self.rollouts) | seconds
 
-    def reaches(self, mask: Mask) -> Mask:
+    def reaches(self, prefixes: Prefixes) -> Mask:
         """All of the prefixes: there is no R that would have to be fitted there."""
-        return np.ones_like(mask)
+        return np.ones_like(prefixes.mask)
