@@ -131,6 +131,7 @@ RECIPE_KEYS = [
     ("constraints.no e", {"type": "words", "words": []}, "holds no word"),
     ("constraints.no e", {"type": "words", "file": "no\0where"}, "cannot read the file no\\x00where"),
     ("constraints.no e", {"type": "words", "file": "x" * 5000}, "cannot read the file"),
+    ("constraints.no e", {"type": "words", "file": "no.txt"}, "cannot read the file no.txt: No such file or directory"),
     ("constraints.no e", {"type": "classifier", "label": "rude"}, "key 'model': missing required argument"),
     ("constraints.no e", {"type": "classifier", "model": "m", "label": "rude", "threshold": NAN}, "key 'threshold'"),
     (
@@ -214,8 +215,12 @@ RECIPE_KEYS = [
     ("rounds", 1.5, "rounds: input should be a valid integer"),
     ("prompt_tokens", [-3, 5], "prompt_tokens: needs a shortest and a longest prompt, not -3 and 5"),
     ("prompt_tokens", [5, 2], "prompt_tokens: needs a shortest and a longest prompt, not 5 and 2"),
-    ("prompt_tokens", 5, "prompt_tokens: input should be a valid tuple"),
-    ("prompt_tokens", [1, 2, 3], "prompt_tokens: tuple should have at most 2 items"),
+    ("prompt_tokens", 0, "prompt_tokens: needs a list of two whole numbers such as [2, 16], not 0"),
+    ("prompt_tokens", [1, 2, 3], "prompt_tokens: needs a list of two whole numbers such as [2, 16], not [1, 2, 3]"),
+    ("optim", "nonsense", "optim: there is no choice 'nonsense'; there are: adafactor, "),
+    ("optim", "adamw_torc", "optim: there is no choice 'adamw_torc'; did you mean adamw_torch?"),
+    ("lr_scheduler_type", "cosin", "lr_scheduler_type: there is no choice 'cosin'; did you mean cosine?"),
+    ("save_strategy", "sometimes", "save_strategy: there is no choice 'sometimes'"),
     ("max_missing", 2, "max_missing: must be from 0 to 1, not 2"),
     ("entropy_floor", NAN, "entropy_floor: input should be a finite number"),
     ("schedule", "serial", "schedule: there is no choice 'serial'; did you mean sequential?"),
@@ -421,7 +426,7 @@ DATA_PATHS = [
     ("x" * 5000 + ".jsonl", "File name too long"),
     ("~no-such-user/a.jsonl", "~no-such-user/a.jsonl: no such file"),
     ("no where at all", "no where at all: no such file or folder"),
-    ("../../..//", "is not a folder written by datasets' save_to_disk"),
+    ("../../..//", "is not a folder written by datasets' save_to_disk; name a file in it"),
 ]
 """(a path of no rows, what is said)."""
 

@@ -165,6 +165,15 @@ class TestCommands:
         assert message in err
 
     @pytest.mark.parametrize("command", ["evaluate", "certify"])
+    def test_a_tokenizer_that_cuts_nothing_is_refused(self, bridle, served, server, command):
+        code, _, err = bridle(*self.measured(command, f"{server.url}/v1", "--tokenizer", "nowhere"))
+        assert (code, server.requests) == (2, [])
+        assert "--tokenizer cuts prompts to --prompt_tokens; give both, or leave it out" in err
+        cut = ("--tokenizer", "nowhere", "--prompt_tokens", 1)
+        code, _, err = bridle(*self.measured(command, f"{server.url}/v1", *cut))
+        assert (code, "nowhere: cannot load the tokenizer" in err) == (2, True)
+
+    @pytest.mark.parametrize("command", ["evaluate", "certify"])
     def test_names_belong_to_servers(self, bridle, server, command):
         asked = ("--prompts", "unseen.jsonl", "--constraint", "regex:7")
         code, _, err = bridle(command, f"{server.url}/v1", *asked)

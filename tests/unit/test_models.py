@@ -535,9 +535,14 @@ class TestLoading:
         torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
         with pytest.raises(UserError, match=r"pickled; convert them"):
             load_model(str(tmp_path / "pickled"))
-        with pytest.raises(UserError, match="no such folder") as error:
-            load_model(str(tmp_path / "nowhere"))
+        with pytest.raises(UserError, match="no such folder, and no model of that name could be fetched") as error:
+            load_model("nowhere")
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "../nowhere", "nowhere/"])
+    def test_of_what_can_only_be_a_path_the_hub_is_not_named(self, name):
+        with pytest.raises(UserError, match="cannot load the model: no such folder$"):
+            load_model(name)
 
     def test_an_unknown_dtype(self, tiny_model, tmp_path):
         with pytest.raises(UserError, match="dtype: 'int8'"):

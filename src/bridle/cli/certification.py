@@ -163,6 +163,7 @@ def _certify(
     (request["constraint"],) = load_constraints([constraint]).values()
     request["candidates"] = [Candidate(*one) for one in request["candidates"]]
     request["prompts"], request["development"] = (one and prompt_set(one, samples=1, **how) for one in prompts)
+    common.check_tokenizer(request["tokenizer"], filter(None, (request["prompts"], request["development"])))
     request["perplexity"] = perplexity and DataSource.parse(perplexity)
     request["oracle_labels"] = oracle_labels and _labelled(oracle_labels)
     certificate, observed = Certification(**request, show=say).run()

@@ -152,6 +152,12 @@ def about_server(context: typer.Context, model: str, weights: Iterable[str]) -> 
     yield is_served and "served" not in found, f"{model} is a server: say which of its models with --model NAME"
 
 
+def check_tokenizer(tokenizer: str | None, sets: Iterable[Any]) -> None:
+    """Refuses a tokenizer that would cut no prompt of the `PromptSet`s, which go to a server as text."""
+    useless = tokenizer is not None and all(one.generation.prompt_tokens is None for one in sets)
+    refuse((useless, "--tokenizer cuts prompts to --prompt_tokens; give both, or leave it out"))
+
+
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given on the command line."""
     return {name: value for name, value in options.items() if value is not None and value is not False}

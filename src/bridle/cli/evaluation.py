@@ -181,6 +181,7 @@ def _measure(model: str, plan: dict[str, Any], completions: Path | None, json_fi
     from bridle.evaluation import write_results
     from bridle.utils.files import check_output, write_rows
 
+    common.check_tokenizer(how.get("tokenizer"), plan["prompts"].values())
     check_output(json_file, completions)
     quiet_libraries()
     results, observations = (measure_served if "name" in how else measure)(model, Evaluation(**plan), show=say, **how)

@@ -1,7 +1,6 @@
 """A constraint that runs a Hugging Face model with its own tokenizer: loading, batches, identity."""
 
 import os
-import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from bridle.constraints.reading import Messages, Reads, as_lines
 from bridle.errors import UserError
 from bridle.utils.oom import RowLimit
 from bridle.utils.quiet import only_errors
-from bridle.utils.safe_loading import refusal
+from bridle.utils.safe_loading import is_path, refusal
 
 KINDS = {AutoModelForSequenceClassification: "classifier", AutoModelForCausalLM: "language model", AutoModel: "model"}
 
@@ -68,7 +67,7 @@ class Network(Constraint):
         if self._network is not None:
             return
         where = f"constraint '{self.name}', model '{self.model}'"
-        if _is_path(self.model) and not os.path.isdir(self.model):
+        if is_path(self.model) and not os.path.isdir(self.model):
             raise UserError(f"{where}: there is no such folder")
         network = _load_network(where, self.auto_class, self.model, self.device)
         self._tokenizer = _load_tokenizer(where, self.model, "right" if self.reads == "completion" else "left")
@@ -232,9 +231,3 @@ def _positions(network: Any) -> float:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return limit - int(module.padding_idx) - 1
     return limit if limit > 0 else inf
-
-
-def _is_path(model: str) -> bool:
-    """Whether a name can only be a folder, so that the hub need not be asked."""
-    hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
-    return hub_name is None or os.path.exists(Path(model).parts[0])

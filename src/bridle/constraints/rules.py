@@ -16,7 +16,7 @@ from bridle.constraints.base import Constraint, Score
 from bridle.constraints.deadline import TimedOut, batches
 from bridle.constraints.options import Text, cause, checked
 from bridle.constraints.reading import Reads
-from bridle.errors import UserError
+from bridle.errors import UserError, first_line
 from bridle.utils.progress import Progress
 
 SHORTEST = 1e-3  # seconds; a timeout of 0 would mean none
@@ -179,7 +179,7 @@ def _read_words(file: str | Path | None) -> list[str]:
     try:
         lines = Path(str(file)).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not a possible path
-        raise UserError(f"constraint 'words': cannot read the file {file}: {cause(error)}") from error
+        raise UserError(f"constraint 'words': cannot read the file {file}: {first_line(error)}") from error
     return [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in lines]
 
 

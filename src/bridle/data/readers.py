@@ -162,7 +162,7 @@ def _read_folder(path: Path, split: str) -> Dataset:
     try:
         found = load_from_disk(str(path))
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not a folder written by datasets' save_to_disk") from error
+        raise UserError(f"{path} is not a folder written by datasets' save_to_disk; name a file in it") from error
     if not isinstance(found, DatasetDict):
         return found.with_format(None)
     if split not in found:

@@ -26,7 +26,7 @@ from bridle.models.hidden import causal_lm
 from bridle.utils.distributed import from_main, is_main
 from bridle.utils.files import read_json
 from bridle.utils.quiet import only_errors
-from bridle.utils.safe_loading import holds, refusal
+from bridle.utils.safe_loading import holds, is_path, refusal
 
 
 @dataclass
@@ -231,7 +231,8 @@ def reason(name: str | Path, error: Exception) -> str:
     if is_gguf(str(name)):
         return f"the file is damaged, or of a kind that transformers does not read: {first_line(error)}"
     if not os.path.exists(name):
-        return "no such folder, and no model of that name could be fetched from the hub"
+        hub = "" if is_path(str(name)) else ", and no model of that name could be fetched from the hub"
+        return f"no such folder{hub}"
     return " ".join(str(error).split())[:300]
 
 

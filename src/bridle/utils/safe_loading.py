@@ -1,6 +1,7 @@
 """Loading of weights without pickles and foreign code."""
 
 import os
+import re
 from pathlib import Path
 
 
@@ -16,3 +17,9 @@ def refusal(name: str | Path, error: Exception) -> str | None:
 def holds(folder: str | Path, pattern: str) -> bool:
     """Whether a folder has a file whose name matches a pattern."""
     return any(Path(folder).glob(pattern))
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's name can only be a folder, so that the hub need not be asked."""
+    hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
+    return hub_name is None or os.path.exists(Path(name).parts[0])

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from enum import EnumType
 from math import isfinite
 from pathlib import Path
 from types import NoneType
@@ -56,12 +57,23 @@ def validated(kind: Any, value: Any, where: str) -> Any:
     inner: Any = next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
     if inner is not None and not (value is None and NoneType in options):
         return value if isinstance(value, inner) else build(inner, value, where)
-    if get_origin(kind) is Literal and isinstance(value, str):
-        known_name(value, get_args(kind), where, "choice")
+    if isinstance(value, str) and (choices := _choices(kind)):
+        known_name(value, choices, where, "choice")
     try:
         return TypeAdapter(kind, config=CHECKED_STRICTLY).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{where}: {error.errors()[0]['msg'].lower()}, not {value!r}") from error
+        said = _A_RANGE if get_origin(kind) is tuple else error.errors()[0]["msg"].lower()
+        raise UserError(f"{where}: {said}, not {value!r}") from error
+
+
+_A_RANGE = "needs a list of two whole numbers such as [2, 16]"  # pydantic would ask for a tuple, which YAML has not
+
+
+def _choices(kind: Any) -> list[str]:
+    """The texts that a Literal, or an enumeration of `transformers`, allows; none for other hints."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [member.value for option in get_args(kind) if isinstance(option, EnumType) for member in option]
 
 
 def check_fields(instance: Any, names: Iterable[str] | None = None) -> None:
@@ -83,7 +95,8 @@ def known_name(name: Any, known: Iterable[str], where: str, what: str) -> None:
     if name in known:
         return
     near = get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known[:12]) or 'none'}"
+    listed = ", ".join([*known[:12], *(["..."] if len(known) > 12 else [])])
+    hint = f"did you mean {near[0]}?" if near else f"there are: {listed or 'none'}"
     raise UserError(f"{where}: there is no {what} '{name}'; {hint}")
 
 
