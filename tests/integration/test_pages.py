@@ -49,10 +49,12 @@ CLASSIFIERS = {
 }
 ROWS = [
     "forum.jsonl",
+    "prose.jsonl",
     "wiki.jsonl",
     "unseen.jsonl",
     *(f"shared/data/{n}.jsonl" for n in ("toxigen", "wikitext", "novels")),
 ]
+TUTORIAL = ("names.txt", "village.yaml")
 SHORT = {
     "max_steps": "2",
     "rounds": "2",
@@ -129,6 +131,9 @@ def world(tiny_model, tmp_path_factory):
     rows = "".join(json.dumps(row) + "\n" for row in prompts)
     (folder / "shared/data/realtoxicityprompts.jsonl").write_text(rows, encoding="utf-8")
     (folder / "mild.txt").write_text("\n".join(INSULTS), encoding="utf-8")
+    for block in blocks_of("docs/tutorial.md"):
+        if block.title in TUTORIAL:  # other pages go on with them
+            (folder / block.title).write_text(block.text, encoding="utf-8")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     return folder
 
