@@ -541,7 +541,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "../nowhere", "nowhere/"])
     def test_of_what_can_only_be_a_path_the_hub_is_not_named(self, name):
-        with pytest.raises(UserError, match="cannot load the model: no such folder$"):
+        with pytest.raises(UserError, match=r"cannot load the model: no such folder$"):
             load_model(name)
 
     def test_an_unknown_dtype(self, tiny_model, tmp_path):
