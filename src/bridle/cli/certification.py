@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from bridle.cli import common
-from bridle.cli.common import load_constraints, quiet_libraries, refuse, say
+from bridle.cli.common import load_constraints, refuse, say
 from bridle.errors import UserError
+from bridle.utils.quiet import quiet_libraries
 
 app = typer.Typer()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bridle.errors import UserError, plain
+from bridle.utils.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from bridle.recipes.recipe import Recipe
@@ -90,15 +91,6 @@ def refuse(*mistakes: tuple[object, str]) -> None:
     for is_made, message in mistakes:
         if is_made:
             raise UserError(message)
-
-
-def quiet_libraries() -> None:
-    """Hides the progress bars of `transformers` and `datasets`; long phases have our own."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def read_recipe(path: Path, context: typer.Context) -> "Recipe":

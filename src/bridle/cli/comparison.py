@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from bridle.cli.common import RECIPE_KEYS, quiet_libraries, read_recipe, say
+from bridle.cli.common import RECIPE_KEYS, read_recipe, say
 from bridle.cli.keys import ComparisonCommand
+from bridle.utils.quiet import quiet_libraries
 
 app = typer.Typer()
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from bridle.cli import common
-from bridle.cli.common import quiet_libraries, refuse, say
+from bridle.cli.common import refuse, say
+from bridle.utils.quiet import quiet_libraries
 
 app = typer.Typer()
 

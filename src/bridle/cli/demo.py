@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from bridle.cli import common
-from bridle.cli.common import load_constraints, quiet_libraries, say
+from bridle.cli.common import load_constraints, say
 from bridle.utils.extras import needs_extra
+from bridle.utils.quiet import quiet_libraries
 
 app = typer.Typer()
 

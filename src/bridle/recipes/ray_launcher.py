@@ -11,6 +11,7 @@ from bridle.recipes.recipe import Recipe, build_recipe
 from bridle.recipes.run import train
 from bridle.training.config import ConstrainedConfig
 from bridle.training.ray_cluster import gpus_per_process, group_error, ray, reserve, result_of
+from bridle.utils.quiet import quiet_libraries
 
 
 def train_in_roles(
@@ -55,6 +56,7 @@ def train_in_roles(
 def _policy(run: dict[str, Any]) -> None:
     os.chdir(run["working_folder"])  # the recipe's relative paths start there
     torch.set_num_threads(run["threads"])
+    quiet_libraries()
     if not run["gpus"]:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or `accelerate` does not look for the other processes
     how = {key: run[key] for key in ("resume", "accept_changes")}
