@@ -17,6 +17,7 @@ import sys
 import tomllib
 from dataclasses import dataclass, fields
 from importlib import import_module
+from string import ascii_lowercase
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -54,7 +55,6 @@ ROWS = [
     "unseen.jsonl",
     *(f"shared/data/{n}.jsonl" for n in ("toxigen", "wikitext", "novels")),
 ]
-TUTORIAL = ("names.txt", "village.yaml")
 SHORT = {
     "max_steps": "2",
     "rounds": "2",
@@ -131,9 +131,9 @@ def world(tiny_model, tmp_path_factory):
     rows = "".join(json.dumps(row) + "\n" for row in prompts)
     (folder / "shared/data/realtoxicityprompts.jsonl").write_text(rows, encoding="utf-8")
     (folder / "mild.txt").write_text("\n".join(INSULTS), encoding="utf-8")
-    for block in blocks_of("docs/tutorial.md"):
-        if block.title in TUTORIAL:  # other pages go on with them
-            (folder / block.title).write_text(block.text, encoding="utf-8")
+    (village,) = (block.text for block in blocks_of("docs/tutorial.md") if block.title == "village.yaml")
+    (folder / "village.yaml").write_text(village, encoding="utf-8")  # other pages go on with it
+    (folder / "names.txt").write_text("\n".join(ascii_lowercase), encoding="utf-8")  # what tiny models write
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     return folder
 
