@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
-from enum import EnumType
+from enum import Enum
 from math import isfinite
 from pathlib import Path
 from types import NoneType
@@ -73,7 +73,8 @@ def _choices(kind: Any) -> list[str]:
     """The texts that a Literal, or an enumeration of `transformers`, allows; none for other hints."""
     if get_origin(kind) is Literal:
         return list(get_args(kind))
-    return [member.value for option in get_args(kind) if isinstance(option, EnumType) for member in option]
+    enums = [option for option in get_args(kind) if isinstance(option, type) and issubclass(option, Enum)]
+    return [member.value for enum in enums for member in enum]
 
 
 def check_fields(instance: Any, names: Iterable[str] | None = None) -> None:
