@@ -1,6 +1,7 @@
 """Chats from their rows to rollouts, evaluation, reinforcement learning and filtration."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from bridle.errors import UserError
 from bridle.evaluation.generation import generate_completions
 from bridle.models.loading import end_token_ids, load_model, load_tokenizer
 from bridle.training.config import Regulariser
+from bridle.training.corpus_outputs import corpus_outputs
+from bridle.training.prompts import prompts_of_corpus
 from chats import CHATS, TEMPLATES, chat_folder, chat_tokenizer, write_rows
-from trainers import trainer_of
+from trainers import NO_E, trainer_of
 
 KINDS = pytest.mark.parametrize("kind", TEMPLATES)
 
@@ -45,6 +48,23 @@ class TestPrompts:
         tokenizer = chat_tokenizer(TEMPLATES["llama3"][0])
         rows = Dataset.from_dict({"prompt": [chat[:4] for chat in CHATS], "completion": [chat[4:] for chat in CHATS]})
         assert {len(prompt.messages) for prompt in drawn_from(rows, tokenizer)} == {4}
+
+    @KINDS
+    def test_an_output_of_the_corpus_ends_with_its_turn(self, folder, kind):
+        model, tokenizer = load_model(str(folder(kind))), load_tokenizer(str(folder(kind)))
+        rows, config = {"chats": Dataset.from_dict({"messages": CHATS})}, SimpleNamespace(prompt_tokens=(1, 1))
+        config.max_new_tokens = 40
+        prompts = prompts_of_corpus(16, rows, model, tokenizer, config, 0)
+        ends = end_token_ids(model, tokenizer)
+        outputs = corpus_outputs(prompts, tokenizer, ends, NO_E, max_new_tokens=40, name="chats")
+        assert len(outputs) == 16
+        said = {turn["content"] for chat in CHATS for turn in chat if turn["role"] == "assistant"}
+        for output in outputs:
+            assert output.finished
+            assert tokenizer.decode(output.completion_ids[-1:]) == TEMPLATES[kind][1]
+            assert output.completion in said
+        cut = corpus_outputs(prompts, tokenizer, ends, NO_E, max_new_tokens=3, name="chats")
+        assert not any(output.finished for output in cut)
 
     @KINDS
     def test_what_is_too_long_is_cut_by_whole_exchanges_and_keeps_the_system_turn(self, kind):

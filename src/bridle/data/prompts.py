@@ -45,6 +45,7 @@ def prompts_from_domain(
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
     end_tokens: Collection[int] = (),
+    end_of_turn: int | None = None,
     max_prompt_tokens: int | None = None,
 ) -> list[Prompt]:
     """Draws `n` prompts from the rows of a domain, without replacement until all rows have been drawn, then again.
@@ -59,6 +60,7 @@ def prompts_from_domain(
         prompt_tokens: the shortest and the longest prefix; None for the longest takes any.
         seed: of rows and lengths.
         end_tokens: that end a text, beside the tokenizer's.
+        end_of_turn: the token that ends an assistant's turn, the last of what follows a chat's prompt; None for none.
         max_prompt_tokens: the longest prompt that leaves room for the new tokens.
 
     Raises:
@@ -73,7 +75,7 @@ def prompts_from_domain(
     def prompt_of(index: int) -> Prompt | None:
         row = tokenized[index]
         if chats:
-            return _chat_prompt(row, row.get(ROW, index + 1), rng, tokenizer, max_prompt_tokens)
+            return _chat_prompt(row, row.get(ROW, index + 1), rng, tokenizer, max_prompt_tokens, end_of_turn)
         masked = sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
         ids = row["input_ids"][: masked or _prefix_length(row["input_ids"], prompt_tokens, rng, tokenizer, ends)]
         rest = _until_end(row["input_ids"][len(ids) :], ends)
@@ -127,6 +129,7 @@ def _chat_prompt(
     rng: np.random.Generator,
     tokenizer: PreTrainedTokenizerBase,
     longest: int | None,
+    end_of_turn: int | None,
 ) -> Prompt | None:
     """The turns before a random one of the assistant's; None if the chat has none."""
     turns, answers = conversation(values)
@@ -136,7 +139,8 @@ def _chat_prompt(
     prompt = _chat(turns[:chosen], values, number, tokenizer, longest, f"row {number}")
     said = turns[chosen]["content"] if chosen < len(turns) else None
     answer = tokenizer(said or "", add_special_tokens=False)["input_ids"]
-    return replace(prompt, rest=answer)
+    end = [end_of_turn] if answer and end_of_turn is not None else []
+    return replace(prompt, rest=answer + end)
 
 
 def _chat(

@@ -165,10 +165,10 @@ def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     for config in (lm.generation_config, lm.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         found += ids if isinstance(ids, list | tuple) else [ids]
-    return [token for token in dict.fromkeys([*found, _end_of_turn(tokenizer)]) if token is not None]
+    return [token for token in dict.fromkeys([*found, end_of_turn(tokenizer)]) if token is not None]
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token by which the chat template closes an assistant's turn, if any."""
     said = "yes"
     try:

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.data import DataSource, Prompt, prompts_from_domain, read_prompts
-from bridle.models.loading import context_length, end_token_ids
+from bridle.models.loading import context_length, end_of_turn, end_token_ids
 from bridle.training.config import ConstrainedConfig
 
 
@@ -54,6 +54,7 @@ def prompts_of_corpus(
             seed=seed,
             tokenizer=tokenizer,
             end_tokens=end_token_ids(model, tokenizer),
+            end_of_turn=end_of_turn(tokenizer),
             max_prompt_tokens=_longest_prompt(model, config),
         )
         for rows in corpus.values()
