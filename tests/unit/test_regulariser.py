@@ -314,7 +314,7 @@ class TestFit:
     def test_without_any_score_it_stays_as_it_is(self, of):
         held = of(config={"max_missing": 1.0})
         held.is_fitted = True
-        assert self.fit(held, [None, None]) == {"fit": "kept"}
+        assert self.fit(held, [None, None]) == {"fit": "unlabelled"}
         with pytest.raises(RunStopped, match="2 of 3 rollouts got no score"):
             self.fit(of(config={"max_missing": 0.5}), [None, None, True])
 
@@ -340,8 +340,27 @@ class TestFit:
         assert (found[0] == found[1]) == (truncated != "label")
         held.rollouts, held.is_fitted = [cut, rollout([1], [3], complies=True, value=True)], False
         assert held._fit(1, dict.fromkeys(range(2), Trace([], [-1.0], None)))["fit"] == (
-            "none" if truncated == "mask" else "fitted"
+            "fitted" if truncated == "label" else "none"
         )
+
+    @pytest.mark.parametrize(
+        ("truncated", "fit"), [("label", "fitted"), ("mask", "unlabelled"), ("bootstrap", "unlabelled")]
+    )
+    @pytest.mark.parametrize("fitted", [False, True])
+    def test_where_all_were_cut_there_may_be_no_label(self, of, truncated, fit, fitted):
+        held = of(config={"truncated": truncated})
+        held.is_fitted, before = fitted, deepcopy(held.auxiliary.state_dict())
+        assert self.fit(held, [True, False], finished=False)["fit"] == fit
+        same = all(torch.equal(weight, before[name]) for name, weight in held.auxiliary.state_dict().items())
+        assert same == (fit == "unlabelled")
+
+    def test_without_a_label_of_its_own_a_round_fits_no_replayed_ones(self, of):
+        held = of(config={"truncated": "mask"})
+        replayed = [rollout([1, 5], [3, 4], complies=label, log_probs=[-1.0, -1.0]) for label in (True, False)]
+        cut = rollout([1, 5], [3, 4], complies=True, finished=False, log_probs=[-1.0, -1.0])
+        held.rollouts, held.replayed = [cut], replayed
+        assert held._fit(2, {0: Trace([], [-1.0, -1.0], None)}) == {"fit": "unlabelled"}
+        assert not held.is_fitted
 
 
 class TestTarget:

@@ -38,6 +38,8 @@ def test_what_moved_is_noted():
     assert second.notes == ["λ 8 → 11", "R’s skill −0.03", "KL 0.0016"]
     (_, kept) = strips(rounds(measured(0.1), measured(0.0, fit="kept")))["regulariser rude"]
     assert kept.notes == ["R learnt nothing new"]
+    (_, unlabelled) = strips(rounds(measured(0.1), measured(0.0, fit="unlabelled")))["regulariser rude"]
+    assert unlabelled.notes == ["no label to learn"]
 
 
 def test_rounds_without_a_rate_are_left_out():

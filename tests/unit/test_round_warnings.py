@@ -23,6 +23,7 @@ UNSCORED = {"compliance": None, "compliance_low": None, "compliance_high": None}
 WRONG = {
     "labels": ({"fit": "kept"}, "every label is alike, so R learnt nothing new and stays as the last round left it"),
     "no R": ({"fit": "none"}, "every label is alike and no round before had others, so R is constant"),
+    "no label": ({"fit": "unlabelled"}, "no rollout has a label to learn, since all were cut at max_new_tokens 32"),
     "clipping": ({"clipped": 0.95}, "95% of the rollouts were cut at max_new_tokens 32, above clipped_bound 0.9"),
     "calibration": ({"r_ece": 0.2}, "R's calibration error is 0.200, above calibration_bound 0.15"),
     "skill": ({"r_skill": -0.031}, "R knows nothing: on the 100 rollouts kept back it is no better than a constant"),

@@ -26,6 +26,7 @@ CARD_FILE = "README.md"
 TRAINED_BY = "Trained with Bridle"
 CERTIFICATE = "<!-- certificate -->", "<!-- end of the certificate -->"
 MISSING = "missing"
+NO_FIT = dict.fromkeys(("kept", "none"), "no fit: all labels alike") | {"unlabelled": "no fit: no label"}
 FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gguf"}  # "data/rows.jsonl" looks like a hub name
 
 ROUND_SETTINGS = (
@@ -312,7 +313,7 @@ def _rounds(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple]:
         for name in names if "round" in record else []:
             of = {key.removeprefix(f"{name}/"): value for key, value in record.items() if key.startswith(f"{name}/")}
             missing = of.get("rollouts_missing") or 0
-            no_fit = "no fit: all labels alike" if of.get("fit") in ("kept", "none") else None
+            no_fit = NO_FIT.get(str(of.get("fit")))
             yield (
                 *(record["round"], name),
                 _interval(of["compliance"], of.get("compliance_low"), of.get("compliance_high")),

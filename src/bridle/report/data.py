@@ -135,7 +135,7 @@ class RegulariserRound:
         rollouts_missing: number of rollouts without a score.
         clipped: share of rollouts cut at the length limit.
         truncated: number of rollouts that the constraint read in part.
-        fit: what R was fitted on: "fitted", "replay", "kept" or "none".
+        fit: what R was fitted on: "fitted", "replay", "kept", "none" or "unlabelled".
     """
 
     compliance: float | None = None

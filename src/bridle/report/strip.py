@@ -7,6 +7,7 @@ from bridle.report.data import Curve, RegulariserRound, Report
 from bridle.report.tables import PERCENT
 
 NOTABLE = 0.05  # relative change of λ, of which a smaller one is not shown
+NO_FIT = {"kept": "R learnt nothing new", "none": "no R yet", "unlabelled": "no label to learn"}
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def _notes(before: RegulariserRound | None, now: RegulariserRound) -> Iterator[s
     if now.weight is not None:
         moved = before is not None and before.weight and abs(now.weight / before.weight - 1) > NOTABLE
         yield f"λ {before.weight:.3g} → {now.weight:.3g}" if moved and before else f"λ {now.weight:.3g}"
-    if now.fit in ("kept", "none"):
-        yield "R learnt nothing new" if now.fit == "kept" else "no R yet"
+    if no_fit := NO_FIT.get(now.fit or ""):
+        yield no_fit
     elif now.r_skill is not None:
         yield f"R’s skill {now.r_skill:.2f}".replace("-", "−")
     if now.kl is not None:

@@ -130,7 +130,7 @@ def round_warnings(
         config: the bounds.
     """
     found = (
-        *_of_labels(measured),
+        *_of_labels(measured, config),
         *_of_fit(measured, config),
         *_of_silence(measured, config),
         *_of_clipping(measured, config),
@@ -159,7 +159,7 @@ def _of_regulariser(name: str, record: Measured) -> Measured:
     return {key.removeprefix(f"{name}/"): value for key, value in record.items() if key.startswith(f"{name}/")}
 
 
-def _of_labels(now: Measured) -> Iterator[str]:
+def _of_labels(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
     advice = "more rollouts_per_round or harder prompts would show the constraint more"
     if now.get("tilt") == 0:
         return  # the share is allowed, and no label need differ
@@ -167,6 +167,11 @@ def _of_labels(now: Measured) -> Iterator[str]:
         yield f"every label is alike, so R learnt nothing new and stays as the last round left it; {advice}"
     if now.get("fit") == "none":
         yield f"every label is alike and no round before had others, so R is constant and q is the anchor; {advice}"
+    if now.get("fit") == "unlabelled":
+        yield (
+            f"no rollout has a label to learn, since all were cut at max_new_tokens {config.max_new_tokens} or got no "
+            "score, so R stays as it is; raise max_new_tokens, or set truncated: label"
+        )
 
 
 def _of_fit(now: Measured, config: ConstrainedConfig) -> Iterator[str]:

@@ -161,7 +161,7 @@ class DomainRegulariser(StatefulRegulariser):
     def _fit(self, round_index: int, traces: dict[int, Trace]) -> dict[str, Any]:
         """Fits the last round's R further, on this round's scored rollouts and replayed ones.
 
-        Equal labels teach R nothing; then R and the term stay as they are.
+        Labels teach R nothing where all are equal, or there is none; then R and the term stay as they are.
         """
         missing = [rollout for rollout in self.rollouts if rollout.complies is None]
         if len(missing) > self.config.max_missing * len(self.rollouts):
@@ -175,9 +175,10 @@ class DomainRegulariser(StatefulRegulariser):
         fresh = [self.rollouts[place] for place in places]
         plain = sum(not rollout.sought for rollout in fresh)
         replayed = [rollout for rollout in self.replayed if self._teaches(rollout)]
-        new, known = ({self.label(rollout) for rollout in some} for some in (fresh, replayed))
-        fit = "fitted" if len(new) > 1 else "replay" if len(new | known) > 1 else "kept" if self.is_fitted else "none"
-        if not fresh or (fit in ("kept", "none") and not self.is_fitted):
+        new, known = self._labels(fresh), self._labels(replayed)
+        unfitted = "unlabelled" if not new else "kept" if self.is_fitted else "none"
+        fit = "fitted" if len(new) > 1 else "replay" if fresh and len(new | known) > 1 else unfitted
+        if not fresh or (fit == unfitted and not self.is_fitted):
             return {"fit": fit}
         assert self.auxiliary is not None
         traces = {row: traces[place] for row, place in enumerate(places)}
@@ -186,7 +187,7 @@ class DomainRegulariser(StatefulRegulariser):
         stale = measure_calibration(self.auxiliary, examples[:plain]) if self.is_fitted else {}
         report = {"fit": fit, **measure_weights(examples, len(fresh))}
         report |= {f"{key}_before": stale[key] for key in COMPARED & stale.keys()}
-        if fit == "kept":
+        if fit == unfitted:
             return report
         return report | self._fit_auxiliary(
             examples, plain, f"round {round_index}: fitting R", f"fitting {round_index}"
@@ -211,7 +212,7 @@ class DomainRegulariser(StatefulRegulariser):
             "corpus_outputs_missing": sum(output.complies is None for output in outputs),
         }
         outputs = [output for output in outputs if self._teaches(output)]
-        if len({self.label(output) for output in outputs}) < 2:
+        if len(self._labels(outputs)) < 2:
             return counts  # nothing to learn
         examples = self._encode(outputs)
         report = self._fit_auxiliary(examples, len(examples), "fitting R on the corpus", "fitting on the corpus")
@@ -247,6 +248,10 @@ class DomainRegulariser(StatefulRegulariser):
     def _teaches(self, rollout: Rollout) -> bool:
         """Whether R is fitted on a rollout: it has a label, and no cut that `truncated` masks."""
         return rollout.complies is not None and (rollout.finished or self.config.truncated != "mask")
+
+    def _labels(self, rollouts: Sequence[Rollout]) -> set[float | bool | None]:
+        """The distinct labels that a fit uses: a cut rollout's may give way to R's own estimate."""
+        return {self.label(one) for one in rollouts if one.finished or self.config.truncated == "label"}
 
     # ------------------------------------------------------------------ the update
 
