@@ -186,7 +186,7 @@ def fit_guide(recipe: Recipe, output_dir: str | Path) -> dict[str, Any]:
     trainer = build_trainer(recipe, Path(output_dir), recipe.read_corpus())
     measured = trainer.schedule.begin_round(1)
     if not any(regulariser.is_fitted for regulariser in trainer.regularisers):
-        allowed = any(regulariser.is_allowed for regulariser in trainer.regularisers)
+        allowed = any(regulariser.share_is_off for regulariser in trainer.regularisers)
         reason = "the share of the samples is allowed" if allowed else "every sample got the same label"
         raise RunStopped(f"{output_dir}: {reason}, so there is nothing to guide by")
     return measured

@@ -164,7 +164,8 @@ def _of_labels(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
     if now.get("tilt") == 0:
         return  # the share is allowed, and no label need differ
     if now.get("fit") == "kept":
-        yield f"every label is alike, so R learnt nothing new and stays as the last round left it; {advice}"
+        off = "" if now.get("term_on", True) else ", and, as that was for the opposite share, the term is off"
+        yield f"every label is alike, so R learnt nothing new and stays as the last round left it{off}; {advice}"
     if now.get("fit") == "none":
         yield f"every label is alike and no round before had others, so R is constant and q is the anchor; {advice}"
     if now.get("fit") == "unlabelled":

@@ -93,7 +93,7 @@ class DomainRegulariser(StatefulRegulariser):
         has been fitted.
         """
         begun = self.is_fitted or (self.anchor is not None and self.has_begun)
-        return self.options.weight > 0 and begun and not self.is_allowed
+        return self.options.weight > 0 and begun and not self.share_is_off
 
     # ------------------------------------------------------------------ a round
 
@@ -235,7 +235,7 @@ class DomainRegulariser(StatefulRegulariser):
         generator = torch.Generator().manual_seed(self.seed(purpose))
         report = fit_auxiliary(self.auxiliary, examples, self.config.auxiliary, generator, description, fresh=fresh)
         align(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
-        self.is_fitted = True
+        self.is_fitted, self.fitted_tilt = True, self.tilt
         self.auxiliary.config.provenance = {
             "constraint": self.constraint.describe(),
             "regulariser": self.name,
@@ -295,17 +295,13 @@ class DomainRegulariser(StatefulRegulariser):
         features = self._features(states, input_ids, attention_mask, begins)
         return self._target(_at(mask, features), (_at(mask, states), layer))
 
-    def _features(
-        self,
-        states: Tensor,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        begins: Tensor | None = None,
-    ) -> Tensor:
-        """What R reads; without `begins`, where that is the states alone. [..., hidden] -> [..., width]"""
-        if self.auxiliary is None or begins is None:
-            return states if self.auxiliary is None else self.auxiliary.features(states)
-        return self.auxiliary.features(states, input_ids, attention_mask, begins.to(states.device))
+    def _features(self, states: Tensor, *rows: Tensor) -> Tensor:
+        """What R reads in rows: `input_ids`, `attention_mask` and `begins`; or of the states alone, where that is all.
+
+        [..., hidden] -> [..., width]
+        """
+        of_rows = (part.to(states.device) for part in rows)
+        return states if self.auxiliary is None else self.auxiliary.features(states, *of_rows)
 
     def _target(self, features: Tensor, anchor: tuple[Tensor, OutputLayer] | None = None) -> Target:
         return Target(self.auxiliary, features, self.options.guidance_scale, anchor)

@@ -65,6 +65,7 @@ class PlainState:
         is_fitted: whether R has been fitted.
         has_begun: whether a round has run.
         tilt: w of the round's share; None without one.
+        fitted_tilt: w of the share that R was last fitted to.
         provenance: the data that R was fitted on.
         measured: the round's metrics.
     """
@@ -73,6 +74,7 @@ class PlainState:
     is_fitted: bool = False
     has_begun: bool = False
     tilt: float | None = None
+    fitted_tilt: float | None = None
     provenance: dict[str, Any] | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
@@ -134,6 +136,7 @@ class StatefulRegulariser:
         rollout_cursor: rollouts taken by updates since the start of the round.
         targets: precomputed ones, see `precomputed`.
         tilt: what the round's labels are, if it has a share.
+        fitted_tilt: the one that R was last fitted to.
         dual: λ and its steps, if it has a target and a round has been measured. The policy's process alone steers.
     """
 
@@ -154,6 +157,7 @@ class StatefulRegulariser:
     targets: TargetCache | TargetShelf | None = field(init=False, default=None)
     dual: DualState | None = field(init=False, default=None)
     tilt: Tilt | None = field(init=False, default=None)
+    fitted_tilt: Tilt | None = field(init=False, default=None)
 
     @property
     def settled(self) -> bool:
@@ -179,9 +183,9 @@ class StatefulRegulariser:
         return {"tilt": self.tilt.weight}
 
     @property
-    def is_allowed(self) -> bool:
-        """Whether the round's share is allowed as it is, so that nothing need change."""
-        return self.tilt is not None and self.tilt.weight == 0
+    def share_is_off(self) -> bool:
+        """Whether the round's share is allowed as it is, or R was fitted to the opposite tilt and would pull away."""
+        return self.tilt is not None and self.tilt.weight * (self.fitted_tilt or self.tilt).weight <= 0
 
     def label(self, rollout: Rollout) -> float | bool | None:
         """What R is fitted to for a rollout; None without a score."""
@@ -196,6 +200,7 @@ class StatefulRegulariser:
             is_fitted=self.is_fitted,
             has_begun=self.has_begun,
             tilt=None if self.tilt is None else self.tilt.weight,
+            fitted_tilt=None if self.fitted_tilt is None else self.fitted_tilt.weight,
             rollout_cursor=self.rollout_cursor,
             rollouts=self.rollouts,
             replayed=self.replayed,
@@ -210,7 +215,7 @@ class StatefulRegulariser:
         if not self.settled:
             self.targets = None  # they were built on another R or anchor
         self.is_fitted, self.has_begun = state.is_fitted, state.has_begun
-        self.tilt = None if state.tilt is None else Tilt(state.tilt)
+        self.tilt, self.fitted_tilt = (None if w is None else Tilt(w) for w in (state.tilt, state.fitted_tilt))
         self.rollouts, self.replayed, self.rollout_cursor = state.rollouts, state.replayed, state.rollout_cursor
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(state.auxiliary)
