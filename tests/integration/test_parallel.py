@@ -76,6 +76,24 @@ def test_one_round_that_waits_has_a_regulariser(tiny_folder, tmp_path):
     trainer = in_turns(trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **options))
     trainer.train()
     assert logged(trainer, "kl/rude")
+    assert trainer.schedule.pending is None, "a resume would start a worker for it"
+
+
+@FIRST_ROUNDS
+def test_what_is_settled_is_not_sent_to_a_worker(tiny_folder, tmp_path, first_round):
+    options, sent = {**ROUNDS, "parallel": ParallelOptions(first_round=first_round)}, []
+    initial = {"rude": Regulariser(NO_E, weight=4.0, anchor="initial")}
+    trainer = in_turns(trainer_of(tiny_folder(), tmp_path / "initial", initial, **options))
+    submit = trainer.schedule.worker.submit
+    trainer.schedule.worker.submit = lambda index, policy: sent.append(index) or submit(index, policy)
+    trainer.train()
+    assert sent == [1]
+    assert logged(trainer, "rude/term_on")[-3:] == [True] * 3
+    trainer = trainer_of(tiny_folder(), tmp_path / "retained", {"plain": Regulariser(None, weight=4.0)}, **options)
+    trainer.schedule.make_worker = None
+    trainer.train()
+    assert logged(trainer, "plain/lambda") == [4.0] * 4
+    assert trainer.schedule.worker is None
 
 
 @FIRST_ROUNDS

@@ -49,13 +49,16 @@ class ParallelSchedule(SequentialSchedule):
         if self.pending is not None:
             self._take(self.pending, index - 1, log)
         self.pending = None
-        waits = index == 1 and self.config.parallel.first_round == "wait"
-        if self.regularisers and (waits or index < self.config.rounds):
+        waits, goes_on = index == 1 and self.config.parallel.first_round == "wait", index < self.config.rounds
+        if all(regulariser.settled for regulariser in self.regularisers):
+            for regulariser in self.regularisers:
+                self._note(index, regulariser, {}, log)
+        elif waits or goes_on:
             self.worker = self.worker or self.make_worker()
             self.pending = self.worker.submit(index, trainable_weights(self.regularisers[0].model))
             if waits:
-                states = self._take(self.pending, index, log)
-                self.pending = Done([replace(made, measured={}) for made in states])  # for round 2, already noted
+                noted = [replace(made, measured={}) for made in self._take(self.pending, index, log)]
+                self.pending = Done(noted) if goes_on else None  # for round 2
 
     def _take(self, pending: Pending, index: int, log: Log) -> list[RegulariserState]:
         """Waits for R of round `index` and uses it."""
