@@ -8,6 +8,7 @@ from bridle.errors import UserError
 from bridle.models.loading import LoraOptions
 from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.regulariser import DomainRegulariser
+from bridle.training.schedule import SequentialSchedule
 from bridle.training.worker import LocalWorker
 from trainers import config
 
@@ -221,3 +222,12 @@ class TestKeptForOtherRuns:
         held = {"plain": Regulariser(None, kl_on=kl_on), "rude": Regulariser(NO_E, anchor="previous")}
         with pytest.raises(UserError, match="target_cache: keeps the targets of retention with kl_on: corpus"):
             trainer_of(tiny_folder(), tmp_path, held, targets="precomputed", target_cache="cache")
+
+
+def test_the_time_of_targets_that_are_built_again_adds_up():
+    """As after a resume within a round, whose record is read back."""
+    schedule = SequentialSchedule([], None, None)
+    schedule._record = {"seconds_targets": 2.0}
+    schedule.add_seconds("targets", 3.0)
+    assert schedule._record == {"seconds_targets": 5.0}
+    assert schedule._policy_began == 3.0

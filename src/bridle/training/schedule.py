@@ -116,7 +116,7 @@ class SequentialSchedule(TrainerCallback):
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Attributes time just spent to a phase of the round instead of the policy's steps."""
-        self._record[f"seconds_{phase}"] = seconds
+        self._record[f"seconds_{phase}"] = self._record.get(f"seconds_{phase}", 0.0) + seconds
         self._policy_began += seconds
 
     def _end_round(self) -> None:
