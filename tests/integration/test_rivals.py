@@ -10,11 +10,13 @@ import yaml
 
 from bridle.comparison import rivals
 from bridle.comparison.cell import Candidate, Cell
+from bridle.comparison.compare import Comparison
 from bridle.comparison.methods import base_name, chosen, description, shapes
 from bridle.comparison.replay import losses_per_token
 from bridle.errors import UserError
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import build_recipe, load_recipe
+from bridle.recipes.run import write_recipe
 
 KNOBS = {
     "sft-kl": {"weight": 50},
@@ -210,6 +212,18 @@ def test_which_are_chosen(compared):
     assert not shapes("methods.wise-ft.alpha", ["wise-ft@0.5"])
     assert not shapes("regularisers.rude.weight", ["wise-ft@0.5", "sft"])
     assert shapes("learning_rate", ["wise-ft@0.5"])
+
+
+def test_a_value_that_becomes_several_makes_a_method_of_each(compared, tmp_path):
+    """The method without a value in its name would not know which to take."""
+    mapping = yaml.safe_load(compared().read_text())
+    before, now = (build_recipe({**mapping, "methods": {"wise-ft": {"alpha": alpha}}}) for alpha in (0.5, [0.25, 0.5]))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_recipe(before, folder)
+    (folder / "results.json").write_text(json.dumps({"methods": {"base": {}, "wise-ft": {}, "sft": {}}, "seeds": [0]}))
+    resumed = Comparison(now, folder, ["wise-ft"], resume=True)
+    assert resumed.names == ["base", "wise-ft@0.25", "wise-ft@0.5", "sft"]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,12 @@ def test_a_missing_figure_is_left_out_and_never_a_number():
     assert (alone["x"]["value"], alone["x"]["low"], alone["x"]["seeds"]) == (None, None, 0)
 
 
+def test_a_name_is_not_taken_for_a_figure():
+    found = over_seeds([{"violation": {"value": {"value": estimate(0.2)}, "low": {"high": estimate(0.4)}}}])
+    assert found["violation"]["value"]["value"]["value"] == 0.2
+    assert found["violation"]["low"]["high"]["value"] == 0.4
+
+
 def test_groups_that_were_not_measured_are_absent():
     results = {"generation": {"forum": {"polite": {"violation_rate": estimate(0.2)}}}}
     assert figures_of(results, {"seconds": 5.0}) == {

@@ -107,7 +107,7 @@ class Comparison:
             before = read_json(self.folder / RESULTS, Earlier)
             for name in before.methods:
                 known_name(base_name(name), methods(), f"{self.folder / RESULTS}: methods", "method")
-            self.names = list(dict.fromkeys([*before.methods, *self.names]))
+            self.names = chosen([*before.methods, *self.names], self.recipe)  # an option may have several values by now
             self.seeds = sorted({*before.seeds, *self.seeds})
 
     def run(self) -> None:

@@ -44,7 +44,7 @@ def over_seeds(runs: Sequence[Figures]) -> Figures:
     texts, and so the uncertainty from their choice. `spread`, the standard deviation over seeds, is the uncertainty
     from training and sampling.
     """
-    if any("value" in run for run in runs):
+    if any(run.keys() >= {"value", "low", "high"} for run in runs):  # a constraint may have the name of one of them
         return _figure(runs)
     names = dict.fromkeys(name for run in runs for name in run)
     return {name: over_seeds([run[name] for run in runs if name in run]) for name in names}
