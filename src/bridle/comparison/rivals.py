@@ -74,7 +74,7 @@ def interleave(cell: Cell) -> Candidate:
         raise UserError("interleave: mixes text with learn: false into text that is learnt; the corpus lacks one")
     weights = {name: cell.recipe.corpus[name].weight * (knob_of(cell) if name in held else 1) for name in rows}
     per_weight = max(len(rows[name]) / weights[name] for name in learnt)
-    # No more than ride along where they are held, so that an epoch is as long.
+    # No more than are in the batches where they are held, so that an epoch is as long.
     counts = {name: min(len(rows[name]), max(1, round(per_weight * weights[name]))) for name in held}
     shuffled = {name: rows[name].shuffle(seed=cell.seed) for name in held}
     seconds = 0.0

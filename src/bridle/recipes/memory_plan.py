@@ -174,8 +174,8 @@ def _update(
     own = causal_lm(model).config.get_text_config()
     longest = min(config.max_length or own.max_position_embeddings, own.max_position_embeddings)
     looking = [one.domains(recipe.corpus) for one in recipe.regularisers.values() if one.kl_on != "corpus"]
-    riding = max(sum(name in domains for domains in looking) for name in recipe.corpus)
-    rows = config.per_device_train_batch_size * (1 + riding)
+    rollouts = max(sum(name in domains for domains in looking) for name in recipe.corpus)
+    rows = config.per_device_train_batch_size * (1 + rollouts)
     kept = float(kept_for_backward(model, rows, longest, autocast))
     states = rows * longest * own.hidden_size
     if config.gradient_checkpointing:  # a layer's inputs, and one whole layer that is computed again

@@ -143,18 +143,18 @@ def reachable(mask: Mask, is_text: NDArray[np.bool_], shortest: int, longest: in
     return np.where(is_text[:, None], of_text, depth <= horizon)
 
 
-def without_unread(inputs: dict[str, Any], looked_at: Collection[int], joined: bool) -> dict[str, Any]:
+def without_unread(inputs: dict[str, Any], kl_domains: Collection[int], joined: bool) -> dict[str, Any]:
     """Drops the rows that nothing looks at: prompts alone, and held rows of which only rollouts count.
 
     A forward needs a row, so that one of two tokens is left where no other is.
 
     Args:
         inputs: a batch of the corpus, as for `append_rollouts`.
-        looked_at: indices of the domains whose rows a regulariser looks at.
+        kl_domains: indices of the domains whose rows a regulariser looks at.
         joined: whether rollouts will be added.
     """
     prefixes = inputs[PREFIXES]
-    kept = prefixes.learnt | (np.isin(prefixes.domain, list(looked_at)) & prefixes.mask.any(-1))
+    kept = prefixes.learnt | (np.isin(prefixes.domain, list(kl_domains)) & prefixes.mask.any(-1))
     if kept.all():
         return inputs
     time = int(prefixes.tokens[kept].max(initial=1))

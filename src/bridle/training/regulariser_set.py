@@ -15,7 +15,7 @@ from bridle.training.regulariser import DomainRegulariser
 from bridle.training.running_means import RunningMeans
 from bridle.utils.distributed import gathered, rank, world
 
-Riders = Sequence[tuple[DomainRegulariser, list[Rollout]]]
+RolloutBatch = Sequence[tuple[DomainRegulariser, list[Rollout]]]
 """The rollouts of one micro-batch, by regulariser."""
 
 
@@ -30,8 +30,8 @@ class RegulariserSet(Sequence[DomainRegulariser]):
 
     def __init__(self, regularisers: Sequence[DomainRegulariser], domains: Sequence[str], means: RunningMeans):
         self.regularisers, self.domains, self.means = list(regularisers), list(domains), means
-        looked_at = {name for one in self if one.options.kl_on != "rollouts" for name in one.corpus}
-        self.looked_at = [self.domains.index(name) for name in looked_at]  # whose rows count, not rollouts alone
+        kl_domains = {name for one in self if one.options.kl_on != "rollouts" for name in one.corpus}
+        self.kl_domains = [self.domains.index(name) for name in kl_domains]  # whose rows count, not rollouts alone
         # In the update, on all processes, by regulariser:
         self._sampled: dict[int, int] = {}  # tokens of its rollouts
         self._held: dict[int, int] = {}  # tokens of its domains that are held and not learnt
@@ -46,7 +46,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         """Which rows of a batch are of a regulariser's domains. [batch]"""
         return np.isin(prefixes.domain, [self.domains.index(name) for name in regulariser.corpus])
 
-    def share_rollouts(self, batches: Sequence[Prefixes]) -> tuple[list[Riders], int]:
+    def share_rollouts(self, batches: Sequence[Prefixes]) -> tuple[list[RolloutBatch], int]:
         """Rollouts for the micro-batches of an update: one for each row of a regulariser's domains.
 
         The processes exchange their counts once per update, and take rollouts in the order of one global batch.
@@ -65,11 +65,11 @@ class RegulariserSet(Sequence[DomainRegulariser]):
             taken, self._sampled[regulariser.index] = regulariser.take([counts[place] for counts, *_ in everyone])
             tokens += sum(len(r.prompt_ids) + len(r.completion_ids) for part in taken for r in part)
             shares.append(taken[rank() :: world()])
-        riders: list[Riders] = [
+        rollout_batches: list[RolloutBatch] = [
             [(one, share[index]) for one, share in zip(looking, shares, strict=True) if share[index]]
             for index in range(len(batches))
         ]
-        return riders, tokens
+        return rollout_batches, tokens
 
     def _held_tokens(self, regulariser: DomainRegulariser, prefixes: Prefixes) -> int:
         return prefixes.tokens_before(~prefixes.learnt & self.corpus_rows(regulariser, prefixes))

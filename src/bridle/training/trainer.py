@@ -34,7 +34,7 @@ from bridle.training.options import check_optimiser, in_one_line
 from bridle.training.parallel import ParallelSchedule
 from bridle.training.precomputed import PrecomputedTargets
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.regulariser_set import RegulariserSet, Riders
+from bridle.training.regulariser_set import RegulariserSet, RolloutBatch
 from bridle.training.retention import Retention
 from bridle.training.running_means import RunningMeans
 from bridle.training.schedule import SequentialSchedule
@@ -113,7 +113,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
             setup.disable_policy_dropout(self.model)
         setup.warn_of_user_turns(self.regularisers, args)
         self._coming: list[Prefixes] = []  # the micro-batches of the next update
-        self._riders: deque[Riders] = deque()  # of its remaining micro-batches
+        self._rollout_batches: deque[RolloutBatch] = deque()  # of its remaining micro-batches
         self._prepare_evaluation(eval_options, formatted)
         self._add_callbacks()
 
@@ -163,14 +163,14 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
             if self.held:
                 learnt = np.concatenate([batch.learnt for batch in self._coming])
                 self.means.add("held_rows", torch.tensor((~learnt).sum()), len(learnt))
-            riders, tokens = self.regularisers.share_rollouts(self._coming)
-            self._riders, self._coming = deque(riders), []
+            rollout_batches, tokens = self.regularisers.share_rollouts(self._coming)
+            self._rollout_batches, self._coming = deque(rollout_batches), []
             if not self._cross_entropy_is_trls:
                 self._total_train_tokens += tokens
-        if self._riders:
+        if self._rollout_batches:
             pad, multiple = self._tokenizer.pad_token_id, self.args.pad_to_multiple_of or 1
-            of_batch = self._riders.popleft()
-            inputs = without_unread(inputs, self.regularisers.looked_at, joined=bool(of_batch))
+            of_batch = self._rollout_batches.popleft()
+            inputs = without_unread(inputs, self.regularisers.kl_domains, joined=bool(of_batch))
             for regulariser, rollouts in of_batch:
                 inputs = append_rollouts(inputs, rollouts, regulariser.index, pad, multiple)
         return super().training_step(model, inputs, num_items_in_batch)
