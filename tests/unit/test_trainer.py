@@ -15,7 +15,7 @@ from bridle.errors import UserError
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.training import regulariser_set, setup
 from bridle.training.batches import NO_DOMAIN, Prefixes, append_rollouts
-from bridle.training.config import EvalOptions, Regulariser
+from bridle.training.config import AuxiliaryOptions, EvalOptions, Regulariser
 from bridle.training.evaluating import EvaluatedTrainer
 from bridle.training.precomputed import PrecomputedTargets
 from bridle.training.regulariser_set import RegulariserSet
@@ -317,6 +317,24 @@ def test_a_regulariser_is_asked_where_it_looks_and_an_anchor_in_shards_always(
     assert [(one.positions.tolist(), one.weights.tolist()) for one in found] == (
         [([1] * counts, [2.0] * counts)] if asked else []
     )
+
+
+@pytest.mark.parametrize(
+    ("rounds", "schedule", "anchor", "idle"),
+    [
+        (1, "sequential", "live", ["replay", "seek"]),
+        (2, "sequential", "live", []),
+        (2, "parallel", "live", ["replay", "seek"]),
+        (3, "parallel", "live", []),
+        (3, "sequential", "initial", ["seek"]),
+        (1, "sequential", None, []),
+    ],
+)
+def test_what_acts_from_the_second_fit_on_is_named_where_there_is_one(tmp_path, caplog, rounds, schedule, anchor, idle):
+    options = config(tmp_path, rounds=rounds, schedule=schedule, auxiliary=AuxiliaryOptions(seek=0.5, replay=1))
+    held = {"rude": Regulariser(NO_E, anchor=anchor)} if anchor else {"plain": Regulariser(None)}
+    setup.check_options(options, held, {})
+    assert [record.message.split(":")[0] for record in caplog.records] == [f"auxiliary.{name}" for name in idle]
 
 
 @pytest.mark.parametrize(("weights", "dropout"), [((0.0, 0.0), 0.2), ((0.5, 0.0), 0.0), ((1.0, 1.0), 0.0)])

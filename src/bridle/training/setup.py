@@ -189,10 +189,21 @@ def check_options(
         raise UserError(
             "target_cache: keeps the targets of retention with kl_on: corpus; there is none, so leave it out"
         )
+    _warn_of_second_fits(config, regularisers)
     for name in arguments.keys() & NOT_TAKEN:
         raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
     if arguments.get("eval_dataset") is None and (config.eval_strategy != "no" or config.eval_on_start):
         raise UserError("eval_strategy: there are no rows to evaluate on; give the trainer an eval_dataset")
+
+
+def _warn_of_second_fits(config: ConstrainedConfig, regularisers: Mapping[str, Regulariser]) -> None:
+    """Warns of options that act from R's second fit on, where there is none."""
+    anchors = [one.anchor for one in regularisers.values() if not one.is_retention]
+    once = config.rounds - (config.schedule == "parallel") < 2  # whose last round fits none
+    for name, idle in (("replay", once), ("seek", once or all(anchor == "initial" for anchor in anchors))):
+        if anchors and idle and getattr(config.auxiliary, name):
+            what = "an initial anchor" if not once else f"a {config.schedule} run of rounds: {config.rounds}"
+            warn(f"auxiliary.{name}: has no effect, since it acts from R's second fit on, and {what} has one fit")
 
 
 def _check_sampler(config: ConstrainedConfig) -> None:
