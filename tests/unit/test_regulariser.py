@@ -18,7 +18,7 @@ from bridle.models.forward import policy_forward
 from bridle.models.sampling import Trace
 from bridle.training import prompts as of_round
 from bridle.training import regulariser as module
-from bridle.training.batches import Prefixes
+from bridle.training.batches import PREFIXES, Prefixes, append_rollouts
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
 from bridle.training.measures import measure_rollouts, measure_weights
 from bridle.training.regulariser import DomainRegulariser
@@ -417,6 +417,22 @@ class TestTarget:
         features = held.auxiliary.features(states, self.ids, self.attention_mask, begins)
         r_logits = held.auxiliary(self.counted(features))
         torch.testing.assert_close(target(slice(None), of_policy), log_target(of_anchor, r_logits, 2.0))
+
+    @pytest.mark.parametrize("anchor", ["live", "previous"])
+    def test_in_a_rollout_r_reads_what_it_was_fitted_on(self, of, anchor):
+        """After a prompt of one token, too, which is no plain text."""
+        held = of(anchor=anchor, config={"auxiliary": AuxiliaryOptions(memory=8)})
+        torch.nn.init.normal_(held.auxiliary.memory.read.weight)
+        held.rollouts = [rollout([1], [3, 4, 7], complies=True), rollout([1, 5, 9], [3, 8], complies=True)]
+        inputs = {"input_ids": self.ids, "attention_mask": self.attention_mask, "labels": self.ids}
+        inputs[PREFIXES] = corpus_rows(self.mask, [False, False, True])
+        joined = append_rollouts(inputs, held.rollouts, 0, pad=0)
+        prefixes = joined[PREFIXES]
+        counted = prefixes.mask & (prefixes.regulariser == 0)[:, None]
+        rows = joined["input_ids"], joined["attention_mask"]
+        target = held.target(policy_forward(held.model, *rows), *rows, counted, held.begins(prefixes))
+        examples = held._encode(held.rollouts)
+        torch.testing.assert_close(target.features, examples.states(held.auxiliary)[examples.mask])
 
     def test_of_retention_it_is_the_initial_model(self, of):
         held = of(None)

@@ -303,7 +303,8 @@ def test_a_regulariser_is_asked_where_it_looks_and_an_anchor_in_shards_always(
     monkeypatch, counts, sharded, active, asked
 ):
     monkeypatch.setattr(regulariser_set, "is_sharded", lambda model: sharded)
-    target = lambda *_: "q"  # noqa: E731
+    given = []
+    target = lambda *rows: given.append(rows[-1]) or "q"  # noqa: E731
     regulariser = SimpleNamespace(index=0, name="rude", active=active, weight=2.0, target=target, model=None)
     regulariser.corpus, regulariser.options = ["plain"], Regulariser(NO_E)
     held = RegulariserSet([regulariser], ["plain"], None)
@@ -317,6 +318,7 @@ def test_a_regulariser_is_asked_where_it_looks_and_an_anchor_in_shards_always(
     assert [(one.positions.tolist(), one.weights.tolist()) for one in found] == (
         [([1] * counts, [2.0] * counts)] if asked else []
     )
+    assert given == (["begins"] if asked else [])
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ class ParallelSchedule(SequentialSchedule):
         if self.pending is not None:
             self._take(self.pending, index - 1, log)
         self.pending = None
-        waits, goes_on = index == 1 and self.config.parallel.first_round == "wait", index < self.config.rounds
+        waits = index == 1 and self.config.parallel.first_round == "wait"
+        goes_on = index < self.config.rounds
         if all(regulariser.settled for regulariser in self.regularisers):
             for regulariser in self.regularisers:
                 self._note(index, regulariser, {}, log)
