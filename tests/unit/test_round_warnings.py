@@ -22,18 +22,22 @@ BETTER = {"compliance": 0.99, "compliance_low": 0.95, "compliance_high": 1.0}
 UNSCORED = {"compliance": None, "compliance_low": None, "compliance_high": None}
 WRONG = {
     "labels": ({"fit": "kept"}, "every label is alike, so R learnt nothing new and stays as the last round left it"),
-    "opposite": (
-        {"fit": "kept", "tilt": -0.5, "term_on": False},
-        "every label is alike, so R learnt nothing new and stays as the last round left it, and, as that was for the "
-        "opposite share, the term is off",
-    ),
     "no R": ({"fit": "none"}, "every label is alike and no round before had others, so R is constant"),
-    "no label": ({"fit": "unlabelled"}, "no rollout has a label to learn, since all were cut at max_new_tokens 32"),
     "clipping": ({"clipped": 0.95}, "95% of the rollouts were cut at max_new_tokens 32, above clipped_bound 0.9"),
     "calibration": ({"r_ece": 0.2}, "R's calibration error is 0.200, above calibration_bound 0.15"),
     "skill": ({"r_skill": -0.031}, "R knows nothing: on the 100 rollouts kept back it is no better than a constant"),
     "fit": ({"r_steps_skipped": 3}, "3 steps of R's fit were skipped"),
     "silence": ({"rollouts_empty": 11}, "11 of 100 rollouts say nothing, above empty_bound 0.1"),
+}
+
+
+NOTHING_LEARNT = {
+    "opposite": (
+        {"fit": "kept", "tilt": -0.5, "term_on": False},
+        "every label is alike, so R learnt nothing new and stays as the last round left it, and, as that was for the "
+        "opposite share, the term is off",
+    ),
+    "no label": ({"fit": "unlabelled"}, "no rollout has a label to learn, since all were cut at max_new_tokens 32"),
 }
 
 
@@ -47,9 +51,9 @@ def warnings(config, now, *earlier, name="rude"):
     return round_warnings(name, 2, now, log, config)
 
 
-@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("what", WRONG | NOTHING_LEARNT)
 def test_what_a_round_warns_of(config, what):
-    changed, said = WRONG[what]
+    changed, said = (WRONG | NOTHING_LEARNT)[what]
     (warning,) = warnings(config, FINE | changed, FINE)
     assert warning.startswith(f"round 2, rude: {said}")
 
