@@ -5,6 +5,8 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 # Before anything is imported that might ask a hub.
@@ -13,6 +15,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # else in the user's home
 
+import accelerate.utils.imports
 import pytest
 import torch
 import yaml
@@ -23,6 +26,9 @@ import loopback
 import tiny_tokenizers
 
 ROOT = Path(__file__).parents[1]
+
+# A trainer asks hundreds of times for packages that are not there, and each time all folders are searched.
+accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)
 
 TINY = {
     "llama": {"num_key_value_heads": 2},
@@ -151,11 +157,18 @@ def corpus_files(tmp_path):
 
 @pytest.fixture
 def bridle(capsys, monkeypatch):
-    """Runs the command line: bridle("train", recipe) -> (exit code, stdout, stderr)."""
+    """Runs the command line: bridle("train", recipe) -> (exit code, stdout, stderr).
 
+    Plots become SVG files alone: PNG and PDF take longer than tiny models, and `test_report_html` looks at them.
+    """
     from bridle.cli import main
 
     def run(*arguments):
+        if arguments and arguments[0] in ("compare", "quickstart", "report"):
+            with suppress(ImportError):  # matplotlib is not there
+                from bridle.report import plots
+
+                monkeypatch.setattr(plots, "SAVED", {"svg": plots.SAVED["svg"]})
         monkeypatch.setattr(sys, "argv", ["bridle", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:

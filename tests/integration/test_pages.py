@@ -254,7 +254,7 @@ def shortened(words):
         return words
     short = [word for key, value in SHORT.items() if f"--{key}" not in words for word in (f"--{key}", value)]
     if words[0] == "compare":
-        short += ["--evaluation.tasks", "[]", "--evaluation.samples", "1", "--evaluation.judge", "null"]
+        short += ["--evaluation.tasks", "[]", "--evaluation.samples", "1", "--evaluation.judge", "null", "--seeds", "2"]
     return [*words, *short]
 
 

@@ -160,10 +160,15 @@ PLOTS: dict[str, Callable[[Report], Figure | None]] = {
 }
 
 
+@rc_context(STYLE)
 def draw_plots(report: Report) -> dict[str, Figure]:
     """Draws the plots that the report has data for, by name."""
     plots = track(PLOTS.items(), "drawing plots", len(PLOTS), "plots")
-    return {name: figure for name, draw in plots if (figure := draw(report)) is not None}
+    figures = {name: figure for name, draw in plots if (figure := draw(report)) is not None}
+    for figure in figures.values():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # else it is laid out again for the page and each file
+    return figures
 
 
 @rc_context(STYLE)
