@@ -161,7 +161,7 @@ def test_rollouts_answer_the_user_and_end_with_the_turn(folder, tmp_path, caplog
 
 @KINDS
 def test_every_kind_of_method_on_chats(bridle, recipe, folder, tmp_path, kind):
-    """Training, guided decoding, filtration, reinforcement learning and evaluation of one comparison."""
+    """Training and evaluation; with one template guided decoding, filtration and reinforcement learning, too."""
     rows = str(write_rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS]))
     path = recipe(
         model=str(folder(kind)),
@@ -177,7 +177,7 @@ def test_every_kind_of_method_on_chats(bridle, recipe, folder, tmp_path, kind):
         evaluation={"prompts": {"talk": {"path": rows, "rows": "0:2"}}, "samples": 1},
         methods={"rl": {"batch_size": 4, "num_generations": 2, "window": 1, "tolerance": 1.0, "save_every": 1}},
     )
-    methods = "base,sft,filtration,constrained,nado-decoding,rl"
+    methods = "base,sft,filtration,constrained,nado-decoding,rl" if kind == "smollm2" else "base,constrained"
     code, _, err = bridle("compare", path, "--methods", methods, "--output_dir", tmp_path / "out")
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]
