@@ -14,7 +14,8 @@ BIN := $(VENV)/bin
 ifeq ($(shell command -v $(PYTHON)),)
 PYTHON := python3
 endif
-# Python compiles what it imports, once; pip would compile all.
+# Python compiles what it imports, once, and keeps it, whatever the environment says; pip would compile all.
+export PYTHONDONTWRITEBYTECODE =
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: setup quickstart smollm2 test unit coverage mutations lint format docs clean
@@ -28,6 +29,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) torch uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' \
 		|| $(PIP) --editable '.[dev]'
+	$(BIN)/python -c 'import bridle.comparison.compare'
 	touch $@
 
 quickstart: setup
