@@ -18,7 +18,7 @@ from bridle.models.auxiliary import AuxiliaryModel, largest_so_far, load_auxilia
 from bridle.models.forward import policy_forward
 from bridle.models.guidance import NADOGuide, guided
 from bridle.models.hidden import capture_hidden_states, check_projection, project
-from bridle.models.loading import LoraOptions, end_token_ids, load_model
+from bridle.models.loading import LoraOptions, end_token_ids, load_for_inference, load_model
 from bridle.models.sampling import SHORTEST_STAGE, Decoding, sample
 from exhaustion import room_for
 from worlds import World
@@ -548,8 +548,18 @@ class TestLoading:
         with pytest.raises(UserError, match="dtype: 'int8'"):
             load_model(str(tmp_path), dtype="int8")
 
+    # ---------------------------------------------------------------------- helpers
 
-# ---------------------------------------------------------------------- helpers
+    @pytest.mark.parametrize(
+        ("capability", "dtype", "warned"),
+        [("AVX2", "bfloat16", True), ("AVX2", "float32", False), ("AVX512", "bfloat16", False)],
+    )
+    def test_half_precision_without_instructions_for_it_is_warned_of(
+        self, tiny_folder, monkeypatch, caplog, capability, dtype, warned
+    ):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        load_for_inference(str(tiny_folder()), dtype, "cpu")
+        assert ("no instructions for bfloat16; float32 is several times faster" in caplog.text) == warned
 
 
 class Remembering:

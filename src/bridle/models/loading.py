@@ -1,5 +1,6 @@
 """Loading a causal language model, with or without LoRA, and its tokenizer, from a folder, the hub or a GGUF file."""
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ from bridle.utils.distributed import from_main, is_main
 from bridle.utils.files import read_json
 from bridle.utils.quiet import only_errors
 from bridle.utils.safe_loading import holds, is_path, refusal
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -123,6 +126,14 @@ def load_model(
         raise UserError(f"device: {device!r} cannot be used: {error}") from error
 
 
+def warn_if_emulated(model: PreTrainedModel | PeftModel) -> None:
+    """Warns where a processor has no instructions for the model's half precision, so that float32 is faster."""
+    is_half = model.dtype in (torch.bfloat16, torch.float16)
+    if is_half and model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        name = str(model.dtype).removeprefix("torch.")
+        logger.warning("dtype: this processor has no instructions for %s; float32 is several times faster", name)
+
+
 def load_for_inference(
     name: str, dtype: str | torch.dtype = "float32", device: str | None = None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -130,6 +141,7 @@ def load_for_inference(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(name, dtype=dtype, device=device).eval(), load_tokenizer(name)
     check_model(model, tokenizer, name)
+    warn_if_emulated(model)
     return model, tokenizer
 
 

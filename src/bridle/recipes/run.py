@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from bridle.errors import RunStopped, UserError
 from bridle.models.card import with_names, write_card
 from bridle.models.hub import check_strategy, without_token
-from bridle.models.loading import load_model, load_tokenizer
+from bridle.models.loading import load_model, load_tokenizer, warn_if_emulated
 from bridle.recipes.inputs import check_inputs, write_inputs
 from bridle.recipes.metrics import MetricsFile, TrainingProgress
 from bridle.recipes.recipe import Recipe
@@ -162,6 +162,7 @@ def build_trainer(
         processing_class=load_tokenizer(recipe.model),
         eval_options=recipe.eval,
     )
+    warn_if_emulated(trainer.model)
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     for callback in callbacks:
