@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 setup: $(VENV)/.ready
 
 # torch comes first, pinned and by pip: left to choose, a package index may serve a build several times as large, and uv
-# does not look where pip is configured to. uv installs the rest in a fifth of pip's time; where it cannot, pip does.
+# does not look where pip is configured to. uv installs the rest in less time; where it cannot, pip does.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch uv

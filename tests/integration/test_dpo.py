@@ -105,10 +105,10 @@ def test_what_makes_no_pair_is_said(cell, tmp_path, monkeypatch):
     few = {"rounds": 1, "rollouts_per_round": 8}
     with pytest.raises(UserError, match=r"^methods\.dpo: 0 of 2 prompts make a pair \(8 of 8 completions violate, 0 g"):
         method.dpo(cell(constraints={"no e": {"type": "length", "min_words": 99}}, **few))
-    (tmp_path / "silent.py").write_text("def judge(texts):\n    return [None] * len(texts)\n")
+    (tmp_path / "unscored.py").write_text("def judge(texts):\n    return [None] * len(texts)\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RunStopped, match=r"^methods\.dpo: 8 of 8 completions got no score \(first reason: .* gave no"):
-        method.dpo(cell(constraints={"no e": "python:silent:judge"}, **few))
+        method.dpo(cell(constraints={"no e": "python:unscored:judge"}, **few))
     share = {"constraint": "no e", "share": {"at_least": 0.4, "at_most": 0.6}}
     with pytest.raises(UserError, match=r"^regularisers\.rude\.share: pairs would make all outputs comply"):
         method.dpo(cell(regularisers={"rude": share}))

@@ -1,5 +1,6 @@
 """Targets made ahead of the updates: the same training, at no forward but the policy's own."""
 
+import pyarrow as pa
 import pytest
 import torch
 from test_training import NO_E, logged, trainer_of, weights
@@ -55,15 +56,17 @@ def trained(folder, output, schedule="sequential", **options):
 
 @pytest.mark.parametrize("schedule", ["sequential", "parallel"])
 @pytest.mark.parametrize("anchor", ["previous", "initial"])
-def test_with_every_token_kept_it_is_the_same_training(tiny_folder, tmp_path, calls, schedule, anchor):
-    # Targets are kept in float16, whose rounding grows with the updates; in float32 the losses agree to 1e-6.
+def test_with_every_token_kept_it_is_the_same_training(tiny_folder, tmp_path, calls, monkeypatch, schedule, anchor):
+    # Targets are kept in float16, whose rounding grows with the updates: here in float32, so that all else agrees.
+    monkeypatch.setattr(torch.Tensor, "half", torch.Tensor.float)
+    monkeypatch.setattr(pa, "float16", pa.float32)
     options = {**SHIPPED, "target_tokens": WHOLE_VOCABULARY, "regularisers": regularisers(anchor)}
     shipped = trained(tiny_folder(), tmp_path / "shipped", schedule, **options)
     assert calls["ahead"] > 0
     assert calls["update"] == 0, "the update ran the anchor"
     computed = trained(tiny_folder(), tmp_path / "computed", schedule, **{**options, "targets": "computed"})
     assert calls["update"] > 0
-    assert logged(shipped, "loss") == pytest.approx(logged(computed, "loss"), abs=3e-3)
+    assert logged(shipped, "loss") == pytest.approx(logged(computed, "loss"), abs=1e-5)
 
 
 def test_what_is_kept_decides_how_near_it_comes(tiny_folder, tmp_path):

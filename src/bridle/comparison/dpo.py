@@ -20,7 +20,7 @@ from bridle.recipes.run import build_trainer
 from bridle.training.config import ConstrainedConfig
 from bridle.training.guards import InterruptionGuard, warn
 from bridle.training.options import EVALUATION, NEEDED
-from bridle.training.rollouts import draw_rollouts, score_rollouts
+from bridle.training.rollouts import score_rollouts
 from bridle.training.trainer import ConstrainedTrainer
 from bridle.utils.files import read_json, read_rows, write_json
 from bridle.utils.timing import timed
@@ -106,17 +106,8 @@ def _completions(trainer: ConstrainedTrainer, num_generations: int) -> tuple[lis
         with timed(seconds, "seconds_sampling"):
             for index in range(1, config.rounds + 1):
                 prompts = regulariser.prompts(index)[:prompts_per_round]
-                drawn, _ = draw_rollouts(
-                    [prompt for prompt in prompts for _ in range(num_generations)],
-                    regulariser.model,
-                    regulariser.tokenizer,
-                    config,
-                    scoring,
-                    name=regulariser.name,
-                    round_index=index,
-                    seed=regulariser.seed(f"sampling {index}"),
-                    auxiliary=None,
-                )
+                repeated = [prompt for prompt in prompts for _ in range(num_generations)]
+                drawn, _ = regulariser.draw(index, scoring, repeated)
                 rollouts += drawn
         with timed(seconds, "seconds_scoring"):
             score_rollouts(rollouts, regulariser.constraint, scoring)

@@ -129,7 +129,7 @@ def load_model(
 def warn_if_emulated(model: PreTrainedModel | PeftModel) -> None:
     """Warns where a processor has no instructions for the model's half precision, so that float32 is faster."""
     is_half = model.dtype in (torch.bfloat16, torch.float16)
-    if is_half and model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if is_main() and is_half and model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         name = str(model.dtype).removeprefix("torch.")
         logger.warning("dtype: this processor has no instructions for %s; float32 is several times faster", name)
 

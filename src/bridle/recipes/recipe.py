@@ -268,7 +268,7 @@ def _eval(
     held_out = as_named(options.get("corpus"), "eval.corpus")
     for name, rows in held_out.items():
         known_name(name, corpus, f"eval.corpus.{name}", "domain")
-        for key in OF_TRAINING & set(rows if isinstance(rows, Mapping) else ()):
+        for key in (key for key in OF_TRAINING if isinstance(rows, Mapping) and key in rows):
             raise UserError(f"eval.corpus.{name}.{key}: says how rows are trained on; set corpus.{name}.{key}")
     names = validated(list[str], options.get("constraints") or [], "eval.constraints")
     if not mapping.get("regularisers"):  # plain fine-tuning is scored by all
@@ -283,7 +283,7 @@ def _eval(
     return found
 
 
-OF_TRAINING = {"weight", "learn"}
+OF_TRAINING = ("weight", "learn")
 """Keys of a domain that mean nothing for its held-out rows."""
 
 SECTIONS = {"auxiliary": AuxiliaryOptions, "parallel": ParallelOptions, "sampler": SamplerOptions}

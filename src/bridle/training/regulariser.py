@@ -123,7 +123,7 @@ class DomainRegulariser(StatefulRegulariser):
         with self._sampled_model(options.anchor == "initial"):
             with AsyncScoring(self.constraint) as scoring:
                 with timed(seconds, "seconds_sampling"):
-                    self.rollouts, traces = self._draw(round_index, scoring)
+                    self.rollouts, traces = self.draw(round_index, scoring)
                     self.rollout_cursor = 0
                 with timed(seconds, "seconds_scoring"):
                     score_rollouts(self.rollouts, self.constraint, scoring)
@@ -139,17 +139,20 @@ class DomainRegulariser(StatefulRegulariser):
         """Inside the block the model is the anchor, or else the policy, which `live` and `previous` anchors are."""
         return self.anchor.active() if self.anchor is not None and is_anchor else nullcontext()
 
-    def _draw(self, round_index: int, scoring: AsyncScoring | None) -> tuple[list[Rollout], dict[int, Trace]]:
+    def draw(
+        self, index: int, scoring: AsyncScoring | None, prompts: Sequence[Prompt] | None = None, plain: bool = False
+    ) -> tuple[list[Rollout], dict[int, Trace]]:
+        """Rollouts of a round, as `draw_rollouts`; `plain` ones seek no violation. The round's prompts by default."""
         return draw_rollouts(
-            self.prompts(round_index),
+            self.prompts(index) if prompts is None else prompts,
             self.model,
             self.tokenizer,
             self.config,
             scoring,
             name=self.name,
-            round_index=round_index,
-            seed=self.seed(f"sampling {round_index}"),
-            auxiliary=self.auxiliary if self.is_fitted else None,
+            round_index=index,
+            seed=self.seed(f"sampling {index}"),
+            auxiliary=self.auxiliary if self.is_fitted and not plain else None,
         )
 
     def prompts(self, round_index: int) -> list[Prompt]:

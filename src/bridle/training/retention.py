@@ -43,7 +43,7 @@ class Retention(DomainRegulariser):
         self.targets = None
         seconds: dict[str, float] = {}
         with self._sampled_model(self.options.rollouts_of == "anchor"), timed(seconds, "seconds_sampling"):
-            self.rollouts, _ = self._draw(round_index, None)
+            self.rollouts, _ = self.draw(round_index, None)
         self.rollout_cursor, self.has_begun = 0, True
         return measure_samples(self.rollouts) | seconds
 

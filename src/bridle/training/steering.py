@@ -12,7 +12,7 @@ from bridle.data import Rollout
 from bridle.training.dual_ascent import DualState, TargetOptions
 from bridle.training.guards import Supervisor
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.rollouts import draw_rollouts, score_rollouts
+from bridle.training.rollouts import score_rollouts
 
 LEAST_SKILL = 0.05  # of R; below it R knows next to nothing
 
@@ -74,19 +74,8 @@ def report_targets(regularisers: Iterable[DomainRegulariser], supervisor: Superv
 
 def final_rollouts(regulariser: DomainRegulariser) -> list[Rollout]:
     """Scored plain rollouts of the trained model, from the prompts of a further round."""
-    config, index = regulariser.config, regulariser.config.rounds + 1
     with AsyncScoring(regulariser.constraint) as scoring:
-        rollouts, _ = draw_rollouts(
-            regulariser.prompts(index),
-            regulariser.model,
-            regulariser.tokenizer,
-            config,
-            scoring,
-            name=regulariser.name,
-            round_index=index,
-            seed=regulariser.seed(f"sampling {index}"),
-            auxiliary=None,
-        )
+        rollouts, _ = regulariser.draw(regulariser.config.rounds + 1, scoring, plain=True)
         score_rollouts(rollouts, regulariser.constraint, scoring)
     return rollouts
 
