@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="*", default=[0.1, 0.05, 0.02])
     parser.add_argument("--weights", type=float, nargs="*", default=[3, 6, 12, 24], help="λ")
     parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--step", type=float, default=1.0, help="η of the targets")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=6, help="of every run")
     parser.add_argument("--held_out", help="whose perplexity; the recipe's first by default")
@@ -91,7 +92,7 @@ def main() -> None:
     fixed = {weight: compared(options, f"weight-{weight:g}", {"weight": weight}) for weight in options.weights}
     steered = {}
     for rate in options.rates:
-        target = {"rate": rate, "confidence": options.confidence}
+        target = {"rate": rate, "confidence": options.confidence, "step": options.step}
         steered[rate] = compared(options, f"rate-{rate:g}", {"target": target})
     constraint = options.constraint or next(iter(next(iter([*fixed.values(), *steered.values()]))[0]["rates"]))
     sweep = [summary(runs, constraint) for runs in fixed.values()]
