@@ -9,8 +9,6 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-gc.set_threshold(100_000, 50, 100)  # as the command line has it
-
 # Before anything is imported that might ask a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -28,6 +26,8 @@ import loopback
 import tiny_tokenizers
 
 ROOT = Path(__file__).parents[1]
+
+gc.set_threshold(100_000, 50, 100)  # as the command line has it
 
 # A trainer asks hundreds of times for packages that are not there, and each time all folders are searched.
 accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)
