@@ -3,17 +3,25 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from safetensors.torch import load_file, save_file
+
+from warm import Warm
 
 ROOM = {"COLUMNS": "100", "NO_COLOR": "1", "FORCE_COLOR": "1", "TRANSFORMERS_VERBOSITY": "warning"}
 
 
-def test_a_run_says_its_rounds_and_nothing_else(recipe, tiny_folder, tmp_path):
+@pytest.fixture
+def warm():
+    warm = Warm({**os.environ, **ROOM})
+    yield warm
+    warm.close()
+
+
+def test_a_run_says_its_rounds_and_nothing_else(warm, recipe, tiny_folder, tmp_path):
     """On a model with everything that libraries warn of and that is as it should be."""
     path = recipe(model_type="llama")
     mapping = yaml.safe_load(path.read_text())
@@ -26,17 +34,16 @@ def test_a_run_says_its_rounds_and_nothing_else(recipe, tiny_folder, tmp_path):
     (model / "generation_config.json").write_text(json.dumps(settings))
     path.write_text(yaml.safe_dump({**mapping, "model": str(model)}))
 
-    assert rounds(path, tmp_path / "run") == [1, 2]
+    assert rounds(warm, path, tmp_path / "run") == [1, 2]
     assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["temperature"] == 0.6
     shutil.rmtree(tmp_path / "run" / "model")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    assert rounds(path, tmp_path / "run", "--resume") == [2]
+    assert rounds(warm, path, tmp_path / "run", "--resume") == [2]
 
 
-def rounds(path: Path, folder: Path, *options: str) -> list[int]:
+def rounds(warm: Warm, path: Path, folder: Path, *options: str) -> list[int]:
     """The rounds of a run; every line of stderr must be one, a warning in one, or the progress of a slow machine."""
-    command = [sys.executable, "-m", "bridle", "train", path, "--output_dir", folder, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **ROOM})
+    done = warm.run("-m", "bridle", "train", path, "--output_dir", folder, *options, folder=path.parent)
     assert done.returncode == 0, done.stderr
     lines = [
         line for line in done.stderr.splitlines() if not line.startswith(("WARNING: round ", "training the policy: "))

@@ -4,8 +4,7 @@ import base64
 import json
 import os
 import re
-import subprocess
-import sys
+from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -20,6 +19,7 @@ from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.hub import check_strategy, without_token
 from bridle.training.config import ConstrainedConfig
 from bridle.utils.provenance import redacted
+from warm import Warm
 
 TOKEN = "hf_invented_token_of_the_tests"
 
@@ -30,6 +30,9 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Request)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.forget()
+
+    def forget(self):
         self.repositories: dict[str, dict] = {}  # settings by name
         self.branches: dict[tuple[str, str], dict[str, bytes]] = {}  # files by (repository, branch)
         self.commits: list[tuple[str, str, set[str]]] = []  # (branch, message, paths)
@@ -134,8 +137,8 @@ class Request(BaseHTTPRequestHandler):
         """Nothing on the terminal."""
 
 
-@pytest.fixture
-def hub():
+@pytest.fixture(scope="module")
+def server():
     server = Hub()
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -145,20 +148,30 @@ def hub():
     server.server_close()
 
 
-@pytest.fixture
-def execute(hub, tmp_path):
-    """Runs Python in a process of its own, since the hub's address is read at import."""
+@pytest.fixture(scope="module")
+def warm(server, tmp_path_factory):
+    """Processes that know this hub alone: its address is read at import."""
     surroundings = {
         **{key: value for key, value in os.environ.items() if key != "HF_TOKEN"},
-        **{"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
-        **{"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"},
+        **{"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
+        **{"HF_HOME": str(tmp_path_factory.mktemp("home")), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"},
     }
+    warm = Warm(surroundings)
+    yield warm
+    warm.close()
 
-    def run(*arguments):
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=240)
 
-    return run
+@pytest.fixture
+def hub(server):
+    """A hub that holds nothing yet."""
+    server.forget()
+    return server
+
+
+@pytest.fixture
+def execute(hub, warm, tmp_path):
+    """Runs Python in a process of its own."""
+    return partial(warm.run, folder=tmp_path)
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -19,6 +17,7 @@ from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import train
 from bridle.utils.files import only_writer
 from bridle.utils.interruption import Interrupted, catching_signals
+from warm import Warm
 
 
 def weights(folder):
@@ -94,30 +93,42 @@ def test_a_comparison_is_no_failed_method_and_goes_on(recipe, corpus_files, tmp_
     assert results["settings"]["reads"] == {"no e": "completion"}
 
 
+@pytest.fixture(scope="module")
+def warm():
+    warm = Warm()
+    yield warm
+    warm.close()
+
+
+def wait_for(path, text):
+    """Until a file holds a text."""
+    deadline = time.monotonic() + 120
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < deadline, f"{path.name} holds no {text}"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_command_line_says_what_is_kept_and_how_to_go_on(recipe, tmp_path, number, code):
+def test_the_command_line_says_what_is_kept_and_how_to_go_on(warm, recipe, tmp_path, number, code):
     folder = tmp_path / "run"
     command = ["train", str(recipe(max_steps=5000, rounds=1)), "--output_dir", str(folder)]
-    process = subprocess.Popen([sys.executable, "-m", "bridle", *command], stderr=subprocess.PIPE, text=True)
-    deadline, log = time.monotonic() + 120, folder / "metrics.jsonl"
-    while not (log.exists() and '"kl/rude"' in log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code
+    process = warm.start("-m", "bridle", *command, folder=tmp_path)
+    wait_for(folder / "metrics.jsonl", '"kl/rude"')
+    os.kill(process.pid, number)
+    done = process.wait()
+    assert done.returncode == code
     (checkpoint,) = folder.glob("checkpoint-*")
-    assert said.splitlines()[-1] == (
+    assert done.stderr.splitlines()[-1] == (
         f"bridle: interrupted by {number.name}; {checkpoint} is kept; "
         f"resume with: {shlex.join(['bridle', *command, '--resume'])}"
     )
 
 
-def test_who_watches_a_run_leaves_it_with_ctrl_c(tmp_path):
+def test_who_watches_a_run_leaves_it_with_ctrl_c(warm, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "round": 1, "max_steps": 4, "rounds": 2}\n')
     with only_writer(tmp_path):
-        command = [sys.executable, "-m", "bridle", "watch", str(tmp_path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout.readline().startswith("round 1/2")
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (0, "")
+        process = warm.start("-m", "bridle", "watch", tmp_path, folder=tmp_path)
+        wait_for(process.out, "round 1/2")
+        os.kill(process.pid, signal.SIGINT)
+        done = process.wait()
+    assert (done.returncode, done.stderr) == (0, "")
