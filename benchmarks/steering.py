@@ -55,6 +55,8 @@ def reached(folder: Path, held_out: str) -> dict[str, Any]:
 
 def of_sweep(sweep: Sequence[dict[str, Any]], constraint: str, rate: float) -> float | None:
     """The perplexity that fixed λ have at a rate; None outside what they reach."""
+    if not sweep:
+        return None
     points = sorted((one["rates"][constraint], np.log(one["perplexity"])) for one in sweep)
     rates, logs = zip(*points, strict=True)
     return float(np.exp(np.interp(rate, rates, logs))) if rates[0] <= rate <= rates[-1] else None

@@ -8,6 +8,7 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before anything is imported that might ask a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # else in the user's home
 
 import accelerate.utils.imports
+import accelerate.utils.memory
 import pytest
 import torch
 import yaml
@@ -31,6 +33,9 @@ gc.set_threshold(100_000, 50, 100)  # as the command line has it
 
 # A trainer asks hundreds of times for packages that are not there, and each time all folders are searched.
 accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)
+
+# Nor does it collect the garbage of tiny models, which takes a tenth of its time: a module's tests leave it together.
+accelerate.utils.memory.gc = SimpleNamespace(collect=int)
 
 TINY = {
     "llama": {"num_key_value_heads": 2},
@@ -52,7 +57,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_imported_stays():
-    """Keeps libraries out of the collection of garbage, which every training run asks for: a third of its time here."""
+    """Collects the garbage of the tests before, and keeps libraries out of later collections."""
     gc.collect()
     gc.freeze()
 
