@@ -1,8 +1,9 @@
 """Places labels beside the points of a scatter plot so that they cover neither each other nor the points."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import hypot
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
@@ -31,66 +32,63 @@ def label_points(axes: Axes, points: Sequence[Point], texts: Sequence[str], obst
         obstacles: boxes in pixels to avoid besides the markers.
     """
     pixels = axes.figure.dpi / 72
-    centres = [(float(x), float(y)) for x, y in map(axes.transData.transform, points)]
-    obstacles, labels = list(obstacles), list[Bbox]()
+    centres = np.array([axes.transData.transform(point) for point in points])  # [n, 2]
+    others, labels = _extents(obstacles), _extents(())
+    shifts, ways = _places()
     # From left to right: in another order the lines would cross.
-    for centre, point, text in sorted(zip(centres, points, texts, strict=True)):
-        markers = [Bbox([c, c]).padded((MARKER if c == centre else OTHERS) * pixels) for c in centres]
-        width, height = _size(axes, text)
-        places = [(shift, way, _box(centre, shift, way, width, height, pixels)) for shift, way in _places()]
-
-        def cost(place: tuple[Point, tuple[int, int], Bbox], markers: list[Bbox] = markers) -> float:
-            shift, _, box = place
-            covered = _covered(box, [*obstacles, *markers], axes.bbox)
-            return covered + LABEL * sum(_common(box, other) for other in labels) + FAR * hypot(*shift)
-
-        shift, way, box = min(places, key=cost)
-        _write(axes, point, shift, way, text)
-        labels.append(box)
-
-
-def _places() -> Iterator[tuple[Point, tuple[int, int]]]:
-    """Yields shifts from the marker, in points, with their directions, in order of preference."""
-    for distance in DISTANCES:
-        for x, y in DIRECTIONS:
-            length = distance / (x * x + y * y) ** 0.5
-            yield (x * length, y * length), (x, y)
+    for centre, point, text in sorted(zip(map(tuple, centres), points, texts, strict=True)):
+        margins = np.where((centres == centre).all(1), MARKER, OTHERS)[:, None] * pixels
+        markers = np.hstack([centres - margins, centres + margins])
+        size = _size(axes, text)
+        low = centre + shifts * pixels + (ways - 1) / 2 * size
+        boxes = np.hstack([low, low + size])
+        covered = _common(boxes, np.vstack([others, markers])).sum(1)
+        outside = size.prod() - _common(boxes, _extents([axes.bbox]))[:, 0]
+        distances = np.hypot(*shifts.T)
+        cost = covered + 10 * outside + LABEL * _common(boxes, labels).sum(1) + FAR * distances
+        best = int(cost.argmin())
+        _write(axes, point, shifts[best], ways[best], text)
+        labels = np.vstack([labels, boxes[best]])
 
 
-def _box(centre: Point, shift: Point, way: tuple[int, int], width: float, height: float, pixels: float) -> Bbox:
-    left = centre[0] + shift[0] * pixels + (way[0] - 1) / 2 * width
-    bottom = centre[1] + shift[1] * pixels + (way[1] - 1) / 2 * height
-    return Bbox.from_bounds(left, bottom, width, height)
+def _extents(boxes: Iterable[Bbox]) -> np.ndarray:
+    """[boxes, 4]: the lower left and the upper right corner of each, in pixels."""
+    return np.array([box.extents for box in boxes]).reshape(-1, 4)
 
 
-def _covered(box: Bbox, taken: Iterable[Bbox], inside: Bbox) -> float:
-    """Square pixels of the box that are taken, plus ten times those outside the axes."""
-    return sum(_common(box, other) for other in taken) + 10 * (box.width * box.height - _common(box, inside))
+def _places() -> tuple[np.ndarray, np.ndarray]:
+    """Shifts from the marker, in points, and their directions, in order of preference: [places, 2] each."""
+    ways = np.array(DIRECTIONS)
+    steps = ways / np.linalg.norm(ways, axis=1, keepdims=True)
+    return np.concatenate([distance * steps for distance in DISTANCES]), np.tile(ways, (len(DISTANCES), 1))
 
 
-def _common(a: Bbox, b: Bbox) -> float:
-    both = Bbox.intersection(a, b)
-    return both.width * both.height if both else 0.0
+def _common(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Square pixels that each box shares with each other: [boxes, 4], [others, 4] -> [boxes, others]."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return np.clip(high - low, 0, None).prod(-1)
 
 
-def _size(axes: Axes, text: str) -> tuple[float, float]:
+def _size(axes: Axes, text: str) -> np.ndarray:
+    """[2]: width and height of a label, in pixels."""
     probe = axes.text(0, 0, text, fontsize=8)
     extent = probe.get_window_extent()
     probe.remove()
-    return extent.width, extent.height
+    return np.array([extent.width, extent.height])
 
 
-def _write(axes: Axes, point: Point, shift: Point, way: tuple[int, int], text: str) -> None:
+def _write(axes: Axes, point: Point, shift: np.ndarray, way: np.ndarray, text: str) -> None:
     nearest = (1 - way[0]) / 2, (1 - way[1]) / 2  # the line starts from this part of the label
     lead = {"arrowstyle": "-", "color": INK, "alpha": 0.75, "linewidth": 0.7, "shrinkB": 3, "relpos": nearest}
     label = axes.annotate(
         text,
         point,
-        shift,
+        tuple(shift),
         textcoords="offset points",
         fontsize=8,
-        ha=HORIZONTAL[way[0]],
-        va=VERTICAL[way[1]],
+        ha=HORIZONTAL[int(way[0])],
+        va=VERTICAL[int(way[1])],
         arrowprops=lead if hypot(*shift) > LED_FROM else None,
     )
     label.set_in_layout(False)
