@@ -47,7 +47,7 @@ def plugged_in(monkeypatch):
     def plug(**functions):
         points = [EntryPoint(name, "tests:unused", built_in.ENTRY_POINTS) for name in functions]
         monkeypatch.setattr(EntryPoint, "load", lambda point: functions[point.name])
-        monkeypatch.setattr(built_in, "entry_points", lambda group: points if group == built_in.ENTRY_POINTS else [])
+        monkeypatch.setattr(built_in, "installed", lambda group: points if group == built_in.ENTRY_POINTS else [])
 
     return plug
 

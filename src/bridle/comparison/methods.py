@@ -9,6 +9,7 @@ wall-clock time of `constrained-adaptive`, and `dpo` as many updates on pairs. D
 import gc
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from bridle.utils.files import read_json, write_json
 from bridle.utils.settings import build, check_keys, known_name
 
 ENTRY_POINTS = "bridle.methods"
+installed = cache(entry_points)  # each call reads the folders of all installed packages
 REPORT = "reinforcement.json"
 
 Method = Callable[[Cell], Candidate]
@@ -205,7 +207,7 @@ def method_named(name: str) -> Method:
 
 
 def _plugged_in() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in BUILT_IN}
+    return {point.name: point for point in installed(group=ENTRY_POINTS) if point.name not in BUILT_IN}
 
 
 def description(name: str) -> str:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -46,6 +47,7 @@ def _is_token(option: str) -> bool:
     return option.replace("-", "_") == "__hub_token"
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)
