@@ -1,6 +1,6 @@
 """λ by dual ascent, as a pure function: where it goes, its bounds, what it does not wind up on."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import exp, log
 
 import numpy as np
@@ -12,7 +12,7 @@ from bridle.training.config import Regulariser
 from bridle.training.dual_ascent import LARGEST_ERROR, DualState, TargetOptions
 from trainers import NO_E
 
-AIM = TargetOptions(rate=0.1, margin=0.0)
+AIM = TargetOptions(rate=0.1, margin=0.0, step=1.0)
 
 
 def state(weight=4.0, limit=0.1, since=1, **options):
@@ -32,7 +32,7 @@ class TestStep:
         assert state().stepped(AIM, violation).weight == pytest.approx(4 * factor)
 
     def test_only_the_ratio_counts(self):
-        small = TargetOptions(rate=0.001, margin=0.0)
+        small = replace(AIM, rate=0.001)
         assert state(limit=0.001).stepped(small, 0.002).weight == pytest.approx(state().stepped(AIM, 0.2).weight)
 
     def test_the_margin_is_room_below_the_target(self):
@@ -40,7 +40,7 @@ class TestStep:
 
     @pytest.mark.parametrize(("rate", "samples", "violations"), [(0.05, 600, 20), (0.05, 2_400, 102), (0.01, 473, 1)])
     def test_a_confidence_aims_at_the_highest_rate_that_shows_the_target(self, rate, samples, violations):
-        options = TargetOptions(rate=rate, confidence=0.95, margin=0.0)
+        options = replace(AIM, rate=rate, confidence=0.95)
         assert options.bound(violations, samples) <= rate < options.bound(violations + 1, samples)
         assert options.aim(rate, samples) == violations / samples
         found = state(limit=rate).stepped(options, 2 * violations / samples, samples)
@@ -53,7 +53,7 @@ class TestStep:
         assert 0 < options.aim(0.01, 100) < 0.01
 
     def test_the_step_scales_the_change(self):
-        assert state().stepped(TargetOptions(rate=0.1, margin=0.0, step=0.5), 0.4).weight == pytest.approx(8)
+        assert state().stepped(replace(AIM, step=0.5), 0.4).weight == pytest.approx(8)
 
     @pytest.mark.parametrize("violation", [1.0, 1e-9])
     def test_one_step_is_bounded(self, violation):
@@ -67,7 +67,7 @@ class TestStep:
 
     def test_at_a_bound_nothing_winds_up(self):
         """After many rounds too high, one below the target lowers λ by a whole step."""
-        options = TargetOptions(rate=0.1, margin=0.0, momentum=0.9, most=5.0)
+        options = replace(AIM, momentum=0.9, most=5.0)
         now = state()
         for _ in range(20):
             now = now.stepped(options, 0.4)
@@ -75,7 +75,7 @@ class TestStep:
         assert now.stepped(options, 0.05).weight == pytest.approx(2.5)
 
     def test_momentum_goes_on_in_its_direction_alone(self):
-        options = TargetOptions(rate=0.1, margin=0.0, momentum=0.5)
+        options = replace(AIM, momentum=0.5)
         once = state().stepped(options, 0.2)
         assert once.stepped(options, 0.2).change == pytest.approx(1.5 * log(2))
         assert once.stepped(options, 0.05).change == pytest.approx(-log(2))

@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from bridle.utils.files import read_json, write_json
 from bridle.utils.settings import build, check_keys, known_name
 
 ENTRY_POINTS = "bridle.methods"
-installed = cache(entry_points)  # each call reads the folders of all installed packages
 REPORT = "reinforcement.json"
 
 Method = Callable[[Cell], Candidate]
@@ -206,8 +205,14 @@ def method_named(name: str) -> Method:
     return method
 
 
+@cache
+def installed(group: str) -> EntryPoints:
+    """The entry points of a group, looked up once: that reads the folders of all installed packages."""
+    return entry_points(group=group)
+
+
 def _plugged_in() -> dict[str, EntryPoint]:
-    return {point.name: point for point in installed(group=ENTRY_POINTS) if point.name not in BUILT_IN}
+    return {point.name: point for point in installed(ENTRY_POINTS) if point.name not in BUILT_IN}
 
 
 def description(name: str) -> str:

@@ -39,7 +39,7 @@ class TargetOptions:
             `rate` (a one-sided Clopper–Pearson bound); None aims at `rate` itself.
         margin: share of the violation aimed at that is left as room: λ is steered to (1 − margin) of it.
         step: η, the change of log λ for a violation that is e times the one aimed at. A round changes λ by a factor of
-            at most 4^η, without momentum.
+            at most 4^η, without momentum. A model answers a new λ over several rounds: at 1, λ overshoots.
         momentum: share of the last change of log λ that is added to the next one in the same direction.
         least: lower bound of λ.
         most: upper bound of λ.
@@ -54,7 +54,7 @@ class TargetOptions:
     base: PositiveFloat | None = None
     confidence: Confidence | None = None
     margin: Fraction = 0.1
-    step: PositiveFloat = 1.0
+    step: PositiveFloat = 0.5
     momentum: Fraction = 0.0
     least: PositiveFloat = 0.1
     most: PositiveFloat = 100.0
