@@ -5,6 +5,7 @@ from math import exp, log
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from bridle.data import Rollout
 from bridle.errors import UserError
@@ -39,12 +40,13 @@ class TestStep:
         assert state().stepped(TargetOptions(rate=0.1, margin=0.2), 0.08).weight == pytest.approx(4)
 
     @pytest.mark.parametrize(("rate", "samples", "violations"), [(0.05, 600, 20), (0.05, 2_400, 102), (0.01, 473, 1)])
-    def test_a_confidence_aims_at_the_highest_rate_that_shows_the_target(self, rate, samples, violations):
-        options = replace(AIM, rate=rate, confidence=0.95)
+    @pytest.mark.parametrize("margin", [0.1, 0.3])
+    def test_a_confidence_aims_at_a_rate_whose_samples_mostly_show_the_target(self, rate, samples, violations, margin):
+        options = replace(AIM, rate=rate, confidence=0.95, margin=margin)
         assert options.bound(violations, samples) <= rate < options.bound(violations + 1, samples)
-        assert options.aim(rate, samples) == violations / samples
-        found = state(limit=rate).stepped(options, 2 * violations / samples, samples)
-        assert found.weight == pytest.approx(8)
+        aim = options.aim(rate, samples)
+        assert binom.cdf(violations, samples, aim) == pytest.approx(1 - margin)
+        assert state(limit=rate).stepped(options, 2 * aim, samples).weight == pytest.approx(8)
 
     @pytest.mark.parametrize(("confidence", "needed"), [(0.95, 299), (0.99, 459)])
     def test_too_few_samples_show_nothing(self, confidence, needed):
@@ -145,6 +147,7 @@ class TestViolations:
         ({"rate": 0}, "rate: must be above 0"),
         ({"mean": 1}, "mean: must be below 1"),
         ({"rate": 0.1, "margin": 1.0}, "margin: input should be less than 1"),
+        ({"rate": 0.1, "confidence": 0.9, "margin": 0.0}, "margin: must be above 0 with a confidence"),
         ({"rate": 0.1, "step": 0}, "step: input should be greater than 0"),
         ({"rate": 0.1, "least": 5, "most": 2}, "least: 5 is above most, 2"),
     ],

@@ -1,10 +1,10 @@
 """λ by dual ascent: a highest violation takes the place of a fixed λ, and each round's measurement moves λ.
 
-    log λ ← log λ + η·log(v̂ / (ε·(1 − margin))),  within [least, most]
+    log λ ← log λ + η·log(v̂ / a),  within [least, most]
 
-v̂ is the violation of a round's plain rollouts, ε the highest that is allowed or, with a confidence, the highest that
-shows it. The constraint v ≤ ε is taken as log v ≤ log ε: on this scale a step depends on the ratio alone, so that one η
-fits targets of 10% and of 0.1%.
+v̂ is the violation of a round's plain rollouts, and a is aimed at: somewhat less than ε, the highest that is allowed, or
+with a confidence a rate that shows it in most samples. The constraint v ≤ a is taken as log v ≤ log a: on this scale a
+step depends on the ratio alone, so that one η fits targets of 10% and of 0.1%.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,10 @@ class TargetOptions:
         mean: lowest mean score, from 0 (violates) to 1 (complies).
         base: highest violation rate as a multiple of the base model's, which the first round measures before any
             update: 1 for at most the base's rate.
-        confidence: of a `rate`: λ aims at a rate that a round's rollouts show, with this confidence, to be at most
-            `rate` (a one-sided Clopper–Pearson bound); None aims at `rate` itself.
-        margin: share of the violation aimed at that is left as room: λ is steered to (1 − margin) of it.
+        confidence: of a `rate`: a round's rollouts shall show, with this confidence, that it is at most `rate` (a
+            one-sided Clopper–Pearson bound).
+        margin: share of ε that is left as room: λ is steered to (1 − margin)·ε. With a confidence, the chance that a
+            round's rollouts do not show the rate, of a model that is where λ steers it.
         step: η, the change of log λ for a violation that is e times the one aimed at. A round changes λ by a factor of
             at most 4^η, without momentum. A model answers a new λ over several rounds: at 1, λ overshoots.
         momentum: share of the last change of log λ that is added to the next one in the same direction.
@@ -68,6 +69,8 @@ class TargetOptions:
             raise UserError("rate: must be above 0; no number of samples shows that nothing violates")
         if self.mean == 1:
             raise UserError("mean: must be below 1; no number of samples shows that nothing violates")
+        if self.confidence is not None and self.margin == 0:
+            raise UserError("margin: must be above 0 with a confidence: any model may miss it by chance")
         if self.confidence is not None and self.rate is None:
             raise UserError("confidence: is of a rate, which counts; leave it out, or set rate")
         if self.least > self.most:
@@ -88,15 +91,20 @@ class TargetOptions:
         return min(1.0, self.base * base)
 
     def aim(self, limit: float, samples: int) -> float:
-        """The violation that λ is steered to: below ε by the margin, and low enough for `samples` to show ε."""
+        """The violation that λ is steered to: below ε by the margin, or low enough for `samples` to show ε."""
         if self.confidence is None:
             return limit * (1 - self.margin)
+        from scipy.special import betaincinv
+
         # The bound rises with the count: the first that shows too much is found by halving.
         low, high = -1, floor(limit * samples) + 1
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.bound(middle, samples) <= limit else (low, middle)
-        return max(low, 0.5) / samples * (1 - self.margin)
+        shown = max(0, low)
+        return float(
+            betaincinv(shown + 1, samples - shown, self.margin)
+        )  # P(at most `shown` of `samples`) = 1 − margin
 
     def bound(self, violations: int, samples: int) -> float:
         """The one-sided Clopper–Pearson upper bound (Biometrika 1934) on a rate, at `confidence`."""
