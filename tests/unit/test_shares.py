@@ -7,7 +7,9 @@ from math import exp, log
 
 import pytest
 import torch
+from datasets import Dataset
 from test_exactness import SAMPLES, fitted_r_logits, ideal_rollouts, world_of
+from transformers import TrainerCallback
 
 from bridle.data import Rollout
 from bridle.errors import UserError
@@ -17,7 +19,8 @@ from bridle.training.examples import encode
 from bridle.training.fitting import fit_auxiliary
 from bridle.training.measures import measure_calibration
 from bridle.training.shares import ShareOptions, Tilt, tilt_of
-from trainers import NO_E, logged, trainer_of
+from conftest import SENTENCES
+from trainers import NO_E, Labels, logged, trainer_of, weights
 
 
 def rollouts(complying, others, sought=0, missing=0):
@@ -139,6 +142,20 @@ def test_where_the_share_is_allowed_the_term_is_off(tiny_folder, tmp_path, ancho
     assert regulariser.active
     regulariser.load_state(state)
     assert not regulariser.active
+
+
+def test_once_nothing_acts_the_weights_stay(tiny_folder, tmp_path):
+    """An optimiser's momentum would carry them on, past the share."""
+    held = Regulariser(Labels(1), kl_on="rollouts", weight=40.0, share={"at_least": 0.75})  # all comply in round 2
+    rows = {"asked": Dataset.from_dict({"prompt": SENTENCES[:2] * 4})}
+    trainer, seen = trainer_of(tiny_folder(), tmp_path, {"asked": held}, rows=rows, learn={"asked": False}), []
+    callback = TrainerCallback()
+    callback.on_step_end = lambda *_, **__: seen.append(torch.cat([w.flatten() for w in weights(trainer).values()]))
+    trainer.add_callback(callback)
+    trainer.train()
+    assert logged(trainer, "asked/tilt") == [pytest.approx(log(3), abs=0.1), 0.0]
+    assert not torch.equal(seen[0], seen[1])
+    assert all(torch.equal(seen[1], later) for later in seen[2:]), "the second round moved them"
 
 
 @pytest.mark.parametrize(

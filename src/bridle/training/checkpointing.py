@@ -68,11 +68,11 @@ class CheckpointedTrainer(OomSafeTrainer):
         return output
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The gradient norm for the log; if it is not finite, the update is skipped."""
+        """The gradient norm for the log; an update in which it is not finite, or in which nothing acts, is skipped."""
         norm = super()._get_grad_norm(model, grad_norm)
         self.supervisor.skipped = norm is not None and not math.isfinite(norm)
-        if self.supervisor.skipped:
-            model.zero_grad()  # without gradients an optimiser changes neither weights nor its moments
+        if self.supervisor.skipped or norm == 0:
+            model.zero_grad()  # without gradients an optimiser changes neither weights, by momentum, nor its moments
         return norm
 
     def log_apart(self, record: dict[str, Any]) -> None:
