@@ -37,6 +37,9 @@ accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports.
 # Nor does it collect the garbage of tiny models, which takes a tenth of its time: a module's tests leave it together.
 accelerate.utils.memory.gc = SimpleNamespace(collect=int)
 
+# Nor are files written through to the disk, which may take 5 ms for each; they outlive the process without.
+os.fsync = lambda file: None
+
 TINY = {
     "llama": {"num_key_value_heads": 2},
     "falcon": {"new_decoder_architecture": False, "multi_query": True},
