@@ -66,7 +66,8 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_the_tour_and_its_next_steps(bridle, tmp_path):
+def test_the_tour_and_its_next_steps(bridle, tmp_path, monkeypatch):
+    monkeypatch.setattr("bridle.utils.progress.PLAIN_LINE_EVERY", 0.0)
     folder = tmp_path / "tour"
     truth = ("--regularisers.forum.constraint", "truth")  # the tiny oracle knows nothing
     code, out, err = bridle("quickstart", "--output_dir", folder, *truth, *options())
@@ -82,6 +83,8 @@ def test_the_tour_and_its_next_steps(bridle, tmp_path):
     assert "facts" in out, "the table shows the tasks that the recipe names"
     assert str((folder / "report.html").resolve()) in out
     assert "the KL left out" not in out + err
+    assert "training the base model: 100%" in err
+    assert "training the oracle: 100%" in err
 
     commands = [shlex.split(line) for line in out.split("Next:")[1].splitlines() if line.strip()]
     assert [" ".join(command[:2]) for command in commands] == ["bridle generate", "bridle compare", "bridle quickstart"]

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -160,13 +160,12 @@ def _train(
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
-        disable_tqdm=True,
         dataloader_pin_memory=False,
     )
     trainer = Trainer(
         model, arguments, data_collator=collator, train_dataset=rows, callbacks=[TrainingProgress(description)]
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)  # `transformers`' own bar beside ours
     trainer.train()
     model.save_pretrained(folder)
     collator.tokenizer.save_pretrained(folder)
