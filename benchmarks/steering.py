@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="*", default=[0.1, 0.05, 0.02])
     parser.add_argument("--weights", type=float, nargs="*", default=[3, 6, 12, 24], help="λ")
     parser.add_argument("--confidence", type=float, default=0.95)
-    parser.add_argument("--step", type=float, default=0.5, help="η of the targets")
+    parser.add_argument("--step", type=float, default=1.0, help="η of the targets")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=6, help="of every run")
     parser.add_argument("--held_out", help="whose perplexity; the recipe's first by default")

@@ -29,15 +29,15 @@ import tiny_tokenizers
 
 ROOT = Path(__file__).parents[1]
 
-gc.set_threshold(100_000, 50, 100)  # as the command line has it
+gc.set_threshold(100_000, 50, 100)  # tiny models leave little garbage
 
 # A trainer asks hundreds of times for packages that are not there, and each time all folders are searched.
 accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)
 
-# Nor does it collect the garbage of tiny models, which takes a tenth of its time: a module's tests leave it together.
+# It also collects the garbage of each run, which takes a tenth of a tiny one. Here a module's tests leave it together.
 accelerate.utils.memory.gc = SimpleNamespace(collect=int)
 
-# Nor are files written through to the disk, which may take 5 ms for each; they outlive the process without.
+# It writes each file through to the disk, which may take 5 ms. A file outlives its process without that.
 os.fsync = lambda file: None
 
 TINY = {

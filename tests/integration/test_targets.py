@@ -18,7 +18,7 @@ PARALLEL = {**ROUNDS, "schedule": "parallel"}
 
 
 def held(constraint=NO_E, **target):
-    return Regulariser(constraint, kl_on="rollouts", target={"rate": 0.01, "step": 1.0, **target})
+    return Regulariser(constraint, kl_on="rollouts", target={"rate": 0.01, **target})
 
 
 def made(folder, output, regularisers, **options):

@@ -13,7 +13,7 @@ from bridle.training.config import Regulariser
 from bridle.training.dual_ascent import LARGEST_ERROR, DualState, TargetOptions
 from trainers import NO_E
 
-AIM = TargetOptions(rate=0.1, margin=0.0, step=1.0)
+AIM = TargetOptions(rate=0.1, margin=0.0)
 
 
 def state(weight=4.0, limit=0.1, since=1, **options):

@@ -1,6 +1,5 @@
 """The command line: one file for each group of commands."""
 
-import gc
 import io
 import logging
 import os
@@ -49,7 +48,6 @@ def options(
 
 def main() -> None:
     """Entry point: one line on stderr; exit code 2 for a user's mistake, 3 for a stopped run, 130 or 143 by signal."""
-    gc.set_threshold(100_000, 50, 100)  # a seventh of what imports take: libraries allocate much and leave no garbage
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = logging.StreamHandler()

@@ -207,7 +207,7 @@ def method_named(name: str) -> Method:
 
 @cache
 def installed(group: str) -> EntryPoints:
-    """The entry points of a group, looked up once: that reads the folders of all installed packages."""
+    """The entry points of a group, kept: to look them up reads the folders of all installed packages."""
     return entry_points(group=group)
 
 

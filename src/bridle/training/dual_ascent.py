@@ -2,8 +2,8 @@
 
     log λ ← log λ + η·log(v̂ / a),  within [least, most]
 
-v̂ is the violation of a round's plain rollouts, and a is aimed at: somewhat less than ε, the highest that is allowed, or
-with a confidence a rate that shows it in most samples. The constraint v ≤ a is taken as log v ≤ log a: on this scale a
+v̂ is the violation of a round's plain rollouts, and a the one that λ is steered to: a share of ε, the highest that is
+allowed, or with a confidence a rate at which most samples show ε. The constraint v ≤ a is taken as log v ≤ log a: on this scale a
 step depends on the ratio alone, so that one η fits targets of 10% and of 0.1%.
 """
 
@@ -37,10 +37,10 @@ class TargetOptions:
             update: 1 for at most the base's rate.
         confidence: of a `rate`: a round's rollouts shall show, with this confidence, that it is at most `rate` (a
             one-sided Clopper–Pearson bound).
-        margin: share of ε that is left as room: λ is steered to (1 − margin)·ε. With a confidence, the chance that a
-            round's rollouts do not show the rate, of a model that is where λ steers it.
+        margin: share of ε that is left as room: λ is steered to (1 − margin)·ε. With a confidence, the
+            probability that the rollouts of a model at the rate aimed at do not show `rate`.
         step: η, the change of log λ for a violation that is e times the one aimed at. A round changes λ by a factor of
-            at most 4^η, without momentum. A model answers a new λ over several rounds: at 1, λ overshoots.
+            at most 4^η, without momentum.
         momentum: share of the last change of log λ that is added to the next one in the same direction.
         least: lower bound of λ.
         most: upper bound of λ.
@@ -55,7 +55,7 @@ class TargetOptions:
     base: PositiveFloat | None = None
     confidence: Confidence | None = None
     margin: Fraction = 0.1
-    step: PositiveFloat = 0.5
+    step: PositiveFloat = 1.0
     momentum: Fraction = 0.0
     least: PositiveFloat = 0.1
     most: PositiveFloat = 100.0
@@ -102,9 +102,8 @@ class TargetOptions:
             middle = (low + high) // 2
             low, high = (middle, high) if self.bound(middle, samples) <= limit else (low, middle)
         shown = max(0, low)
-        return float(
-            betaincinv(shown + 1, samples - shown, self.margin)
-        )  # P(at most `shown` of `samples`) = 1 − margin
+        # The rate at which at most `shown` of the samples violate with probability 1 − margin.
+        return float(betaincinv(shown + 1, samples - shown, self.margin))
 
     def bound(self, violations: int, samples: int) -> float:
         """The one-sided Clopper–Pearson upper bound (Biometrika 1934) on a rate, at `confidence`."""
