@@ -3,8 +3,8 @@
     log λ ← log λ + η·log(v̂ / a),  within [least, most]
 
 v̂ is the violation of a round's plain rollouts, and a the one that λ is steered to: a share of ε, the highest that is
-allowed, or with a confidence a rate at which most samples show ε. The constraint v ≤ a is taken as log v ≤ log a: on this scale a
-step depends on the ratio alone, so that one η fits targets of 10% and of 0.1%.
+allowed, or with a confidence a rate at which most samples show ε. The constraint v ≤ a is taken as log v ≤ log a: on
+this scale a step depends on the ratio alone, so that one η fits targets of 10% and of 0.1%.
 """
 
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ class TargetOptions:
             update: 1 for at most the base's rate.
         confidence: of a `rate`: a round's rollouts shall show, with this confidence, that it is at most `rate` (a
             one-sided Clopper–Pearson bound).
-        margin: share of ε that is left as room: λ is steered to (1 − margin)·ε. With a confidence, the
-            probability that the rollouts of a model at the rate aimed at do not show `rate`.
+        margin: share of ε that is left as room: λ is steered to (1 − margin)·ε. With a confidence, the probability
+            that the rollouts of a model at the rate aimed at do not show `rate`.
         step: η, the change of log λ for a violation that is e times the one aimed at. A round changes λ by a factor of
             at most 4^η, without momentum.
         momentum: share of the last change of log λ that is added to the next one in the same direction.
