@@ -15,7 +15,7 @@ from bridle.errors import UserError
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.training import regulariser_set, setup
 from bridle.training.batches import NO_DOMAIN, Prefixes, append_rollouts
-from bridle.training.config import AuxiliaryOptions, EvalOptions, Regulariser
+from bridle.training.config import AuxiliaryOptions, EvalOptions, ParallelOptions, Regulariser
 from bridle.training.evaluating import EvaluatedTrainer
 from bridle.training.precomputed import PrecomputedTargets
 from bridle.training.regulariser_set import RegulariserSet
@@ -337,6 +337,13 @@ def test_what_acts_from_the_second_fit_on_is_named_where_there_is_one(tmp_path, 
     held = {"rude": Regulariser(NO_E, anchor=anchor)} if anchor else {"plain": Regulariser(None)}
     setup.check_options(options, held, {})
     assert [record.message.split(":")[0] for record in caplog.records] == [f"auxiliary.{name}" for name in idle]
+
+
+@pytest.mark.parametrize(("schedule", "named"), [("sequential", ["parallel.patience"]), ("parallel", [])])
+def test_options_of_roles_are_named_where_there_are_none(tmp_path, caplog, schedule, named):
+    roles = ParallelOptions(patience=5.0, policy_workers=1)
+    setup.check_options(config(tmp_path, rounds=3, schedule=schedule, parallel=roles), {"rude": Regulariser(NO_E)}, {})
+    assert [record.message.split(":")[0] for record in caplog.records] == named
 
 
 @pytest.mark.parametrize(("weights", "dropout"), [((0.0, 0.0), 0.2), ((0.5, 0.0), 0.0), ((1.0, 1.0), 0.0)])

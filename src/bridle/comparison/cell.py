@@ -113,7 +113,8 @@ class Cell:
         found = one_regulariser(self.recipe)
         used = [one for name, one in self.recipe.regularisers.items() if name in found]
         domains = {domain for one in used for domain in one.domains(self.recipe.corpus)}
-        return self._on(domains, {"model": model, "lora": None, "schedule": "sequential", "regularisers": found})
+        one_process = {"schedule": "sequential", "parallel": {}}
+        return self._on(domains, {"model": model, "lora": None, "regularisers": found, **one_process})
 
     def guided(self, model: str, guidance_scale: float | None = None) -> Candidate:
         """A model guided by an R fitted on its own samples, at η of the regulariser if not given."""

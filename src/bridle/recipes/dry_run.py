@@ -36,6 +36,7 @@ DRY: dict[str, Any] = {
     "max_steps": UPDATES,
     "rounds": 1,
     "schedule": "sequential",
+    "parallel": {},
     "rollouts_per_round": SAMPLES,
     "save_strategy": "no",
     "report_to": "none",

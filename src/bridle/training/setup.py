@@ -1,6 +1,7 @@
 """Checks and preparations of a `ConstrainedTrainer` before it trains."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from math import ceil, log
 from typing import Any
 
@@ -190,6 +191,7 @@ def check_options(
             "target_cache: keeps the targets of retention with kl_on: corpus; there is none, so leave it out"
         )
     _warn_of_second_fits(config, regularisers)
+    _warn_of_no_roles(config)
     for name in arguments.keys() & NOT_TAKEN:
         raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
     if arguments.get("eval_dataset") is None and (config.eval_strategy != "no" or config.eval_on_start):
@@ -204,6 +206,13 @@ def _warn_of_second_fits(config: ConstrainedConfig, regularisers: Mapping[str, R
         if anchors and idle and getattr(config.auxiliary, name):
             what = "an initial anchor" if not once else f"a {config.schedule} run of rounds: {config.rounds}"
             warn(f"auxiliary.{name}: has no effect, since it acts from R's second fit on, and {what} has one fit")
+
+
+def _warn_of_no_roles(config: ConstrainedConfig) -> None:
+    """Warns of options of the parallel schedule's roles in a run without roles."""
+    for role in fields(config.parallel) if config.schedule == "sequential" else ():
+        if getattr(config.parallel, role.name) != role.default:
+            warn(f"parallel.{role.name}: has no effect, since schedule is sequential; set parallel, or leave it out")
 
 
 def _check_sampler(config: ConstrainedConfig) -> None:
