@@ -163,8 +163,8 @@ def test_rivals_learn_what_is_learnt(bridle, held, tmp_path):
         assert f"after {name} on rude." in card
 
 
-def test_a_recipe_that_would_do_nothing_is_refused(bridle, held):
-    code, _, err = bridle("train", held, "--regularisers.plain.weight", 0)
+def test_a_recipe_that_would_do_nothing_is_refused(bridle, held, tmp_path):
+    code, _, err = bridle("train", held, "--output_dir", tmp_path / "run", "--regularisers.plain.weight", 0)
     assert code == 2
     assert "corpus.plain.learn: false, but no regulariser of a weight above 0 names plain" in err
 
