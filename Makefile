@@ -5,7 +5,7 @@
 # make mutations   whether the tests notice small faults in the method; an hour, so by hand
 # make docs    the documentation as HTML in site/, with warnings as errors
 # make smollm2   SmolLM2-135M as models/smollm2-135m (or $BRIDLE_SMOLLM2), for recipes and tests that need a real model
-# make quickstart   sets up where that is missing, and compares all methods on the embedded world
+# make quickstart   sets up where that is missing, and compares seven methods on the embedded world
 
 PYTHON ?= python3.11
 VENV := .venv

@@ -108,7 +108,7 @@ def quickstart(
         ),
     ] = None,
 ) -> None:
-    """Compare all methods on a small embedded world whose truth is known, or on a corpus of your own.
+    """Compare methods on a small embedded world whose truth is known, or on a corpus of your own.
 
     Nothing is downloaded, except with --real: the world's texts, a model of a million parameters that has read them and
     a classifier are made at first use and kept in the user's cache (BRIDLE_CACHE). Any key of the recipe can be set, as

@@ -114,10 +114,12 @@ class Evaluation:
         examine: rows with human labels, by name, on which every constraint is examined first.
         perplexity: held-out texts, by name.
         batch_size: rows in one forward.
-        tasks: lm-eval tasks: mmlu, commonsense-4, commonsense-8, or one of its eight.
-        task_data: folder of NAME.SPLIT.jsonl files; None reads them from the hub.
+        tasks: lm-eval tasks: mmlu, commonsense-4, commonsense-8 (or commonsense), one of its eight, or NAME of a
+            NAME.yaml in `task_data`.
+        task_data: folder of NAME.SPLIT.jsonl files, and of lm-eval definitions NAME.yaml; None reads from the hub.
         limit: documents of each task, or a number for each of `tasks`; None for all.
-        shots: examples in front of a document; 5 for mmlu and else none if not given.
+        shots: examples in front of a document; if not given 5 for mmlu, what its definition says for a NAME.yaml, else
+            none.
         classification: rows to classify.
         label: how text and label are written as one text there.
         judge: who decides win rates.

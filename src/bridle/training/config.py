@@ -360,8 +360,9 @@ class ConstrainedConfig(SFTConfig):
     Attributes:
         schedule: order of the policy's and the regularisers' updates (EMNLP 2024). `sequential` refreshes R, then
             trains the policy, in turn; `parallel` does both at the same time, each from the other's last round.
-        rounds: how many times R is refreshed; the policy's steps are divided evenly among them.
-        rollouts_per_round: samples each regulariser draws from the policy in a round.
+        rounds: among which the policy's steps are divided evenly. The sequential schedule refreshes R in each, the
+            parallel one in all but the last; with `anchor: initial` R is fitted once.
+        rollouts_per_round: samples that each regulariser draws in a round, from the policy or its initial anchor.
         max_new_tokens: length in tokens at which a sample is cut.
         prompt_tokens: shortest and longest prompt taken from plain text, in tokens. None for the longest takes prompts
             from any depth of a row. The KL on the corpus leaves out, and counts, prefixes that no rollout can reach.
@@ -399,7 +400,7 @@ class ConstrainedConfig(SFTConfig):
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "auxiliary", "parallel", "sampler"]
 
     schedule: Literal["sequential", "parallel"] = field(default="sequential", metadata={"help": "Order of updates."})
-    rounds: int = field(default=2, metadata={"help": "How many times R is refreshed."})
+    rounds: int = field(default=2, metadata={"help": "Rounds of sampling, fitting R and training."})
     rollouts_per_round: int = field(default=1024, metadata={"help": "Samples per regulariser and round."})
     max_new_tokens: int = field(default=32, metadata={"help": "Tokens at which a sample is cut."})
     prompt_tokens: tuple[int, int | None] = field(default=(2, None), metadata={"help": "Prompt length, in tokens."})
