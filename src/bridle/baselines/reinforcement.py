@@ -32,9 +32,9 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from bridle.baselines.stopping import StepsProgress, Stopping, mean_of, update_records
 from bridle.constraints import Constraint
+from bridle.constraints.reading import Messages
 from bridle.data import decode_parts
 from bridle.data.prompts import check_room
-from bridle.data.rows import Messages
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm, contiguous_states
 from bridle.models.loading import context_length, end_token_ids

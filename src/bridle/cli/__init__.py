@@ -72,7 +72,9 @@ def main() -> None:
 
 def _how_to_resume(interrupted: Interrupted) -> list[str]:
     """The work that a command keeps, and the command that resumes it."""
+    from bridle.utils.provenance import redacted
+
     command, *rest = sys.argv[1:] or [""]
     resume = ["bridle", command, *rest, *([] if "--resume" in rest else ["--resume"])]
-    hint = [f"resume with: {shlex.join(resume)}"] if command in RESUMABLE else []
+    hint = [f"resume with: {shlex.join(redacted(resume))}"] if command in RESUMABLE else []
     return [*filter(None, [interrupted.kept]), *hint]

@@ -1,7 +1,7 @@
 """One method with one seed: the input of its function, its result, and its files.
 
 DIR/METHOD/seed-N/   candidate.json, results.json, completions.jsonl, likelihoods.jsonl, answers.jsonl,
-                     the method's own files, or failed.json
+                     the method's own files; needs.json or failed.json if it is incomplete
 """
 
 import traceback
@@ -22,7 +22,7 @@ from bridle.training.config import ALL
 from bridle.utils.files import read_json, read_rows, write_json
 from bridle.utils.variables import Variables
 
-RESULTS, CANDIDATE, FAILED = "results.json", "candidate.json", "failed.json"
+RESULTS, CANDIDATE, NEEDS, FAILED = "results.json", "candidate.json", "needs.json", "failed.json"
 
 
 @dataclass
@@ -159,6 +159,7 @@ class CellFiles:
         """Marks the cell as made."""
         moved = {"model": self._relative(candidate.model), "guide": candidate.guide and self._relative(candidate.guide)}
         write_json(self.folder / CANDIDATE, self.variables.hidden(asdict(candidate) | moved))
+        (self.folder / NEEDS).unlink(missing_ok=True)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Marks the cell as measured; call this last."""
@@ -195,6 +196,13 @@ class CellFiles:
 @dataclass
 class _Failure:
     reason: str
+
+
+def needs_in(folder: Path) -> list[str]:
+    """The methods whose candidates the cell in a folder was built from, or, if it is incomplete, has asked for."""
+    if (folder / CANDIDATE).exists():
+        return read_json(folder / CANDIDATE, Candidate).needs
+    return read_json(folder / NEEDS, list[str]) if (folder / NEEDS).exists() else []
 
 
 def reason_of(error: Exception) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bridle.comparison.cell import CANDIDATE, RESULTS, Candidate, Cell, CellFiles, reason_of
+from bridle.comparison.cell import CANDIDATE, NEEDS, RESULTS, Candidate, Cell, CellFiles, needs_in, reason_of
 from bridle.comparison.measure import measure
 from bridle.comparison.methods import base_name, chosen, description, free_memory, method_named, methods, shapes
 from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
@@ -29,10 +29,11 @@ from bridle.evaluation.statistics import Estimate
 from bridle.evaluation.transfer import reference_of
 from bridle.models.card import write_card
 from bridle.models.hub import without_token
+from bridle.models.loading import load_tokenizer
 from bridle.recipes.inputs import check_inputs, write_inputs
 from bridle.recipes.recipe import Recipe, load_recipe
 from bridle.recipes.run import RECIPE_FILE, describe_run, write_recipe
-from bridle.utils.files import only_writer, read_json, write_json
+from bridle.utils.files import digest, only_writer, read_json, write_json
 from bridle.utils.oom import is_disk_full, stopping_when_exhausted
 from bridle.utils.progress import Progress
 from bridle.utils.provenance import environment
@@ -55,11 +56,7 @@ class Earlier:
     seeds: list[int]
     settings: dict[str, Any] = field(default_factory=dict)
     win_rate: dict[str, Any] | None = None
-
-    @property
-    def judging(self) -> dict[str, Any]:
-        """The settings that its win rates depend on."""
-        return _judging(self.settings.get("judge") or {})
+    judged: str | None = None  # of what was judged, and how
 
 
 @dataclass
@@ -85,7 +82,6 @@ class Comparison:
     resume: bool = False
     show: Callable[[str], None] = field(default=lambda line: None)
     _failed: dict[CellFiles, str] = field(init=False, default_factory=dict)  # in this call: the reasons
-    _measured_any: bool = field(init=False, default=False)  # in this call
     _changed: list[str] = field(init=False, default_factory=list)  # keys of the recipe, since an earlier call
 
     def __post_init__(self) -> None:
@@ -98,7 +94,8 @@ class Comparison:
         """Checks that `folder` holds this comparison, and adds its methods and seeds to the requested ones."""
         if not self.resume:
             raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")
-        earlier, now = ({"methods": {}} | recipe for recipe in (read_yaml(path), without_token(self.recipe.resolved)))
+        recipes = read_yaml(path), without_token(self.recipe.resolved)
+        earlier, now = (recipe | {"methods": recipe.get("methods") or {}} for recipe in recipes)
         self._changed = different_keys(earlier, now)
         if others := [key for key in self._changed if _section(key) in COMMON]:
             raise UserError(f"{path}: was another recipe: {', '.join(others)} differ; name another --output_dir")
@@ -118,7 +115,7 @@ class Comparison:
                 the folder.
             RunStopped: every method failed, or the disk is full.
         """
-        self.plan.check()  # mistakes show now, not after an hour
+        self.plan.check(load_tokenizer(self.recipe.model))  # mistakes show now, not after an hour
         with stopping_when_exhausted(self.folder), only_writer(self.folder):
             self._discard_outdated()  # before the recipe is overwritten, which shows what has changed
             write_recipe(self.recipe, self.folder)
@@ -150,8 +147,10 @@ class Comparison:
         if not self._changed:
             return
         folders = [(folder.parent.name, folder) for folder in sorted(self.folder.glob("*/seed-*"))]
-        for name, folder in [both for both in folders if base_name(both[0]) in methods()]:
-            if changed := [key for key in self._changed if shapes(key, self._builds_on(name, folder.name))]:
+        cells = [(name, folder) for name, folder in folders if base_name(name) in methods()]
+        builds_on = {folder: self._builds_on(name, folder.name) for name, folder in cells}  # before any is removed
+        for name, folder in cells:
+            if changed := [key for key in self._changed if shapes(key, builds_on[folder])]:
                 self.show(f"{name}, {folder.name}: is made again, as {', '.join(changed)} differ")
                 for file in (RESULTS, CANDIDATE):  # first, so that a half-removed cell does not look whole
                     (folder / file).unlink(missing_ok=True)
@@ -160,15 +159,13 @@ class Comparison:
                 (folder / RESULTS).unlink(missing_ok=True)
 
     def _builds_on(self, name: str, seed: str) -> set[str]:
-        """A method and all that it builds on, by name; all methods if it is not complete."""
+        """A method and all that it builds on so far, by name."""
         found: set[str] = set()
         ahead = [name]
         while ahead:
             name = ahead.pop()
-            if not (self.folder / name / seed / CANDIDATE).exists():
-                return set(methods())
             found.add(name)
-            ahead += {*read_json(self.folder / name / seed / CANDIDATE, Candidate).needs} - found
+            ahead += {*needs_in(self.folder / name / seed)} - found
         return found
 
     # ------------------------------------------------------------------ one method, one seed
@@ -193,7 +190,6 @@ class Comparison:
             observations.write(cell.folder)
             self._write_card(cell, candidate, results)
             cell.write_results(results)
-            self._measured_any = True
         except Exception as error:
             if cell not in self._failed:
                 self._fail(cell, error)
@@ -212,6 +208,7 @@ class Comparison:
 
         def candidate_of(method: str) -> Candidate:
             needs[method] = None
+            write_json(cell.folder / NEEDS, list(needs))  # now, since this cell may stay incomplete
             try:
                 return self._candidate(self._cell(method, cell.seed))
             except Exception as error:
@@ -309,11 +306,11 @@ class Comparison:
         options, results = self.plan.judge, self.folder / RESULTS
         if options is None or len(observed) < 2:
             return {}
-        earlier = read_json(results, Earlier) if results.exists() else None
-        settings = self.recipe.variables.hidden(self.recipe.resolved["evaluation"]["judge"])
-        if earlier and earlier.win_rate and not self._measured_any and earlier.judging == _judging(settings):
-            return {"win_rate": earlier.win_rate}
         prompts, completions = first_completions(observed, next(iter(self.plan.prompts)), options.prompts)
+        settings = self.recipe.variables.hidden(self.recipe.resolved["evaluation"]["judge"])
+        judged = digest([_judging(settings), self.seeds[0], prompts, completions])
+        if results.exists() and (earlier := read_json(results, Earlier)).win_rate and earlier.judged == judged:
+            return {"win_rate": earlier.win_rate, "judged": judged}
         verdicts = self.folder / "verdicts.jsonl"
         verdicts.unlink(missing_ok=True)  # `win_rates` appends
         try:
@@ -321,7 +318,7 @@ class Comparison:
         except Exception as error:
             self.show(f"no win rates: {reason_of(error)}")
             return {"judge_failed": reason_of(error)}
-        return {"win_rate": found.to_json()}
+        return {"win_rate": found.to_json(), "judged": judged}
 
 
 def _judging(settings: Mapping[str, Any]) -> dict[str, Any]:

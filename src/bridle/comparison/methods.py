@@ -141,6 +141,9 @@ UNSEEN: dict[str, tuple[str, ...]] = dict.fromkeys(
 )
 """By method, the sections of a recipe that it does not read."""
 
+BOUNDS = ("methods.rl.max_steps", "methods.rl.save_every")
+"""Keys that shape no method: a run that such a bound ended resumes, and makes the same updates."""
+
 
 def shapes(key: str, names: Collection[str]) -> bool:
     """Whether what any of these methods makes depends on a key of the recipe, as "regularisers.forum.weight".
@@ -149,6 +152,8 @@ def shapes(key: str, names: Collection[str]) -> bool:
     its `UNSEEN`; the model and the seed are the cell's.
     """
     section, _, rest = key.partition(".")
+    if key in BOUNDS:
+        return False
     if section == "methods":
         method, _, option = rest.partition(".")
         return any(base_name(name) == method and not knobs.says(name, option) for name in names)

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
+from transformers import PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint
 from bridle.constraints.spec import trained_on
-from bridle.data import DataSource, VerbalisedLabel
+from bridle.data import DataSource, VerbalisedLabel, labelled_texts, read_prompts, texts_of
 from bridle.errors import UserError
 from bridle.evaluation import ChatJudge, LikelihoodJudge, LocalJudge, PromptSet, prompt_set
 from bridle.evaluation.examination import LabelledRows
@@ -140,22 +141,30 @@ class Evaluation:
     judge: JudgeOptions | None = None
     trained_on: list[str] = field(default_factory=list)
 
-    def check(self) -> None:
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Loads every constraint and reads every file once, so that a `UserError` comes before any training."""
         for constraint in self.constraints.values():
             constraint.load()
-        for source in self._sources():
-            source.read()
+        for prompts in self.prompts.values():
+            read_prompts(prompts.source, tokenizer, prefix_tokens=prompts.generation.prompt_tokens)
+        for source in self.perplexity.values():
+            texts_of(source)
+        if self.classification and self.label:
+            for source in (self.classification.validation, self.classification.test):
+                labelled_texts(source, self.label)
         for rows in self.examine.values():
             rows.classes()
         if self.judge is not None:
             self.judge.continuations()
-        self.check_tasks()
+        if self.tasks:
+            from bridle.evaluation.tasks import load_tasks  # lm-eval is optional, and takes seconds
+
+            load_tasks(self.tasks, self.task_data, self.limit, self.shots)
 
     def check_tasks(self) -> None:
         """Raises a UserError if a task is unknown, or lm-eval is not installed."""
         if self.tasks:
-            from bridle.evaluation.task_data import expand  # lm-eval is optional, and takes seconds
+            from bridle.evaluation.task_data import expand
 
             expand(self.tasks, self.task_data)
 

@@ -29,10 +29,11 @@ def conversation(prompt: Given, completion: str) -> Messages:
 
 def as_lines(messages: Messages) -> str:
     """Returns a chat as lines "role: content", with the text of content in parts."""
-    return "\n".join(f"{message['role']}: {_text(message.get('content'))}" for message in messages)
+    return "\n".join(f"{message['role']}: {text_of(message.get('content'))}" for message in messages)
 
 
-def _text(content: Any) -> str:
+def text_of(content: Any) -> str:
+    """Returns the text of a message's content: itself, that of its parts, or none."""
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     return content or ""

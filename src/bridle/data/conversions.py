@@ -5,8 +5,9 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, Value, concatenate_datasets
 
+from bridle.constraints.reading import Messages
 from bridle.data.readers import ROW, gather
-from bridle.data.rows import FORMATS, Messages, absent_column
+from bridle.data.rows import FORMATS, absent_column
 from bridle.errors import UserError
 
 ALPACA = ("instruction", "input", "output")

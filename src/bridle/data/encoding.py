@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
+from bridle.constraints.reading import Messages
 from bridle.core.tokens import IGNORE
 from bridle.data.readers import whole_text
-from bridle.data.rows import TEMPLATE_COLUMNS, Messages
+from bridle.data.rows import TEMPLATE_COLUMNS
 from bridle.errors import UserError, first_line
 
 SYSTEM = ("system", "developer")  # roles of the turns that `fit_chat` never cuts

@@ -10,10 +10,11 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from bridle.constraints.reading import Messages, as_lines, text_of
 from bridle.core.tokens import IGNORE
 from bridle.data.encoding import encode_prompt, fit_chat, template_options
 from bridle.data.readers import ROW
-from bridle.data.rows import Messages, absent_column, conversation, filled_rows, holds_chats
+from bridle.data.rows import absent_column, conversation, filled_rows, holds_chats
 from bridle.data.source import DataSource
 from bridle.errors import UserError
 
@@ -137,8 +138,8 @@ def _chat_prompt(
         return None
     chosen = rng.choice(answers)
     prompt = _chat(turns[:chosen], values, number, tokenizer, longest, f"row {number}")
-    said = turns[chosen]["content"] if chosen < len(turns) else None
-    answer = tokenizer(said or "", add_special_tokens=False)["input_ids"]
+    said = text_of(turns[chosen].get("content")) if chosen < len(turns) else ""
+    answer = tokenizer(said, add_special_tokens=False)["input_ids"]
     end = [end_of_turn] if answer and end_of_turn is not None else []
     return replace(prompt, rest=answer + end)
 
@@ -159,7 +160,7 @@ def _unread_chat(turns: Messages, values: dict[str, Any], row: int, place: str) 
     """A chat that its model puts into a template itself."""
     if options := template_options(values, place):
         raise UserError(f"{place}: {', '.join(options)}: a server sets the options of its chat template itself")
-    return Prompt("\n".join(f"{turn['role']}: {turn['content']}" for turn in turns), [], row, turns)
+    return Prompt(as_lines(turns), [], row, turns)
 
 
 def read_prompts(
@@ -201,6 +202,8 @@ def read_prompts(
         else:
             answered = field == "messages" and value[-1]["role"] == "assistant"
             turns = value[:-1] if answered else value
+            if not turns:
+                raise UserError(f"{place}: the chat has no turn before the assistant's; leave the row out")
             prompt = (
                 _chat(turns, values, row, tokenizer, max_prompt_tokens, place)
                 if tokenizer is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
-from bridle.data.rows import Messages
+from bridle.constraints.reading import Messages
 from bridle.errors import UserError, first_line
 from bridle.utils.files import atomic_file
 

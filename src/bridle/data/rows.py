@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from bridle.constraints.reading import Messages, text_of
 from bridle.data.readers import ROW
 from bridle.errors import UserError
 
@@ -17,8 +18,6 @@ FORMATS = (("messages",), ("prompt", "completion"), ("text",))  # columns of eac
 PROMPTS = ("prompt",)  # the columns of rows that are prompts alone
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, for its chat template
-
-Messages = list[dict[str, Any]]  # the turns of a chat: {"role": ..., "content": ...}
 
 _TEXT, _CHAT = "text", "chat messages"
 _HOLDS = {"text": {_TEXT}, "messages": {_CHAT}, "prompt": {_TEXT, _CHAT}, "completion": {_TEXT, _CHAT}}
@@ -160,4 +159,4 @@ def is_filled(value: str | Messages | None) -> bool:
 
 def _assistant_turns(messages: Messages) -> str:
     turns = [message.get("content") for message in messages if message["role"] == "assistant"]
-    return "\n".join(turn for turn in turns if isinstance(turn, str))
+    return "\n".join(text_of(turn) for turn in turns if turn is not None)

@@ -71,11 +71,15 @@ class Handlers:
         """Asks the constraints of other hosts about the texts: (texts, message)."""
         if not tab.scores:
             return gr.skip(), message_html("Write texts first, and let them end.")
+        asked = tab.scores  # of these texts; others may be written before the answer
         try:
-            for name, scores in self._judged(tab, remote=True).items():
-                tab.scores[name] |= scores
+            answers = self._judged(tab, remote=True)
         except UserError as error:
             return gr.skip(), message_html(str(error))
+        if tab.scores is not asked:
+            return gr.skip(), message_html("Other texts were written before the answer came; ask again.")
+        for name, scores in answers.items():
+            asked[name] |= scores
         return self._judged_texts(tab), ""
 
     def draw(

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.constraints import Constraint
 from bridle.data import Prompt
+from bridle.data.encoding import encode_prompt
 from bridle.evaluation.generation import evaluate_constraints, output_perplexity
 from bridle.evaluation.observations import Observations
 from bridle.evaluation.prompt_sets import GenerationOptions, PromptSet
@@ -18,11 +19,13 @@ class Completer(ABC):
     """Whatever completes prompts.
 
     Attributes:
+        tokenizer: of the model, if it is known.
         seed: of sampling and of bootstraps.
         show: called with each figure as a line of text.
         observations: the observations behind the figures.
     """
 
+    tokenizer: PreTrainedTokenizerBase | None
     seed: int
     show: Callable[[str], None]
     observations: Observations
@@ -68,7 +71,12 @@ class Completer(ABC):
             prompt_scores = {name: constraint.score(None, texts) for name, constraint in constraints.items()}
             self.observations.add_completions(prompts.name, read, drawn, found[prompts.name], prompt_scores)
             if base is not None:
-                ids = [prompt.ids for prompt in read]
-                fluency[prompts.name] = output_perplexity(*base, ids, drawn, seed=self.seed)
+                fluency[prompts.name] = output_perplexity(*base, self._read_by(base[1], read), drawn, seed=self.seed)
                 self.show(f"perplexity of the completions under the base: {fluency[prompts.name]}")
         return generation_parts(found, fluency)
+
+    def _read_by(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The tokens of prompts for another model, which may have another tokenizer."""
+        if self.tokenizer is not None and self.tokenizer.get_vocab() == tokenizer.get_vocab():
+            return [prompt.ids for prompt in prompts]
+        return [encode_prompt(prompt.messages or prompt.text, tokenizer) for prompt in prompts]

@@ -1,11 +1,9 @@
 """The examination of constraints: how well their scores agree with people about text of the same kind."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +14,7 @@ from bridle.data.source import check_condition, meets
 from bridle.errors import UserError
 from bridle.evaluation.classification import roc_auc
 from bridle.evaluation.statistics import Estimate
-from bridle.utils.files import checked, read_json, write_json
+from bridle.utils.files import checked, digest, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +108,7 @@ def examine_all(
 def remembered(keep: Path, key: Any, kind: type[T], make: Callable[[], T]) -> T:
     """The dataclass that the JSON file `keep` has for a key, any JSON value; if none, what `make` returns is added."""
     kept = read_json(keep, dict[str, Any]) if keep.is_file() else {}
-    name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    name = digest(key)
     if name in kept:
         return checked(kind, kept[name], str(keep))
     made = make()

@@ -106,10 +106,13 @@ class Observations:
             self.classified.append({"index": index, "score": score, "label": label})
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a file NAME.jsonl for each kind with observations."""
+        """Writes a file NAME.jsonl for each kind with observations, and removes that of a kind without any."""
         for name, rows in vars(self).items():
+            file = Path(folder) / f"{name}.jsonl"
             if rows:
-                write_text(Path(folder) / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+                write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            else:
+                file.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> "Observations":

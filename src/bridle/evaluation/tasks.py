@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -118,23 +118,37 @@ def evaluate_tasks(
         UserError: before any evaluation: an unknown task, a local file that is missing or malformed, a data set that
             the hub does not provide, a limit below 1 or of a task that is not evaluated, or shots below 0.
     """
-    if shots is not None and shots < 0:
-        raise UserError(f"shots is {shots}; it cannot be below 0")
-    names = expand(tasks, task_data)
-    limits = _limits(limit, tasks)
-    terminal = sys.stderr
-    with (  # lm-eval and `datasets` show bars for milliseconds of work, and warn of each request
-        only_errors("lm_eval", "transformers.tokenization_utils_base"),
-        open(os.devnull, "w") as nowhere,
-        redirect_stderr(nowhere),
-        evaluation_mode(model),
-        torch.inference_mode(),
-    ):
-        loaded = [load_task(name, task_data, shots, limits.get(name)) for name in names]
+    loaded, limits, terminal = load_tasks(tasks, task_data, limit, shots), _limits(limit, tasks), sys.stderr
+    with _quiet(), evaluation_mode(model), torch.inference_mode():
         lm = _Scorer(model, tokenizer, batch_size, guide, terminal)
         results = {task.name: _evaluate(lm, task, limits.get(task.name), seed) for task in loaded}
     groups = {name: _mean(name, [results[one] for one in GROUPS[name]]) for name in tasks if name in GROUPS}
     return results | groups
+
+
+def load_tasks(
+    tasks: Sequence[str],
+    task_data: Path | None = None,
+    limit: int | Mapping[str, int] | None = None,
+    shots: int | None = None,
+) -> list[LoadedTask]:
+    """The tasks, ready to be evaluated; arguments and errors are those of `evaluate_tasks`."""
+    if shots is not None and shots < 0:
+        raise UserError(f"shots is {shots}; it cannot be below 0")
+    names, limits = expand(tasks, task_data), _limits(limit, tasks)
+    with _quiet():
+        return [load_task(name, task_data, shots, limits.get(name)) for name in names]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and `datasets` show bars for milliseconds of work, and warn of each request."""
+    with (
+        only_errors("lm_eval", "transformers.tokenization_utils_base"),
+        open(os.devnull, "w") as nowhere,
+        redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def _limits(limit: int | Mapping[str, int] | None, tasks: Sequence[str]) -> dict[str, int]:
@@ -207,7 +221,7 @@ def _likelihood(log_probs: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
 
 
 def _evaluate(lm: _Scorer, loaded: LoadedTask, limit: int | None, seed: int) -> TaskResult:
-    lm.description = loaded.name
+    lm.description, lm.truncated = loaded.name, 0
     for task in loaded.members.values():
         task.set_config("num_fewshot", loaded.shots)
         task.set_fewshot_seed(seed)

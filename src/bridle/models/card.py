@@ -205,7 +205,7 @@ def with_names(options: Any) -> dict[str, Any]:
 def _header(
     recipe: Mapping[str, Any], method: str, adapter: bool, license: str | None, figures: Sequence[Figure]
 ) -> ModelCardData:
-    datasets = [_hub_dataset(str(domain["path"])) for domain in _recorded(recipe).values()]
+    datasets = [_hub_dataset(path) for domain in _recorded(recipe).values() for path in _paths(domain)]
     kinds = [method, *(recipe.get("constraints") or {}), *(["lora"] if adapter else [])]
     return ModelCardData(
         base_model=_base_model(recipe)[0],
@@ -353,8 +353,13 @@ def _figure_row(figure: Figure) -> tuple:
 
 
 def _source(source: Any) -> str:
-    path = str(source["path"] if isinstance(source, Mapping) else source)
-    return path if _hub_dataset(path) else public_name(path)
+    return ", ".join(path if _hub_dataset(path) else public_name(path) for path in _paths(source))
+
+
+def _paths(source: Any) -> list[str]:
+    """The path, or paths, of a domain of the corpus or of prompts."""
+    paths = source["path"] if isinstance(source, Mapping) else source
+    return [str(path) for path in paths] if isinstance(paths, list) else [str(paths)]
 
 
 def _set_name(name: str) -> str:

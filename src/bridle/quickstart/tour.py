@@ -121,7 +121,8 @@ def take_tour(
         RunStopped: a method failed; the results are shown first.
     """
     of_paper, title = (REAL_METHODS, "quickstart-real") if real else (METHODS, "quickstart")
-    comparison = Comparison(recipe, folder, names=names or of_paper, title=title, resume=True, show=progress)
+    seeds = (recipe.training.get("seed", 0),)
+    comparison = Comparison(recipe, folder, names or of_paper, seeds, title, resume=True, show=progress)
     if real and not names and not (folder / RECIPE_FILE).exists():
         progress(f"{estimate(recipe)} {LEFT_OUT}")
     comparison.run()
@@ -157,6 +158,8 @@ def next_steps(recipe: Recipe, folder: Path) -> str:
 
 
 def _replace_forum(mapping: dict[str, Any], source: DataSource) -> None:
+    if source.rows is not None or source.shuffle is not None:
+        raise UserError("--corpus: the tour shuffles and splits the rows itself; leave rows and shuffle out")
     columns = source.read().column_names
     rows = {key: value for key, value in vars(source).items() if value is not None} | {"shuffle": 0}
     training, held_out = rows | {"rows": "0:90%"}, rows | {"rows": "90%:"}

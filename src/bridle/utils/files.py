@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -83,6 +84,11 @@ def _finite(digits: str) -> float | None:
     return number if isfinite(number) else None
 
 
+def digest(value: Any) -> str:
+    """The SHA-256 of a JSON value, whatever the order of its keys."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 # ------------------------------------------------------------------- writing
 
 
@@ -127,7 +133,7 @@ def sync_files(folder: str | os.PathLike[str]) -> None:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows syncs only what may be written
         os.fsync(file.fileno())
 
 
