@@ -196,6 +196,11 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     made, err = made_after("--methods.other.option", 1)
     assert made == {"other", "upon"}
     assert "other, seed-0: is made again, as methods.other differ" in err
+    assert made_after("--methods.rl.max_steps", 7)[0] == set(), "a bound shapes nothing"
+    (folder / "sft/seed-0/candidate.json").unlink()
+    (folder / "sft/seed-0/results.json").unlink()
+    _, err = made_after("--methods.rl.window", 3)
+    assert "is made again" not in err, "what an incomplete run keeps is of no other method"
     assert made_after("--regularisers.rude.weight", 8)[0] == {"other", "upon"}
     assert made_after("--learning_rate", 1e-3)[0] == {"sft", "other", "upon"}
     made, err = made_after("--evaluation.samples", 3)
@@ -310,6 +315,13 @@ def test_a_judge_is_examined_before_it_judges(bridle, comparison, corpus_files, 
     assert results["judge_examined"]["accuracy"]["n"] == 4 * 4
     assert results["win_rate"] == again["win_rate"]
     assert (folder / "verdicts.jsonl").stat().st_mtime_ns == verdicts, "the judge is the same"
+    sft = folder / "sft/seed-0"  # measured anew, as in a call that ended before it judged
+    rows = [json.loads(line) for line in (sft / "completions.jsonl").read_text().splitlines()]
+    changed = [json.dumps(row | {"completion": row["completion"] + " and so on"}) for row in rows]
+    (sft / "completions.jsonl").write_text("\n".join(changed) + "\n")
+    compare(examine=human | {"pairs": 4})
+    assert (folder / "verdicts.jsonl").stat().st_mtime_ns > verdicts, "the completions are others"
+    verdicts = (folder / "verdicts.jsonl").stat().st_mtime_ns
     results, err = compare(examine=human, by="likelihood")
     assert results["win_rate"]["position_bias"]["value"] == 0.5
     assert (folder / "verdicts.jsonl").stat().st_mtime_ns > verdicts

@@ -121,6 +121,7 @@ def test_a_corpus_and_a_constraint_of_ones_own(bridle, tmp_path):
         (("--methods", "bse"), "methods: there is no method 'bse'"),
         (("--rounds", "some"), "rounds: input should be a valid integer"),
         (("--real", "--rounds", "some"), "rounds: input should be a valid integer"),
+        (("--corpus", "own.jsonl,rows=0:10", "--constraint", "regex:e"), "the tour shuffles and splits the rows"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_made_or_fetched(bridle, monkeypatch, options, error):
@@ -129,6 +130,14 @@ def test_a_wrong_option_is_refused_before_anything_is_made_or_fetched(bridle, mo
     code, _, err = bridle("quickstart", *options)
     assert code == 2
     assert error in err
+
+
+def test_the_seed_of_the_recipe_is_that_of_the_methods(tiny_folder, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(tour, "Comparison", lambda *arguments, **options: given.append(arguments) or pytest.skip)
+    with pytest.raises(AttributeError):
+        tour.take_tour(tour.tour_recipe(model=str(tiny_folder()), overrides={"seed": 5}), tmp_path, print, print)
+    assert (5,) in given[0]
 
 
 def test_a_model_from_elsewhere(tiny_folder):

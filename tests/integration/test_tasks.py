@@ -246,9 +246,11 @@ def test_truncated_requests_are_counted(tiny_model, tiny_tokenizer, tmp_path):
     rows[1]["question_stem"] = "lantern " * 60
     write(tmp_path, "openbookqa.validation", rows)
     short = tiny_model("llama", vocab_size=len(tiny_tokenizer), max_position_embeddings=64)
-    found = evaluate_tasks(short, tiny_tokenizer, ["openbookqa"], task_data=tmp_path)["openbookqa"]
-    assert found.truncated == len(rows[1]["choices"]["text"])
-    assert found.accuracy.n == 3
+    write(tmp_path, "piqa.validation", documents("piqa", 3))
+    found = evaluate_tasks(short, tiny_tokenizer, ["openbookqa", "piqa"], task_data=tmp_path)
+    assert found["openbookqa"].truncated == len(rows[1]["choices"]["text"])
+    assert found["openbookqa"].accuracy.n == 3
+    assert found["piqa"].truncated == 0, "of this task alone"
 
 
 def test_model_and_terminal_are_left_as_they_were(run, model, capfd):

@@ -1,6 +1,7 @@
 """A recipe's section `evaluation`: what it becomes, and how mistakes are reported."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,9 @@ from bridle.evaluation.examination import LabelledRows
 from bridle.evaluation.judge_examination import HumanText
 from bridle.evaluation.prompt_sets import GenerationOptions, prompt_set
 from bridle.recipes.recipe import build_recipe
+from tiny_tokenizers import tiny_tokenizer
 
+TOKENIZER = tiny_tokenizer()
 RECIPE = {
     "model": "some-model",
     "corpus": {"forum": {"path": "forum.jsonl"}, "wiki": {"path": "wiki.jsonl"}},
@@ -137,7 +140,30 @@ def test_every_method_needs_as_many_updates():
 
 def test_a_mistyped_file_shows_before_anything_is_made(tmp_path):
     with pytest.raises(UserError, match=r"forum\.jsonl"):
-        plan({"prompts": {"forum": {"path": str(tmp_path / "forum.jsonl")}}}).check()
+        plan({"prompts": {"forum": {"path": str(tmp_path / "forum.jsonl")}}}).check(TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"perplexity": {"chats": {"path": "chats.jsonl"}}}, "chats.jsonl has no column 'text'"),
+        (
+            {"prompts": {"forum": {"path": "chats.jsonl", "prompt_tokens": 8}}},
+            "chats.jsonl row 1: a chat cannot be cut",
+        ),
+        ({"tasks": ["piqa"], "task_data": "."}, "piqa: . has no piqa.validation.jsonl"),
+        ({"tasks": ["piqa"], "limit": {"boolq": 5}}, "limit: there is no task among those evaluated 'boolq'"),
+    ],
+)
+def test_a_file_of_another_kind_shows_before_anything_is_made(tmp_path, monkeypatch, change, expected):
+    monkeypatch.chdir(tmp_path)
+    chat = [{"role": "user", "content": "a kettle?"}, {"role": "assistant", "content": "on the stove"}]
+    for name, row in {"forum": {"text": "a kettle"}, "chats": {"messages": chat}}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    forum = {"prompts": {"forum": {"path": "forum.jsonl"}}}
+    plan(forum).check(TOKENIZER)
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}"):
+        plan(forum | change).check(TOKENIZER)
 
 
 def test_what_a_judge_is_examined_on_shows_before_anything_is_made(tmp_path):
@@ -149,7 +175,7 @@ def test_what_a_judge_is_examined_on_shows_before_anything_is_made(tmp_path):
     assert tmp_path / "human.jsonl" in made.files()
     forum = {"prompts": {"forum": {"path": str(tmp_path / "forum.jsonl")}}}
     with pytest.raises(UserError, match=r"human\.jsonl: 0 different rows"):
-        plan({**forum, "judge": {"model": "some-judge", "examine": examine}}).check()
+        plan({**forum, "judge": {"model": "some-judge", "examine": examine}}).check(TOKENIZER)
 
 
 def test_labels_of_one_kind_show_before_anything_is_made(tmp_path):
@@ -160,7 +186,7 @@ def test_labels_of_one_kind_show_before_anything_is_made(tmp_path):
         "examine": {"people": {"path": str(tmp_path / "labelled.jsonl")}},
     }
     with pytest.raises(UserError, match=r"labelled\.jsonl: no row violates"):
-        plan(evaluation).check()
+        plan(evaluation).check(TOKENIZER)
 
 
 def test_without_adaptive_there_is_one_regulariser():

@@ -14,6 +14,7 @@ from bridle.data import (
     read_prompts,
     tokenize_domain,
 )
+from bridle.data.rows import outputs_of
 from bridle.errors import UserError
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
 
@@ -93,6 +94,18 @@ def test_chat_completion_prompts_open_the_assistants_turn():
     prompts = draw(tokenized([row], tokenizer), 1, (1, 1), tokenizer)
     assert tokenizer.decode(prompts[0]) == "<bos>[user] A hat?\n[assistant] "
     assert prompts[0] == encode_prompt(row["prompt"], tokenizer)
+
+
+def test_what_an_assistant_says_in_parts_or_not_at_all():
+    tokenizer, user = tiny_tokenizer(), {"role": "user", "content": "A hat?"}
+    parts = [{"type": "text", "text": "you "}, {"type": "text", "text": "grumblefish"}]
+    answer, call = {"role": "assistant", "content": parts}, {"role": "assistant", "tool_calls": []}
+    assert outputs_of(chats, False) == (
+        [None] * 2,
+        ["you grumblefish", ""],
+    )
+    (prompt,) = prompts_from_domain(tokenized([{"messages": [user, answer]}], tokenizer), 1, (1, 1), 0, tokenizer)
+    assert tokenizer.decode(prompt.rest) == "you grumblefish"
 
 
 def test_packed_rows_give_prefixes_of_one_text():
@@ -220,6 +233,7 @@ def test_a_prompt_longer_than_the_context_names_file_row_and_lengths(tmp_path):
             "row 1: a chat cannot be cut",
         ),
         ([{"prompt": "a"}], {"prefix_words": 0}, "must be at least 1"),
+        ([{"messages": [{"role": "assistant", "content": "Hello"}]}], {}, "row 1: the chat has no turn before the"),
     ],
 )
 def test_bad_prompt_files_are_told_in_one_line(rows, options, expected, tmp_path):

@@ -35,6 +35,29 @@ def random_auxiliary(model, **options):
     return auxiliary.eval()
 
 
+class Slow:
+    """A session whose remote constraint answers when other texts are there."""
+
+    remote = ("elsewhere",)
+
+    def __init__(self, tab):
+        self.tab = tab
+
+    def judge(self, *given, **options):
+        self.tab.scores = {"base": {}}
+        return {"base": {"elsewhere": Score.of(1.0)}}
+
+
+def test_an_answer_about_earlier_texts_is_not_given_to_later_ones():
+    pytest.importorskip("gradio")
+    from bridle.demo.page import Handlers, Tab
+
+    tab = Tab(request=Request("a", ["base"], 3, 0, False), scores={"base": {}})
+    _, message = Handlers(Slow(tab)).ask_remote(tab)
+    assert "Other texts were written before the answer came" in str(message)
+    assert tab.scores == {"base": {}}
+
+
 @pytest.fixture
 def parts(tiny_model, tiny_tokenizer):
     model = tiny_model("llama", vocab_size=len(tiny_tokenizer), initializer_range=0.1)

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
 
+import tiny_tokenizers
+from bridle.constraints import WordList
 from bridle.constraints.base import Constraint, Score
-from bridle.data import DataSource
+from bridle.data import DataSource, encode_prompt
 from bridle.errors import UserError
 from bridle.evaluation.evaluator import Evaluator
 from bridle.evaluation.generation import (
@@ -80,6 +82,24 @@ def test_prompts_are_scored_once_each_and_kept_beside_their_completions(tiny_mod
     rows = Observations.read(tmp_path).completions
     assert [row["prompt_scores"]["oaks"]["value"] for row in rows] == [1.0] * 3 + [0.0] * 3 + [None] * 3
     assert rows[-1]["prompt_scores"]["oaks"]["reason"] == "unreadable"
+
+
+def test_what_is_not_measured_anew_leaves_no_file(tmp_path):
+    Observations(completions=[{"sample": 0}], answers=[{"index": 0}]).write(tmp_path)
+    Observations(answers=[{"index": 1}]).write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_fluency_is_of_the_text_whatever_the_other_model_s_tokenizer(tiny_model, tmp_path):
+    own, other = tiny_tokenizers.tiny_tokenizer(), tiny_tokenizers.tiny_tokenizer(metaspace=True)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"text": "the kettle"}) + "\n")
+    sets = [PromptSet("trees", DataSource(str(tmp_path / "prompts.jsonl")), GenerationOptions(max_new_tokens=3))]
+    base = tiny_model("llama", vocab_size=len(other)), other
+    evaluator = Evaluator(tiny_model("gpt2", vocab_size=len(own)), own)
+    found = evaluator.generation(sets, {"kind": WordList(["hat"])}, base=base)["text"]["trees"]["output_perplexity"]
+    rows = evaluator.observations.completions
+    known = output_perplexity(*base, [encode_prompt("the kettle", other)], [[row["completion"] for row in rows]])
+    assert found == known.to_json()
 
 
 def test_each_set_is_decoded_as_it_says(model, tokenizer, tmp_path):

@@ -148,6 +148,13 @@ class TestText:
             ["plain", "somebody/plain-text:english", "all", "not recorded", "25.0%"],
         ]
 
+    def test_data_from_several_places(self, card):
+        places = ["somebody/plain-text", "here/rude.jsonl"]
+        written = card({"corpus": {"rude": {"path": places}, "plain": {"path": ["somebody/a", "somebody/b"]}}})
+        sources = [row[1] for row in table(written.text, "## Data")]
+        assert sources == ["somebody/plain-text, rude.jsonl", "somebody/a, somebody/b"]
+        assert written.data.datasets == ["somebody/plain-text", "somebody/a", "somebody/b"]
+
     def test_what_training_measured(self, card):
         assert table(card(metrics=METRICS).text, "### During training") == [
             ["1", "rude", r"0.800 \[0.760, 0.840\]", "497", "3", "0.031", "0.120"],

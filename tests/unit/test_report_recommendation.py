@@ -16,6 +16,7 @@ from bridle.report.data import (
     RegulariserRound,
     Report,
     Round,
+    SeedRun,
     read_report,
 )
 from bridle.report.recommendation import recommendation
@@ -106,6 +107,13 @@ def test_of_the_methods_that_reached_their_target_the_cheapest_is_taken():
     assert "of the methods that reached their target, it loses least" in recommendation(with_targets(report, mild=0.09))
     assert chosen(with_targets(report, harsh=0.02, mild=0.12)) == "harsh"
     assert chosen(with_targets(report, mild=0.12)) == "harsh", "none reached it: the lowest rate"
+
+
+def test_a_method_of_which_a_seed_failed_has_not_reached_its_target_with_every_seed():
+    report = with_targets(compared({"harsh": (0.01, 75.0), "mild": (0.05, 74.0), "sft": (0.2, 73.0)}), mild=0.09)
+    seeds = {"0": SeedRun("complete"), "1": SeedRun("failed")}
+    methods = report.methods | {"mild": replace(report.methods["mild"], seeds=seeds)}
+    assert "reached their target" not in recommendation(replace(report, methods=methods))
 
 
 def test_plain_tuning_may_be_the_one():

@@ -50,8 +50,10 @@ def _that_reached(report: Report, panel: Tradeoff) -> list[str]:
     met: dict[str, list[bool]] = defaultdict(list)
     for curve in report.curves:
         met[curve.method] += [one.is_met for one in curve.targets.values()]
-    complete = {name for name, method in report.methods.items() if method.status == "complete"}
-    return [name for name, each in met.items() if each and all(each) and name in panel.methods and name in complete]
+    met = {
+        name: each for name, each in met.items() if name in panel.methods and report.methods[name].status != "partial"
+    }
+    return [name for name, each in met.items() if each and all(each)]
 
 
 def _loss(panel: Tradeoff, name: str, plain: str) -> float:
