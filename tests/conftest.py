@@ -45,6 +45,13 @@ TINY = {
     "falcon": {"new_decoder_architecture": False, "multi_query": True},
     "gpt2": {"n_positions": 64},
     "qwen2": {"num_key_value_heads": 1},
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "falcon_h1": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        **{"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    },
+    "mamba": {"state_size": 4},
 }
 """Architectures that tests go through, with what each needs beyond the common size."""
 

@@ -54,6 +54,16 @@ class DieBefore(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class Pretend(TrainerCallback):
+    """From the first update on, as if DeepSpeed's engine trained."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.is_deepspeed_enabled = True
+
+
 def records(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -81,6 +91,13 @@ class TestSkippedUpdates:
             (6, 1),
         ]
         assert caplog.text.count("was skipped: its loss or gradient was not finite") == 2
+
+    def test_deepspeed_has_made_the_update_already(self, tiny_folder, tmp_path):
+        trainer = make(tiny_folder, tmp_path)
+        spoil_gradient(trainer, {3})
+        trainer.add_callback(Pretend(trainer))
+        with pytest.raises(RunStopped, match="update 3 is not finite, and DeepSpeed has made it already"):
+            trainer.train()
 
     @pytest.mark.parametrize("logging_steps", [1, 2])
     def test_a_loss_that_is_not_finite_is_missing(self, tiny_folder, tmp_path, logging_steps):

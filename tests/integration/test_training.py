@@ -3,12 +3,13 @@
 import json
 import shutil
 import threading
+from itertools import product
 
 import pytest
 import torch
 from accelerate.utils import has_compiled_regions
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from bridle.data import read_rollouts
@@ -79,9 +80,13 @@ class TestInvariance:
         zero.train()
         assert logged(zero, "loss") == logged(plain, "loss")
 
-    @pytest.mark.parametrize("on", ["corpus", "both"])
-    @pytest.mark.parametrize("anchor", ["live", "previous"])
-    def test_one_batch_of_eight_is_four_of_two(self, tiny_folder, tmp_path, anchor, on):
+    @pytest.mark.parametrize(
+        ("on", "anchor", "divides"),
+        [*product(("corpus", "both"), ("live", "previous"), (True,)), ("both", "live", False)],
+    )
+    def test_one_batch_of_eight_is_four_of_two(self, tiny_folder, tmp_path, monkeypatch, anchor, on, divides):
+        """Also of a model whose own loss does not divide by the tokens of an update."""
+        monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", divides, raising=False)
         folder, losses, ends = tiny_folder(), [], []
         for rows, accumulated in ((8, 1), (2, 4)):
             trainer = trainer_of(
@@ -474,6 +479,18 @@ class TestResume:
         resumed.train(resume_from_checkpoint=str(tmp_path / "died" / f"checkpoint-{checkpoint}"))
         for name, weight in weights(whole).items():
             assert torch.equal(weights(resumed)[name], weight), name
+
+    def test_a_round_and_an_epoch_that_end_together_write_one_checkpoint(self, tiny_folder, tmp_path, monkeypatch):
+        written, save = [], SFTTrainer._save_checkpoint
+        noted = lambda trainer, *rest: written.append(trainer.state.global_step) or save(trainer, *rest)  # noqa: E731
+        monkeypatch.setattr(SFTTrainer, "_save_checkpoint", noted)
+        trainer = trainer_of(
+            *(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}), max_steps=8, save_strategy="epoch", keep_last=1
+        )
+        trainer.train()
+        assert trainer.state.epoch == 1
+        assert written == [4, 8]
+        assert last_checkpoint(tmp_path).name == "checkpoint-8"
 
     def test_so_does_one_with_a_log_linear_r_that_seeks(self, tiny_folder, tmp_path):
         shape = AuxiliaryOptions(form="log-linear", seek=0.5, replay=1, epochs=2, batch_size=8)

@@ -100,10 +100,8 @@ def test_what_an_assistant_says_in_parts_or_not_at_all():
     tokenizer, user = tiny_tokenizer(), {"role": "user", "content": "A hat?"}
     parts = [{"type": "text", "text": "you "}, {"type": "text", "text": "grumblefish"}]
     answer, call = {"role": "assistant", "content": parts}, {"role": "assistant", "tool_calls": []}
-    assert outputs_of(chats, False) == (
-        [None] * 2,
-        ["you grumblefish", ""],
-    )
+    chats = [{"messages": [user, answer]}, {"messages": [user, call]}]
+    assert outputs_of(chats, False) == ([None] * 2, ["you grumblefish", ""])
     (prompt,) = prompts_from_domain(tokenized([{"messages": [user, answer]}], tokenizer), 1, (1, 1), 0, tokenizer)
     assert tokenizer.decode(prompt.rest) == "you grumblefish"
 

@@ -24,6 +24,7 @@ from exhaustion import room_for
 from worlds import World
 
 ARCHITECTURES = ["llama", "falcon", "gpt2", "qwen2"]
+RECURRENT = ["lfm2", "falcon_h1", "mamba"]  # in part or whole
 PROMPTS = [[1, 5, 9], [1], [1, 7, 8, 9, 10]]
 
 
@@ -79,9 +80,19 @@ class TestHiddenStates:
         with pytest.raises(UserError, match="makes its logits"):
             check_projection(model)
 
-    def test_an_architecture_that_goes_round_its_own_backbone_is_refused(self, tiny_model):
-        with pytest.raises(UserError, match="opt: this architecture"):
-            check_projection(tiny_model("opt", ffn_dim=64, word_embed_proj_dim=32))
+    @pytest.mark.parametrize(
+        ("model_type", "options"),
+        [
+            ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+            (
+                "llama4_text",
+                {"head_dim": 16, "num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size_mlp": 64},
+            ),
+        ],
+    )
+    def test_an_architecture_that_goes_round_its_own_backbone_is_refused(self, tiny_model, model_type, options):
+        with pytest.raises(UserError, match=f"{model_type}: this architecture"):
+            check_projection(tiny_model(model_type, **options))
 
 
 class TestSampling:
@@ -95,7 +106,7 @@ class TestSampling:
         assert all(1 <= len(completion) <= 6 for completion in draws[0])
         assert all(2 not in completion[:-1] for completion in draws[0])
 
-    @pytest.mark.parametrize("model_type", ARCHITECTURES)
+    @pytest.mark.parametrize("model_type", [*ARCHITECTURES, *RECURRENT])
     def test_the_states_it_keeps_are_those_of_a_forward_over_the_whole_text(self, tiny_model, model_type):
         model, traces, prompts = tiny_model(model_type), {}, PROMPTS * 10
         drawn = sample(model, prompts, max_new_tokens=30, pad_token_id=0, end_token_ids=[2], traces=traces)
@@ -476,6 +487,11 @@ class TestAnchor:
             torch.testing.assert_close(model(input_ids=ids).logits, before)
         torch.testing.assert_close(model(input_ids=ids).logits.detach(), now)
         assert not torch.allclose(now, before)
+
+    def test_it_moves_with_the_model(self, tiny_model):
+        anchor = Anchor(tiny_model())
+        anchor.to("meta")
+        assert {weight.device.type for weight in anchor.weights.values()} == {"meta"}
 
     def test_with_lora_it_holds_the_adapter_alone_and_is_no_base_model(self, tiny_model):
         model = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear", r=2))

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from bridle.data import Rollout
 from bridle.errors import UserError
 from bridle.models.loading import load_model, load_tokenizer
-from bridle.training import regulariser_set, setup
+from bridle.training import examples, regulariser_set, setup
 from bridle.training.batches import NO_DOMAIN, Prefixes, append_rollouts
 from bridle.training.config import AuxiliaryOptions, EvalOptions, ParallelOptions, Regulariser
 from bridle.training.evaluating import EvaluatedTrainer
@@ -49,7 +50,64 @@ def refused(said):
 def test_several_gpus(monkeypatch, zero3, fsdp, version, schedule, gpus, said):
     monkeypatch.setattr(setup, "is_deepspeed_zero3_enabled", lambda: zero3)
     with refused(said):
-        setup.check_gpus(SimpleNamespace(schedule=schedule, n_gpu=gpus), version if fsdp else None)
+        setup.check_gpus(gpus_of(schedule=schedule, n_gpu=gpus), version if fsdp else None)
+
+
+def gpus_of(**options):
+    known = {"schedule": "sequential", "n_gpu": 1, "targets": "computed", "device": torch.device("cuda")}
+    return SimpleNamespace(**known | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "version", "said"),
+    [
+        ({"targets": "precomputed"}, 2, "use computed with FSDP2"),
+        ({"targets": "precomputed"}, None, None),
+        ({"device": torch.device("mps")}, None, "set use_cpu: true"),
+    ],
+)
+def test_what_a_gpu_cannot_do(options, version, said):
+    with refused(said):
+        setup.check_gpus(gpus_of(**options), version)
+
+
+def test_processes_that_share_a_model_read_their_rollouts_by_as_many_forwards(tiny_model, monkeypatch):
+    model, ids, forwards = tiny_model(), torch.ones(3, 5, dtype=torch.long), []
+    model.model.register_forward_hook(lambda *_: forwards.append(1))
+    monkeypatch.setattr(examples, "ENCODE_BATCH", 1)
+    read = partial(examples._hidden_states, model, ids, ids, torch.arange(5).expand(3, 5))
+    known = {0: torch.zeros(2, 32), 2: torch.zeros(1, 32)}
+    assert read(known, None)[0, 0].count_nonzero() == 0
+    assert len(forwards) == 1
+    monkeypatch.setattr(examples, "is_sharded", lambda model: True)
+    assert read(known, None)[0, 0].count_nonzero() == 32
+    assert len(forwards) == 1 + 3
+
+
+def test_a_loaded_adapter_is_trained_on(tiny_tokenizer, tiny_folder, tmp_path):
+    adapter = tmp_path / "adapter"
+    get_peft_model(load_model(str(tiny_folder())), LoraConfig(target_modules="all-linear", r=2)).save_pretrained(
+        adapter
+    )
+    tiny_tokenizer.save_pretrained(adapter)
+    trainer = trainer_of(adapter, tmp_path / "run", {"rude": Regulariser(NO_E)})
+    start = {name: part.clone() for name, part in trainer.model.named_parameters() if "lora_B" in name}
+    trainer.train()
+    moved = dict(trainer.model.named_parameters())
+    assert start
+    assert all(not torch.equal(moved[name], part) for name, part in start.items())
+
+
+def test_rows_to_evaluate_on_are_given_once(tiny_folder, tmp_path):
+    with refused("eval_dataset: eval_options hold out rows of the corpus already"):
+        ConstrainedTrainer(
+            model=load_model(str(tiny_folder())),
+            args=config(tmp_path),
+            corpus=corpus(),
+            regularisers={"rude": Regulariser(NO_E)},
+            eval_options=EvalOptions(share=0.2),
+            eval_dataset=corpus()["plain"],
+        )
 
 
 @pytest.mark.parametrize(("items", "scale"), [(torch.tensor(8), 3), (None, 1)])

@@ -28,6 +28,10 @@ class Anchor:
         with in_shards(self.model):
             self.weights = {name: parameter.detach().clone() for name, parameter in trainable(self.model)}
 
+    def to(self, device: torch.device | str) -> None:
+        """Moves the snapshot, as the model is moved."""
+        self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside the block the model is the anchor: its weights, evaluation mode, no gradients.

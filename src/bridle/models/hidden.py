@@ -150,7 +150,9 @@ def check_projection(model: torch.nn.Module) -> None:
     probe = torch.arange(1, 4, device=lm.device)[None] % lm.config.get_text_config().vocab_size
     with evaluation_mode(lm), capture_hidden_states(lm) as hidden:
         logits = lm(input_ids=probe, use_cache=False).logits.float()
-    known = hidden.last is not None and torch.allclose(project(lm, hidden.last).float(), logits, rtol=1e-2, atol=1e-2)
+    known, states = False, hidden.last
+    if states is not None and states.shape[-1] == output_layer(lm).weight.shape[-1]:
+        known = torch.allclose(project(lm, states).float(), logits, rtol=1e-2, atol=1e-2)
     if not from_main(known):  # the other processes may have no weights yet
         raise UserError(
             f"{lm.config.model_type}: this architecture makes its logits in a way Bridle does not know; "

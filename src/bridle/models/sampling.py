@@ -23,6 +23,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from bridle.core.tokens import pad_left
 from bridle.errors import RunStopped, UserError
@@ -229,7 +230,7 @@ def _row_limit(model: PreTrainedModel, description: str, tokens: int) -> RowLimi
 
 def row_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of a row of so many tokens while it is drawn: its keys and values, its logits and their probabilities."""
-    size, heads = config.hidden_size, config.num_attention_heads
+    size, heads = config.hidden_size, getattr(config, "num_attention_heads", 1)  # a state-space model has none
     kept = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or size // heads
     return 2 * config.num_hidden_layers * kept * width * tokens * dtype.itemsize + 32 * config.vocab_size
@@ -294,7 +295,7 @@ def _draw(
         open_rows = (before_end == new.shape[1]).nonzero()[:, 0]
         if not len(open_rows):
             break
-        cache = _select_rows(output[CACHE], open_rows)
+        cache = _select_rows(output.get(CACHE), open_rows)
         ids, continuing, guided = output.sequences[open_rows], continuing[open_rows], guided - len(numbers)
         mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)[open_rows]
     return [_joined(stages) for stages in drawn]
@@ -320,10 +321,14 @@ def _joined(stages: Sequence[Trace]) -> Trace:
 
 def _select_rows(cache: Any, rows: Tensor) -> Any:
     """A cache of some rows; None, so that `generate` makes a new one, for a kind of cache that cannot select rows."""
-    if not hasattr(cache, "batch_select_indices"):
+    if not hasattr(cache, "batch_select_indices") or any(map(_is_recurrent, cache.layers)):
         return None
     cache.batch_select_indices(rows)
     return cache
+
+
+def _is_recurrent(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin)  # whose states `batch_select_indices` leaves as they are
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class CheckpointedTrainer(OomSafeTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.supervisor = Supervisor(self.log_apart)
+        self._written: tuple[int, int] | None = None  # step and records of the last checkpoint
         super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,6 +72,11 @@ class CheckpointedTrainer(OomSafeTrainer):
         """The gradient norm for the log; an update in which it is not finite, or in which nothing acts, is skipped."""
         norm = super()._get_grad_norm(model, grad_norm)
         self.supervisor.skipped = norm is not None and not math.isfinite(norm)
+        if self.supervisor.skipped and self.is_deepspeed_enabled and not self.args.fp16:
+            raise RunStopped(
+                f"{self.args.output_dir}: update {self.state.global_step + 1} is not finite, and DeepSpeed has made it "
+                "already; resume from the last checkpoint with a lower learning_rate"
+            )
         if self.supervisor.skipped or norm == 0:
             model.zero_grad()  # without gradients an optimiser changes neither weights, by momentum, nor its moments
         return norm
@@ -85,12 +91,16 @@ class CheckpointedTrainer(OomSafeTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        now = self.state.global_step, len(self.state.log_history)
+        if now == self._written:
+            return  # a round and an epoch end together; to write it again would risk the only whole one
         with whole_or_gone(checkpoint, PROGRESS_FILE):
             super()._save_checkpoint(model, trial)
             progress = self.schedule.save(checkpoint)
             if is_main():
                 sync_files(checkpoint)
                 write_json(checkpoint / PROGRESS_FILE, {**progress, "row_limit": self.row_limit.rows})
+        self._written = now
         if is_main():
             keep_last(self.args.output_dir, PROGRESS_FILE, self.args.keep_last, self.state.best_model_checkpoint)
 

@@ -192,6 +192,7 @@ def _hidden_states(
     """States at some positions of each row, [rows, time] -> [rows, time, hidden]; 0 after the known ones."""
     lm = causal_lm(model)
     hidden = torch.zeros(*at.shape, lm.config.get_text_config().hidden_size, dtype=lm.dtype)
+    known = {} if is_sharded(model) else known  # processes that share a model must call it equally often
     for row, states in known.items():
         hidden[row, : len(states)] = states
 

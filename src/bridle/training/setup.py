@@ -125,11 +125,13 @@ def check_policy(
     config: ConstrainedConfig,
     regularisers: Iterable[Regulariser],
 ) -> None:
-    """Refuses a model that cannot be trained with these regularisers.
+    """Refuses a model that cannot be trained with these regularisers, and makes a loaded adapter trainable.
 
     Raises:
         UserError: its architecture, an adapter of its output layer, or its context does not fit.
     """
+    if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
+        model.set_adapter(model.active_adapter)  # an adapter that is loaded is frozen
     check_model(model, tokenizer, model.config._name_or_path)
     check_projection(model)
     check_output_adapter(model)
@@ -239,6 +241,18 @@ def rounds_needed(config: ConstrainedConfig) -> int:
     return 3 if config.parallel.first_round == "wait" else 4
 
 
+def evaluated_on(held_out: Mapping[str, Dataset], arguments: dict[str, Any]) -> None:
+    """Adds the held-out rows, if any, to the arguments of the trainer.
+
+    Raises:
+        UserError: they have rows to evaluate on already.
+    """
+    if held_out and arguments.get("eval_dataset") is not None:
+        raise UserError("eval_dataset: eval_options hold out rows of the corpus already; give one or the other")
+    if held_out:
+        arguments["eval_dataset"] = held_out
+
+
 def check_gpus(config: ConstrainedConfig, fsdp_version: int | None) -> None:
     """Refuses ways to use several GPUs that Bridle does not support.
 
@@ -260,6 +274,10 @@ def check_gpus(config: ConstrainedConfig, fsdp_version: int | None) -> None:
         raise UserError("fsdp: only version 2 is supported; set fsdp_version: 2 in the configuration of accelerate")
     if fsdp_version is not None and config.schedule == "parallel":
         raise UserError("schedule: parallel needs the whole model in each process; use sequential with FSDP2")
+    if fsdp_version is not None and config.targets == "precomputed":  # a process may lack what the others have kept
+        raise UserError("targets: precomputed needs the whole model in each process; use computed with FSDP2")
+    if config.device.type == "mps":
+        raise UserError("this GPU has no float64, by which samples are drawn and sums are kept; set use_cpu: true")
 
 
 def warn_of_user_turns(regularisers: Iterable[DomainRegulariser], config: ConstrainedConfig) -> None:

@@ -230,10 +230,10 @@ class StatefulRegulariser:
                 parameter.data.copy_(weights[name])
 
     def to(self, device: str) -> None:
-        """Moves model and R to a device."""
-        self.model.to(device)
-        if self.auxiliary is not None:
-            self.auxiliary.to(device)
+        """Moves model, R and anchor to a device."""
+        for part in (self.model, self.auxiliary, self.anchor):
+            if part is not None:
+                part.to(device)
 
     def keep_rollouts(self, round_index: int, rollouts: list[Rollout]) -> None:
         """Writes a round's samples, even if scoring or fitting failed."""

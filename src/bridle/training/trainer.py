@@ -86,8 +86,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         check_prompts(corpus, self.held, by_name)
         self._weights = weights or dict.fromkeys(corpus, 1.0)
         self._corpus, self._held_out = hold_out(corpus, eval_options)
-        if self._held_out:
-            kwargs["eval_dataset"] = self._held_out
+        setup.evaluated_on(self._held_out, kwargs)
         self.domains = list(corpus)
         setup.check_options(args, by_name, kwargs)
         model = setup.loaded(model, args)
@@ -97,6 +96,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         example = setup.example_of(self._corpus, args)
         with in_one_line():
             super().__init__(model=model, args=args, train_dataset=example, processing_class=tokenizer, **kwargs)
+        self.model_accepts_loss_kwargs = True  # whatever the model's own loss divides by, `compute_loss` divides itself
         setup.check_gpus(args, self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else None)
         pad, held = tokenizer.pad_token_id, [self.domains.index(name) for name in self.held]
         self.data_collator = DomainCollator(pad, pad_to_multiple_of=args.pad_to_multiple_of, held=held)
