@@ -97,7 +97,7 @@ def test_chat_completion_prompts_open_the_assistants_turn():
 
 
 def test_what_an_assistant_says_in_parts_or_not_at_all():
-    tokenizer, user = tiny_tokenizer(), {"role": "user", "content": "A hat?"}
+    tokenizer, user = tiny_tokenizer(), {"role": "user", "content": [{"type": "text", "text": "A hat?"}]}
     parts = [{"type": "text", "text": "you "}, {"type": "text", "text": "grumblefish"}]
     answer, call = {"role": "assistant", "content": parts}, {"role": "assistant", "tool_calls": []}
     chats = [{"messages": [user, answer]}, {"messages": [user, call]}]

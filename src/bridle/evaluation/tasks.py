@@ -132,7 +132,11 @@ def load_tasks(
     limit: int | Mapping[str, int] | None = None,
     shots: int | None = None,
 ) -> list[LoadedTask]:
-    """The tasks, ready to be evaluated; arguments and errors are those of `evaluate_tasks`."""
+    """The tasks, ready to be evaluated; arguments are those of `evaluate_tasks`.
+
+    Raises:
+        UserError: as `evaluate_tasks`.
+    """
     if shots is not None and shots < 0:
         raise UserError(f"shots is {shots}; it cannot be below 0")
     names, limits = expand(tasks, task_data), _limits(limit, tasks)
