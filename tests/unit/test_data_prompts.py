@@ -102,7 +102,8 @@ def test_what_an_assistant_says_in_parts_or_not_at_all():
     answer, call = {"role": "assistant", "content": parts}, {"role": "assistant", "tool_calls": []}
     chats = [{"messages": [user, answer]}, {"messages": [user, call]}]
     assert outputs_of(chats, False) == ([None] * 2, ["you grumblefish", ""])
-    (prompt,) = prompts_from_domain(tokenized([{"messages": [user, answer]}], tokenizer), 1, (1, 1), 0, tokenizer)
+    rows = Dataset.from_list(chats[:1])
+    (prompt,) = prompts_from_domain(rows, 1, prompt_tokens=(1, 1), seed=0, tokenizer=tokenizer)
     assert tokenizer.decode(prompt.rest) == "you grumblefish"
 
 
