@@ -11,6 +11,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from bridle.errors import UserError
+from bridle.models.auxiliary import AuxiliaryModel, fingerprint
 from bridle.training.config import BestOptions, EvalOptions, Regulariser
 from bridle.training.evaluating import best_evaluation, has_waited, hold_out
 from conftest import SENTENCES
@@ -91,6 +92,10 @@ def test_the_best_checkpoint_is_kept_and_a_resumed_run_finds_the_same(trained, t
     assert told["best_loss"] == min(losses)
     kept = load_file(tmp_path / "every" / f"checkpoint-{told['best_step']}" / "model.safetensors")
     assert all(torch.equal(weight, kept[name]) for name, weight in weights(every).items() if name in kept)
+    auxiliary = AuxiliaryModel.from_pretrained(tmp_path / "every" / "auxiliary")
+    of_best = tmp_path / "every" / f"checkpoint-{told['best_step']}" / "regularisers" / "rude" / "auxiliary.safetensors"
+    assert all(torch.equal(auxiliary.state_dict()[name], weight) for name, weight in load_file(of_best).items())
+    assert auxiliary.config.provenance["trained_model"] == fingerprint(every.model), "R is of the model that is kept"
 
     rates = logged(every, "eval_violation")
     allowed = [i for i, rate in enumerate(rates) if rate <= min(rates)]
@@ -116,6 +121,16 @@ def test_the_best_checkpoint_is_kept_and_a_resumed_run_finds_the_same(trained, t
     resumed = trained("whole", resume=str(tmp_path / "whole" / "checkpoint-4"), **options(1.0))
     assert logged(whole, "eval_loss") == logged(resumed, "eval_loss") == losses
     assert all(map(torch.equal, weights(whole).values(), weights(resumed).values()))
+
+
+def test_rows_of_another_domain_are_no_prompts_of_a_domain_of_prompts_alone(tiny_folder, tmp_path):
+    rows = {"plain": corpus()["plain"], "asked": Dataset.from_dict({"prompt": SENTENCES})}
+    with pytest.raises(UserError, match=r"^eval.prompts: no rows are held out of a domain with a constraint"):
+        trainer_of(
+            *(tiny_folder(), tmp_path, {"asked": Regulariser(NO_E, kl_on="rollouts")}, rows),
+            learn={"asked": False},
+            eval_options=EvalOptions(share=0.2),
+        )
 
 
 def test_the_rule_names_both():

@@ -103,6 +103,15 @@ class TestRounds:
     def test_where_nothing_violates_it_falls(self):
         assert state().measured(AIM, 3, [0.0] * 600, acts_in=3).weight == pytest.approx(4 / 4)
 
+    @pytest.mark.parametrize(
+        ("options", "samples"), [({"rate": 0.01, "confidence": 0.95}, 300), ({"rate": 0.001}, 256)]
+    )
+    def test_where_nothing_violates_few_samples_do_not_raise_it(self, options, samples):
+        aim = TargetOptions(**options)
+        now = replace(state(), limit=aim.rate)
+        assert now.measured(aim, 3, [0.0] * samples, acts_in=3).weight == 4
+        assert now.measured(aim, 3, [1.0] + [0.0] * samples, acts_in=3).weight > 4
+
     def test_a_target_of_the_base_s_rate(self):
         half = TargetOptions(base=0.5)
         now = DualState(4.0).measured(half, 1, [1.0] * 20 + [0.0] * 80, acts_in=1)

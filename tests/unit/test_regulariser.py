@@ -23,7 +23,7 @@ from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulari
 from bridle.training.measures import measure_rollouts, measure_weights
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.retention import Retention
-from bridle.training.rollouts import output_of
+from bridle.training.rollouts import output_of, tokens_to_seek
 from bridle.training.shares import Tilt
 from trainers import NO_E, Labels, Letters, trainer_of
 
@@ -194,13 +194,19 @@ class TestRound:
         second = held.update(2)
         sought = [one for one in held.rollouts if one.sought]
         plain = [one for one in held.rollouts if not one.sought]
-        assert [bool(one.sought) for one in held.rollouts] == [False, True] * 6
         assert all(one.sought <= len(one.completion_ids) for one in sought)
         assert len({one.sought for one in sought}) > 1
         assert (second["rollouts"], second["rollouts_sought"]) == (6, 6)
         assert second["tokens_sampled"] == sum(len(one.completion_ids) for one in held.rollouts)
         assert second["compliance"] == sum(one.complies for one in plain) / 6
         assert second["compliance_sought"] == sum(one.complies for one in sought) / 6
+
+    @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+    def test_each_of_two_domains_in_turn_has_rollouts_of_both_kinds(self, share):
+        seeks = [tokens > 0 for tokens in tokens_to_seek(400, share, 8, seed=3)]
+        assert sum(seeks) == 400 * share
+        for domain in (seeks[::2], seeks[1::2]):
+            assert sum(domain) == pytest.approx(200 * share, rel=0.3)
 
     def test_a_new_r_is_fitted_on_the_corpus_first_and_once(self, trained_on, monkeypatch):
         fits = []
@@ -248,7 +254,10 @@ class TestRound:
     def test_an_initial_anchor_that_is_fitted_draws_no_more(self, trained_on):
         held = trained_on(Letters(["unused"]), {"anchor": "initial"})
         held.is_fitted = True
-        assert held.update(2) == {}
+        held.auxiliary.config.provenance = {"round": 0}  # on the corpus alone
+        assert held.update(2)["rollouts"]
+        held.auxiliary.config.provenance = {"round": 2}
+        assert held.update(3) == {}
 
     def test_what_was_scored_while_sampling_is_scored_once(self, trained_on):
         constraint, asked = Letters(["unused"]), []

@@ -404,6 +404,16 @@ def test_options_of_roles_are_named_where_there_are_none(tmp_path, caplog, sched
     assert [record.message.split(":")[0] for record in caplog.records] == named
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({}, 1), ({"kl_on": "rollouts"}, 0), ({"weight": 0.0}, 0), ({"constraint": None, "anchor": "initial"}, 0)],
+)
+def test_a_kl_on_packed_rows_is_warned_of(tmp_path, caplog, options, named):
+    packed = config(tmp_path, packing=True, packing_strategy="wrapped")
+    setup.check_options(packed, {"rude": Regulariser(**{"constraint": NO_E, "kl_on": "corpus"} | options)}, {})
+    assert caplog.text.count("packing: rollouts begin in the first text of a row") == named
+
+
 @pytest.mark.parametrize(("weights", "dropout"), [((0.0, 0.0), 0.2), ((0.5, 0.0), 0.0), ((1.0, 1.0), 0.0)])
 def test_dropout_stays_where_no_kl_pulls(tiny_folder, tmp_path, weights, dropout):
     held = {name: Regulariser(NO_E, weight=weight) for name, weight in zip(("plain", "rude"), weights, strict=True)}

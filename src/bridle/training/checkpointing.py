@@ -31,6 +31,10 @@ class Resumable(Protocol):
         """Resumes from a checkpoint."""
         ...
 
+    def on_train_end(self, args: Any, state: Any, control: Any) -> None:
+        """Writes what belongs to the final model."""
+        ...
+
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The last whole checkpoint of a run; half-written ones are skipped."""

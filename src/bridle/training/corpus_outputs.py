@@ -22,6 +22,8 @@ def corpus_outputs(
 ) -> list[Rollout]:
     """What follows each prompt in its row, cut as a rollout is, with its label, which may be missing.
 
+    A row that ends before its text does, and before an output would be cut, gives none.
+
     The policy did not draw these, so an R that is fitted on them alone is biased. But they teach it what a violation
     looks like: the regularised domain is where there are many.
 
@@ -38,6 +40,7 @@ def corpus_outputs(
         for prompt in prompts
         if prompt.rest
     ]
+    outputs = [output for output in outputs if output.finished or len(output.completion_ids) == max_new_tokens]
     mine = share(outputs)
     scores = joined(constraint.score([one.given for one in mine], [one.completion for one in mine]), len(outputs))
     for output, score in zip(outputs, scores, strict=True):

@@ -151,7 +151,10 @@ class DualState:
             if round_index == 1:
                 state = replace(state, limit=options.limit(violation))
             if state.limit is not None and state.since is not None and state.since < round_index:
-                state = state.stepped(options, violation, len(violations))
+                stepped = state.stepped(options, violation, len(violations))
+                # Of few samples v̂ is above a low a although nothing violates; λ then stays.
+                rises = stepped.weight > state.weight and not any(violations)
+                state = replace(state, change=0.0, steps=stepped.steps) if rises else stepped
         return replace(state, since=acts_in) if state.since is None else state
 
     def stepped(self, options: TargetOptions, violation: float, samples: int = 1) -> "DualState":

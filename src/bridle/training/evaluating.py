@@ -29,6 +29,7 @@ from bridle.training.checkpointing import CheckpointedTrainer
 from bridle.training.config import BestOptions, EvalOptions
 from bridle.training.guards import warn
 from bridle.training.rollouts import output_of
+from bridle.training.state import RegulariserState
 from bridle.utils.distributed import joined, share
 
 Record = Mapping[str, Any]
@@ -65,12 +66,14 @@ class EvaluatedTrainer(CheckpointedTrainer):
     """A trainer that can evaluate its policy on held-out rows and prompts.
 
     Attributes:
+        regularisers: of the run.
         eval_options: what is measured; None for only what `transformers` measures.
         eval_weights: share in `eval_loss` of the loss of each domain that is learnt.
         eval_prompts: the prompts to complete.
         eval_constraints: all score the same completions.
     """
 
+    regularisers: Any
     eval_options: EvalOptions | None = None
     eval_weights: Mapping[str, float]
     eval_prompts: Sequence[Prompt] = ()
@@ -95,6 +98,8 @@ class EvaluatedTrainer(CheckpointedTrainer):
         self.eval_weights = {name: weights[name] for name in held_out if name in weights}
         self.eval_constraints = options.constraints or constraints
         if self.eval_constraints:
+            if options.prompts is None and not judged and not options.constraints:
+                raise UserError("eval.prompts: no rows are held out of a domain with a constraint; name prompts for it")
             self.eval_prompts = self._held_out_prompts(options, {name: held_out[name] for name in judged} or held_out)
         if options.best is not None and not self.eval_prompts:
             raise UserError("eval.best: goes by a violation rate; name eval.constraints that can be asked")
@@ -235,6 +240,9 @@ class EvaluatedTrainer(CheckpointedTrainer):
             return
         self.state.best_model_checkpoint = str(self._checkpoint(best))
         self._load_best_model()
+        for regulariser in self.regularisers:  # the last R that this model had
+            regulariser.load_state(RegulariserState.load(self._checkpoint(best) / "regularisers" / regulariser.name))
+        self.schedule.on_train_end(self.args, self.state, self.control)
         named = {"best_step": "step", "best_loss": "eval_loss", "best_violation": "eval_violation"}
         self.log_apart({key: best[of] for key, of in named.items()} | {"best_bound": rule.violation})
 

@@ -242,7 +242,7 @@ class DomainRegulariser(StatefulRegulariser):
         self.auxiliary.config.provenance = {
             "constraint": self.constraint.describe(),
             "regulariser": self.name,
-            "round": self.rollouts[0].round,
+            "round": 0 if purpose == "fitting on the corpus" else self.rollouts[0].round,
             "model_hash": self.rollouts[0].model_hash,
             "fitted_on": fingerprint(self.model),
         }

@@ -22,8 +22,9 @@ from bridle.utils.distributed import gathered, joined, share
 
 def tokens_to_seek(count: int, share: float, horizon: int, seed: int) -> list[int]:
     """How many first tokens of each rollout seek a violation: 0 for plain rollouts, else uniform below the horizon."""
-    lengths = np.random.default_rng(seed).integers(1, max(2, horizon), size=count).tolist()
-    return [tokens if int((index + 1) * share) > int(index * share) else 0 for index, tokens in enumerate(lengths)]
+    rng = np.random.default_rng(seed)
+    sought = rng.permutation(count) < int(share * count)  # by chance, since prompts may be of several domains in turn
+    return [int(tokens) for tokens in rng.integers(1, max(2, horizon), size=count) * sought]
 
 
 def draw_rollouts(

@@ -187,13 +187,14 @@ def check_options(
             raise UserError(
                 f"rounds: {config.rounds} leave λ of regularisers.{name}.target as it begins; set at least {needed}"
             )
-        _check_confidence(name, options.target, config.rollouts_per_round)
+        _check_confidence(name, options.target, config)
     if config.target_cache is not None and not any(one.keeps_targets for one in regularisers.values()):
         raise UserError(
             "target_cache: keeps the targets of retention with kl_on: corpus; there is none, so leave it out"
         )
     _warn_of_second_fits(config, regularisers)
     _warn_of_no_roles(config)
+    _warn_of_packed_rows(config, regularisers)
     for name in arguments.keys() & NOT_TAKEN:
         raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
     if arguments.get("eval_dataset") is None and (config.eval_strategy != "no" or config.eval_on_start):
@@ -217,6 +218,16 @@ def _warn_of_no_roles(config: ConstrainedConfig) -> None:
             warn(f"parallel.{role.name}: has no effect, since schedule is sequential; set parallel, or leave it out")
 
 
+def _warn_of_packed_rows(config: ConstrainedConfig, regularisers: Mapping[str, Regulariser]) -> None:
+    """Warns of a KL on packed rows, of whose texts rollouts begin in the first alone."""
+    for name, options in regularisers.items():
+        if config.packing and options.weight > 0 and not options.is_retention and options.kl_on != "rollouts":
+            warn(
+                f"packing: rollouts begin in the first text of a row, and the KL of {name} also looks at the others, "
+                f"where R was not fitted; set regularisers.{name}.kl_on: rollouts, or packing: false"
+            )
+
+
 def _check_sampler(config: ConstrainedConfig) -> None:
     if config.auxiliary.seek:
         raise UserError("auxiliary.seek: R cannot guide vLLM; set 0, or sampler.engine: transformers")
@@ -224,13 +235,16 @@ def _check_sampler(config: ConstrainedConfig) -> None:
         raise UserError("schedule: parallel does not sample by vLLM; set sequential, or sampler.engine: transformers")
 
 
-def _check_confidence(name: str, target: TargetOptions | None, samples: int) -> None:
-    """Refuses a target that a round cannot show even if nothing violates."""
-    if target is not None and target.rate and target.confidence and target.bound(0, samples) > target.rate:
-        needed = ceil(log(1 - target.confidence) / log(1 - target.rate))
+def _check_confidence(name: str, target: TargetOptions | None, config: ConstrainedConfig) -> None:
+    """Refuses a target that a round's plain rollouts cannot show even if nothing violates."""
+    seek, count = config.auxiliary.seek, config.rollouts_per_round
+    sought = int(seek * count)
+    if target is not None and target.rate and target.confidence and target.bound(0, count - sought) > target.rate:
+        needed = ceil(log(1 - target.confidence) / log(1 - target.rate) / (1 - seek))
+        plain = f", of which {sought} seek violations," if sought else ""
         raise UserError(
-            f"rollouts_per_round: {samples} cannot show regularisers.{name}.target, at most {target.rate:.3g} with "
-            f"{100 * target.confidence:g}% confidence; set at least {needed}, better four times as many"
+            f"rollouts_per_round: {count}{plain} cannot show regularisers.{name}.target, at most {target.rate:.3g} "
+            f"with {100 * target.confidence:g}% confidence; set at least {needed}, better four times as many"
         )
 
 

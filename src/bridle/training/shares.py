@@ -63,6 +63,9 @@ class Tilt:
 def tilt_of(options: ShareOptions | None, rollouts: Sequence[Rollout]) -> Tilt | None:
     """The tilt that brings the plain rollouts' share of complying outputs into the range; None without a share.
 
+    It is exact for one prompt. Where prompts differ in their share, q falls short of the bound, since log-odds do not
+    average; the next round measures what is left.
+
     A rollout without a score, or one that sought violations, does not count.
     """
     if options is None:

@@ -162,7 +162,10 @@ class StatefulRegulariser:
     @property
     def settled(self) -> bool:
         """Whether neither q nor the rollouts will change: p_a does not, and R has been fitted to it."""
-        return self.options.anchor == "initial" and self.is_fitted
+        knows = (
+            self.auxiliary is not None and self.auxiliary.config.provenance.get("round", 0) > 0
+        )  # 0: the corpus alone
+        return self.options.anchor == "initial" and self.is_fitted and knows
 
     @property
     def weight(self) -> float:
