@@ -148,9 +148,9 @@ class TestTheEnd:
             made(tiny_folder(), tmp_path, {"rude": held(confidence=0.95)})
 
     def test_rollouts_that_seek_violations_do_not_count(self, tiny_folder, tmp_path):
-        with pytest.raises(UserError, match=r"400, of which 200 seek violations, cannot show .*at least 598"):
-            auxiliary = AuxiliaryOptions(seek=0.5)
-            made(tiny_folder(), tmp_path, {"rude": held(confidence=0.95)}, rollouts_per_round=400, auxiliary=auxiliary)
+        options = {"rollouts_per_round": 400, "auxiliary": AuxiliaryOptions(seek=0.5)}
+        with pytest.raises(UserError, match=r"400, of which 200 seek violations, cannot show .*at least 597"):
+            made(tiny_folder(), tmp_path, {"rude": held(confidence=0.95)}, **options)
 
     def test_a_lambda_that_still_rises_asks_for_more(self, tiny_folder, tmp_path):
         trainer = made(tiny_folder(), tmp_path, {"rude": held(most=1e6)})
