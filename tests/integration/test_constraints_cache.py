@@ -8,10 +8,12 @@ import sqlite3
 import sys
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 
-from bridle.constraints import Cached, ScoreCache, WordList, build_constraint
+from bridle.constraints import Cached, Classifier, PythonFunction, ScoreCache, WordList, build_constraint
+from bridle.constraints import cache as cache_module
 from bridle.errors import UserError
 from loopback import error, ok
 
@@ -25,6 +27,15 @@ def remote(server, tmp_path):
     server.answer = lambda request: ok({"rude": 0.3})
     spec = {"type": "remote", "url": server.url, "body": {"t": "{text}"}, "score": "rude", "retries": 0}
     return lambda **options: build_constraint({**spec, "cache": str(tmp_path / "labels.sqlite"), **options})
+
+
+def test_what_another_process_labelled_while_this_one_waited_is_not_asked(tmp_path, monkeypatch):
+    cache, look_up = ScoreCache(tmp_path / "labels.sqlite"), cache_module._look_up
+    known = dict(cache.through({}, ["a"], lambda texts: [(text, (1.0, 1.0)) for text in texts]))
+    looks = iter([lambda *given: {}, look_up])
+    monkeypatch.setattr(cache_module, "_look_up", lambda *given: next(looks)(*given))
+    assert [*dict(cache.through({}, ["a"], lambda texts: pytest.fail("asked")))] == [*known]
+    assert next(looks, None) is None
 
 
 def asked(server):
@@ -244,6 +255,34 @@ class TestAnyConstraint:
         assert classifier.identity() == before
         (tmp_path / "weights").write_text("ab")
         assert classifier.identity() != before
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").write_text("{}")
+        assert [name for name, _ in classifier.identity()["files"][:-1]] == ["1_Pooling/config.json"]
+
+    def test_a_classifier_is_known_wherever_it_lies(self, tmp_path):
+        for name in ("here", "there"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "weights").write_text("a")
+        os.utime(tmp_path / "there" / "weights", (1, 1))
+        here, there = (Classifier(tmp_path / name, "toxic", name="kind") for name in ("here", "there"))
+        assert here.identity() == there.identity()
+
+    def test_code_that_changes_during_a_run_is_not_taken_for_what_runs(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(tmp_path)
+        module, spec = tmp_path / "in_use.py", {"type": "python", "function": "in_use:score"}
+        module.write_text("def score(texts): return [1.0] * len(texts)")
+        running = build_constraint({**spec, "cache": str(tmp_path / "labels.sqlite")})
+        running.load()
+        module.write_text("def score(texts): return [0.0] * len(texts)\n")
+        assert values(running, ["a"]) == [1.0]
+        monkeypatch.delitem(sys.modules, "in_use")
+        assert values(build_constraint({**spec, "cache": str(tmp_path / "labels.sqlite")}), ["a"]) == [0.0]
+
+    @pytest.mark.parametrize("function", [lambda texts: texts, partial(map, len), Counter().get])
+    def test_a_function_without_a_name_of_its_own_needs_a_version(self, tmp_path, function):
+        with pytest.raises(UserError, match=r"^cache: .* give it a version"):
+            Cached(PythonFunction(function), str(tmp_path / "labels.sqlite"))
+        Cached(PythonFunction(function), str(tmp_path / "labels.sqlite"), version=1)
 
     def test_combinations_know_their_parts(self, tmp_path):
         one, other = WordList(["grumblefish"]), WordList(["muddlehead"])

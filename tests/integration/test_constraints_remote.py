@@ -308,6 +308,7 @@ def test_a_description_builds_the_same_again(remote):
         ({"body": {"m": "{model}", "t": "{text}"}}, "model: is missing"),
         ({"body": {"t": "{prompt}"}}, "prompt: is missing"),
         ({"prompt": "{text}"}, "prompt: the body has no '{prompt}'"),
+        ({"model": "another"}, "model: the body has no '{model}'"),
         ({"body": {"t": "{prompt}"}, "prompt": "Rude?"}, "prompt: must hold {text}"),
         ({"body": {"input": "{text}", "day": date(2024, 1, 1)}}, "body: is not JSON"),
         ({"headers": {"X-Name": "é"}}, "headers: must be names and values"),

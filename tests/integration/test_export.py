@@ -234,6 +234,8 @@ class TestGGUF:
         model = tiny_model("llama", vocab_size=len(tokenizer), **HEADS)
         write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
         reference(tmp_path / "reference.gguf", model, tokenizer)
+        write_gguf(tmp_path / ".tiny.gguf.7.tmp", model, tokenizer, "tiny")
+        assert content(tmp_path / ".tiny.gguf.7.tmp") == content(tmp_path / "tiny.gguf")
         found, expected = (content(tmp_path / name) for name in ("tiny.gguf", "reference.gguf"))
         assert {key: found[0].get(key) for key in expected[0]} == expected[0]
         assert found[1] == expected[1]

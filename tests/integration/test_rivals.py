@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,14 +95,41 @@ def test_every_rival(bridle, compared, tmp_path, lora):
     assert [line for line in err.splitlines() if line.endswith(": making")] == ["wise-ft@0.25, seed 0: making"]
 
 
+def test_weights_are_averaged_with_those_of_an_embedding_s_adapter_too(tiny_model):
+    from peft import LoraConfig, get_peft_model
+
+    from bridle.comparison.rivals import _average
+
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.normal_()
+        ids = torch.arange(3, 9)[None]
+        _average(model, "unused", 0.0)
+        with model.disable_adapter():
+            before = model(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+def test_an_adapter_as_the_model_before_tuning_is_refused(tmp_path):
+    from bridle.comparison.rivals import l2_sp, wise_ft
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    cell = SimpleNamespace(recipe=SimpleNamespace(model=str(tmp_path)), method="wise-ft")
+    for method in (l2_sp, wise_ft):
+        with pytest.raises(UserError, match="is an adapter; merge it by `bridle export`, or leave wise-ft out"):
+            method(cell)
+
+
 def test_the_pull_is_the_gradient_of_the_distance(tiny_model):
-    """With adapters, too, it is that of α/2·‖w − w_0‖²."""
+    """With adapters, too, also of an embedding, it is that of α/2·‖w − w_0‖²."""
     from peft import LoraConfig, get_peft_model
 
     from bridle.comparison.rivals import StartingPoint
 
     plain = tiny_model()
-    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, lora_alpha=6, target_modules=["embed_tokens", "q_proj"]))
     for model in (plain, adapted):
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         torch.manual_seed(1)
@@ -112,12 +140,7 @@ def test_the_pull_is_the_gradient_of_the_distance(tiny_model):
             total = sum((p - start[name]).square().sum() for name, p in model.named_parameters())
         else:
             layers = [module for module in model.modules() if hasattr(module, "lora_A")]
-            total = sum(
-                (layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
-                .square()
-                .sum()
-                for layer in layers
-            )
+            total = sum(layer.get_delta_weight("default").square().sum() for layer in layers)
         StartingPoint(0.3, start if model is plain else None).on_pre_optimizer_step(None, None, None, model=model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         expected = torch.autograd.grad(0.3 / 2 * total, list(trained.values()), allow_unused=True)

@@ -16,9 +16,9 @@ from bridle.certification.bounds import (
     true_rate_bound,
     upper_bound,
 )
-from bridle.certification.certificate import Ranked
+from bridle.certification.certificate import Ranked, completions_file
 from bridle.certification.certify import safest_first
-from bridle.certification.goal import Goal
+from bridle.certification.goal import Goal, percent, percent_up
 from bridle.errors import UserError
 from certified_worlds import (
     JUST_ABOVE,
@@ -178,3 +178,24 @@ class TestGoal:
         goal = Goal(anytime=True)
         assert goal.can_be_reached([1.0], 1_000)
         assert not goal.can_be_reached([1.0], 500)
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"), [(0.0123449, "1.235%"), (0.05, "5%"), (0.1, "10%"), (0.0, "0%"), (1.0, "100%"), (2e-5, "0.002%")]
+)
+def test_a_bound_is_rounded_up(bound, said):
+    assert percent_up(bound) == said
+
+
+def test_a_confidence_is_not_rounded_to_certainty():
+    assert [percent(share) for share in (0.99999, 0.95, 0.07)] == ["99.999%", "95%", "7%"]
+
+
+def test_each_certificate_has_completions_of_its_own(tmp_path):
+    names = ["cert.json", "cert-0.01", "cert-0.05", "cert-0.05.txt"]
+    assert [completions_file(tmp_path / name).name for name in names] == [
+        "cert.completions.jsonl",
+        "cert-0.01.completions.jsonl",
+        "cert-0.05.completions.jsonl",
+        "cert-0.05.txt.completions.jsonl",
+    ]

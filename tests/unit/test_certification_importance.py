@@ -77,5 +77,6 @@ def test_the_ratios_are_those_of_two_distributions(model, auxiliary, world):
     q = p * np.exp(ratios)
     assert p.sum() == pytest.approx(1, abs=1e-5)
     assert q.sum() == pytest.approx(1, abs=1e-5)
+    assert all(Seeker(guide, share).weight(-60.0) <= 1 / (1 - share) for share in np.linspace(0.01, 0.99, 99))
     weights = np.array([seeker.weight(ratio) for ratio in ratios])
     assert weights == pytest.approx(p / (0.75 * p + 0.25 * q), rel=1e-5)

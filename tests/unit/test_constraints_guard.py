@@ -62,6 +62,14 @@ WORDS = {
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
+def test_a_conversation_as_text_is_written_into_the_policy_once(guards, family):
+    options = GUIDELINE.get(family, {})
+    chat, text = [{"role": "user", "content": PROMPT}], f"user: {PROMPT}\nassistant: {COMPLETION}"
+    joined = Guard(guards / family, family, reads="prompt+completion", **options).score([chat], [COMPLETION])
+    assert joined == Guard(guards / family, family, reads="completion", **options).score([None], [text])
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
 def test_the_value_is_the_probability_of_the_verdict_after_the_template(guards, family):
     guard = Guard(guards / family, family, **GUIDELINE.get(family, {}))
     score, again = guard.score([PROMPT, [{"role": "user", "content": PROMPT}]], [COMPLETION] * 2)

@@ -96,6 +96,8 @@ class TestReward:
         constraint = Reward(save(tmp_path / "chat", network, tokenizer), 0.0, reads="chat")
         expected = logits(network, tokenizer, "<user>hm?<assistant>rain").sigmoid().item()
         assert constraint.score(["hm?"], ["rain"])[0].value == pytest.approx(expected, abs=1e-6)
+        alone = logits(network, tokenizer, "rain").sigmoid().item()
+        assert constraint.score([None], ["rain"])[0].value == pytest.approx(alone, abs=1e-6), "without a prompt"
 
     def test_several_outputs_are_refused(self, nli):
         with pytest.raises(UserError, match="has 3 outputs, and a reward model has one; use type: classifier"):

@@ -364,6 +364,8 @@ def test_all_text_is_escaped(parts):
         (Page(is_judged=True, scores={"base": {"a": Score(1.0, True), "b": Score(0.0, False)}}), "violating text"),
         (Page(is_judged=True, scores={"base": {"a": Score.missing("no answer")}}), "text without a score"),
         (Page(["b"], True, True, {"base": {"a": Score(1.0, True)}}), ""),
+        (Page(["b"], True, True, {"base": {}}), "text without a score"),
+        (Page(["b"], False, True, {"base": {}}), ""),
     ],
 )
 def test_a_text_is_covered_where_it_violates_or_has_no_score(page, cover):

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bridle.certification.goal import Goal, percent
+from bridle.certification.goal import Goal, percent, percent_up
 from bridle.certification.oracle import OracleErrors
 from bridle.constraints import Constraint, Given
 from bridle.errors import UserError
@@ -175,8 +175,8 @@ class Certificate:
                 f"{text} The labels of {self.oracle.source} bound no true rate: they do not show what the oracle finds."
             )
         return (
-            f"{text} With {percent(goal.confidence)} confidence, at most {percent(found.true_bound)} violate in truth, "
-            f"given the oracle's errors on the labels of {self.oracle.source}."
+            f"{text} With {percent(goal.confidence)} confidence, at most {percent_up(found.true_bound)} violate in "
+            f"truth, given the oracle's errors on the labels of {self.oracle.source}."
         )
 
     @property
@@ -210,12 +210,12 @@ class Certificate:
     def table(self) -> Iterator[dict[str, str]]:
         """The tested candidates, in order, as cells by heading."""
         for tried in self.tried:
-            true = {} if tried.true_bound is None else {"bound on the true rate": percent(tried.true_bound)}
+            true = {} if tried.true_bound is None else {"bound on the true rate": percent_up(tried.true_bound)}
             yield {
                 "candidate": tried.candidate,
                 "violations": f"{tried.violations} of {tried.n:,}",
                 "without a score": str(tried.missing),
-                "bound": percent(tried.bound),
+                "bound": percent_up(tried.bound),
                 **true,
                 "result": "passed" if tried.passed else "not shown",
             }
@@ -342,7 +342,7 @@ def outcome(
 
 def completions_file(path: Path) -> Path:
     """Where the completions of a certificate lie."""
-    return path.with_suffix(".completions.jsonl")
+    return path.with_name(f"{path.name.removesuffix('.json')}.completions.jsonl")
 
 
 def write_completions(path: Path, observed: Sequence[Observation]) -> str:

@@ -22,7 +22,7 @@ from bridle.certification.certificate import (
     prompts_hash,
     version_of,
 )
-from bridle.certification.goal import Goal, percent
+from bridle.certification.goal import Goal, percent, percent_up
 from bridle.certification.importance import Seeker, draw, seeking
 from bridle.certification.oracle import OracleErrors, errors_of
 from bridle.constraints import Constraint, Given
@@ -276,7 +276,7 @@ class Certification:
         )
         result = "passed" if tried.passed else "not shown"
         self.show(
-            f"{candidate.name}: {tried.violations} of {tried.n:,} violate, bound {percent(tried.bound)}: {result}"
+            f"{candidate.name}: {tried.violations} of {tried.n:,} violate, bound {percent_up(tried.bound)}: {result}"
         )
         return tried
 
@@ -306,7 +306,7 @@ def weights_of(evaluator: Evaluator | ServedModel) -> str:
     if isinstance(evaluator, ServedModel):
         return ""
     parts = [evaluator.model, *([evaluator.guide.auxiliary] if evaluator.guide else [])]
-    return digest((name, parameter.detach()) for part in parts for name, parameter in part.named_parameters())
+    return digest((name, tensor.detach()) for part in parts for name, tensor in part.state_dict().items())
 
 
 def safest_first(ranked: Sequence[Ranked]) -> list[Ranked]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 from typing import Literal
 
 from bridle.certification.bounds import betting_bound, prompts_needed, prompts_needed_by_betting, upper_bound
@@ -93,5 +94,10 @@ class Goal:
 
 
 def percent(share: float) -> str:
-    """A share in percent, with at most four significant digits."""
-    return f"{100 * share:.4g}%"
+    """A given share in percent."""
+    return f"{100 * share:.10g}%"
+
+
+def percent_up(bound: float) -> str:
+    """A bound in percent, rounded up to four significant digits, so that it says no more than was shown."""
+    return f"{Context(prec=4, rounding=ROUND_CEILING).create_decimal(100 * bound).normalize():f}%"

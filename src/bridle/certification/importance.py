@@ -78,7 +78,8 @@ class Seeker:
 
     def weight(self, log_ratio: float) -> float:
         """p(y) / m(y), from log q⁻(y) − log p(y)."""
-        return float(np.exp(-np.logaddexp(np.log1p(-self.share), np.log(self.share) + log_ratio)))
+        weight = float(np.exp(-np.logaddexp(np.log1p(-self.share), np.log(self.share) + log_ratio)))
+        return min(weight, 1 / (1 - self.share))  # which rounding may exceed
 
     @torch.no_grad()
     def log_ratios(

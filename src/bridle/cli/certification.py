@@ -124,7 +124,7 @@ def certify(
         (not named, "nothing to certify: give a MODEL or --candidates"),
         (prompts is None or constraint is None, "--prompts and --constraint are needed: texts are drawn, then judged"),
         (guide is None and guidance_scale is not None, common.SCALE_WITHOUT_GUIDE),
-        (output.exists(), f"{output}: exists; its prompts were used, so certify anew on others, into another file"),
+        *_used(output),
     )
     how = common.given(prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens, temperature=temperature)
     how |= common.given(top_p=top_p, greedy=greedy)
@@ -139,6 +139,17 @@ def _goal(method: Literal["count", "importance"], seek: float | None, **options:
 
     refuse((seek is not None and method == "count", "--seek is for --method importance"))
     return Goal(method=method, **options, **common.given(seek=seek))
+
+
+def _used(output: Path) -> list[tuple[bool, str]]:
+    """What would be written over."""
+    from bridle.certification.certificate import completions_file
+
+    evidence = completions_file(output)
+    return [
+        (output.exists(), f"{output}: exists; its prompts were used, so certify anew on others, into another file"),
+        (evidence.exists(), f"{evidence}: exists, of another certificate; name another --output"),
+    ]
 
 
 def _certify(

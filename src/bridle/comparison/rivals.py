@@ -6,6 +6,7 @@ None holds another domain. All make as many updates as `sft`, of as many rows.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def sft_kl(cell: Cell) -> Candidate:
 
 def l2_sp(cell: Cell) -> Candidate:
     """Fine-tuning with an L2 penalty on the distance to the weights before tuning (Li et al., 2018)."""
+    _refuse_adapter(cell)
     recipe = cell.learnt(regularisers={})
     start = None if recipe.lora else dict(load_model(recipe.model, dtype=recipe.dtype).named_parameters())
     return cell.train(recipe, callbacks=[StartingPoint(knob_of(cell), start)])
@@ -49,6 +51,7 @@ def lora_small(cell: Cell) -> Candidate:
 
 def wise_ft(cell: Cell) -> Candidate:
     """Plain fine-tuning, its weights averaged with those before tuning (Wortsman et al., 2022)."""
+    _refuse_adapter(cell)
     tuned = cell.candidate("sft")
     model = load_model(tuned.model, dtype=cell.recipe.dtype)
     _average(model, cell.recipe.model, knob_of(cell))
@@ -147,7 +150,7 @@ class StartingPoint(TrainerCallback):
     def _pull_adapters(self, model: nn.Module) -> None:
         for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
             for name in layer.active_adapters:
-                down, up = layer.lora_A[name].weight, layer.lora_B[name].weight  # w − w_0 is scale · up · down
+                down, up = _factors(layer, name)  # w − w_0 is scale · up · down
                 scale = self.weight * layer.scaling[name] ** 2
                 if down.grad is not None and up.grad is not None:
                     of_up, of_down = up @ (down @ down.T), (up.T @ up) @ down
@@ -155,12 +158,25 @@ class StartingPoint(TrainerCallback):
                     down.grad.add_(of_down, alpha=scale)
 
 
+def _factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+    """A and B of an adapter of a layer, or of an embedding, whose are transposed alike."""
+    if name in layer.lora_A:
+        return layer.lora_A[name].weight, layer.lora_B[name].weight
+    return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+
+
+def _refuse_adapter(cell: Cell) -> None:
+    """Refuses a model before tuning that is an adapter itself, from which its weights would have to be told apart."""
+    if (Path(cell.recipe.model) / "adapter_config.json").is_file():
+        raise UserError(f"{cell.recipe.model}: is an adapter; merge it by `bridle export`, or leave {cell.method} out")
+
+
 @torch.no_grad()
 def _average(model: PreTrainedModel | PeftModel, start: str, alpha: float) -> None:
     """Moves a tuned model's weights to (1 − α)·w_0 + α·w in place; `start` names the model before tuning."""
     if isinstance(model, PeftModel):  # w_0 is beneath the adapters
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_B" in name:
                 parameter.mul_(alpha)
         return
     before = dict(load_model(start, dtype=model.dtype).named_parameters())

@@ -13,6 +13,7 @@ from filelock import FileLock
 from pydantic import Field
 
 from bridle.constraints.base import Constraint, Score
+from bridle.constraints.function import PythonFunction
 from bridle.constraints.options import checked
 from bridle.constraints.reading import Given
 from bridle.errors import UserError
@@ -60,7 +61,7 @@ class ScoreCache:
         Args:
             scorer: what decides its numbers, as JSON values.
             texts: without repetition.
-            ask: called with the unknown texts.
+            ask: called with the unknown texts, if there are any.
 
         Raises:
             UserError: as `check`, or from `ask`.
@@ -75,7 +76,8 @@ class ScoreCache:
             with self._locked(f".{scorer_hash.hexdigest()[:16]}"):
                 known = _look_up(database, scorer_hash, unknown)  # another process may have added them meanwhile
                 yield from known.items()
-                for text, outcome in ask([text for text in unknown if text not in known]):
+                missing = [text for text in unknown if text not in known]
+                for text, outcome in ask(missing) if missing else ():
                     if not isinstance(outcome, str):
                         row = (_key(scorer_hash, text), json.dumps(outcome, allow_nan=False))
                         database.execute("INSERT OR IGNORE INTO labels VALUES (?, ?)", row)
@@ -127,6 +129,16 @@ class Cached(Constraint):
         self.constraint, self.parts = constraint, [constraint]
         self.cache, self.version = ScoreCache.of(cache), version
         self.waits, self.reads = constraint.waits, constraint.reads
+        self._scorer: dict[str, Any] | None = None
+        if (
+            self.cache is not None
+            and version == ""
+            and isinstance(constraint, PythonFunction)
+            and not constraint.is_known
+        ):
+            raise UserError(
+                f"cache: {constraint.function} is not told from others like it by name and module; give it a version"
+            )
 
     @property
     def name(self) -> str:
@@ -141,6 +153,7 @@ class Cached(Constraint):
         super().load()
         if self.cache is not None:
             self.cache.check()
+            self._scorer = self.identity()  # of what is loaded now: its files may change while it runs
 
     def describe(self) -> dict[str, Any]:
         """Returns the constraint's own description."""
@@ -160,7 +173,9 @@ class Cached(Constraint):
             for key, score in zip(unknown, self.constraint.score(*asked), strict=True):
                 yield key, score.reason if score.value is None else (score.value, float(score.complies or False))
 
-        outcomes = dict(self.cache.through(self.identity(), outputs, ask))
+        if self._scorer is None:
+            self.load()
+        outcomes = dict(self.cache.through(self._scorer or {}, outputs, ask))
         found = [outcomes[key] for key in keys]
         return [Score.missing(one) if isinstance(one, str) else Score(one[0], one[1] == 1.0) for one in found]
 

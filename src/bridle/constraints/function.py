@@ -59,6 +59,14 @@ class PythonFunction(Constraint):
         self.name, self.reads = name or f"python:{self.function}", reads
         self.batch_size, self.timeout = batch_size, timeout
 
+    @property
+    def is_known(self) -> bool:
+        """Whether name and module say which function it is: not a closure, a lambda or an object with a state."""
+        if self._call is None:
+            return True
+        name = getattr(self._call, "__qualname__", "<object>")
+        return "<" not in name and getattr(self._call, "__self__", None) is None and bool(self.files())
+
     def load(self) -> None:
         """Imports the function.
 

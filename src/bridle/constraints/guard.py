@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from bridle.constraints.base import Score
 from bridle.constraints.network import Network, without_surrogates
 from bridle.constraints.options import Probability, Text, checked
-from bridle.constraints.reading import Messages, Reads
+from bridle.constraints.reading import Messages, Reads, as_lines
 from bridle.errors import UserError
 
 LEAST_MASS = 0.5
@@ -121,6 +121,9 @@ class Guard(Network):
         self._verdict_ids = list(first)
         self._ends_with = own.violates, len(rows[0]) - same
         self._violating = [True, False, self.controversial == "violates"][: len(verdicts)]
+
+    def _as_text(self, messages: Messages) -> str:
+        return as_lines(messages)  # the template is the policy, into which they are written
 
     def _prompt(self, output: str | Messages) -> str:
         """Returns the conversation as the guard reads it, up to its verdict."""

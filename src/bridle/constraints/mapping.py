@@ -55,6 +55,7 @@ class JsonMapping:
             "body: holds no text; write '{text}', '{texts}', '{messages}' or '{prompt}' there": not texts,
             "body: holds '{messages}' beside the same as text; use one of them": self.takes_messages and len(texts) > 1,
             "model: is missing": "{model}" in strings and self.model is None,
+            "model: the body has no '{model}'": "{model}" not in strings and self.model is not None,
             "prompt: is missing": "{prompt}" in strings and self.prompt is None,
             "prompt: the body has no '{prompt}'": "{prompt}" not in strings and self.prompt is not None,
             "prompt: must hold {text}, where the text belongs": "{text}" not in (self.prompt or "{text}"),

@@ -1,9 +1,10 @@
 """A constraint that runs a Hugging Face model with its own tokenizer: loading, batches, identity."""
 
+import hashlib
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from itertools import chain, groupby
 from math import inf
@@ -17,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from bridle.constraints.base import Constraint, Score
 from bridle.constraints.deadline import batches, scored
 from bridle.constraints.options import cause
-from bridle.constraints.reading import Messages, Reads, as_lines
+from bridle.constraints.reading import Messages, Reads, as_lines, text_of
 from bridle.errors import UserError
 from bridle.utils.oom import RowLimit
 from bridle.utils.quiet import only_errors
@@ -81,10 +82,11 @@ class Network(Constraint):
         return [Path(self.model)] if Path(self.model).is_dir() else []
 
     def identity(self) -> dict[str, Any]:
-        """Returns the settings with the time and size of each file of the model's folder."""
-        files = {path.name: path.stat() for path in sorted(Path(self.model).glob("*"))}
-        stamps = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files.items()]
-        return self._settings() | {"model": str(Path(self.model).absolute()) if files else self.model, "files": stamps}
+        """Returns the settings with a hash of each file of the model's folder, wherever it lies."""
+        folder = Path(self.model)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
+        hashes = [[path.relative_to(folder).as_posix(), _content(path, path.stat().st_mtime_ns)] for path in files]
+        return self._settings() | {"model": "" if files else self.model, "files": hashes}
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {key: getattr(self, key) for key in ("model", *self.setting_names)}
@@ -136,6 +138,8 @@ class Network(Constraint):
 
     def _as_text(self, messages: Messages) -> str:
         self.load()
+        if len(messages) == 1:  # without a prompt; most templates refuse an assistant's turn alone
+            return text_of(messages[0].get("content"))
         if self._tokenizer.chat_template is None:
             return as_lines(messages)
         return self._written(messages)
@@ -157,6 +161,13 @@ class Network(Constraint):
 def without_surrogates(text: str) -> str:
     """Replaces lone surrogates, which JSON can hold and tokenizers refuse, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@cache
+def _content(path: Path, changed: int) -> str:
+    """A hash of a file's content, which is read once as long as it does not change."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[Sequence[int]]:

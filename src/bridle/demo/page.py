@@ -31,6 +31,7 @@ class Tab:
     request: Request | None = None
     writings: Mapping[str, Writing] = field(default_factory=dict)
     scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+    is_covered: bool = False
 
     def set(self, **values: Any) -> None:
         """Changes the controls of what goes on."""
@@ -52,7 +53,7 @@ class Handlers:
         """Writes the texts and has them judged: (texts, message)."""
         tab.writing.stopped, tab.writing = True, Controls(guidance_scale, temperature, stop_below)
         controls, request, page, last = tab.writing, _request(*asked), replace(self.page, is_covered=covered), 0.0
-        tab.scores = {}
+        tab.scores, tab.is_covered = {}, covered
         try:
             for writings in self.session.write(request, controls):
                 pause = SECONDS + OF_TOKEN * sum(len(one.tokens) for one in writings.values())
@@ -107,7 +108,8 @@ class Handlers:
 
     def _judged_texts(self, tab: Tab) -> str:
         assert tab.request is not None
-        return texts_html(tab.writings, tab.request.prompt, replace(self.page, is_judged=True, scores=tab.scores))
+        page = replace(self.page, is_covered=tab.is_covered, is_judged=True, scores=tab.scores)
+        return texts_html(tab.writings, tab.request.prompt, page)
 
 
 def _request(prompt: str, names: list[str], length: float, seed: float, as_chat: bool) -> Request:

@@ -47,7 +47,9 @@ class Page:
         if not self.is_judged:
             return "text without a score" if self.is_covered else ""
         outcomes = [one.outcome for one in self.verdicts(name)]
-        return words.cover(outcomes) if outcomes else ""
+        if outcomes:
+            return words.cover(outcomes)
+        return "text without a score" if self.is_covered and self.unasked(name) else ""
 
 
 def texts_html(writings: Mapping[str, Writing], prompt: str, page: Page) -> str:

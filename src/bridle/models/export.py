@@ -59,7 +59,7 @@ def export(
         return
     check_writable(model, tokenizer)
     with atomic_file(out) as unfinished:
-        write_gguf(unfinished, model, tokenizer)
+        write_gguf(unfinished, model, tokenizer, out.stem)
 
 
 def _sample_from_all(model: PreTrainedModel) -> None:

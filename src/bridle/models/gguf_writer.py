@@ -35,13 +35,16 @@ def check_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     _split(tokenizer)
 
 
-def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes a model that `check_writable` lets pass: matrices in the type of its weights, vectors in float32."""
+def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+    """Writes a model that `check_writable` lets pass: matrices in the type of its weights, vectors in float32.
+
+    Its name is that of the file if not given.
+    """
     from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
     config = model.config
     writer = GGUFWriter(path, "llama")
-    writer.add_name(path.stem)
+    writer.add_name(name or path.stem)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
