@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Context
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from bridle.certification.bounds import betting_bound, prompts_needed, prompts_needed_by_betting, upper_bound
@@ -100,4 +100,4 @@ def percent(share: float) -> str:
 
 def percent_up(bound: float) -> str:
     """A bound in percent, rounded up to four significant digits, so that it says no more than was shown."""
-    return f"{Context(prec=4, rounding=ROUND_CEILING).create_decimal(100 * bound).normalize():f}%"
+    return f"{Context(prec=4, rounding=ROUND_CEILING).create_decimal(100 * Decimal(repr(float(bound)))).normalize():f}%"

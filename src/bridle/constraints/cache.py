@@ -120,6 +120,9 @@ class Cached(Constraint):
         constraint: scores texts that the cache does not hold.
         cache: a file for `ScoreCache`; true for the default one, false for none.
         version: any value; the cache treats each version as another scorer.
+
+    Raises:
+        UserError: the constraint is a function that name and module do not tell from others, and has no version.
     """
 
     type_name = "cached"
