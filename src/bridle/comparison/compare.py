@@ -33,7 +33,7 @@ from bridle.models.loading import load_tokenizer
 from bridle.recipes.inputs import check_inputs, write_inputs
 from bridle.recipes.recipe import Recipe, load_recipe
 from bridle.recipes.run import RECIPE_FILE, describe_run, write_recipe
-from bridle.utils.files import digest, only_writer, read_json, write_json
+from bridle.utils.files import check_output, digest, only_writer, read_json, write_json
 from bridle.utils.oom import is_disk_full, stopping_when_exhausted
 from bridle.utils.progress import Progress
 from bridle.utils.provenance import environment
@@ -115,7 +115,8 @@ class Comparison:
                 the folder.
             RunStopped: every method failed, or the disk is full.
         """
-        self.plan.check(load_tokenizer(self.recipe.model))  # mistakes show now, not after an hour
+        check_output(self.folder / RESULTS)  # mistakes show now, not after an hour
+        self.plan.check(load_tokenizer(self.recipe.model))
         with stopping_when_exhausted(self.folder), only_writer(self.folder):
             self._discard_outdated()  # before the recipe is overwritten, which shows what has changed
             write_recipe(self.recipe, self.folder)
