@@ -316,14 +316,21 @@ def new_auxiliary(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of some of a model's weights, the same in float32 and bfloat16; it tells which models an R fits."""
+    """A short hash of some of a model's weights, the same in float32 and bfloat16; it tells which models an R fits.
+
+    A model with new adapters, which say nothing yet, has that of the model beneath.
+    """
     with in_shards(model):
+        parameters = {name.replace("_checkpoint_wrapped_module.", ""): one for name, one in model.named_parameters()}
+        # The matrices B of LoRA, which begin at 0.
+        raised = [one for name, one in parameters.items() if "lora_B" in name or "lora_embedding_B" in name]
+        if raised and not any(whole(one.detach()).any() for one in raised):
+            beneath = {name: one for name, one in parameters.items() if "lora_" not in name}
+            parameters = {
+                name.removeprefix("base_model.model.").replace(".base_layer", ""): one for name, one in beneath.items()
+            }
         return digest(
-            (
-                name.replace("_checkpoint_wrapped_module.", ""),
-                whole(parameter.detach()).flatten()[:FINGERPRINT].to(torch.bfloat16),
-            )
-            for name, parameter in model.named_parameters()
+            (name, whole(one.detach()).flatten()[:FINGERPRINT].to(torch.bfloat16)) for name, one in parameters.items()
         )
 
 
