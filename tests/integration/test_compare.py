@@ -196,7 +196,6 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     made, err = made_after("--methods.other.option", 1)
     assert made == {"other", "upon"}
     assert "other, seed-0: is made again, as methods.other differ" in err
-    assert made_after("--methods.rl.max_steps", 7)[0] == set(), "a bound shapes nothing"
     (folder / "sft/seed-0/candidate.json").unlink()
     (folder / "sft/seed-0/results.json").unlink()
     _, err = made_after("--methods.rl.window", 3)
@@ -213,6 +212,22 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     assert decoding.items() <= results_of(folder)["prompt_sets"]["rude"].items()
     assert decoding.items() <= results_of(folder / "sft/seed-0")["prompt_sets"]["rude"].items()
     assert "rude: first 2 tokens of each row, 3 completions of at most" in (folder / "report.html").read_text()
+
+
+def test_reinforcement_learning_that_a_bound_ended_goes_on(bridle, recipe, comparison, tmp_path):
+    given, folder = yaml.safe_load(comparison.read_text()), tmp_path / "out"
+    options = given["methods"].pop("rl") | {"tolerance": -1.0}  # which no reward meets
+    given["methods"] = {"rl": options | {"max_steps": 4}}
+    comparison.write_text(yaml.safe_dump(given))
+    run = ("compare", comparison, "--methods", "rl-converged", "--output_dir", folder)
+    code, _, err = bridle(*run, "--methods.rl.window", 1)
+    assert code == 3
+    assert "methods.rl.max_steps: 4 updates were made before the reward stopped rising; raise it" in err
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("rl*/seed-0/checkpoint-*/*.safetensors")}
+    code, _, err = bridle(*run, "--resume", "--methods.rl.window", 1, "--methods.rl.max_steps", 6)
+    assert "is made again" not in err
+    assert "methods.rl.max_steps: 6 updates" in err
+    assert kept
 
 
 def test_a_method_whose_model_another_needs_fails_once_and_says_why(bridle, comparison, tmp_path, monkeypatch):

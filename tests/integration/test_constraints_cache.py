@@ -265,6 +265,8 @@ class TestAnyConstraint:
             (tmp_path / name).mkdir()
             (tmp_path / name / "weights").write_text("a")
         os.utime(tmp_path / "there" / "weights", (1, 1))
+        (tmp_path / "there" / ".cache").mkdir()
+        (tmp_path / "there" / ".cache" / "weights.metadata").write_text("when it was fetched")
         here, there = (Classifier(tmp_path / name, "toxic", name="kind") for name in ("here", "there"))
         assert here.identity() == there.identity()
 
@@ -275,14 +277,16 @@ class TestAnyConstraint:
         running = build_constraint({**spec, "cache": str(tmp_path / "labels.sqlite")})
         running.load()
         module.write_text("def score(texts): return [0.0] * len(texts)\n")
+        running.load()  # as a demo does before each score
         assert values(running, ["a"]) == [1.0]
         monkeypatch.delitem(sys.modules, "in_use")
         assert values(build_constraint({**spec, "cache": str(tmp_path / "labels.sqlite")}), ["a"]) == [0.0]
 
     @pytest.mark.parametrize("function", [lambda texts: texts, partial(map, len), Counter().get])
     def test_a_function_without_a_name_of_its_own_needs_a_version(self, tmp_path, function):
-        with pytest.raises(UserError, match=r"^cache: .* give it a version"):
-            Cached(PythonFunction(function), str(tmp_path / "labels.sqlite"))
+        for constraint in (PythonFunction(function), ~PythonFunction(function) | WordList(["a"])):
+            with pytest.raises(UserError, match=r"^cache: .* give a version"):
+                Cached(constraint, str(tmp_path / "labels.sqlite"))
         Cached(PythonFunction(function), str(tmp_path / "labels.sqlite"), version=1)
 
     def test_combinations_know_their_parts(self, tmp_path):

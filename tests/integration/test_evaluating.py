@@ -125,12 +125,10 @@ def test_the_best_checkpoint_is_kept_and_a_resumed_run_finds_the_same(trained, t
 
 def test_rows_of_another_domain_are_no_prompts_of_a_domain_of_prompts_alone(tiny_folder, tmp_path):
     rows = {"plain": corpus()["plain"], "asked": Dataset.from_dict({"prompt": SENTENCES})}
-    with pytest.raises(UserError, match=r"^eval.prompts: no rows are held out of a domain with a constraint"):
-        trainer_of(
-            *(tiny_folder(), tmp_path, {"asked": Regulariser(NO_E, kl_on="rollouts")}, rows),
-            learn={"asked": False},
-            eval_options=EvalOptions(share=0.2),
-        )
+    given = (tiny_folder(), tmp_path, {"asked": Regulariser(NO_E, kl_on="rollouts")}, rows)
+    assert not trainer_of(*given, learn={"asked": False}, eval_options=EvalOptions(share=0.2)).eval_prompts
+    with pytest.raises(UserError, match=r"^eval.best: goes by a violation rate; name eval.prompts"):
+        trainer_of(*given, learn={"asked": False}, eval_options=EvalOptions(share=0.2, best=BestOptions(0.5)))
 
 
 def test_the_rule_names_both():

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -400,7 +401,11 @@ def test_what_acts_from_the_second_fit_on_is_named_where_there_is_one(tmp_path, 
 @pytest.mark.parametrize(("schedule", "named"), [("sequential", ["parallel.patience"]), ("parallel", [])])
 def test_options_of_roles_are_named_where_there_are_none(tmp_path, caplog, schedule, named):
     roles = ParallelOptions(patience=5.0, policy_workers=1)
-    setup.check_options(config(tmp_path, rounds=3, schedule=schedule, parallel=roles), {"rude": Regulariser(NO_E)}, {})
+    roles = replace(roles, largest_message=3.0)  # which says where precomputed targets are kept, too
+    options = {"targets": "precomputed", "parallel": roles}
+    setup.check_options(
+        config(tmp_path, rounds=3, schedule=schedule, **options), {"rude": Regulariser(NO_E, anchor="previous")}, {}
+    )
     assert [record.message.split(":")[0] for record in caplog.records] == named
 
 

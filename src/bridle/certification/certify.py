@@ -22,7 +22,7 @@ from bridle.certification.certificate import (
     prompts_hash,
     version_of,
 )
-from bridle.certification.goal import Goal, percent, percent_up
+from bridle.certification.goal import Goal, percent_up
 from bridle.certification.importance import Seeker, draw, seeking
 from bridle.certification.oracle import OracleErrors, errors_of
 from bridle.constraints import Constraint, Given
@@ -254,7 +254,7 @@ class Certification:
         rate = fmean(not score.complies for score in scores)
         violation = fmean(1.0 if score.violation is None else score.violation for score in scores)
         text = "" if bits is None else f", {bits:.4g} bits per byte"
-        self.show(f"development: {candidate.name}: {percent(rate)} of {len(scores):,} violate{text}")
+        self.show(f"development: {candidate.name}: {100 * rate:.4g}% of {len(scores):,} violate{text}")
         return Ranked(candidate.name, rate, violation, bits)
 
     def _test(

@@ -95,7 +95,13 @@ class Comparison:
         if not self.resume:
             raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")
         recipes = read_yaml(path), without_token(self.recipe.resolved)
-        earlier, now = (recipe | {"methods": recipe.get("methods") or {}} for recipe in recipes)
+        options = [recipe.get("methods") or {} for recipe in recipes]
+        # A method's options are compared key by key, also where one of the recipes has none.
+        named: dict[str, Any] = {name: {} for both in options for name in both}
+        earlier, now = (
+            recipe | {"methods": named | {name: value or {} for name, value in given.items()}}
+            for recipe, given in zip(recipes, options, strict=True)
+        )
         self._changed = different_keys(earlier, now)
         if others := [key for key in self._changed if _section(key) in COMMON]:
             raise UserError(f"{path}: was another recipe: {', '.join(others)} differ; name another --output_dir")

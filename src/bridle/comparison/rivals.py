@@ -159,14 +159,14 @@ class StartingPoint(TrainerCallback):
 
 
 def _factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
-    """A and B of an adapter of a layer, or of an embedding, whose are transposed alike."""
+    """The factors A and B of a layer's adapter; those of an embedding have the same shapes, its weight transposed."""
     if name in layer.lora_A:
         return layer.lora_A[name].weight, layer.lora_B[name].weight
     return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
 
 
 def _refuse_adapter(cell: Cell) -> None:
-    """Refuses a model before tuning that is an adapter itself, from which its weights would have to be told apart."""
+    """Refuses a model before tuning that is an adapter: w_0 includes it, and it is what is trained."""
     if (Path(cell.recipe.model) / "adapter_config.json").is_file():
         raise UserError(f"{cell.recipe.model}: is an adapter; merge it by `bridle export`, or leave {cell.method} out")
 

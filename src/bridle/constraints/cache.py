@@ -133,14 +133,9 @@ class Cached(Constraint):
         self.cache, self.version = ScoreCache.of(cache), version
         self.waits, self.reads = constraint.waits, constraint.reads
         self._scorer: dict[str, Any] | None = None
-        if (
-            self.cache is not None
-            and version == ""
-            and isinstance(constraint, PythonFunction)
-            and not constraint.is_known
-        ):
+        if unknown := _unknown(constraint) if self.cache is not None and version == "" else None:
             raise UserError(
-                f"cache: {constraint.function} is not told from others like it by name and module; give it a version"
+                f"cache: name and module do not tell {unknown.function} from others like it; give a version"
             )
 
     @property
@@ -156,7 +151,7 @@ class Cached(Constraint):
         super().load()
         if self.cache is not None:
             self.cache.check()
-            self._scorer = self.identity()  # of what is loaded now: its files may change while it runs
+            self._scorer = self._scorer or self.identity()  # of what was loaded: its files may change while it runs
 
     def describe(self) -> dict[str, Any]:
         """Returns the constraint's own description."""
@@ -176,11 +171,17 @@ class Cached(Constraint):
             for key, score in zip(unknown, self.constraint.score(*asked), strict=True):
                 yield key, score.reason if score.value is None else (score.value, float(score.complies or False))
 
-        if self._scorer is None:
-            self.load()
-        outcomes = dict(self.cache.through(self._scorer or {}, outputs, ask))
+        self._scorer = self._scorer or self.identity()
+        outcomes = dict(self.cache.through(self._scorer, outputs, ask))
         found = [outcomes[key] for key in keys]
         return [Score.missing(one) if isinstance(one, str) else Score(one[0], one[1] == 1.0) for one in found]
+
+
+def _unknown(constraint: Constraint) -> PythonFunction | None:
+    """The first of a constraint's functions that name and module do not tell from others; None if there is none."""
+    if isinstance(constraint, PythonFunction):
+        return None if constraint.is_known else constraint
+    return next(filter(None, map(_unknown, constraint.parts)), None)
 
 
 def _prepare(database: sqlite3.Connection) -> None:

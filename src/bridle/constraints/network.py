@@ -82,10 +82,21 @@ class Network(Constraint):
         return [Path(self.model)] if Path(self.model).is_dir() else []
 
     def identity(self) -> dict[str, Any]:
-        """Returns the settings with a hash of each file of the model's folder, wherever it lies."""
+        """Returns the settings with a hash of each file of the model's folder, wherever it lies, but hidden ones.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
         folder = Path(self.model)
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
-        hashes = [[path.relative_to(folder).as_posix(), _content(path, path.stat().st_mtime_ns)] for path in files]
+        names = {path: path.relative_to(folder) for path in sorted(folder.rglob("*")) if folder.is_dir()}
+        shown = {path: name for path, name in names.items() if not any(part.startswith(".") for part in name.parts)}
+        try:
+            files = {path: path.stat() for path in shown if path.is_file()}
+            hashes = [
+                [shown[path].as_posix(), _content(path, stat.st_mtime_ns, stat.st_size)] for path, stat in files.items()
+            ]
+        except OSError as error:
+            raise UserError(f"constraint '{self.name}': cannot read {error.filename}: {error.strerror}") from error
         return self._settings() | {"model": "" if files else self.model, "files": hashes}
 
     def _settings(self) -> dict[str, Any]:
@@ -164,7 +175,7 @@ def without_surrogates(text: str) -> str:
 
 
 @cache
-def _content(path: Path, changed: int) -> str:
+def _content(path: Path, changed: int, size: int) -> str:
     """A hash of a file's content, which is read once as long as it does not change."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()

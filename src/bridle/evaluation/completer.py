@@ -56,6 +56,7 @@ class Completer(ABC):
         for prompts in sets:
             self.show(f"{prompts.name}: {prompts.generation}")
             read = self.read(prompts)
+            read_by_base = self._read_by(base[1], read) if base is not None else []
             drawn = self.draw(read, prompts.generation)
             cut_before = {name: constraint.cut_texts() for name, constraint in constraints.items()}
             found[prompts.name] = evaluate_constraints(
@@ -71,7 +72,7 @@ class Completer(ABC):
             prompt_scores = {name: constraint.score(None, texts) for name, constraint in constraints.items()}
             self.observations.add_completions(prompts.name, read, drawn, found[prompts.name], prompt_scores)
             if base is not None:
-                fluency[prompts.name] = output_perplexity(*base, self._read_by(base[1], read), drawn, seed=self.seed)
+                fluency[prompts.name] = output_perplexity(*base, read_by_base, drawn, seed=self.seed)
                 self.show(f"perplexity of the completions under the base: {fluency[prompts.name]}")
         return generation_parts(found, fluency)
 

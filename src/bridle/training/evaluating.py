@@ -10,6 +10,7 @@ import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from bridle.training.config import BestOptions, EvalOptions
 from bridle.training.guards import warn
 from bridle.training.rollouts import output_of
 from bridle.training.state import RegulariserState
-from bridle.utils.distributed import joined, share
+from bridle.utils.distributed import is_main, joined, share
 
 Record = Mapping[str, Any]
 
@@ -97,12 +98,12 @@ class EvaluatedTrainer(CheckpointedTrainer):
         assert options is not None
         self.eval_weights = {name: weights[name] for name in held_out if name in weights}
         self.eval_constraints = options.constraints or constraints
-        if self.eval_constraints:
-            if options.prompts is None and not judged and not options.constraints:
-                raise UserError("eval.prompts: no rows are held out of a domain with a constraint; name prompts for it")
+        if self.eval_constraints and (options.prompts is not None or judged or options.constraints):
             self.eval_prompts = self._held_out_prompts(options, {name: held_out[name] for name in judged} or held_out)
         if options.best is not None and not self.eval_prompts:
-            raise UserError("eval.best: goes by a violation rate; name eval.constraints that can be asked")
+            raise UserError(
+                "eval.best: goes by a violation rate; name eval.constraints, or eval.prompts of their domain"
+            )
         if options.best is not None and not self.eval_weights:
             raise UserError("eval.best: goes by the loss of domains that are learnt; hold out rows of one")
         if options.best is not None and self.args.load_best_model_at_end:
@@ -242,9 +243,18 @@ class EvaluatedTrainer(CheckpointedTrainer):
         self._load_best_model()
         for regulariser in self.regularisers:  # the last R that this model had
             regulariser.load_state(RegulariserState.load(self._checkpoint(best) / "regularisers" / regulariser.name))
+            if not regulariser.is_fitted:
+                self._forget_auxiliary(regulariser.name)
         self.schedule.on_train_end(self.args, self.state, self.control)
         named = {"best_step": "step", "best_loss": "eval_loss", "best_violation": "eval_violation"}
         self.log_apart({key: best[of] for key, of in named.items()} | {"best_bound": rule.violation})
+
+    def _forget_auxiliary(self, name: str) -> None:
+        """Removes a regulariser's R beside the model, which had none; those of the rounds stay."""
+        folder = Path(self.args.output_dir) / "auxiliary"
+        for file in chain(folder.glob("*"), (folder / name).glob("*")) if is_main() else ():
+            if file.is_file():
+                file.unlink()
 
 
 def best_evaluation(log: Sequence[Record], rule: BestOptions) -> Record | None:

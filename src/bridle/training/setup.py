@@ -213,8 +213,9 @@ def _warn_of_second_fits(config: ConstrainedConfig, regularisers: Mapping[str, R
 
 def _warn_of_no_roles(config: ConstrainedConfig) -> None:
     """Warns of options of the parallel schedule's roles in a run without roles."""
+    read = {"largest_message"} if config.targets == "precomputed" else set()  # which says where targets are kept
     for role in fields(config.parallel) if config.schedule == "sequential" else ():
-        if getattr(config.parallel, role.name) != role.default:
+        if role.name not in read and getattr(config.parallel, role.name) != role.default:
             warn(f"parallel.{role.name}: has no effect, since schedule is sequential; set parallel, or leave it out")
 
 

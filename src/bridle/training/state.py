@@ -162,10 +162,9 @@ class StatefulRegulariser:
     @property
     def settled(self) -> bool:
         """Whether neither q nor the rollouts will change: p_a does not, and R has been fitted to it."""
-        knows = (
-            self.auxiliary is not None and self.auxiliary.config.provenance.get("round", 0) > 0
-        )  # 0: the corpus alone
-        return self.options.anchor == "initial" and self.is_fitted and knows
+        # Round 0 is the corpus, whose outputs are not p_a's.
+        fitted_in = self.auxiliary.config.provenance.get("round", 0) if self.auxiliary is not None else 0
+        return self.options.anchor == "initial" and self.is_fitted and fitted_in > 0
 
     @property
     def weight(self) -> float:
