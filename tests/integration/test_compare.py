@@ -10,9 +10,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from bridle.comparison import methods as built_in
-from bridle.comparison.methods import Candidate
+from bridle.comparison.compare import Comparison
+from bridle.comparison.methods import Candidate, shapes
 from bridle.comparison.plan import evaluation_of
 from bridle.recipes.recipe import build_recipe
+from bridle.recipes.run import write_recipe
 from conftest import ROOT
 
 ALL = list(built_in.BUILT_IN)
@@ -195,7 +197,7 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     assert made_after()[0] == set()
     made, err = made_after("--methods.other.option", 1)
     assert made == {"other", "upon"}
-    assert "other, seed-0: is made again, as methods.other differ" in err
+    assert "other, seed-0: is made again, as methods.other.option differ" in err
     (folder / "sft/seed-0/candidate.json").unlink()
     (folder / "sft/seed-0/results.json").unlink()
     _, err = made_after("--methods.rl.window", 3)
@@ -214,20 +216,15 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     assert "rude: first 2 tokens of each row, 3 completions of at most" in (folder / "report.html").read_text()
 
 
-def test_reinforcement_learning_that_a_bound_ended_goes_on(bridle, recipe, comparison, tmp_path):
+@pytest.mark.parametrize("earlier", [None, {}, {"rl": None}, {"rl": {"window": 2}}])
+def test_a_higher_bound_of_reinforcement_learning_makes_nothing_again(comparison, tmp_path, earlier):
     given, folder = yaml.safe_load(comparison.read_text()), tmp_path / "out"
-    options = given["methods"].pop("rl") | {"tolerance": -1.0}  # which no reward meets
-    given["methods"] = {"rl": options | {"max_steps": 4}}
-    comparison.write_text(yaml.safe_dump(given))
-    run = ("compare", comparison, "--methods", "rl-converged", "--output_dir", folder)
-    code, _, err = bridle(*run, "--methods.rl.window", 1)
-    assert code == 3
-    assert "methods.rl.max_steps: 4 updates were made before the reward stopped rising; raise it" in err
-    kept = {path: path.stat().st_mtime_ns for path in folder.glob("rl*/seed-0/checkpoint-*/*.safetensors")}
-    code, _, err = bridle(*run, "--resume", "--methods.rl.window", 1, "--methods.rl.max_steps", 6)
-    assert "is made again" not in err
-    assert "methods.rl.max_steps: 6 updates" in err
-    assert kept
+    write_recipe(build_recipe(given | {"methods": earlier}), folder)
+    now = given | {"methods": {"rl": ((earlier or {}).get("rl") or {}) | {"max_steps": 900}}}
+    changed = Comparison(build_recipe(now), folder, names=["rl"], resume=True)._changed
+    assert changed == ["methods.rl.max_steps"]
+    assert not shapes(changed[0], ["rl", "rl-converged"])
+    assert shapes("methods.rl.window", ["rl"])
 
 
 def test_a_method_whose_model_another_needs_fails_once_and_says_why(bridle, comparison, tmp_path, monkeypatch):

@@ -295,8 +295,8 @@ class Certificate:
         if constraint is not None:
             if version_of(constraint) != self.constraint_sha256:
                 raise UserError(
-                    f"--constraint: is not the certificate's, {json.dumps(self.constraint)}, or a file of it has changed, "
-                    "or an older Bridle wrote the certificate, which did not know a model's folder by its content"
+                    f"--constraint: is not the certificate's, {json.dumps(self.constraint)}, or a file of it has "
+                    "changed, or an older Bridle wrote the certificate, which did not know a folder by its content"
                 )
             _check_scores(seen, constraint, place)
         if prompts_hash([(one.row, one.prompt) for one in seen]) != self.prompts.sha256:
