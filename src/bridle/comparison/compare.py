@@ -54,9 +54,8 @@ class Earlier:
 
     methods: dict[str, Any]
     seeds: list[int]
-    settings: dict[str, Any] = field(default_factory=dict)
     win_rate: dict[str, Any] | None = None
-    judged: str | None = None  # of what was judged, and how
+    judged: str | None = None  # hash of the completions and of the judge's settings
 
 
 @dataclass

@@ -152,7 +152,7 @@ class DualState:
                 state = replace(state, limit=options.limit(violation))
             if state.limit is not None and state.since is not None and state.since < round_index:
                 stepped = state.stepped(options, violation, len(violations))
-                # Of few samples v̂ is above a low a although nothing violates; λ then stays.
+                # With few samples v̂ can exceed a low a even where nothing violates; λ then stays.
                 rises = stepped.weight > state.weight and not any(violations)
                 state = replace(state, change=0.0, steps=stepped.steps) if rises else stepped
         return replace(state, since=acts_in) if state.since is None else state

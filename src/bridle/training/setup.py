@@ -256,7 +256,7 @@ def rounds_needed(config: ConstrainedConfig) -> int:
     return 3 if config.parallel.first_round == "wait" else 4
 
 
-def evaluated_on(held_out: Mapping[str, Dataset], arguments: dict[str, Any]) -> None:
+def add_held_out(held_out: Mapping[str, Dataset], arguments: dict[str, Any]) -> None:
     """Adds the held-out rows, if any, to the arguments of the trainer.
 
     Raises:
@@ -292,7 +292,7 @@ def check_gpus(config: ConstrainedConfig, fsdp_version: int | None) -> None:
     if fsdp_version is not None and config.targets == "precomputed":  # a process may lack what the others have kept
         raise UserError("targets: precomputed needs the whole model in each process; use computed with FSDP2")
     if config.device.type == "mps":
-        raise UserError("this GPU has no float64, by which samples are drawn and sums are kept; set use_cpu: true")
+        raise UserError("Apple's GPUs have no float64, which sampling needs; set use_cpu: true")
 
 
 def warn_of_user_turns(regularisers: Iterable[DomainRegulariser], config: ConstrainedConfig) -> None:

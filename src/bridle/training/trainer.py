@@ -86,7 +86,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         check_prompts(corpus, self.held, by_name)
         self._weights = weights or dict.fromkeys(corpus, 1.0)
         self._corpus, self._held_out = hold_out(corpus, eval_options)
-        setup.evaluated_on(self._held_out, kwargs)
+        setup.add_held_out(self._held_out, kwargs)
         self.domains = list(corpus)
         setup.check_options(args, by_name, kwargs)
         model = setup.loaded(model, args)
