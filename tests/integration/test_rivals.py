@@ -26,7 +26,7 @@ KNOBS = {
     "wise-ft": {"alpha": [0, 0.5, 1]},
     "interleave": {"weight": 2},
 }
-NAMES = ["sft-kl", "l2-sp", "lora-small", "wise-ft@0.0", "wise-ft@0.5", "wise-ft@1.0", "interleave"]
+NAMES = ["sft-kl", "l2-sp", "lora-small", "wise-ft@0", "wise-ft@0.5", "wise-ft@1", "interleave"]
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def test_every_rival(bridle, compared, tmp_path, lora):
     assert list(results) == ["base", "sft", *NAMES]
     start = load_recipe(path).model
     moved = {name: distance(folder / name / "seed-0" / "model", start) for name in ["sft", *NAMES]}
-    assert moved["wise-ft@0.0"] == pytest.approx(0, abs=1e-5)
+    assert moved["wise-ft@0"] == pytest.approx(0, abs=1e-5)
     assert moved["wise-ft@0.5"] == pytest.approx(moved["sft"] / 2, rel=1e-3)
-    assert moved["wise-ft@1.0"] == pytest.approx(moved["sft"], rel=1e-3)
+    assert moved["wise-ft@1"] == pytest.approx(moved["sft"], rel=1e-3)
     assert moved["l2-sp"] < 0.9 * moved["sft"]
     assert moved["sft-kl"] != moved["sft"]
     adapter = json.loads((folder / "lora-small" / "seed-0" / "model" / "adapter_config.json").read_text())
@@ -84,7 +84,7 @@ def test_every_rival(bridle, compared, tmp_path, lora):
         "plain": (True, 0.5),
         "rude": (True, 1.0),
     }
-    assert results["wise-ft@0.5"]["description"].endswith("(Wortsman et al., 2022): 0.5.")
+    assert results["wise-ft@0.5"]["description"].endswith("(Wortsman et al., 2022): alpha 0.5.")
     assert "wise-ft@0.5" in (folder / "report.html").read_text("utf-8")
 
     code, _, err = bridle(
@@ -210,18 +210,49 @@ def test_names_say_the_values_of_options(compared):
         return chosen(names, build_recipe({**yaml.safe_load(compared().read_text()), "methods": methods}))
 
     both = {"weight": [1, 2], "choose": ["random", "gap"]}
-    expanded = ["interleave@1.0", "interleave@2.0", "interleave@gap@1.0", "interleave@gap@2.0"]
+    expanded = ["interleave@1", "interleave@2", "interleave@gap@1", "interleave@gap@2"]
     assert named("interleave", interleave=both) == expanded
     assert named("interleave@gap", "interleave@random@3", interleave=both) == [*expanded[2:], "interleave@3"]
     assert named("interleave", interleave={"choose": "gap"}) == ["interleave@gap"]
     assert named("dpo", dpo={"beta": [0.1, 0.5], "num_generations": 8}) == ["dpo@0.1", "dpo@0.5"]
-    assert description("interleave@gap@2.0").endswith(": gap, 2.0.")
+    assert description("interleave@gap@2").endswith(": choose gap, weight 2.")
     assert shapes("methods.dpo.num_generations", ["dpo@0.1"])
     assert not shapes("methods.dpo.beta", ["dpo@0.1"])
     assert shapes("methods.dpo", ["dpo@0.1"]), "the whole section"
     assert shapes("regularisers.rude.weight", ["dpo@0.1"]), "its pairs are the constraint's"
     assert not shapes("methods.interleave.choose", ["interleave", "interleave@gap"]), "the name says it"
-    assert not shapes("methods.interleave", ["interleave@gap@2.0"])
+    assert not shapes("methods.interleave", ["interleave@gap@2"])
+
+
+def test_constrained_adaptive_at_several_strengths(bridle, compared, tmp_path):
+    """A factor of every λ is a method of its own, beside the recipe as it is."""
+    path, folder = compared(methods={"constrained-adaptive": {"factor": [0.1, 1, 3]}}), tmp_path / "out"
+    code, _, err = bridle("compare", path, "--methods", "constrained-adaptive", "--output_dir", folder)
+    assert code == 0, err
+    results = json.loads((folder / "results.json").read_text())["methods"]
+    assert list(results) == ["constrained-adaptive", "constrained-adaptive@0.1", "constrained-adaptive@3"]
+    weights = {
+        name: {
+            one: options.weight
+            for one, options in load_recipe(folder / name / "seed-0/recipe.yaml").regularisers.items()
+        }
+        for name in results
+    }
+    itself = weights["constrained-adaptive"]
+    for name, factor in (("constrained-adaptive@0.1", 0.1), ("constrained-adaptive@3", 3)):
+        assert weights[name] == {one: pytest.approx(factor * weight) for one, weight in itself.items()}
+    assert not shapes("methods.constrained-adaptive.factor", list(results)), "each keeps its own"
+    assert shapes("regularisers.rude.weight", ["constrained-adaptive@3"])
+    assert description("constrained-adaptive@3").endswith(": factor 3.")
+
+
+def test_a_factor_of_a_λ_that_follows_a_target_is_refused(bridle, compared, tmp_path):
+    code, _, err = bridle(
+        *("compare", compared(), "--methods", "base,constrained-adaptive@3", "--output_dir", tmp_path / "out"),
+        *("--regularisers.rude.target.rate", "0.5"),
+    )
+    assert code == 3
+    assert "regularisers.rude.target: λ follows it; leave constrained-adaptive@3 out" in err
 
 
 def test_which_are_chosen(compared):
@@ -230,7 +261,7 @@ def test_which_are_chosen(compared):
     assert not {base_name(name) for name in chosen([], plain)} & set(KNOBS), "unless they are named"
     assert chosen([], build_recipe(mapping))[-len(NAMES) :] == NAMES
     assert chosen(["wise-ft", "wise-ft@0.9", "sft"], plain) == ["wise-ft", "wise-ft@0.9", "sft"]
-    assert description("wise-ft@0.9").endswith(": 0.9.")
+    assert description("wise-ft@0.9").endswith(": alpha 0.9.")
     assert shapes("methods.wise-ft.alpha", ["wise-ft"])
     assert not shapes("methods.wise-ft.alpha", ["wise-ft@0.5"])
     assert not shapes("regularisers.rude.weight", ["wise-ft@0.5", "sft"])
@@ -255,6 +286,7 @@ def test_a_value_that_becomes_several_makes_a_method_of_each(compared, tmp_path)
         ([], {"wise-ft": {"alpha": 2}}, "^methods.wise-ft.alpha: .*less than or equal to 1"),
         ([], {"wise-ft": {"alpha": []}}, "^methods.wise-ft.alpha: has no value; give one or several"),
         ([], {"l2-sp": {"wieght": 1}}, "^methods.l2-sp.wieght: there is no key 'wieght'; did you mean weight"),
+        (["constrained-adaptive@0"], {}, "^methods.constrained-adaptive.factor: input should be greater than 0"),
         (["wise-ft@much"], {}, "^methods.wise-ft.alpha: input should be a valid number"),
         (["wise-ft@0.5@0.7"], {}, "^methods: wise-ft@0.5@0.7 has two values of alpha; give one"),
         ([], {"interleave": {"choose": "ppl"}}, "^methods.interleave.choose: input should be 'random' or 'gap'"),

@@ -47,6 +47,7 @@ COMPARISON = {
         "methods.nado-decoding.",
         ["comparison/methods.py:GuidanceOptions"],
     ),
+    "Strength of all regularisers": ("methods.constrained-adaptive.", ["comparison/knobs.py:StrengthOptions"]),
     "KL on the learnt rows": ("methods.sft-kl.", ["comparison/knobs.py:KLOptions"]),
     "Distance to the first weights": ("methods.l2-sp.", ["comparison/knobs.py:L2Options"]),
     "Small adapters": ("methods.lora-small.", ["comparison/knobs.py:LowRankOptions"]),

@@ -1,6 +1,6 @@
-"""The options of optional methods, and how a method's name says their values.
+"""The options of methods with a knob, and how a method's name says their values.
 
-Each method has a knob, the first key of `methods.NAME` in a recipe. Of several values each is a method of its own, as
+The knob is the first key of `methods.NAME` in a recipe. Of several values each is a method of its own, as
 `wise-ft@0.5`, so that the trade-off shows the curve.
 """
 
@@ -17,6 +17,20 @@ from bridle.utils.settings import as_mapping, build
 
 Choice = Literal["random", "gap"]
 RANDOM, GAP = get_args(Choice)
+
+
+ADAPTIVE = "constrained-adaptive"
+
+
+@dataclass(frozen=True)
+class StrengthOptions:
+    """The knob of `constrained-adaptive`, which is itself compared as the recipe has it, beside each other value.
+
+    Attributes:
+        factor: of every regulariser's λ; or several.
+    """
+
+    factor: PositiveFloat | list[PositiveFloat] = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,7 @@ class DPOOptions:
 
 
 OPTIONS: dict[str, type] = {
+    ADAPTIVE: StrengthOptions,
     "sft-kl": KLOptions,
     "l2-sp": L2Options,
     "lora-small": LowRankOptions,
@@ -121,6 +136,8 @@ def says(name: str, option: str) -> bool:
     base = name.partition("@")[0]
     if base not in OPTIONS:
         return False
+    if name == ADAPTIVE:
+        return True  # it is the recipe's own, whatever others stand beside it
     options = {option} if option else {field.name for field in fields(OPTIONS[base])}
     return options <= {*values_of(name), "choose"}  # a name without a choice is the random one
 
@@ -129,8 +146,10 @@ def names(name: str, recipe: Recipe) -> list[str]:
     """A method's name, or one for each value of an option that has several."""
     base, said, options = name.partition("@")[0], values_of(name), vars(options_of(name, recipe))
     knob = _first(base)
-    choices, values = options.get("choose", RANDOM), said.get(knob, options[knob])
-    in_name = [f"@{value}" for value in _listed(values)] if knob in said or isinstance(values, list) else [""]
+    choices, values = options.get("choose", RANDOM), options[knob]
+    if name == ADAPTIVE:
+        return [name, *(f"{name}@{_short(value)}" for value in _listed(values) if value != 1)]
+    in_name = [f"@{_short(value)}" for value in _listed(values)] if knob in said or isinstance(values, list) else [""]
     return [
         f"{base}{'' if choice == RANDOM else f'@{choice}'}{value}" for choice in _listed(choices) for value in in_name
     ]
@@ -162,6 +181,11 @@ def knob_of(cell: Cell) -> Any:
 
 def _first(name: str) -> str:
     return fields(OPTIONS[name.partition("@")[0]])[0].name
+
+
+def _short(value: float) -> str:
+    """A value as a name has it: of 2.0, which is 2, "2"."""
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -119,8 +119,19 @@ def constrained(cell: Cell) -> Candidate:
 
 
 def constrained_adaptive(cell: Cell) -> Candidate:
-    """Constrained fine-tuning with a regulariser for each domain, as the recipe has it."""
-    return cell.train(cell.variant())
+    """Constrained fine-tuning with a regulariser for each domain, as the recipe has it.
+
+    Raises:
+        UserError: a factor of λ, and a regulariser whose λ follows a target.
+    """
+    if cell.method == knobs.ADAPTIVE:
+        return cell.train(cell.variant())
+    factor, given = knobs.knob_of(cell), cell.recipe.resolved["regularisers"]
+    for name, regulariser in cell.recipe.regularisers.items():
+        if regulariser.target is not None:
+            raise UserError(f"regularisers.{name}.target: λ follows it; leave {cell.method} out")
+    scaled = {name: {**given[name], "weight": one.weight * factor} for name, one in cell.recipe.regularisers.items()}
+    return cell.train(cell.variant(regularisers=scaled))
 
 
 BUILT_IN: dict[str, Method] = {
@@ -188,13 +199,13 @@ def chosen(names: Sequence[str], recipe: Recipe) -> list[str]:
 
 
 def _each(name: str, recipe: Recipe) -> list[str]:
-    return knobs.names(name, recipe) if base_name(name) in rivals.METHODS else [name]
+    return knobs.names(name, recipe) if base_name(name) in knobs.OPTIONS else [name]
 
 
 def base_name(name: str) -> str:
     """A method's name without the values of its options."""
     base, _, value = name.partition("@")
-    return base if value and base in rivals.METHODS else name
+    return base if value and base in knobs.OPTIONS else name
 
 
 def method_named(name: str) -> Method:
@@ -223,8 +234,10 @@ def _plugged_in() -> dict[str, EntryPoint]:
 def description(name: str) -> str:
     """What a method is, in a sentence."""
     said = (method_named(name).__doc__ or "").strip().split("\n")[0]
-    values = name[len(base_name(name)) + 1 :].replace("@", ", ")
-    return f"{said.rstrip('.')}: {values}." if values else said
+    if name == base_name(name):
+        return said
+    values = ", ".join(f"{option} {value}" for option, value in knobs.values_of(name).items())
+    return f"{said.rstrip('.')}: {values}."
 
 
 def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path | None = None) -> Candidate:
@@ -272,7 +285,7 @@ def options_of(name: str, recipe: Recipe) -> Any:
     Raises:
         UserError: a key is unknown, or a value is wrong.
     """
-    if name.partition("@")[0] in rivals.METHODS:
+    if name.partition("@")[0] in knobs.OPTIONS:
         return knobs.options_of(name, recipe)
     given = recipe.methods.get(name)
     return build(OPTIONS.get(name, NoOptions), given, f"methods.{name}") if name in BUILT_IN else given
