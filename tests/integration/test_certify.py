@@ -6,9 +6,16 @@ from hashlib import sha256
 
 import pytest
 
+from bridle.certification.certificate import Certificate, PromptRecord, Tried, check_different, prompts_hash
+from bridle.certification.goal import Goal
+from bridle.certification.oracle import errors_of
+from bridle.constraints import PythonFunction
+from bridle.errors import UserError
+from bridle.evaluation.examination import LabelledRows
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.loading import load_model
 
+CANDIDATES = ("--guide", "auxiliary", "--guidance_scale", "0,1")
 LENIENT = ("--rate", 0.9, "--confidence", 0.6, "--max_new_tokens", 4)
 
 
@@ -174,7 +181,7 @@ class TestOneModel:
         assert code == 0, err
         found = read(tmp_path)
         assert found["oracle"] == {
-            "source": "labels.jsonl", "violating": 30, "found": 30, "complying": 30, "false_alarms": 0
+            "source": "labels.jsonl", "violating": 30, "found": 30, "complying": 30, "false_alarms": 0, "missing": 0
         }  # fmt: skip
         assert found["tried"][0]["true_bound"] > found["tried"][0]["bound"]
         assert "violate in truth" in out
@@ -182,6 +189,33 @@ class TestOneModel:
         mapping = "{path: labels.jsonl, label: label, violating: 0}"
         code, out, _ = certify("--oracle_labels", mapping, "--output", "b.json")
         assert "bound no true rate" in out
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda found, rows: (found, rows[:30]), "tried.0: has 30 completions of 40 prompts"),
+            (lambda found, rows: ({**found, "candidates": 3}, rows), "is not the beginning of ranked"),
+        ],
+    )
+    def test_what_no_certification_does_is_noticed(self, certify, bridle, tmp_path, change, said):
+        """The numbers agree with the completions, and yet show nothing."""
+        certify("--rate", 0.999, "--confidence", 0.51)
+        place = tmp_path / "certificate.completions.jsonl"
+        found, rows = change(read(tmp_path), [json.loads(line) for line in place.read_text().splitlines()])
+        write_rows(place, rows)
+        prompts = found["prompts"] | {"sha256": prompts_hash([(row["row"], row["prompt"]) for row in rows])}
+        counted = {"n": len(rows), "violations": sum("e" in row["completion"] for row in rows)}
+        forged = Certificate(**{
+            **{key: found[key] for key in vars(Certificate.load(tmp_path / "certificate.json"))},
+            "goal": Goal(**found["goal"]),
+            "tried": [Tried(**{**found["tried"][0], **counted})],
+            "prompts": PromptRecord(**prompts),
+            "completions_sha256": sha256(place.read_bytes()).hexdigest(),
+        })  # fmt: skip
+        forged.save(tmp_path / "certificate.json")
+        code, _, err = bridle("certify", "--verify", "certificate.json")
+        assert code == 2
+        assert said in err
 
 
 class TestCandidates:
@@ -213,6 +247,22 @@ class TestCandidates:
         assert found["development"]["prompts"] == 20
         assert bridle("certify", "--verify", "certificate.json")[0] == 0
 
+    def test_the_card_tells_them_apart(self, bridle, run, tmp_path):
+        """Runs with other settings have models of the same name."""
+        for name in "ab":
+            shutil.copytree(run / "checkpoint-1", tmp_path / "runs" / name / "model")
+        (tmp_path / "runs/a/model/README.md").write_text("# A model\n\n## Intended use\n", encoding="utf-8")
+        shutil.copy(tmp_path / "runs/a/model/README.md", tmp_path / "runs/b/model")
+        code, _, err = bridle(
+            *("certify", "--candidates", "runs/*/model", "--prompts", "unseen.jsonl", "--constraint", "regex:e"),
+            *("--development", "development.jsonl", *LENIENT),
+        )
+        assert code == 0, err
+        card = (tmp_path / read(tmp_path)["certified"] / "README.md").read_text(encoding="utf-8").replace("\\", "")
+        assert "a/model" in card
+        assert "b/model" in card
+        assert str(tmp_path) not in card
+
     def test_they_are_left_out_if_they_write_no_better(self, certify, corpus_files, run, tmp_path):
         code, out, err = certify(
             *("--candidates", "run/checkpoint-*", "--development", "development.jsonl"),
@@ -239,9 +289,10 @@ class TestRefusals:
         [
             (("--prompts", "twice.jsonl"), "row 41: repeats the prompt of row 1"),
             (
-                ("--prompts", "both.jsonl", "--development", "development.jsonl"),
+                ("--prompts", "both.jsonl", "--development", "development.jsonl", *CANDIDATES),
                 "is also row 1 of the development prompts",
             ),
+            (("--development", "development.jsonl"), "--development orders several candidates"),
             (("--rate", "0.001"), "holds 40 prompts, but 916 are needed"),
             (("--guidance_scale", "2"), "--guidance_scale is the strength of a --guide"),
             (("--guide", "auxiliary", "--guidance_scale", "0,x"), "'0,x' is no list of numbers"),
@@ -284,3 +335,24 @@ class TestRefusals:
         code, _, err = bridle("certify", "model", *(word for pair in given.items() for word in pair))
         assert code == 2
         assert "--prompts and --constraint are needed" in err
+
+
+def test_a_chat_is_the_same_prompt_whatever_the_order_of_its_keys():
+    chat = [{"role": "user", "content": "ship 1"}]
+    turned = [{"content": "ship 1", "name": None, "role": "user"}]
+    check_different([(1, chat), (2, "ship 1"), (3, [{"role": "system", "content": "ship 1"}])], "unseen.jsonl")
+    with pytest.raises(UserError, match=r"unseen\.jsonl row 2: repeats the prompt of row 1"):
+        check_different([(1, chat), (2, turned)], "unseen.jsonl")
+
+
+def test_texts_without_a_score_show_nothing_of_an_oracle(tmp_path):
+    """Each counts as its error, whatever the label, so that a judge that is down bounds no true rate."""
+    texts = [{"text": f"{'kettle' if number % 2 else 'bird'} {number}", "label": number % 2} for number in range(60)]
+    path = write_rows(tmp_path / "labels.jsonl", texts)
+    rows = LabelledRows(path=str(path), label="label", violating=1)
+    down = PythonFunction(lambda completions: [None] * len(completions), name="down")
+    found = errors_of(down, rows)
+    assert (found.found, found.false_alarms, found.missing) == (0, 0, 60)
+    assert found.true_bound(Goal(0.1, 0.9), [0.0] * 500, 1) == 1.0
+    half = PythonFunction(lambda texts: [None if "kettle" in t else 1.0 for t in texts], name="half")
+    assert errors_of(half, rows).bounds(0.9)[0] == 0.0, "it finds none of those that it scores"

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 import tiny_tokenizers
 from bridle.errors import UserError
 from bridle.models.auxiliary import new_auxiliary
+from bridle.models.card import add_certificate
 from bridle.models.export import export, fold
 from bridle.models.gguf_writer import write_gguf
 from bridle.models.guidance import NADOGuide
@@ -63,11 +64,17 @@ class TestFolder:
         run = tmp_path / "run"
         shape = {"form": "log-linear", "epochs": 1}
         assert bridle("train", recipe(auxiliary=shape, lora={"r": 2}), "--output_dir", run)[0] == 0
+        before = ModelCard((run / "model" / "README.md").read_text("utf-8"))
+        certificate = {
+            "statement": "At most 1% violate.",
+            "limits": ["Other weights."],
+            "candidates": [{}],
+            "details": {},
+        }
+        assert "At most 1%" in add_certificate(run / "model", **certificate).read_text("utf-8")
         assert bridle("export", run, tmp_path / "out", "--dtype", "bfloat16")[0] == 0
         assert bridle("export", run, tmp_path / "folded", "--fold", "--guidance_scale", 2)[0] == 0
-        before, plain, folded = (
-            ModelCard((tmp_path / name / "README.md").read_text("utf-8")) for name in ("run/model", "out", "folded")
-        )
+        plain, folded = (ModelCard((tmp_path / name / "README.md").read_text("utf-8")) for name in ("out", "folded"))
         assert before.data.library_name == "peft"
         assert "lora" in before.data.tags
         for card in (plain, folded):
@@ -77,6 +84,7 @@ class TestFolder:
             assert card.text.count("## How to load it") == 1
             assert before.text.partition("## Intended use")[0] in card.text
             assert "## Citation" in card.text
+            assert "At most 1%" not in card.text, "a certificate is of the weights that were tested"
         assert "weights are in bfloat16" in plain.text
         assert "η =" not in plain.text
         assert "η = 2.0" in folded.text

@@ -89,6 +89,15 @@ class TestProtocol:
             served().draw(texts, GenerationOptions(samples=2))
         assert served().draw(texts, GenerationOptions(samples=1)) == [[" always the same"]] * 2
 
+    def test_a_certificate_is_not_of_a_server_that_ignores_the_temperature(self, served, server):
+        """It draws one completion a prompt, which does not show it: a few prompts are completed twice before."""
+        server.answer = lambda request: ok({"choices": [{"text": " always the same"}]})
+        with pytest.raises(UserError, match=r"decodes greedily.*do_sample"):
+            served().check_sampling([PROMPTS[0], PROMPTS[2]], GenerationOptions(samples=1))
+        served().check_sampling(PROMPTS, GenerationOptions(greedy=True, samples=1))
+        server.answer = continued
+        served().check_sampling([PROMPTS[0], PROMPTS[2]], GenerationOptions(samples=1))
+
     @pytest.mark.parametrize("url", ["http://example.org/v1", "https://host/v1?key=secret"])
     def test_keys_are_guarded(self, served, url):
         with pytest.raises(UserError, match="model kind-model: url"):
@@ -143,6 +152,11 @@ class TestCommands:
 
     def test_certify(self, bridle, served, server, folder):
         lenient = ("--rate", 0.99, "--confidence", 0.6)
+        server.answer = lambda request: ok({"choices": [{"text": " always the same"}]})
+        code, _, err = bridle(*self.measured("certify", f"{server.url}/v1", *lenient))
+        assert (code, list(folder.glob("certificate*"))) == (2, [])
+        assert "decodes greedily" in err
+        server.answer = continued
         code, _, err = bridle(*self.measured("certify", f"{server.url}/v1", *lenient))
         assert code == 0, err
         found = json.loads((folder / "certificate.json").read_text())

@@ -1,7 +1,6 @@
 """A target in place of a fixed λ: in both schedules, after a resume, for several regularisers, and at the end."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -124,7 +123,7 @@ class TestTheEnd:
         trainer.train()
         warning = self.of(trainer)
         assert "of 32 samples violate (95% interval" in warning
-        assert "more than 1.0%. λ is at its bound, target.most 5: raise it" in warning
+        assert "more than 1%. λ is at its bound, target.most 5: raise it" in warning
         (reached,), (low,) = logged(trainer, "rude/violation_reached"), logged(trainer, "rude/violation_reached_low")
         assert 0.01 < low < reached
 
@@ -138,10 +137,28 @@ class TestTheEnd:
 
         (regulariser,), between = trainer.regularisers, (reached + bound) / 2
         regulariser.options.target = TargetOptions(rate=between, confidence=0.9)
-        regulariser.dual = replace(regulariser.dual, limit=between)
         report_targets([regulariser], trainer.supervisor, [])
         assert logged(trainer, "rude/violation_bound") == [bound] * 2
         assert "does not show at most" in self.of(trainer)
+
+    def test_a_sample_without_a_score_may_violate(self, tiny_folder, tmp_path, monkeypatch):
+        """The bound counts it as a violation; the rate leaves it out, and says how many it leaves out."""
+        trainer = made(tiny_folder(), tmp_path, {"rude": held(rate=0.999, confidence=0.9)})
+        trainer.train()
+        (regulariser,) = trainer.regularisers
+        score = regulariser.constraint._score
+        monkeypatch.setattr(regulariser.constraint, "_score", lambda texts: [None, None, *score(texts)[2:]])
+        report_targets([regulariser], trainer.supervisor, [])
+        assert logged(trainer, "rude/violation_missing") == [0, 2]
+        rate, bound = logged(trainer, "rude/violation_reached")[-1], logged(trainer, "rude/violation_bound")[-1]
+        assert bound == regulariser.options.target.bound(round(30 * rate) + 2, 32)
+        assert not [text for texts in logged(trainer, "warnings") for text in texts if "got no score" in text]
+        monkeypatch.setattr(regulariser.constraint, "_score", lambda texts: [None] * 31 + [1.0])
+        report_targets([regulariser], trainer.supervisor, [])
+        assert logged(trainer, "rude/violation_reached")[-1] == 0
+        assert "rude: 31 of the last 32 samples got no score; the rate is of the others" in (
+            text for texts in logged(trainer, "warnings") for text in texts
+        )
 
     def test_rollouts_that_cannot_show_it_are_refused(self, tiny_folder, tmp_path):
         with pytest.raises(UserError, match=r"rollouts_per_round: 32 cannot show .*target.*at least 299"):
@@ -165,6 +182,8 @@ class TestTheEnd:
         trainer.train()
         assert "the mean score of 32 samples is 0." in self.of(trainer)
         assert ", below 0.999" in self.of(trainer)
+        (reached,), (score,) = logged(trainer, "rude/violation_reached"), logged(trainer, "rude/mean_score_reached")
+        assert score == pytest.approx(1 - reached)
 
     def test_where_every_label_was_alike_nothing_acted(self, tiny_folder, tmp_path):
         constraint = Labels()

@@ -18,8 +18,9 @@ from bridle.certification.bounds import (
 )
 from bridle.certification.certificate import Ranked, completions_file
 from bridle.certification.certify import safest_first
-from bridle.certification.goal import Goal, percent, percent_up
+from bridle.certification.goal import Goal
 from bridle.errors import UserError
+from bridle.utils.percent import percent, percent_of, percent_up
 from certified_worlds import (
     JUST_ABOVE,
     Mixture,
@@ -185,6 +186,11 @@ class TestGoal:
 )
 def test_a_bound_is_rounded_up(bound, said):
     assert percent_up(bound) == said
+
+
+@pytest.mark.parametrize(("rate", "said"), [(0.0, "0.0%"), (0.0312, "3.1%"), (0.0004, "0.04%"), (1.0, "100.0%")])
+def test_a_small_rate_keeps_its_digits(rate, said):
+    assert percent_of(rate) == said
 
 
 def test_a_confidence_is_not_rounded_to_certainty():

@@ -148,6 +148,27 @@ class TestViolations:
         assert options.limit(base=0.5) == pytest.approx(0.1)
 
 
+class TestAChangedTarget:
+    """A run resumes with `--accept_changes`: the state is of the target before."""
+
+    def test_the_new_limit_holds(self):
+        before = DualState(4.0).measured(TargetOptions(rate=0.05), 1, [0.0, 1.0], acts_in=1)
+        violations = [1.0] * 2 + [0.0] * 8
+        assert before.measured(TargetOptions(rate=0.05), 2, violations, acts_in=2).weight > 4
+        after = before.measured(TargetOptions(rate=0.5), 2, violations, acts_in=2)
+        assert (after.limit, after.weight < 4) == (0.5, True)
+
+    def test_the_base_s_rate_is_kept_and_not_its_multiple(self):
+        before = DualState(4.0).measured(TargetOptions(base=1.0), 1, [0.0] * 49 + [1.0] * 50, acts_in=1)
+        assert before.limit == pytest.approx(0.505)
+        after = before.measured(TargetOptions(base=0.5), 2, [0.0, 1.0], acts_in=2)
+        assert after.limit == pytest.approx(0.2525)
+
+    def test_a_target_of_the_base_needs_the_first_round(self):
+        with pytest.raises(UserError, match=r"target.base: the first round did not measure the base's rate"):
+            DualState(4.0).measured(TargetOptions(base=1.0), 2, [0.0, 1.0], acts_in=2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -155,6 +176,7 @@ class TestViolations:
         ({"rate": 0.1, "base": 1.0}, "rate and base: a target has exactly one of"),
         ({"rate": 0}, "rate: must be above 0"),
         ({"mean": 1}, "mean: must be below 1"),
+        ({"rate": 1, "confidence": 0.95}, "rate: must be below 1 with a confidence"),
         ({"rate": 0.1, "margin": 1.0}, "margin: input should be less than 1"),
         ({"rate": 0.1, "confidence": 0.9, "margin": 0.0}, "margin: must be above 0 with a confidence"),
         ({"rate": 0.1, "step": 0}, "step: input should be greater than 0"),

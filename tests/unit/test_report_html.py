@@ -383,10 +383,10 @@ def test_a_training_run_warns_in_its_summary_too(tmp_path):
     assert findings(run)[-1] == "Training gave 3 warnings; the first: round 1, rude: violations rose."
 
 
-def with_target(folder, value):
-    """Appends to a run's metrics what it writes at its end where a regulariser has a target of 10%."""
+def with_target(folder, value, target=0.1, **more):
+    """Appends to a run's metrics what it writes at its end where a regulariser has a target, of 10%."""
     record = {"violation_reached": value, "violation_reached_low": value - 0.02, "violation_reached_high": value + 0.03}
-    row = {f"rude/{key}": number for key, number in (record | {"target": 0.1}).items()}
+    row = {f"rude/{key}": number for key, number in (record | {"target": target, **more}).items()}
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 4, **row}) + "\n")
 
@@ -396,9 +396,28 @@ def test_the_summary_of_a_run_begins_with_its_target(tmp_path):
     with_target(folder, 0.12)  # of an earlier end of the run
     with_target(folder, 0.07)
     assert findings(data.read_report(folder))[0] == (
-        "The target of rude, at most 10.0% violations, is met: 7.0% (95% interval 5.0 to 10.0%) of the trained "
+        "The target of rude, at most 10% violations, is met: 7.0% (95% interval 5.0% to 10.0%) of the trained "
         "model’s rollouts."
     )
+
+
+def test_a_mean_score_is_no_rate(tmp_path):
+    folder = report_folder.make_run(tmp_path / "run")
+    with_target(folder, 0.18, target=0.2, mean_score_reached=0.82)
+    assert findings(data.read_report(folder))[0] == (
+        "The target of rude, a mean score of at least 0.8, is met: 0.820 (95% interval 0.790 to 0.840) of the trained "
+        "model’s rollouts."
+    )
+
+
+def test_a_bound_is_not_rounded_to_its_target(tmp_path):
+    folder = report_folder.make_run(tmp_path / "run")
+    with_target(folder, 0.035, target=0.05, violation_bound=0.0500114)
+    assert "at most 5% violations, is missed" in findings(data.read_report(folder))[0]
+    assert "with the asked confidence at most 5.002%)" in findings(data.read_report(folder))[0]
+    small = report_folder.make_run(tmp_path / "small")
+    with_target(small, 0.0002, target=0.0004)
+    assert "at most 0.04% violations, is met: 0.02% " in findings(data.read_report(small))[0]
 
 
 def test_the_summary_of_a_comparison_begins_with_the_target_and_its_cost(tmp_path):
@@ -407,7 +426,8 @@ def test_the_summary_of_a_comparison_begins_with_the_target_and_its_cost(tmp_pat
         with_target(folder / "constrained-adaptive" / f"seed-{seed}", value)
     report = data.read_report(folder)
     assert findings(report)[0] == (
-        "The target of rude, at most 10.0% violations, is met by 1 of 2 seeds: 7.0% and 12.0% of "
+        "The target of rude, at most 10% violations, is met by 1 of 2 seeds: 7.0% (95% interval 5.0% to 10.0%) and "
+        "12.0% (95% interval 10.0% to 15.0%) of "
         "constrained-adaptive’s rollouts, at perplexity 73.4 on novels, against 73.9 for sft."
     )
     figure = draw_plots(report)["tradeoff"]

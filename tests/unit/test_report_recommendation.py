@@ -116,6 +116,14 @@ def test_a_method_of_which_a_seed_failed_has_not_reached_its_target_with_every_s
     assert "reached their target" not in recommendation(replace(report, methods=methods))
 
 
+def test_a_target_that_was_not_measured_is_not_reached():
+    """Of two domains with a target, one got no score at the end."""
+    report = with_targets(compared({"harsh": (0.01, 75.0), "mild": (0.05, 74.0), "sft": (0.2, 73.0)}), mild=0.09)
+    (curve,) = report.curves
+    rounds = [Round(1, 4, regularisers={"rude": RegulariserRound(target=0.1), "other": RegulariserRound(target=0.1)})]
+    assert "reached their target" not in recommendation(replace(report, curves=[replace(curve, rounds=rounds)]))
+
+
 def test_plain_tuning_may_be_the_one():
     assert recommendation(compared({"sft": (0.01, 73.0), "harsh": (0.05, 74.0)})).endswith("were compared.")
 

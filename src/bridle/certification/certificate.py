@@ -7,16 +7,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bridle.certification.goal import Goal, percent, percent_up
+from bridle.certification.goal import Goal
 from bridle.certification.oracle import OracleErrors
 from bridle.constraints import Constraint, Given
 from bridle.errors import UserError
 from bridle.models.card import public_name, setting_text
 from bridle.utils.files import checked, read_json, read_rows, read_text, write_json, write_rows
+from bridle.utils.percent import percent, percent_up
 
 FORMAT = 1
 TOLERANCE = 1e-9  # between bounds that two machines compute
@@ -232,7 +232,8 @@ class Certificate:
 
     def public(self) -> "Certificate":
         """The same for readers elsewhere, with only the last part of each local path."""
-        tried = [replace(one, candidate=_public_candidate(one)) for one in self.tried]
+        names = _short_names([one.model for one in self.tried])
+        tried = [replace(one, candidate=_public_candidate(one, names[one.model])) for one in self.tried]
         prompts = replace(self.prompts, source=_public_source(self.prompts.source))
         oracle = self.oracle and replace(self.oracle, source=_public_source(self.oracle.source))
         return replace(self, tried=tried, prompts=prompts, oracle=oracle)
@@ -301,16 +302,30 @@ class Certificate:
             _check_scores(seen, constraint, place)
         if prompts_hash([(one.row, one.prompt) for one in seen]) != self.prompts.sha256:
             raise UserError(f"{path}: prompts.sha256: is not that of the prompts in {place}")
-        by_candidate = {name: list(rows) for name, rows in groupby(seen, key=lambda one: one.candidate)}
+        by_candidate: dict[str, list[Observation]] = {}
+        for one in seen:
+            by_candidate.setdefault(one.candidate, []).append(one)
         if list(by_candidate) != [tried.candidate for tried in self.tried]:
             raise UserError(f"{path}: tried: are not the candidates of {place}")
+        self._check_order(path)
         for number, tried in enumerate(self.tried):
+            if not self.goal.anytime and len(by_candidate[tried.candidate]) != self.prompts.prompts:
+                raise UserError(
+                    f"{path}: tried.{number}: has {len(by_candidate[tried.candidate]):,} completions of "
+                    f"{self.prompts.prompts:,} prompts; without --anytime the bound is of all of them"
+                )
             found = outcome(by_candidate[tried.candidate], self.goal, self.oracle, self.candidates)
             for key, value in found.items():
                 if not _agree(getattr(tried, key), value):
                     raise UserError(f"{path}: tried.{number}.{key}: {getattr(tried, key)} should be {value}")
         if not all(tried.passed for tried in self.tried[:-1]):
             raise UserError(f"{path}: tried: goes on after a candidate that did not pass")
+
+    def _check_order(self, path: Path) -> None:
+        """Refuses candidates that are not the beginning of the order that was chosen beforehand."""
+        order = [one.candidate for one in self.ranked] or [one.candidate for one in self.tried]
+        if self.candidates != len(order) or order[: len(self.tried)] != [one.candidate for one in self.tried]:
+            raise UserError(f"{path}: tried: is not the beginning of ranked, the order of {self.candidates} candidates")
 
     def _observation(self, row: dict[str, Any], place: str) -> Observation:
         found = checked(Observation, row, place)
@@ -374,7 +389,7 @@ def check_different(prompts: Sequence[tuple[int, Given]], place: str) -> None:
     """
     first: dict[str, int] = {}
     for row, prompt in prompts:
-        key = json.dumps(prompt, sort_keys=True)
+        key = same_prompt(prompt)
         if key in first:
             raise UserError(
                 f"{place} row {row}: repeats the prompt of row {first[key]}; a certificate counts one completion a "
@@ -383,14 +398,30 @@ def check_different(prompts: Sequence[tuple[int, Given]], place: str) -> None:
         first[key] = row
 
 
+def same_prompt(prompt: Given) -> str:
+    """What is equal for the same prompt, in whatever order a chat's messages have their keys; null is as no key."""
+    if isinstance(prompt, list):
+        prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+    return json.dumps(prompt, sort_keys=True)
+
+
 def candidate_name(model: str, guide: str | None, guidance_scale: float) -> str:
     """A model, and what guides it at which η."""
     return model if guide is None else f"{model} guided by {guide} at η={guidance_scale:g}"
 
 
-def _public_candidate(tried: Tried) -> str:
-    guide = tried.guide and public_name(tried.guide)
-    return candidate_name(public_name(tried.model), guide, tried.guidance_scale)
+def _public_candidate(tried: Tried, model: str) -> str:
+    return candidate_name(model, tried.guide and public_name(tried.guide), tried.guidance_scale)
+
+
+def _short_names(models: Sequence[str]) -> dict[str, str]:
+    """Models as `public_name` has them, with as much of their paths as tells them apart."""
+    names = {model: public_name(model) for model in models}
+    longest = max((len(Path(model).parts) for model in names), default=0)
+    for parts in range(2, longest + 1):
+        alike = [model for model in names if list(names.values()).count(names[model]) > 1]
+        names |= {model: "/".join(Path(model).parts[-parts:]) for model in alike}
+    return names
 
 
 def _public_source(source: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from statistics import fmean
 from typing import Any
@@ -20,9 +20,10 @@ from bridle.certification.certificate import (
     check_different,
     outcome,
     prompts_hash,
+    same_prompt,
     version_of,
 )
-from bridle.certification.goal import Goal, percent_up
+from bridle.certification.goal import Goal
 from bridle.certification.importance import Seeker, draw, seeking
 from bridle.certification.oracle import OracleErrors, errors_of
 from bridle.constraints import Constraint, Given
@@ -32,9 +33,10 @@ from bridle.evaluation.evaluator import COMPLETIONS_PER_ROW, Evaluator
 from bridle.evaluation.examination import LabelledRows
 from bridle.evaluation.prompt_sets import PromptSet
 from bridle.evaluation.served import ServedModel
-from bridle.models.guidance import guided
+from bridle.models.guidance import check_scale, guided
 from bridle.models.loading import load_for_inference, load_tokenizer
 from bridle.models.sharding import digest
+from bridle.utils.percent import percent_up
 
 DEVELOPMENT, CERTIFICATION, ORDER = range(3)  # purposes, each with its own random numbers
 
@@ -59,8 +61,7 @@ class Candidate:
     served: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.guidance_scale < inf:
-            raise UserError(f"guidance_scale: must be a finite number, 0 or more, not {self.guidance_scale}")
+        check_scale(self.guidance_scale)
 
     @property
     def is_guided(self) -> bool:
@@ -112,6 +113,7 @@ class Certification:
     api_key_env: str | None = None
     show: Callable[[str], None] = field(default=lambda line: None)
     _loaded: tuple[str, Any, Any] | None = field(default=None, init=False, repr=False)
+    _texts: Sequence[str] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         names = [candidate.name for candidate in self.candidates]
@@ -121,8 +123,11 @@ class Certification:
             raise UserError(
                 f"{len(names)} candidates need --development prompts, which order them before the others are seen"
             )
-        if len(names) == 1 and self.perplexity is not None:
-            raise UserError("--perplexity orders several candidates; leave it out for one")
+        for option in ("perplexity", "development"):
+            if len(names) == 1 and getattr(self, option) is not None:
+                raise UserError(f"--{option} orders several candidates; leave it out for one")
+        if self.development is not None:  # the order is of what is then tested: prompts of the same kind
+            self.development = replace(self.development, generation=self.prompts.generation)
         if self.goal.method == "importance":
             self._check_importance()
 
@@ -150,7 +155,10 @@ class Certification:
         from bridle.utils.provenance import environment
 
         self.show(self.goal.plan())
+        self._texts = [] if self.perplexity is None else texts_of(self.perplexity)
         oracle = None if self.oracle_labels is None else errors_of(self.constraint, self.oracle_labels)
+        if oracle is not None and oracle.missing:
+            self.show(f"{oracle.missing:,} of the labelled texts got no score, and count as the oracle's errors")
         with self._opened(self.candidates[0]) as (evaluator, _):
             prompts, development = self._read(evaluator), None
             if self.development is not None:
@@ -187,9 +195,9 @@ class Certification:
     def _check(self, prompts: Sequence[Prompt], development: Sequence[Prompt]) -> None:
         place, prompts = self.prompts.source.place, sorted(prompts, key=lambda prompt: prompt.row)
         check_different([(prompt.row, _given(prompt)) for prompt in prompts], place)
-        known = {str(_given(prompt)): prompt.row for prompt in development}
+        known = {same_prompt(_given(prompt)): prompt.row for prompt in development}
         for prompt in prompts:
-            if (row := known.get(str(_given(prompt)))) is not None:
+            if (row := known.get(same_prompt(_given(prompt)))) is not None:
                 raise UserError(
                     f"{place} row {prompt.row}: is also row {row} of the development prompts; a certificate needs "
                     "prompts that were used for nothing else"
@@ -250,7 +258,7 @@ class Certification:
             bits = None
             if self.perplexity is not None and isinstance(evaluator, Evaluator):
                 place = self.perplexity.place
-                bits = evaluator.perplexity({place: texts_of(self.perplexity)})[place]["bits_per_byte"]["value"]
+                bits = evaluator.perplexity({place: self._texts})[place]["bits_per_byte"]["value"]
         rate = fmean(not score.complies for score in scores)
         violation = fmean(1.0 if score.violation is None else score.violation for score in scores)
         text = "" if bits is None else f", {bits:.4g} bits per byte"
@@ -263,6 +271,8 @@ class Certification:
         """Draws and scores completions until the result is settled; adds them to `observed`."""
         with self._opened(candidate) as (evaluator, seeker):
             prompts = self._read(evaluator)
+            if isinstance(evaluator, ServedModel):
+                evaluator.check_sampling(prompts, self.prompts.generation)
             own = list(self._observations(candidate, evaluator, seeker, prompts))
             weights = weights_of(evaluator)
         observed += own

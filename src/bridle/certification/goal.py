@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from bridle.certification.bounds import betting_bound, prompts_needed, prompts_needed_by_betting, upper_bound
 from bridle.errors import UserError
+from bridle.utils.percent import percent
 
 Method = Literal["count", "importance"]
 
@@ -91,13 +91,3 @@ class Goal:
         bound = "betting confidence sequence" if self.bets else "Clopper–Pearson bound"
         sought = f"importance, {percent(self.seek)} seek violations; " if self.method == "importance" else ""
         return f"{sought}{bound}{', stopped when settled' if self.anytime else ''}"
-
-
-def percent(share: float) -> str:
-    """A given share in percent."""
-    return f"{100 * share:.10g}%"
-
-
-def percent_up(bound: float) -> str:
-    """A bound in percent, rounded up to four significant digits, so that it says no more than was shown."""
-    return f"{Context(prec=4, rounding=ROUND_CEILING).create_decimal(100 * Decimal(repr(float(bound)))).normalize():f}%"

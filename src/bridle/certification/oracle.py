@@ -13,7 +13,9 @@ from bridle.evaluation.examination import LabelledRows
 
 @dataclass(frozen=True)
 class OracleErrors:
-    """How often an oracle flagged texts that people have labelled; a text without a score counts as flagged.
+    """How often an oracle flagged texts that people have labelled.
+
+    A text without a score counts as the oracle's error, whatever its label, which bounds the true rate safely.
 
     Attributes:
         source: of the texts.
@@ -21,6 +23,7 @@ class OracleErrors:
         found: how many of them the oracle flagged.
         complying: number of texts that comply by their labels.
         false_alarms: how many of them the oracle flagged.
+        missing: number of texts of both kinds without a score: not found, and no false alarms.
     """
 
     source: str
@@ -28,6 +31,7 @@ class OracleErrors:
     found: int
     complying: int
     false_alarms: int
+    missing: int = 0
 
     def bounds(self, confidence: float) -> tuple[float, float]:
         """Lower bounds on the sensitivity and on the false-alarm rate, each with this confidence."""
@@ -58,10 +62,10 @@ def errors_of(constraint: Constraint, rows: LabelledRows) -> OracleErrors:
     """
     with_prompts = constraint.reads != "completion"
     complying, violating = (_different(outputs_of(of_class, with_prompts)) for of_class in rows.classes())
-    false_alarms, found = (
-        sum(not score.complies for score in constraint.score(*outputs)) for outputs in (complying, violating)
-    )
-    return OracleErrors(rows.place, len(violating[1]), found, len(complying[1]), false_alarms)
+    verdicts = [[score.complies for score in constraint.score(*outputs)] for outputs in (complying, violating)]
+    false_alarms, found = (of_class.count(False) for of_class in verdicts)
+    missing = sum(of_class.count(None) for of_class in verdicts)
+    return OracleErrors(rows.place, len(violating[1]), found, len(complying[1]), false_alarms, missing)
 
 
 def _different(outputs: tuple[list[Given], list[str]]) -> tuple[list[Given], list[str]]:

@@ -3,7 +3,7 @@
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jmespath
@@ -16,6 +16,8 @@ from bridle.evaluation.observations import Observations
 from bridle.evaluation.prompt_sets import GenerationOptions, PromptSet
 from bridle.utils.http import Endpoint, Reply
 from bridle.utils.progress import Progress
+
+FEW = 16  # prompts; a model that draws completes some of them in two ways
 
 
 @dataclass
@@ -87,6 +89,15 @@ class ServedModel(Completer):
         self._check_varied(drawn, how)
         return drawn
 
+    def check_sampling(self, prompts: Sequence[Prompt], how: GenerationOptions) -> None:
+        """Draws twice after a few prompts, where `how` draws at random.
+
+        Raises:
+            UserError: all pairs are the same, so that the server ignores the temperature; or as `draw`.
+        """
+        if _is_drawn(how):
+            self.draw(prompts[:FEW], replace(how, samples=2))
+
     def _endpoint(self, path: str) -> Endpoint:
         with prefixed(f"model {self.name}: "):
             return Endpoint(f"{self.url.rstrip('/')}/{path}", self.api_key_env, **self.endpoint)
@@ -105,12 +116,16 @@ class ServedModel(Completer):
     def _check_varied(self, drawn: Sequence[Sequence[str]], how: GenerationOptions) -> None:
         """Refuses samples that are the same for every prompt: `transformers serve` ignores a temperature of models
         whose generation_config.json does not say `do_sample`."""
-        is_drawn = how.temperature >= 1 and how.top_p == 1 and not how.greedy
-        if is_drawn and min(how.samples, len(drawn)) > 1 and all(len(set(texts)) == 1 for texts in drawn):
+        if _is_drawn(how) and min(how.samples, len(drawn)) > 1 and all(len(set(texts)) == 1 for texts in drawn):
             raise UserError(
                 f"{self.url}: gave the same completion {how.samples} times for every prompt, so it decodes greedily "
                 "whatever the temperature; set do_sample in the model's generation_config.json, or measure --greedy"
             )
+
+
+def _is_drawn(how: GenerationOptions) -> bool:
+    """Whether completions come from the whole distribution, or a flatter one."""
+    return how.temperature >= 1 and how.top_p == 1 and not how.greedy
 
 
 def _completion(reply: Reply, is_chat: bool) -> tuple[str, str]:

@@ -125,10 +125,15 @@ def add_certificate(model_folder: str | Path, **content: Any) -> Path:
     path = Path(model_folder) / CARD_FILE
     begin, end = CERTIFICATE
     block = f"{begin}\n{_template('certificate').render(content)}{end}\n\n"
-    card = re.sub(f"{begin}.*?{end}\n*", "", read_text(path), flags=re.DOTALL)
+    card = _without_certificate(read_text(path))
     above, heading, below = card.partition("## Intended use")
     write_text(path, f"{above.rstrip()}\n\n{block}{heading}{below}")
     return path
+
+
+def _without_certificate(card: str) -> str:
+    begin, end = CERTIFICATE
+    return re.sub(f"{begin}.*?{end}\n*", "", card, flags=re.DOTALL)
 
 
 def write_export_card(
@@ -136,8 +141,9 @@ def write_export_card(
 ) -> Path:
     """Writes the card of an exported model, and returns its path.
 
-    It is the model's card, if Bridle wrote one, with what changed: the adapters are merged, and the header has no
-    figures if R is folded in, since they are of the model without it. Otherwise the card names the model.
+    It is the model's card, if Bridle wrote one, with what changed: the adapters are merged, a certificate is left out,
+    and the header has no figures if R is folded in, since they are of the model without it. Otherwise it names the
+    model.
 
     Args:
         folder: holds the exported model.
@@ -152,7 +158,7 @@ def write_export_card(
     before, source = Path(model_folder) / CARD_FILE, public_name(name)
     section = _template("export").render(source=source, dtype=dtype, guidance_scale=guidance_scale)
     load = "## How to load it\n\n" + _template("loading").render(adapter=False, base_model=None, gguf_file=None)
-    text = read_text(before) if before.is_file() else ""
+    text = _without_certificate(read_text(before)) if before.is_file() else ""  # it is of other weights
     if TRAINED_BY in text:
         card = ModelCard(text)
         header = ModelCardData(**card.data.to_dict())

@@ -135,7 +135,7 @@ def target_lines(record: dict[str, Any]) -> Iterator[str]:
         name, _, what = key.rpartition("/")
         if what == "violation_reached":
             low, high, target = record[f"{key}_low"], record[f"{key}_high"], record[f"{name}/target"]
-            yield f"trained model  {name}: violation {value:.3f} [{low:.3f}, {high:.3f}], target {target:.3f}"
+            yield f"trained model  {name}: violation {value:.3g} [{low:.3g}, {high:.3g}], target {target:.3g}"
 
 
 def _time(line: str, place: str) -> tuple[int, float]:

@@ -174,13 +174,22 @@ class Round:
 
 @dataclass(frozen=True)
 class Reached:
-    """What a trained model's rollouts violate, with its 95% interval, and the target: the highest that is allowed."""
+    """What a trained model's rollouts violate, with its 95% interval, and the target: the highest that is allowed.
+
+    Attributes:
+        violation_reached, violation_reached_low, violation_reached_high: the rate; or of a target on the mean score
+            1 − that score.
+        target: the highest violation that is allowed.
+        violation_bound: on the rate, where the target has a confidence.
+        mean_score_reached: of a target on the mean score.
+    """
 
     violation_reached: float
     violation_reached_low: float
     violation_reached_high: float
     target: float
     violation_bound: float | None = None
+    mean_score_reached: float | None = None
 
     @property
     def is_met(self) -> bool:

@@ -20,6 +20,7 @@ from bridle.report.tables import (
     spelt,
     to_cell,
 )
+from bridle.utils.percent import percent, percent_of, percent_up
 
 LEAST_DECIDED = 0.1  # share of pairs; the summary warns of a judge that decides fewer
 
@@ -71,18 +72,28 @@ def _of_targets(report: Report) -> Iterator[str]:
         verdict = (
             "is met" if met == len(seeds) else "is missed" if not met else f"is met by {met} of {len(seeds)} seeds"
         )
-        rates = listed([f"{PERCENT.write(one.violation_reached)}%" for one in seeds])
-        if len(seeds) == 1:
-            low, high = (
-                PERCENT.write(bound) for bound in (seeds[0].violation_reached_low, seeds[0].violation_reached_high)
-            )
-            bound = seeds[0].violation_bound
-            shown = "" if bound is None else f", with the asked confidence at most {PERCENT.write(bound)}%"
-            rates += f" (95% interval {low} to {high}%{shown})"
-        limit = listed(list(dict.fromkeys(f"{PERCENT.write(one.target)}%" for one in seeds)))
         whose = "the trained model" if report.main is None else method
+        asked = listed(list(dict.fromkeys(map(_asked, seeds))))
         cost = "".join(_cost(report, method))
-        yield f"The target of {domain}, at most {limit} violations, {verdict}: {rates} of {whose}’s rollouts{cost}."
+        found = listed([*map(_reached, seeds)])
+        yield f"The target of {domain}, {asked}, {verdict}: {found} of {whose}’s rollouts{cost}."
+
+
+def _asked(found: Reached) -> str:
+    """A target in words."""
+    if found.mean_score_reached is not None:
+        return f"a mean score of at least {1 - found.target:.4g}"
+    return f"at most {percent(found.target)} violations"
+
+
+def _reached(found: Reached) -> str:
+    """What a trained model's rollouts show of its target."""
+    low, high = found.violation_reached_low, found.violation_reached_high
+    if found.mean_score_reached is not None:
+        return f"{found.mean_score_reached:.3f} (95% interval {1 - high:.3f} to {1 - low:.3f})"
+    bound = found.violation_bound
+    shown = "" if bound is None else f", with the asked confidence at most {percent_up(bound)}"
+    return f"{percent_of(found.violation_reached)} (95% interval {percent_of(low)} to {percent_of(high)}{shown})"
 
 
 def _cost(report: Report, method: str) -> Iterator[str]:

@@ -89,7 +89,12 @@ def _tradeoffs(report: Report, panels: list[Tradeoff], size: tuple[float, float]
     if not panels:
         return None
     figure, axes = _panels(len(panels), size)
-    targets = {reached.target for curve in report.curves for reached in curve.targets.values()}
+    targets = {
+        reached.target
+        for curve in report.curves
+        for reached in curve.targets.values()
+        if reached.mean_score_reached is None  # the axis is a rate
+    }
     for ax, panel in zip(axes, panels, strict=True):
         _draw_tradeoff(ax, panel)
         for target in targets:
@@ -100,7 +105,15 @@ def _tradeoffs(report: Report, panels: list[Tradeoff], size: tuple[float, float]
     handles = [front, interval]
     if targets:
         handles.append(
-            Line2D([], [], color=INK, linestyle=":", linewidth=1, alpha=0.6, label="target of a regulariser")
+            Line2D(
+                [],
+                [],
+                color=INK,
+                linestyle=":",
+                linewidth=1,
+                alpha=0.6,
+                label="target of a regulariser",
+            )
         )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.draw_without_rendering()  # labels need the final layout

@@ -49,7 +49,13 @@ def _that_reached(report: Report, panel: Tradeoff) -> list[str]:
     """The measured methods that reached every target with every seed."""
     met: dict[str, list[bool]] = defaultdict(list)
     for curve in report.curves:
-        met[curve.method] += [one.is_met for one in curve.targets.values()]
+        asked = {
+            name
+            for one in curve.rounds
+            for name, regulariser in one.regularisers.items()
+            if regulariser.target is not None
+        }
+        met[curve.method] += [name in curve.targets and curve.targets[name].is_met for name in asked | {*curve.targets}]
     met = {
         name: each for name, each in met.items() if name in panel.methods and report.methods[name].status != "partial"
     }

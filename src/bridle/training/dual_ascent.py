@@ -35,7 +35,7 @@ class TargetOptions:
         mean: lowest mean score, from 0 (violates) to 1 (complies).
         base: highest violation rate as a multiple of the base model's, which the first round measures before any
             update: 1 for at most the base's rate.
-        confidence: of a `rate`: a round's rollouts shall show, with this confidence, that it is at most `rate` (a
+        confidence: of a `rate`: a round's rollouts must show, with this confidence, that it is at most `rate` (a
             one-sided Clopper–Pearson bound).
         margin: share of ε that is left as room: λ is steered to (1 − margin)·ε. With a confidence, the probability
             that the rollouts of a model at the rate aimed at do not show `rate`.
@@ -67,6 +67,8 @@ class TargetOptions:
             raise UserError(f"{' and '.join(given) or 'rate'}: a target has exactly one of rate, mean and base")
         if self.rate == 0:
             raise UserError("rate: must be above 0; no number of samples shows that nothing violates")
+        if self.rate == 1 and self.confidence is not None:
+            raise UserError("rate: must be below 1 with a confidence; any model meets 1")
         if self.mean == 1:
             raise UserError("mean: must be below 1; no number of samples shows that nothing violates")
         if self.confidence is not None and self.margin == 0:
@@ -81,13 +83,21 @@ class TargetOptions:
         scores = [(r.value, r.complies) for r in rollouts if r.value is not None and not r.sought]
         return [1 - value if self.mean is not None else float(not complies) for value, complies in scores]
 
-    def limit(self, base: float) -> float:
-        """ε, given the base's violation rate."""
+    def limit(self, base: float | None) -> float:
+        """ε, given the base's violation rate.
+
+        Raises:
+            UserError: it depends on the base's rate, which is None.
+        """
         if self.rate is not None:
             return self.rate
         if self.mean is not None:
             return 1 - self.mean
         assert self.base is not None
+        if base is None:
+            raise UserError(
+                "target.base: the first round did not measure the base's rate; start a new run, or set rate"
+            )
         return min(1.0, self.base * base)
 
     def aim(self, limit: float, samples: int) -> float:
@@ -124,6 +134,7 @@ class DualState:
         steps: taken so far.
         limit: ε; None until the first round has been measured.
         since: first round whose updates λ acted in; None before.
+        base: the base model's violation rate, if the first round measured it.
     """
 
     weight: float
@@ -131,6 +142,7 @@ class DualState:
     steps: int = 0
     limit: float | None = None
     since: int | None = None
+    base: float | None = None
 
     def measured(
         self, options: TargetOptions, round_index: int, violations: Sequence[float], acts_in: int | None
@@ -144,12 +156,16 @@ class DualState:
             round_index: the round, from 1, at whose start the policy was sampled.
             violations: as from `TargetOptions.violations`.
             acts_in: the round whose updates come next; None if λ does not act in them.
+
+        Raises:
+            UserError: as `TargetOptions.limit`.
         """
         state = self
         if violations:
             violation = (sum(violations) + 0.5) / (len(violations) + 1)  # above 0 where nothing violates
             if round_index == 1:
-                state = replace(state, limit=options.limit(violation))
+                state = replace(state, base=violation)
+            state = replace(state, limit=options.limit(state.base))
             if state.limit is not None and state.since is not None and state.since < round_index:
                 stepped = state.stepped(options, violation, len(violations))
                 # With few samples v̂ can exceed a low a even where nothing violates; λ then stays.

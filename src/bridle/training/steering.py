@@ -9,10 +9,12 @@ from scipy.stats import binomtest
 
 from bridle.constraints import AsyncScoring
 from bridle.data import Rollout
+from bridle.errors import prefixed
 from bridle.training.dual_ascent import DualState, TargetOptions
 from bridle.training.guards import Supervisor
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.rollouts import score_rollouts
+from bridle.utils.percent import percent, percent_of, percent_up
 
 LEAST_SKILL = 0.05  # of R; below it R knows next to nothing
 
@@ -36,7 +38,8 @@ def steer(regulariser: DomainRegulariser, round_index: int, used_in: int) -> dic
     violations = options.violations(regulariser.rollouts)
     before = regulariser.dual or DualState(regulariser.options.weight)
     acts_in = used_in if regulariser.active else None
-    regulariser.dual = before.measured(options, round_index, violations, acts_in)
+    with prefixed(f"regularisers.{regulariser.name}."):
+        regulariser.dual = before.measured(options, round_index, violations, acts_in)
     return {"violation": fmean(violations) if violations else None, "target": regulariser.dual.limit}
 
 
@@ -52,20 +55,30 @@ def report_targets(regularisers: Iterable[DomainRegulariser], supervisor: Superv
         options, dual = regulariser.options.target, regulariser.dual
         if options is None or dual is None:
             continue
-        violations, name, limit = options.violations(final_rollouts(regulariser)), regulariser.name, dual.limit
-        if not violations or limit is None:
+        name, rollouts = regulariser.name, final_rollouts(regulariser)
+        violations = options.violations(rollouts)
+        missing = len(rollouts) - len(violations)
+        if not violations or (dual.base is None and options.base is not None):
             supervisor.warn(f"{name}: no score says whether the target is met; fix the constraint")
             continue
-        value, (low, high) = fmean(violations), _interval(violations)
-        record = {f"{name}/violation_reached": value, f"{name}/target": limit}
+        limit, value, (low, high) = options.limit(dual.base), fmean(violations), _interval(violations)
+        record = {f"{name}/violation_reached": value, f"{name}/target": limit, f"{name}/violation_missing": missing}
         record |= {f"{name}/violation_reached_low": low, f"{name}/violation_reached_high": high}
+        if options.mean is not None:
+            record[f"{name}/mean_score_reached"] = 1 - value
         shown = value
-        if options.confidence is not None:
-            shown = record[f"{name}/violation_bound"] = options.bound(int(sum(violations)), len(violations))
+        if options.confidence is not None:  # whatever has no score may violate
+            shown = options.bound(int(sum(violations)) + missing, len(rollouts))
+            record[f"{name}/violation_bound"] = shown
+        if missing > regulariser.config.max_missing * len(rollouts):
+            supervisor.warn(
+                f"{name}: {missing} of the last {len(rollouts)} samples got no score; the rate is of the others"
+            )
         if shown > limit:
             found = _in_words(options, len(violations), value, low, high, limit)
             if options.confidence is not None and value <= limit:
-                found += f" with {100 * options.confidence:g}% confidence: the bound is {shown:.1%}"
+                without = f", with {missing} samples without a score" * bool(missing)
+                found += f" with {percent(options.confidence)} confidence: the bound is {percent_up(shown)}{without}"
             causes = "; ".join(_causes(name, dual, options, log))
             supervisor.warn(f"{name}: the target is missed: {found}. {causes}", **record)
         else:
@@ -87,7 +100,7 @@ def _interval(violations: Sequence[float]) -> tuple[float, float]:
         found = binomtest(int(sum(violations)), count).proportion_ci(method="wilson")
         return float(found.low), float(found.high)
     half = 1.96 * pstdev(violations) / sqrt(count)
-    return fmean(violations) - half, fmean(violations) + half
+    return max(0.0, fmean(violations) - half), min(1.0, fmean(violations) + half)
 
 
 def _in_words(options: TargetOptions, count: int, value: float, low: float, high: float, limit: float) -> str:
@@ -98,7 +111,8 @@ def _in_words(options: TargetOptions, count: int, value: float, low: float, high
             f"below {1 - limit:.3f}"
         )
     missed = "more than" if value > limit else "which does not show at most"
-    return f"{value:.1%} of {count} samples violate (95% interval {low:.1%} to {high:.1%}), {missed} {limit:.1%}"
+    interval = f"{percent_of(low)} to {percent_of(high)}"
+    return f"{percent_of(value)} of {count} samples violate (95% interval {interval}), {missed} {percent(limit)}"
 
 
 def _causes(name: str, dual: DualState, options: TargetOptions, log: Log) -> Iterator[str]:
@@ -109,13 +123,17 @@ def _causes(name: str, dual: DualState, options: TargetOptions, log: Log) -> Ite
         return
     if dual.weight >= options.most:
         yield f"λ is at its bound, target.most {options.most:g}: raise it"
+    elif not dual.steps:
+        yield f"λ took no step, as the KL first acted in round {dual.since}: take more rounds, or harder prompts"
     elif dual.change > 0:
         yield (
             f"λ was still rising, to {dual.weight:.3g} after {dual.steps} steps: begin with a larger weight, or "
             "take more rounds and updates"
         )
-    else:
+    elif dual.change < 0:
         yield f"λ had fallen to {dual.weight:.3g}, as the last round met the target: raise target.margin"
+    else:
+        yield f"λ stayed at {dual.weight:.3g} in the last round: take more rounds, or a larger target.step"
     if skills and skills[-1] < LEAST_SKILL:
         yield (
             f"R predicts labels hardly better than a constant (skill {skills[-1]:.2f}), so that λ has little to act "
