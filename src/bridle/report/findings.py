@@ -75,8 +75,8 @@ def _of_targets(report: Report) -> Iterator[str]:
         whose = "the trained model" if report.main is None else method
         asked = listed(list(dict.fromkeys(map(_asked, seeds))))
         cost = "".join(_cost(report, method))
-        found = listed([*map(_reached, seeds)])
-        yield f"The target of {domain}, {asked}, {verdict}: {found} of {whose}’s rollouts{cost}."
+        rates = listed([*map(_reached, seeds)])
+        yield f"The target of {domain}, {asked}, {verdict}: {rates} of {whose}’s rollouts{cost}."
 
 
 def _asked(found: Reached) -> str:
