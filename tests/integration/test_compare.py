@@ -15,6 +15,9 @@ from bridle.comparison.methods import Candidate, shapes
 from bridle.comparison.plan import evaluation_of
 from bridle.recipes.recipe import build_recipe
 from bridle.recipes.run import write_recipe
+from bridle.report.data import read_report
+from bridle.report.findings import failures, findings
+from bridle.report.html import write_report
 from conftest import ROOT
 
 ALL = list(built_in.BUILT_IN)
@@ -214,6 +217,38 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     assert decoding.items() <= results_of(folder)["prompt_sets"]["rude"].items()
     assert decoding.items() <= results_of(folder / "sft/seed-0")["prompt_sets"]["rude"].items()
     assert "rude: first 2 tokens of each row, 3 completions of at most" in (folder / "report.html").read_text()
+
+
+def test_of_an_unfinished_comparison_there_is_a_report_and_of_what_a_change_discards_none(
+    comparison, tmp_path, plugged_in
+):
+    def interrupted(cell):
+        raise KeyboardInterrupt
+
+    plugged_in(first=lambda cell: Candidate(cell.recipe.model), broken=broken, last=interrupted)
+    folder, given = tmp_path / "out", yaml.safe_load(comparison.read_text())
+    names = ["base", "first", "broken", "last"]
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(build_recipe(given), folder, names).run()
+    report = read_report(folder)
+    assert [one.status for one in report.methods.values()] == ["complete", "complete", "failed", "missing"]
+    assert report.methods["first"].figures.violation == report.methods["base"].figures.violation
+    assert [one["reason"] for one in failures(report)] == ["RuntimeError: no luck", "it is not measured yet"]
+    assert findings(report)[0].startswith("Differences in violation rate were not tested. The lowest rate is that of ")
+    write_report(folder)
+
+    results = results_of(folder) | {"win_rate": {"judge": "known"}, "judged": "of these"}  # as if it had been finished
+    (folder / "results.json").write_text(json.dumps(results))
+    changed = given | {"methods": {"first": {"option": 1}}}
+    for _ in range(2):  # the second time nothing is left to discard
+        with pytest.raises(KeyboardInterrupt):
+            Comparison(build_recipe(changed), folder, ["last"], resume=True).run()
+        assert [one["seeds"]["0"]["status"] for one in results_of(folder)["methods"].values()] == [
+            "complete", "complete", "failed", "missing"
+        ]  # fmt: skip
+        assert not {"report.html", "plots"} & {path.name for path in folder.iterdir()}
+        assert read_report(folder).win_rate is None, "it is of other completions"
+        assert results_of(folder)["kept"] == {"win_rate": {"judge": "known"}, "judged": "of these"}
 
 
 @pytest.mark.parametrize("earlier", [None, {}, {"rl": None}, {"rl": {"window": 2}}])

@@ -25,6 +25,7 @@ PLACES = {
 }
 
 WITHIN_A_COMPARISON = {
+    "before any results": ("bridle.comparison.compare:write_json", 1),
     "before anything is made": ("bridle.comparison.compare:Comparison._complete", 1),
     "measuring base": ("bridle.comparison.measure:Evaluator.generation", 1),
     "making sft, within a checkpoint": ("bridle.training.checkpointing:sync_files", 1),
@@ -33,7 +34,7 @@ WITHIN_A_COMPARISON = {
     "before sft is called measured": ("bridle.comparison.cell:write_results", 1),
     "making constrained-adaptive, fitting R": ("bridle.training.regulariser:fit_auxiliary", 2),
     "measuring constrained-adaptive": ("bridle.comparison.measure:Evaluator.generation", 1),
-    "before the results": ("bridle.comparison.compare:write_json", 1),
+    "before the results": ("bridle.comparison.compare:comparisons", 1),
     "after the results": ("bridle.comparison.compare:trace_guidance", 1),
 }
 """By place the function that is killed as it is called, counted from where the place before it was resumed."""

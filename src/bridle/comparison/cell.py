@@ -178,7 +178,11 @@ class CellFiles:
 
     def status(self) -> dict[str, str]:
         """The status in the comparison's `results.json`."""
-        found = {"status": "complete"} if self.is_measured else {"status": "failed", "reason": self.failure()}
+        found = {"status": "missing", "reason": "it is not measured yet"}
+        if self.is_measured:
+            found = {"status": "complete"}
+        elif (self.folder / FAILED).exists():
+            found = {"status": "failed", "reason": self.failure()}
         return found | {"folder": str(self.folder.relative_to(self.root))}
 
     def figures(self) -> Figures:

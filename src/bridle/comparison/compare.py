@@ -4,7 +4,8 @@
     DIR/METHOD/seed-N/   see `comparison.cell`
 
 A cell with a `candidate.json` is not made again, and one with a `results.json` is not measured again. If the recipe has
-changed, the affected cells lose both first.
+changed, the affected cells lose both first. DIR/results.json is written anew after each cell, so that a report can be
+made of an unfinished comparison; tests of differences and win rates come last.
 """
 
 import os
@@ -46,6 +47,10 @@ MEASURED = ("evaluation", "constraints", "max_new_tokens")
 """Sections of a recipe that say what is measured."""
 ASIDE = ("evaluation.examine", "evaluation.judge")
 """The keys there of what measures constraints or judges completions, and no model."""
+SHOWN = ("report.html", "guidance.json")
+"""Files besides `plots` that show results, and are not theirs once the results are gone."""
+
+Examined = Mapping[str, Mapping[str, Estimate]]  # the AUC of each constraint, by set of rows
 
 
 @dataclass
@@ -56,6 +61,7 @@ class Earlier:
     seeds: list[int]
     win_rate: dict[str, Any] | None = None
     judged: str | None = None  # hash of the completions and of the judge's settings
+    kept: dict[str, Any] = field(default_factory=dict)  # both, of the last finished call; in an unfinished one's file
 
 
 @dataclass
@@ -82,6 +88,7 @@ class Comparison:
     show: Callable[[str], None] = field(default=lambda line: None)
     _failed: dict[CellFiles, str] = field(init=False, default_factory=dict)  # in this call: the reasons
     _changed: list[str] = field(init=False, default_factory=list)  # keys of the recipe, since an earlier call
+    _judged: dict[str, Any] = field(init=False, default_factory=dict)  # an earlier call's `win_rate` and `judged`
 
     def __post_init__(self) -> None:
         self.plan: Evaluation = evaluation_of(self.recipe)
@@ -111,6 +118,8 @@ class Comparison:
                 known_name(base_name(name), methods(), f"{self.folder / RESULTS}: methods", "method")
             self.names = chosen([*before.methods, *self.names], self.recipe)  # an option may have several values by now
             self.seeds = sorted({*before.seeds, *self.seeds})
+            finished = {"win_rate": before.win_rate, "judged": before.judged}
+            self._judged = finished if before.win_rate else before.kept
 
     def run(self) -> None:
         """Makes and measures what is missing, and writes `results.json`.
@@ -130,9 +139,13 @@ class Comparison:
             examined = examine_all(self.plan.constraints, self.plan.examine, keep, self.show)
             judge = self._examine_judge(keep)
             cells = [self._cell(name, seed) for seed in self.seeds for name in self.names]
+            if not all(cell.is_measured for cell in cells):
+                self._write_unfinished(examined, judge)
             with Progress("comparing", len(cells), "runs") as progress:
                 for cell in cells:
-                    self._complete(cell)
+                    if not cell.is_measured:
+                        self._complete(cell)
+                        self._write_unfinished(examined, judge)
                     progress.update()
             self._sum_up(examined, judge)
 
@@ -149,9 +162,10 @@ class Comparison:
     # ------------------------------------------------------------------ changes of the recipe
 
     def _discard_outdated(self) -> None:
-        """Removes the results that the changed recipe affects."""
+        """Removes the results that the changed recipe affects, and what shows them."""
         if not self._changed:
             return
+        outdated = False
         folders = [(folder.parent.name, folder) for folder in sorted(self.folder.glob("*/seed-*"))]
         cells = [(name, folder) for name, folder in folders if base_name(name) in methods()]
         builds_on = {folder: self._builds_on(name, folder.name) for name, folder in cells}  # before any is removed
@@ -161,8 +175,15 @@ class Comparison:
                 for file in (RESULTS, CANDIDATE):  # first, so that a half-removed cell does not look whole
                     (folder / file).unlink(missing_ok=True)
                 shutil.rmtree(folder)
+                outdated = True
             elif any(_section(key) in MEASURED and not key.startswith(ASIDE) for key in self._changed):
                 (folder / RESULTS).unlink(missing_ok=True)
+                outdated = True
+        if outdated:
+            self._write_unfinished({}, None)
+            for file in SHOWN:
+                (self.folder / file).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "plots", ignore_errors=True)
 
     def _builds_on(self, name: str, seed: str) -> set[str]:
         """A method and all that it builds on so far, by name."""
@@ -177,9 +198,7 @@ class Comparison:
     # ------------------------------------------------------------------ one method, one seed
 
     def _complete(self, cell: CellFiles) -> None:
-        """Makes and measures a cell if needed; writes a failure to its folder, which stops no other cell."""
-        if cell.is_measured:
-            return
+        """Makes a cell if needed, and measures it; writes a failure to its folder, which stops no other cell."""
         try:
             candidate = self._candidate(cell)
             self.show(f"{cell}: measuring")
@@ -252,19 +271,38 @@ class Comparison:
 
     # ------------------------------------------------------------------ summary
 
-    def _sum_up(self, examined: Mapping[str, Mapping[str, Estimate]], judge: JudgeExamination | None) -> None:
-        cells = {name: [self._cell(name, seed) for seed in self.seeds] for name in self.names}
-        observed, figures = {}, {}
-        for name, of_name in cells.items():
-            if measured := [cell for cell in of_name if cell.is_measured]:
-                observed[name] = {cell.seed: Observations.read(cell.folder) for cell in measured}
-                figures[name] = over_seeds([cell.figures() for cell in measured])
-        if not observed:
+    def _sum_up(self, examined: Examined, judge: JudgeExamination | None) -> None:
+        measured = self._measured()
+        if not measured:
             first = self._cell(self.names[0], self.seeds[0]).failure()
             raise RunStopped(f"{self.folder}: all methods failed; the first: {first}")
+        observed = {name: {cell.seed: Observations.read(cell.folder) for cell in of} for name, of in measured.items()}
+        results = self._results(examined, judge)
+        figures = {name: results["methods"][name]["figures"] for name in observed}
+        results["comparisons"] = comparisons(observed, figures)
+        for name, ratios in transfers_of(observed, self.plan.main["trained_on"], self.plan.trained_on).items():
+            results["methods"][name]["figures"] |= ratios
+        self._write(results | self._win_rates(observed))
+        trace_guidance(self.folder, self.recipe, observed, self.plan)
+
+    def _write_unfinished(self, examined: Examined, judge: JudgeExamination | None) -> None:
+        """Writes what has been measured so far, without what needs all observations."""
+        self._write(self._results(examined, judge) | {"kept": self._judged})
+
+    def _write(self, results: dict[str, Any]) -> None:
+        write_json(self.folder / RESULTS, self.recipe.variables.hidden(results))
+
+    def _measured(self) -> dict[str, list[CellFiles]]:
+        """The cells that are measured, by method."""
+        cells = {name: [self._cell(name, seed) for seed in self.seeds] for name in self.names}
+        found = {name: [cell for cell in of_name if cell.is_measured] for name, of_name in cells.items()}
+        return {name: measured for name, measured in found.items() if measured}
+
+    def _results(self, examined: Examined, judge: JudgeExamination | None) -> dict[str, Any]:
+        """The figures of all methods, and how they were made; without comparisons."""
+        measured = self._measured()
         reads = {name: constraint.reads for name, constraint in self.plan.constraints.items()}
-        transfers = transfers_of(observed, self.plan.main["trained_on"], self.plan.trained_on)
-        results = {
+        return {
             "format": FORMAT,
             "recipe": self.title,
             "seeds": list(self.seeds),
@@ -279,18 +317,15 @@ class Comparison:
             "methods": {
                 name: {
                     "description": description(name),
-                    "seeds": {str(cell.seed): cell.status() for cell in cells[name]},
-                    "figures": figures.get(name, {}) | transfers.get(name, {}),
-                    "reference": reference_of(name, observed),
+                    "seeds": {str(seed): self._cell(name, seed).status() for seed in self.seeds},
+                    "figures": over_seeds([cell.figures() for cell in measured.get(name, [])]),
+                    "reference": reference_of(name, measured),
                 }
                 for name in self.names
             },
-            "comparisons": comparisons(observed, figures),
+            "comparisons": [],
             "environment": environment(self.seeds[0]),
         }
-        results |= self._win_rates(observed)  # reads the older results, which are overwritten next
-        write_json(self.folder / RESULTS, self.recipe.variables.hidden(results))
-        trace_guidance(self.folder, self.recipe, observed, self.plan)
 
     def _judge(self, options: JudgeOptions) -> Judge:
         return options.judge(self.recipe.dtype, name=self.recipe.variables.hidden(options.model))
@@ -309,14 +344,14 @@ class Comparison:
 
     def _win_rates(self, observed: Runs) -> dict[str, Any]:
         """`win_rate`, the earlier one if nothing is new, or `judge_failed` with the reason; empty without a judge."""
-        options, results = self.plan.judge, self.folder / RESULTS
+        options = self.plan.judge
         if options is None or len(observed) < 2:
             return {}
         prompts, completions = first_completions(observed, next(iter(self.plan.prompts)), options.prompts)
         settings = self.recipe.variables.hidden(self.recipe.resolved["evaluation"]["judge"])
         judged = digest([_judging(settings), self.seeds[0], prompts, completions])
-        if results.exists() and (earlier := read_json(results, Earlier)).win_rate and earlier.judged == judged:
-            return {"win_rate": earlier.win_rate, "judged": judged}
+        if self._judged.get("judged") == judged:
+            return self._judged
         verdicts = self.folder / "verdicts.jsonl"
         verdicts.unlink(missing_ok=True)  # `win_rates` appends
         try:

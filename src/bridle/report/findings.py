@@ -117,7 +117,14 @@ def _of_best(report: Report, violation: Measure) -> Iterator[str]:
     said = {name: to_cell(figure, violation.unit) for name, figure in values.items() if figure.value is not None}
     interval = f" (95% interval {said[top].interval}%, n\u00a0=\u00a0{said[top].n:,})" if said[top].interval else ""
     rate = f"{said[top].text}%{interval}"
-    if len(said) == 1 or not any(significant(one) for one in report.comparisons if violation.is_of(one)):
+    tested = [one for one in report.comparisons if violation.is_of(one)]
+    if len(said) > 1 and not tested:
+        yield (
+            f"Differences in violation rate were not tested. The lowest rate is that of {top}: {rate} of its completions "
+            f"of {violation.on} violate {violation.within}."
+        )
+        return
+    if not any(map(significant, tested)):
         found = f"{rate} of {top}’s completions of {violation.on} violate {violation.within}"
         if len(said) == 1:
             yield f"{found}; there is no other method to compare it with."
