@@ -109,6 +109,21 @@ def test_a_killed_run_is_left_with_what_to_do(tmp_path, capsys):
     )
 
 
+BEST = {"step": 60, "best_step": 40, "best_loss": 3.2, "best_violation": 0.02, "best_bound": 0.05}
+
+
+def test_a_run_that_keeps_its_best_model_is_over(tmp_path, capsys):
+    write(tmp_path, [update(60, 90.0), END | {"step": 60}, BEST | LENGTH])  # `patience` ended it before step 100
+    assert watched(capsys, tmp_path)[-1] == "The run is over: 60 steps; the model is that of step 40."
+    none_within = {"step": 100, "warnings": ["eval.best: no violation rate was 0.05 or less"]} | LENGTH
+    write(tmp_path, [update(100, 290.0), END, none_within])
+    assert watched(capsys, tmp_path)[-1] == "The run is over: 100 steps."
+
+
+def test_an_interrupted_run_that_goes_on_has_not_ended(tmp_path):
+    assert not read(tmp_path, [END | {"step": 30}, update(40, 90.0)]).has_ended
+
+
 def test_of_a_resumed_run_nothing_is_shown_twice(tmp_path):
     first = [update(10, 12.0), end_of_round(1, 40.0), update(30, 60.0)]
     run = read(tmp_path, first)
@@ -217,8 +232,25 @@ def test_a_folder_without_a_run_is_named(bridle, tmp_path):
     code, _, err = bridle("watch", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     assert "no metrics.jsonl; give the folder of a run" in err
-    (tmp_path / "results.json").write_text("{}")
-    assert "a run for each METHOD/seed-N" in bridle("watch", tmp_path)[2]
+
+
+def test_of_a_comparison_each_run_is_named_and_the_one_to_follow(tmp_path, capsys):
+    folder = tmp_path / "my comparison"
+    cells = {name: folder / name / "seed-0" for name in ("base", "constrained", "filtration", "rl", "sft")}
+    for cell in cells.values():
+        cell.mkdir(parents=True)
+    (cells["base"] / "results.json").write_text("{}")
+    (cells["rl"] / "failed.json").write_text('{"reason": "no luck"}')
+    (cells["sft"] / "candidate.json").write_text("{}")
+    with only_writer(folder), only_writer(cells["constrained"]):
+        assert watched(capsys, folder) == [
+            "base, seed-0: measured",
+            "constrained, seed-0: training",
+            "filtration, seed-0: begun",
+            "rl, seed-0: failed: no luck",
+            "sft, seed-0: made, not measured",
+            f"Follow it with: bridle watch '{cells['constrained']}'",
+        ]
 
 
 def test_each_record_has_the_time_so_far_also_of_a_resumed_run(tmp_path):

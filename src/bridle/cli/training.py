@@ -100,12 +100,14 @@ def train(
 
 @app.command(epilog="Example: bridle watch runs/detox-mini")
 def watch(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of `bridle train`, also while it goes on.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of `bridle train` or `compare`, also while it goes on.")
+    ],
 ) -> None:
     """Show a run: its rounds, compliance with interval, λ, KL, R's skill, tokens a second, time left.
 
     It follows metrics.jsonl until the run ends, or until Ctrl-C, which leaves the run alone. Where the output is no
-    terminal it prints plain lines.
+    terminal it prints plain lines. Of a comparison it says how far each run is, and names the one to follow.
     """
     import signal
 

@@ -1,9 +1,10 @@
-"""Shows a run while it goes on, from the `metrics.jsonl` in its folder: `bridle watch`."""
+"""Shows a run while it goes on, from the `metrics.jsonl` in its folder, or where a comparison is: `bridle watch`."""
 
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.text import Text
 
 from bridle.errors import UserError, plain
 from bridle.recipes.metrics import evaluation_line, regularisers_of, round_line, target_lines
-from bridle.utils.files import checked, is_locked, parse
+from bridle.utils.files import checked, is_locked, parse, read_json
 
 POLL = 1.0  # seconds between two looks at the file
 AROUND_ROUNDS = 12  # lines of a terminal for all but the table of rounds
@@ -106,9 +107,17 @@ class Run:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last record is one that ends a run."""
-        last = self.records[-1] if self.records else {}
-        return "train_runtime" in last or any(key.endswith("/violation_reached") for key in last)
+        """Whether the records of the last update have one that ends a run."""
+        keys = {key for record in self._of_last_update() for key in record}
+        return bool(keys & {"train_runtime", "best_step"}) or any(key.endswith("/violation_reached") for key in keys)
+
+    @property
+    def best_step(self) -> int | None:
+        """The update whose weights were kept at the end by `eval.best`; None without one."""
+        return next((record["best_step"] for record in self._of_last_update() if "best_step" in record), None)
+
+    def _of_last_update(self) -> Iterator[Record]:
+        return takewhile(lambda record: record["step"] == self.step, reversed(self.records))
 
     @property
     def seconds_left(self) -> float | None:
@@ -132,17 +141,23 @@ class Run:
 def watch(folder: Path, *, sleep: Callable[[float], None] = time.sleep) -> None:
     """Shows a run until it ends: on a terminal as a view that changes, elsewhere as plain lines.
 
+    Of a comparison it shows once how far each of its runs is.
+
     Args:
-        folder: of the run.
+        folder: of the run, or of the comparison.
         sleep: waits between two looks at the file.
 
     Raises:
         UserError: the folder holds no run, or a row of its `metrics.jsonl` is none of a run.
     """
     run = Run(Path(folder))
-    if not run.path.is_file() and not is_locked(run.folder):
-        of_comparison = "; a comparison has a run for each METHOD/seed-N" if (folder / "results.json").exists() else ""
-        raise UserError(f"{folder}: no metrics.jsonl; give the folder of a run of bridle train{of_comparison}")
+    if not run.path.is_file():
+        if cells := sorted(run.folder.glob("*/seed-*")):
+            for line in cell_lines(cells):
+                print(plain(line), flush=True)
+            return
+        if not is_locked(run.folder):
+            raise UserError(f"{folder}: no metrics.jsonl; give the folder of a run of bridle train or compare")
     console = Console(highlight=False, markup=False, emoji=False)
     if not sys.stdout.isatty():
         for new in _until_it_ends(run, sleep):
@@ -182,11 +197,32 @@ def lines_of(record: Record, run: Run) -> Iterator[str]:
 
 def ending(run: Run) -> str:
     """How the run ended, in a sentence."""
+    if run.best_step is not None:  # also where `eval.best.patience` left updates out
+        return f"The run is over: {run.step} steps; the model is that of step {run.best_step}."
     if run.steps is not None and run.step < run.steps:
         return (
             f"The run ended at step {_of(run.step, run.steps)}; bridle train --resume goes on from its last checkpoint."
         )
     return f"The run is over: {run.step} steps." if run.has_ended else f"The run stopped after step {run.step}."
+
+
+def cell_lines(cells: Sequence[Path]) -> Iterator[str]:
+    """How far each run of a comparison is, a line each, and how to follow those that train."""
+    for cell in cells:
+        yield f"{cell.parent.name}, {cell.name}: {_state(cell)}"
+    for cell in cells:
+        if is_locked(cell):
+            yield f"Follow it with: bridle watch {shlex.quote(str(cell))}"
+
+
+def _state(cell: Path) -> str:
+    if is_locked(cell):
+        return "training"
+    if (cell / "results.json").is_file():
+        return "measured"
+    if (cell / "failed.json").is_file():
+        return f"failed: {read_json(cell / 'failed.json', dict[str, Any]).get('reason')}"
+    return "made, not measured" if (cell / "candidate.json").is_file() else "begun"
 
 
 def view(run: Run, height: int = 25) -> RenderableType:

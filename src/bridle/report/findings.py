@@ -120,8 +120,8 @@ def _of_best(report: Report, violation: Measure) -> Iterator[str]:
     tested = [one for one in report.comparisons if violation.is_of(one)]
     if len(said) > 1 and not tested:
         yield (
-            f"Differences in violation rate were not tested. The lowest rate is that of {top}: {rate} of its completions "
-            f"of {violation.on} violate {violation.within}."
+            f"Differences in violation rate were not tested. The lowest rate is that of {top}: {rate} of its "
+            f"completions of {violation.on} violate {violation.within}."
         )
         return
     if not any(map(significant, tested)):
