@@ -402,6 +402,7 @@ def test_guided_decoding_has_the_strength_that_the_recipe_says(bridle, compariso
     assert code == 0, err
     measured = json.loads((folder / "nado-decoding" / "seed-0" / "results.json").read_text())
     assert measured["settings"] == {"guidance_scale": scale}
+    assert json.loads((folder / "guidance.json").read_text())["guidance_scale"] == scale
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,17 @@ def test_curves_come_from_the_round_records(folder):
     assert (second.regularisers["plain"].kl, second.regularisers["plain"].compliance) == (pytest.approx(0.0362), None)
 
 
+def test_a_record_that_is_being_written_is_left_out(tmp_path):
+    folder = make_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 250, "round": 3, "ce"')
+    assert [found.number for found in read_report(folder).curves[0].rounds] == [1, 2]
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl row 7: malformed JSON"):
+        read_report(folder)
+
+
 def test_warnings_come_from_all_records(folder):
     assert [len(curve.warnings) for curve in read_report(folder).curves] == [0, 0, 3, 3]
     assert read_report(folder).curves[2].warnings[0] == "round 1, rude: violations rose"

@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bridle.comparison.cell import CANDIDATE, Candidate
 from bridle.comparison.plan import Evaluation
 from bridle.data import decode_parts, encode_completion, encode_prompt
 from bridle.evaluation.observations import Observations, Row
 from bridle.models.guidance import NADOGuide, guided
 from bridle.models.loading import load_for_inference
 from bridle.recipes.recipe import Recipe
-from bridle.utils.files import write_json
+from bridle.utils.files import read_json, write_json
 
 FILE = "guidance.json"
-SHOWN = 5  # tokens that q raises most and lowers most, at each position
+SHOWN = 5  # tokens that q raises most and lowers most, at most, at each position
 GUIDED = ("nado-decoding", "constrained-adaptive", "constrained")  # whose R was fitted on the model before tuning
 
 
@@ -33,7 +34,8 @@ def trace_guidance(
     if auxiliary is None:
         return
     model, tokenizer = load_for_inference(recipe.model, recipe.dtype)
-    with guided(model, str(auxiliary)) as guide:
+    guidance_scale = _guidance_scale(auxiliary, recipe)
+    with guided(model, str(auxiliary), guidance_scale) as guide:
         assert guide is not None
         provenance = guide.auxiliary.config.provenance
         fitted = provenance.get("constraint", {}).get("name")
@@ -50,6 +52,7 @@ def trace_guidance(
         {
             "model": method,
             "regulariser": provenance.get("regulariser", "R"),
+            "guidance_scale": guidance_scale,
             "constraint": constraint,
             "violates": not score["complies"],
             "value": score["value"],
@@ -87,17 +90,19 @@ def trace(guide: NADOGuide, tokenizer: Any, ids: list[int], prompt_tokens: int) 
                 "r": float(r[at, token]),
                 # Where q is nearly p, rounding can take it below 0.
                 "kl": max(0.0, float(F.kl_div(log_p[at], log_q[at], reduction="sum", log_target=True))),
-                "gains": _entries(shift.topk(SHOWN).indices, p[at], q[at], before, tokenizer),
-                "losses": _entries((-shift).topk(SHOWN).indices, p[at], q[at], before, tokenizer),
+                "gains": _entries(shift, p[at], q[at], before, tokenizer),
+                "losses": _entries(-shift, p[at], q[at], before, tokenizer),
             }
         )
     return traced
 
 
-def _entries(tokens: Tensor, p: Tensor, q: Tensor, before: list[int], tokenizer: Any) -> list[dict[str, Any]]:
+def _entries(shift: Tensor, p: Tensor, q: Tensor, before: list[int], tokenizer: Any) -> list[dict[str, Any]]:
+    """The tokens of the largest shifts above 0; the arguments are [vocabulary]."""
+    largest, tokens = shift.topk(SHOWN)
     return [
         {"text": _text(before, token, tokenizer), "p": float(p[token]), "q": float(q[token])}
-        for token in tokens.tolist()
+        for token in tokens[largest > 0].tolist()
     ]
 
 
@@ -110,6 +115,13 @@ def _auxiliary(folder: Path, observed: Mapping[str, Any]) -> Path | None:
     """The folder of an R of the model before tuning."""
     folders = (folder / method for method in GUIDED if method in observed)
     return next((found for one in folders for found in sorted(one.glob("seed-*/auxiliary/**/round-1"))), None)
+
+
+def _guidance_scale(auxiliary: Path, recipe: Recipe) -> float:
+    """η of the method that R is of: that of its decoding, or else of its regulariser."""
+    cell = next(parent for parent in auxiliary.parents if parent.name.startswith("seed-"))
+    found = read_json(cell / CANDIDATE, Candidate)
+    return found.guidance_scale if found.guide is not None else recipe.guidance_scale
 
 
 def _least_compliant(

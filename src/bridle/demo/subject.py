@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Variant:
         model: folder, GGUF file or hub name.
         auxiliary: folder of the R that reads its texts; None if there is none.
         is_guided: whether R guides its decoding too.
+        guidance_scale: η at which a comparison has measured it; None where that is the recipe's.
         description: what it is, in a sentence.
     """
 
@@ -41,6 +42,7 @@ class Variant:
     auxiliary: str | None = None
     is_guided: bool = False
     description: str = ""
+    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Subject:
         shown: names of those shown at first, at most `MOST`.
         constraints: that judge its texts, by name.
         dtype: of the weights.
-        guidance_scale: η at first.
+        guidance_scale: η at first, of the first guided variant that is shown.
         max_new_tokens: the length of a text at first.
         certificate: what was shown of a violation rate.
     """
@@ -100,13 +102,15 @@ def subject_of(
     if guide is not None:
         guided = Variant("guided", recipe.model, guide, True, "The model before tuning, guided by the given R.")
         by_name = {key: _read_by(guide, variant) for key, variant in by_name.items()} | {"guided": guided}
+    names = _first(by_name)
+    scales = [by_name[name].guidance_scale for name in names]
     return Subject(
         folder.resolve().name,
         by_name,
-        _first(by_name),
+        names,
         dict(recipe.constraints) | judges,
         dtype or recipe.dtype,
-        next((one.guidance_scale for one in recipe.regularisers.values() if one.constraint is not None), 1.0),
+        next((scale for scale in scales if scale is not None), recipe.guidance_scale),
         recipe.training.get("max_new_tokens", Subject.max_new_tokens),
         shown,
     )
@@ -147,6 +151,7 @@ def _of_comparison(recipe: Recipe, folder: Path) -> dict[str, Variant]:
             candidate.guide or reads.get(candidate.model) or _auxiliary(cell.folder),
             candidate.guide is not None,
             description(name),
+            None if candidate.guide is None else candidate.guidance_scale,
         )
         for name, (cell, candidate) in cells.items()
     }
@@ -160,8 +165,7 @@ def _auxiliary(folder: Path, of: str = "") -> str | None:
 
 
 def _read_by(guide: str, variant: Variant) -> Variant:
-    own = variant.auxiliary
-    return Variant(variant.name, variant.model, own or guide, variant.is_guided, variant.description)
+    return replace(variant, auxiliary=variant.auxiliary or guide)
 
 
 def _first(variants: Mapping[str, Variant]) -> list[str]:

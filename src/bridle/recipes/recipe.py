@@ -93,6 +93,11 @@ class Recipe:
     resolved: dict[str, Any] = field(default_factory=dict)
     variables: Variables = field(default_factory=Variables)
 
+    @property
+    def guidance_scale(self) -> float:
+        """η of the first regulariser with a constraint, and so of guided decoding; 1 without one."""
+        return next((one.guidance_scale for one in self.regularisers.values() if one.constraint is not None), 1.0)
+
     def read_corpus(self) -> dict[str, Dataset]:
         """The rows of every domain. Raises as `Domain.read`."""
         return {name: domain.read() for name, domain in self.corpus.items()}

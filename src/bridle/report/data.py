@@ -278,7 +278,10 @@ class GuidedToken:
 
 @dataclass(frozen=True)
 class Guidance:
-    """R, p and q along one text, whose first `prompt_tokens` tokens are the prompt."""
+    """R, p and q along one text, whose first `prompt_tokens` tokens are the prompt.
+
+    p is that of the model before tuning, whatever `model` wrote the text; `guidance_scale` is η of q.
+    """
 
     model: str
     regulariser: str
@@ -288,6 +291,7 @@ class Guidance:
     tokens: list[GuidedToken]
     violates: bool | None = None
     value: float | None = None
+    guidance_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -468,7 +472,7 @@ def _runs(report: Report, folder: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def _curve(method: str, seed: str, folder: Path) -> Curve:
-    rows = list(_rows(folder / "metrics.jsonl"))
+    rows = list(_rows(folder / "metrics.jsonl", grows=True))
     rounds = [checked(Round, _round(row), place) for place, row in rows if "round" in row]
     warnings = [checked(list[str], row["warnings"], place) for place, row in rows if "warnings" in row]
     targets = {
@@ -501,7 +505,7 @@ def _completions(method: str, seed: str, folder: Path) -> Iterator[Completion]:
         yield checked(Completion, {**row, "method": method, "seed": seed}, place)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each row with its place; none if the file is absent."""
+def _rows(path: Path, *, grows: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each row with its place, as `read_rows`; none if the file is absent."""
     if path.is_file():
-        yield from read_rows(path)
+        yield from read_rows(path, grows=grows)

@@ -45,12 +45,23 @@ def read_json(path: str | os.PathLike[str], kind: type[T]) -> T:
     return checked(kind, parse(read_text(path), str(path)), str(path))
 
 
-def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the place, for errors, and the mapping of each row of a JSON lines file; skips blank lines."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            place = f"{path} row {number}"
-            yield place, checked(dict[str, Any], parse(line, place), place)
+def read_rows(path: str | os.PathLike[str], *, grows: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place, for errors, and the mapping of each row of a JSON lines file; skips blank lines.
+
+    A file that `grows` is written to by another process: a part of a row at its end is left out.
+    """
+    lines = read_text(path).split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path} row {number}"
+        try:
+            row = parse(line, place)
+        except UserError:
+            if grows and number == len(lines):
+                return
+            raise
+        yield place, checked(dict[str, Any], row, place)
 
 
 def parse(text: str, place: str) -> Any:
