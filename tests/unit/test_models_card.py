@@ -329,3 +329,15 @@ class TestUntrustedNames:
         written = card(results=results)
         json.dumps(written.data.to_dict(), allow_nan=False)
         assert [row[2] for row in table(written.text, "### After training")] == ["missing", "missing"]
+
+
+def test_how_the_completions_were_drawn_is_what_the_results_say(card):
+    drawn = {"samples": 4, "max_new_tokens": 32, "temperature": 0.1, "top_p": 0.9, "greedy": False}
+    greedy = {"prompt_tokens": 8, "samples": 1, "max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0, "greedy": True}
+    sets = {"/srv/data/unseen.jsonl,rows=90%:": drawn | {"prompt_tokens": None}, "realtoxicityprompts": greedy}
+    text = card(results=RESULTS | {"prompt_sets": sets}).text
+    assert table(text, "| Prompts |") == [
+        ["unseen.jsonl,rows=90%:", "all", "4", "32", "temperature 0.1, top-p 0.9"],
+        ["realtoxicityprompts", "8", "1", "16", "greedy"],
+    ]
+    assert "temperature 1," not in text

@@ -39,8 +39,7 @@ class GenerationOptions(Decoding):
     def __str__(self) -> str:
         prompts = "whole rows" if self.prompt_tokens is None else f"first {self.prompt_tokens} tokens of each row"
         completions = "1 completion" if self.samples == 1 else f"{self.samples} completions"
-        decoding = "greedy" if self.greedy else f"temperature {self.temperature:g}, top-p {self.top_p:g}"
-        return f"{prompts}, {completions} of at most {self.max_new_tokens} tokens, {decoding}"
+        return f"{prompts}, {completions} of at most {self.max_new_tokens} tokens, {super().__str__()}"
 
 
 GENERATION = tuple(field.name for field in fields(GenerationOptions))

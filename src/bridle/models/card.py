@@ -7,6 +7,7 @@ settings named here and nothing else, and of a local path only the last part.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from markupsafe import Markup
 from bridle.constraints import Constraint
 from bridle.constraints.spec import RETENTION
 from bridle.models.gguf import hub_file, is_gguf
+from bridle.models.sampling import Decoding
 from bridle.utils.files import read_text, write_text
 
 CARD_FILE = "README.md"
@@ -105,6 +107,7 @@ def write_card(
         rounds=[*_rounds(metrics)],
         best=_best(metrics),
         figures=[_figure_row(figure) for figure in figures],
+        prompt_sets=[_prompt_set(name, how) for name, how in (results or {}).get("prompt_sets", {}).items()],
         adapter=adapter,
         guided=not all(map(_is_retention, regularisers.values())),
     )
@@ -353,6 +356,13 @@ def _figure_row(figure: Figure) -> tuple:
     value, low, high = (figure.estimate.get(key) for key in ("value", "low", "high"))
     n, missing = (figure.estimate.get(key, MISSING) for key in ("n", "missing"))
     return figure.words, figure.on, _interval(value, low, high), n, missing
+
+
+def _prompt_set(name: str, how: Mapping[str, Any]) -> tuple:
+    """How the prompts of a set were made and completed."""
+    decoding = Decoding(**{field.name: how[field.name] for field in fields(Decoding) if field.name in how})
+    counts = (how.get(key, MISSING) for key in ("samples", "max_new_tokens"))
+    return _set_name(name), how.get("prompt_tokens") or "all", *counts, str(decoding)
 
 
 # ---------------------------------------------------------------------- values as text

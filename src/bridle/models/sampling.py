@@ -88,6 +88,9 @@ class Decoding:
         if self.greedy and (self.temperature, self.top_p) != (1, 1):
             raise UserError("greedy: takes the likeliest token whatever temperature and top_p are; leave them out")
 
+    def __str__(self) -> str:
+        return "greedy" if self.greedy else f"temperature {self.temperature:g}, top-p {self.top_p:g}"
+
     def processors(self) -> list[LogitsProcessor]:
         """What changes the log-probabilities, after guidance."""
         if self.greedy:
