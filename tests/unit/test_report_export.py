@@ -66,6 +66,9 @@ def test_csv_of_differences_has_signs_that_programs_read(report):
     auc = next(row for row in found if row["Method, figure"] == "sft, Classification: ROC-AUC ↑")
     assert float(auc["Difference: difference"]) == pytest.approx(-0.084)
     assert auc["Difference: minus the best"] == "constrained-adaptive"
+    assert auc["Difference: adjusted p"] == ""
+    rate = next(row for row in found if row["Method, figure"].startswith("base, Violation rate"))
+    assert rate["Difference: adjusted p"] == "0.0008", "not rounded, as on the page"
 
 
 def test_markdown_is_a_table_with_marks(report):

@@ -61,6 +61,18 @@ def test_the_sentence_has_rate_rule_and_cost(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("dpo@0.1", "40 s besides that of sft, against"), ("wise-ft@0.5", "40 s, against")]
+)
+def test_the_time_of_the_plain_tuning_that_a_method_needs_is_not_left_out(name, said):
+    report = compared({name: (0.01, 74.0), "sft": (0.2, 73.0)})
+    methods = {
+        one: replace(method, figures=replace(method.figures, cost={"seconds": Figure(seconds, None, None, n=1)}))
+        for (one, method), seconds in zip(report.methods.items(), (40.0, 30.0), strict=True)
+    }
+    assert f"training takes {said}" in recommendation(replace(report, methods=methods))
+
+
 @pytest.mark.parametrize(("perplexity", "name"), [(74.0, "harsh"), (77.0, "harsh"), (90.0, "mild")])
 def test_a_method_that_is_shown_to_lose_more_is_not_taken(perplexity, name):
     points = {"harsh": (0.01, perplexity), "mild": (0.05, 74.0), "sft": (0.2, 73.0), "base": (0.1, 70.0)}

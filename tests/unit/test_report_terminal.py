@@ -46,6 +46,20 @@ def test_a_method_is_a_line_with_the_main_figures(text):
     assert "* best; ~ no difference from it shown" in text
 
 
+def test_figures_whose_differences_were_not_tested_are_named(report, text):
+    said = (
+        "Differences were not tested for plain · non-rude, MMLU, letters: a value that is not the best need not differ "
+        "from it."
+    )
+    table = made.overview(report)
+    assert (table.untested, table.notes[0]) == (said, said)
+    assert said in render(report, {})
+    assert made.brief(report).untested in " ".join(text.split())
+    assert made.classification(report).untested == ""
+    untested = replace(report, comparisons=[])
+    assert "not tested for rude · non-rude, plain · non-rude, MMLU" in made.overview(untested).untested
+
+
 @pytest.mark.parametrize("length", [1, 12, 40, 400])
 def test_it_fits_eighty_columns(tmp_path, length):
     folder = make_folder(tmp_path / "comparison")
@@ -121,7 +135,7 @@ def test_classification_is_marked_by_its_intervals(report):
 
 def test_differences_are_in_their_unit_with_verdicts(report):
     found = {
-        name: [(one.method, one.cell.text, one.cell.below, one.p_value, one.verdict) for one in differences]
+        name: [(one.method, one.cell.text, one.cell.below, one.p_value.text, one.verdict) for one in differences]
         for name, differences in made.differences(report).items()
     }
     assert found["Violation rate, %: rude · non-rude ↓"] == [

@@ -11,6 +11,8 @@ from bridle.report.tables import PERCENT, Measure, main_violation, significant, 
 MOST_PERPLEXITY = 0.05  # a higher one, by this share, is a loss
 MOST_ACCURACY = 0.02  # the same for an accuracy, as a difference of shares
 PLAIN = ("sft", "base")  # what costs are counted against: the first that was measured
+UPON_SFT = ("rl", "rl-converged", "nado-decoding-sft", "dpo", "interleave@gap")
+"""Methods that need the model of `sft`, whose time is not part of theirs."""
 
 
 def recommendation(report: Report) -> str | None:
@@ -117,6 +119,7 @@ def _cost(report: Report, panel: Tradeoff, chosen: str, plain: str) -> str:
     spent = [one.value for one in seconds if one is not None and one.value is not None]
     against = [f"{theirs} for {plain}"]
     if len(spent) == 2:
-        parts.append(f"training takes {spent[0]:,.0f} s")
+        besides = " besides that of sft" if {chosen, chosen.partition("@")[0]} & {*UPON_SFT} else ""
+        parts.append(f"training takes {spent[0]:,.0f} s{besides}")
         against.append(f"{spent[1]:,.0f} s")
     return f"The cost: {' and '.join(parts)}, against {' and '.join(against)}."

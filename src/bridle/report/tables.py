@@ -158,7 +158,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a row for each method or round, as `of` says; a group is a heading and the columns it spans."""
+    """A table with a row for each method or round, as `of` says; a group is a heading and the columns it spans.
+
+    `untested`, also the first of the notes, says which columns have a best value but no test of differences from it.
+    """
 
     caption: str
     groups: list[tuple[str, int]]
@@ -166,6 +169,7 @@ class Table:
     rows: dict[str, list[Cell]]
     notes: list[str] = field(default_factory=list)
     of: str = "Method"
+    untested: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ class Difference:
     method: str
     reference: str
     cell: Cell
-    p_value: str
+    p_value: Cell
     verdict: str
     test: str
 
@@ -354,7 +358,7 @@ def every(report: Report) -> dict[str, Table]:
 
 def _all_differences(report: Report) -> Table | None:
     rows = {
-        f"{one.method}, {heading}": [Cell(one.reference), one.cell, *map(Cell, (one.p_value, one.verdict, one.test))]
+        f"{one.method}, {heading}": [Cell(one.reference), one.cell, one.p_value, Cell(one.verdict), Cell(one.test)]
         for heading, found in differences(report).items()
         for one in found
     }
@@ -428,9 +432,20 @@ def _table(report: Report, caption: str, columns: list[Measure]) -> Table | None
         for name, method in report.methods.items()
     }
     sets = dict.fromkeys(measure.on for measure in columns if measure.group in ("violation", "text"))
-    notes = [f"{name}: {report.prompt_sets[name]}." for name in sets if name in report.prompt_sets]
+    untested = _untested(report, [measure for measure, of in zip(columns, marks, strict=True) if of])
+    notes = [untested] if untested else []
+    notes += [f"{name}: {report.prompt_sets[name]}." for name in sets if name in report.prompt_sets]
     notes += _examined(report, dict.fromkeys(one.within for one in columns if one.group == "violation"))
-    return Table(caption, groups, [measure.label for measure in columns], rows, notes)
+    return Table(caption, groups, [measure.label for measure in columns], rows, notes, untested=untested)
+
+
+def _untested(report: Report, marked: Iterable[Measure]) -> str:
+    """Which of the measures with a best value have no test of differences from it; empty if all have one."""
+    tested = {Measure(one.figure, one.on, one.constraint) for one in report.comparisons if significant(one) is not None}
+    names = [measure.label.rstrip(" ↓↑") for measure in marked if measure not in tested]
+    if not names:
+        return ""
+    return f"Differences were not tested for {', '.join(names)}: a value that is not the best need not differ from it."
 
 
 def _examined(report: Report, constraints: Iterable[str | None]) -> Iterable[str]:
@@ -499,7 +514,7 @@ def _difference(comparison: FigureComparison, unit: Unit) -> Difference:
         method=comparison.method,
         reference=comparison.reference,
         cell=to_cell(comparison.difference, unit, signed=True),
-        p_value=MISSING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
+        p_value=Cell() if p is None else Cell("< 0.001" if p < 0.001 else f"{p:.3f}", estimate=_alone(p)),
         verdict=_verdict(comparison),
         test=comparison.test,
     )

@@ -25,6 +25,8 @@ def tables(report: Report) -> str:
         if table := made.brief(report):
             console.print(_fitting(table, console))
             console.print("* best; ~ no difference from it shown. The report has all figures and intervals.\n")
+            if table.untested:
+                console.print(_plain(f"{table.untested}\n"))
         for sentence in filter(None, (recommendation(report), *findings(report))):
             console.print(_plain(sentence))
         for run in failures(report):
