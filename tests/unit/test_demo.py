@@ -20,6 +20,7 @@ from bridle.demo.writing import REDRAW, Chance, Controls, Token, Writing
 from bridle.errors import UserError
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.guidance import NADOGuide
+from bridle.report import texts as words
 from bridle.utils.variables import NO_VARIABLES
 
 HOSTILE = "<img src=x onerror=alert(1)> {{ 7*7 }} ${alert(1)}"
@@ -87,6 +88,15 @@ def test_each_token_has_the_p_q_and_r_of_the_finished_text(parts, form, is_guide
             shifts = [sign * (one["q"] - one["p"]) for one in theirs]
             assert [sign * (one.q - one.p) for one in mine] == pytest.approx(shifts[: len(mine)], abs=1e-5)
             assert all(shift < 1e-5 for shift in shifts[len(mine) :]), "what does not gain is no gain"
+
+
+def test_a_trace_lists_as_raised_only_what_q_raises_and_as_lowered_only_what_it_lowers(parts):
+    model, tokenizer, prompt = parts
+    for auxiliary, scale in ((random_auxiliary(model), 2.0), (new_auxiliary(model), 2.0)):  # the latter prefers nothing
+        with NADOGuide(model, auxiliary, scale) as guide:
+            traced = trace(guide, tokenizer, [*prompt, 7, 8], len(prompt))
+        assert all(one["q"] > one["p"] for token in traced for one in token["gains"])
+        assert all(one["q"] < one["p"] for token in traced for one in token["losses"])
 
 
 def test_guidance_without_strength_writes_the_plain_text(parts):
@@ -237,9 +247,40 @@ def test_the_bound_on_r_holds_for_many_completions_too(session):
     asked = request("model", "guided")
     *_, free = session.draw(asked, Controls(), 8, None)
     *_, held = session.draw(asked, Controls(stop_below=0.95), 8, None)
-    assert "" not in free["model"].texts
+    assert None not in free["model"].texts
     assert held["model"].texts != free["model"].texts
-    assert "" in held["model"].texts, "some are withheld"
+    assert None in held["model"].texts, "some are withheld"
+    *_, judged = session.draw(asked, Controls(stop_below=0.95), 8, "no e")
+    found = judged["model"]
+    assert [score is None for score in found.scores] == [text is None for text in found.texts]
+    assert found.rate.n == 8 - found.withheld, "what is withheld does not comply"
+    assert f"{found.withheld} withheld" in draws_html(judged, "no e")
+    assert draws_html(judged, "no e").count('class="dot withheld"') == sum(one.withheld for one in judged.values())
+
+
+def test_a_model_that_has_to_be_loaded_is_named_first(tiny_folder):
+    gradio, lines, folder = pytest.importorskip("gradio"), [], str(tiny_folder())
+    from bridle.demo.page import Handlers, Tab
+
+    session = Session(subject_of(folder), show=lines.append)
+    asked = ("you never", ["model"], 2, 0, False)
+    first, *others = Handlers(session).write(Tab(), 1.0, 1.0, 0.0, False, *asked)
+    assert first[0] == gradio.skip()
+    assert "Loading model …" in first[1]
+    assert lines == [f"loading {folder}"]
+    assert [message for _, message in others] == [""] * len(others)
+    assert session.unloaded(["model", "nobody"]) == []
+
+
+def test_a_withheld_text_is_not_judged(session):
+    pytest.importorskip("gradio")
+    from bridle.demo.page import Handlers, Tab
+
+    tab = Tab()
+    *_, (texts, _) = Handlers(session).write(tab, 1.0, 1.0, 0.999, False, "you never", ["model"], 8, 0, False)
+    assert tab.writings["model"].is_withheld
+    assert "then withheld" in texts
+    assert "complies" not in texts
 
 
 def test_the_rate_counts_what_is_scored():
@@ -247,6 +288,8 @@ def test_the_rate_counts_what_is_scored():
     rate = Draws("base", 4, ["a"] * 4, scores).rate
     assert (rate.value, rate.n, rate.missing) == (pytest.approx(1 / 3), 3, 1)
     assert 0 < rate.low < 1 / 3 < rate.high < 1
+    unscored = Draws("base", 1, ["a"], [Score.missing("no answer")])
+    assert "1 of 1 drawn; none has a score by kind" in draws_html({"base": unscored}, "kind")
 
 
 # ---------------------------------------------------------------------- what is shown
@@ -288,6 +331,7 @@ def test_a_comparison_shows_one_method_of_each_kind(recipe, tmp_path):
     subject = subject_of(str(folder))
     assert list(subject.variants) == names[:-1]
     assert subject.shown == ["base", "sft", "constrained", "nado-decoding"]
+    assert subject.guidance_scale == 2.0, "as it was measured; the recipe's regulariser has 1"
     r = {name: one.auxiliary and one.auxiliary.removeprefix(str(folder)) for name, one in subject.variants.items()}
     assert r == {
         "base": "/nado-decoding/seed-1/auxiliary",
@@ -352,6 +396,15 @@ def test_all_text_is_escaped(parts):
     for html in found:
         assert "<img" not in html
         assert "&lt;img" in html
+
+
+@pytest.mark.parametrize(
+    ("text", "direction"),
+    [("“you 12”", "ltr"), ("12 “مرحبا you", "rtl"), ("שלום", "rtl"), ("12 …", "ltr"), ("", "ltr")],
+)
+def test_a_text_runs_as_its_first_letter_does(parts, text, direction):
+    assert words.direction(text) == direction
+    assert f'dir="{direction}">' in texts_html({"base": written(Writing(*parts, 0))}, text, Page())
 
 
 @pytest.mark.parametrize(

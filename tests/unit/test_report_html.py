@@ -130,7 +130,7 @@ def test_the_folder_of_a_training_run_has_a_page_too(tmp_path):
     run = Page(rendered(data.read_report(report_folder.make_run(tmp_path / "my-run"))))
     assert run.inlined("h1") == "my-run"
     assert "All methods" not in run.inlined("h2")
-    assert "rude: 76.0% of rollouts complied in the first round, 90.0% in the last." in run.inlined("p")
+    assert "rude: 76.0% of rollouts complied in round 1, 90.0% of rollouts complied in round 2." in run.inlined("p")
 
 
 def test_a_training_run_shows_its_rounds_regulariser_by_regulariser(tmp_path):
@@ -269,6 +269,15 @@ def test_guidance_is_covered_as_its_text_is(violates, covered):
     assert page.covered(" lost")[-1] is True
 
 
+def test_guidance_names_its_strength_and_whose_p_it_is():
+    report = guided(False)
+    text = rendered(replace(report, guidance=replace(report.guidance, guidance_scale=4.0)))
+    assert 'arrow keys move" aria-controls="place" dir="ltr"' in text
+    arabic = rendered(replace(report, guidance=replace(report.guidance, text="مرحبا")))
+    assert 'arrow keys move" aria-controls="place" dir="rtl"' in arabic
+    assert "at the guidance scale η = 4, differ in its place from p of the model before tuning" in text
+
+
 def test_the_token_at_which_q_moves_most_is_chosen_first(page, report):
     chosen = [at["data-place"] for at in page.all("button") if at.get("aria-pressed") == "true"]
     assert chosen == ["place-6"]  # the prompt's second token moves more, but nothing guides a prompt
@@ -313,7 +322,7 @@ def test_the_overview_marks_the_best_and_what_is_like_it(report):
 
 def test_differences_say_whether_they_are_significant(report):
     found = tables.differences(report)["Violation rate, %: rude · non-rude ↓"]
-    assert [(one.method, one.p_value, one.verdict) for one in found] == [
+    assert [(one.method, one.p_value.text, one.verdict) for one in found] == [
         ("base", "< 0.001", "differs"),
         ("sft", "< 0.001", "differs"),
         ("filtration", "0.620", "no difference shown"),
@@ -323,7 +332,7 @@ def test_differences_say_whether_they_are_significant(report):
 
 def test_without_a_p_value_the_interval_decides(report):
     found = tables.differences(report)["Classification: ROC-AUC ↑"]
-    assert [(one.method, one.cell.interval, one.p_value, one.verdict) for one in found] == [
+    assert [(one.method, one.cell.interval, one.p_value.text, one.verdict) for one in found] == [
         ("sft", "−0.124 to −0.044", "–", "differs (interval)"),
         ("filtration", "−0.070 to +0.010", "–", "no difference shown (interval)"),
         ("constrained", "−0.046 to +0.034", "–", "no difference shown (interval)"),
@@ -336,7 +345,7 @@ def test_without_p_value_and_interval_nothing_is_claimed(report):
     bare = data.Estimate(0.01, None, None, n=3)
     untested = replace(report.comparisons[0], difference=bare, adjusted_p_value=None)
     ((one,),) = tables.differences(replace(report, comparisons=[untested])).values()
-    assert (one.cell.text, one.p_value, one.verdict) == ("+1.0", "–", "not tested")
+    assert (one.cell.text, one.p_value.text, one.verdict) == ("+1.0", "–", "not tested")
 
 
 def test_perplexities_differ_by_nats_a_token(report):
@@ -376,6 +385,14 @@ def test_the_summary_is_made_from_the_figures(report):
         "Figures are missing for rl: not every run is complete.",
         "Training gave 6 warnings (constrained-adaptive); the first: round 1, rude: violations rose.",
     ]
+
+
+def test_all_methods_of_the_lowest_rate_are_named(report):
+    best = report.methods["constrained-adaptive"]
+    assert findings(replace(report, methods=report.methods | {"constrained": best}))[0] == (
+        "constrained and constrained-adaptive have the lowest violation rate: 5.8% of their completions of rude "
+        "violate non-rude, against 21.4% for base."
+    )
 
 
 def test_a_training_run_warns_in_its_summary_too(tmp_path):

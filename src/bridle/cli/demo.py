@@ -1,5 +1,6 @@
 """`bridle demo`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -55,8 +56,9 @@ def demo(
 
     quiet_libraries()
     judges = load_constraints(constraint or [])
-    session = Session(subject_of(subject, guide, judges, certificate, dtype), device)
+    show = partial(say, err=True)
+    session = Session(subject_of(subject, guide, judges, certificate, dtype), device, show)
     session.load()
     if not is_loopback(host):
-        say(f"Whoever reaches {host} can use this page and its models.", err=True)
+        show(f"Whoever reaches {host} can use this page and its models.")
     serve(session, host, port, lambda address: say(f"The page is at {address}. Ctrl-C ends it."))

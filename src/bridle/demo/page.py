@@ -55,6 +55,7 @@ class Handlers:
         controls, request, page, last = tab.writing, _request(*asked), replace(self.page, is_covered=covered), 0.0
         tab.scores, tab.is_covered = {}, covered
         try:
+            yield from self._loading(request)
             for writings in self.session.write(request, controls):
                 pause = SECONDS + OF_TOKEN * sum(len(one.tokens) for one in writings.values())
                 if controls is tab.writing and time.monotonic() - last > pause:
@@ -88,9 +89,10 @@ class Handlers:
     ) -> Iterator[Any]:
         """Draws many completions: (dots, message)."""
         tab.drawing.stopped, tab.drawing = True, Controls(guidance_scale, temperature, stop_below)
-        controls = tab.drawing
+        controls, request = tab.drawing, _request(*asked)
         try:
-            for draws in self.session.draw(_request(*asked), controls, SAMPLES, judge):
+            yield from self._loading(request)
+            for draws in self.session.draw(request, controls, SAMPLES, judge):
                 if controls is not tab.drawing:
                     return
                 yield draws_html(draws, judge), ""
@@ -101,9 +103,14 @@ class Handlers:
         """No further token is drawn."""
         tab.set(stopped=True)
 
+    def _loading(self, request: Request) -> Iterator[Any]:
+        """Says which models the request waits for, if any."""
+        if names := self.session.unloaded(request.names):
+            yield gr.skip(), message_html(f"Loading {', '.join(names)} …", is_alarm=False)
+
     def _judged(self, tab: Tab, remote: bool) -> dict[str, dict[str, Score]]:
         assert tab.request is not None
-        texts = {name: writing.text for name, writing in tab.writings.items()}
+        texts = {name: writing.text for name, writing in tab.writings.items() if not writing.is_withheld}
         return self.session.judge(texts, tab.request.given, remote)
 
     def _judged_texts(self, tab: Tab) -> str:

@@ -1,6 +1,6 @@
 """The variants of a subject at work: texts side by side, completions by the dozen, and the constraints' verdicts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from threading import RLock
@@ -52,20 +52,29 @@ class Request:
 
 @dataclass
 class Draws:
-    """Completions of one variant, and what a constraint says of them; no scores without a constraint."""
+    """Completions of one variant, and what a constraint says of them; no scores without a constraint.
+
+    A completion that was withheld is None, and so is its score.
+    """
 
     name: str
     total: int
-    texts: list[str] = field(default_factory=list)
-    scores: list[Score] = field(default_factory=list)
+    texts: list[str | None] = field(default_factory=list)
+    scores: list[Score | None] = field(default_factory=list)
+
+    @property
+    def withheld(self) -> int:
+        """How many completions were stopped each time that they were drawn."""
+        return self.texts.count(None)
 
     @property
     def rate(self) -> Estimate:
         """The share of the scored completions that violate, with Wilson's interval for independent draws."""
-        scored = [not score.complies for score in self.scores if not score.is_missing]
+        scores = [score for score in self.scores if score is not None]
+        scored = [not score.complies for score in scores if not score.is_missing]
         low, high = wilson_interval(sum(scored), len(scored)) or (None, None)
         value = sum(scored) / len(scored) if scored else None
-        return Estimate(value, low, high, len(scored), len(self.scores) - len(scored))
+        return Estimate(value, low, high, len(scored), len(scores) - len(scored))
 
 
 class Session:
@@ -75,10 +84,11 @@ class Session:
 
     Args:
         device: of the models; the GPU where there is one.
+        show: called with a line before a model is loaded.
     """
 
-    def __init__(self, subject: Subject, device: str | None = None):
-        self.subject, self._device, self._lock = subject, device, RLock()
+    def __init__(self, subject: Subject, device: str | None = None, show: Callable[[str], None] = lambda line: None):
+        self.subject, self._device, self._show, self._lock = subject, device, show, RLock()
         self._models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
         self._auxiliaries: dict[tuple[str, str], AuxiliaryModel] = {}
 
@@ -102,6 +112,11 @@ class Session:
             constraint.load()
         for name in self.subject.shown:
             self._loaded(name)
+
+    def unloaded(self, names: Iterable[str]) -> list[str]:
+        """The variants among `names` whose model has yet to be loaded, which may take long."""
+        found = self.subject.variants
+        return [name for name in names if name in found and found[name].model not in self._models]
 
     @property
     def has_chats(self) -> bool:
@@ -150,7 +165,9 @@ class Session:
                 texts = self._completions(name, request, controls, size, request.seed * PARTS + part)
                 draws[name].texts += texts
                 if constraint is not None:
-                    draws[name].scores += self._scores(constraint, request.given, texts)
+                    kept = [text for text in texts if text is not None]
+                    scores = iter(self._scores(constraint, request.given, kept) if kept else [])
+                    draws[name].scores += [None if text is None else next(scores) for text in texts]
                 yield draws
 
     def judge(self, texts: Mapping[str, str], given: Given, remote: bool) -> dict[str, dict[str, Score]]:
@@ -165,7 +182,7 @@ class Session:
             UserError: a constraint cannot be used.
         """
         found: dict[str, dict[str, Score]] = {name: {} for name in texts}
-        for constraint in self.remote if remote else self.local:
+        for constraint in (self.remote if remote else self.local) if texts else ():
             scores = self._scores(constraint, given, list(texts.values()))
             for name, score in zip(texts, scores, strict=True):
                 found[name][constraint] = score
@@ -188,6 +205,7 @@ class Session:
         variant: Variant = self.subject.variants[name]
         with self._lock:
             if variant.model not in self._models:
+                self._show(f"loading {variant.model}")
                 self._models[variant.model] = load_for_inference(variant.model, self.subject.dtype, self._device)
             model, tokenizer = self._models[variant.model]
             if variant.auxiliary is None:
@@ -220,7 +238,10 @@ class Session:
             self.subject.variants[name].is_guided,
         )
 
-    def _completions(self, name: str, request: Request, controls: Controls, samples: int, seed: int) -> list[str]:
+    def _completions(
+        self, name: str, request: Request, controls: Controls, samples: int, seed: int
+    ) -> list[str | None]:
+        """Completions of the prompt; None for one that is withheld."""
         check_scale(controls.guidance_scale)
         model, tokenizer, auxiliary = self._loaded(name)
         prompts = [self._prompt(name, request)]
@@ -228,6 +249,7 @@ class Session:
         is_read = scale > 0 or controls.stop_below > 0
         guidance = NADOGuide(model, auxiliary, scale) if auxiliary is not None and is_read else nullcontext()
         with self._lock, guidance as guide:
+            monitor = Monitor(guide, controls.stop_below, REDRAW) if guide and controls.stop_below else None
             (texts,) = generate_completions(
                 model,
                 tokenizer,
@@ -237,7 +259,8 @@ class Session:
                 batch_size=samples,
                 seed=seed,
                 guide=guide,
-                monitor=Monitor(guide, controls.stop_below, REDRAW) if guide and controls.stop_below else None,
+                monitor=monitor,
                 decoding=Decoding(controls.temperature),
             )
-        return texts
+        withheld = monitor.withheld if monitor is not None else []
+        return [None if place in withheld else text for place, text in enumerate(texts)]

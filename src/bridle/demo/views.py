@@ -74,9 +74,9 @@ def header_html(subject: Subject) -> str:
     return _environment().get_template("header.html").render(subject=subject, described=described)
 
 
-def message_html(message: str) -> str:
-    """What went wrong, in a line."""
-    return _environment().get_template("message.html").render(message=message)
+def message_html(message: str, *, is_alarm: bool = True) -> str:
+    """What went wrong, or what is being waited for, in a line."""
+    return _environment().get_template("message.html").render(message=message, is_alarm=is_alarm)
 
 
 def asset(name: str) -> str:
@@ -93,7 +93,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (as_json, line_of_r, outcome, words.level, words.probability, words.visible)
+    filters = (as_json, line_of_r, outcome, words.direction, words.level, words.probability, words.visible)
     environment.filters |= {one.__name__: one for one in filters}
     return environment
 

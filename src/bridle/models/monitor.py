@@ -55,6 +55,7 @@ class Monitor:
         stop_below: the bound on R, a probability.
         redraw: how often a stopped completion is drawn again; after that it is withheld.
         watched: counts of all draws so far.
+        withheld: places of the completions that the last call of `sample` withheld.
 
     Raises:
         UserError: a value out of range, or an R with a network of its own, which does not read the model's states.
@@ -64,6 +65,7 @@ class Monitor:
     stop_below: float
     redraw: int = 0
     watched: Watched = field(default_factory=Watched)
+    withheld: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.stop_below < 1:
@@ -114,6 +116,7 @@ class Monitor:
             open_rows = still
             if not open_rows:
                 break
+        self.withheld = open_rows
         self.watched.withheld += len(open_rows)
         return found
 

@@ -131,7 +131,14 @@ def _of_best(report: Report, violation: Measure) -> Iterator[str]:
         else:
             yield f"No difference in violation rate is shown among {listed(list(said))}: {found}."
         return
-    compared = f", against {said['base'].text}% for base" if top != "base" and "base" in said else ""
+    lowest = [name for name, cell in said.items() if cell.text == said[top].text]
+    compared = f", against {said['base'].text}% for base" if "base" not in lowest and "base" in said else ""
+    if len(lowest) > 1:
+        yield (
+            f"{listed(lowest)} have the lowest violation rate: {said[top].text}% of their completions of "
+            f"{violation.on} violate {violation.within}{compared}."
+        )
+        return
     yield (
         f"{top} has the lowest violation rate: {rate} of its completions of {violation.on} "
         f"violate {violation.within}{compared}."
@@ -223,10 +230,14 @@ def _of_warnings(report: Report) -> Iterator[str]:
 def _of_runs(curves: Iterable[Curve]) -> Iterator[str]:
     for curve in curves:
         for domain in curve.rounds[0].regularisers if curve.rounds else ():
-            rates = [each.regularisers[domain].compliance for each in curve.rounds if domain in each.regularisers]
-            known = [rate for rate in rates if rate is not None]
-            if len(known) > 1:
-                yield f"{domain}: {known[0]:.1%} of rollouts complied in the first round, {known[-1]:.1%} in the last."
+            measured = [(one.number, one.regularisers[domain]) for one in curve.rounds if domain in one.regularisers]
+            said = [
+                f"{found.compliance:.1%} of rollouts complied in round {number}"
+                for number, found in measured
+                if found.compliance is not None
+            ]
+            if len(said) > 1:
+                yield f"{domain}: {said[0]}, {said[-1]}."
 
 
 def listed(names: list[str]) -> str:

@@ -22,6 +22,7 @@ from bridle.report.data import Report, read_report
 from bridle.report.export import write_tables
 from bridle.report.findings import failures, findings, warnings
 from bridle.report.recommendation import recommendation
+from bridle.report.style import missing_glyphs_in_one_line
 from bridle.utils.files import check_output, write_text
 from bridle.utils.progress import Progress
 
@@ -69,7 +70,7 @@ def write_report(folder: Path, output: Path | None = None, tables_to: Path | Non
         UserError: results are absent or broken, a file cannot be written, or there is no table for `tables_to`.
     """
     folder, output = Path(folder), Path(output or Path(folder) / "report.html")
-    with Progress("report", total=3, unit="parts") as progress:
+    with Progress("report", total=3, unit="parts") as progress, missing_glyphs_in_one_line():
         report = read_report(folder)
         check_output(output)
         if tables_to is not None:
@@ -130,8 +131,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (texts.cover, texts.in_full, texts.level, texts.opened, texts.probability, texts.visible, texts.widest)
-    environment.filters |= {one.__name__: one for one in filters}
+    filters = (texts.cover, texts.direction, texts.in_full, texts.level, texts.opened, texts.probability)
+    environment.filters |= {one.__name__: one for one in (*filters, texts.visible, texts.widest)}
     return environment
 
 

@@ -1,13 +1,29 @@
 """The style of plots: a colour and marker per method; a page's theme can replace ink and paper."""
 
+import logging
 import re
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from matplotlib.font_manager import fontManager
+
+logger = logging.getLogger(__name__)
 
 INK = "#1b1b1f"
 PAPER = "#ffffff"
 DPI = 200
+
+FALLBACKS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei"),
+    *("PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
+    *("Noto Sans Devanagari", "Arial Unicode MS"),
+)
+"""Fonts that may be installed, for characters that matplotlib's own lacks."""
+_INSTALLED = {font.name for font in fontManager.ttflist}
 
 # Text stays text, to be selected, searched and read aloud. The salt makes ids the same in every run.
 STYLE: dict[Any, Any] = {
@@ -15,6 +31,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "bridle",
     "pdf.fonttype": 42,  # TrueType; publishers refuse type 3
     "text.parse_math": False,  # a "$" in a name is a "$"
+    "font.family": ["sans-serif", *(name for name in FALLBACKS if name in _INSTALLED)],
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; a page falls back to its own
     "font.size": 9,
     "axes.labelsize": 9,
@@ -44,6 +61,8 @@ STYLE: dict[Any, Any] = {
 }
 
 LONGEST_NAME = 40  # characters that fit a plot
+
+NO_GLYPH = re.compile(r"Glyph (\d+) .*missing from")
 
 VALUE = re.compile(r"(.+)@(\d[\d.]*(?:e-?\d+)?)$")
 """A method's name with the value of its knob."""
@@ -92,3 +111,24 @@ def shown(text: str, longest: int = LONGEST_NAME) -> str:
     """Makes a text printable, on one line, and at most `longest` characters."""
     printable = "".join(character if character.isprintable() else " " for character in text)
     return printable if len(printable) <= longest else printable[: longest - 1] + "…"
+
+
+@contextmanager
+def missing_glyphs_in_one_line() -> Iterator[None]:
+    """Logs once which characters no font has, where matplotlib warns of each whenever it is drawn."""
+    lacking: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=NO_GLYPH.pattern)
+        show = warnings.showwarning
+
+        def collect(message: Warning | str, *where: Any, **more: Any) -> None:
+            if found := NO_GLYPH.match(str(message)):
+                lacking.add(chr(int(found[1])))
+            else:
+                show(message, *where, **more)
+
+        warnings.showwarning = collect  # type: ignore[assignment]  # it passes on what it gets
+        yield
+    if lacking:
+        characters = "".join(sorted(lacking))
+        logger.warning("plots: no installed font has %s; the page shows them, PNG and PDF have boxes", characters)

@@ -6,6 +6,7 @@ A text without a score is covered too.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import bidirectional
 
 from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, spread
 
@@ -116,6 +117,12 @@ def opened(guidance: Guidance) -> int:
 def visible(token: str) -> str:
     """Shows line breaks, tabs and lone spaces as signs."""
     return token.translate(VISIBLE) if token.strip(" ") else token.replace(" ", "␣") or "∅"
+
+
+def direction(text: str) -> str:
+    """The value of `dir` for a text whose tokens are elements of their own, as "auto" finds it for a whole text."""
+    strong = (bidirectional(character) for character in text)
+    return "rtl" if next((one for one in strong if one in ("L", "R", "AL")), "L") != "L" else "ltr"
 
 
 def level(r: float | None) -> str:
