@@ -39,6 +39,12 @@ def test_help_has_a_short_form(bridle, command):
     assert told.startswith("Usage: bridle")
 
 
+def test_help_says_what_exit_codes_mean(bridle):
+    told = " ".join(bridle("-h")[1].split())
+    assert "Exit codes: 0, done; 1, a plan that does not fit, or nothing certified; 2, a mistake" in told
+    assert "130 or 143, ended by Ctrl-C or SIGTERM." in told
+
+
 def test_a_shell_completes_commands():
     asked = {"_BRIDLE_COMPLETE": "complete_bash", "COMP_WORDS": "bridle gen", "COMP_CWORD": "1"}
     assert run("-m", "bridle", **asked).split() == ["generate"]
@@ -75,6 +81,21 @@ def test_help_lists_every_key_with_its_default(heading):
         shown = parse_yaml(text[text.rindex("  [") + 3 : -1], key)
         default = own[key].default
         assert shown == (list(default) if isinstance(default, tuple) else default) or shown == "required"
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "told"),
+    [
+        ("data/source.py:DataSource", "where", "or lies above or below a number, {toxicity: {above: 0.5}}  [null]"),
+        ("training/config.py:ConstrainedConfig", "target_cache", "targets of retention with `kl_on: corpus`  [null]"),
+        ("training/engine.py:SamplerOptions", "server_url", 'of a server, e.g. "http://localhost:8000"  [null]'),
+        ("training/config.py:Regulariser", "anchor", "q is built on: live | previous | initial  [live]"),
+        ("comparison/knobs.py:InterleaveOptions", "choose", ": random | gap"),
+        ("baselines/reinforcement.py:ReinforcementOptions", "algorithm", '"rloo" or "grpo"  [rloo]'),
+    ],
+)
+def test_a_clause_of_help_is_whole_and_has_the_choices(place, key, told):
+    assert dict(keys_of(place))[key].endswith(told)
 
 
 def test_help_lists_what_a_comparison_reads_and_nothing_else():

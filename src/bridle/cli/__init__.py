@@ -22,6 +22,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog="Exit codes: 0, done; 1, a plan that does not fit, or nothing certified; 2, a mistake in what was given; 3, "
+    "a run that stopped, or a comparison of which a method failed, with its work kept; 130 or 143, ended by Ctrl-C or "
+    "SIGTERM.",
 )
 for group in (training, generation, demo, evaluation, certification, comparison, conversion, schema):
     app.add_typer(group.app)

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,22 @@ class ComparisonCommand(TrainingCommand):
 
 @cache
 def keys_of(place: str) -> list[tuple[str, str]]:
-    """The fields of a dataclass, "file:class", each with the first clause of its description and its default.
+    """The fields of a dataclass, "file:class", each with the first clause of its description, choices and default.
 
     Raises:
         KeyError: a field is missing under `Attributes` of its class.
     """
     file, _, name = place.partition(":")
     source = (Path(bridle.__file__).parent / file).read_text(encoding="utf-8")
-    tree = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+    body = ast.parse(source).body
+    tree = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
     meanings = entries(ast.get_docstring(tree) or "", "Attributes")
-    names = [(field.target.id, field.value) for field in _fields(tree)]
-    return [(RENAMED.get(name, name), _described(meanings[name], value)) for name, value in names]
+    named = {target.id: node.value for node in body if isinstance(node, ast.Assign) for target in _names(node.targets)}
+    return [
+        (RENAMED.get(name, name), _described(meanings[name], _choices(field.annotation, named), field.value))
+        for field in _fields(tree)
+        for name in [field.target.id]
+    ]
 
 
 def entries(docstring: str, section: str) -> dict[str, str]:
@@ -113,9 +118,32 @@ def _fields(tree: ast.ClassDef) -> Iterator[Any]:
                 yield node
 
 
-def _described(meaning: str, value: ast.expr | None) -> str:
-    clause = re.split(r"[.;:] ", " ".join(meaning.split()), maxsplit=1)[0].rstrip(".")
+CLAUSE = re.compile(r"(?:`[^`]*`|\{[^}]*\}|\be\.g\. |[^.;:]|[.;:](?! ))*")
+"""Up to a full stop, semicolon or colon that ends a clause: not one of code, of a mapping or of "e.g."."""
+
+
+def _described(meaning: str, choices: list[str], value: ast.expr | None) -> str:
+    clause = CLAUSE.match(" ".join(meaning.split()))[0].rstrip(".")  # type: ignore[index]  # it matches any text
+    if not all(re.search(rf"[`\"]{choice}[`\"]", clause) for choice in choices):
+        clause += f": {' | '.join(choices)}"
     return clause if (default := _default(value)) is None else f"{clause}  [{default}]"
+
+
+def _names(nodes: Iterable[ast.AST]) -> Iterator[ast.Name]:
+    yield from (node for node in nodes if isinstance(node, ast.Name))
+
+
+def _choices(annotation: ast.expr, named: Mapping[str, ast.expr]) -> list[str]:
+    """The members of the literals in an annotation, also of those with a name in the file."""
+    parts = [annotation, *(named[name.id] for name in _names(ast.walk(annotation)) if name.id in named)]
+    literals = [
+        node.slice
+        for part in parts
+        for node in ast.walk(part)
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal"
+    ]
+    members = (node.value for literal in literals for node in ast.walk(literal) if isinstance(node, ast.Constant))
+    return list(dict.fromkeys(map(str, members)))
 
 
 def _default(value: ast.expr | None) -> str | None:
