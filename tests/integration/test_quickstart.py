@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_the_tour_and_its_next_steps(bridle, tmp_path, monkeypatch):
     assert "training the oracle: 100%" in err
 
     commands = [shlex.split(line) for line in out.split("Next:")[1].splitlines() if line.strip()]
-    assert [" ".join(command[:2]) for command in commands] == ["bridle generate", "bridle compare", "bridle quickstart"]
+    assert [command[1] for command in commands] == ["generate", "demo", "compare", "quickstart"]
     code, out, err = bridle(*commands[0][1:])
     assert code == 0, err
     assert "writes, heated:" in out
@@ -96,6 +97,21 @@ def test_the_tour_and_its_next_steps(bridle, tmp_path, monkeypatch):
     code, out, err = bridle("quickstart", "--output_dir", folder, *truth, *options())
     assert code == 0, err
     assert (folder / "sft" / "seed-0" / "results.json").stat().st_mtime_ns == made
+
+
+def test_the_next_steps_are_of_what_there_is(tmp_path):
+    folder = tmp_path / "my tour"
+    world = SimpleNamespace(training={}, corpus={"forum": 0}, regularisers={"forum": SimpleNamespace(weight=12.0)})
+    own = SimpleNamespace(training={}, corpus={"own": 0}, regularisers={"own": SimpleNamespace(weight=12.0)})
+    (folder / "sft" / "seed-0" / "model").mkdir(parents=True)
+    generate, demo, compare, _ = [shlex.split(line) for line in tour.next_steps(world, folder).splitlines()[1:]]
+    assert generate[2] == str(folder / "sft" / "seed-0" / "model"), "constrained-adaptive was not among the methods"
+    assert demo[2] == str(folder)
+    assert compare[2] == str(folder / "recipe.yaml")
+    told = tour.next_steps(own, folder)
+    assert "--prompt 'MY PROMPT'" in told
+    assert "Market board" not in told
+    assert "generate" not in tour.next_steps(own, tmp_path / "elsewhere")
 
 
 def test_a_corpus_and_a_constraint_of_ones_own(bridle, tmp_path):

@@ -1,5 +1,6 @@
 """`bridle compare`, `quickstart` and `report`."""
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -64,6 +65,7 @@ def compare(
     comparison.run()
     say(tables(read_report(folder)))
     say(f"Every figure is in {folder / 'results.json'}; look at {write_report(folder)} in a browser.")
+    say(f"Try the methods side by side: {shlex.join(['bridle', 'demo', str(folder)])}")
     comparison.check_complete()
 
 

@@ -1,5 +1,6 @@
 """The tour: the methods of the paper's table on the embedded world, or on the user's corpus and constraint."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,10 @@ REAL_METHODS = ("base", "sft", "filtration", "nado-decoding-sft", "rl", "constra
 """Those that fit into 40 minutes of one core."""
 
 LEFT_OUT = "Left out: constrained, for time; nado-decoding, since the base model writes nothing hostile."
+LEFT_OUT_OF_OWN = "Left out, for time: constrained and nado-decoding."  # nothing is known of the user's corpus
+
+TUNED = ("constrained-adaptive", "constrained", "rl", "filtration", "sft")
+"""Whose model the next steps try: the first that there is."""
 
 UPDATES_WORTH = 1200
 """The time of the tour with a real model, in plain updates; see docs/log.md."""
@@ -124,7 +129,7 @@ def take_tour(
     seeds = (recipe.training.get("seed", 0),)
     comparison = Comparison(recipe, folder, names or of_paper, seeds, title, resume=True, show=progress)
     if real and not names and not (folder / RECIPE_FILE).exists():
-        progress(f"{estimate(recipe)} {LEFT_OUT}")
+        progress(f"{estimate(recipe)} {LEFT_OUT_OF_OWN if OWN in recipe.corpus else LEFT_OUT}")
     comparison.run()
     show(tables(read_report(folder)))
     show(f"The report: {write_report(folder).resolve()}")
@@ -143,18 +148,21 @@ def estimate(recipe: Recipe) -> str:
 
 
 def next_steps(recipe: Recipe, folder: Path) -> str:
-    """Three commands to try after the tour."""
-    tuned = folder / "constrained-adaptive" / f"seed-{recipe.training.get('seed', 0)}" / "model"
+    """Commands to try after the tour."""
+    models = [folder / name / f"seed-{recipe.training.get('seed', 0)}" / "model" for name in TUNED]
     (domain, regulariser), *_ = recipe.regularisers.items()
-    return "\n".join(
-        (
-            "Next:",
-            f"  bridle generate {tuned} --prompt 'Market board. magpie writes, heated:' --samples 5",
-            f"  bridle compare {folder / 'recipe.yaml'} --methods base,sft,constrained-adaptive"
-            f" --regularisers.{domain}.weight {regulariser.weight * 3:g}",
-            "  bridle quickstart --corpus MY.jsonl --constraint words:MY-WORDS.txt",
-        )
-    )
+    is_own = OWN in recipe.corpus
+    prompt = "MY PROMPT" if is_own else "Market board. magpie writes, heated:"
+    weight = (f"--regularisers.{domain}.weight", f"{regulariser.weight * 3:g}")
+    made = [model for model in models if model.is_dir()][:1]
+    commands = [
+        *(["bridle", "generate", model, "--prompt", prompt, "--samples", 5] for model in made),
+        ["bridle", "demo", folder],
+        ["bridle", "compare", folder / RECIPE_FILE, "--methods", "base,sft,constrained-adaptive", *weight],
+    ]
+    if not is_own:
+        commands.append(["bridle", "quickstart", "--corpus", "MY.jsonl", "--constraint", "words:MY-WORDS.txt"])
+    return "\n".join(["Next:", *(f"  {shlex.join(map(str, command))}" for command in commands)])
 
 
 def _replace_forum(mapping: dict[str, Any], source: DataSource) -> None:
