@@ -26,6 +26,9 @@ from bridle.utils.variables import NO_VARIABLES
 ALL = "all"
 """Stands for the whole corpus, unless a domain has this name: one regulariser on everything is "without adaptive"."""
 
+KL_METRICS = ("kl", "kl_unreached")
+"""Metrics of a regulariser that begin with what they measure, kl/NAME, where others are NAME/lambda."""
+
 LARGEST = torch.finfo(torch.float32).max
 """The largest weight and guidance scale: losses are in float32."""
 
@@ -172,7 +175,7 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
         corpus: names of the corpus's domains.
 
     Raises:
-        UserError: two have one name, a name cannot name files, or a domain is not in the corpus.
+        UserError: two have one name, a name cannot name files or is one of metrics, or a domain is not in the corpus.
     """
     if isinstance(regularisers, Regulariser):
         regularisers = [regularisers]
@@ -187,6 +190,8 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
         if name in found:
             raise UserError(f"regularisers: two are called '{name}'; give each a `name` of its own")
         check_file_name(name, f"regularisers.{name}")
+        if name in KL_METRICS:
+            raise UserError(f"regularisers.{name}: is what metrics begin with ({name}/NAME); give it another `name`")
         with prefixed(f"regularisers.{name}."):
             one.domains(corpus)
         found[name] = replace(one, name=name)
