@@ -85,6 +85,10 @@ def test_the_command_line_sends_no_key_unasked(server, bridle, monkeypatch, tmp_
     assert code == 0, err
     assert server.requests
     assert KEY not in str(server.requests)
+    for option, value in (("batch_size", 4), ("device", "cpu"), ("dtype", "bfloat16")):
+        assert bridle(*asked, f"--{option}", value)[::2] == (
+            2, f"bridle: --{option} needs the model's weights, which a server does not show; leave it out\n"
+        )  # fmt: skip
     (tmp_path / "verdicts.jsonl").unlink()
     assert bridle(*asked, "--api_key_env", "OPENAI_API_KEY")[0] == 0
     assert server.requests[-1][1]["Authorization"] == f"Bearer {KEY}"

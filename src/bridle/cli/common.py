@@ -140,8 +140,13 @@ def about_server(context: typer.Context, model: str, weights: Iterable[str]) -> 
     for name in options.keys() & found if not is_served else ():
         yield True, f"{options[name]} is for a model behind a server, http://HOST/v1; leave it out"
     for name in [name for name in weights if name in found and is_served]:
-        yield True, f"--{name} needs the model's weights, which a server does not show; leave it out"
+        yield True, needs_weights(name)
     yield is_served and "served" not in found, f"{model} is a server: say which of its models with --model NAME"
+
+
+def needs_weights(option: str) -> str:
+    """Why an option is refused where a model is behind a server."""
+    return f"--{option} needs the model's weights, which a server does not show; leave it out"
 
 
 def check_tokenizer(tokenizer: str | None, sets: Iterable[Any]) -> None:

@@ -226,6 +226,7 @@ def score(
     "--examine held-out.jsonl,rows=80%:90% --json wins.json"
 )
 def judge(
+    context: typer.Context,
     judge_model: Annotated[str, typer.Option("--judge", metavar="MODEL", help="The judge: a folder, or a name.")],
     completions: Annotated[
         list[str] | None,
@@ -252,6 +253,8 @@ def judge(
     files = dict(part.partition("=")[::2] for part in completions or [])
     if (files or not examine) and (len(files) < 2 or not all(files.values())):
         raise UserError("give at least two methods as NAME=FILE, or --examine to examine the judge alone")
+    local = ("batch_size", "device", "dtype")
+    refuse(*((url and name in common.asked(context), common.needs_weights(name)) for name in local))
     rows = HumanText.parse(examine) if examine else None
     options = JudgeOptions(judge_model, url, api_key_env, by=by, examples=examples, examine=rows)
     check_output(json_file, keep)
