@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from bridle.errors import UserError
 from bridle.report import tables
 from bridle.report.data import Curve, Figure, Figures, Main, Method, RegulariserRound, Report, Round, read_report
+from bridle.report.html import write_report
 from bridle.report.pareto import pareto_front, tradeoffs
 from bridle.report.plots import (
     draw_plots,
@@ -195,6 +196,28 @@ def test_a_steered_run_shows_the_violation_beside_its_target():
     assert weight.get_ylabel() == "weight λ"
     (rude,) = tables.rounds(report)
     assert [cell.text for cell in rude.rows["2"]][5:7] == ["9.5", "10.0"]
+
+
+def test_characters_that_no_font_has_are_named_once(tmp_path, caplog, recwarn):
+    folder = make_folder(tmp_path / "comparison")
+    results = folder / "results.json"
+    results.write_text(results.read_text("utf-8").replace('"novels"', '"tablets 𒀀𒀁"'), encoding="utf-8")
+    write_report(folder)
+    assert not [one for one in recwarn if "Glyph" in str(one.message)]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "bridle.report.style"]
+    assert said == "plots: no installed font has 𒀀𒀁; the page shows them, PNG and PDF have boxes"
+
+
+def test_a_target_looks_like_no_regulariser_and_is_labelled_once():
+    names = [f"domain {number}" for number in range(5)]
+    figures = {name: RegulariserRound(violation=0.2, weight=4.0, target=0.1) for name in names}
+    report = Report("run", curves=[Curve("run", "0", [Round(i, i, regularisers=figures) for i in (1, 2)])])
+    weight, violation = training_curves(report).axes
+    of_regularisers = [line.get_linestyle() for line in weight.get_lines() if len(line.get_xdata()) == 2]
+    assert len(of_regularisers) == 5
+    assert ":" not in of_regularisers
+    assert [line.get_linestyle() for line in violation.get_lines()].count(":") == 5
+    assert [text.get_text() for text in violation.texts] == ["target"]
 
 
 def test_a_kl_of_zero_is_not_drawn_on_a_log_scale():

@@ -50,7 +50,9 @@ CURVES = {
 
 PANEL = (3.8, 2.8)  # inches
 LARGE = (7.6, 4.2)
-DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+DASHES: tuple[Literal["-", "--", "-."] | tuple[float, tuple[float, ...]], ...]
+DASHES = ("-", "--", "-.", (0, (5, 1.5, 1, 1.5, 1, 1.5)))
+TARGET: Literal[":"] = ":"  # of no regulariser
 
 
 SAVED: dict[str, dict[str, Any]] = {
@@ -98,22 +100,14 @@ def _tradeoffs(report: Report, panels: list[Tradeoff], size: tuple[float, float]
     for ax, panel in zip(axes, panels, strict=True):
         _draw_tradeoff(ax, panel)
         for target in targets:
-            ax.axvline(target, color=INK, linestyle=":", linewidth=1, alpha=0.6, zorder=1)
+            ax.axvline(target, color=INK, linestyle=TARGET, linewidth=1, alpha=0.6, zorder=1)
         ax.set_xlabel(_violation_label(report, panel))
     front = Line2D([], [], color=INK, linestyle="--", linewidth=1, alpha=0.6, label="Pareto front")
     interval = Line2D([], [], color=INK, linewidth=1, label="95% interval")
     handles = [front, interval]
     if targets:
         handles.append(
-            Line2D(
-                [],
-                [],
-                color=INK,
-                linestyle=":",
-                linewidth=1,
-                alpha=0.6,
-                label="target of a regulariser",
-            )
+            Line2D([], [], color=INK, linestyle=TARGET, linewidth=1, alpha=0.6, label="target of a regulariser")
         )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.draw_without_rendering()  # labels need the final layout
@@ -307,10 +301,13 @@ def _draw_lines(ax: Axes, lines: list[Line], dashes: dict[str, Any]) -> None:
 
 
 def _draw_targets(ax: Axes, report: Report) -> None:
+    ends = []
     for line in _lines(report, "target"):
         rounds, values = [number for number, _ in line.points], [figure.known for _, figure in line.points]
-        ax.plot(rounds, values, linewidth=1.1, linestyle=":", color=method_style(line.method).line["color"])
-        ax.annotate("target", (rounds[-1], values[-1]), (0, 3), textcoords="offset points", ha="right", fontsize=8)
+        ax.plot(rounds, values, linewidth=1.1, linestyle=TARGET, color=method_style(line.method).line["color"])
+        ends.append((rounds[-1], values[-1]))
+    for end in ends[:1]:  # the same label at every line would only cover it
+        ax.annotate("target", end, (0, 3), textcoords="offset points", ha="right", fontsize=8)
     ax.set_ylim(bottom=0)
 
 
