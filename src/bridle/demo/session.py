@@ -15,7 +15,7 @@ from bridle.demo.subject import MOST, Subject, Variant
 from bridle.demo.writing import REDRAW, Controls, Writing
 from bridle.errors import UserError
 from bridle.evaluation.generation import generate_completions
-from bridle.evaluation.statistics import Estimate, wilson_interval
+from bridle.evaluation.statistics import Estimate, estimate_proportion
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.guidance import NADOGuide, check_scale, load_guide
 from bridle.models.loading import context_length, load_for_inference
@@ -72,9 +72,7 @@ class Draws:
         """The share of the scored completions that violate, with Wilson's interval for independent draws."""
         scores = [score for score in self.scores if score is not None]
         scored = [not score.complies for score in scores if not score.is_missing]
-        low, high = wilson_interval(sum(scored), len(scored)) or (None, None)
-        value = sum(scored) / len(scored) if scored else None
-        return Estimate(value, low, high, len(scored), len(scores) - len(scored))
+        return estimate_proportion(scored, missing=len(scores) - len(scored))
 
 
 class Session:

@@ -28,7 +28,6 @@ from bridle.models.loading import context_length, end_token_ids
 from bridle.models.sampling import sample
 from bridle.training.checkpointing import CheckpointedTrainer
 from bridle.training.config import BestOptions, EvalOptions
-from bridle.training.guards import warn
 from bridle.training.rollouts import output_of
 from bridle.training.state import RegulariserState
 from bridle.utils.distributed import is_main, joined, share
@@ -235,9 +234,9 @@ class EvaluatedTrainer(CheckpointedTrainer):
     def _go_to_best(self, rule: BestOptions) -> None:
         best = best_evaluation(self.state.log_history, rule)
         if best is None:
-            warning = f"eval.best: no violation rate was {rule.violation} or less, so the last model is kept"
-            warn(warning)
-            self.log_apart({"warnings": [warning]})
+            self.supervisor.warn(
+                f"eval.best: no violation rate was {rule.violation} or less, so the last model is kept"
+            )
             return
         self.state.best_model_checkpoint = str(self._checkpoint(best))
         self._load_best_model()
