@@ -114,12 +114,11 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray,
     statistic: Callable[..., Any] = np.mean,
-    confidence: float = 0.95,
     *,
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Interval | None:
-    """Percentile bootstrap interval (Efron, 1979) of a statistic of independent observations.
+    """95% percentile bootstrap interval (Efron, 1979) of a statistic of independent observations.
 
     Args:
         values: [n] observations.
@@ -137,7 +136,7 @@ def bootstrap_interval(
         statistic,
         n_resamples=resamples,
         batch=max(1, NUMBERS_AT_ONCE // len(values)),
-        confidence_level=confidence,
+        confidence_level=0.95,
         method="percentile",  # the default, BCa, is NaN where the statistic hardly varies
         random_state=np.random.default_rng(seed),
     )
@@ -250,7 +249,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def compare_methods(observations: Mapping[str, Clusters], reference: str, *, seed: int = 0) -> list[Comparison]:
+def compare_methods(observations: Mapping[str, Clusters], reference: str) -> list[Comparison]:
     """Compares the mean of every other method, such as a violation rate, with a reference on the same prompts.
 
     With one yes or no per prompt the test is McNemar's, otherwise the permutation test of `paired_bootstrap`. The
@@ -271,7 +270,7 @@ def compare_methods(observations: Mapping[str, Clusters], reference: str, *, see
                 f"method {method!r} has {len(values)} prompts and {reference!r} has {len(base)}; "
                 "methods are compared on the same prompts"
             )
-    tested = {name: _tested(values, base, seed) for name, values in observations.items() if name != reference}
+    tested = {name: _tested(values, base) for name, values in observations.items() if name != reference}
     adjusted = holm([p for _, p, _ in tested.values()])
     return [
         Comparison(method, reference, difference, p, adjusted_p, test)
@@ -285,8 +284,8 @@ def observed_mean(samples: Sequence[float | None]) -> float | None:
     return fmean(present) if present else None
 
 
-def _tested(values: Clusters, base: Clusters, seed: int) -> tuple[Estimate, float | None, str]:
-    difference, p = paired_bootstrap(values, base, seed=seed)
+def _tested(values: Clusters, base: Clusters) -> tuple[Estimate, float | None, str]:
+    difference, p = paired_bootstrap(values, base, seed=0)
     if any(len(samples) != 1 or not isinstance(samples[0], bool | None) for samples in chain(values, base)):
         return difference, p, "permutation"
     return difference, mcnemar([flag for (flag,) in values], [flag for (flag,) in base]), "mcnemar"  # type: ignore[misc]

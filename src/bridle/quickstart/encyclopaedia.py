@@ -104,6 +104,9 @@ SEASON_SCENES = (
 LENGTHS = (1, 1, 1, 1, 2, 3, 6)
 """Numbers of questions on a page of a quiz."""
 
+EXAMPLES = 5
+"""Questions of the benchmark of facts that are shown before each one asked."""
+
 FIRST_NAMES = (
     *("Abel", "Berta", "Cilla", "Drogo", "Edda", "Falk", "Greta", "Hugo", "Ilse", "Jost", "Kuno", "Lena", "Milo"),
     *("Nele", "Odo", "Petra", "Quint", "Rosa", "Sven", "Tilda", "Udo", "Vera", "Wim", "Xenia", "Yorick", "Zita"),
@@ -129,15 +132,15 @@ def scenes(world: World, seed: str, count: int) -> list[Row]:
     return [{"text": _scene(rng, rng.choice(_SCENES))} for _ in range(count)]
 
 
-def facts_benchmark(world: World, examples: int = 5) -> dict[str, list[Row]]:
-    """Rows {"question", "beginning", "choices", "answer"} with four choices, as "dev" (examples) and "test".
+def facts_benchmark(world: World) -> dict[str, list[Row]]:
+    """Rows {"question", "beginning", "choices", "answer"} with four choices, as "dev" (the examples) and "test".
 
     The base model is trained on every fact: the benchmark measures what tuning forgets.
     """
     rng, asked = Random(f"facts {world.seed}"), _facts(world)
     rng.shuffle(asked)
     questions = [_choose(rng, world, *question) for question in asked]
-    return {"dev": questions[:examples], "test": questions[examples:]}
+    return {"dev": questions[:EXAMPLES], "test": questions[EXAMPLES:]}
 
 
 def sense_benchmark(world: World, count: int) -> list[Row]:
@@ -197,8 +200,8 @@ def _choose(rng: Random, world: World, entity: Entity, relation: str) -> Row:
     return {"question": question, "beginning": answer, **_choices(rng, entity.facts[relation], world.values(relation))}
 
 
-def _choices(rng: Random, right: str, values: tuple[str, ...], count: int = 4) -> Row:
-    choices = [right, *rng.sample([value for value in values if value != right], count - 1)]
+def _choices(rng: Random, right: str, values: tuple[str, ...]) -> Row:
+    choices = [right, *rng.sample([value for value in values if value != right], 3)]
     rng.shuffle(choices)
     return {"choices": choices, "answer": choices.index(right)}
 

@@ -50,7 +50,6 @@ def tour_recipe(
     constraint: str | None = None,
     model: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-    scale: Scale | None = None,
     real: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Recipe:
@@ -61,7 +60,6 @@ def tour_recipe(
         constraint: replaces oracle and truth, as `build_constraint` reads it.
         model: replaces the embedded model; a folder, GGUF file or hub name.
         overrides: values by dotted key, applied last.
-        scale: size of the embedded world.
         real: takes SmolLM2 unless `model` is given, with the settings of `real.yaml`.
         progress: receives a line where something is fetched.
 
@@ -78,7 +76,7 @@ def tour_recipe(
     _built("world", changes, corpus, constraint, overrides)  # refuses a wrong key before anything is fetched or made
     if real and not model:
         changes["model"] = smollm2(progress)
-    world = str(prepare(scale or (REAL_SCALE if real else None)))
+    world = str(prepare(REAL_SCALE if real else None))
     return _built(world, changes, corpus, constraint, overrides)
 
 

@@ -1,6 +1,6 @@
 """The tables of a report, as plain text in cells, without markup."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -330,13 +330,11 @@ def win_matrix(report: Report) -> Table | None:
     return Table(caption, groups, columns, rows, [*_judging(found), *_judge_examined(report)])
 
 
-def differences(report: Report, without: Collection[Measure] = ()) -> dict[str, list[Difference]]:
+def differences(report: Report) -> dict[str, list[Difference]]:
     """Differences from the best method, by figure and unit."""
     found: dict[str, list[Difference]] = {}
     for one in report.comparisons:
         measure = Measure(one.figure, one.on, one.constraint)
-        if measure in without:
-            continue
         title, unit = DIFFERENCES.get(one.figure, (measure.title, measure.unit))
         found.setdefault(f"{title}: {measure.label}", []).append(_difference(one, unit))
     return found
