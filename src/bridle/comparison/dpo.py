@@ -1,6 +1,5 @@
 """DPO from the plainly tuned model, on pairs of its own completions that the constraint tells apart."""
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -12,13 +11,14 @@ from bridle.comparison.cell import Candidate, Cell, refuse_shares, used_constrai
 from bridle.comparison.knobs import DPOOptions, options_of
 from bridle.constraints import AsyncScoring
 from bridle.data import Rollout, read_rollouts, write_rollouts
-from bridle.errors import RunStopped, UserError
+from bridle.errors import UserError
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.metrics import MetricsFile, TrainingProgress
 from bridle.recipes.recipe import Recipe
 from bridle.recipes.run import build_trainer
 from bridle.training.config import ConstrainedConfig
 from bridle.training.guards import InterruptionGuard, warn
+from bridle.training.measures import check_scored
 from bridle.training.options import EVALUATION, NEEDED
 from bridle.training.rollouts import score_rollouts
 from bridle.training.trainer import ConstrainedTrainer
@@ -81,7 +81,7 @@ def _pairs(cell: Cell, recipe: Recipe, num_generations: int) -> tuple[list[Pair]
         return preference_pairs(read_rollouts(kept), num_generations), read_json(report, dict[str, Any])
     trainer = build_trainer(recipe, cell.folder, recipe.read_corpus())
     rollouts, seconds = _completions(trainer, num_generations)
-    _check_scored(rollouts, trainer.args)
+    check_scored(rollouts, trainer.args.max_missing, "methods.dpo", "completions")
     pairs = preference_pairs(rollouts, num_generations)
     measured = {
         "prompts": len(rollouts) // num_generations,
@@ -110,17 +110,8 @@ def _completions(trainer: ConstrainedTrainer, num_generations: int) -> tuple[lis
                 drawn, _ = regulariser.draw(index, scoring, repeated)
                 rollouts += drawn
         with timed(seconds, "seconds_scoring"):
-            score_rollouts(rollouts, regulariser.constraint, scoring)
+            score_rollouts(rollouts, scoring)
     return rollouts, seconds
-
-
-def _check_scored(rollouts: Sequence[Rollout], config: ConstrainedConfig) -> None:
-    missing = [rollout for rollout in rollouts if rollout.complies is None]
-    if len(missing) > config.max_missing * len(rollouts):
-        raise RunStopped(
-            f"methods.dpo: {len(missing)} of {len(rollouts)} completions got no score (first reason: "
-            f"{missing[0].reason}); fix the constraint and resume, or raise max_missing above {config.max_missing}"
-        )
 
 
 def _check_enough(measured: dict[str, Any], config: DPOConfig) -> None:

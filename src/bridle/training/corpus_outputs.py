@@ -5,10 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from bridle.constraints import Constraint
+from bridle.constraints import AsyncScoring, Constraint
 from bridle.data import Prompt, Rollout
-from bridle.training.rollouts import rollout_of
-from bridle.utils.distributed import joined, share
+from bridle.training.rollouts import rollout_of, score_rollouts
 
 
 def corpus_outputs(
@@ -41,8 +40,5 @@ def corpus_outputs(
         if prompt.rest
     ]
     outputs = [output for output in outputs if output.finished or len(output.completion_ids) == max_new_tokens]
-    mine = share(outputs)
-    scores = joined(constraint.score([one.given for one in mine], [one.completion for one in mine]), len(outputs))
-    for output, score in zip(outputs, scores, strict=True):
-        output.value, output.complies, output.reason = score.value, score.complies, score.reason
+    score_rollouts(outputs, AsyncScoring(constraint))
     return outputs

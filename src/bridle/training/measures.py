@@ -10,9 +10,29 @@ from torch import Tensor
 
 from bridle.core.calibration import calibration, shift_to_rate
 from bridle.data import Rollout
+from bridle.errors import RunStopped
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.training.examples import ENCODE_BATCH, Examples
 from bridle.utils.oom import RowLimit
+
+
+def check_scored(rollouts: Sequence[Rollout], max_missing: float, name: str, kind: str = "rollouts") -> None:
+    """Refuses scored rollouts of which too many have no score.
+
+    Args:
+        max_missing: the share that may have none.
+        name: whose they are, as the message begins.
+        kind: what the message calls them.
+
+    Raises:
+        RunStopped: more have none; it gives the first one's reason.
+    """
+    missing = [rollout for rollout in rollouts if rollout.complies is None]
+    if len(missing) > max_missing * len(rollouts):
+        raise RunStopped(
+            f"{name}: {len(missing)} of {len(rollouts)} {kind} got no score (first reason: {missing[0].reason}); fix "
+            f"the constraint and resume, or raise max_missing above {max_missing}"
+        )
 
 
 def measure_samples(rollouts: Sequence[Rollout]) -> dict[str, Any]:

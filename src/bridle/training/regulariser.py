@@ -17,7 +17,6 @@ from bridle.core.output_layer import OutputLayer
 from bridle.core.sparse import SparseTarget
 from bridle.data import Prompt, Rollout
 from bridle.data.target_cache import row_keys
-from bridle.errors import RunStopped
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, new_auxiliary
 from bridle.models.forward import policy_forward
@@ -29,7 +28,7 @@ from bridle.training.batches import Mask, Prefixes, beginnings, flat_positions, 
 from bridle.training.corpus_outputs import corpus_outputs
 from bridle.training.examples import Examples, encode
 from bridle.training.fitting import fit_auxiliary
-from bridle.training.measures import measure_calibration, measure_rollouts, measure_weights
+from bridle.training.measures import check_scored, measure_calibration, measure_rollouts, measure_weights
 from bridle.training.prompts import prompts_of_corpus, prompts_of_round
 from bridle.training.rollouts import draw_rollouts, score_rollouts
 from bridle.training.state import StatefulRegulariser
@@ -126,7 +125,7 @@ class DomainRegulariser(StatefulRegulariser):
                     self.rollouts, traces = self.draw(round_index, scoring)
                     self.rollout_cursor = 0
                 with timed(seconds, "seconds_scoring"):
-                    score_rollouts(self.rollouts, self.constraint, scoring)
+                    score_rollouts(self.rollouts, scoring)
             tilted = self.set_tilt()
             with timed(seconds, "seconds_fitting"):
                 fitted = self._fit_on_corpus() | self._fit(round_index, traces)
@@ -166,13 +165,7 @@ class DomainRegulariser(StatefulRegulariser):
 
         Labels teach R nothing where all are equal, or there is none; then R and the term stay as they are.
         """
-        missing = [rollout for rollout in self.rollouts if rollout.complies is None]
-        if len(missing) > self.config.max_missing * len(self.rollouts):
-            raise RunStopped(
-                f"{self.name}: {len(missing)} of {len(self.rollouts)} rollouts got no score (first reason: "
-                f"{missing[0].reason}); fix the constraint and resume, or raise max_missing above "
-                f"{self.config.max_missing}"
-            )
+        check_scored(self.rollouts, self.config.max_missing, self.name)
         places = [place for place, rollout in enumerate(self.rollouts) if self._teaches(rollout)]
         places.sort(key=lambda place: self.rollouts[place].sought > 0)  # those that measure R come first
         fresh = [self.rollouts[place] for place in places]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridle.constraints import AsyncScoring, Constraint, Given
+from bridle.constraints import AsyncScoring, Given
 from bridle.constraints.spec import RETENTION
 from bridle.data import Prompt, Rollout, decode_parts
 from bridle.models.auxiliary import AuxiliaryModel
@@ -110,8 +110,9 @@ def output_of(prompt: Prompt, completion: list[int], tokenizer: PreTrainedTokeni
     return prompt.messages or text, completed
 
 
-def score_rollouts(rollouts: Sequence[Rollout], constraint: Constraint, scoring: AsyncScoring) -> None:
-    """Labels rollouts in place: with the scores in `scoring`, and the constraint's for the rest."""
+def score_rollouts(rollouts: Sequence[Rollout], scoring: AsyncScoring) -> None:
+    """Labels rollouts in place: with the scores in `scoring`, and its constraint's for the rest."""
+    constraint = scoring.constraint
     known = {key: score for part in gathered(scoring.scores()) for key, score in part.items()}
     keys = [constraint.key(rollout.given, rollout.completion) for rollout in rollouts]
     rest = [rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known]

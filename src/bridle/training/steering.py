@@ -89,7 +89,7 @@ def final_rollouts(regulariser: DomainRegulariser) -> list[Rollout]:
     """Scored plain rollouts of the trained model, from the prompts of a further round."""
     with AsyncScoring(regulariser.constraint) as scoring:
         rollouts, _ = regulariser.draw(regulariser.config.rounds + 1, scoring, plain=True)
-        score_rollouts(rollouts, regulariser.constraint, scoring)
+        score_rollouts(rollouts, scoring)
     return rollouts
 
 
