@@ -1,6 +1,5 @@
 """One regulariser: a round of sample → score → fit R, and the target q of its KL(q ‖ p_θ) (EMNLP 2024)."""
 
-import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -142,17 +141,7 @@ class DomainRegulariser(StatefulRegulariser):
         self, index: int, scoring: AsyncScoring | None, prompts: Sequence[Prompt] | None = None, plain: bool = False
     ) -> tuple[list[Rollout], dict[int, Trace]]:
         """Rollouts of a round, as `draw_rollouts`; `plain` ones seek no violation. The round's prompts by default."""
-        return draw_rollouts(
-            self.prompts(index) if prompts is None else prompts,
-            self.model,
-            self.tokenizer,
-            self.config,
-            scoring,
-            name=self.name,
-            round_index=index,
-            seed=self.seed(f"sampling {index}"),
-            auxiliary=self.auxiliary if self.is_fitted and not plain else None,
-        )
+        return draw_rollouts(self, self.prompts(index) if prompts is None else prompts, index, scoring, plain)
 
     def prompts(self, round_index: int) -> list[Prompt]:
         """The prompts of a round's rollouts."""
@@ -333,10 +322,6 @@ class DomainRegulariser(StatefulRegulariser):
             taken.append([self.rollouts[place % len(self.rollouts)] for place in places])
             self.rollout_cursor += count
         return taken, sum(len(rollout.completion_ids) for part in taken for rollout in part)
-
-    def seed(self, purpose: str) -> int:
-        """A separate seed for each purpose and round, so that a resumed round draws the same numbers."""
-        return zlib.crc32(f"{self.config.seed}/{self.index}/{purpose}".encode())
 
 
 def _at(mask: Mask, states: Tensor) -> Tensor:

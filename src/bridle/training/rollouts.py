@@ -1,43 +1,33 @@
-"""Rollouts, the policy's own samples, labelled by the constraint: the first half of a round (EMNLP 2024)."""
+"""Rollouts, samples of the anchor p_a labelled by the constraint: the first half of a round (EMNLP 2024).
+
+p_a is the policy itself, or a frozen copy of what it was.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bridle.constraints import AsyncScoring, Given
 from bridle.constraints.spec import RETENTION
 from bridle.data import Prompt, Rollout, decode_parts
-from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import end_token_ids
 from bridle.models.sampling import Trace
 from bridle.models.sharding import weights_hash
-from bridle.training.config import ConstrainedConfig
 from bridle.training.engine import sampler
+from bridle.training.state import StatefulRegulariser
 from bridle.utils.distributed import gathered, joined, share
 
 
-def tokens_to_seek(count: int, share: float, horizon: int, seed: int) -> list[int]:
-    """How many first tokens of each rollout seek a violation: 0 for plain rollouts, else uniform below the horizon."""
-    rng = np.random.default_rng(seed)
-    sought = rng.permutation(count) < int(share * count)  # by chance, since prompts may be of several domains in turn
-    return [int(tokens) for tokens in rng.integers(1, max(2, horizon), size=count) * sought]
-
-
 def draw_rollouts(
+    regulariser: StatefulRegulariser,
     prompts: Sequence[Prompt],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: ConstrainedConfig,
-    scoring: AsyncScoring | None,
-    *,
-    name: str,
     round_index: int,
-    seed: int,
-    auxiliary: AuxiliaryModel | None,
+    scoring: AsyncScoring | None,
+    plain: bool = False,
 ) -> tuple[list[Rollout], dict[int, Trace]]:
     """Samples from p_a after each prompt, and requests scores while it samples; retention has no `scoring`.
 
@@ -45,13 +35,17 @@ def draw_rollouts(
     them is p_a's own, so its label is unbiased for the prefixes from there on, and violations are more frequent.
 
     Args:
+        regulariser: has the model, which is p_a now; the sampling options; and R.
         prompts: one rollout each.
-        model, tokenizer, config: p_a and the sampling options.
-        auxiliary: R, if it has been fitted.
+        round_index: the seed is that of this round.
+        plain: no rollout seeks violations.
 
     Returns:
         The unscored rollouts, and by index their traces, so that fitting need not run p_a again.
     """
+    model, tokenizer, config = regulariser.model, regulariser.tokenizer, regulariser.config
+    auxiliary = regulariser.auxiliary if regulariser.is_fitted and not plain else None
+    name, seed = regulariser.name, regulariser.seed(f"sampling {round_index}")
     traces, ends = dict[int, Trace](), end_token_ids(model, tokenizer)
 
     def ask(drawn: Mapping[int, list[int]]) -> None:
@@ -86,6 +80,13 @@ def draw_rollouts(
         for row, (prompt, ids) in enumerate(zip(prompts, completions, strict=True))
     ]
     return rollouts, traces
+
+
+def tokens_to_seek(count: int, fraction: float, horizon: int, seed: int) -> list[int]:
+    """How many first tokens of each rollout seek a violation: 0 for plain rollouts, else uniform below the horizon."""
+    rng = np.random.default_rng(seed)
+    sought = rng.permutation(count) < int(fraction * count)  # by chance: prompts may be of several domains in turn
+    return [int(tokens) for tokens in rng.integers(1, max(2, horizon), size=count) * sought]
 
 
 def rollout_of(

@@ -1,5 +1,6 @@
 """The state of a run between rounds, for checkpoints and other processes."""
 
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -176,6 +177,10 @@ class StatefulRegulariser:
         """C; none for retention."""
         assert self.options.constraint is not None, "retention asks no oracle"
         return self.options.constraint
+
+    def seed(self, purpose: str) -> int:
+        """A separate seed for each purpose and round, so that a resumed round draws the same numbers."""
+        return zlib.crc32(f"{self.config.seed}/{self.index}/{purpose}".encode())
 
     def set_tilt(self) -> dict[str, Any]:
         """Measures the round's share, if the regulariser has one."""
