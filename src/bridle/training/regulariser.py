@@ -160,10 +160,9 @@ class DomainRegulariser(StatefulRegulariser):
         fresh = [self.rollouts[place] for place in places]
         plain = sum(not rollout.sought for rollout in fresh)
         replayed = [rollout for rollout in self.replayed if self._teaches(rollout)]
-        new, known = self._labels(fresh), self._labels(replayed)
-        unfitted = "unlabelled" if not new else "kept" if self.is_fitted else "none"
-        fit = "fitted" if len(new) > 1 else "replay" if fresh and len(new | known) > 1 else unfitted
-        if not fresh or (fit == unfitted and not self.is_fitted):
+        fit = self._fit_kind(fresh, replayed)
+        learns = fit in ("fitted", "replay")
+        if not fresh or not (learns or self.is_fitted):
             return {"fit": fit}
         assert self.auxiliary is not None
         traces = {row: traces[place] for row, place in enumerate(places)}
@@ -172,11 +171,18 @@ class DomainRegulariser(StatefulRegulariser):
         stale = measure_calibration(self.auxiliary, examples[:plain]) if self.is_fitted else {}
         report = {"fit": fit, **measure_weights(examples, len(fresh))}
         report |= {f"{key}_before": stale[key] for key in COMPARED & stale.keys()}
-        if fit == unfitted:
-            return report
-        return report | self._fit_auxiliary(
-            examples, plain, f"round {round_index}: fitting R", f"fitting {round_index}"
-        )
+        return report | (self._fit_auxiliary(examples, plain, round_index) if learns else {})
+
+    def _fit_kind(self, fresh: Sequence[Rollout], replayed: Sequence[Rollout]) -> str:
+        """Which labels R learns from, as the metric `fit` says, or why from none."""
+        new = self._labels(fresh)
+        if len(new) > 1:
+            return "fitted"
+        if fresh and len(new | self._labels(replayed)) > 1:
+            return "replay"
+        if not new:
+            return "unlabelled"
+        return "kept" if self.is_fitted else "none"
 
     def _fit_on_corpus(self) -> dict[str, Any]:
         """Fits a new R on outputs of the corpus, if `auxiliary.corpus_outputs` asks for it."""
@@ -200,7 +206,7 @@ class DomainRegulariser(StatefulRegulariser):
         if len(self._labels(outputs)) < 2:
             return counts  # nothing to learn
         examples = self._encode(outputs)
-        report = self._fit_auxiliary(examples, len(examples), "fitting R on the corpus", "fitting on the corpus")
+        report = self._fit_auxiliary(examples, len(examples), 0)
         return counts | {f"{key}_corpus": report[key] for key in COMPARED & report.keys()}
 
     @torch.no_grad()
@@ -215,8 +221,11 @@ class DomainRegulariser(StatefulRegulariser):
             **known,
         )
 
-    def _fit_auxiliary(self, examples: Examples, fresh: int, description: str, purpose: str) -> dict[str, Any]:
+    def _fit_auxiliary(self, examples: Examples, fresh: int, round_index: int) -> dict[str, Any]:
+        """Fits R on examples of a round, 0 for the corpus, of which the first are `fresh`."""
         assert self.auxiliary is not None
+        description = f"round {round_index}: fitting R" if round_index else "fitting R on the corpus"
+        purpose = f"fitting {round_index}" if round_index else "fitting on the corpus"
         generator = torch.Generator().manual_seed(self.seed(purpose))
         report = fit_auxiliary(self.auxiliary, examples, self.config.auxiliary, generator, description, fresh=fresh)
         align(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
@@ -224,7 +233,7 @@ class DomainRegulariser(StatefulRegulariser):
         self.auxiliary.config.provenance = {
             "constraint": self.constraint.describe(),
             "regulariser": self.name,
-            "round": 0 if purpose == "fitting on the corpus" else self.rollouts[0].round,
+            "round": round_index,
             "model_hash": self.rollouts[0].model_hash,
             "fitted_on": fingerprint(self.model),
         }
