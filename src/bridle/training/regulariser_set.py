@@ -57,12 +57,13 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         looking = [one for one in self if one.active and one.options.kl_on != "corpus"]
         rows = [[int(self.corpus_rows(one, batch).sum()) for batch in batches] for one in looking]
         held = {one.index: sum(self._held_tokens(one, batch) for batch in batches) for one in self}
-        everyone = gathered((rows, held, sum(int(batch.tokens.sum()) for batch in batches)))
-        self._held = {index: sum(of_process[index] for _, of_process, _ in everyone) for index in held}
-        tokens = sum(of_process for *_, of_process in everyone)
+        of_processes = gathered((rows, held, sum(int(batch.tokens.sum()) for batch in batches)))
+        all_rows, all_held, all_tokens = zip(*of_processes, strict=True)
+        self._held = {index: sum(counts[index] for counts in all_held) for index in held}
+        tokens = sum(all_tokens)
         shares = []
         for place, regulariser in enumerate(looking):
-            taken, self._sampled[regulariser.index] = regulariser.take([counts[place] for counts, *_ in everyone])
+            taken, self._sampled[regulariser.index] = regulariser.take([counts[place] for counts in all_rows])
             tokens += sum(len(r.prompt_ids) + len(r.completion_ids) for part in taken for r in part)
             shares.append(taken[rank() :: world()])
         rollout_batches: list[RolloutBatch] = [
