@@ -24,7 +24,6 @@ from bridle.training.measures import measure_rollouts, measure_weights
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.retention import Retention
 from bridle.training.rollouts import output_of, tokens_to_seek
-from bridle.training.shares import Tilt
 from trainers import NO_E, Labels, Letters, trainer_of
 
 PADS = SimpleNamespace(pad_token_id=0)
@@ -332,10 +331,10 @@ class TestFit:
     def test_an_r_of_the_opposite_tilt_does_not_pull(self, of, anchor):
         held, on = of(share={"at_least": 0.4, "at_most": 0.6}, anchor=anchor), []
         for weight, fresh in ((1.0, [True, False]), (-1.0, [True, True]), (1.0, [False, False]), (-1.0, [False, True])):
-            held.tilt = Tilt(weight)
+            held.tilt = weight
             on.append((self.fit(held, fresh)["fit"], held.active))
         assert on == [("fitted", True), ("kept", False), ("kept", True), ("fitted", True)]
-        held.tilt, other = Tilt(2.0), of(share={"at_least": 0.4, "at_most": 0.6}, anchor=anchor)
+        held.tilt, other = 2.0, of(share={"at_least": 0.4, "at_most": 0.6}, anchor=anchor)
         other.load_state(held.state())
         assert other.is_fitted
         assert not other.active

@@ -18,7 +18,7 @@ from bridle.training.config import AuxiliaryOptions, Regulariser
 from bridle.training.examples import encode
 from bridle.training.fitting import fit_auxiliary
 from bridle.training.measures import measure_calibration
-from bridle.training.shares import ShareOptions, Tilt, tilt_of
+from bridle.training.shares import ShareOptions, degree, tilt_of
 from conftest import SENTENCES
 from trainers import NO_E, Labels, logged, trainer_of, weights
 
@@ -45,13 +45,13 @@ class TestTilt:
         tilt = tilt_of(ShareOptions(**options), drawn)
         weights = Counter()
         for rollout in drawn:
-            weights[rollout.complies] += tilt.degree(rollout.complies)
+            weights[rollout.complies] += degree(tilt, rollout.complies)
         assert weights[True] / weights.total() == pytest.approx(expected, abs=2e-3)
-        assert max(tilt.degree(True), tilt.degree(False)) == 1
-        assert tilt.degree(True) / tilt.degree(False) == pytest.approx(exp(tilt.weight))
+        assert max(degree(tilt, True), degree(tilt, False)) == 1
+        assert degree(tilt, True) / degree(tilt, False) == pytest.approx(exp(tilt))
 
     def test_within_the_range_nothing_is_tilted(self):
-        assert tilt_of(ShareOptions(at_least=0.1, at_most=0.3), rollouts(200, 800)) == Tilt(0.0)
+        assert tilt_of(ShareOptions(at_least=0.1, at_most=0.3), rollouts(200, 800)) == 0.0
 
     def test_only_plain_rollouts_with_a_score_count(self):
         options = ShareOptions(at_least=0.5)
@@ -59,7 +59,7 @@ class TestTilt:
 
     @pytest.mark.parametrize("complying", [0, 100])
     def test_it_is_finite_where_all_are_alike(self, complying):
-        weight = tilt_of(ShareOptions(at_least=0.4, at_most=0.6), rollouts(complying, 100 - complying)).weight
+        weight = tilt_of(ShareOptions(at_least=0.4, at_most=0.6), rollouts(complying, 100 - complying))
         assert abs(weight) < log(201 * 1.5) + 1
 
     def test_without_a_share_there_is_none(self):
@@ -77,7 +77,7 @@ def test_q_has_the_share_on_a_world_that_can_be_enumerated(tiny_model, share):
     torch.manual_seed(0)
     auxiliary = new_auxiliary(world.model, depth=2, expansion=4)
     with torch.no_grad():
-        examples = encode(world.model, drawn, 0, label=lambda one: tilt.degree(one.complies))
+        examples = encode(world.model, drawn, 0, label=lambda one: degree(tilt, one.complies))
     options = AuxiliaryOptions(epochs=60, batch_size=512, learning_rate=6e-3, weight_decay=0.0,
                                consistency_weight=0.1, validation_share=0.0)  # fmt: skip
     fit_auxiliary(auxiliary, examples, options, torch.Generator().manual_seed(0))
@@ -122,7 +122,7 @@ def test_verdicts_are_counted_whatever_the_degrees_are(tiny_model):
     """A tilt of less than log 2 leaves both degrees above a half."""
     model = tiny_model()
     drawn = [replace(one, prompt_ids=[1, 5], completion_ids=[3, 4]) for one in rollouts(3, 5)]
-    examples = encode(model, drawn, 0, label=lambda one: Tilt(0.3).degree(one.complies))
+    examples = encode(model, drawn, 0, label=lambda one: degree(0.3, one.complies))
     assert examples.compliance.min() > 0.5
     assert measure_calibration(new_auxiliary(model), examples)["r_violating"] == 5
 

@@ -45,23 +45,15 @@ class ShareOptions:
             raise UserError("at_least: that all outputs comply, or none, is a constraint; leave `share` out")
 
 
-@dataclass(frozen=True)
-class Tilt:
-    """exp(w·φ), as degrees.
-
-    Attributes:
-        weight: w; 0 where the share is allowed as it is.
-    """
-
-    weight: float
-
-    def degree(self, complies: bool) -> float:
-        """C of an output, 1 for the kind that should be more frequent."""
-        return exp(min(self.weight, 0.0)) if complies else exp(min(-self.weight, 0.0))
+def degree(tilt: float, complies: bool) -> float:
+    """C of an output under the tilt w, 1 for the kind that should be more frequent."""
+    return exp(min(tilt, 0.0)) if complies else exp(min(-tilt, 0.0))
 
 
-def tilt_of(options: ShareOptions | None, rollouts: Sequence[Rollout]) -> Tilt | None:
-    """The tilt that brings the plain rollouts' share of complying outputs into the range; None without a share.
+def tilt_of(options: ShareOptions | None, rollouts: Sequence[Rollout]) -> float | None:
+    """The tilt w that brings the plain rollouts' share of complying outputs into the range; None without a share.
+
+    It is 0 where the share is allowed as it is.
 
     It is exact for one prompt. Where prompts differ in their share, q falls short of the bound, since log-odds do not
     average; the next round measures what is left.
@@ -73,7 +65,7 @@ def tilt_of(options: ShareOptions | None, rollouts: Sequence[Rollout]) -> Tilt |
     known = [rollout.complies for rollout in rollouts if rollout.complies is not None and not rollout.sought]
     share = (sum(known) + 0.5) / (len(known) + 1)  # above 0 where none complies, and below 1 where all do
     nearest = min(max(share, options.at_least), options.at_most)
-    return Tilt(_logit(nearest) - _logit(share))
+    return _logit(nearest) - _logit(share)
 
 
 def _logit(share: float) -> float:

@@ -24,7 +24,7 @@ from bridle.models.sharding import in_shards, trainable, whole
 from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.dual_ascent import DualState
 from bridle.training.running_means import Totals
-from bridle.training.shares import Tilt, tilt_of
+from bridle.training.shares import degree, tilt_of
 from bridle.utils.distributed import is_main
 from bridle.utils.files import atomic_files, read_json, write_json
 
@@ -136,8 +136,8 @@ class StatefulRegulariser:
         has_begun: a round has run, so there is an anchor.
         rollout_cursor: rollouts taken by updates since the start of the round.
         targets: precomputed ones, see `precomputed`.
-        tilt: what the round's labels are, if it has a share.
-        fitted_tilt: the one that R was last fitted to.
+        tilt: w of the round's share; None without one.
+        fitted_tilt: w of the share that R was last fitted to.
         dual: λ and its steps, if it has a target and a round has been measured. The policy's process alone steers.
     """
 
@@ -157,8 +157,8 @@ class StatefulRegulariser:
     rollout_cursor: int = field(init=False, default=0)
     targets: TargetCache | TargetShelf | None = field(init=False, default=None)
     dual: DualState | None = field(init=False, default=None)
-    tilt: Tilt | None = field(init=False, default=None)
-    fitted_tilt: Tilt | None = field(init=False, default=None)
+    tilt: float | None = field(init=False, default=None)
+    fitted_tilt: float | None = field(init=False, default=None)
 
     @property
     def settled(self) -> bool:
@@ -185,19 +185,20 @@ class StatefulRegulariser:
     def set_tilt(self) -> dict[str, Any]:
         """Measures the round's share, if the regulariser has one."""
         self.tilt = tilt_of(self.options.share, self.rollouts)
-        if self.tilt is None:
-            return {}
-        return {"tilt": self.tilt.weight}
+        return {} if self.tilt is None else {"tilt": self.tilt}
 
     @property
     def share_is_off(self) -> bool:
         """Whether the round's share is allowed as it is, or R was fitted to the opposite tilt and would pull away."""
-        return self.tilt is not None and self.tilt.weight * (self.fitted_tilt or self.tilt).weight <= 0
+        if self.tilt is None:
+            return False
+        fitted = self.tilt if self.fitted_tilt is None else self.fitted_tilt
+        return self.tilt * fitted <= 0
 
     def label(self, rollout: Rollout) -> float | bool | None:
         """What R is fitted to for a rollout; None without a score."""
         if self.tilt is not None and rollout.complies is not None:
-            return self.tilt.degree(rollout.complies)
+            return degree(self.tilt, rollout.complies)
         return rollout.value if self.options.soft_labels else rollout.complies
 
     def state(self, measured: dict[str, Any] | None = None) -> RegulariserState:
@@ -206,8 +207,8 @@ class StatefulRegulariser:
         return RegulariserState(
             is_fitted=self.is_fitted,
             has_begun=self.has_begun,
-            tilt=None if self.tilt is None else self.tilt.weight,
-            fitted_tilt=None if self.fitted_tilt is None else self.fitted_tilt.weight,
+            tilt=self.tilt,
+            fitted_tilt=self.fitted_tilt,
             rollout_cursor=self.rollout_cursor,
             rollouts=self.rollouts,
             replayed=self.replayed,
@@ -222,7 +223,7 @@ class StatefulRegulariser:
         if not self.settled:
             self.targets = None  # they were built on another R or anchor
         self.is_fitted, self.has_begun = state.is_fitted, state.has_begun
-        self.tilt, self.fitted_tilt = (None if w is None else Tilt(w) for w in (state.tilt, state.fitted_tilt))
+        self.tilt, self.fitted_tilt = state.tilt, state.fitted_tilt
         self.rollouts, self.replayed, self.rollout_cursor = state.rollouts, state.replayed, state.rollout_cursor
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(state.auxiliary)
