@@ -20,8 +20,8 @@ from typing import Any
 from heads import head_scores, train_head
 
 from bridle.data import DataSource, labelled_texts, read_prompts
-from bridle.evaluation import GenerationResult, evaluate_generations, generate_completions
 from bridle.evaluation.classification import classification_report, classify, compare_auc
+from bridle.evaluation.generation import GenerationResult, evaluate_generations, generate_completions
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import constraint_of, load_recipe
 from bridle.utils.files import write_json

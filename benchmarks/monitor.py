@@ -16,7 +16,7 @@ from common import markdown, parsed, parser_of, write
 
 from bridle.comparison.plan import evaluation_of
 from bridle.data import read_prompts
-from bridle.evaluation import Evaluator
+from bridle.evaluation.evaluator import Evaluator
 from bridle.models.guidance import guided
 from bridle.models.loading import load_for_inference
 from bridle.models.monitor import Monitor

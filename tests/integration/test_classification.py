@@ -10,7 +10,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from bridle.data import DataSource, Domain, VerbalisedLabel, labelled_texts, tokenize_domain
 from bridle.errors import UserError
-from bridle.evaluation import wilson_interval
 from bridle.evaluation.classification import (
     best_threshold,
     classification_report,
@@ -18,6 +17,7 @@ from bridle.evaluation.classification import (
     compare_auc,
     platt_scaling,
 )
+from bridle.evaluation.statistics import wilson_interval
 from bridle.recipes.recipe import build_recipe
 
 KIND = ["the kettle sings", "bread is baked", "the river bends", "rain on the roofs", "ships in the fog"]

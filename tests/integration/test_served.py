@@ -9,8 +9,8 @@ from test_export import log_linear
 
 from bridle.data import DataSource, Prompt
 from bridle.errors import UserError
-from bridle.evaluation import PromptSet, ServedModel
-from bridle.evaluation.prompt_sets import GenerationOptions
+from bridle.evaluation.prompt_sets import GenerationOptions, PromptSet
+from bridle.evaluation.served import ServedModel
 from bridle.models.loading import load_model
 from loopback import completion, error, ok, transformers_serving
 

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from bridle.errors import UserError
-from bridle.evaluation import Estimate, likelihoods, perplexity
-from bridle.evaluation.utility import _windows
+from bridle.evaluation.statistics import Estimate
+from bridle.evaluation.utility import _windows, likelihoods, perplexity
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.guidance import NADOGuide
 

@@ -167,7 +167,7 @@ def _certify(
     from bridle.certification.certificate import completions_file, write_completions
     from bridle.certification.certify import Candidate, Certification
     from bridle.data import DataSource
-    from bridle.evaluation import prompt_set
+    from bridle.evaluation.prompt_sets import prompt_set
     from bridle.utils.files import check_output
 
     check_output(output, completions_file(output))

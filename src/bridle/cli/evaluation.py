@@ -155,7 +155,7 @@ def _plan(
 ) -> dict[str, Any]:
     """The prompts, constraints and held-out texts of a plan."""
     from bridle.data import DataSource
-    from bridle.evaluation import prompt_set
+    from bridle.evaluation.prompt_sets import prompt_set
 
     return {
         "prompts": {one: prompt_set(one, data_dir=data_dir, defaults={"samples": 1}, **how) for one in prompts},
@@ -179,7 +179,7 @@ def _measure(model: str, plan: dict[str, Any], completions: Path | None, json_fi
     """Measures a model as `how` says, shows the figures, and writes them and the completions if asked."""
     from bridle.comparison.measure import measure, measure_served
     from bridle.comparison.plan import Evaluation
-    from bridle.evaluation import write_results
+    from bridle.evaluation.results import write_results
     from bridle.utils.files import check_output, write_rows
 
     common.check_tokenizer(how.get("tokenizer"), plan["prompts"].values())
@@ -246,7 +246,9 @@ def judge(
 ) -> None:
     """Let a language model judge which method's completions are better, pair by pair and in both orders."""
     from bridle.comparison.plan import JudgeOptions
-    from bridle.evaluation import FORMAT, HumanText, examine_judge, read_methods, win_rates, write_results
+    from bridle.evaluation.judge_examination import HumanText, examine_judge
+    from bridle.evaluation.results import FORMAT, write_results
+    from bridle.evaluation.win_rate import read_methods, win_rates
     from bridle.utils.files import check_output
     from bridle.utils.provenance import environment
 

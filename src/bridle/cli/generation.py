@@ -57,8 +57,8 @@ def generate(
     dtype: common.Dtype = "float32",
 ) -> None:
     """Draw text from a model, guided or not: by default at temperature 1, from its whole distribution."""
-    from bridle.evaluation import Evaluator, prompt_set
-    from bridle.evaluation.prompt_sets import GenerationOptions, combined
+    from bridle.evaluation.evaluator import Evaluator
+    from bridle.evaluation.prompt_sets import GenerationOptions, combined, prompt_set
     from bridle.models.guidance import guided
     from bridle.models.loading import load_for_inference
     from bridle.utils.files import check_output

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from bridle.comparison.summary import Figures, figures_of
 from bridle.errors import RunStopped, UserError, one_line
-from bridle.evaluation import read_results, write_results
+from bridle.evaluation.results import read_results, write_results
 from bridle.recipes.recipe import Recipe, build_recipe
 from bridle.recipes.run import fit_guide, train
 from bridle.training.config import ALL

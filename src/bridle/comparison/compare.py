@@ -22,12 +22,13 @@ from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
 from bridle.comparison.summary import Runs, comparisons, first_completions, over_seeds, transfers_of
 from bridle.comparison.tracing import trace_guidance
 from bridle.errors import RunStopped, UserError
-from bridle.evaluation import JudgeExamination, examine_judge, win_rates
 from bridle.evaluation.examination import examine_all, remembered
+from bridle.evaluation.judge_examination import JudgeExamination, examine_judge
 from bridle.evaluation.judges import Judge
 from bridle.evaluation.observations import Observations
 from bridle.evaluation.statistics import Estimate
 from bridle.evaluation.transfer import reference_of
+from bridle.evaluation.win_rate import win_rates
 from bridle.models.card import write_card
 from bridle.models.hub import without_token
 from bridle.models.loading import load_tokenizer

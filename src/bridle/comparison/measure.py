@@ -5,8 +5,10 @@ from typing import Any
 
 from bridle.comparison.plan import Evaluation
 from bridle.data import texts_of
-from bridle.evaluation import FORMAT, Evaluator, ServedModel
+from bridle.evaluation.evaluator import Evaluator
 from bridle.evaluation.observations import Observations
+from bridle.evaluation.results import FORMAT
+from bridle.evaluation.served import ServedModel
 from bridle.models.guidance import guided
 from bridle.models.loading import load_for_inference, load_tokenizer
 from bridle.utils.provenance import environment

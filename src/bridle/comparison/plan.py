@@ -27,11 +27,10 @@ from bridle.constraints import Constraint
 from bridle.constraints.spec import trained_on
 from bridle.data import DataSource, VerbalisedLabel, labelled_texts, read_prompts, texts_of
 from bridle.errors import UserError
-from bridle.evaluation import ChatJudge, LikelihoodJudge, LocalJudge, PromptSet, prompt_set
 from bridle.evaluation.examination import LabelledRows
 from bridle.evaluation.judge_examination import Continuations, HumanText
-from bridle.evaluation.judges import Judge
-from bridle.evaluation.prompt_sets import GENERATION, KNOWN, GenerationOptions, combined
+from bridle.evaluation.judges import ChatJudge, Judge, LikelihoodJudge, LocalJudge
+from bridle.evaluation.prompt_sets import GENERATION, KNOWN, GenerationOptions, PromptSet, combined, prompt_set
 from bridle.models.loading import load_for_inference
 from bridle.recipes.recipe import Recipe
 from bridle.utils.settings import as_mapping, as_named, build, check_keys, known_name, validated
