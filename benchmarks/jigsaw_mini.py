@@ -21,7 +21,7 @@ from heads import head_scores, train_head
 
 from bridle.data import DataSource, labelled_texts, read_prompts
 from bridle.evaluation.classification import classification_report, classify, compare_auc
-from bridle.evaluation.generation import GenerationResult, evaluate_generations, generate_completions
+from bridle.evaluation.generation import GenerationResult, evaluate_constraints, generate_completions
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import constraint_of, load_recipe
 from bridle.utils.files import write_json
@@ -72,7 +72,8 @@ class Benchmark:
         return {"generation": self.scored(drawn).to_json(), "without_labels": self.scored(comments).to_json()}
 
     def scored(self, completions: list[list[str]]) -> GenerationResult:
-        return evaluate_generations(completions, self.oracle, seed=self.seed)
+        (result,) = evaluate_constraints(completions, [self.oracle], seed=self.seed).values()
+        return result
 
     def language_model(self, folder: str | Path) -> tuple[dict[str, Any], list[float | None]]:
         model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))

@@ -6,6 +6,7 @@ at one position is (1 + λ)·p − onehot(target) − λ·q, and the optimum is 
 the model still learns from violating text, at weight 1 / (1 + λ). (docs: concepts/method, eq. 4 and 5)
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -63,6 +64,11 @@ def sparse_kl_divergence(target: SparseTarget, logits: Tensor, mask: Tensor) -> 
         A fully masked batch gives a zero that is still part of the graph.
     """
     return kl_divergence(target.spread(logits), logits, mask)
+
+
+def log_buckets(target: SparseTarget) -> Tensor:
+    """A target's k + 1 log-probabilities, the rest last. [..., k + 1]"""
+    return torch.cat([target.log_probs, target.log_rest[..., None]], dim=-1)
 
 
 def entropy(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from copy import deepcopy
 
 import psutil
 import pytest
@@ -12,6 +13,7 @@ from bridle.constraints import WordList
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig
 from bridle.training.trainer import ConstrainedTrainer
+from bridle.training.worker import Done, RegulariserRole
 from conftest import SENTENCES
 
 
@@ -91,6 +93,22 @@ def trainer_of(folder, output, regularisers, rows=None, lora=None, eval_options=
         eval_options=eval_options,
         learn=learn,
     )
+
+
+class LocalWorker:
+    """Fits R in this process while the policy waits, with the results of other processes."""
+
+    def __init__(self, regularisers):
+        self.role = RegulariserRole(deepcopy(list(regularisers)))
+
+    def submit(self, round_index, weights):
+        return Done(self.role.update(round_index, weights))
+
+    def restore(self, states):
+        self.role.restore(states)
+
+    def close(self):
+        pass
 
 
 def spoil_loss(trainer, updates):

@@ -25,9 +25,8 @@ from bridle.recipes.run import train
 from bridle.training.config import Regulariser
 from bridle.training.state import trainable_weights
 from bridle.training.trainer import ConstrainedTrainer
-from bridle.training.worker import LocalWorker
 from bridle.utils.distributed import is_main, world
-from trainers import NO_E, corpus, spoil_loss, trainer_of
+from trainers import NO_E, LocalWorker, corpus, spoil_loss, trainer_of
 
 GLOBAL_BATCH = 8  # rows in a forward of all processes together
 SAVING = {"save_strategy": "steps", "save_steps": 3}

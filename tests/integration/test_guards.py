@@ -12,8 +12,7 @@ from bridle.recipes.metrics import MetricsFile
 from bridle.training import engine
 from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import AuxiliaryOptions, Regulariser
-from bridle.training.worker import LocalWorker
-from trainers import NO_E, Letters, logged, spoil_loss, trainer_of, weights
+from trainers import NO_E, Letters, LocalWorker, logged, spoil_loss, trainer_of, weights
 
 EIGHT = {"max_steps": 8, "rounds": 2}
 IN_TURNS = {"max_steps": 8, "rounds": 4, "schedule": "parallel"}

@@ -14,10 +14,9 @@ from bridle.errors import UserError
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import load_recipe
 from bridle.training.config import BestOptions, EvalOptions, ParallelOptions, Regulariser
-from bridle.training.worker import LocalWorker
 from chats import TEMPLATES, chat_folder
 from conftest import SENTENCES
-from trainers import NO_E, corpus, logged, trainer_of, weights
+from trainers import NO_E, LocalWorker, corpus, logged, trainer_of, weights
 
 HELD = {"plain": False}
 

@@ -11,8 +11,7 @@ from bridle.errors import RunStopped, UserError
 from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.state import RegulariserState
-from bridle.training.worker import LocalWorker
-from trainers import NO_E, Letters, logged, processes, ray_with, trainer_of, weights
+from trainers import NO_E, Letters, LocalWorker, logged, processes, ray_with, trainer_of, weights
 
 ROUNDS = {"schedule": "parallel", "rounds": 4, "max_steps": 8}
 FIRST_ROUNDS = pytest.mark.parametrize("first_round", ["wait", "train"])

@@ -10,8 +10,7 @@ from bridle.models.loading import LoraOptions
 from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.schedule import SequentialSchedule
-from bridle.training.worker import LocalWorker
-from trainers import config
+from trainers import LocalWorker, config
 
 # 80 rows of two domains in batches of 8: ten updates an epoch.
 SHIPPED = {"targets": "precomputed", "max_steps": 8, "rounds": 2, "prompt_tokens": (2, 3), "max_new_tokens": 5}

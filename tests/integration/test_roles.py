@@ -11,8 +11,7 @@ from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import build_trainer
 from bridle.training.config import ParallelOptions, Regulariser
 from bridle.training.state import trainable_weights
-from bridle.training.worker import LocalWorker
-from trainers import NO_E, processes, ray_with, trainer_of
+from trainers import NO_E, LocalWorker, processes, ray_with, trainer_of
 
 PARALLEL = {"schedule": "parallel", "rounds": 3, "max_steps": 6, "optim": "sgd", "learning_rate": 0.5}
 SHARED_OUT = {"parallel.policy_workers": 2, "parallel.regulariser_workers": 2, "per_device_train_batch_size": 2}

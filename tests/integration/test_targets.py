@@ -9,8 +9,7 @@ from bridle.errors import UserError
 from bridle.training.config import AuxiliaryOptions, ParallelOptions, Regulariser
 from bridle.training.dual_ascent import TargetOptions
 from bridle.training.steering import report_targets
-from bridle.training.worker import LocalWorker
-from trainers import NO_E, SHARE_OF_E, Labels, logged, trainer_of, weights
+from trainers import NO_E, SHARE_OF_E, Labels, LocalWorker, logged, trainer_of, weights
 
 ROUNDS = {"rounds": 4, "max_steps": 8}
 PARALLEL = {**ROUNDS, "schedule": "parallel"}

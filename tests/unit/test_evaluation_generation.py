@@ -17,7 +17,6 @@ from bridle.evaluation.evaluator import Evaluator
 from bridle.evaluation.generation import (
     distinct,
     evaluate_constraints,
-    evaluate_generations,
     generate_completions,
     output_perplexity,
     score_completions,
@@ -45,6 +44,11 @@ class Kindness(Constraint):
 
 def one_sample_each(texts):
     return [[text] for text in texts]
+
+
+def evaluate_generations(completions, constraint, **options):
+    (result,) = evaluate_constraints(completions, [constraint], **options).values()
+    return result
 
 
 def values(result):

@@ -25,11 +25,6 @@ class SparseTarget:
     log_probs: Tensor
     log_rest: Tensor
 
-    @property
-    def log_buckets(self) -> Tensor:
-        """The k + 1 log-probabilities, the rest last. [..., k + 1]"""
-        return torch.cat([self.log_probs, self.log_rest[..., None]], dim=-1)
-
     def spread(self, logits: Tensor) -> Tensor:
         """The full target, with the rest divided in the policy's proportions.
 

@@ -1,8 +1,8 @@
 """Sampled text: how often it violates a constraint, and how varied and fluent it is.
 
-Scoring is separate from sampling: `evaluate_generations` sees texts only, so every method is evaluated alike.
-`completions[i][k]` is the k-th sample for prompt i. `evaluate_constraints` adds independent constraints, since a model
-may overfit the constraint that it was trained on.
+Scoring is separate from sampling: `evaluate_constraints` sees texts only, so every method is evaluated alike. It takes
+independent constraints too, since a model may overfit the constraint that it was trained on. `completions[i][k]` is the
+k-th sample for prompt i.
 """
 
 import math
@@ -143,18 +143,6 @@ def score_completions(
     repeated = [prompt for prompt, of_prompt in zip(given, completions, strict=True) for _ in of_prompt]
     scores = iter(constraint.score(repeated, list(chain.from_iterable(completions))))
     return [[next(scores) for _ in of_prompt] for of_prompt in completions]
-
-
-def evaluate_generations(
-    completions: Sequence[Sequence[str]],
-    constraint: Constraint,
-    *,
-    prompts: Sequence[Given] | None = None,
-    seed: int = 0,
-) -> GenerationResult:
-    """As `evaluate_constraints`, under one constraint."""
-    (result,) = evaluate_constraints(completions, [constraint], prompts=prompts, seed=seed).values()
-    return result
 
 
 def evaluate_constraints(

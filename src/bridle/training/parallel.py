@@ -4,8 +4,7 @@ Both start from the states of the last round. Round i's policy steps use R_{i-1}
 while R_i is being fitted on samples of p_{i-1}. There is no R_0: the first round's policy steps wait for R_1, or are
 plain CE (`parallel.first_round`). None is fitted in the last round, since nothing would use it.
 
-A `Worker` fits R: `RayWorker` in other processes, or `LocalWorker`, which takes turns with the policy and gives the
-same result, bit for bit.
+A `Worker` fits R: `RayWorker`, in other processes.
 """
 
 import time

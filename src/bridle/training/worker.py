@@ -1,7 +1,6 @@
-"""The worker that runs the parallel schedule's regularisers: the protocol, and a local worker."""
+"""The worker that runs the parallel schedule's regularisers: the protocol, and what a worker does."""
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from typing import Protocol
 
@@ -85,22 +84,6 @@ class Done:
 
     def result(self) -> list[RegulariserState]:
         return self.states
-
-
-class LocalWorker:
-    """Fits R in this process while the policy waits, with the same results."""
-
-    def __init__(self, regularisers: Sequence[DomainRegulariser]):
-        self.role = RegulariserRole(deepcopy(list(regularisers)))
-
-    def submit(self, round_index: int, weights: Weights) -> Pending:
-        return Done(self.role.update(round_index, weights))
-
-    def restore(self, states: list[RegulariserState]) -> None:
-        self.role.restore(states)
-
-    def close(self) -> None:
-        pass
 
 
 class SharedWorker:
