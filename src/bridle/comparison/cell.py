@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import TrainerCallback
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from bridle.comparison.summary import Figures, figures_of
 from bridle.errors import RunStopped, UserError, one_line
@@ -69,8 +70,14 @@ class Cell:
     resume: bool = False
 
     def variant(self, **changes: Any) -> Recipe:
-        """The recipe with this cell's seed and some changed keys; nothing is pushed."""
+        """The recipe with this cell's seed and some changed keys; nothing is pushed.
+
+        `eval.corpus` keeps the domains that the corpus keeps.
+        """
         mapping = {**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes}
+        if (evaluated := mapping.get("eval")) and evaluated.get("corpus"):
+            kept = {name: rows for name, rows in evaluated["corpus"].items() if name in mapping["corpus"]}
+            mapping["eval"] = {**evaluated, "corpus": kept}
         recipe = build_recipe(mapping)
         # A method without some of the regularisers may have nothing to build ahead, or to keep.
         regularisers = recipe.regularisers.values()
@@ -87,14 +94,8 @@ class Cell:
         kept = {name for name, domain in self.recipe.corpus.items() if domain.learn or name in held}
         if not kept:
             raise UserError(f"corpus: no domain is learnt, so {self.method} has nothing to learn from")
-
-        def of_kept(section: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: rows for name, rows in section.items() if name in kept}
-
-        only, evaluated = {"corpus": of_kept(self.recipe.resolved["corpus"])}, self.recipe.resolved.get("eval")
-        if evaluated and evaluated.get("corpus"):
-            only["eval"] = {**evaluated, "corpus": of_kept(evaluated["corpus"])}
-        return self.variant(**only, **changes)
+        corpus = {name: rows for name, rows in self.recipe.resolved["corpus"].items() if name in kept}
+        return self.variant(corpus=corpus, **changes)
 
     def train(
         self,
@@ -107,6 +108,18 @@ class Cell:
         train(recipe, self.folder, resume=self.resume, corpus=rows, callbacks=callbacks)
         counts = {name: len(domain) for name, domain in rows.items()}
         return Candidate(str(self.folder / "model"), cost=_training_cost(self.folder), rows=counts)
+
+    def save(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Writes a model that no recipe's run has made, and its tokenizer; returns their folder."""
+        folder = self.folder / "model"
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
+        return str(folder)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Model and corpus as the recipe has them, for the card of a saved model."""
+        return {key: self.recipe.resolved[key] for key in ("model", "corpus")}
 
     def sampling_from(self, model: str) -> Recipe:
         """The recipe with another model, and one regulariser whose prompts and constraint are used, on its domains."""

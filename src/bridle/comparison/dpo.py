@@ -59,11 +59,10 @@ def dpo(cell: Cell) -> Candidate:
     metrics = cell.folder / METRICS
     callbacks = [MetricsFile(metrics), TrainingProgress("learning preferences"), InterruptionGuard()]
     updates = prefer(model, tokenizer, pairs, config, callbacks, cell.resume)
-    for part in (model, tokenizer):
-        part.save_pretrained(cell.folder / "model")
+    folder = cell.save(model, tokenizer)
     *_, (_, last) = read_rows(metrics)
     about = {
-        **{key: cell.recipe.resolved[key] for key in ("model", "corpus")},
+        **cell.origin,
         **{key: getattr(config, key) for key in ("beta", "learning_rate", "max_steps", "seed")},
         "num_generations": options.num_generations,
         "max_completion_length": settings.max_new_tokens,
@@ -71,7 +70,7 @@ def dpo(cell: Cell) -> Candidate:
     }
     seconds = measured["seconds_sampling"] + measured["seconds_scoring"] + last["seconds"]
     cost = {"seconds": seconds, "updates": updates, "tokens_sampled": measured["tokens_sampled"]}
-    return Candidate(str(cell.folder / "model"), cost=cost, about=about)
+    return Candidate(folder, cost=cost, about=about)
 
 
 def _pairs(cell: Cell, recipe: Recipe, num_generations: int) -> tuple[list[Pair], dict[str, Any]]:

@@ -264,11 +264,10 @@ def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path |
     if report["stopped_because"] == "steps":
         end = "the reward stopped rising" if seconds is None else "the time was up"
         raise RunStopped(f"methods.rl.max_steps: {report['steps']} updates were made before {end}; raise it")
-    for part in (model, tokenizer):
-        part.save_pretrained(cell.folder / "model")
+    folder = cell.save(model, tokenizer)
     write_json(cell.folder / REPORT, report)
     about = {
-        **{key: cell.recipe.resolved[key] for key in ("model", "corpus")},
+        **cell.origin,
         **asdict(options),
         "constraints": used_constraints(recipe),
         "seed": cell.seed,
@@ -276,7 +275,7 @@ def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path |
         "max_completion_length": max_new_tokens,
     }
     cost = {"seconds": report["seconds"], "updates": report["steps"]}
-    return Candidate(str(cell.folder / "model"), cost=cost, about=about)
+    return Candidate(folder, cost=cost, about=about)
 
 
 def options_of(name: str, recipe: Recipe) -> Any:

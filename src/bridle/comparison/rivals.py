@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -55,10 +54,8 @@ def wise_ft(cell: Cell) -> Candidate:
     tuned = cell.candidate("sft")
     model = load_model(tuned.model, dtype=cell.recipe.dtype)
     _average(model, cell.recipe.model, knob_of(cell))
-    for part in (model, load_tokenizer(tuned.model)):
-        part.save_pretrained(cell.folder / "model")
-    about = {key: cell.recipe.resolved[key] for key in ("model", "corpus")}
-    return replace(tuned, model=str(cell.folder / "model"), about={**about, "alpha": knob_of(cell), "seed": cell.seed})
+    about = {**cell.origin, "alpha": knob_of(cell), "seed": cell.seed}
+    return replace(tuned, model=cell.save(model, load_tokenizer(tuned.model)), about=about)
 
 
 def interleave(cell: Cell) -> Candidate:
@@ -87,11 +84,7 @@ def interleave(cell: Cell) -> Candidate:
         chosen = {name: shuffled[name].select(range(counts[name])) for name in held}
     given = cell.recipe.resolved["corpus"]
     corpus = {name: {**given[name], "learn": True, "weight": weights[name]} for name in rows}
-    changes: dict[str, Any] = {"corpus": corpus, "regularisers": {}}
-    if (evaluated := cell.recipe.resolved.get("eval")) and evaluated.get("corpus"):
-        kept = {name: text for name, text in evaluated["corpus"].items() if name in corpus}
-        changes["eval"] = {**evaluated, "corpus": kept}
-    made = cell.train(cell.variant(**changes), rows | chosen)
+    made = cell.train(cell.variant(corpus=corpus, regularisers={}), rows | chosen)
     return replace(made, cost={**made.cost, "seconds": made.cost["seconds"] + seconds})
 
 
