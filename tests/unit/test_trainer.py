@@ -170,7 +170,7 @@ def test_dropout_is_off_or_an_adapter_s_is_refused(tiny_model, adapters, said):
 )
 def test_rollouts_need_room_for_a_prompt(tiny_model, new_tokens, held, said):
     with refused(said):
-        setup.check_room(tiny_model(), SimpleNamespace(max_new_tokens=new_tokens), held)
+        setup.check_rollout_length(tiny_model(), SimpleNamespace(max_new_tokens=new_tokens), held)
 
 
 def test_a_name_is_loaded_as_it_says_and_a_model_is_taken_as_it_is(tiny_folder):

@@ -37,7 +37,7 @@ from bridle.data import decode_parts
 from bridle.data.prompts import check_room
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm, contiguous_states
-from bridle.models.loading import context_length, end_token_ids
+from bridle.models.loading import end_token_ids, prompt_room
 from bridle.utils.checkpoints import last_whole
 from bridle.utils.interruption import deferring
 from bridle.utils.quiet import only_errors
@@ -165,7 +165,7 @@ def reinforce(
         UserError: there are no prompts, or one leaves no room in the model's context for the completion.
         Interrupted: a signal arrived; a checkpoint of the last update is in `output_dir`.
     """
-    _check_prompts(prompts, max_new_tokens, context_length(model))
+    _check_prompts(prompts, prompt_room(model, max_new_tokens))
     checkpoint = (last_whole(output_dir, TRAINER_STATE_NAME) if resume else None) or resume_from
     stopping = Stopping(seconds, options.window, options.tolerance)
     with restored(model, tokenizer), contiguous_states(model), only_errors(*VERBOSE):
@@ -311,8 +311,8 @@ def _trainer(
     return trainer
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> None:
+def _check_prompts(prompts: Sequence[Sequence[int]], room: int | None) -> None:
     if not prompts:
         raise UserError("prompts: there are none; give at least one to sample from")
     for index, prompt in enumerate(prompts):
-        check_room(prompt, context and context - max_new_tokens, f"prompts[{index}]")
+        check_room(prompt, room, f"prompts[{index}]")

@@ -18,7 +18,7 @@ from bridle.evaluation.generation import generate_completions
 from bridle.evaluation.statistics import Estimate, estimate_proportion
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.guidance import NADOGuide, check_scale, load_guide
-from bridle.models.loading import context_length, load_for_inference
+from bridle.models.loading import context_length, load_for_inference, prompt_room
 from bridle.models.monitor import Monitor
 from bridle.models.sampling import Decoding
 from bridle.utils.settings import known_name
@@ -216,12 +216,13 @@ class Session:
     def _prompt(self, name: str, request: Request) -> list[int]:
         model, tokenizer, _ = self._loaded(name)
         ids = encode_prompt(request.given, tokenizer)
-        context = context_length(model)
-        if context is not None and request.max_new_tokens >= context:
+        room = prompt_room(model, request.max_new_tokens)
+        if room is not None and room < 1:
+            context = context_length(model)
             raise UserError(
                 f"length: {request.max_new_tokens} new tokens do not fit into {name}'s context of {context}"
             )
-        check_room(ids, context and context - request.max_new_tokens, f"prompt of {name}")
+        check_room(ids, room, f"prompt of {name}")
         return ids
 
     def _begin(self, name: str, request: Request) -> Writing:

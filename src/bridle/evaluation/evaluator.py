@@ -19,7 +19,7 @@ from bridle.evaluation.observations import Observations
 from bridle.evaluation.prompt_sets import GenerationOptions, PromptSet
 from bridle.evaluation.utility import Perplexity, likelihoods
 from bridle.models.guidance import NADOGuide
-from bridle.models.loading import context_length
+from bridle.models.loading import context_length, prompt_room
 from bridle.models.monitor import Monitor
 
 COMPLETIONS_PER_ROW = 4  # sampled at once for each row of a forward, since a step reads one position only
@@ -64,10 +64,11 @@ class Evaluator(Completer):
 
     def _room(self, max_new_tokens: int) -> int | None:
         """Maximal length of a prompt; None where the context is unlimited."""
-        context = context_length(self.model)
-        if context and max_new_tokens > context:
+        room = prompt_room(self.model, max_new_tokens)
+        if room is not None and room < 0:
+            context = context_length(self.model)
             raise UserError(f"max_new_tokens: {max_new_tokens} are more than the model's context of {context}")
-        return context - max_new_tokens if context else None
+        return room
 
     def draw(
         self, prompts: Sequence[Prompt], how: GenerationOptions, on_token: Callable[[Tensor], None] | None = None

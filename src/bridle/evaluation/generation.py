@@ -20,7 +20,7 @@ from bridle.data.prompts import check_room
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate, Result, estimate_mean, estimate_rate, estimate_ratio
 from bridle.evaluation.utility import Window, check_finite, nll_by_text
-from bridle.models.loading import context_length, end_token_ids
+from bridle.models.loading import context_length, end_token_ids, prompt_room
 from bridle.models.monitor import Monitor
 from bridle.models.sampling import DRAWN, Decoding, Guide, sample
 
@@ -115,9 +115,8 @@ def generate_completions(
     """
     if samples < 1:
         raise UserError(f"samples is {samples}; at least 1 completion a prompt is needed.")
-    if context := context_length(model):
-        for index, prompt in enumerate(prompts):
-            check_room(prompt, context - max_new_tokens, f"prompts[{index}]")
+    for index, prompt in enumerate(prompts):
+        check_room(prompt, prompt_room(model, max_new_tokens), f"prompts[{index}]")
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     draw = partial(sample, guide=guide) if monitor is None else monitor.sample
     sampled = draw(

@@ -167,6 +167,12 @@ def context_length(model: PreTrainedModel | PeftModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def prompt_room(model: PreTrainedModel | PeftModel, max_new_tokens: int) -> int | None:
+    """The tokens of the longest prompt that leaves room for so many new ones; None where the context is unknown."""
+    context = context_length(model)
+    return context - max_new_tokens if context else None
+
+
 def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an output, the tokenizer's end token first.
 

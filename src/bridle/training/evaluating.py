@@ -24,7 +24,7 @@ from bridle.data import DataSource, Prompt, prompts_from_domain, read_prompts
 from bridle.data.rows import holds_prompts
 from bridle.errors import UserError
 from bridle.models.hidden import evaluation_mode
-from bridle.models.loading import context_length, end_token_ids
+from bridle.models.loading import end_token_ids, prompt_room
 from bridle.models.sampling import sample
 from bridle.training.checkpointing import CheckpointedTrainer
 from bridle.training.config import BestOptions, EvalOptions
@@ -110,8 +110,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
     def _held_out_prompts(self, options: EvalOptions, rows: Mapping[str, Dataset]) -> list[Prompt]:
         """Distinct prompts: from a file, or the beginnings of held-out rows, taking the domains in turn."""
-        context = context_length(self.model)
-        longest = context - self.args.max_new_tokens if context else None
+        longest = prompt_room(self.model, self.args.max_new_tokens)
         if options.prompts is not None:
             return read_prompts(options.prompts, self._tokenizer, longest)[: options.completions]
         found: list[Prompt] = []

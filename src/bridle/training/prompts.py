@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.data import DataSource, Prompt, prompts_from_domain, read_prompts
-from bridle.models.loading import context_length, end_of_turn, end_token_ids
+from bridle.models.loading import end_of_turn, end_token_ids, prompt_room
 from bridle.training.config import ConstrainedConfig
 
 
@@ -33,7 +33,7 @@ def prompts_of_round(
     count = config.rollouts_per_round
     if source is None:
         return prompts_of_corpus(count, corpus, model, tokenizer, config, seed)
-    own = read_prompts(source, tokenizer, _longest_prompt(model, config))
+    own = read_prompts(source, tokenizer, prompt_room(model, config.max_new_tokens))
     return [own[index % len(own)] for index in range((round_index - 1) * count, round_index * count)]
 
 
@@ -55,14 +55,9 @@ def prompts_of_corpus(
             tokenizer=tokenizer,
             end_tokens=end_token_ids(model, tokenizer),
             end_of_turn=end_of_turn(tokenizer),
-            max_prompt_tokens=_longest_prompt(model, config),
+            max_prompt_tokens=prompt_room(model, config.max_new_tokens),
         )
         for rows in corpus.values()
     ]
     in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
     return in_turn[:count]
-
-
-def _longest_prompt(model: PreTrainedModel, config: ConstrainedConfig) -> int | None:
-    context = context_length(model)
-    return context - config.max_new_tokens if context else None

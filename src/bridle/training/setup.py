@@ -135,10 +135,12 @@ def check_policy(
     check_model(model, tokenizer, model.config._name_or_path)
     check_projection(model)
     check_output_adapter(model)
-    check_room(model, config, regularisers)
+    check_rollout_length(model, config, regularisers)
 
 
-def check_room(model: PreTrainedModel, config: ConstrainedConfig, regularisers: Iterable[Regulariser]) -> None:
+def check_rollout_length(
+    model: PreTrainedModel, config: ConstrainedConfig, regularisers: Iterable[Regulariser]
+) -> None:
     """Refuses rollouts that leave no room for a prompt.
 
     Raises:
