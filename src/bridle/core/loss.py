@@ -100,9 +100,9 @@ def constrained_loss(
     device = hidden_states.device
     rows = rows or chunk_rows(device, len(layer.weight))
     linear = _Linear(hidden_states, layer.weight, layer.bias, dtype or hidden_states.dtype)
-    share = trained_on.float()
+    counted = trained_on.float()
     terms = [_Term(divergence, device, len(hidden_states), rows) for divergence in divergences]
-    coefficients = share.clone()  # of p in the gradient: c + Σ_d λ_d
+    coefficients = counted.clone()  # of p in the gradient: c + Σ_d λ_d
     for term in terms:
         coefficients.index_add_(0, term.positions, term.weights)
     cross_entropy, entropy, correct, total = torch.zeros(4, device=device)
@@ -114,14 +114,14 @@ def constrained_loss(
         p = log_p.exp()
         target = targets[chunk, None]
         of_target = log_p.gather(-1, target)[:, 0]
-        cross_entropy -= of_target @ share[chunk]
-        entropy -= _dot(p, log_p) @ share[chunk]
-        correct += (of_target == log_p.amax(-1)).float() @ share[chunk]
+        cross_entropy -= of_target @ counted[chunk]
+        entropy -= _dot(p, log_p) @ counted[chunk]
+        correct += (of_target == log_p.amax(-1)).float() @ counted[chunk]
         gradient = p.mul_(coefficients[chunk, None])
-        gradient.scatter_add_(-1, target, -share[chunk, None])
+        gradient.scatter_add_(-1, target, -counted[chunk, None])
         for term in terms:
             total += term.add(index, chunk, logits, log_p, gradient)
-        linear.take(chunk, _through_shape(layer, raw, logits, gradient))
+        linear.backward(chunk, _through_shape(layer, raw, logits, gradient))
 
     with torch.enable_grad():
         loss = linear.attach(cross_entropy + total)
@@ -181,7 +181,7 @@ class _Linear:
     def logits(self, chunk: slice) -> Tensor:
         return F.linear(self.states[chunk], self.weight, self.bias)
 
-    def take(self, chunk: slice, gradient: Tensor) -> None:
+    def backward(self, chunk: slice, gradient: Tensor) -> None:
         """Backpropagates the gradient of a chunk's logits. [chunk, vocabulary]"""
         of_states, of_weight, of_bias = self.gradients
         if of_bias is not None:
@@ -196,10 +196,10 @@ class _Linear:
 
     def attach(self, total: Tensor) -> Tensor:
         """The sum as a function of hidden states, weight and bias."""
-        return _Known.apply(total, self.gradients, *self.inputs)
+        return _KnownGradient.apply(total, self.gradients, *self.inputs)
 
 
-class _Known(torch.autograd.Function):
+class _KnownGradient(torch.autograd.Function):
     """A scalar with known gradients. They are scaled in place, so it allows only one backward."""
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Fitting the auxiliary model R on one round of labelled samples (NeurIPS 2022)."""
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -56,7 +57,7 @@ def fit_auxiliary(
     optimizer = torch.optim.AdamW(
         auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
     )
-    steps = options.epochs * -(-len(fitting) // options.batch_size)
+    steps = options.epochs * math.ceil(len(fitting) / options.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     average, skipped = deepcopy(auxiliary), 0
     auxiliary.train()
@@ -110,7 +111,7 @@ def _fit_losses(auxiliary: AuxiliaryModel, average: AuxiliaryModel, batch: Examp
     bce = label_loss(r_taken, batch.mask, labels, batch.weights)
     # The whole vocabulary is the expensive part; a mean over some rows suffices.
     affordable = LOGITS_AT_ONCE // (batch.mask.shape[1] * auxiliary.config.vocab_size)
-    some = slice(0, max(1, min(affordable, -(-len(batch) // CONSISTENCY_SHARE))))
+    some = slice(0, max(1, min(affordable, math.ceil(len(batch) / CONSISTENCY_SHARE))))
     with torch.no_grad():
         anchor_logits = batch[some].anchor_logits()
         r_logits = average(batch[some].states(average), anchor_logits=anchor_logits)
