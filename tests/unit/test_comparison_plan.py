@@ -121,7 +121,7 @@ def test_each_set_has_its_own_decoding():
         ({"constraints": "polite"}, "evaluation.constraints: .* list"),
         ({"examine": {"people": {"label": "kind"}}}, "evaluation.examine.people.path: is missing"),
         ({"examine": {"people": {"path": "a", "violates": 1}}}, "people.violates: .*did you mean violating"),
-        ({"examine": {"people": {"path": "a", "violating": {"over": 1}}}}, "people.violating: .* is no condition"),
+        ({"examine": {"people": {"path": "a", "violating": {"over": 1}}}}, "people.violating: .* is not a condition"),
         (
             {"classification": {"test": {"path": "a"}, "validation": {"path": "b"}}},
             "no domain of the corpus has a label",

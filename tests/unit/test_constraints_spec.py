@@ -141,8 +141,8 @@ def test_the_examples_of_the_page_are_constraints(tmp_path, monkeypatch):
         ({"all": "regex:a"}, "'all': needs a list"),
         ({"any": ["regex:a"], "nmae": "x"}, "'any': there is no key 'nmae'; did you mean name"),
         ({"not": "regex:a", "name": 3}, "'not', key 'name'"),
-        ({"all": ["regex:a", 7]}, "constraint 7: is no mapping"),
-        (None, "constraint None: is no mapping"),
+        ({"all": ["regex:a", 7]}, "constraint 7: is not a mapping"),
+        (None, "constraint None: is not a mapping"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line(spec, message):

@@ -107,7 +107,7 @@ def test_percentages_part_the_rows(total, percent):
 
 @pytest.mark.parametrize("rows", ["", "3", "1:2:3", "a:b", "10%-20%", "1.5:2", "9" * 5000 + ":", 630])
 def test_bad_slices_are_refused_at_once(rows):
-    with pytest.raises(UserError, match=r"^rows: .* is no slice"):
+    with pytest.raises(UserError, match=r"^rows: .* is not a slice"):
         DataSource("rows.jsonl", rows=rows)
 
 
@@ -131,7 +131,7 @@ def test_where_bounds_numbers_and_leaves_out_what_is_none(tmp_path):
     assert DataSource(str(path), where={"score": {"above": 0.2, "below": 0.7}}).read()["text"][:] == ["0.5"]
     assert DataSource.parse(f"{path},score={{below: 0.5}}").read()["text"][:] == ["0.2"]
     for wrong in ({"over": 0.5}, {"above": "high"}, {"above": True}):
-        with pytest.raises(UserError, match=r"^where: score: .* is no condition; give \{above: NUMBER\}"):
+        with pytest.raises(UserError, match=r"^where: score: .* is not a condition; give \{above: NUMBER\}"):
             DataSource(str(path), where={"score": wrong})
 
 

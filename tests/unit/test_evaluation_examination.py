@@ -69,7 +69,7 @@ def test_rows_of_one_class_examine_nothing(labelled, options, expected):
 
 
 def test_a_condition_that_is_none_is_refused(labelled):
-    with pytest.raises(UserError, match=r"violating: .* is no condition"):
+    with pytest.raises(UserError, match=r"violating: .* is not a condition"):
         labelled(violating={"over": 3})
 
 

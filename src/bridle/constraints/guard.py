@@ -67,8 +67,8 @@ class Guard(Network):
         batch_size: most conversations in one forward pass; halved if memory runs out.
         device: e.g. "cpu" or "cuda:1"; a GPU by default if there is one.
         name: the folder by default.
-        reads: "chat" judges the completion as the assistant's answer to the prompt. What is no chat, and a completion
-            without a prompt, is judged as a user's message.
+        reads: "chat" judges the completion as the assistant's answer to the prompt. What is not a chat, and a
+            completion without a prompt, is judged as a user's message.
         timeout: seconds for a batch, whose texts are missing after that.
 
     Raises:

@@ -141,7 +141,7 @@ class Length(Constraint):
 
     Args:
         min_words: the fewest words.
-        max_words: the most; None is no bound.
+        max_words: the most; None for no bound.
         name: "length" by default.
         reads: see `Constraint`.
 

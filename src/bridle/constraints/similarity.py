@@ -1,4 +1,4 @@
-"""A constraint that is the nearness of a text to texts of yours, by an embedding model."""
+"""A constraint that is the nearness of a text to given texts, by an embedding model."""
 
 import os
 from collections.abc import Callable

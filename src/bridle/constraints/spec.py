@@ -124,7 +124,7 @@ def _build(spec: object) -> Constraint:
     if isinstance(spec, list):
         return AllOf([_build(part) for part in spec])
     if not isinstance(spec, Mapping):
-        raise UserError(f"constraint {short_repr(spec)}: is no mapping, list or string")
+        raise UserError(f"constraint {short_repr(spec)}: is not a mapping, list or string")
     heads = [key for key in ("type", *OPERATORS) if key in spec]
     if len(heads) != 1:
         raise UserError(f"constraint {short_repr(spec)}: needs exactly one of the keys type, all, any, not")

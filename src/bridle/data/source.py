@@ -70,7 +70,7 @@ class DataSource:
                 f"{next(iter(self._named))}: format: {self.format} has columns of its own; name one or other"
             )
         if self.shuffle is not None and not (isinstance(self.shuffle, int) and self.shuffle >= 0):
-            raise UserError(f"shuffle: {self.shuffle!r} is no seed; give a whole number, 0 or more")
+            raise UserError(f"shuffle: {self.shuffle!r} is not a seed; give a whole number, 0 or more")
         if self.rows is not None:
             row_range(self.rows, total=0)
         for column, wanted in (self.where or {}).items():
@@ -174,7 +174,7 @@ def row_range(rows: str, total: int) -> range:
     # YAML reads an unquoted 10:30 as the number 630, hence the hint.
     match = _ROWS.fullmatch(rows) if isinstance(rows, str) else None
     if match is None:
-        raise UserError(f'rows: {rows!r} is no slice such as "0:80%" or "100:200" (quoted, in a recipe)')
+        raise UserError(f'rows: {rows!r} is not a slice such as "0:80%" or "100:200" (quoted, in a recipe)')
     start, stop = (_bound(text, total) for text in match.groups())
     return range(*slice(start, stop).indices(total))
 
@@ -194,7 +194,7 @@ def _keep(dataset: Dataset, column: str, wanted: Any, path: str) -> Dataset:
 def check_condition(wanted: Any, where: str) -> None:
     """Raises a UserError that begins with `where` unless `meets` knows the condition."""
     if isinstance(wanted, dict) and not (_BOUNDS.keys() >= wanted.keys() and all(map(_is_number, wanted.values()))):
-        raise UserError(f"{where}: {wanted} is no condition; give {{above: NUMBER}} or {{below: NUMBER}}")
+        raise UserError(f"{where}: {wanted} is not a condition; give {{above: NUMBER}} or {{below: NUMBER}}")
 
 
 def meets(value: Any, wanted: Any) -> bool:

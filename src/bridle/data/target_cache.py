@@ -178,7 +178,7 @@ class TargetCache:
         if (row := self._rows.get(key)) is None:
             raise UserError(f"{self.name}: holds no target for a row of the batch; it was made for other rows")
         if (found := len(self.table["log_rest"][row])) != prefixes:
-            raise UserError(f"{self.name}: a row has {found} prefixes here and {prefixes} in the batch; make it anew")
+            raise UserError(f"{self.name}: a row has {found} prefixes here and {prefixes} in the batch; rebuild it")
         return row
 
     def _read(self, column: str, rows: Sequence[int]) -> Tensor:

@@ -92,7 +92,7 @@ def subject_of(
     """
     folder, judges = Path(name), dict(constraints or {})
     file = certificate or folder / "certificate.json"
-    shown = Certificate.load(file) if certificate or os.path.isfile(file) else None  # `os` bears a long name
+    shown = Certificate.load(file) if certificate or os.path.isfile(file) else None  # `os` tolerates a long name
     if not os.path.isfile(folder / RECIPE_FILE):
         variants = [Variant("model", name, guide)] + ([Variant("guided", name, guide, True)] if guide else [])
         by_name = {variant.name: variant for variant in variants}

@@ -69,7 +69,7 @@ class Writing:
         is_guided: draw from q, not from p.
         ids, tokens: what has been drawn.
         has_ended: whether it ended by itself.
-        redrawn: how often it was stopped and begun anew.
+        redrawn: how often it was stopped and begun again.
         is_withheld: it was stopped more than `REDRAW` times, and is empty.
     """
 

@@ -36,7 +36,7 @@ class LabelledRows(DataSource):
             as in `where`.
 
     Raises:
-        UserError: as `DataSource`, or `violating` is no condition.
+        UserError: as `DataSource`, or `violating` is not a condition.
     """
 
     label: str = "label"

@@ -92,7 +92,7 @@ def evaluate_tasks(
     seed: int = 0,
     guide: NADOGuide | None = None,
 ) -> dict[str, TaskResult]:
-    """Accuracy of a model on `boolq`, ..., `openbookqa`, `mmlu`, groups of them, or own tasks.
+    """Accuracy of a model on `boolq`, ..., `openbookqa`, `mmlu`, groups of them, or custom tasks.
 
     The commonsense figures are those of Touvron et al. (LLaMA, 2023) as far as lm-eval has them: the choice of the
     highest likelihood per character, where the task reports it. LLaMA normalises BoolQ's and OpenBookQA's likelihoods

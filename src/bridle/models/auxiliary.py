@@ -229,8 +229,8 @@ class AuxiliaryModel(PreTrainedModel):
         """What R reads at each prefix. [batch, time, hidden] -> [batch, time, width]
 
         Args:
-            hidden_states: [batch, time, hidden] of the guided model; the sigmoid form with an own network ignores them.
-            input_ids, attention_mask: [batch, time]; only an own network reads them.
+            hidden_states: [batch, time, hidden] of the guided model; ignored by the sigmoid form with its own network.
+            input_ids, attention_mask: [batch, time]; only a network of its own reads them.
             begins: [batch, time], true at the last token before each completion; None where completions begin with the
                 row's first token. Only a memory reads it.
         """
@@ -261,12 +261,12 @@ class AuxiliaryModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The guided model's states, or those of the own network, normalised. [..., hidden] -> [..., hidden]
+        """The guided model's states, or those of its own network, normalised. [..., hidden] -> [..., hidden]
 
         Args:
             hidden_states: [..., hidden], as in `features`.
             input_ids, attention_mask: [batch, time].
-            kwargs: of the own network, such as a cache.
+            kwargs: of its own network, such as a cache.
         """
         if self.network is not None:
             outputs = self.network(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -292,8 +292,8 @@ def new_auxiliary(
 ) -> AuxiliaryModel:
     """A new auxiliary for a causal language model.
 
-    An own network starts as a copy of the model's body, adapters merged. It has no dropout: all processes, and a
-    resumed run, read the same R.
+    A network of its own starts as a copy of the model's body, adapters merged. It has no dropout: all processes, and
+    a resumed run, read the same R.
     """
     text_config = model.config.get_text_config()
     config = AuxiliaryConfig(
@@ -318,7 +318,7 @@ def new_auxiliary(
 def fingerprint(model: nn.Module) -> str:
     """A short hash of some of a model's weights, the same in float32 and bfloat16; it tells which models an R fits.
 
-    A model with new adapters, which say nothing yet, has that of the model beneath.
+    A model with untrained adapters, which change nothing yet, has the base model's.
     """
     with in_shards(model):
         parameters = {name.replace("_checkpoint_wrapped_module.", ""): one for name, one in model.named_parameters()}
@@ -335,7 +335,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel:
-    """Loads the auxiliary of a folder and checks that it fits the causal language model that it shall guide.
+    """Loads the auxiliary of a folder and checks that it fits the causal language model that it is to guide.
 
     Raises:
         UserError: the folder holds no auxiliary, or one for a model of another shape.

@@ -83,8 +83,8 @@ def fold(model: PreTrainedModel, auxiliary: AuxiliaryModel, guidance_scale: floa
     """
     if not auxiliary.is_log_linear:
         raise UserError(
-            "fold: R has the sigmoid form, which is no output layer; fit one with auxiliary.form: log-linear, or guide "
-            "while decoding (bridle generate --guide)"
+            "fold: R has the sigmoid form, which is not an output layer; fit one with auxiliary.form: log-linear, or "
+            "guide while decoding (bridle generate --guide)"
         )
     config, layer = model.config.get_text_config(), model.get_output_embeddings()
     if getattr(config, "final_logit_softcapping", None) is not None:

@@ -24,7 +24,7 @@ class NADOLogitsProcessor(LogitsProcessor):
     """Turns the logits of `model.generate` into log q, or with `violate` into log q⁻: q⁻(v|s) ∝ p(v|s)·(1 − R(s∘v))^η.
 
     An auxiliary without a network of its own reads the hidden states of the forward that computed the scores. One with
-    an own network keeps a cache and reads only the new tokens. From one token to the next, rows may be reordered (beam
+    its own network keeps a cache and reads only the new tokens. From one token to the next, rows may be reordered (beam
     search) or left out; other rows make it start over, as completions that begin there.
 
     Args:
@@ -47,7 +47,7 @@ class NADOLogitsProcessor(LogitsProcessor):
         self.attention_mask = attention_mask
         self._seen: Tensor | None = None  # the last call's tokens, [batch, time]
         self._mask = attention_mask  # of the prompts of those rows
-        self._cache = DynamicCache()  # of the own network
+        self._cache = DynamicCache()  # of its own network
         self._kept: Tensor | None = None  # by the memory, [batch, width]
 
     @torch.no_grad()

@@ -255,7 +255,7 @@ def reason(name: str | Path, error: Exception) -> str:
 
 
 def _adapter_base(name: str) -> str:
-    """The base model of an adapter's folder; `name` itself if it is no adapter."""
+    """The base model of an adapter's folder; `name` itself if it is not an adapter."""
     config = Path(name) / "adapter_config.json"
     if not os.path.isfile(config):
         return name

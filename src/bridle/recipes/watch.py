@@ -47,7 +47,7 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def read(self) -> list[Record]:
-        """Reads what was added, and returns it; of a file that a resumed run has begun anew, what differs.
+        """Reads what was added, and returns it; of a file that a resumed run has rewritten, what differs.
 
         Raises:
             UserError: a row is not a record of a run.

@@ -61,7 +61,7 @@ class Regulariser:
             forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
         kl_on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`.
         rollouts_of: whose rollouts, for retention: the `anchor`'s, the initial model's, drawn once; or the `policy`'s,
-            drawn anew in each round. A constraint has those of its anchor, on which R is fitted.
+            drawn again in each round. A constraint has those of its anchor, on which R is fitted.
         prompts: where rollouts start; None for the beginnings of the domain's own rows.
         guidance_scale: η in q ∝ p_a·R^η.
         soft_labels: fit R to the constraint's value itself and not to its yes or no. Iterating a soft C
@@ -232,7 +232,7 @@ class AuxiliaryOptions:
             ratio of what follows the prefix under the current policy. A compliant policy gives a fresh R few
             violations.
         corpus_outputs: outputs of the corpus, the rest of a row after its beginning, on which a new R is fitted before
-            it is fitted on the policy's. Where the policy violates seldom, most that R can learn from is there.
+            it is fitted on the policy's. Where the policy rarely violates, most of what R can learn is there.
         seek: share of a round's rollouts, from the second fit on, that begin with tokens which R expects to end in a
             violation. R learns from what the policy itself says after them. Rates are those of the other rollouts; the
             KL on rollouts looks at all.

@@ -32,8 +32,8 @@ def held_domains(
     for name in held:
         if not any(name in one.domains(corpus) for one in acting):
             raise UserError(
-                f"corpus.{name}.learn: false, but no regulariser of a weight above 0 names {name}, which so would do "
-                "nothing; name it in one, or leave the domain out"
+                f"corpus.{name}.learn: false, but no regulariser of a weight above 0 names {name}, so it would have no "
+                "effect; name it in one, or leave the domain out"
             )
     if len(held) == len(corpus) and all(one.is_retention for one in acting):
         raise UserError("corpus: no domain is learnt, and retention alone changes nothing; learn one")

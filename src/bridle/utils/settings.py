@@ -66,7 +66,8 @@ def validated(kind: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where}: {said}, not {value!r}") from error
 
 
-_A_RANGE = "needs a list of two whole numbers such as [2, 16]"  # pydantic would ask for a tuple, which YAML has not
+# Pydantic would ask for a tuple, which YAML does not have.
+_A_RANGE = "needs a list of two whole numbers such as [2, 16]"
 
 
 def _choices(kind: Any) -> list[str]:
