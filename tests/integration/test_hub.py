@@ -261,6 +261,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from bridle.constraints import build_constraint
+from bridle.errors import UserError
 from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.trainer import ConstrainedTrainer
 
@@ -282,11 +283,22 @@ assert not [*Path(folder).glob("checkpoint-*/README.md")], "peft drafts no card"
 card = Path(folder, "model", "README.md")
 card.write_text(card.read_text(encoding="utf-8") + "A word of the author's.", encoding="utf-8")
 trainer.push_to_hub(revision="second")
+trainer.push_to_hub(revision="third", license="mit", tags="mine", dataset_name=["me/rows"])
+for describe, said in (
+    (lambda: trainer.push_to_hub(licence="mit"), "unexpected keyword argument 'licence'"),
+    (lambda: trainer.create_model_card("own", tags=["mine"]), "create_model_card: tags: the card is written when"),
+):
+    try:
+        describe()
+    except (TypeError, UserError) as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(said)
 """
 
 
 def test_a_trainer_of_ones_own_pushes_a_card_of_what_it_knows(execute, hub, tiny_folder, tmp_path):
-    hub.branches["me/own", "second"] = {}
+    hub.branches["me/own", "second"], hub.branches["me/own", "third"] = {}, {}
     done = execute("-c", FROM_PYTHON, tiny_folder(), tmp_path / "run", TOKEN)
     assert done.returncode == 0, done.stderr
     files = hub.branches["me/own", "main"]
@@ -301,6 +313,10 @@ def test_a_trainer_of_ones_own_pushes_a_card_of_what_it_knows(execute, hub, tiny
     assert "Where its rows came from was not recorded." in card.text
     second = hub.branches["me/own", "second"]["README.md"]
     assert second == files["README.md"] + b"A word of the author's.", "a card that stands there stays"
+    third = ModelCard(hub.branches["me/own", "third"]["README.md"].decode())
+    assert (third.data.license, third.data.datasets) == ("mit", ["me/rows"])
+    assert third.data.tags == [*card.data.tags, "mine"]
+    assert third.text == ModelCard(second.decode()).text
 
 
 def test_a_refused_token_shows_before_training(train, hub, tmp_path):

@@ -139,6 +139,33 @@ def _without_certificate(card: str) -> str:
     return re.sub(f"{begin}.*?{end}\n*", "", card, flags=re.DOTALL)
 
 
+def add_to_header(
+    model_folder: str | Path,
+    *,
+    license: str | None = None,
+    tags: str | Sequence[str] = (),
+    datasets: str | Sequence[str] = (),
+) -> None:
+    """Adds to the header of a card what cannot be known from a run.
+
+    Args:
+        model_folder: holds a card.
+        license: the model's, by the hub's identifier; None leaves the card's.
+        tags, datasets: beside those that the card has, the data sets by their names on the hub.
+
+    Raises:
+        UserError: the card cannot be read or written.
+    """
+    path = Path(model_folder) / CARD_FILE
+    card = ModelCard(read_text(path))
+    header: Any = card.data
+    header.license = license or header.license
+    for key, given in (("tags", tags), ("datasets", datasets)):
+        more = [given] if isinstance(given, str) else given
+        setattr(header, key, [*dict.fromkeys([*(getattr(header, key) or []), *more])] or None)
+    write_text(path, str(card))
+
+
 def write_export_card(
     folder: str | Path, model_folder: str | Path, *, name: str, dtype: str, guidance_scale: float | None = None
 ) -> Path:

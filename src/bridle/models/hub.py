@@ -6,7 +6,7 @@ None of them is ever pushed.
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import PushInProgress
 
 from bridle.errors import RunStopped, UserError, first_line
-from bridle.models.card import CARD_FILE, public_name, setting_text, with_names, write_card
+from bridle.models.card import CARD_FILE, add_to_header, public_name, setting_text, with_names, write_card
 from bridle.utils.files import atomic_files
 from bridle.utils.provenance import environment
 
@@ -80,13 +80,21 @@ class PushesModel:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **kwargs: Any,
+        license: str | None = None,
+        tags: str | Sequence[str] = (),
+        dataset_name: str | Sequence[str] = (),
     ) -> CommitInfo | Future[CommitInfo] | None:
-        """Saves the model to `model/` in the output folder, with a card unless there is one, and pushes it."""
+        """Saves the model to `model/` in the output folder, with a card unless there is one, and pushes it.
+
+        `license`, `tags` and `dataset_name` are added to the card's header. Returns and raises as `push_saved_model`.
+        """
         folder = Path(self.args.output_dir) / "model"
         self.save_model(str(folder), _internal_call=True)
-        if self.is_world_process_zero() and not (folder / CARD_FILE).exists():
-            _describe(self, folder)
+        if self.is_world_process_zero():
+            if not (folder / CARD_FILE).exists():
+                _describe(self, folder)
+            if license or tags or dataset_name:
+                add_to_header(folder, license=license, tags=tags, datasets=dataset_name)
         return self.push_saved_model(commit_message, blocking, token=token, revision=revision, private=private)
 
     def push_saved_model(
@@ -170,8 +178,17 @@ class PushesModel:
             for name in (CARD_FILE, TRAINING_ARGS_NAME):
                 (unfinished / name).unlink(missing_ok=True)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: `bridle.models.card.write_card` writes the card."""
+    def create_model_card(self, model_name: str | None = None, **described: Any) -> None:
+        """Does nothing, as TRL calls it for each checkpoint: `bridle.models.card.write_card` writes the card.
+
+        Raises:
+            UserError: it is told what the card should say.
+        """
+        if described:
+            raise UserError(
+                f"create_model_card: {', '.join(described)}: the card is written when the model is pushed; give "
+                "push_to_hub license, tags and dataset_name"
+            )
 
 
 def check_strategy(args: Any) -> None:
