@@ -11,6 +11,8 @@ from bridle.recipes.inputs import INPUTS_FILE, write_inputs
 from bridle.recipes.recipe import load_recipe
 from conftest import SENTENCES
 
+OF_EVALUATION = ("held-out.jsonl", "asked.jsonl", "others.txt")
+
 
 def edited(path):
     """Changes one letter, and neither size nor time."""
@@ -29,12 +31,26 @@ def path(recipe, corpus_files, tmp_path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in SENTENCES))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("STEPS", "3")
+    for name in ("held-out.jsonl", "asked.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
+    (tmp_path / "others.txt").write_text("the\nfog\n")
+    (tmp_path / "chat.jinja").write_text("the {{ messages[0]['content'] }}")
     words = {"type": "words", "file": str(tmp_path / "words.txt")}
     function = {"type": "python", "function": "given_scorers:mild"}
     yield recipe(
         env=["STEPS"],
-        constraints={"mild": {"any": [words, function, {"type": "regex", "pattern": "e"}]}},
+        constraints={
+            "mild": {"any": [words, function, {"type": "regex", "pattern": "e"}]},
+            "others": {"type": "words", "file": str(tmp_path / "others.txt")},
+        },
         regularisers={"rude": {"constraint": "mild", "prompts": {"path": str(tmp_path / "prompts.jsonl")}}},
+        eval={
+            "corpus": {"plain": {"path": str(tmp_path / "held-out.jsonl")}},
+            "prompts": {"path": str(tmp_path / "asked.jsonl")},
+            "constraints": ["others"],
+            "completions": 4,
+        },
+        chat_template_path=str(tmp_path / "chat.jinja"),
         rounds=1,
         max_steps="${STEPS}",
     )
@@ -57,12 +73,12 @@ def test_a_run_goes_on_with_the_files_it_was_begun_with(bridle, path, tmp_path, 
     model = tmp_path / "tiny-llama"
     for file in (
         *corpus_files.values(),
-        *(tmp_path / name for name in ("words.txt", "given_scorers.py", "prompts.jsonl")),
+        *(tmp_path / name for name in ("words.txt", "given_scorers.py", "prompts.jsonl", *OF_EVALUATION)),
         model / "model.safetensors",
         model / "tokenizer.json",
     ):
         assert str(file) in inputs["files"]
-    for name in ("plain.jsonl", "words.txt", "given_scorers.py", "prompts.jsonl"):
+    for name in ("plain.jsonl", "words.txt", "given_scorers.py", "prompts.jsonl", *OF_EVALUATION, "chat.jinja"):
         content = edited(tmp_path / name)
         code, _, err = bridle(*run, "--resume")
         assert code == 2

@@ -69,13 +69,15 @@ def _hashes(recipe: Recipe, more: Iterable[Path]) -> dict[str, str]:
 
 def _read(recipe: Recipe) -> Iterator[Path]:
     yield Path(recipe.model)
-    for domain in recipe.corpus.values():
-        yield from domain.files()
+    if template := recipe.training.get("chat_template_path"):
+        yield Path(template)
+    read: list[Any] = [*recipe.corpus.values()]
     for regulariser in recipe.regularisers.values():
-        if regulariser.constraint is not None:
-            yield from regulariser.constraint.files()
-        if regulariser.prompts is not None:
-            yield from regulariser.prompts.files()
+        read += [regulariser.constraint, regulariser.prompts]
+    if recipe.eval is not None:
+        read += [*recipe.eval.corpus.values(), *recipe.eval.constraints, recipe.eval.prompts]
+    for part in filter(None, read):
+        yield from part.files()
 
 
 def _files_of(path: Path) -> Iterator[Path]:
