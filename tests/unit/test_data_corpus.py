@@ -161,6 +161,52 @@ def test_domain_without_columns_to_learn_names_its_file(tmp_path):
         Domain(str(path)).read()
 
 
+GIVEN = [{"input_ids": [*range(5, 5 + size)], "other": "a"} for size in (70, 3, 9)]
+MASKS = {"assistant_masks": [0, 0, 1], "completion_mask": [0, 1, 1]}
+
+
+def given(*masks):
+    """Tokenised rows with these masks, whose patterns repeat."""
+    return [row | {mask: (MASKS[mask] * 24)[: len(row["input_ids"])] for mask in masks} for row in GIVEN]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (given(), {}),
+        (given(), {"keep_end": True}),
+        (given(), {"packing": True}),
+        (given("assistant_masks"), {}),
+        (given("completion_mask"), {"completion_only": True}),
+        (given("completion_mask"), {"completion_only": False}),
+        (given(*MASKS), {"completion_only": True}),
+        ([row | {"labels": [*row["input_ids"][:-1], IGNORE]} for row in GIVEN], {}),
+    ],
+)
+def test_rows_that_are_tokenised_already_are_what_trl_makes_of_them(rows, options, tiny_model, tmp_path):
+    named = {"completion_only": "completion_only_loss", "packing": "packing"}
+    trl_options = {named[name]: value for name, value in options.items() if name in named}
+    trl_options |= {"truncation_mode": "keep_end"} if "keep_end" in options else {}
+    trl_options |= {"packing_strategy": "wrapped"} if "packing" in options else {}
+    tokenizer = tiny_tokenizer()
+    theirs = prepared_by_trl(rows, tokenizer, tiny_model, tmp_path, max_length=LENGTH, **trl_options)
+    for dataset in (Dataset.from_list(rows), Dataset.from_list(rows).with_format("torch")):
+        ours = tokenize_domain(dataset, tokenizer, max_length=LENGTH, **options)
+        assert ours.to_list() == theirs
+        assert ours.features["input_ids"].feature.dtype == "int32"
+
+
+def test_masks_of_tokenised_rows_are_read_or_refused():
+    masked = tokenize_domain(Dataset.from_list(given("completion_mask")), tiny_tokenizer(), max_length=LENGTH)
+    assert masked["labels"][1] == [IGNORE, 6, 7], "a completion is learnt without its prompt, unless asked otherwise"
+    both = [row | {"labels": row["input_ids"]} for row in given("completion_mask")]
+    assert failure(both).startswith("tales has labels and completion_mask, which both say what is learnt; remove one")
+    assert len(tokenize_domain(Dataset.from_list(both), tiny_tokenizer(), max_length=None, completion_only=False)) == 3
+    assert failure(GIVEN, completion_only=True).startswith("completion_only_loss: the rows of tales have no completion")
+    short = [row | {"labels": row["input_ids"][1:]} for row in GIVEN]
+    assert failure(short) == "tales row 1: input_ids and labels differ in length"
+
+
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
 def test_weights_must_be_above_nought(weight):
     with pytest.raises(UserError, match=r"^weight: must be a finite number above 0"):
@@ -209,6 +255,13 @@ def test_mixture_of_one_domain_is_that_domain_shuffled():
     mixed = mix({"a": rows_of(0, 50)}, {"a": 0.1}, seed=0)
     tokens = [ids[0] for ids in mixed["input_ids"]]
     assert sorted(tokens) == list(range(50)) != tokens
+
+
+def test_without_a_seed_domains_keep_their_order_and_come_in_turn():
+    mixed = mix({"a": rows_of(0, 6), "b": rows_of(100, 2)}, {"a": 1, "b": 0.5}, seed=None)
+    assert [ids[0] for ids in mixed["input_ids"]] == [0, 100, 1, 2, 101, 3, 4, 100, 5]
+    alone = mix({"a": rows_of(0, 50)}, {"a": 1}, seed=None)
+    assert [ids[0] for ids in alone["input_ids"]] == [*range(50)]
 
 
 def test_an_epoch_has_the_rows_that_are_learnt_and_a_share_of_those_that_are_held():

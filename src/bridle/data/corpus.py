@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,10 +93,12 @@ def tokenize_domain(
     """Tokenises rows into `input_ids` and `labels` (int32, of one length), as TRL's `SFTTrainer` does.
 
     Plain text and completions end with the end-of-text token; labels are the ids, except for a prompt, whose labels are
-    -100. Blank rows, and rows without a label after truncation, are dropped with a warning.
+    -100. Blank rows, and rows without a label after truncation, are dropped with a warning. Rows that are tokenised
+    already are cut and packed as the others; without labels they get those that their masks leave.
 
     Args:
-        dataset: rows with the columns `messages`, or `prompt` and `completion`, or `text`.
+        dataset: rows with the columns `messages`, or `prompt` and `completion`, or `text`; or `input_ids`, with
+            `labels`, or with `assistant_masks` and `completion_mask`, or alone.
         max_length: tokens of a row, or of a packed row; None keeps all.
         name: the file or the domain, for errors.
         assistant_only: learn only the assistant's turns of a chat.
@@ -107,13 +109,16 @@ def tokenize_domain(
 
     Raises:
         UserError: a row is neither text nor chat, or the chat template refuses it; the tokenizer lacks what the format
-            needs; no row is left.
+            needs; masks stand beside labels, or differ from the row in length; no row is left.
     """
     if packing and max_length is None:
         raise UserError("packing: needs max_length, the length of the rows to fill")
-    if completion_only and "completion" not in format_fields(dataset.column_names, name):
-        raise UserError(f"completion_only_loss: the rows of {name} have no completion; leave it out")
-    rows = _encoded(dataset, RowEncoder(tokenizer, assistant_only, completion_only is not False), name)
+    if "input_ids" in dataset.column_names:
+        rows = _given(dataset, completion_only, name)
+    else:
+        if completion_only and "completion" not in format_fields(dataset.column_names, name):
+            raise UserError(f"completion_only_loss: the rows of {name} have no completion; leave it out")
+        rows = _encoded(dataset, RowEncoder(tokenizer, assistant_only, completion_only is not False), name)
     kept = _learnable(rows, None if packing else max_length, keep_end, name)
     tokens = gather(({"input_ids": ids, "labels": labels} for ids, labels in kept), _TOKENS)
     if not len(tokens):
@@ -145,6 +150,28 @@ def _encoded(dataset: Dataset, encoder: RowEncoder, name: str) -> Iterator[Encod
         yield encoder.encode(values, f"{name} row {number}")
 
 
+def _given(dataset: Dataset, completion_only: bool | None, name: str) -> Iterator[Encoded]:
+    """Rows that are tokenised already: their labels, or the ids where all masks are 1."""
+    known = {"assistant_masks"} if completion_only is False else {"assistant_masks", "completion_mask"}
+    columns, masks = dataset.column_names, sorted(known & {*dataset.column_names})
+    labelled = "labels" in columns
+    if labelled and masks:
+        raise UserError(
+            f"{name} has labels and {' and '.join(masks)}, which both say what is learnt; remove one of them"
+        )
+    if completion_only and not {"labels", "completion_mask"} & {*columns}:
+        raise UserError(f"completion_only_loss: the rows of {name} have no completion_mask; leave it out")
+    read = ["input_ids", *(["labels"] if labelled else masks)]
+    for number, row in enumerate(dataset.with_format(None).select_columns(read), start=1):
+        ids, *others = (row[column] for column in read)
+        if any(len(other) != len(ids) for other in others):
+            raise UserError(f"{name} row {number}: {' and '.join(read)} differ in length")
+        labels = (
+            others[0] if labelled else [one if all(bits) else IGNORE for one, *bits in zip(ids, *others, strict=True)]
+        )
+        yield ids, labels
+
+
 def _learnable(rows: Iterator[Encoded], max_length: int | None, keep_end: bool, name: str) -> Iterator[Encoded]:
     """Cuts rows to `max_length` and drops those that then have no label, such as a prompt alone."""
     kept = slice(-max_length, None) if max_length is not None and keep_end else slice(max_length)
@@ -158,7 +185,9 @@ def _learnable(rows: Iterator[Encoded], max_length: int | None, keep_end: bool, 
         log.warning("%s: dropped %d rows without a token to learn in max_length=%s", name, dropped, max_length)
 
 
-def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int, held: Collection[str] = ()) -> Dataset:
+def mix(
+    domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int | None, held: Collection[str] = ()
+) -> Dataset:
     """Mixes tokenised domains by weights into the rows of one epoch.
 
     Domain d gets the share w_d / Σ w of the rows; equal weights are the paper's "equal proportions". The epoch is the
@@ -167,9 +196,9 @@ def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int,
     Args:
         domains: rows by domain name, all with the same columns.
         weights: above 0, by the same names.
-        seed: of the order.
+        seed: of the order; None keeps each domain's own order, and takes the domains in turn.
         held: names of domains that are not learnt: an epoch has as many of their rows as their weights say, drawn at
-            random, and need not have all. If no domain is learnt, it has all.
+            random, or the first ones, and need not have all. If no domain is learnt, it has all.
 
     Returns:
         The rows with the integer column `domain`, the index of the name in `domains`.
@@ -179,8 +208,9 @@ def mix(domains: Mapping[str, Dataset], weights: Mapping[str, float], seed: int,
             often.
     """
     counts = _row_counts({name: len(rows) for name, rows in domains.items()}, weights, held)
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    rng = None if seed is None else np.random.default_rng(seed)
+    order = np.repeat(np.arange(len(counts)), counts)
+    order = order[_in_turn(counts)] if rng is None else rng.permutation(order)
     chosen = np.empty(len(order), dtype=np.int64)
     start = 0
     for index, rows in enumerate(domains.values()):
@@ -203,7 +233,12 @@ def _row_counts(sizes: dict[str, int], weights: Mapping[str, float], held: Colle
     return [max(whole.get(name, 1), round(per_weight * weights[name])) for name in sizes]
 
 
-def _passes(size: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` indices below `size`: passes over all of them, each in its own order."""
-    passes = [rng.permutation(size) for _ in range(math.ceil(count / size))]
+def _in_turn(counts: Sequence[int]) -> np.ndarray:
+    """An order of the rows of domains, one domain's after the other's, in which each is spread evenly over all."""
+    return np.argsort(np.concatenate([(np.arange(count) + 0.5) / count for count in counts]), kind="stable")
+
+
+def _passes(size: int, count: int, rng: np.random.Generator | None) -> np.ndarray:
+    """`count` indices below `size`: passes over all of them, each in its own order, or in theirs without `rng`."""
+    passes = [np.arange(size) if rng is None else rng.permutation(size) for _ in range(math.ceil(count / size))]
     return np.concatenate(passes)[:count]

@@ -36,7 +36,9 @@ def format_fields(columns: Sequence[str], name: str) -> tuple[str, ...]:
 
 
 def holds_prompts(columns: Sequence[str]) -> bool:
-    """Whether rows with these columns are prompts alone, without what follows them."""
+    """Whether rows with these columns are prompts alone, without what follows them, and not tokenised."""
+    if "input_ids" in columns:
+        return False
     return "prompt" in columns and not any(set(fields) <= set(columns) for fields in FORMATS)
 
 
