@@ -123,6 +123,34 @@ def test_the_best_checkpoint_is_kept_and_a_resumed_run_finds_the_same(trained, t
     assert all(map(torch.equal, weights(whole).values(), weights(resumed).values()))
 
 
+def test_the_best_model_of_transformers_has_its_own_r(trained, tmp_path):
+    """And the keys of an evaluation begin as they are asked to."""
+    trainer = trained(
+        "run",
+        max_steps=6,
+        rounds=3,
+        learning_rate=0.05,
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        eval_options=EvalOptions(corpus=ALIEN),
+    )
+    best = tmp_path / "run" / "checkpoint-2"
+    assert trainer.state.best_model_checkpoint == str(best)
+    kept = load_file(best / "regularisers" / "rude" / "auxiliary.safetensors")
+    auxiliary = AuxiliaryModel.from_pretrained(tmp_path / "run" / "auxiliary")
+    for found in (auxiliary.state_dict(), trainer.regularisers[0].auxiliary.state_dict()):
+        assert all(torch.equal(found[name], weight) for name, weight in kept.items())
+    assert auxiliary.config.provenance["trained_model"] == fingerprint(trainer.model)
+
+    measured = trainer.evaluate(metric_key_prefix="test")
+    assert measured["test_loss"] == trainer.evaluate()["eval_loss"]
+    assert measured.keys() >= {"test_rude_loss", "test_violation", "test_violation/no e"}
+    assert not measured.keys() & {"eval_loss", "eval_rude_loss", "eval_violation"}
+
+
 def test_rows_of_another_domain_are_no_prompts_of_a_domain_of_prompts_alone(tiny_folder, tmp_path):
     rows = {"plain": corpus()["plain"], "asked": Dataset.from_dict({"prompt": SENTENCES})}
     given = (tiny_folder(), tmp_path, {"asked": Regulariser(NO_E, kl_on="rollouts")}, rows)

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from bridle.errors import UserError
 from bridle.recipes.recipe import build_recipe
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
-from bridle.training.options import EVALUATION, NEEDED, REFUSED
+from bridle.training.options import EVALUATION, METRICS, NEEDED, REFUSED
 from bridle.training.trainer import ConstrainedTrainer
 from malformed import RECIPE
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
@@ -50,7 +50,7 @@ OBEYED = {
     "test_the_loader": (
         *("dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
-        *("remove_unused_columns", "accelerator_config"),
+        "accelerator_config",
     ),
     "test_the_order_of_rows": ("train_sampling_strategy", "data_seed"),
     "test_epochs": ("num_train_epochs",),
@@ -93,7 +93,7 @@ def test_every_field_is_obeyed_or_refused():
     assert len(obeyed) == len(set(obeyed))
     assert {f.name for f in fields(SFTConfig)} == {*obeyed, *REFUSED}
     assert not {*obeyed} & {*REFUSED}
-    assert {*NEEDED, *NEEDED.values(), *EVALUATION} <= {*obeyed}
+    assert {*NEEDED, *NEEDED.values(), *EVALUATION, *METRICS} <= {*obeyed}
     for test in OBEYED:
         file, _, name = test.rpartition("::")
         path = TESTS / file if file else Path(__file__)
@@ -113,6 +113,7 @@ OTHER = {
     "save_total_limit": 1,
     "resume_from_checkpoint": "checkpoint-1",
     "local_rank": 0,
+    "remove_unused_columns": False,
     "average_tokens_across_devices": False,
     "parallelism_config": {},
     "label_smoothing_factor": 0.1,
@@ -156,8 +157,16 @@ def test_has_no_effect_without_another(name):
 def test_a_recipe_has_no_rows_to_evaluate_on(name):
     with pytest.raises(UserError, match=f"^{name}: there are no rows to evaluate on"):
         build_recipe({**RECIPE, name: True})
-    value = "steps" if name == "eval_strategy" else [] if name == "include_for_metrics" else 1
+    value = "steps" if name == "eval_strategy" else 1
     assert name in build_recipe({**RECIPE, name: value, "eval": {"share": 0.1}}).training
+
+
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_nothing_reads_options_of_metrics_where_there_are_none(name, folder, tmp_path):
+    with pytest.raises(UserError, match=f"^{name}: is read by compute_metrics, which a recipe cannot name"):
+        build_recipe({**RECIPE, name: ["loss"], "eval": {"share": 0.1}})
+    with pytest.raises(UserError, match=f"^{name}: is read by compute_metrics; give the trainer that"):
+        trainer_of(folder, tmp_path, {}, **{name: ["loss"]})
 
 
 @pytest.fixture(scope="module")
@@ -369,6 +378,8 @@ def test_the_optimiser(folder, tmp_path):
         ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["mlp"]}, "optim: galore_adamw_layerwise steps"),
         ({"optim_target_modules": ["mlp"]}, "optim_target_modules: adamw_torch_fused does not read it"),
         ({"optim": "sgd", "adam_beta1": 0.5}, "adam_beta1: sgd does not read it"),
+        ({"optim": "lomo"}, "optim: lomo steps within the backward pass"),
+        ({"optim": "adalomo"}, "optim: adalomo steps within the backward pass"),
         ({"optim_args": "momentum=0.5"}, "optim_args: adamw_torch_fused does not read momentum=0.5"),
         ({"optim": "sgd", "optim_args": "momentum=0.5,speed=2"}, "optim_args: sgd does not read speed=2"),
         ({"optim": "sgd", "optim_args": "momentum"}, "optim: sgd: "),
@@ -386,6 +397,15 @@ def test_optimisers_that_are_refused(options, said, folder, tmp_path):
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "few"}}, "lr_scheduler_kwargs: "),
         ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs: a constant"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 2}, "warmup_steps: a constant schedule has none"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 2, "eval_strategy": "epoch"},
+            "warmup_steps: a reduce_lr_on_plateau schedule has none",
+        ),
+        (
+            {"lr_scheduler_type": "greedy", "warmup_steps": 2, "eval_strategy": "epoch"},
+            "warmup_steps: a greedy schedule has none",
+        ),
+        ({"save_strategy": "best"}, "save_strategy: best may leave a stopped run no checkpoint"),
         ({"loss_type": "nlll"}, "loss_type: there is no value 'nlll'; did you mean nll?"),
         ({"truncation_mode": "end"}, "truncation_mode: there is no value 'end'; did you mean keep_end?"),
         ({"debug": "tpu_metrics_debug"}, "debug: tpu_metrics_debug"),
@@ -479,13 +499,11 @@ def test_the_loader(folder, tmp_path):
         dataloader_prefetch_factor=3,
         dataloader_multiprocessing_context="fork",
         dataloader_in_order=False,
-        remove_unused_columns=False,
         accelerator_config={"even_batches": False, "non_blocking": True},
         per_device_train_batch_size=2,
     )
     loader = trainer.get_train_dataloader()
     assert len(loader) == 3
-    assert "text" in loader.dataset.column_names
     assert (loader.num_workers, loader.pin_memory, loader.persistent_workers) == (2, False, True)
     assert (loader.prefetch_factor, loader.in_order) == (3, False)
     assert loader.multiprocessing_context.get_start_method() == "fork"
@@ -502,7 +520,10 @@ def test_the_order_of_rows(folder, tmp_path):
     rows, shuffled = order(data_seed=1)
     assert order(data_seed=1)[1] == shuffled != order(data_seed=2)[1]
     lengths, batches = order(train_sampling_strategy="sequential")
-    assert [*chain(*batches)] == lengths == rows
+    tokenizer, texts = transformers.AutoTokenizer.from_pretrained(folder), corpus()
+    in_turn = [text for pair in zip(texts["plain"]["text"], texts["rude"]["text"], strict=True) for text in pair]
+    assert [*chain(*batches)] == lengths == [len(tokenizer(text)["input_ids"]) + 1 for text in in_turn]
+    assert sorted(lengths) == sorted(rows)
     for strategy in ("group_by_length", "batch_rebalance"):
         _, batches = order(train_sampling_strategy=strategy)
         assert sorted([*chain(*batches)]) == sorted(rows)
@@ -553,6 +574,14 @@ def test_precision(folder, tmp_path):
     if not on_gpu:
         with pytest.raises(UserError, match="tf32"):
             config(tf32=True)
+
+
+def test_precision_that_accelerate_was_launched_with(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    launched = config(bf16=None)
+    assert (launched.bf16, launched.mixed_precision, launched.autocast_dtype) == (True, "bf16", torch.bfloat16)
+    with pytest.raises(UserError, match=r"^bf16: is false, but accelerate was launched with mixed precision bf16"):
+        config(bf16=False)
 
 
 def test_determinism(folder, tmp_path, monkeypatch):

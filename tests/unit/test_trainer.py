@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 
 from bridle.data import Rollout
 from bridle.errors import UserError
 from bridle.models.loading import load_model, load_tokenizer
-from bridle.training import examples, regulariser_set, setup
+from bridle.training import examples, given, regulariser_set, setup
 from bridle.training.batches import NO_DOMAIN, Prefixes, append_rollouts
 from bridle.training.config import AuxiliaryOptions, EvalOptions, ParallelOptions, Regulariser
 from bridle.training.evaluating import EvaluatedTrainer
@@ -144,6 +144,7 @@ def test_a_kl_within_users_turns_is_warned_of(caplog, options, column, assistant
         ([], None),
         ([LoraConfig(**EVERYWHERE)], None),
         ([LoraConfig(**EVERYWHERE), LoraConfig(**EVERYWHERE, lora_dropout=0.1)], "lora"),
+        ([VeraConfig(**EVERYWHERE, r=2, vera_dropout=0.1)], "^peft_config.vera_dropout: a regulariser needs"),
         ([IA3Config(**EVERYWHERE, feedforward_modules=[])], None),
     ],
 )
@@ -155,7 +156,7 @@ def test_dropout_is_off_or_an_adapter_s_is_refused(tiny_model, adapters, said):
         else:
             model = get_peft_model(model, adapter)
     with refused(said):
-        setup.disable_policy_dropout(model)
+        setup.disable_policy_dropout(model, [Regulariser()])
         assert {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)} == {0.0}
 
 
@@ -441,8 +442,13 @@ def test_options_that_do_not_go_together(tiny_folder, tmp_path, options, said):
 
 
 def test_an_evaluation_asks_the_constraints_of_their_own_domains(tiny_folder, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(ConstrainedTrainer, "evaluate_on", lambda self, *given: asked.append(given[2:]))
+    asked, prepare = [], ConstrainedTrainer.evaluate_on
+
+    def evaluate_on(self, *given):
+        asked.append(given[3:])
+        prepare(self, *given)
+
+    monkeypatch.setattr(ConstrainedTrainer, "evaluate_on", evaluate_on)
     held = {"rude": Regulariser(NO_E), "plain": Regulariser(), "other": Regulariser(SHARE_OF_E)}
     rows, options = corpus(("plain", "rude", "other")), EvalOptions(share=0.2)
     trainer = trainer_of(tiny_folder(), tmp_path, held, rows, eval_options=options, eval_strategy="epoch")
@@ -497,8 +503,8 @@ def test_prompts_of_chats_come_from_their_turns_and_others_from_their_tokens(tin
 @pytest.mark.parametrize("assistant_only", [False, True])
 def test_trl_is_shown_a_chat_where_only_the_assistant_is_learnt(assistant_only):
     rows = {"text": Dataset.from_dict({"text": ["a kettle"]}), "talk": Dataset.from_dict({"messages": CHATS[:1]})}
-    shown = setup.example_of(rows, SimpleNamespace(assistant_only_loss=assistant_only))
-    assert shown is rows["talk" if assistant_only else "text"]
+    shown = given.example_of(rows, SimpleNamespace(assistant_only_loss=assistant_only))
+    assert shown[0] == rows["talk" if assistant_only else "text"][0]
 
 
 @pytest.mark.parametrize(("multiple", "time"), [(None, 9), (4, 12)])

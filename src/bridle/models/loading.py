@@ -59,14 +59,18 @@ class LoraOptions:
         )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, named as in `load_model`; without a pad token of its own it pads with the end token.
+
+    Args:
+        name: the model's.
+        options: of `from_pretrained`, such as `revision`.
 
     Raises:
         UserError: nothing can be loaded from `name`, or the tokenizer has no end token.
     """
     has_own = not os.path.isdir(name) or os.path.isfile(Path(name) / "tokenizer_config.json")
-    tokenizer = _load(AutoTokenizer, name if has_own else _adapter_base(name), what="tokenizer")
+    tokenizer = _load(AutoTokenizer, name if has_own else _adapter_base(name), what="tokenizer", **options)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:

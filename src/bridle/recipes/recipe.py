@@ -38,7 +38,7 @@ from bridle.training.config import (
 )
 from bridle.training.engine import SamplerOptions
 from bridle.training.held import held_domains
-from bridle.training.options import EVALUATION
+from bridle.training.options import EVALUATION, METRICS
 from bridle.utils.settings import (
     as_mapping,
     as_named,
@@ -299,6 +299,8 @@ def _training(options: dict[str, Any], is_evaluated: bool) -> dict[str, Any]:
     for key, cls in SECTIONS.items():
         if key in options:
             options = {**options, key: build(cls, options[key], key)}
+    for key in options.keys() & METRICS:
+        raise UserError(f"{key}: is read by compute_metrics, which a recipe cannot name; leave it out")
     for key in () if is_evaluated else options.keys() & EVALUATION:
         raise UserError(f"{key}: there are no rows to evaluate on; hold some out in the section eval, or leave it out")
     hints = get_type_hints(ConstrainedConfig, include_extras=True) | {"hub_token": SecretStr | None}

@@ -430,15 +430,20 @@ class ConstrainedConfig(SFTConfig):
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype of matrix products under mixed precision; None without it."""
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
     def __post_init__(self) -> None:
         check_fields(self, [f.name for f in fields(self) if f.name not in SFTConfig.__dataclass_fields__])
         self.bf16: bool | None
+        self.fp16: bool
         if self.bf16 is None:  # TRL's default is true, which fails on a machine without such a GPU
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # from `accelerate launch`
+            on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.fp16 = self.fp16 or launched == "fp16"
+            self.bf16 = not self.fp16 and (on_gpu or launched == "bf16")
         for name, (least, most) in RANGES.items():
-            if not least <= (value := getattr(self, name)) <= most:
+            value = getattr(self, name)
+            if value is None or not least <= value <= most:
                 range_ = f"at least {least}" if most == inf else f"from {least} to {most}"
                 raise UserError(f"{name}: must be {range_}, not {value}")
         if self.max_steps < 1 and self.max_steps != -1:
@@ -455,6 +460,11 @@ class ConstrainedConfig(SFTConfig):
         check_refused(self)
         with in_one_line():
             super().__post_init__()
+        if self.mixed_precision != "no" and not (self.bf16 or self.fp16):
+            raise UserError(
+                f"bf16: is false, but accelerate was launched with mixed precision {self.mixed_precision}; launch it "
+                "with --mixed_precision no, or leave bf16 out"
+            )
         check_needed(self)
         if self.torch_compile:
             # By blocks: a graph of the whole model would keep the first update's hooks.

@@ -28,6 +28,7 @@ from bridle.models.loading import end_token_ids, prompt_room
 from bridle.models.sampling import sample
 from bridle.training.checkpointing import CheckpointedTrainer
 from bridle.training.config import BestOptions, EvalOptions
+from bridle.training.given import Formatting, checked
 from bridle.training.rollouts import output_of
 from bridle.training.state import RegulariserState
 from bridle.utils.distributed import is_main, joined, share
@@ -36,12 +37,17 @@ Record = Mapping[str, Any]
 
 
 def hold_out(
-    corpus: Mapping[str, Dataset], options: EvalOptions | None
+    corpus: Mapping[str, Dataset], options: EvalOptions | None, formatting_func: Formatting | None = None
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """Splits each domain into training rows and held-out rows, independently of the run's seed; prompts alone stay.
 
+    Args:
+        corpus: rows by domain, as from `by_domain`.
+        options: what is held out; None for nothing.
+        formatting_func: as in `checked`, for the rows that `options` name.
+
     Raises:
-        UserError: a domain is not in the corpus, or too small to split.
+        UserError: a domain is not in the corpus, or too small to split, or as `checked`.
     """
     trained, held_out = dict(corpus), dict[str, Dataset]()
     if options is None:
@@ -49,7 +55,8 @@ def hold_out(
     for name, rows in options.corpus.items():
         if name not in corpus:
             raise UserError(f"eval.corpus.{name}: no such domain; the corpus has {', '.join(corpus)}")
-        held_out[name] = rows.read() if isinstance(rows, DataSource) else rows
+        read = rows.read() if isinstance(rows, DataSource) else rows
+        held_out[name] = checked(read, f"eval.corpus.{name}", formatting_func)
         if holds_prompts(held_out[name].column_names):
             raise UserError(f"eval.corpus.{name}: prompts alone have no loss; give them as eval.prompts")
     for name, rows in corpus.items():
@@ -80,21 +87,26 @@ class EvaluatedTrainer(CheckpointedTrainer):
     eval_constraints: Sequence[Constraint] = ()
 
     def evaluate_on(
-        self, held_out: Mapping[str, Dataset], weights: Mapping[str, float], judged: Sequence[str], constraints: Any
+        self,
+        options: EvalOptions,
+        held_out: Mapping[str, Dataset],
+        weights: Mapping[str, float],
+        judged: Sequence[str],
+        constraints: Any,
     ) -> None:
         """Prepares evaluation.
 
         Args:
+            options: what is measured.
             held_out: rows by domain that prompts start from, tokenised or chats.
             weights: the mixing weights of the domains that are learnt; `eval_loss` leaves the others out.
             judged: the domains whose rows give the prompts.
-            constraints: used if `eval_options` names none.
+            constraints: used if `options` name none.
 
         Raises:
             UserError: a rule without a constraint, without a prompt or without a loss.
         """
-        options = self.eval_options
-        assert options is not None
+        self.eval_options = options
         self.eval_weights = {name: weights[name] for name in held_out if name in weights}
         self.eval_constraints = options.constraints or constraints
         if self.eval_constraints and (options.prompts is not None or judged or options.constraints):
@@ -136,21 +148,25 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
     # ------------------------------------------------------------------ measuring
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluates as `SFTTrainer` does; on the held-out rows of all domains also `eval_loss` and violation rates."""
         with evaluation_mode(self.model), _undisturbed(self.model.device):
-            metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if eval_dataset is None and self.eval_options is not None:
-                record = {**self._mean_loss(metrics), **self._violations()}
+                losses = {name: metrics[f"{metric_key_prefix}_{name}_loss"] for name in self.eval_weights}
+                measured = {**self._mean_loss(losses), **self._violations()}
+                record = {f"{metric_key_prefix}_{key}": value for key, value in measured.items()}
                 self.log_apart(record)
                 metrics |= record
         return metrics
 
-    def _mean_loss(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def _mean_loss(self, losses: Mapping[str, float]) -> dict[str, float]:
         """The domains' losses, averaged by their mixing weights."""
         total = sum(self.eval_weights.values())
-        losses = [weight * metrics[f"eval_{name}_loss"] for name, weight in self.eval_weights.items()]
-        return {"eval_loss": sum(losses) / total} if losses else {}
+        weighted = [weight * losses[name] for name, weight in self.eval_weights.items()]
+        return {"loss": sum(weighted) / total} if weighted else {}
 
     def _violations(self) -> dict[str, Any]:
         """The violation rate of each constraint with its 95% Wilson interval, and the worst of them.
@@ -163,18 +179,18 @@ class EvaluatedTrainer(CheckpointedTrainer):
         outputs = [output_of(*both, self._tokenizer) for both in zip(self.eval_prompts, drawn, strict=True)]
         mine = share(outputs)
         asked, said = [prompt for prompt, _ in mine], [completion for _, completion in mine]
-        record: dict[str, Any] = {"eval_completions": len(outputs)}
+        record: dict[str, Any] = {"completions": len(outputs)}
         rates = []
         for constraint in self.eval_constraints:
             scores = joined(constraint.score(asked, said), len(outputs))
             verdicts = [not score.complies for score in scores if score.complies is not None]
-            record[f"eval_missing/{constraint.name}"] = len(outputs) - len(verdicts)
+            record[f"missing/{constraint.name}"] = len(outputs) - len(verdicts)
             if verdicts:
                 low, high = binomtest(sum(verdicts), len(verdicts)).proportion_ci(method="wilson")
                 rates.append(sum(verdicts) / len(verdicts))
-                record[f"eval_violation/{constraint.name}"] = rates[-1]
-                record |= {f"eval_violation_low/{constraint.name}": low, f"eval_violation_high/{constraint.name}": high}
-        return record | ({"eval_violation": max(rates)} if len(rates) == len(self.eval_constraints) else {})
+                record[f"violation/{constraint.name}"] = rates[-1]
+                record |= {f"violation_low/{constraint.name}": low, f"violation_high/{constraint.name}": high}
+        return record | ({"violation": max(rates)} if len(rates) == len(self.eval_constraints) else {})
 
     def _complete(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         return sample(
@@ -239,13 +255,18 @@ class EvaluatedTrainer(CheckpointedTrainer):
             return
         self.state.best_model_checkpoint = str(self._checkpoint(best))
         self._load_best_model()
-        for regulariser in self.regularisers:  # the last R that this model had
-            regulariser.load_state(RegulariserState.load(self._checkpoint(best) / "regularisers" / regulariser.name))
-            if not regulariser.is_fitted:
-                self._forget_auxiliary(regulariser.name)
         self.schedule.on_train_end(self.args, self.state, self.control)
         named = {"best_step": "step", "best_loss": "eval_loss", "best_violation": "eval_violation"}
         self.log_apart({key: best[of] for key, of in named.items()} | {"best_bound": rule.violation})
+
+    def _load_best_model(self) -> None:
+        """Loads the best checkpoint's model, and the last R that it had."""
+        super()._load_best_model()
+        for regulariser in self.regularisers:
+            of_best = Path(self.state.best_model_checkpoint) / "regularisers" / regulariser.name
+            regulariser.load_state(RegulariserState.load(of_best))
+            if not regulariser.is_fitted:
+                self._forget_auxiliary(regulariser.name)
 
     def _forget_auxiliary(self, name: str) -> None:
         """Removes a regulariser's R beside the model, which had none; those of the rounds stay."""

@@ -28,6 +28,7 @@ REFUSED = {
     "dataset_num_proc": "rows are tokenised in one process; leave it out",
     "label_names": "labels are in the column labels; leave it out",
     "length_column_name": "lengths are those of the tokenised rows; leave it out",
+    "remove_unused_columns": "rows become tokens, labels and a domain, and keep no other column; leave it out",
     # The loss
     "padding_free": "each row must stay within one domain, which λ_d needs; leave it out",
     "label_smoothing_factor": "the corpus's loss is nll or dft, without smoothing; leave it out",
@@ -66,10 +67,12 @@ NEEDED = {
 
 EVALUATION = {
     *("eval_strategy", "eval_on_start", "eval_packing", "per_device_eval_batch_size", "eval_accumulation_steps"),
-    *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics"),
-    *("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
+    *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "bf16_full_eval", "fp16_full_eval"),
 }
 """Fields that have an effect only where the trainer is given rows to evaluate on."""
+
+METRICS = {"include_for_metrics", "batch_eval_metrics"}
+"""Fields that have an effect only where the trainer is given `compute_metrics`."""
 
 
 @contextmanager
@@ -95,6 +98,8 @@ def check_refused(config: SFTConfig) -> None:
     for name, instead in REFUSED.items():
         if is_set(config, name):
             raise UserError(f"{name}: {instead}")
+    if config.save_strategy == "best":
+        raise UserError("save_strategy: best may leave a stopped run no checkpoint to go on from; set steps or epoch")
     if config.ddp_backend is not None and os.environ.get("WORLD_SIZE", "1") == "1":
         raise UserError("ddp_backend: is for several processes; start them with accelerate launch, or leave it out")
     for field in fields(config):
@@ -140,8 +145,10 @@ def _check_scheduler(config: SFTConfig) -> None:
     kind = config.lr_scheduler_type.value
     if kind.startswith("constant") and config.lr_scheduler_kwargs:
         raise UserError(f"lr_scheduler_kwargs: a {kind} schedule takes none; leave it out")
-    if kind == "constant" and config.warmup_steps:
-        raise UserError("warmup_steps: a constant schedule has none; set lr_scheduler_type: constant_with_warmup")
+    if kind in ("constant", "reduce_lr_on_plateau", "greedy") and config.warmup_steps:
+        raise UserError(
+            f"warmup_steps: a {kind} schedule has none; leave it out, or set lr_scheduler_type: constant_with_warmup"
+        )
     parameter = torch.nn.Parameter(torch.zeros(1))
     try:
         get_scheduler(kind, torch.optim.SGD([parameter]), 0, 1, config.lr_scheduler_kwargs)
@@ -152,7 +159,7 @@ def _check_scheduler(config: SFTConfig) -> None:
 def check_optimiser(config: SFTConfig, model: torch.nn.Module) -> None:
     """Raises a UserError for an optimiser that cannot be built, or options that it does not read."""
     name = config.optim.value
-    if "layerwise" in name:
+    if "layerwise" in name or "lomo" in name:
         raise UserError(f"optim: {name} steps within the backward pass, where no update can be skipped; use another")
     if config.optim_target_modules is not None:
         if not name.startswith(("galore", "apollo")):

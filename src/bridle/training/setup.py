@@ -1,98 +1,35 @@
 """Checks and preparations of a `ConstrainedTrainer` before it trains."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from math import ceil, log
 from typing import Any
 
-from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, PrefixTuningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl.data_utils import is_conversational
 
 from bridle.constraints import Constraint
-from bridle.data import tokenize_domain
-from bridle.data.corpus import tokenize_prompts
-from bridle.data.rows import holds_chats, holds_prompts
 from bridle.errors import UserError
 from bridle.models.forward import disable_dropout
 from bridle.models.hidden import check_output_adapter, check_projection
-from bridle.models.loading import check_model, context_length, load_model
+from bridle.models.loading import check_model, context_length, load_model, load_tokenizer
 from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.dual_ascent import TargetOptions
 from bridle.training.guards import warn
+from bridle.training.options import METRICS, is_set
 from bridle.training.regulariser import DomainRegulariser
-from bridle.utils.settings import check_file_name
 
 NOT_TAKEN = {
-    "data_collator": "the trainer's own keeps each row's domain",
-    "compute_loss_func": "the loss is that of the method",
-    "quantization_config": "the model is loaded already",
+    "data_collator": "the trainer's own keeps each row's domain; leave it out",
+    "compute_loss_func": "the loss is that of the method; leave it out",
+    "quantization_config": "is for loading; give the model's name, and set it in args.model_init_kwargs",
 }
-"""Arguments of `SFTTrainer` that `ConstrainedTrainer` has no use for."""
+"""Arguments of `SFTTrainer` that `ConstrainedTrainer` has no use for, and what to do instead."""
 
-
-# ---------------------------------------------------------------------- the corpus
-
-
-def by_domain(corpus: Mapping[str, Dataset] | Dataset) -> dict[str, Dataset]:
-    """Rows by domain; a single data set is the domain "corpus".
-
-    Raises:
-        UserError: a name cannot name files, or rows are streamed or not a data set.
-    """
-    domains = dict(corpus) if isinstance(corpus, Mapping) else {"corpus": corpus}
-    for name, rows in domains.items():
-        check_file_name(name, f"corpus.{name}")
-        if isinstance(rows, IterableDataset):
-            raise UserError(
-                f"corpus.{name}: is streamed, and a mixture needs the number of rows; take some of them: "
-                "Dataset.from_list(list(rows.take(10_000)))"
-            )
-        if not isinstance(rows, Dataset):
-            raise UserError(f"corpus.{name}: must be a Dataset of the library `datasets`, not a {type(rows).__name__}")
-    return domains
-
-
-def example_of(corpus: Mapping[str, Dataset], config: ConstrainedConfig) -> Dataset:
-    """The domain whose first row shows TRL the corpus's format: a chat, if training is on the assistant only."""
-    whole = [rows for rows in corpus.values() if not holds_prompts(rows.column_names)] or [*corpus.values()]
-    chats = [rows for rows in whole if is_conversational(rows[0])] if config.assistant_only_loss else []
-    return (chats or whole)[0]
-
-
-def tokenised(
-    name: str,
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    config: ConstrainedConfig,
-    formatting_func: Callable[[dict[str, Any]], str] | None,
-    packing: bool,
-) -> Dataset:
-    """Rows of one domain as `input_ids` and `labels`, packed separately so that no row belongs to two domains."""
-    if "input_ids" in rows.column_names:
-        return rows
-    if holds_prompts(rows.column_names):
-        return tokenize_prompts(rows, tokenizer, name)
-    if formatting_func is not None:
-        rows = rows.map(lambda row: {"text": formatting_func(row)}, remove_columns=rows.column_names)
-    return tokenize_domain(
-        rows,
-        tokenizer,
-        max_length=config.max_length,
-        name=name,
-        assistant_only=config.assistant_only_loss,
-        completion_only=config.completion_only_loss,
-        keep_end=config.truncation_mode == "keep_end",
-        packing=packing,
-        shuffle=config.seed if config.shuffle_dataset else None,
-    )
-
-
-def starts(corpus: Mapping[str, Dataset], tokenised: Mapping[str, Dataset], formatted: bool) -> dict[str, Dataset]:
-    """The rows that rollouts start from, by domain: chats as they were read, unless `formatted`; others tokenised."""
-    return {name: rows if holds_chats(rows) and not formatted else tokenised[name] for name, rows in corpus.items()}
+ON_THE_HUB = {"cache_dir", "revision", "subfolder", "token", "local_files_only"}
+"""Options of loading that say where a model is, and so its tokenizer."""
 
 
 def judges(regularisers: Iterable[DomainRegulariser], held_out: Iterable[str]) -> tuple[list[str], list[Constraint]]:
@@ -110,13 +47,35 @@ def loaded(model: PreTrainedModel | str, config: ConstrainedConfig) -> PreTraine
     """The policy, loaded if it is given by name.
 
     Raises:
-        UserError: it is loaded already, and `model_init_kwargs` would have no effect.
+        UserError: it is loaded already, and `model_init_kwargs` would have no effect, or names an option as it was.
     """
-    if isinstance(model, str):
-        return load_model(model, **(config.model_init_kwargs or {}))
-    if config.model_init_kwargs:
-        raise UserError("model_init_kwargs: the model is loaded already; give the trainer its name, or leave them out")
-    return model
+    options = config.model_init_kwargs or {}
+    if not isinstance(model, str):
+        if options:
+            raise UserError(
+                "model_init_kwargs: the model is loaded already; give the trainer its name, or leave them out"
+            )
+        return model
+    if "torch_dtype" in options:
+        raise UserError("model_init_kwargs: torch_dtype is called dtype now; set dtype")
+    return load_model(model, **options)
+
+
+def tokenizer_of(
+    processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel, config: ConstrainedConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that is given, or the model's, from where on the hub the model is.
+
+    Raises:
+        UserError: what is given is no tokenizer.
+    """
+    if processing_class is None:
+        options = config.model_init_kwargs or {}
+        return load_tokenizer(model.config._name_or_path, **{key: options[key] for key in ON_THE_HUB & options.keys()})
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        kind = type(processing_class).__name__
+        raise UserError(f"processing_class: must be a tokenizer, not a {kind}; give the tokenizer of a processor")
+    return processing_class
 
 
 def check_policy(
@@ -153,16 +112,38 @@ def check_rollout_length(
         )
 
 
-def disable_policy_dropout(model: PreTrainedModel) -> None:
-    """Turns dropout off, so that the trained policy is the sampled one.
+def disable_policy_dropout(model: PreTrainedModel, regularisers: Iterable[Regulariser]) -> None:
+    """Turns dropout off if a regulariser acts, so that the trained policy is the sampled one.
 
     Raises:
         UserError: an adapter's dropout is on.
     """
-    configs = model.peft_config.values() if isinstance(model, PeftModel) else []
-    if any(getattr(config, "lora_dropout", 0) > 0 for config in configs):
-        raise UserError("lora.dropout: a regulariser needs dropout off, as in TRL's RLOO and GRPO; set it to 0")
+    if not any(one.weight > 0 for one in regularisers):
+        return
+    for adapter in _adapters(model):
+        for name, value in vars(adapter).items():
+            if name.endswith("dropout") and value:
+                key = "lora.dropout" if name == "lora_dropout" else f"peft_config.{name}"
+                raise UserError(f"{key}: a regulariser needs dropout off, as in TRL's RLOO and GRPO; set it to 0")
     disable_dropout(model)
+
+
+def check_adapters(model: PreTrainedModel) -> None:
+    """Refuses adapters that put tokens of their own before each row: other states would be those of its tokens.
+
+    Raises:
+        UserError: naming the adapter's kind and what to use instead.
+    """
+    for adapter in _adapters(model):
+        if adapter.is_prompt_learning and not isinstance(adapter, PrefixTuningConfig):
+            raise UserError(
+                f"peft_config: {type(adapter).__name__} puts virtual tokens before each row, where the KL would look "
+                "in place of the row's own; use PrefixTuningConfig, which puts them into the cache, or LoRA"
+            )
+
+
+def _adapters(model: PreTrainedModel) -> list[PeftConfig]:
+    return [*model.peft_config.values()] if isinstance(model, PeftModel) else []
 
 
 # ---------------------------------------------------------------------- options that conflict
@@ -176,6 +157,9 @@ def check_options(
     Raises:
         UserError: naming the argument or key.
     """
+    if not isinstance(config, ConstrainedConfig):
+        kind = type(config).__name__
+        raise UserError(f"args: must be a ConstrainedConfig, not a {kind}; it takes the same options and Bridle's own")
     if config.sampler.engine != "transformers":
         _check_sampler(config)
     all_live = all(options.anchor == "live" for options in regularisers.values())
@@ -198,9 +182,24 @@ def check_options(
     _warn_of_no_roles(config)
     _warn_of_packed_rows(config, regularisers)
     for name in arguments.keys() & NOT_TAKEN:
-        raise UserError(f"{name}: {NOT_TAKEN[name]}; leave it out")
-    if arguments.get("eval_dataset") is None and (config.eval_strategy != "no" or config.eval_on_start):
+        raise UserError(f"{name}: {NOT_TAKEN[name]}")
+    _check_evaluation(config, arguments)
+
+
+def _check_evaluation(config: ConstrainedConfig, arguments: Mapping[str, Any]) -> None:
+    """Refuses an evaluation without rows, options that nothing reads, and a function that would format tokens."""
+    rows = arguments.get("eval_dataset")
+    if rows is None and (config.eval_strategy != "no" or config.eval_on_start):
         raise UserError("eval_strategy: there are no rows to evaluate on; give the trainer an eval_dataset")
+    for name in METRICS if arguments.get("compute_metrics") is None else ():
+        if is_set(config, name):
+            raise UserError(f"{name}: is read by compute_metrics; give the trainer that, or leave {name} out")
+    sets = rows.values() if isinstance(rows, Mapping) else [rows]
+    tokenised = any("input_ids" in (getattr(one, "column_names", None) or ()) for one in sets)
+    if tokenised and arguments.get("formatting_func") is not None:
+        raise UserError(
+            "formatting_func: eval_dataset is tokenised already; give it as text, or leave the function out"
+        )
 
 
 def _warn_of_second_fits(config: ConstrainedConfig, regularisers: Mapping[str, Regulariser]) -> None:

@@ -6,7 +6,7 @@ at 0 it is `SFTTrainer`.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from bridle.data import DOMAIN, mix
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import capture_hidden_states, output_layer, project_only
 from bridle.models.hub import PushesModel
-from bridle.models.loading import load_tokenizer
-from bridle.training import setup
+from bridle.training import given, setup
 from bridle.training.batches import PREFIXES, DomainCollator, Prefixes, append_rollouts, flat_positions, without_unread
 from bridle.training.config import ConstrainedConfig, EvalOptions, Regularisers, named
 from bridle.training.evaluating import EvaluatedTrainer, hold_out
@@ -50,8 +49,8 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         model: the policy, or the folder, hub name or GGUF file that it is loaded from, with `args.model_init_kwargs`;
             with `peft` adapters only those are trained.
         args: the configuration.
-        corpus: rows by domain: plain text, prompt and completion, or chat messages; or tokenised already
-            (`input_ids`, `labels`). A single data set is the domain "corpus".
+        corpus: rows by domain: plain text, prompt and completion, or chat messages; or tokenised already (`input_ids`,
+            with `labels` or masks). A single data set is the domain "corpus".
         regularisers: one, a list, or by domain name, or by "all" for the whole corpus. A domain without any is trained
             as in plain fine-tuning.
         weights: mixing weights of the domains; equal where not given.
@@ -80,50 +79,48 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         learn: Mapping[str, bool] | None = None,
         **kwargs: Any,
     ):
-        corpus = setup.by_domain(corpus)
+        corpus = given.by_domain(corpus, kwargs.get("formatting_func"))
         by_name = named(regularisers, corpus)
         self.held = held_domains(learn, corpus, by_name)
         check_prompts(corpus, self.held, by_name)
         self._weights = weights or dict.fromkeys(corpus, 1.0)
-        self._corpus, self._held_out = hold_out(corpus, eval_options)
+        self._corpus, self._held_out = hold_out(corpus, eval_options, kwargs.get("formatting_func"))
         setup.add_held_out(self._held_out, kwargs)
         self.domains = list(corpus)
         setup.check_options(args, by_name, kwargs)
         model = setup.loaded(model, args)
-        tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
+        tokenizer = setup.tokenizer_of(processing_class, model, args)
         setup.check_policy(model, tokenizer, args, by_name.values())
         check_optimiser(args, model)
-        example = setup.example_of(self._corpus, args)
+        self._example = given.example_of(self._corpus, args)
         with in_one_line():
-            super().__init__(model=model, args=args, train_dataset=example, processing_class=tokenizer, **kwargs)
+            super().__init__(model=model, args=args, train_dataset=self._example, processing_class=tokenizer, **kwargs)
+        setup.check_adapters(self.model)
         self.model_accepts_loss_kwargs = True  # whatever the model's own loss divides by, `compute_loss` divides itself
         setup.check_gpus(args, self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else None)
         pad, held = tokenizer.pad_token_id, [self.domains.index(name) for name in self.held]
         self.data_collator = DomainCollator(pad, pad_to_multiple_of=args.pad_to_multiple_of, held=held)
         self.means = RunningMeans()
-        formatted = kwargs.get("formatting_func") is not None
-        starts = setup.starts(self._corpus, self.tokenised, formatted)
+        starts = given.starts(self._corpus, self.tokenised)
         made = []
         for index, (name, options) in enumerate(by_name.items()):
             of = {domain: starts[domain] for domain in options.domains(self.domains)}
             kind = Retention if options.is_retention else DomainRegulariser
             made.append(kind(index, name, options, self.model, tokenizer, of, args))
         self.regularisers = RegulariserSet(made, self.domains, self.means)
-        if any(regulariser.options.weight > 0 for regulariser in self.regularisers):
-            setup.disable_policy_dropout(self.model)
+        setup.disable_policy_dropout(self.model, by_name.values())
         setup.warn_of_user_turns(self.regularisers, args)
         self._coming: list[Prefixes] = []  # the micro-batches of the next update
         self._rollout_batches: deque[RolloutBatch] = deque()  # of its remaining micro-batches
-        self._prepare_evaluation(eval_options, formatted)
+        self._prepare_evaluation(eval_options)
         self._add_callbacks()
 
-    def _prepare_evaluation(self, options: EvalOptions | None, formatted: bool) -> None:
+    def _prepare_evaluation(self, options: EvalOptions | None) -> None:
         if options is None:
             return
-        self.eval_options = options
         learnt = {name: weight for name, weight in self._weights.items() if name not in self.held}
-        starts = setup.starts(self._held_out, self.eval_dataset, formatted)
-        self.evaluate_on(starts, learnt, *setup.judges(self.regularisers, self._held_out))
+        starts = given.starts(self._held_out, self.eval_dataset)
+        self.evaluate_on(options, starts, learnt, *setup.judges(self.regularisers, self._held_out))
 
     def _add_callbacks(self) -> None:
         log_to_trackers(self.callback_handler.callbacks)
@@ -176,7 +173,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """CE of the corpus, as `SFTTrainer` has it, plus Σ_d λ_d·KL(q_d ‖ p_θ)."""
+        """CE of the corpus, as `SFTTrainer` has it, plus Σ_d λ_d·KL(q_d ‖ p_θ); outputs take a forward of their own."""
         prefixes = inputs.pop(PREFIXES, None)
         if not model.training or prefixes is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -199,8 +196,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
             hidden_states = captured.last
             assert hidden_states is not None
         else:
-            hidden_states = policy_forward(model, **inputs)
-            cross_entropy = 0.0
+            hidden_states, cross_entropy = policy_forward(model, **inputs), 0.0
 
         masks = self.regularisers.masks(prefixes)
         seen = np.logical_or.reduce([trained_on, *masks])  # the positions whose logits are computed
@@ -217,7 +213,8 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         self._note(sums, tokens)
         loss = cross_entropy + loss * scale / divisor
         # An infinite loss may have a finite gradient. This makes it NaN, on all processes, and the update is skipped.
-        return loss * (1 + 0 * loss.detach())
+        loss = loss * (1 + 0 * loss.detach())
+        return (loss, model(**inputs)) if return_outputs else loss
 
     @property
     def _cross_entropy_is_trls(self) -> bool:
@@ -270,17 +267,17 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         processing_class: PreTrainedTokenizerBase,
         args: ConstrainedConfig,
         packing: bool,
-        formatting_func: Callable[[dict[str, Any]], str] | None,
+        formatting_func: given.Formatting | None,
         dataset_name: str,
     ) -> Dataset:
-        """The mixture of tokenised domains, instead of TRL's preparation; uses the tokenizer and template of `args`."""
-        how = (processing_class, args, formatting_func, packing)
-        if dataset is self._held_out.get(dataset_name):
-            return setup.tokenised(dataset_name, dataset, *how)
-        if dataset_name != "train":
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        self.tokenised = {name: setup.tokenised(name, rows, *how) for name, rows in self._corpus.items()}
-        return mix(self.tokenised, self._weights, args.seed, self.held)
+        """The mixture of tokenised domains in place of the example, or tokenised rows to evaluate on."""
+        how = (processing_class, args, packing)
+        if dataset is self._example:
+            self.tokenised = {name: given.tokenised(name, rows, *how) for name, rows in self._corpus.items()}
+            return mix(self.tokenised, self._weights, given.seed_of_order(args), self.held)
+        if dataset is not self._held_out.get(dataset_name):
+            dataset = given.to_evaluate(dataset_name, dataset, formatting_func)
+        return given.tokenised(dataset_name, dataset, *how)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
