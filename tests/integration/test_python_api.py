@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig
-from trl import TrlParser
+from datasets import Dataset, DatasetDict
+from peft import LoHaConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from transformers import ProcessorMixin, TrainerCallback
+from trl import SFTConfig, TrlParser
 
 from bridle.errors import UserError
 from bridle.models.auxiliary import new_auxiliary
@@ -16,7 +18,7 @@ from bridle.models.loading import LoraOptions, load_for_inference, load_model, l
 from bridle.models.sharding import weights_hash
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import train
-from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, ParallelOptions, Regulariser
+from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, EvalOptions, ParallelOptions, Regulariser
 from bridle.training.trainer import ConstrainedTrainer
 from bridle.utils.settings import parse_yaml
 from conftest import SENTENCES
@@ -62,6 +64,7 @@ def test_a_regulariser_is_checked(options, said):
         ),
         (ConstrainedConfig, {"parallel": AuxiliaryOptions()}, "^parallel: must be a mapping"),
         (ConstrainedConfig, {"num_train_epochs": 0}, "^num_train_epochs: must be above 0"),
+        (ConstrainedConfig, {"max_grad_norm": None}, "^max_grad_norm: must be at least 0, not None"),
         (AuxiliaryOptions, {"epochs": 0}, "^epochs: input should be greater than 0"),
         (AuxiliaryOptions, {"depth": 1.5}, "^depth: input should be a valid integer"),
         (ParallelOptions, {"patience": "long"}, "^patience: input should be a valid number"),
@@ -78,6 +81,13 @@ def test_the_configuration_is_read_by_trl_s_parser(tmp_path):
     (read,) = TrlParser(ConstrainedConfig).parse_args_and_config(["--config", str(path), "--max_new_tokens", "5"])
     assert (read.rounds, read.schedule, read.max_new_tokens) == (3, "parallel", 5)
     assert read.auxiliary == AuxiliaryOptions(depth=2)
+
+
+class OneOfSeveral(ProcessorMixin):
+    """A processor, which holds a tokenizer."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
 
 
 def test_names_and_functions_in_their_places(tiny_folder, tmp_path):
@@ -101,19 +111,155 @@ def test_names_and_functions_in_their_places(tiny_folder, tmp_path):
     assert Regulariser("regex:e").constraint.describe()["pattern"] == "e"
     assert Regulariser("retention").is_retention
 
-    loaded = load_model(str(folder))
+    old_name = config(tmp_path, model_init_kwargs={"torch_dtype": "bfloat16"})
+    loaded_tokenizer = load_tokenizer(str(folder))
+    loaded, with_images = load_model(str(folder)), rows.add_column("image", [None] * len(rows))
+    tokens = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
     for changes, said in (
         ({"corpus": rows.to_iterable_dataset()}, "^corpus.corpus: is streamed"),
         ({"corpus": {"a": rows.to_list()}}, "^corpus.a: must be a Dataset"),
+        ({"corpus": DatasetDict(train=rows, test=rows)}, r"^corpus: has the splits train, test, .*corpus\['train'\]"),
+        ({"corpus": {}}, "^corpus: has no domain"),
+        ({"corpus": {"a": rows, "b": rows.select([])}}, "^corpus.b: has no rows"),
+        ({"corpus": {"a": rows, "b": with_images}}, "^corpus.b: the column 'image' would not be read"),
+        ({"corpus": {"a": rows.with_transform(dict)}}, "^corpus.a: with_transform"),
+        ({"eval_options": EvalOptions(corpus={"corpus": with_images})}, "^eval.corpus.corpus: the column 'image'"),
+        ({"eval_dataset": {"b": with_images}}, "^eval_dataset b: the column 'image' would not be read"),
+        ({"eval_dataset": rows.to_iterable_dataset()}, "^eval_dataset eval: is streamed"),
+        ({"eval_dataset": rows.rename_column("text", "prompt")}, "^eval_dataset eval: prompts alone have no loss"),
+        ({"corpus": tokens, "formatting_func": str}, "^formatting_func: corpus.corpus is tokenised already"),
+        ({"eval_dataset": tokens, "formatting_func": str}, "^formatting_func: eval_dataset is tokenised already"),
         ({"model": loaded}, "^model_init_kwargs: the model is loaded already"),
+        ({"args": old_name}, "^model_init_kwargs: torch_dtype is called dtype now; set dtype"),
+        ({"args": SFTConfig(str(tmp_path), use_cpu=True, bf16=False)}, "^args: must be a ConstrainedConfig, not a SFT"),
+        (
+            {"processing_class": OneOfSeveral(loaded_tokenizer)},
+            "^processing_class: .*, not a OneOfSeveral; give the tok",
+        ),
+        ({"quantization_config": {}}, "^quantization_config: is for loading; .* set it in args.model_init_kwargs"),
+        ({"peft_config": LoHaConfig(target_modules=["q_proj"], module_dropout=0.5)}, "^peft_config.module_dropout: "),
+        (
+            {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)},
+            "^peft_config: PromptTuningConfig puts virtual tokens before each row",
+        ),
+        (
+            {"peft_config": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)},
+            "^peft_config: PromptEncoderConfig puts virtual tokens before each row",
+        ),
         ({"model": str(tmp_path / "nothing")}, "nothing: cannot load the model: no such folder"),
         ({"regularisers": [Regulariser(NO_E), Regulariser(NO_E)]}, "^regularisers: two are called 'all'"),
         ({"regularisers": [Regulariser(NO_E, domain="corpse")]}, "^regularisers.corpse.domain: .*did you mean corpus"),
         ({"regularisers": [Regulariser(NO_E, name="kl")]}, "^regularisers.kl: is what metrics begin with"),
         ({"regularisers": {"x/y": Regulariser(NO_E, domain="corpus")}}, "^regularisers.x/y: 'x/y' names files"),
     ):
-        given = {"model": str(folder), "args": trainer.args, "corpus": rows, "regularisers": [], **changes}
+        given = {"model": str(folder), "args": trainer.args, "corpus": rows, "regularisers": [Regulariser()], **changes}
         refused(lambda given=given: ConstrainedTrainer(**given), said)
+
+
+def test_rows_that_are_tokenised_already_stand_beside_text(tiny_folder, tmp_path):
+    """Their masks say what is learnt and where rollouts begin; a prompt has no loss in evaluation either."""
+    masked = [{"input_ids": [1, 9, 8, *range(5, 40)], "completion_mask": [0, 0, 0] + [1] * 35}] * 8
+    rows = {"plain": corpus()["plain"], "rude": Dataset.from_list(masked)}
+    trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, rows=rows, max_steps=2)
+    trainer.train()
+    assert trainer.tokenised["rude"][0] == {
+        "input_ids": [1, 9, 8, *range(5, 26)],
+        "labels": [-100] * 3 + [*range(5, 26)],
+    }
+    assert all(one.prompt_ids == [1, 9, 8] for one in trainer.regularisers[0].rollouts)
+    alone = {"rude": Dataset.from_dict({"input_ids": [[1, *range(5, 20)]] * 8})}
+    trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, rows=alone, max_steps=2).train()
+
+
+def test_rows_to_evaluate_on_are_read_as_those_of_the_corpus(tiny_folder, tmp_path):
+    """Whatever they are called, and whatever the first domain of the corpus is."""
+    asked = Dataset.from_list([{"prompt": SENTENCES[0], "completion": SENTENCES[1]}] * 4)
+    trainer = ConstrainedTrainer(
+        str(tiny_folder()),
+        config(tmp_path, max_length=60),
+        corpus(),
+        {},
+        eval_dataset={"train": asked, "text": corpus()["plain"]},
+    )
+    assert trainer.eval_dataset["train"]["labels"][0][:5] == [-100] * 5
+    assert len(trainer.eval_dataset["text"]) == len(corpus()["plain"])
+    found = trainer.evaluate()
+    given = trainer.evaluate({"train": asked})
+    assert given["eval_train_loss"] == found["eval_train_loss"] != trainer.evaluate(corpus()["plain"])["eval_loss"]
+
+
+def test_a_format_is_judged_after_the_formatting(tiny_folder, tmp_path):
+    """A function may make text of any columns, in training and in evaluation."""
+    rows = Dataset.from_list([{"prompt": text, "response": "yes"} for text in SENTENCES])
+
+    def text(row):
+        return f"{row['prompt']}: {row['response']}"
+
+    trainer = ConstrainedTrainer(
+        str(tiny_folder()),
+        config(tmp_path, max_length=None),
+        rows,
+        {},
+        formatting_func=text,
+        eval_options=EvalOptions(corpus={"corpus": rows}),
+    )
+    decoded = trainer.processing_class.decode(trainer.tokenised["corpus"][0]["input_ids"], skip_special_tokens=True)
+    assert decoded == text(rows[0])
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate(rows)["eval_loss"]
+    assert trainer.evaluate({"a": rows})["eval_a_loss"] == trainer.evaluate(rows)["eval_loss"]
+
+
+def test_a_prefix_in_the_cache_is_trained_as_by_trl(tiny_folder, tmp_path):
+    """Its virtual tokens lie before no row, so that positions are those of the rows."""
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    trainer = ConstrainedTrainer(
+        str(tiny_folder()), config(tmp_path, max_steps=2), corpus(), {"rude": Regulariser()}, peft_config=prefix
+    )
+    trainer.train()
+    assert logged(trainer, "kl/rude")[0] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_tokenizer_comes_from_where_its_model_does(tiny_folder, tmp_path):
+    """A revision of a repository in a cache of its own."""
+    cache = tmp_path / "cache" / "models--mine--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "second").write_text("0" * 40)
+    shutil.copytree(tiny_folder(), cache / "snapshots" / ("0" * 40))
+    where = {"cache_dir": str(tmp_path / "cache"), "revision": "second"}
+    trainer = ConstrainedTrainer("mine/tiny", config(tmp_path, model_init_kwargs=where), corpus(), {})
+    assert trainer.processing_class.eos_token == "<eos>"
+
+
+class StopAt(TrainerCallback):
+    """Ends training after an update."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+def test_a_run_that_a_callback_ends_has_all_its_rounds_and_is_not_begun_again(tiny_folder, tmp_path):
+    trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, max_steps=6, save_strategy="steps")
+    trainer.add_callback(StopAt(4))
+    trainer.train()
+    assert logged(trainer, "round") == [1, 2]
+    assert all(seconds > 0 for seconds in logged(trainer, "seconds_policy"))
+    refused(trainer.train, "^train: this trainer has trained already")
+    again = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, max_steps=6, save_strategy="steps")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert logged(again, "round") == [1, 2]
+
+
+def test_the_loss_comes_with_outputs_where_they_are_asked_for(tiny_folder, tmp_path):
+    trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser()})
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    again, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+    assert loss == again
+    assert outputs.logits.shape[:2] == batch["input_ids"].shape
 
 
 def test_two_policies_and_retention_on_one_domain(tiny_folder, tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from bridle.errors import RunStopped
+from bridle.errors import RunStopped, UserError
 from bridle.training.config import ConstrainedConfig
 from bridle.training.guards import Supervisor
 from bridle.training.oom import OomSafeTrainer
@@ -21,7 +21,13 @@ from bridle.utils.interruption import deferring
 
 
 class Resumable(Protocol):
-    """An object whose state is part of every checkpoint."""
+    """An object whose state is part of every checkpoint.
+
+    Attributes:
+        round: the round that has begun; 0 before training.
+    """
+
+    round: int
 
     def save(self, checkpoint: Path) -> dict[str, Any]:
         """Writes its files; returns what goes into `PROGRESS_FILE`."""
@@ -61,6 +67,7 @@ class CheckpointedTrainer(OomSafeTrainer):
         """Trains, as `Trainer.train` does.
 
         Raises:
+            UserError: the trainer has trained already, and is given no checkpoint to resume from.
             RunStopped: a guard stopped the run, or more than `max_missing` of a round's rollouts got no score.
             Interrupted: a signal arrived. The current update is complete and a checkpoint written, unless the signal
                 arrived in a round or there are several processes, which would have to agree on the update.
@@ -109,6 +116,11 @@ class CheckpointedTrainer(OomSafeTrainer):
             keep_last(self.args.output_dir, PROGRESS_FILE, self.args.keep_last, self.state.best_model_checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is None and self.schedule.round:
+            raise UserError(
+                "train: this trainer has trained already, and its rounds are over; make another one of its model, or "
+                "give resume_from_checkpoint"
+            )
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             with readable(resume_from_checkpoint):

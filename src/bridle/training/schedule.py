@@ -20,7 +20,7 @@ from bridle.training.state import PROGRESS_FILE, RegulariserState, RoundProgress
 from bridle.training.steering import steer
 from bridle.utils.distributed import is_main
 from bridle.utils.files import read_json
-from bridle.utils.interruption import at_once
+from bridle.utils.interruption import at_once, is_pending
 
 Log = Sequence[Mapping[str, Any]]  # a run's records
 
@@ -69,6 +69,8 @@ class SequentialSchedule(TrainerCallback):
         return control
 
     def on_train_end(self, args, state, control, **kwargs):
+        if self._record and self.supervisor.verdict is None and not is_pending():  # else a resumed run ends it
+            self._end_round()
         for regulariser in self.regularisers:
             if regulariser.auxiliary is not None and regulariser.is_fitted:  # the final model has the last R too
                 regulariser.auxiliary.config.provenance["trained_model"] = fingerprint(regulariser.model)
@@ -124,6 +126,7 @@ class SequentialSchedule(TrainerCallback):
         self._record |= self.regularisers.means.of_round()
         self._warn(unreached_warnings(self._record))
         self.supervisor.log(self._record)
+        self._record = {}
 
     # ------------------------------------------------------------------ files
 
