@@ -60,6 +60,19 @@ class TestFolder:
         torch.testing.assert_close(found(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
         assert load_tokenizer(str(tmp_path / "out"))("a") == load_tokenizer(str(tmp_path / "run" / "model"))("a")
 
+    @pytest.mark.parametrize("adapted", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+    def test_an_adapter_of_one_end_leaves_the_other_that_it_is_tied_to(self, llama, tmp_path, adapted):
+        base = llama(tie_word_embeddings=True)
+        model = load_model(str(base), lora=LoraOptions(r=2, target_modules=adapted))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(tmp_path / "adapter")
+        export(tmp_path / "adapter", tmp_path / "out")
+        found, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.tensor([[5, 6, 7]])
+        assert not found.config.tie_word_embeddings
+        torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
+
     def test_its_card_is_the_run_s_with_what_changed(self, bridle, recipe, tmp_path):
         run = tmp_path / "run"
         shape = {"form": "log-linear", "epochs": 1}

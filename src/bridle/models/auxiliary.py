@@ -23,7 +23,7 @@ from bridle.core.decomposition import log_target
 from bridle.errors import UserError
 from bridle.models.forward import disable_dropout
 from bridle.models.hidden import causal_lm
-from bridle.models.loading import reason
+from bridle.models.loading import merged, reason
 from bridle.models.sharding import digest, in_shards, whole
 from bridle.utils.files import read_json
 
@@ -309,8 +309,8 @@ def new_auxiliary(
     )
     auxiliary = AuxiliaryModel(config).float()
     if auxiliary.network is not None:
-        merged = deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
-        auxiliary.network.load_state_dict(merged.base_model.state_dict())
+        whole = merged(deepcopy(model)) if isinstance(model, PeftModel) else model
+        auxiliary.network.load_state_dict(whole.base_model.state_dict())
         disable_dropout(auxiliary.network)
     return auxiliary.to(model.device)
 

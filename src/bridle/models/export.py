@@ -12,7 +12,7 @@ from bridle.models.card import write_export_card
 from bridle.models.gguf import is_gguf
 from bridle.models.gguf_writer import check_writable, write_gguf
 from bridle.models.guidance import check_scale, load_guide
-from bridle.models.loading import check_model, load_model, load_tokenizer, torch_dtype
+from bridle.models.loading import check_model, load_model, load_tokenizer, merged, torch_dtype, untie
 from bridle.utils.files import atomic_file, atomic_files, check_output
 
 
@@ -69,11 +69,6 @@ def _sample_from_all(model: PreTrainedModel) -> None:
         model.generation_config.top_k = 0
 
 
-def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model with its adapters added to its weights; it may be changed in place."""
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
-
-
 @torch.no_grad()
 def fold(model: PreTrainedModel, auxiliary: AuxiliaryModel, guidance_scale: float = 1.0) -> None:
     """Makes guided decoding the model's own: W + η·U·V is its output layer, apart from the embedding.
@@ -95,9 +90,8 @@ def fold(model: PreTrainedModel, auxiliary: AuxiliaryModel, guidance_scale: floa
     # Of some architectures the logits are divided or multiplied after the layer.
     unit = (getattr(config, "logits_scaling", None) or 1.0) / (getattr(config, "logit_scale", None) or 1.0)
     change = guidance_scale * unit * auxiliary.output_change()
-    layer.weight = torch.nn.Parameter(layer.weight + change.to(layer.weight))
-    model.config.tie_word_embeddings = config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
+    untie(model)
+    layer.weight.add_(change.to(layer.weight))
 
 
 def convert_gguf(name: str, folder: Path, dtype: str = "float32") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import PositiveFloat, PositiveInt
 from transformers import (
     AutoConfig,
@@ -128,6 +129,29 @@ def load_model(
         return model.to(device) if device else model
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {device!r} cannot be used: {error}") from error
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model with its adapters added to its weights; it may be changed in place.
+
+    Tied embeddings part where one of them has an adapter: `peft` would add its change to the other one, too.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    lm = causal_lm(model)
+    ends = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if lm.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+        untie(lm)
+    return model.merge_and_unload()
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Gives the output layer a weight of its own, apart from the embedding."""
+    layer = model.get_output_embeddings()
+    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
 
 
 def warn_if_emulated(model: PreTrainedModel | PeftModel) -> None:
