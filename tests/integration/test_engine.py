@@ -8,6 +8,7 @@ import torch
 from trl.generation import vllm_generation
 
 from bridle.errors import UserError
+from bridle.models.loading import LoraOptions, load_model, load_tokenizer
 from bridle.models.sampling import sample
 from bridle.training import engine
 from bridle.training.config import AuxiliaryOptions, Regulariser
@@ -30,7 +31,7 @@ class Engine(REAL):
         Engine.made.append(self)
 
     def sync_weights(self):
-        self.synced.append({name: value.detach().clone() for name, value in self.model.named_parameters()})
+        self.synced.append({name: value.detach().clone() for name, value in self._iter_named_params()})
 
     def generate(self, prompts, images, num_generations, profiler=None):
         assert (images, num_generations, self.temperature, self.top_p, self.top_k) == (None, 1, 1.0, 1.0, 0)
@@ -70,6 +71,21 @@ def test_a_round_samples_the_policy_as_it_is(tiny_folder, tmp_path):
     assert [rollout.prompt_ids for rollout in rollouts] == made.calls[-1]
     assert all(rollout.complies == ("e" not in rollout.completion) for rollout in rollouts)
     assert logged(trainer, "rude/fit") == ["fitted", "fitted"]
+
+
+def test_the_model_beneath_adapters_in_half_precision_does_not_drift(tiny_folder):
+    folder = str(tiny_folder())
+    model, tokenizer = load_model(folder, dtype="bfloat16", lora=LoraOptions(r=2)), load_tokenizer(folder)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    how = {"max_new_tokens": 4, "end_token_ids": [2], "traces": {}, "on_batch": lambda drawn: None}
+    engine.sampler(VLLM, tokenizer)(model, [[1, 5, 9]], **how)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    (synced,) = Engine.made[0].synced
+    name = "model.layers.0.self_attn.q_proj"
+    assert not torch.equal(synced[f"{name}.weight"], before[f"base_model.model.{name}.base_layer.weight"]), "merged"
 
 
 @pytest.mark.parametrize("off", [0.0, 0.2])

@@ -5,15 +5,19 @@ each token had when it was drawn is kept, and R's labels are weighted by the lik
 (`future_weights`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import PositiveFloat, PositiveInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.errors import UserError, first_line
 from bridle.models.sampling import Trace, sample
+from bridle.models.sharding import local
 from bridle.utils.distributed import gathered, rank, world
 from bridle.utils.settings import check_fields
 
@@ -83,7 +87,8 @@ def _sample(
 ) -> list[list[int]]:
     """All processes call this; each draws its share of the prompts and returns all completions."""
     engine = _engine(options, model, tokenizer, max_new_tokens, list(end_token_ids))
-    engine.sync_weights()
+    with _base_restored(model):
+        engine.sync_weights()
     size = -(-len(prompts) // world())  # in server mode every process must have as many
     mine = [index % len(prompts) for index in range(rank() * size, (rank() + 1) * size)]
     _, completions, log_probs, _ = engine.generate([list(prompts[index]) for index in mine], None, 1)
@@ -95,6 +100,20 @@ def _sample(
     for part in gathered(drawn):
         traces |= part
     return [traces[index].tokens for index in range(len(prompts))]
+
+
+@contextmanager
+def _base_restored(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Restores the weights beneath adapters after the block, in which TRL merges and unmerges them.
+
+    In half precision (W + Δ) − Δ is not W, and the model beneath would drift from round to round.
+    """
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    halves = [weight for layer in layers for weight in layer.parameters() if weight.dtype.itemsize == 2]
+    kept = [local(weight).to("cpu", copy=True) for weight in halves]
+    yield
+    for weight, before in zip(halves, kept, strict=True):
+        local(weight).copy_(before)
 
 
 _running: list[tuple[PreTrainedModel, tuple, Any]] = []
