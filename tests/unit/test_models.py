@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from huggingface_hub import constants
+from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
 from transformers import AutoModel, GenerationConfig
 
@@ -18,7 +19,14 @@ from bridle.models.auxiliary import AuxiliaryModel, largest_so_far, load_auxilia
 from bridle.models.forward import policy_forward
 from bridle.models.guidance import NADOGuide, guided
 from bridle.models.hidden import capture_hidden_states, check_projection, project
-from bridle.models.loading import LoraOptions, end_token_ids, load_for_inference, load_model
+from bridle.models.loading import (
+    LoraOptions,
+    end_token_ids,
+    load_config,
+    load_for_inference,
+    load_model,
+    load_tokenizer,
+)
 from bridle.models.sampling import SHORTEST_STAGE, Decoding, sample
 from exhaustion import room_for
 from worlds import World
@@ -529,6 +537,21 @@ class TestAnchor:
             assert torch.equal(plain, interrupted)
 
 
+@pytest.fixture
+def hub_cache(monkeypatch, tmp_path):
+    """A factory of folders in which the hub's cache keeps a repository: hub_cache("me/adapter")."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def make(name):
+        repository, commit = tmp_path / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        return repository / "snapshots" / commit
+
+    return make
+
+
 class TestLoading:
     def test_a_folder_and_an_adapter_folder(self, tiny_model, tmp_path):
         tiny_model().save_pretrained(tmp_path / "base")
@@ -538,6 +561,24 @@ class TestLoading:
         assert load_model(str(tmp_path / "adapter")).peft_config["default"].r == 2
         with pytest.raises(UserError, match="is an adapter already"):
             load_model(str(tmp_path / "adapter"), lora=LoraOptions())
+
+    def test_an_adapter_on_the_hub(self, tiny_folder, hub_cache, tmp_path):
+        base = str(tiny_folder())
+        tuned = load_model(base, lora=LoraOptions(r=2))
+        torch.nn.init.normal_(tuned.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+        tuned.save_pretrained(hub_cache("me/adapter"))
+        found, ids = load_model("me/adapter", revision="main"), torch.tensor([[5, 6, 7]])
+        assert isinstance(found, PeftModel)
+        torch.testing.assert_close(found(ids).logits, tuned(ids).logits)
+        assert load_tokenizer("me/adapter")("a") == load_tokenizer(base)("a")
+        assert load_config("me/adapter").model_type == "llama"
+        with pytest.raises(UserError, match="me/adapter: is an adapter already"):
+            load_model("me/adapter", lora=LoraOptions())
+        pickled = hub_cache("me/pickled")
+        tuned.save_pretrained(pickled)
+        (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+        with pytest.raises(UserError, match=r"me/pickled: cannot load the adapter: it holds no adapter_model\.safet"):
+            load_model("me/pickled")
 
     def test_a_folder_without_weights_and_a_pickle_are_refused_in_one_line(self, tiny_model, tmp_path):
         model = tiny_model()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import PositiveFloat, PositiveInt
 from transformers import (
@@ -20,17 +21,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from bridle.constraints.options import Probability
 from bridle.errors import UserError, first_line
 from bridle.models.gguf import is_gguf, load_gguf
 from bridle.models.hidden import causal_lm
 from bridle.utils.distributed import from_main, is_main
-from bridle.utils.files import read_json
 from bridle.utils.quiet import only_errors
 from bridle.utils.safe_loading import holds, is_path, refusal
 
 logger = logging.getLogger(__name__)
+
+ON_THE_HUB = {"cache_dir", "revision", "subfolder", "token", "local_files_only"}
+"""Options of `from_pretrained` that say where a file is."""
 
 
 @dataclass
@@ -70,8 +74,8 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     Raises:
         UserError: nothing can be loaded from `name`, or the tokenizer has no end token.
     """
-    has_own = not os.path.isdir(name) or os.path.isfile(Path(name) / "tokenizer_config.json")
-    tokenizer = _load(AutoTokenizer, name if has_own else _adapter_base(name), what="tokenizer", **options)
+    holder, options = _holding("tokenizer_config.json", name, options)
+    tokenizer = _load(AutoTokenizer, holder, what="tokenizer", **options)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -85,8 +89,8 @@ def load_config(name: str) -> PretrainedConfig:
     Raises:
         UserError: nothing can be loaded from `name`.
     """
-    has_own = not os.path.isdir(name) or os.path.isfile(Path(name) / "config.json")
-    config: PretrainedConfig = _load(AutoConfig, name if has_own else _adapter_base(name), what="configuration")
+    holder, options = _holding("config.json", name, {})
+    config: PretrainedConfig = _load(AutoConfig, holder, what="configuration", **options)
     return config
 
 
@@ -98,7 +102,7 @@ def load_model(
     device: str | None = None,
     **options: Any,
 ) -> PreTrainedModel | PeftModel:
-    """Loads a causal language model; an adapter's folder also loads its base model.
+    """Loads a causal language model; of an adapter also its base model.
 
     Args:
         name: a folder written by `save_pretrained`, a hub name, or a GGUF file: `path/to/model.gguf`, or
@@ -106,7 +110,7 @@ def load_model(
         dtype: of the weights; float32 by default, because training in half precision loses small updates.
         lora: adds new adapters to the model.
         device: by default the CPU, for a trainer to move.
-        options: of `from_pretrained`.
+        options: of `from_pretrained`. `revision` and `subfolder` are the adapter's; its configuration names the base's.
 
     Raises:
         UserError: `name` cannot be loaded or lacks weights; `lora` does not fit the model, or `name` is an adapter
@@ -114,15 +118,16 @@ def load_model(
     """
     if isinstance(dtype, str):
         dtype = torch_dtype(dtype)
-    base = _adapter_base(name)
-    if base != name and lora is not None:
+    adapter = adapter_config(name, **options)
+    if adapter is not None and lora is not None:
         raise UserError(f"{name}: is an adapter already; merge it first, or leave `lora` out of the recipe")
-    model, info = _load(AutoModelForCausalLM, base, what="model", dtype=dtype, output_loading_info=True, **options)
+    base, of_base = (name, options) if adapter is None else _base(adapter, options)
+    model, info = _load(AutoModelForCausalLM, base, what="model", dtype=dtype, output_loading_info=True, **of_base)
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"{base}: the model is incomplete: its weights lack '{missing[0]}'")
     _make_savable(model)
-    if base != name:
-        model = _with_adapter(model, name)
+    if adapter is not None:
+        model = _with_adapter(model, name, options)
     elif lora is not None:
         model = _with_lora(model, lora)
     try:
@@ -249,14 +254,15 @@ def _make_savable(model: PreTrainedModel) -> None:
         model.generation_config.do_sample = True
 
 
-def _with_adapter(model: PreTrainedModel, name: str) -> PeftModel:
-    """The model with a folder's adapter, which must not be a pickle; `peft` would load one."""
+def _with_adapter(model: PreTrainedModel, name: str, options: Mapping[str, Any]) -> PeftModel:
+    """The model with an adapter, which must not be a pickle; `peft` would load one."""
     try:
-        if not (Path(name) / "adapter_model.safetensors").is_file():
+        if (weights := _file("adapter_model.safetensors", name, options)) is None:
             raise FileNotFoundError("it holds no adapter_model.safetensors")
-        return PeftModel.from_pretrained(model, name)
+        return PeftModel.from_pretrained(model, str(weights.parent))
     except Exception as error:
-        raise UserError(f"{name}: cannot load the adapter: {reason(name, error)}") from error
+        why = reason(name, error) if os.path.isdir(name) else first_line(error)
+        raise UserError(f"{name}: cannot load the adapter: {why}") from error
 
 
 def _with_lora(model: PreTrainedModel, lora: LoraOptions) -> PeftModel:
@@ -282,15 +288,49 @@ def reason(name: str | Path, error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _adapter_base(name: str) -> str:
-    """The base model of an adapter's folder; `name` itself if it is not an adapter."""
-    config = Path(name) / "adapter_config.json"
-    if not os.path.isfile(config):
-        return name
-    base = read_json(config, dict[str, Any]).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{config}: names no base model (key base_model_name_or_path)")
-    return str(base)
+def adapter_config(name: str, **options: Any) -> PeftConfig | None:
+    """The configuration of an adapter, named as in `load_model`; None if `name` is not an adapter.
+
+    Args:
+        name: the model's.
+        options: of `from_pretrained`, such as `revision`.
+
+    Raises:
+        UserError: it is damaged, or names no base model.
+    """
+    if (file := _file("adapter_config.json", name, options)) is None:
+        return None
+    try:
+        config = PeftConfig.from_pretrained(str(file.parent))
+    except Exception as error:
+        raise UserError(f"{file}: is not the configuration of an adapter: {first_line(error)}") from error
+    if not config.base_model_name_or_path:
+        raise UserError(f"{file}: names no base model (key base_model_name_or_path)")
+    return config
+
+
+def _base(adapter: PeftConfig, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The base model of an adapter, and of the options of `from_pretrained` those that are not the adapter's alone."""
+    shared = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+    pinned = {"revision": adapter.revision} if adapter.revision else {}
+    return str(adapter.base_model_name_or_path), shared | pinned
+
+
+def _holding(file: str, name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What holds a file, with the options of its loading: a model itself, or the base of an adapter that lacks it."""
+    adapter = adapter_config(name, **options)
+    return (name, options) if adapter is None or _file(file, name, options) else _base(adapter, options)
+
+
+def _file(file: str, name: str, options: Mapping[str, Any]) -> Path | None:
+    """A file of a model's folder, or of its repository on the hub, fetched if need be; None if it has no such file."""
+    if is_path(name) and not os.path.isdir(name):
+        return None
+    try:
+        found = cached_file(name, file, **{key: options[key] for key in ON_THE_HUB & options.keys()})
+    except OSError:  # also without a connection
+        return None
+    return None if found is None else Path(found)
 
 
 def torch_dtype(name: str) -> torch.dtype:
