@@ -52,6 +52,8 @@ TINY = {
         **{"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
     },
     "mamba": {"state_size": 4},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
+    "minimax": {"num_key_value_heads": 2, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
 }
 """Architectures that tests go through, with what each needs beyond the common size."""
 

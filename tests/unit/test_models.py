@@ -162,7 +162,7 @@ class TestSampling:
         assert {len(completion) for completion in drawn} == {1, 2, 3}
         assert all(completion[-1] == 2 or len(completion) == 3 for completion in drawn)
 
-    @pytest.mark.parametrize("model_type", ARCHITECTURES)
+    @pytest.mark.parametrize("model_type", [*ARCHITECTURES, *RECURRENT, "minimax"])
     def test_dropping_rows_that_have_ended_changes_no_other(self, tiny_model, model_type, monkeypatch):
         model = tiny_model(model_type)
         options = {"max_new_tokens": 30, "pad_token_id": 0, "end_token_ids": [2]}
@@ -280,7 +280,7 @@ class TestGuidance:
 
     @pytest.mark.parametrize("own_network", [False, True])
     @pytest.mark.parametrize("memory", [0, 8])
-    @pytest.mark.parametrize("model_type", ARCHITECTURES)
+    @pytest.mark.parametrize("model_type", [*ARCHITECTURES, *RECURRENT, "mistral"])
     def test_step_by_step_equals_all_at_once(self, tiny_model, model_type, memory, own_network):
         """Also after some of the rows have ended, and sampling has gone on with the others."""
         model = tiny_model(model_type)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from math import inf
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bridle.errors import UserError
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, load_auxiliary
 from bridle.models.forward import CACHE
 from bridle.models.hidden import HiddenStates, capture_hidden_states, causal_lm
+from bridle.models.sampling import selects_rows
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +26,9 @@ class NADOLogitsProcessor(LogitsProcessor):
     """Turns the logits of `model.generate` into log q, or with `violate` into log q⁻: q⁻(v|s) ∝ p(v|s)·(1 − R(s∘v))^η.
 
     An auxiliary without a network of its own reads the hidden states of the forward that computed the scores. One with
-    its own network keeps a cache and reads only the new tokens. From one token to the next, rows may be reordered (beam
-    search) or left out; other rows make it start over, as completions that begin there.
+    its own network keeps a cache and reads only the new tokens, but for a recurrent one, which reads all of them at each
+    step. From one token to the next, rows may be reordered (beam search) or left out; other rows make it start over, as
+    completions that begin there.
 
     Args:
         auxiliary: R.
@@ -47,7 +50,7 @@ class NADOLogitsProcessor(LogitsProcessor):
         self.attention_mask = attention_mask
         self._seen: Tensor | None = None  # the last call's tokens, [batch, time]
         self._mask = attention_mask  # of the prompts of those rows
-        self._cache = DynamicCache()  # of its own network
+        self._cache: DynamicCache | None = None  # of its own network
         self._kept: Tensor | None = None  # by the memory, [batch, width]
 
     @torch.no_grad()
@@ -79,21 +82,18 @@ class NADOLogitsProcessor(LogitsProcessor):
 
     def _own_states(self, input_ids: Tensor, parents: Tensor | None) -> Tensor:
         """States of the auxiliary's own network at the last token, [batch, hidden]."""
+        new = input_ids
         if parents is None:
-            self._cache, new = DynamicCache(), input_ids
+            self._cache = _new_cache(self.auxiliary.network)
             self._mask = self.attention_mask.repeat_interleave(len(input_ids) // len(self.attention_mask), dim=0)
         else:
-            self._cache.reorder_cache(parents)
-            new, self._mask = input_ids[:, -1:], self._mask[parents]
+            self._mask = self._mask[parents]
+            if self._cache is not None:
+                self._cache.reorder_cache(parents)
+                new = input_ids[:, -1:]
         mask = torch.cat([self._mask, self._mask.new_ones(len(new), input_ids.shape[1] - self._mask.shape[1])], dim=1)
-        return self.auxiliary.states(
-            None,
-            new,
-            mask,
-            position_ids=positions(mask)[:, -new.shape[1] :],
-            use_cache=True,
-            **{CACHE: self._cache},
-        )[:, -1]
+        cached = {"use_cache": False} if self._cache is None else {"use_cache": True, CACHE: self._cache}
+        return self.auxiliary.states(None, new, mask, position_ids=positions(mask)[:, -new.shape[1] :], **cached)[:, -1]
 
     def _features(self, states: Tensor, parents: Tensor | None) -> Tensor:
         """What R reads: the states with what the memory has kept. [batch, hidden] -> [batch, width]"""
@@ -102,6 +102,14 @@ class NADOLogitsProcessor(LogitsProcessor):
             entries = memory.entries(states)
             self._kept = entries if parents is None or self._kept is None else entries.maximum(self._kept[parents])
         return self.auxiliary.joined(states, self._kept, self.hidden.last[:, -1])
+
+
+def _new_cache(network: PreTrainedModel) -> DynamicCache | None:
+    """An empty cache for a network; None for one that keeps recurrent states, whose rows cannot be reordered."""
+    if CACHE not in signature(network.forward).parameters:
+        return None
+    cache = DynamicCache(config=network.config)
+    return cache if selects_rows(cache) else None
 
 
 class NADOGuide:

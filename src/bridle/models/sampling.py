@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -23,7 +24,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from bridle.core.tokens import pad_left
 from bridle.errors import RunStopped, UserError
@@ -35,6 +36,7 @@ from bridle.utils.oom import RowLimit
 from bridle.utils.progress import Progress
 
 SHORTEST_STAGE, STAGES = 8, 8  # tokens of a stage at least, and stages at most; see `_draw`
+SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # kinds of layers, their subclasses not included
 
 
 class Guide(Protocol):
@@ -324,14 +326,15 @@ def _joined(stages: Sequence[Trace]) -> Trace:
 
 def _select_rows(cache: Any, rows: Tensor) -> Any:
     """A cache of some rows; None, so that `generate` makes a new one, for a kind of cache that cannot select rows."""
-    if not hasattr(cache, "batch_select_indices") or any(map(_is_recurrent, cache.layers)):
+    if not selects_rows(cache):
         return None
     cache.batch_select_indices(rows)
     return cache
 
 
-def _is_recurrent(layer: Any) -> bool:
-    return isinstance(layer, LinearAttentionCacheLayerMixin)  # whose states `batch_select_indices` leaves as they are
+def selects_rows(cache: Any) -> bool:
+    """Whether a cache holds keys and values alone: methods that select rows leave recurrent states as they are."""
+    return type(cache) is DynamicCache and all(type(layer) in SELECTABLE for layer in cache.layers)
 
 
 @contextmanager
