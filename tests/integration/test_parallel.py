@@ -139,6 +139,20 @@ def test_a_killed_worker_stops_the_policy_and_says_so(ray, tiny_folder, tmp_path
     assert trainer.state.global_step <= 4, "no later than the end of the round"
 
 
+@pytest.mark.parametrize("failure", ["OutOfMemoryError", "NodeDiedError", "ObjectLostError"])
+def test_any_other_death_is_told_like_one(ray, monkeypatch, failure):
+    from bridle.training.ray_cluster import WorkerDied, result_of
+
+    arguments = ("0" * 56, None, "") if failure == "ObjectLostError" else ("the node is gone",)
+
+    def get(reference):
+        raise getattr(ray.exceptions, failure)(*arguments)
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(WorkerDied, match=r"the process of the regulariser died \(.+\); --resume continues"):
+        result_of(None, "the regulariser")
+
+
 @FIRST_ROUNDS
 def test_the_command_line_runs_both_roles(ray, bridle, recipe, tmp_path, first_round):
     options = ("--schedule", "parallel", "--parallel.first_round", first_round)

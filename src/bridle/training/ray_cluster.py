@@ -11,7 +11,7 @@ from bridle.utils.extras import needs_extra
 
 with needs_extra("parallel", "schedule: parallel"):
     import ray
-    from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import RayError, RayTaskError
 
 __all__ = [
     "WorkerDied",
@@ -126,7 +126,7 @@ def result_of(reference: Any, role: str) -> Any:
         if isinstance(error.cause, UserError | RunStopped):
             raise error.cause from None
         raise WorkerFailed(f"{role} failed: {first_line(error.cause)}") from error
-    except (RayActorError, WorkerCrashedError) as error:
+    except RayError as error:  # an actor, its worker or its node died, memory ran out, its result was lost
         raise _death(error, role) from error
 
 
