@@ -206,6 +206,11 @@ class TestKeptForOtherRuns:
         assert run("adapters", lora=LoraOptions(r=2), seed=0)[1] == built
         assert run("other adapters", lora=LoraOptions(r=4), seed=0)[1] == 0, "none of them has moved yet"
 
+    def test_the_same_weights_in_another_configuration_have_their_own(self, run, tiny_folder):
+        _, built = run("first")
+        tiny_folder(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0})  # in the same folder
+        assert run("scaled")[1] == built
+
     def test_beside_a_live_anchor_it_is_the_same_training(self, run):
         shipped, _ = run("shipped", target_tokens=WHOLE_VOCABULARY, max_steps=4)
         computed, built = run("computed", keep=False, targets="computed", max_steps=4)

@@ -4,6 +4,7 @@ The order of the corpus is known, and so are the rows of a round's updates. q is
 sparsely; a row that recurs in a later epoch of the round costs nothing.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from copy import copy
@@ -36,6 +37,9 @@ from bridle.utils.distributed import rank, world
 from bridle.utils.interruption import at_once
 from bridle.utils.oom import RowLimit
 from bridle.utils.progress import track
+
+IRRELEVANT = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+"""Keys of a model's configuration that change nothing it says."""
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 """`input_ids`, `attention_mask`, `mask` and `begins`, as `frozen_target` takes them."""
@@ -183,14 +187,20 @@ def kept_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: in
 
 
 def _anchor_hash(regulariser: DomainRegulariser) -> str:
-    """A hash of the anchor's weights, with the dtype of its products; adapters that have not moved do not count."""
+    """A hash of the anchor's weights and configuration, with the dtype of its products.
+
+    Adapters that have not moved do not count.
+    """
     assert regulariser.anchor is not None
     with regulariser.anchor.active():
         weights = {name: whole(parameter.detach()) for name, parameter in regulariser.model.named_parameters()}
         if not any(weight.any() for name, weight in weights.items() if "lora_B" in name):
             weights = {name: weight for name, weight in weights.items() if "lora_" not in name}
+    configuration = regulariser.model.config.get_text_config().to_diff_dict()  # some of it scales positions or logits
+    settled = {key: value for key, value in configuration.items() if key not in IRRELEVANT}
+    configured = blake2b(json.dumps(settled, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
     dtype = str(regulariser.config.autocast_dtype or regulariser.model.dtype).removeprefix("torch.")
-    return f"{digest(weights.items())}-{dtype}"
+    return f"{digest(weights.items())}-{configured}-{dtype}"
 
 
 @torch.no_grad()
