@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PrinterCallback, TrainerCallback
 
-from bridle.models.loading import LoraOptions
+from bridle.models.loading import LoraOptions, load_model
 from bridle.recipes.memory_plan import GIB, memory_plan
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import build_trainer
@@ -140,6 +140,13 @@ def test_a_model_of_seven_billion_takes_no_memory_here(bridle, recipe_of, tmp_pa
     assert adapters.needed < 24 < 100 < full.needed
     assert torch.get_default_dtype() == before
     torch.testing.assert_close(torch.ones(2).sum(), torch.tensor(2.0))  # tensors are real again
+
+
+def test_an_adapter_as_model_is_what_is_trained(recipe_of, tmp_path):
+    recipe = recipe_of()
+    load_model(recipe.model, lora=LoraOptions(r=8)).save_pretrained(tmp_path / "adapter")
+    planned = memory_plan(replace(recipe, model=str(tmp_path / "adapter")))
+    assert planned == memory_plan(replace(recipe, lora=LoraOptions(r=8)))
 
 
 def test_the_command(bridle, recipe_of, tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from bridle.core.loss import chunk_rows
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.hidden import causal_lm
-from bridle.models.loading import LoraOptions, load_config, torch_dtype
+from bridle.models.loading import adapter_config, load_config, torch_dtype
 from bridle.models.sampling import row_bytes
 from bridle.recipes.recipe import Recipe
 from bridle.training.config import ConstrainedConfig
@@ -87,7 +87,8 @@ def memory_plan(
     """
     config = recipe.planned_config()
     dtype = torch_dtype(recipe.dtype)
-    unfilled = meta_model(load_config(recipe.model), dtype, recipe.lora)
+    adapter = recipe.lora.peft_config() if recipe.lora else adapter_config(recipe.model)
+    unfilled = meta_model(load_config(recipe.model), dtype, adapter)
     with torch.device("meta"):
         auxiliary = sum(map(_bytes, new_auxiliary(unfilled, **config.auxiliary.shape).parameters()))
     with faked(unfilled) as model:
@@ -127,11 +128,14 @@ def autocast_of(recipe: Recipe, device: str) -> torch.dtype | None:
     return torch.bfloat16 if recipe.training.get("bf16", device == "cuda") else None
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, lora: LoraOptions | None) -> Any:
-    """A model without data, with its adapters."""
+def meta_model(config: PretrainedConfig, dtype: torch.dtype, adapter: PeftConfig | None) -> Any:
+    """A model without data, with adapters that are trained."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model if lora is None else get_peft_model(model, lora.peft_config())
+        if adapter is None:
+            return model
+        adapter.inference_mode = False  # as it is saved
+        return get_peft_model(model, adapter)
 
 
 @contextmanager
