@@ -14,7 +14,7 @@ import tiny_tokenizers
 from bridle.errors import UserError
 from bridle.models import gguf
 from bridle.models.export import convert_gguf
-from bridle.models.loading import LoraOptions, load_model, load_tokenizer
+from bridle.models.loading import LoraOptions, load_config, load_model, load_tokenizer
 from conftest import ROOT
 from tiny_gguf import write_gguf
 
@@ -52,6 +52,11 @@ class TestModel:
         with torch.no_grad():
             expected = load_model(str(tmp_path / "folder"))(ids).logits
             torch.testing.assert_close(load_model(file)(ids).logits, expected, rtol=0, atol=0)
+
+    def test_its_configuration_is_the_model_s(self, file):
+        config = load_config(str(file))
+        assert config.to_dict() | {"dtype": "float32"} == load_model(str(file)).config.to_dict()
+        assert config.name_or_path == str(file)
 
     @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
     def test_quantised_weights_are_dequantised(self, model, tokenizer, tmp_path, kind):

@@ -4,13 +4,14 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer, GgufConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import is_gguf_available
 
 from bridle.errors import UserError, first_line
@@ -42,7 +43,7 @@ def load_gguf(factory: Any, name: str, **options: Any) -> Any:
         options: of `from_pretrained`; for a model with `output_loading_info`.
 
     Returns:
-        A tokenizer, or a model in `dtype` and what `output_loading_info` reports.
+        A tokenizer, a configuration, or a model in `dtype` and what `output_loading_info` reports.
 
     Raises:
         UserError: the package `gguf` is missing, there is no such file, or it is not a whole GGUF file.
@@ -60,10 +61,14 @@ def load_gguf(factory: Any, name: str, **options: Any) -> Any:
     except Exception as error:  # a damaged file may raise anything
         raise UserError(f"{name}: is no GGUF file, or a damaged one; fetch it again") from error
     with TemporaryDirectory() as empty:  # nothing that lies beside the file belongs to it
+        load = partial(factory.from_pretrained, empty, gguf_file=str(file), **options)
         if factory is AutoTokenizer:
-            return _as_trained(factory.from_pretrained(empty, gguf_file=str(file), **options), metadata, name)
-        options["quantization_config"] = GgufConfig(dequantize=True)  # the result is an ordinary model
-        model, info = factory.from_pretrained(empty, gguf_file=str(file), **options)
+            return _as_trained(load(), metadata, name)
+        if factory is AutoConfig:
+            config = load()
+            config.name_or_path = name
+            return config
+        model, info = load(quantization_config=GgufConfig(dequantize=True))  # the result is an ordinary model
     if _scales_positions(metadata) or any(tensor.startswith("rope_") for tensor in tensors):
         logger.warning("%s: transformers does not read its scaling of positions; prefer the model's own folder", name)
     model.name_or_path = model.config.name_or_path = name
