@@ -42,8 +42,24 @@ def test_it_is_in_proportion(recipe, run):
     assert (found.updates, found.update) == (10, 6.0)
 
 
-def test_in_the_parallel_schedule_rounds_run_beside_updates(recipe, run):
-    assert time_plan(load_recipe(recipe(schedule="parallel")), run).whole == 14 + max(11, 12)
+@pytest.mark.parametrize(
+    ("first_round", "rounds", "whole"),
+    [
+        ("wait", 1, 14 + 12),
+        ("wait", 2, 14 + 12),  # R_1 serves both rounds
+        ("wait", 4, (14 + 3) + 11 + 11 + 3),
+        ("train", 1, 12),
+        ("train", 4, 14 + 11 + 11 + 3),
+    ],
+)
+def test_in_the_parallel_schedule_r_is_fitted_beside_updates_but_at_the_ends(recipe, run, first_round, rounds, whole):
+    path = recipe(schedule="parallel", parallel={"first_round": first_round}, rounds=rounds)
+    assert time_plan(load_recipe(path), run).whole == whole
+
+
+def test_what_overlaps_is_said(recipe, run):
+    *_, last = time_plan(load_recipe(recipe(schedule="parallel", rounds=4)), run).lines()
+    assert "4 updates and 4 rounds, R fitted beside the updates in 2 of them" in last
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from bridle.data.rows import filled_rows, format_fields, holds_prompts, outputs_
 from bridle.errors import one_line
 from bridle.recipes.recipe import Recipe
 from bridle.recipes.run import build_trainer
-from bridle.recipes.time_plan import TimePlan, phases_of
+from bridle.recipes.time_plan import in_schedule, phases_of
 from bridle.training.setup import check_options
 from bridle.training.trainer import ConstrainedTrainer
 
@@ -184,7 +184,7 @@ class _Clock(TrainerCallback):
 def _estimate(trainer: ConstrainedTrainer, config: Any, record: dict[str, Any], clock: _Clock) -> Iterator[str]:
     update = median(clock.seconds[1:])  # the first one allocates
     a_round = phases_of(record, config.rollouts_per_round / SAMPLES)
-    yield from TimePlan([a_round] * config.rounds, update, _updates(trainer, config)).lines()
+    yield from in_schedule(config, [a_round] * config.rounds, update, _updates(trainer, config)).lines()
     yield f"most memory so far: {_peak_memory() / 2**30:.2f} GiB"
 
 

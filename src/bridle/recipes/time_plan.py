@@ -19,37 +19,57 @@ class TimePlan:
     """The expected seconds of a run.
 
     Attributes:
-        rounds: of each round, by phase.
+        rounds: of each round, by phase; empty where no R is fitted.
         update: of an update.
         updates: their number.
-        overlapping: rounds after the first run beside the updates, as in the parallel schedule.
+        overlapping: the rounds, counted from 0, in which R is fitted beside the updates.
     """
 
     rounds: Sequence[Mapping[str, float]]
     update: float
     updates: int
-    overlapping: bool = False
+    overlapping: range = range(0)
 
     @property
     def whole(self) -> float:
         """The seconds of the run, without saving and evaluation."""
-        first, *later = (sum(phases.values()) for phases in self.rounds)
-        together = max if self.overlapping else lambda *parts: sum(parts)
-        return first + together(sum(later), self.update * self.updates)
+        updates = self.update * self.updates / len(self.rounds)
+        fits = (sum(phases.values()) for phases in self.rounds)
+        return sum(max(fit, updates) if index in self.overlapping else fit + updates for index, fit in enumerate(fits))
 
     def lines(self) -> Iterator[str]:
         """The plan in words."""
         end = 0
         for phases, alike in groupby(self.rounds):
             first, end = end + 1, end + len([*alike])
+            if not phases:
+                continue
             whole = sum(phases.values())
             parts = (f"{phase} {part:.3g} s ({part / (whole or 1):.0%})" for phase, part in phases.items())
             rounds = f"round {end}" if first == end else f"rounds {first} to {end}, each"
             yield f"{rounds}: {whole:.3g} s: {', '.join(parts)}"
         yield f"an update: {self.update:.3g} s"
-        beside = ", after the first beside the updates" if self.overlapping else ""
+        beside = f", R fitted beside the updates in {len(self.overlapping)} of them" if self.overlapping else ""
         work = f"{self.updates} updates and {end} rounds{beside}"
         yield f"the run takes about {duration(self.whole)}: {work}, without saving"
+
+
+def in_schedule(
+    config: ConstrainedConfig, rounds: Sequence[Mapping[str, float]], update: float, updates: int
+) -> TimePlan:
+    """The plan of a run, from the seconds that a fit takes in each round.
+
+    The parallel schedule fits no R in the last round, and the updates of the first may wait for R.
+
+    Args:
+        config: its schedule.
+        rounds, update, updates: as in `TimePlan`.
+    """
+    if config.schedule != "parallel":
+        return TimePlan(rounds, update, updates)
+    waits, last = config.parallel.first_round == "wait", len(rounds) - 1
+    fitted = rounds if waits and not last else [*rounds[:-1], {}]
+    return TimePlan(fitted, update, updates, range(int(waits), last))
 
 
 def phases_of(record: Mapping[str, Any], rollouts: float, tokens: float = 1.0) -> dict[str, float]:
@@ -93,12 +113,8 @@ def time_plan(recipe: Recipe, measured: Path) -> TimePlan:
     first, *later = (phases_of(record, rollouts, tokens) for record in rounds)
     mean = {phase: sum(one[phase] for one in later) / len(later) for phase in first} if later else first
     update = sum(record["seconds_policy"] for record in rounds) / rounds[-1]["step"]
-    return TimePlan(
-        [first, *[mean] * (now.rounds - 1)],
-        update * _rows(now) / _rows(before),
-        now.max_steps,
-        overlapping=now.schedule == "parallel",
-    )
+    update *= _rows(now) / _rows(before)
+    return in_schedule(now, [first, *[mean] * (now.rounds - 1)], update, now.max_steps)
 
 
 def duration(seconds: float) -> str:
