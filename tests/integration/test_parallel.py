@@ -39,6 +39,8 @@ def test_ray_gives_what_a_plain_loop_gives_bit_for_bit(ray, tiny_folder, tmp_pat
         largest = 0.0 if options["anchor"] == "previous" else 512.0  # everything large through files
         settings = {**ROUNDS, "parallel": ParallelOptions(first_round=first_round, largest_message=largest)}
         trainer = trainer_of(folder, tmp_path / name, {"rude": Regulariser(NO_E, weight=4.0, **options)}, **settings)
+        (tmp_path / name / "exchange").mkdir(parents=True)
+        (tmp_path / name / "exchange" / "policy-9.safetensors").touch()  # by a run that was killed
         (in_turns(trainer) if name == "plain" else trainer).train()
         ends.append(weights(trainer))
         losses.append(logged(trainer, "loss"))
@@ -137,6 +139,30 @@ def test_a_killed_worker_stops_the_policy_and_says_so(ray, tiny_folder, tmp_path
     with pytest.raises(RunStopped, match=r"the process of the regulariser, in round 2, died .*--resume"):
         trainer.train()
     assert trainer.state.global_step <= 4, "no later than the end of the round"
+
+
+def test_a_round_that_has_ended_is_looked_at_once(ray, monkeypatch):
+    from bridle.training.ray_worker import RayPending
+
+    fetched, get = [], ray.get
+    pending = RayPending([ray.put([])], {}, "the regulariser")
+    monkeypatch.setattr(ray, "get", lambda reference: fetched.append(reference) or get(reference))
+    for _ in range(3):
+        pending.check()
+    assert len(fetched) == 1
+
+
+def test_a_failed_round_leaves_no_weights(ray, tmp_path):
+    from bridle.training.ray_worker import RayPending, pack
+
+    @ray.remote
+    def fail():
+        raise RunStopped("no score")
+
+    sent = pack({"weight": torch.zeros(2)}, tmp_path / "policy-1.safetensors", largest_bytes=0)
+    with pytest.raises(RunStopped, match="no score"):
+        RayPending([fail.remote()], sent, "the regulariser").result()
+    assert not sent.exists()
 
 
 @pytest.mark.parametrize("failure", ["OutOfMemoryError", "NodeDiedError", "ObjectLostError"])

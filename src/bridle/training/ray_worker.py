@@ -4,6 +4,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class RayWorker:
         reserve(options, "the regulariser", workers)
         gpus = gpus_per_process(options)
         self.options, self.folder = options, folder / "exchange"
+        rmtree(self.folder, ignore_errors=True)  # what a run that failed has left
         actor = ray.remote(num_cpus=options.num_cpus, num_gpus=gpus, max_restarts=0)(RegulariserActor)
         shared, threads, device = ray.put(list(regularisers)), torch.get_num_threads(), "cuda" if gpus else "cpu"
         place = (self.folder.resolve(), options.largest_bytes)
@@ -107,9 +109,12 @@ class RayPending:
 
     def __init__(self, references: Sequence[Any], sent: Weights | Path, who: str):
         self.references, self.sent, self.who = list(references), sent, who
+        self.running = list(references)  # as far as `check` knows
 
     def check(self) -> None:
-        ready, _ = ray.wait(self.references, num_returns=len(self.references), timeout=0)
+        if not self.running:
+            return
+        ready, self.running = ray.wait(self.running, num_returns=len(self.running), timeout=0)
         try:
             for reference in ready:
                 result_of(reference, self.who)
@@ -117,8 +122,10 @@ class RayPending:
             self.result()
 
     def result(self) -> list[RegulariserState]:
-        made = result_of_all(self.references, self.who)
-        discard(self.sent)
+        try:
+            made = result_of_all(self.references, self.who)
+        finally:
+            discard(self.sent)
         return [_unpacked(state, parcel) for state, parcel in made]
 
 
