@@ -21,6 +21,7 @@ from bridle.models.guidance import NADOGuide, guided
 from bridle.models.hidden import capture_hidden_states, check_projection, project
 from bridle.models.loading import (
     LoraOptions,
+    check_model,
     end_token_ids,
     load_config,
     load_for_inference,
@@ -600,6 +601,15 @@ class TestLoading:
     def test_of_what_can_only_be_a_path_the_hub_is_not_named(self, name):
         with pytest.raises(UserError, match=r"cannot load the model: no such folder$"):
             load_model(name)
+
+    def test_weights_in_fp8_are_checked(self, tiny_model, tiny_tokenizer):
+        model = tiny_model(vocab_size=len(tiny_tokenizer))
+        layer = model.model.layers[0].mlp.up_proj
+        layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+        check_model(model, tiny_tokenizer, "tiny")
+        layer.weight.data[0, 0] = math.nan
+        with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight' hold numbers that are not"):
+            check_model(model, tiny_tokenizer, "tiny")
 
     def test_an_unknown_dtype(self, tiny_model, tmp_path):
         with pytest.raises(UserError, match="dtype: 'int8'"):

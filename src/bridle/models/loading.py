@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -184,7 +185,7 @@ def check_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeniz
     Raises:
         UserError: a weight is not finite, or the tokenizer has more tokens than the model.
     """
-    broken = (n for n, p in model.named_parameters() if p.numel() and not torch.stack(p.aminmax()).isfinite().all())
+    broken = (name for name, weight in model.named_parameters() if weight.numel() and not _is_finite(weight))
     if found := from_main(next(broken, None) if is_main() else None):  # others may have no weights yet
         raise UserError(f"{name}: the weights '{found}' hold numbers that are not finite; the model is broken")
     known = model.get_input_embeddings().weight.shape[0]
@@ -193,6 +194,11 @@ def check_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeniz
             f"{name}: the tokenizer has {len(tokenizer)} tokens and the model's embedding {known}; take the tokenizer "
             "that the model was made with, or resize the embedding"
         )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    weight = weight if weight.dtype.itemsize > 1 else weight.bfloat16()  # torch has no extremes of FP8
+    return bool(torch.stack(weight.aminmax()).isfinite().all())
 
 
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:
