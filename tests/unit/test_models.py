@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
-from transformers import AutoModel, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from bridle.core import log_linear
 from bridle.core.decomposition import log_target
@@ -278,6 +278,18 @@ class TestGuidance:
         auxiliary, ids = new_auxiliary(tiny_model("gpt2", resid_pdrop=0.5), own_network=True), torch.tensor([[1, 5, 9]])
         first, again = (auxiliary.states(None, ids, torch.ones_like(ids)) for _ in range(2))
         assert torch.equal(first, again)
+
+    def test_an_own_network_of_a_model_that_sees_is_its_language_model(self):
+        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        text = {**size, "vocab_size": 64, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64}
+        tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_token_id": 63}
+        vision = {**size, "image_size": 28, "patch_size": 14}
+        config = AutoConfig.for_model("gemma3", text_config={**text, **tokens}, vision_config=vision, **tokens)
+        model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.tensor([[1, 5, 9]])
+        auxiliary = new_auxiliary(model, own_network=True)
+        with torch.no_grad(), capture_hidden_states(model) as hidden:
+            model(ids)
+            torch.testing.assert_close(auxiliary.states(None, ids), auxiliary.norm(hidden.last))
 
     @pytest.mark.parametrize("own_network", [False, True])
     @pytest.mark.parametrize("memory", [0, 8])

@@ -292,8 +292,8 @@ def new_auxiliary(
 ) -> AuxiliaryModel:
     """A new auxiliary for a causal language model.
 
-    A network of its own starts as a copy of the model's body, adapters merged. It has no dropout: all processes, and
-    a resumed run, read the same R.
+    A network of its own starts as a copy of the language model's body, adapters merged. It has no dropout: all
+    processes, and a resumed run, read the same R.
     """
     text_config = model.config.get_text_config()
     config = AuxiliaryConfig(
@@ -310,7 +310,7 @@ def new_auxiliary(
     auxiliary = AuxiliaryModel(config).float()
     if auxiliary.network is not None:
         whole = merged(deepcopy(model)) if isinstance(model, PeftModel) else model
-        auxiliary.network.load_state_dict(whole.base_model.state_dict())
+        auxiliary.network.load_state_dict(whole.get_decoder().state_dict())
         disable_dropout(auxiliary.network)
     return auxiliary.to(model.device)
 
