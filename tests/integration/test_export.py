@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import tiny_tokenizers
@@ -262,11 +263,15 @@ class TestGGUF:
         assert found[1] == expected[1]
 
     def test_what_it_does_not_write_is_refused(self, bridle, llama, tmp_path):
+        whole_numbers, as_gpt2 = tiny_tokenizers.tiny_tokenizer(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        steps = [pre_tokenizers.Digits(individual_digits=False), as_gpt2]
+        whole_numbers.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
         for words, folder in [
             ("not gpt2", {"model_type": "gpt2"}),
             ("has no biases, and this model has 'model.layers.0.self_attn.q_proj.bias'", {"attention_bias": True}),
             ("scales positions (linear)", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
             ("writes byte-level tokenizers", {"tokenizer": tiny_tokenizers.tiny_tokenizer(metaspace=True)}),
+            ("writes byte-level tokenizers", {"tokenizer": whole_numbers}),
         ]:
             code, _, err = bridle("export", llama(**folder), tmp_path / "out.gguf", "--gguf")
             assert code == 2

@@ -118,8 +118,9 @@ def _split(tokenizer: PreTrainedTokenizerBase) -> str:
     state = _state(tokenizer)
     split = state.get("pre_tokenizer") or {"type": "nothing"}
     steps = split.get("pretokenizers", [split])
-    found = SPLITS.get(" ".join(step["type"] for step in steps))
-    if found is None or state["normalizer"] or steps[-1]["add_prefix_space"] or not steps[-1]["use_regex"]:
+    found, last = SPLITS.get(" ".join(step["type"] for step in steps)), steps[-1]
+    one_by_one = all(step.get("individual_digits", True) for step in steps)
+    if found is None or state["normalizer"] or last["add_prefix_space"] or not last["use_regex"] or not one_by_one:
         raise UserError(
             "--gguf: writes byte-level tokenizers that split text as GPT-2's or SmolLM's does, and this one does not; "
             "export a folder, and convert it by llama.cpp's convert_hf_to_gguf.py"
