@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridle.errors import UserError
 from bridle.models.auxiliary import AuxiliaryModel
-from bridle.models.hub import check_strategy, without_token
+from bridle.models.hub import check_strategy, model_files, without_token
 from bridle.training.config import ConstrainedConfig
 from bridle.utils.provenance import redacted
+from tiny_tokenizers import tiny_tokenizer
 from warm import Warm
 
 TOKEN = "hf_invented_token_of_the_tests"
@@ -250,6 +251,15 @@ def test_an_adapter_is_pushed_once_without_the_folder_of_its_base(train, hub, tm
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny-llama"
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
     assert b"library_name: peft" in files["README.md"]
+
+
+def test_a_second_chat_template_is_pushed_too(tmp_path):
+    tokenizer = tiny_tokenizer(chat_template=None)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path)
+    found = model_files(tmp_path)
+    assert {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"} <= found.keys()
+    assert all(os.path.isfile(path) for path in found.values())
 
 
 FROM_PYTHON = """

@@ -205,7 +205,9 @@ def check_strategy(args: Any) -> None:
 
 def model_files(folder: Path) -> dict[str, str | bytes]:
     """What the repository's root gets from a model's folder: path in the repository to file or content."""
-    return {path.name: _public(path) for path in _matching(folder.iterdir(), *WEIGHTS, *TOKENIZER, CARD_FILE)}
+    found = _matching(folder.iterdir(), *WEIGHTS, *TOKENIZER, CARD_FILE)
+    found += sorted(folder.glob("additional_chat_templates/*.jinja"))
+    return {path.relative_to(folder).as_posix(): _public(path) for path in found}
 
 
 def auxiliary_files(folder: Path) -> dict[str, str | bytes]:
