@@ -96,6 +96,15 @@ def test_a_run_goes_on_with_the_files_it_was_begun_with(bridle, path, tmp_path, 
     assert bridle(*run, "--resume")[0] == 0, "the new ones are what it has now"
 
 
+def test_hidden_folders_are_no_inputs(path, tmp_path):
+    (tmp_path / "tiny-llama" / ".git").mkdir()
+    (tmp_path / "tiny-llama" / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    write_inputs(load_recipe(path), tmp_path / "run")
+    inputs = json.loads((tmp_path / "run" / INPUTS_FILE).read_text())
+    assert str(tmp_path / "tiny-llama" / "config.json") in inputs["files"]
+    assert not [name for name in inputs["files"] if ".git" in name]
+
+
 def test_a_comparison_goes_on_with_the_files_it_was_begun_with(bridle, path, tmp_path, corpus_files):
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_bytes(corpus_files["plain"].read_bytes())

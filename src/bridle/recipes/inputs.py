@@ -18,7 +18,7 @@ from bridle.utils.files import read_json, write_json
 from bridle.utils.variables import expanded
 
 INPUTS_FILE = "inputs.json"
-MADE_BY_READING = ("cache-*", "*.pyc", ".*")  # files that `datasets` and Python write beside those they read
+MADE_BY_READING = ("cache-*", "*.pyc")  # files that `datasets` and Python write beside those they read
 
 
 def write_inputs(recipe: Recipe, folder: Path, more: Iterable[Path] = ()) -> None:
@@ -84,8 +84,12 @@ def _files_of(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
     elif path.is_dir():
-        inside = (file for file in path.rglob("*") if file.is_file())
+        inside = (file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
         yield from (file for file in inside if not any(file.match(pattern) for pattern in MADE_BY_READING))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _hash(file: Path) -> str:
