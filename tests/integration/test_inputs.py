@@ -96,7 +96,7 @@ def test_a_run_goes_on_with_the_files_it_was_begun_with(bridle, path, tmp_path, 
     assert bridle(*run, "--resume")[0] == 0, "the new ones are what it has now"
 
 
-def test_hidden_folders_are_no_inputs(path, tmp_path):
+def test_hidden_folders_are_not_inputs(path, tmp_path):
     (tmp_path / "tiny-llama" / ".git").mkdir()
     (tmp_path / "tiny-llama" / ".git" / "HEAD").write_text("ref: refs/heads/main")
     write_inputs(load_recipe(path), tmp_path / "run")

@@ -26,9 +26,9 @@ class NADOLogitsProcessor(LogitsProcessor):
     """Turns the logits of `model.generate` into log q, or with `violate` into log q⁻: q⁻(v|s) ∝ p(v|s)·(1 − R(s∘v))^η.
 
     An auxiliary without a network of its own reads the hidden states of the forward that computed the scores. One with
-    its own network keeps a cache and reads only the new tokens, but for a recurrent one, which reads all of them at each
-    step. From one token to the next, rows may be reordered (beam search) or left out; other rows make it start over, as
-    completions that begin there.
+    its own network keeps a cache and reads only the new tokens; a recurrent network has none, and reads all tokens at
+    each step. From one token to the next, rows may be reordered (beam search) or left out; other rows make it start
+    over, as completions that begin there.
 
     Args:
         auxiliary: R.
