@@ -237,18 +237,56 @@ def test_of_an_unfinished_comparison_there_is_a_report_and_of_what_a_change_disc
     assert findings(report)[0].startswith("Differences in violation rate were not tested. The lowest rate is that of ")
     write_report(folder)
 
-    results = results_of(folder) | {"win_rate": {"judge": "known"}, "judged": "of these"}  # as if it had been finished
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(build_recipe(given), folder, ["base", "last"], resume=True).run()
+    assert list(read_report(folder).methods) == ["base", "last"], "what an interrupted call named is not kept"
+
+    Comparison(build_recipe(given), folder, ["base", "first"], resume=True).run()
+    assert not (folder / "unfinished.json").exists()
+    results = results_of(folder) | {"win_rate": {"judge": "known"}, "judged": "of these"}  # as if there were a judge
     (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(build_recipe(given), folder, ["last"], resume=True).run()
+    assert results_of(folder) == results, "the last ones that are whole stay until others take their place"
+
+    (folder / "report.html").write_text("of the last ones", encoding="utf-8")
     changed = given | {"methods": {"first": {"option": 1}}}
     for _ in range(2):  # the second time nothing is left to discard
         with pytest.raises(KeyboardInterrupt):
             Comparison(build_recipe(changed), folder, ["last"], resume=True).run()
-        assert [one["seeds"]["0"]["status"] for one in results_of(folder)["methods"].values()] == [
-            "complete", "complete", "failed", "missing"
-        ]  # fmt: skip
-        assert not {"report.html", "plots"} & {path.name for path in folder.iterdir()}
-        assert read_report(folder).win_rate is None, "it is of other completions"
-        assert results_of(folder)["kept"] == {"win_rate": {"judge": "known"}, "judged": "of these"}
+        assert not {"report.html", "plots", "results.json"} & {path.name for path in folder.iterdir()}
+        report = read_report(folder)
+        assert [one.status for one in report.methods.values()] == ["complete", "complete", "missing"]
+        assert report.win_rate is None, "it is of other completions"
+        ended = json.loads((folder / "unfinished.json").read_text())["ended"]
+        assert (ended["win_rate"], ended["judged"]) == ({"judge": "known"}, "of these")
+        assert list(ended["methods"]) == ["base", "first"], "a later call still has them"
+
+
+def test_samples_of_another_evaluation_are_not_shown(comparison, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    folder, given = tmp_path / "out", yaml.safe_load(comparison.read_text())
+    Comparison(build_recipe(given), folder, ["base"]).run()
+    assert read_report(folder).completions
+    given["evaluation"]["prompts"]["rude"]["rows"] = "4:8"
+    monkeypatch.setattr("bridle.comparison.compare.measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(build_recipe(given), folder, resume=True, names=["base"]).run()
+    assert (folder / "base/seed-0/completions.jsonl").exists()
+    assert not read_report(folder).completions
+
+
+def test_the_heat_map_is_of_a_seed_that_was_made(comparison, tmp_path):
+    """Another seed that failed has an R, too, and no candidate."""
+    folder, recipe = tmp_path / "out", build_recipe(yaml.safe_load(comparison.read_text()))
+    Comparison(recipe, folder, ["constrained-adaptive"], seeds=[1]).run()
+    shutil.copytree(folder / "constrained-adaptive/seed-1", folder / "constrained-adaptive/seed-0")
+    for name in ("candidate.json", "results.json"):
+        (folder / "constrained-adaptive/seed-0" / name).unlink()
+    Comparison(recipe, folder, ["constrained-adaptive"], seeds=[1], resume=True).run()
+    assert (folder / "guidance.json").exists()
 
 
 @pytest.mark.parametrize("earlier", [None, {}, {"rl": None}, {"rl": {"window": 2}}])

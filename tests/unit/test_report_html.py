@@ -379,8 +379,8 @@ def test_the_summary_is_made_from_the_figures(report):
     assert findings(report) == [
         "constrained-adaptive has the lowest violation rate: 5.8% (95% interval 3.3 to 8.3%, n\u00a0=\u00a01,000) of "
         "its completions of rude violate non-rude, against 21.4% for base.",
-        "Significantly different from it, after Holm’s correction: base and sft.",
-        "No significant difference from it was found for filtration and constrained.",
+        "Significantly different from constrained-adaptive, after Holm’s correction: base and sft.",
+        "No significant difference from constrained-adaptive was found for filtration and constrained.",
         "constrained-adaptive is on the Pareto front of violation rate and perplexity on novels.",
         "Figures are missing for rl: not every run is complete.",
         "Training gave 6 warnings (constrained-adaptive); the first: round 1, rude: violations rose.",

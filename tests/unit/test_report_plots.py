@@ -123,10 +123,16 @@ def test_the_front_goes_through_the_undominated_methods():
 
 def test_the_values_of_a_knob_are_a_curve():
     points = {"base": (0.2, 70.0), "dpo@0.5": (0.1, 75.0), "dpo@0.05": (0.02, 90.0), "dpo@1e-05": (0.01, 95.0)}
+    points |= {
+        "constrained-adaptive": (0.05, 72.0),
+        "constrained-adaptive@0.3": (0.1, 71.0),
+        "constrained-adaptive@3": (0.04, 74.0),
+    }
     points |= {"interleave@2": (0.1, 70.0), "interleave@10": (0.1, 71.0), "interleave@gap@2": (0.1, 69.0)}
     report = compared(points)
     (panel,) = tradeoffs(report)
     assert panel.sweeps == {
+        "constrained-adaptive": [(0.1, 71.0), (0.05, 72.0), (0.04, 74.0)],  # itself is at 1
         "dpo": [points["dpo@1e-05"], points["dpo@0.05"], points["dpo@0.5"]],
         "interleave": [points["interleave@2"], points["interleave@10"]],
         "interleave@gap": [points["interleave@gap@2"]],

@@ -237,6 +237,9 @@ def test_a_folder_without_a_run_is_named(bridle, tmp_path):
 def test_of_a_comparison_each_run_is_named_and_the_one_to_follow(tmp_path, capsys):
     folder = tmp_path / "my comparison"
     cells = {name: folder / name / "seed-0" for name in ("base", "constrained", "filtration", "rl", "sft")}
+    folder.mkdir()
+    listed = {"methods": dict.fromkeys([*cells, "wise-ft"]), "seeds": [0]}
+    (folder / "unfinished.json").write_text(json.dumps(listed))
     for cell in cells.values():
         cell.mkdir(parents=True)
     (cells["base"] / "results.json").write_text("{}")
@@ -249,6 +252,7 @@ def test_of_a_comparison_each_run_is_named_and_the_one_to_follow(tmp_path, capsy
             "filtration, seed-0: begun",
             "rl, seed-0: failed: no luck",
             "sft, seed-0: made, not measured",
+            "wise-ft, seed-0: not begun",
             f"Follow it with: bridle watch '{cells['constrained']}'",
         ]
 

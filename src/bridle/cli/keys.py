@@ -124,7 +124,9 @@ CLAUSE = re.compile(r"(?:`[^`]*`|\{[^}]*\}|\be\.g\. |[^.;:]|[.;:](?! ))*")
 
 def _described(meaning: str, choices: list[str], value: ast.expr | None) -> str:
     clause = CLAUSE.match(" ".join(meaning.split()))[0].rstrip(".")  # type: ignore[index]  # it matches any text
-    if not all(re.search(rf"[`\"]{choice}[`\"]", clause) for choice in choices):
+    if clause.strip("`") in choices:
+        clause = " | ".join(choices)
+    elif not all(re.search(rf"[`\"]{choice}[`\"]", clause) for choice in choices):
         clause += f": {' | '.join(choices)}"
     return clause if (default := _default(value)) is None else f"{clause}  [{default}]"
 

@@ -185,6 +185,10 @@ class CellFiles:
         failure = {"reason": reason_of(error), "traceback": details}
         write_json(self.folder / FAILED, self.variables.hidden(failure))
 
+    def forget_failure(self) -> None:
+        """Forgets why an earlier attempt failed, as the cell is begun again."""
+        (self.folder / FAILED).unlink(missing_ok=True)
+
     def failure(self) -> str:
         """The reason that `write_failure` wrote."""
         return read_json(self.folder / FAILED, _Failure).reason

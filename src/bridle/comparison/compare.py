@@ -1,11 +1,12 @@
 """`bridle compare`: makes and measures every method with every seed in turn, and summarises.
 
     DIR/recipe.yaml, results.json, verdicts.jsonl, guidance.json, examined.json
-    DIR/METHOD/seed-N/   see `comparison.cell`
+    DIR/unfinished.json   what is measured so far, of a call that has not ended
+    DIR/METHOD/seed-N/    see `comparison.cell`
 
 A cell with a `candidate.json` is not made again, and one with a `results.json` is not measured again. If the recipe has
-changed, the affected cells lose both first. DIR/results.json is written anew after each cell, so that a report can be
-made of an unfinished comparison; tests of differences and win rates come last.
+changed, the affected cells lose both first, and DIR its `results.json`. Otherwise the results of the last call that
+ended stay until those of this one take their place.
 """
 
 import os
@@ -42,6 +43,7 @@ from bridle.utils.provenance import environment
 from bridle.utils.settings import different_keys, known_name, read_yaml
 
 FORMAT = 1
+UNFINISHED = "unfinished.json"
 COMMON = ("model", "dtype", "corpus")
 """Sections of a recipe that all figures of a comparison must share."""
 MEASURED = ("evaluation", "constraints", "max_new_tokens")
@@ -55,14 +57,20 @@ Examined = Mapping[str, Mapping[str, Estimate]]  # the AUC of each constraint, b
 
 
 @dataclass
-class Earlier:
-    """The contents of an earlier call's `results.json`."""
+class Ended:
+    """What is taken over of the last call that ended, from its `results.json`."""
 
     methods: dict[str, Any]
     seeds: list[int]
     win_rate: dict[str, Any] | None = None
     judged: str | None = None  # hash of the completions and of the judge's settings
-    kept: dict[str, Any] = field(default_factory=dict)  # both, of the last finished call; in an unfinished one's file
+
+
+@dataclass
+class _Unfinished:
+    """The same, from the `unfinished.json` of a later call, which may have removed `results.json`."""
+
+    ended: Ended | None = None
 
 
 @dataclass
@@ -89,7 +97,7 @@ class Comparison:
     show: Callable[[str], None] = field(default=lambda line: None)
     _failed: dict[CellFiles, str] = field(init=False, default_factory=dict)  # in this call: the reasons
     _changed: list[str] = field(init=False, default_factory=list)  # keys of the recipe, since an earlier call
-    _judged: dict[str, Any] = field(init=False, default_factory=dict)  # an earlier call's `win_rate` and `judged`
+    _ended: Ended | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.plan: Evaluation = evaluation_of(self.recipe)
@@ -114,13 +122,15 @@ class Comparison:
             raise UserError(f"{path}: was another recipe: {', '.join(others)} differ; name another --output_dir")
         check_inputs(self.recipe, self.folder, "or name another --output_dir", tuple(self._changed), self.plan.files())
         if (self.folder / RESULTS).exists():
-            before = read_json(self.folder / RESULTS, Earlier)
-            for name in before.methods:
+            self._ended = read_json(self.folder / RESULTS, Ended)
+        elif (self.folder / UNFINISHED).exists():
+            self._ended = read_json(self.folder / UNFINISHED, _Unfinished).ended
+        if self._ended is not None:
+            for name in self._ended.methods:
                 known_name(base_name(name), methods(), f"{self.folder / RESULTS}: methods", "method")
-            self.names = chosen([*before.methods, *self.names], self.recipe)  # an option may have several values by now
-            self.seeds = sorted({*before.seeds, *self.seeds})
-            finished = {"win_rate": before.win_rate, "judged": before.judged}
-            self._judged = finished if before.win_rate else before.kept
+            # An option may have several values by now.
+            self.names = chosen([*self._ended.methods, *self.names], self.recipe)
+            self.seeds = sorted({*self._ended.seeds, *self.seeds})
 
     def run(self) -> None:
         """Makes and measures what is missing, and writes `results.json`.
@@ -136,12 +146,11 @@ class Comparison:
             self._discard_outdated()  # before the recipe is overwritten, which shows what has changed
             write_recipe(self.recipe, self.folder)
             write_inputs(self.recipe, self.folder, self.plan.files())
+            cells = [self._cell(name, seed) for seed in self.seeds for name in self.names]
+            self._write_unfinished({}, None)
             keep = self.folder / "examined.json"
             examined = examine_all(self.plan.constraints, self.plan.examine, keep, self.show)
             judge = self._examine_judge(keep)
-            cells = [self._cell(name, seed) for seed in self.seeds for name in self.names]
-            if not all(cell.is_measured for cell in cells):
-                self._write_unfinished(examined, judge)
             with Progress("comparing", len(cells), "runs") as progress:
                 for cell in cells:
                     if not cell.is_measured:
@@ -181,8 +190,8 @@ class Comparison:
                 (folder / RESULTS).unlink(missing_ok=True)
                 outdated = True
         if outdated:
-            self._write_unfinished({}, None)
-            for file in SHOWN:
+            self._write_unfinished({}, None)  # first, since it keeps what the results say of the last call
+            for file in (RESULTS, *SHOWN):
                 (self.folder / file).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "plots", ignore_errors=True)
 
@@ -200,6 +209,7 @@ class Comparison:
 
     def _complete(self, cell: CellFiles) -> None:
         """Makes a cell if needed, and measures it; writes a failure to its folder, which stops no other cell."""
+        cell.forget_failure()
         try:
             candidate = self._candidate(cell)
             self.show(f"{cell}: measuring")
@@ -283,15 +293,15 @@ class Comparison:
         results["comparisons"] = comparisons(observed, figures)
         for name, ratios in transfers_of(observed, self.plan.main["trained_on"], self.plan.trained_on).items():
             results["methods"][name]["figures"] |= ratios
-        self._write(results | self._win_rates(observed))
+        write_json(self.folder / RESULTS, self.recipe.variables.hidden(results | self._win_rates(observed)))
+        (self.folder / UNFINISHED).unlink()
         trace_guidance(self.folder, self.recipe, observed, self.plan)
 
     def _write_unfinished(self, examined: Examined, judge: JudgeExamination | None) -> None:
         """Writes what has been measured so far, without what needs all observations."""
-        self._write(self._results(examined, judge) | {"kept": self._judged})
-
-    def _write(self, results: dict[str, Any]) -> None:
-        write_json(self.folder / RESULTS, self.recipe.variables.hidden(results))
+        ended = self._ended and asdict(replace(self._ended, methods=dict.fromkeys(self._ended.methods)))
+        results = self._results(examined, judge) | {"ended": ended}
+        write_json(self.folder / UNFINISHED, self.recipe.variables.hidden(results))
 
     def _measured(self) -> dict[str, list[CellFiles]]:
         """The cells that are measured, by method."""
@@ -351,8 +361,8 @@ class Comparison:
         prompts, completions = first_completions(observed, next(iter(self.plan.prompts)), options.prompts)
         settings = self.recipe.variables.hidden(self.recipe.resolved["evaluation"]["judge"])
         judged = digest([_judging(settings), self.seeds[0], prompts, completions])
-        if self._judged.get("judged") == judged:
-            return self._judged
+        if self._ended is not None and self._ended.win_rate and self._ended.judged == judged:
+            return {"win_rate": self._ended.win_rate, "judged": judged}
         verdicts = self.folder / "verdicts.jsonl"
         verdicts.unlink(missing_ok=True)  # `win_rates` appends
         try:

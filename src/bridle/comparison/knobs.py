@@ -27,7 +27,7 @@ class StrengthOptions:
     """The knob of `constrained-adaptive`, which is itself compared as the recipe has it, beside each other value.
 
     Attributes:
-        factor: of every regulariser's λ; or several.
+        factor: multiplies every regulariser's λ, in a method beside the recipe's own; or several.
     """
 
     factor: PositiveFloat | list[PositiveFloat] = 1.0
@@ -149,10 +149,21 @@ def names(name: str, recipe: Recipe) -> list[str]:
     choices, values = options.get("choose", RANDOM), options[knob]
     if name == ADAPTIVE:
         return [name, *(f"{name}@{_short(value)}" for value in _listed(values) if value != 1)]
-    in_name = [f"@{_short(value)}" for value in _listed(values)] if knob in said or isinstance(values, list) else [""]
+    if knob in said:
+        in_name = [f"@{said[knob]}"]  # as it was written: a comparison that was made before may have another spelling
+    else:
+        in_name = [f"@{_short(value)}" for value in values] if isinstance(values, list) else [""]
     return [
         f"{base}{'' if choice == RANDOM else f'@{choice}'}{value}" for choice in _listed(choices) for value in in_name
     ]
+
+
+def same(name: str, recipe: Recipe) -> Any:
+    """What is equal for two spellings of one method, as `wise-ft@0.50` and `wise-ft@0.5`."""
+    base = name.partition("@")[0]
+    if base not in OPTIONS or name == base:
+        return name
+    return base, repr(options_of(name, recipe)), *sorted({*values_of(name)} - {"choose"})
 
 
 def options_of(name: str, recipe: Recipe) -> Any:

@@ -119,17 +119,10 @@ def constrained(cell: Cell) -> Candidate:
 
 
 def constrained_adaptive(cell: Cell) -> Candidate:
-    """Constrained fine-tuning with a regulariser for each domain, as the recipe has it.
-
-    Raises:
-        UserError: a factor of λ, and a regulariser whose λ follows a target.
-    """
+    """Constrained fine-tuning with a regulariser for each domain, as the recipe has it."""
     if cell.method == knobs.ADAPTIVE:
         return cell.train(cell.variant())
     factor, given = knobs.knob_of(cell), cell.recipe.resolved["regularisers"]
-    for name, regulariser in cell.recipe.regularisers.items():
-        if regulariser.target is not None:
-            raise UserError(f"regularisers.{name}.target: λ follows it; leave {cell.method} out")
     scaled = {name: {**given[name], "weight": one.weight * factor} for name, one in cell.recipe.regularisers.items()}
     return cell.train(cell.variant(regularisers=scaled))
 
@@ -195,11 +188,22 @@ def chosen(names: Sequence[str], recipe: Recipe) -> list[str]:
     wanted = list(names) or [name for name in methods() if name not in rivals.METHODS or name in recipe.methods]
     for name in wanted:
         method_named(name)
-    return list(dict.fromkeys(one for name in wanted for one in _each(name, recipe)))
+    found: dict[Any, str] = {}
+    for one in (one for name in wanted for one in _each(name, recipe)):
+        found.setdefault(knobs.same(one, recipe), one)
+    return list(found.values())
 
 
 def _each(name: str, recipe: Recipe) -> list[str]:
-    return knobs.names(name, recipe) if base_name(name) in knobs.OPTIONS else [name]
+    if base_name(name) not in knobs.OPTIONS:
+        return [name]
+    found = knobs.names(name, recipe)
+    for domain, regulariser in recipe.regularisers.items():
+        if regulariser.target is not None and (
+            scaled := [one for one in found if one.startswith(f"{knobs.ADAPTIVE}@")]
+        ):
+            raise UserError(f"regularisers.{domain}.target: λ follows it; leave {scaled[0]} out")
+    return found
 
 
 def base_name(name: str) -> str:

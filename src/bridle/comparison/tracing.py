@@ -30,14 +30,18 @@ def trace_guidance(
     Writes no file if no method fitted an R on that model's samples, or if nothing was scored.
     """
     (folder / FILE).unlink(missing_ok=True)
-    auxiliary = _auxiliary(folder, observed)
-    if auxiliary is None:
+    found = _auxiliary(folder, observed)
+    if found is None:
         return
+    auxiliary, guidance_scale = found
     model, tokenizer = load_for_inference(recipe.model, recipe.dtype)
-    guidance_scale = _guidance_scale(auxiliary, recipe)
-    with guided(model, str(auxiliary), guidance_scale) as guide:
+    with guided(model, str(auxiliary)) as guide:
         assert guide is not None
         provenance = guide.auxiliary.config.provenance
+        if guidance_scale is None:
+            options = recipe.regularisers.get(provenance.get("regulariser", ""))
+            guidance_scale = recipe.guidance_scale if options is None else options.guidance_scale
+        guide.guidance_scale = guidance_scale
         fitted = provenance.get("constraint", {}).get("name")
         constraint = fitted if fitted in plan.constraints else next(iter(plan.constraints))
         text = _least_compliant(observed, constraint)
@@ -111,17 +115,13 @@ def _text(before: list[int], token: int, tokenizer: Any) -> str:
     return decode_parts(before, [token], tokenizer, skip_special_tokens=False)[1]
 
 
-def _auxiliary(folder: Path, observed: Mapping[str, Any]) -> Path | None:
-    """The folder of an R of the model before tuning."""
-    folders = (folder / method for method in GUIDED if method in observed)
-    return next((found for one in folders for found in sorted(one.glob("seed-*/auxiliary/**/round-1"))), None)
-
-
-def _guidance_scale(auxiliary: Path, recipe: Recipe) -> float:
-    """η of the method that R is of: that of its decoding, or else of its regulariser."""
-    cell = next(parent for parent in auxiliary.parents if parent.name.startswith("seed-"))
-    found = read_json(cell / CANDIDATE, Candidate)
-    return found.guidance_scale if found.guide is not None else recipe.guidance_scale
+def _auxiliary(folder: Path, observed: Mapping[str, Mapping[int, Observations]]) -> tuple[Path, float | None] | None:
+    """The folder of an R of the model before tuning, and η of its method's decoding; None where that is not guided."""
+    for cell in (folder / method / f"seed-{seed}" for method in GUIDED for seed in observed.get(method, ())):
+        for found in sorted(cell.glob("auxiliary/**/round-1")):
+            candidate = read_json(cell / CANDIDATE, Candidate)
+            return found, candidate.guidance_scale if candidate.guide is not None else None
+    return None
 
 
 def _least_compliant(

@@ -53,7 +53,7 @@ class Handlers:
         """Writes the texts and has them judged: (texts, message)."""
         tab.writing.stopped, tab.writing = True, Controls(guidance_scale, temperature, stop_below)
         controls, request, page, last = tab.writing, _request(*asked), replace(self.page, is_covered=covered), 0.0
-        tab.scores, tab.is_covered = {}, covered
+        tab.request, tab.scores, tab.is_covered = None, {}, covered
         try:
             yield from self._loading(request)
             for writings in self.session.write(request, controls):
@@ -71,7 +71,7 @@ class Handlers:
 
     def ask_remote(self, tab: Tab) -> Any:
         """Asks the constraints of other hosts about the texts: (texts, message)."""
-        if not tab.scores:
+        if tab.request is None:
             return gr.skip(), message_html("Write texts first, and let them end.")
         asked = tab.scores  # of these texts; others may be written before the answer
         try:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bridle.certification.certificate import Certificate
-from bridle.comparison.cell import RESULTS, Candidate, CellFiles
+from bridle.comparison.cell import Candidate, CellFiles
 from bridle.comparison.methods import description
 from bridle.constraints import Constraint
 from bridle.errors import UserError
 from bridle.recipes.recipe import Recipe, load_recipe
 from bridle.recipes.run import RECIPE_FILE
+from bridle.report.data import results_of
 from bridle.utils.files import read_json
 
 MOST = 4  # variants side by side
@@ -132,7 +133,8 @@ def _of_run(recipe: Recipe, folder: Path) -> dict[str, Variant]:
 
 def _of_comparison(recipe: Recipe, folder: Path) -> dict[str, Variant]:
     """Every method that is complete, with its first seed."""
-    results = read_json(folder / RESULTS, dict[str, Any])
+    path = results_of(folder)
+    results = {} if path is None else read_json(path, dict[str, Any])
     cells: dict[str, tuple[CellFiles, Candidate]] = {}
     for name in results.get("methods", {}):
         for seed in results.get("seeds", []):

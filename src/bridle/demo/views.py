@@ -39,8 +39,9 @@ class Page:
         return [words.verdict(constraint, _shown(score)) for constraint, score in scores.items()]
 
     def unasked(self, name: str) -> list[str]:
-        """The remote constraints that have not judged a variant's finished text."""
-        return [one for one in self.remote if self.is_judged and one not in self.scores.get(name, {})]
+        """The remote constraints that have not judged a variant's finished text; none of a withheld one."""
+        known = self.scores.get(name)
+        return [one for one in self.remote if self.is_judged and known is not None and one not in known]
 
     def cover(self, name: str) -> str:
         """Why a variant's text is covered; empty if it is not."""

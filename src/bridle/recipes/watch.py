@@ -152,7 +152,7 @@ def watch(folder: Path, *, sleep: Callable[[float], None] = time.sleep) -> None:
     """
     run = Run(Path(folder))
     if not run.path.is_file():
-        if cells := sorted(run.folder.glob("*/seed-*")):
+        if cells := runs_of(run.folder):
             for line in cell_lines(cells):
                 print(plain(line), flush=True)
             return
@@ -215,7 +215,24 @@ def cell_lines(cells: Sequence[Path]) -> Iterator[str]:
             yield f"Follow it with: bridle watch {shlex.quote(str(cell))}"
 
 
+def runs_of(folder: Path) -> list[Path]:
+    """The folders of a comparison's runs, also of those that have not begun; none if it is no comparison."""
+    for name in ("unfinished.json", "results.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name, _Listed)
+            return [folder / method / f"seed-{seed}" for method in found.methods for seed in found.seeds]
+    return []
+
+
+@dataclass
+class _Listed:
+    methods: dict[str, Any]
+    seeds: list[int]
+
+
 def _state(cell: Path) -> str:
+    if not cell.is_dir():
+        return "not begun"
     if is_locked(cell):
         return "training"
     if (cell / "results.json").is_file():

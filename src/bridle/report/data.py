@@ -346,25 +346,32 @@ def read_report(folder: Path) -> Report:
     """
     if os.path.isfile(folder / "metrics.jsonl"):  # a model's own results.json may be beside it
         report = _read_training_run(folder)
-    elif os.path.isfile(folder / "results.json"):
-        report = _read_comparison(folder)
+    elif (results := results_of(folder)) is not None:
+        report = _read_comparison(folder, results)
     else:
         raise UserError(f"{folder}: neither results.json nor metrics.jsonl; give the folder of a comparison or a run")
     recipe = folder / "recipe.yaml"
     return replace(report, recipe_text=read_text(recipe) if recipe.is_file() else "")
 
 
-def _read_comparison(folder: Path) -> Report:
-    path = folder / "results.json"
+def results_of(folder: Path) -> Path | None:
+    """The results of a comparison, or where it has not ended once those so far; None if the folder has neither."""
+    return next((path for name in ("results.json", "unfinished.json") if (path := folder / name).is_file()), None)
+
+
+def _read_comparison(folder: Path, path: Path) -> Report:
     found = read_json(path, dict[str, Any])
     if found.get("format") != FORMAT or "methods" not in found:
         raise UserError(f"{path}: not the results of a comparison in format {FORMAT}; write it with bridle compare")
     report = checked(Report, found, str(path))
     runs = list(_runs(report, folder))
+    measured = [run for run in runs if report.methods[run[0]].seeds[run[1]].status == "complete"]
     report = replace(
         report,
         curves=[curve for run in runs if (curve := _curve(*run)).rounds],
-        completions=[row for run in track(runs, "reading completions", unit="models") for row in _completions(*run)],
+        completions=[
+            row for run in track(measured, "reading completions", unit="models") for row in _completions(*run)
+        ],
         guidance=read_json(path, Guidance) if (path := folder / "guidance.json").is_file() else None,
     )
     if report.main is None:

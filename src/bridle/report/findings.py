@@ -149,9 +149,10 @@ def _of_significance(comparisons: list[FigureComparison]) -> Iterator[str]:
     differ = [one.method for one in comparisons if significant(one)]
     alike = [one.method for one in comparisons if significant(one) is False]
     if differ:
-        yield f"Significantly different from it, after Holm’s correction: {listed(differ)}."
+        best = comparisons[0].reference
+        yield f"Significantly different from {best}, after Holm’s correction: {listed(differ)}."
         if alike:
-            yield f"No significant difference from it was found for {listed(alike)}."
+            yield f"No significant difference from {best} was found for {listed(alike)}."
 
 
 def _of_oracle(report: Report, main: Main) -> Iterator[str]:

@@ -7,6 +7,8 @@ from bridle.report.data import Figure, Report
 from bridle.report.style import VALUE
 from bridle.report.tables import Measure, main_violation, measures, overview_tasks
 
+ADAPTIVE = "constrained-adaptive"
+
 
 @dataclass(frozen=True)
 class Tradeoff:
@@ -29,10 +31,12 @@ class Tradeoff:
     def sweeps(self) -> dict[str, list[tuple[float, float]]]:
         """The points of the values of one knob, as of `wise-ft@0.5`, by method and in the order of the values.
 
-        Of `interleave@gap@0.5` the method is `interleave@gap`.
+        Of `interleave@gap@0.5` the method is `interleave@gap`. `constrained-adaptive` itself has the factor 1.
         """
         swept = [
-            (match[1], float(match[2]), point) for name, point in self.points.items() if (match := VALUE.match(name))
+            (match[1], float(match[2]), point)
+            for name, point in self.points.items()
+            if (match := VALUE.match(f"{name}@1" if name == ADAPTIVE else name))
         ]
         return {name: [point for one, _, point in sorted(swept) if one == name] for name, *_ in swept}
 

@@ -6,6 +6,7 @@ from math import exp, log
 from bridle.report.data import FigureComparison, Report
 from bridle.report.findings import listed
 from bridle.report.pareto import Tradeoff, tradeoffs
+from bridle.report.style import VALUE
 from bridle.report.tables import PERCENT, Measure, main_violation, significant, spelt, to_cell
 
 MOST_PERPLEXITY = 0.05  # a higher one, by this share, is a loss
@@ -119,7 +120,8 @@ def _cost(report: Report, panel: Tradeoff, chosen: str, plain: str) -> str:
     spent = [one.value for one in seconds if one is not None and one.value is not None]
     against = [f"{theirs} for {plain}"]
     if len(spent) == 2:
-        besides = " besides that of sft" if {chosen, chosen.partition("@")[0]} & {*UPON_SFT} else ""
+        match = VALUE.match(chosen)
+        besides = " besides that of sft" if (match[1] if match else chosen) in UPON_SFT else ""
         parts.append(f"training takes {spent[0]:,.0f} s{besides}")
         against.append(f"{spent[1]:,.0f} s")
     return f"The cost: {' and '.join(parts)}, against {' and '.join(against)}."
