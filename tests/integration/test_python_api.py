@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from peft import LoHaConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import CartridgeConfig, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from transformers import ProcessorMixin, TrainerCallback
 from trl import SFTConfig, TrlParser
 
@@ -125,10 +125,8 @@ def test_names_and_functions_in_their_places(tiny_folder, tmp_path):
         ({"corpus": {"a": rows.with_transform(dict)}}, "^corpus.a: with_transform"),
         ({"eval_options": EvalOptions(corpus={"corpus": with_images})}, "^eval.corpus.corpus: the column 'image'"),
         ({"eval_dataset": {"b": with_images}}, "^eval_dataset b: the column 'image' would not be read"),
-        ({"eval_dataset": rows.to_iterable_dataset()}, "^eval_dataset eval: is streamed"),
         ({"eval_dataset": rows.rename_column("text", "prompt")}, "^eval_dataset eval: prompts alone have no loss"),
-        ({"corpus": tokens, "formatting_func": str}, "^formatting_func: corpus.corpus is tokenised already"),
-        ({"eval_dataset": tokens, "formatting_func": str}, "^formatting_func: eval_dataset is tokenised already"),
+        ({"corpus": tokens, "formatting_func": str}, "^formatting_func: the corpus is tokenised already"),
         ({"model": loaded}, "^model_init_kwargs: the model is loaded already"),
         ({"args": old_name}, "^model_init_kwargs: torch_dtype is called dtype now; set dtype"),
         ({"args": SFTConfig(str(tmp_path), use_cpu=True, bf16=False)}, "^args: must be a ConstrainedConfig, not a SFT"),
@@ -158,7 +156,7 @@ def test_names_and_functions_in_their_places(tiny_folder, tmp_path):
 
 def test_rows_that_are_tokenised_already_stand_beside_text(tiny_folder, tmp_path):
     """Their masks say what is learnt and where rollouts begin; a prompt has no loss in evaluation either."""
-    masked = [{"input_ids": [1, 9, 8, *range(5, 40)], "completion_mask": [0, 0, 0] + [1] * 35}] * 8
+    masked = [{"input_ids": [1, 9, 8, *range(5, 40)], "assistant_masks": [0, 0, 0] + [1] * 35}] * 8
     rows = {"plain": corpus()["plain"], "rude": Dataset.from_list(masked)}
     trainer = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, rows=rows, max_steps=2)
     trainer.train()
@@ -186,6 +184,34 @@ def test_rows_to_evaluate_on_are_read_as_those_of_the_corpus(tiny_folder, tmp_pa
     found = trainer.evaluate()
     given = trainer.evaluate({"train": asked})
     assert given["eval_train_loss"] == found["eval_train_loss"] != trainer.evaluate(corpus()["plain"])["eval_loss"]
+    streamed = corpus()["plain"].to_iterable_dataset()
+    assert trainer.evaluate(streamed)["eval_loss"] == pytest.approx(found["eval_text_loss"])
+    only = config(tmp_path, max_length=60, completion_only_loss=True)
+    trainer = ConstrainedTrainer(str(tiny_folder()), only, asked, {}, eval_dataset={"text": corpus()["plain"]})
+    assert trainer.evaluate()["eval_text_loss"] == pytest.approx(found["eval_text_loss"]), "text has no completion"
+
+
+def test_prompts_that_are_held_are_not_formatted(tiny_folder, tmp_path):
+    """The function makes text of what is learnt, and may read columns that prompts alone lack."""
+    asked = Dataset.from_list([{"q": text, "a": "yes"} for text in SENTENCES])
+    trainer = ConstrainedTrainer(
+        str(tiny_folder()),
+        config(tmp_path, max_length=60),
+        {"asked": asked, "held": Dataset.from_list([{"prompt": text} for text in SENTENCES])},
+        {"held": Regulariser("retention", kl_on="rollouts", rollouts_of="policy")},
+        learn={"held": False},
+        formatting_func=lambda row: f"{row['q']}: {row['a']}",
+    )
+    assert set(trainer.tokenised["held"][0]["labels"]) == {-100}
+
+
+def test_adapters_with_tokens_in_the_cache(tiny_folder, tmp_path):
+    for kind in (PrefixTuningConfig, CartridgeConfig):
+        adapter = kind(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        trainer = ConstrainedTrainer(
+            str(tiny_folder()), config(tmp_path, max_length=24), corpus(), {}, peft_config=adapter
+        )
+        assert trainer.model.peft_config["default"].num_virtual_tokens == 4
 
 
 def test_a_format_is_judged_after_the_formatting(tiny_folder, tmp_path):
@@ -246,7 +272,11 @@ def test_a_run_that_a_callback_ends_has_all_its_rounds_and_is_not_begun_again(ti
     trainer.train()
     assert logged(trainer, "round") == [1, 2]
     assert all(seconds > 0 for seconds in logged(trainer, "seconds_policy"))
-    refused(trainer.train, "^train: this trainer has trained already")
+    refused(trainer.train, "^train: this trainer has begun its rounds already")
+    plain = trainer_of(tiny_folder(), tmp_path / "plain", {}, max_steps=2)
+    for _ in range(2):
+        plain.train()
+    assert plain.state.global_step == 2, "plain fine-tuning trains again, as SFTTrainer does"
     again = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, max_steps=6, save_strategy="steps")
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert logged(again, "round") == [1, 2]

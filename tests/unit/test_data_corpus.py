@@ -196,12 +196,16 @@ def test_rows_that_are_tokenised_already_are_what_trl_makes_of_them(rows, option
         assert ours.features["input_ids"].feature.dtype == "int32"
 
 
-def test_masks_of_tokenised_rows_are_read_or_refused():
-    masked = tokenize_domain(Dataset.from_list(given("completion_mask")), tiny_tokenizer(), max_length=LENGTH)
-    assert masked["labels"][1] == [IGNORE, 6, 7], "a completion is learnt without its prompt, unless asked otherwise"
-    both = [row | {"labels": row["input_ids"]} for row in given("completion_mask")]
-    assert failure(both).startswith("tales has labels and completion_mask, which both say what is learnt; remove one")
-    assert len(tokenize_domain(Dataset.from_list(both), tiny_tokenizer(), max_length=None, completion_only=False)) == 3
+def test_masks_of_tokenised_rows_are_read_or_refused(caplog):
+    masked, how = Dataset.from_list(given("completion_mask")), {"max_length": LENGTH}
+    assert tokenize_domain(masked, tiny_tokenizer(), **how, completion_only=True)["labels"][1] == [IGNORE, 6, 7]
+    assert not caplog.messages
+    assert tokenize_domain(masked, tiny_tokenizer(), **how)["labels"][1] == [5, 6, 7], "as TRL has it"
+    assert "data set: completion_mask is not read; set completion_only_loss" in caplog.text
+    named = masked.add_column("prompt", [""] * len(masked)).add_column("completion", [""] * len(masked))
+    assert tokenize_domain(named, tiny_tokenizer(), **how)["labels"][1] == [IGNORE, 6, 7], "as TRL has it"
+    both = masked.add_column("labels", [row["input_ids"] for row in given("completion_mask")])
+    assert tokenize_domain(both, tiny_tokenizer(), **how, completion_only=True)["labels"][1] == [5, 6, 7], "labels win"
     assert failure(GIVEN, completion_only=True).startswith("completion_only_loss: the rows of tales have no completion")
     short = [row | {"labels": row["input_ids"][1:]} for row in GIVEN]
     assert failure(short) == "tales row 1: input_ids and labels differ in length"
@@ -285,3 +289,11 @@ def test_weights_that_make_no_mixture_are_refused():
         mix(domains, {"a": 1, "b": -1}, seed=0)
     with pytest.raises(UserError, match="repeat a domain over 1000 times"):
         mix(domains, {"a": 1, "b": 1e-300}, seed=0)
+
+
+def test_prompts_that_are_tokenised_are_kept_where_they_are_not_learnt():
+    prompts = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [IGNORE] * 4}] * 2)
+    with pytest.raises(UserError, match="holds a token to learn"):
+        tokenize_domain(prompts, tiny_tokenizer(), max_length=3)
+    kept = tokenize_domain(prompts, tiny_tokenizer(), max_length=3, learnt=False)
+    assert (len(kept), kept[0]["input_ids"]) == (2, [5, 6, 7])

@@ -89,6 +89,7 @@ def tokenize_domain(
     keep_end: bool = False,
     packing: bool = False,
     shuffle: int | None = None,
+    learnt: bool = True,
 ) -> Dataset:
     """Tokenises rows into `input_ids` and `labels` (int32, of one length), as TRL's `SFTTrainer` does.
 
@@ -102,14 +103,16 @@ def tokenize_domain(
         max_length: tokens of a row, or of a packed row; None keeps all.
         name: the file or the domain, for errors.
         assistant_only: learn only the assistant's turns of a chat.
-        completion_only: False also learns the prompts of completions; True refuses rows without a completion.
+        completion_only: False also learns the prompts of completions; True refuses rows without a completion. Of
+            tokenised rows, `completion_mask` counts if it is True, as in TRL.
         keep_end: cut a long row's start, not its end.
         packing: fill rows of `max_length`, cutting texts in the middle ("wrapped").
         shuffle: a seed that puts the rows in random order before they are packed.
+        learnt: False also keeps rows without a label.
 
     Raises:
         UserError: a row is neither text nor chat, or the chat template refuses it; the tokenizer lacks what the format
-            needs; masks stand beside labels, or differ from the row in length; no row is left.
+            needs; labels or masks differ from the row in length; no row is left.
     """
     if packing and max_length is None:
         raise UserError("packing: needs max_length, the length of the rows to fill")
@@ -119,7 +122,7 @@ def tokenize_domain(
         if completion_only and "completion" not in format_fields(dataset.column_names, name):
             raise UserError(f"completion_only_loss: the rows of {name} have no completion; leave it out")
         rows = _encoded(dataset, RowEncoder(tokenizer, assistant_only, completion_only is not False), name)
-    kept = _learnable(rows, None if packing else max_length, keep_end, name)
+    kept = _cut(rows, None if packing else max_length, keep_end, name, learnt)
     tokens = gather(({"input_ids": ids, "labels": labels} for ids, labels in kept), _TOKENS)
     if not len(tokens):
         raise UserError(f"{name}: none of its {len(dataset)} rows holds a token to learn")
@@ -152,14 +155,13 @@ def _encoded(dataset: Dataset, encoder: RowEncoder, name: str) -> Iterator[Encod
 
 def _given(dataset: Dataset, completion_only: bool | None, name: str) -> Iterator[Encoded]:
     """Rows that are tokenised already: their labels, or the ids where all masks are 1."""
-    known = {"assistant_masks"} if completion_only is False else {"assistant_masks", "completion_mask"}
-    columns, masks = dataset.column_names, sorted(known & {*dataset.column_names})
-    labelled = "labels" in columns
-    if labelled and masks:
-        raise UserError(
-            f"{name} has labels and {' and '.join(masks)}, which both say what is learnt; remove one of them"
-        )
-    if completion_only and not {"labels", "completion_mask"} & {*columns}:
+    columns = {*dataset.column_names}
+    reads_completions = completion_only or (completion_only is None and {"prompt", "completion"} <= columns)  # as TRL
+    known = {"assistant_masks", "completion_mask"} if reads_completions else {"assistant_masks"}
+    masks, labelled = sorted(known & columns), "labels" in columns
+    if completion_only is None and "completion_mask" in columns - {*masks} and not labelled:
+        log.warning("%s: completion_mask is not read; set completion_only_loss to learn completions alone", name)
+    if completion_only and not {"labels", "completion_mask"} & columns:
         raise UserError(f"completion_only_loss: the rows of {name} have no completion_mask; leave it out")
     read = ["input_ids", *(["labels"] if labelled else masks)]
     for number, row in enumerate(dataset.with_format(None).select_columns(read), start=1):
@@ -172,12 +174,12 @@ def _given(dataset: Dataset, completion_only: bool | None, name: str) -> Iterato
         yield ids, labels
 
 
-def _learnable(rows: Iterator[Encoded], max_length: int | None, keep_end: bool, name: str) -> Iterator[Encoded]:
-    """Cuts rows to `max_length` and drops those that then have no label, such as a prompt alone."""
+def _cut(rows: Iterator[Encoded], max_length: int | None, keep_end: bool, name: str, learnt: bool) -> Iterator[Encoded]:
+    """Cuts rows to `max_length`; of those that are learnt drops the ones that then have no label."""
     kept = slice(-max_length, None) if max_length is not None and keep_end else slice(max_length)
     dropped = 0
     for ids, labels in rows:
-        if set(labels[kept]) <= {IGNORE}:
+        if learnt and set(labels[kept]) <= {IGNORE}:
             dropped += 1
         else:
             yield ids[kept], labels[kept]
@@ -191,7 +193,8 @@ def mix(
     """Mixes tokenised domains by weights into the rows of one epoch.
 
     Domain d gets the share w_d / Σ w of the rows; equal weights are the paper's "equal proportions". The epoch is the
-    shortest in which every row that is learnt occurs; a domain that runs out starts again in another order.
+    shortest in which every row that is learnt occurs; a domain that runs out starts again, in another order if there
+    is a seed.
 
     Args:
         domains: rows by domain name, all with the same columns.

@@ -116,10 +116,11 @@ class CheckpointedTrainer(OomSafeTrainer):
             keep_last(self.args.output_dir, PROGRESS_FILE, self.args.keep_last, self.state.best_model_checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if resume_from_checkpoint is None and self.schedule.round:
+        acts = any(one.options.weight > 0 for one in self.regularisers)
+        if resume_from_checkpoint is None and self.schedule.round and acts:
             raise UserError(
-                "train: this trainer has trained already, and its rounds are over; make another one of its model, or "
-                "give resume_from_checkpoint"
+                "train: this trainer has begun its rounds already; make another one of its model, or give "
+                "resume_from_checkpoint"
             )
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:

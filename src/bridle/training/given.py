@@ -17,15 +17,21 @@ from bridle.utils.settings import check_file_name
 Formatting = Callable[[dict[str, Any]], str]
 
 
-def by_domain(corpus: Mapping[str, Dataset] | Dataset, formatting_func: Formatting | None = None) -> dict[str, Dataset]:
+def by_domain(
+    corpus: Mapping[str, Dataset] | Dataset,
+    formatting_func: Formatting | None = None,
+    learn: Mapping[str, bool] | None = None,
+) -> dict[str, Dataset]:
     """Rows by domain; a single data set is the domain "corpus".
 
     Args:
         corpus: as `ConstrainedTrainer` takes it.
-        formatting_func: as in `checked`.
+        formatting_func: as in `checked`; prompts alone of domains that are not learnt stay as they are.
+        learn: whether each domain is learnt, if not all are.
 
     Raises:
-        UserError: a name cannot name files, the corpus is one data set in splits or has no domain, or as `checked`.
+        UserError: a name cannot name files, the corpus is one data set in splits or has no domain, or as `checked`; or
+            all rows are tokenised, which leaves `formatting_func` nothing to do.
     """
     if isinstance(corpus, DatasetDict | IterableDatasetDict):
         raise UserError(
@@ -37,7 +43,14 @@ def by_domain(corpus: Mapping[str, Dataset] | Dataset, formatting_func: Formatti
         raise UserError("corpus: has no domain; give at least one data set")
     for name in domains:
         check_file_name(name, f"corpus.{name}")
-    return {name: checked(rows, f"corpus.{name}", formatting_func) for name, rows in domains.items()}
+    found = {}
+    for name, rows in domains.items():
+        columns = getattr(rows, "column_names", None) or ()
+        is_held = not (learn or {}).get(name, True) and holds_prompts(columns)
+        found[name] = checked(rows, f"corpus.{name}", None if is_held else formatting_func)
+    if formatting_func is not None and all("input_ids" in rows.column_names for rows in found.values()):
+        raise UserError("formatting_func: the corpus is tokenised already; give it as text, or leave the function out")
+    return found
 
 
 def checked(rows: Any, place: str, formatting_func: Formatting | None = None) -> Dataset:
@@ -46,11 +59,10 @@ def checked(rows: Any, place: str, formatting_func: Formatting | None = None) ->
     Args:
         rows: a data set.
         place: what the user calls it, for errors.
-        formatting_func: makes the text that stands in place of a row; None leaves rows as they are.
+        formatting_func: makes the text that stands in place of a row; tokenised rows stay as they are.
 
     Raises:
-        UserError: they are no data set, streamed, transformed when read, none, or hold images; or they are tokenised,
-            which leaves `formatting_func` nothing to do.
+        UserError: they are no data set, streamed, transformed when read, none, or hold images.
     """
     if isinstance(rows, IterableDataset):
         raise UserError(
@@ -67,21 +79,18 @@ def checked(rows: Any, place: str, formatting_func: Formatting | None = None) ->
         raise UserError(
             f"{place}: the column {images.pop()!r} would not be read, since models see text alone; remove it"
         )
-    if formatting_func is None:
+    if formatting_func is None or "input_ids" in rows.column_names:
         return rows
-    if "input_ids" in rows.column_names:
-        raise UserError(f"formatting_func: {place} is tokenised already; give it as text, or leave the function out")
     return rows.map(lambda row: {"text": formatting_func(row)}, remove_columns=rows.column_names)
 
 
 def to_evaluate(name: str, rows: Any, formatting_func: Formatting | None) -> Dataset:
-    """Rows that a trainer is given to evaluate on, which it may have tokenised before. Raises as `checked`.
+    """Rows that a trainer is given to evaluate on, which it may have tokenised before.
 
     Raises:
-        UserError: they are prompts alone, which have no loss.
+        UserError: they are prompts alone, which have no loss; or as `checked`.
     """
-    tokenised_already = isinstance(rows, Dataset) and "input_ids" in rows.column_names
-    rows = checked(rows, f"eval_dataset {name}", None if tokenised_already else formatting_func)
+    rows = checked(rows, f"eval_dataset {name}", formatting_func)
     if holds_prompts(rows.column_names):
         raise UserError(f"eval_dataset {name}: prompts alone have no loss; add completions, or leave it out")
     return rows
@@ -95,9 +104,17 @@ def example_of(corpus: Mapping[str, Dataset], config: ConstrainedConfig) -> Data
 
 
 def tokenised(
-    name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: ConstrainedConfig, packing: bool
+    name: str,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ConstrainedConfig,
+    packing: bool,
+    learnt: bool = True,
 ) -> Dataset:
-    """Rows of one domain as `input_ids` and `labels`, packed separately so that no row belongs to two domains."""
+    """Rows of one domain as `input_ids` and `labels`, packed separately so that no row belongs to two domains.
+
+    Where they are not `learnt`, they may have no label, and `completion_only_loss` acts where there is a completion.
+    """
     if holds_prompts(rows.column_names):
         return tokenize_prompts(rows, tokenizer, name)
     return tokenize_domain(
@@ -106,10 +123,11 @@ def tokenised(
         max_length=config.max_length,
         name=name,
         assistant_only=config.assistant_only_loss,
-        completion_only=config.completion_only_loss,
+        completion_only=config.completion_only_loss if learnt or not config.completion_only_loss else None,
         keep_end=config.truncation_mode == "keep_end",
         packing=packing,
         shuffle=config.seed if config.shuffle_dataset else None,
+        learnt=learnt,
     )
 
 

@@ -24,7 +24,7 @@ REFUSED = {
     "trust_remote_code": "Bridle runs no code that comes with a model; leave the key out",
     "use_cache": "an update needs no cache, and sampling has its own; leave it out",
     "dataset_text_field": "each domain names its own column; set corpus.NAME.text, or rename the column to text",
-    "dataset_kwargs": "rows with the column input_ids are taken as they are; leave it out",
+    "dataset_kwargs": "rows with the column input_ids need none; leave it out",
     "dataset_num_proc": "rows are tokenised in one process; leave it out",
     "label_names": "labels are in the column labels; leave it out",
     "length_column_name": "lengths are those of the tokenised rows; leave it out",

@@ -24,6 +24,8 @@ from bridle.utils.interruption import at_once, is_pending
 
 Log = Sequence[Mapping[str, Any]]  # a run's records
 
+ENDED = "seconds_policy"  # the metric that comes when a round ends
+
 
 class SequentialSchedule(TrainerCallback):
     """Runs a round of every regulariser before the first policy step of each round.
@@ -69,7 +71,8 @@ class SequentialSchedule(TrainerCallback):
         return control
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._record and self.supervisor.verdict is None and not is_pending():  # else a resumed run ends it
+        is_open = bool(self._record) and ENDED not in self._record
+        if is_open and self.supervisor.verdict is None and not is_pending():  # else a resumed run ends it
             self._end_round()
         for regulariser in self.regularisers:
             if regulariser.auxiliary is not None and regulariser.is_fitted:  # the final model has the last R too
@@ -122,11 +125,10 @@ class SequentialSchedule(TrainerCallback):
         self._policy_began += seconds
 
     def _end_round(self) -> None:
-        self._record["seconds_policy"] = time.perf_counter() - self._policy_began
+        self._record[ENDED] = time.perf_counter() - self._policy_began
         self._record |= self.regularisers.means.of_round()
         self._warn(unreached_warnings(self._record))
         self.supervisor.log(self._record)
-        self._record = {}
 
     # ------------------------------------------------------------------ files
 

@@ -6,7 +6,7 @@ from math import ceil, log
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, PrefixTuningConfig
+from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -28,8 +28,11 @@ NOT_TAKEN = {
 }
 """Arguments of `SFTTrainer` that `ConstrainedTrainer` has no use for, and what to do instead."""
 
-ON_THE_HUB = {"cache_dir", "revision", "subfolder", "token", "local_files_only"}
+ON_THE_HUB = {"cache_dir", "revision", "token", "local_files_only"}
 """Options of loading that say where a model is, and so its tokenizer."""
+
+IN_CACHE = {PeftType.PREFIX_TUNING, PeftType.CARTRIDGE}
+"""Adapters whose virtual tokens are in the cache, and not before the row."""
 
 
 def judges(regularisers: Iterable[DomainRegulariser], held_out: Iterable[str]) -> tuple[list[str], list[Constraint]]:
@@ -135,7 +138,7 @@ def check_adapters(model: PreTrainedModel) -> None:
         UserError: naming the adapter's kind and what to use instead.
     """
     for adapter in _adapters(model):
-        if adapter.is_prompt_learning and not isinstance(adapter, PrefixTuningConfig):
+        if adapter.is_prompt_learning and adapter.peft_type not in IN_CACHE:
             raise UserError(
                 f"peft_config: {type(adapter).__name__} puts virtual tokens before each row, where the KL would look "
                 "in place of the row's own; use PrefixTuningConfig, which puts them into the cache, or LoRA"
@@ -187,19 +190,13 @@ def check_options(
 
 
 def _check_evaluation(config: ConstrainedConfig, arguments: Mapping[str, Any]) -> None:
-    """Refuses an evaluation without rows, options that nothing reads, and a function that would format tokens."""
+    """Refuses an evaluation without rows, and options that nothing reads."""
     rows = arguments.get("eval_dataset")
     if rows is None and (config.eval_strategy != "no" or config.eval_on_start):
         raise UserError("eval_strategy: there are no rows to evaluate on; give the trainer an eval_dataset")
     for name in METRICS if arguments.get("compute_metrics") is None else ():
         if is_set(config, name):
             raise UserError(f"{name}: is read by compute_metrics; give the trainer that, or leave {name} out")
-    sets = rows.values() if isinstance(rows, Mapping) else [rows]
-    tokenised = any("input_ids" in (getattr(one, "column_names", None) or ()) for one in sets)
-    if tokenised and arguments.get("formatting_func") is not None:
-        raise UserError(
-            "formatting_func: eval_dataset is tokenised already; give it as text, or leave the function out"
-        )
 
 
 def _warn_of_second_fits(config: ConstrainedConfig, regularisers: Mapping[str, Regulariser]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,7 +79,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         learn: Mapping[str, bool] | None = None,
         **kwargs: Any,
     ):
-        corpus = given.by_domain(corpus, kwargs.get("formatting_func"))
+        corpus = given.by_domain(corpus, kwargs.get("formatting_func"), learn)
         by_name = named(regularisers, corpus)
         self.held = held_domains(learn, corpus, by_name)
         check_prompts(corpus, self.held, by_name)
@@ -273,11 +273,17 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         """The mixture of tokenised domains in place of the example, or tokenised rows to evaluate on."""
         how = (processing_class, args, packing)
         if dataset is self._example:
-            self.tokenised = {name: given.tokenised(name, rows, *how) for name, rows in self._corpus.items()}
+            self.tokenised = {
+                name: given.tokenised(name, rows, *how, learnt=name not in self.held)
+                for name, rows in self._corpus.items()
+            }
             return mix(self.tokenised, self._weights, given.seed_of_order(args), self.held)
-        if dataset is not self._held_out.get(dataset_name):
-            dataset = given.to_evaluate(dataset_name, dataset, formatting_func)
-        return given.tokenised(dataset_name, dataset, *how)
+        if dataset is self._held_out.get(dataset_name):
+            return given.tokenised(dataset_name, dataset, *how)
+        if isinstance(dataset, IterableDataset):
+            return super()._prepare_dataset(dataset, *how, formatting_func, dataset_name)
+        rows = given.to_evaluate(dataset_name, dataset, formatting_func)
+        return given.tokenised(dataset_name, rows, *how, learnt=False)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
