@@ -75,7 +75,7 @@ def wandb(folder):
         record = Record.FromString(data)
         for item in record.history.item:
             values.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
-        for item in record.config.update:
+        for item in [*record.run.config.update, *record.config.update]:
             options[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
     return values, options
 
@@ -147,7 +147,7 @@ def test_trackers(tracker, kept, tiny_folder, tmp_path, monkeypatch, caplog):
     )
     trainer.train()
     values, options = kept(tmp_path)
-    assert float(options["auxiliary.depth"]) == 2
+    assert float(options.get("auxiliary.depth", math.nan)) == 2, sorted(options)
     assert len(values["train/kl/rude"]) >= 4
     assert values["train/rude/compliance"] == [
         record["rude/compliance"] for record in trainer.state.log_history if "round" in record

@@ -339,11 +339,20 @@ def selects_rows(cache: Any) -> bool:
 
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Hides the model's own generation settings, which would fill in what ours leave open."""
+    """Hides the model's own generation settings, which would fill in what ours leave open.
+
+    No experts are balanced either: `transformers` takes the mask of all tokens for that of the new ones, and fails.
+    """
     lm = causal_lm(model)
     own, lm.generation_config = lm.generation_config, GenerationConfig()
+    config = lm.config.get_text_config()
+    balances = getattr(config, "output_router_logits", False)
+    if balances:
+        config.output_router_logits = False
     try:
         with evaluation_mode(model):  # gradient checkpointing would rule out the KV cache
             yield
     finally:
         lm.generation_config = own
+        if balances:
+            config.output_router_logits = True

@@ -356,7 +356,8 @@ def read_report(folder: Path) -> Report:
 
 def results_of(folder: Path) -> Path | None:
     """The results of a comparison, or where it has not ended once those so far; None if the folder has neither."""
-    return next((path for name in ("results.json", "unfinished.json") if (path := folder / name).is_file()), None)
+    paths = (folder / name for name in ("results.json", "unfinished.json"))
+    return next(filter(os.path.isfile, paths), None)  # Path's own raises where a name is too long
 
 
 def _read_comparison(folder: Path, path: Path) -> Report:
