@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 
 import pytest
 
@@ -68,14 +69,18 @@ def wandb(folder):
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
-    wandb.finish()  # the whole file is written
+    wandb.finish()
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    values, options = {}, {}
-    for data in records_of(file.read_bytes()):
-        record = Record.FromString(data)
+    values, options, until = {}, {}, time.monotonic() + 60
+    while True:  # another process writes the file, on a busy machine for some time after `finish`
+        records = [Record.FromString(data) for data in records_of(file.read_bytes())]
+        if (records and records[-1].HasField("exit")) or time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    for record in records:
         for item in record.history.item:
             values.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
-        for item in [*record.run.config.update, *record.config.update]:
+        for item in record.config.update:
             options[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
     return values, options
 
