@@ -246,13 +246,23 @@ def test_a_prefix_in_the_cache_is_trained_as_by_trl(tiny_folder, tmp_path):
 
 
 def test_a_tokenizer_comes_from_where_its_model_does(tiny_folder, tmp_path):
-    """A revision of a repository in a cache of its own."""
-    cache = tmp_path / "cache" / "models--mine--tiny"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "second").write_text("0" * 40)
-    shutil.copytree(tiny_folder(), cache / "snapshots" / ("0" * 40))
+    """A revision of a repository in a cache of its own; of an adapter the base has other revisions."""
+
+    def cached(name, revision):
+        cache = tmp_path / "cache" / f"models--mine--{name}"
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / revision).write_text("0" * 40)
+        return cache / "snapshots" / ("0" * 40)
+
+    shutil.copytree(tiny_folder(), cached("tiny", "second"))
     where = {"cache_dir": str(tmp_path / "cache"), "revision": "second"}
     trainer = ConstrainedTrainer("mine/tiny", config(tmp_path, model_init_kwargs=where), corpus(), {})
+    assert trainer.processing_class.eos_token == "<eos>"
+    shutil.copytree(tiny_folder(), cached("base", "main"))
+    tuned = load_model(str(tiny_folder()), lora=LoraOptions(r=2))
+    tuned.peft_config["default"].base_model_name_or_path = "mine/base"
+    tuned.save_pretrained(cached("adapter", "second"))
+    trainer = ConstrainedTrainer("mine/adapter", config(tmp_path, model_init_kwargs=where), corpus(), {})
     assert trainer.processing_class.eos_token == "<eos>"
 
 

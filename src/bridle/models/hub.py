@@ -182,7 +182,7 @@ class PushesModel:
         """Does nothing, as TRL calls it for each checkpoint: `bridle.models.card.write_card` writes the card.
 
         Raises:
-            UserError: it is told what the card should say.
+            UserError: arguments say what the card should hold.
         """
         if described:
             raise UserError(

@@ -14,7 +14,7 @@ from bridle.constraints import Constraint
 from bridle.errors import UserError
 from bridle.models.forward import disable_dropout
 from bridle.models.hidden import check_output_adapter, check_projection
-from bridle.models.loading import check_model, context_length, load_model, load_tokenizer
+from bridle.models.loading import ON_THE_HUB, check_model, context_length, load_model, load_tokenizer
 from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.dual_ascent import TargetOptions
 from bridle.training.guards import warn
@@ -27,9 +27,6 @@ NOT_TAKEN = {
     "quantization_config": "is for loading; give the model's name, and set it in args.model_init_kwargs",
 }
 """Arguments of `SFTTrainer` that `ConstrainedTrainer` has no use for, and what to do instead."""
-
-ON_THE_HUB = {"cache_dir", "revision", "token", "local_files_only"}
-"""Options of loading that say where a model is, and so its tokenizer."""
 
 IN_CACHE = {PeftType.PREFIX_TUNING, PeftType.CARTRIDGE}
 """Adapters whose virtual tokens are in the cache, and not before the row."""
@@ -65,16 +62,18 @@ def loaded(model: PreTrainedModel | str, config: ConstrainedConfig) -> PreTraine
 
 
 def tokenizer_of(
-    processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel, config: ConstrainedConfig
+    processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel | str, config: ConstrainedConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that is given, or the model's, from where on the hub the model is.
+    """The tokenizer that is given, or the model's, from where on the hub the model is, but for a `subfolder`.
 
     Raises:
         UserError: what is given is no tokenizer.
     """
     if processing_class is None:
         options = config.model_init_kwargs or {}
-        return load_tokenizer(model.config._name_or_path, **{key: options[key] for key in ON_THE_HUB & options.keys()})
+        name = model if isinstance(model, str) else model.config._name_or_path
+        where = {key: options[key] for key in (ON_THE_HUB - {"subfolder"}) & options.keys()}
+        return load_tokenizer(name, **where)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         kind = type(processing_class).__name__
         raise UserError(f"processing_class: must be a tokenizer, not a {kind}; give the tokenizer of a processor")
