@@ -9,11 +9,13 @@ from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import cached_file
 
 from bridle.core import log_linear
 from bridle.core.decomposition import log_target
 from bridle.core.tokens import pad_left, pad_right, positions
 from bridle.errors import UserError
+from bridle.models import loading
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, largest_so_far, load_auxiliary, new_auxiliary
 from bridle.models.forward import policy_forward
@@ -608,6 +610,13 @@ class TestLoading:
         with pytest.raises(UserError, match="no such folder, and no model of that name could be fetched") as error:
             load_model("nowhere")
         assert "\n" not in str(error.value)
+
+    def test_a_hub_that_cannot_be_reached_is_asked_once(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(loading, "cached_file", lambda *args, **_: asked.append(args) or cached_file(*args))
+        with pytest.raises(UserError, match=r"^nobody/nothing: no such folder, and no model of that name could be"):
+            load_tokenizer("nobody/nothing")
+        assert asked == [("nobody/nothing", "adapter_config.json")]
 
     @pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "../nowhere", "nowhere/"])
     def test_of_what_can_only_be_a_path_the_hub_is_not_named(self, name):

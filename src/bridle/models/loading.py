@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from jinja2 import TemplateError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -329,12 +332,18 @@ def _holding(file: str, name: str, options: dict[str, Any]) -> tuple[str, dict[s
 
 
 def _file(file: str, name: str, options: Mapping[str, Any]) -> Path | None:
-    """A file of a model's folder, or of its repository on the hub, fetched if need be; None if it has no such file."""
+    """A file of a model's folder, or of its repository on the hub, fetched if need be; None if it has no such file.
+
+    Raises:
+        UserError: the hub cannot be reached, and nothing of the model was fetched before.
+    """
     if is_path(name) and not os.path.isdir(name):
         return None
     try:
         found = cached_file(name, file, **{key: options[key] for key in ON_THE_HUB & options.keys()})
-    except OSError:  # also without a connection
+    except OSError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError) and not _was_fetched(name, options):
+            raise UserError(f"{name}: {reason(name, error)}") from error  # each further file would be retried as long
         return None
     return None if found is None else Path(found)
 
@@ -345,3 +354,9 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UserError(f"dtype: {name!r} is not a floating-point type; use float32, bfloat16 or float16")
     return dtype
+
+
+def _was_fetched(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether the cache of the hub knows a model."""
+    cache = Path(options.get("cache_dir") or constants.HF_HUB_CACHE)
+    return (cache / repo_folder_name(repo_id=name, repo_type="model")).exists()
