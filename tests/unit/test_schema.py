@@ -46,6 +46,7 @@ def test_every_shipped_recipe_is_valid(validator, path):
         ("constraints.mine", {"type": "classifier", "model": "m"}, "constraints.mine"),
         ("constraints.mine", {"any": "regex:a"}, "constraints.mine"),
         ("regularisers.toxigen", {"weight": 3}, "regularisers"),
+        ("regularisers.toxigen.wieght", 3, "regularisers"),
         ("evaluation.prompts.mine", {"temperatur": 1}, "evaluation.prompts.mine"),
     ],
 )
@@ -64,7 +65,6 @@ def test_what_a_recipe_refuses_is_invalid_there(validator, key, value, place):
         ("constraints.mine", ["regex:a", {"not": {"type": "length", "min_words": 3}}]),
         ("constraints.mine", {"type": "words", "words": ["a"], "cache": "labels.sqlite", "version": 2}),
         ("regularisers", [{"domain": ["toxigen", "wikitext"], "name": "both", "constraint": "policy"}]),
-        ("regularisers.toxigen.on", "rollouts"),
         ("methods.rl", None),
         ("evaluation.judge", None),
     ],

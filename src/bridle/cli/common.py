@@ -37,9 +37,7 @@ ApiKeyEnv = Annotated[
 Guide = Annotated[
     str | None, typer.Option(metavar="AUXILIARY", help="Guide sampling by this auxiliary model (NADO decoding).")
 ]
-GuidanceScale = Annotated[
-    float, typer.Option("--guidance_scale", "--guide_power", help="η: strength of the guidance; 1 is the method.")
-]
+GuidanceScale = Annotated[float, typer.Option("--guidance_scale", help="η: strength of the guidance; 1 is the method.")]
 PromptTokens = Annotated[
     int | None,
     typer.Option("--prompt_tokens", min=1, help="Take only the first so many tokens of each row as the prompt."),

@@ -132,12 +132,9 @@ def _domain() -> dict[str, Any]:
 
 def _regularisers() -> dict[str, Any]:
     """By name, or a list whose entries may have names."""
-    from bridle.recipes.recipe import OLD_KEYS
     from bridle.training.config import Regulariser
 
-    one = _object(Regulariser, skip={"name"}, given={"constraint": {"type": "string"}})
-    old = {key: one["properties"][new] | {"deprecated": True} for key, new in OLD_KEYS.items()}
-    one |= {"properties": one["properties"] | old, "required": ["constraint"]}
+    one = _object(Regulariser, skip={"name"}, given={"constraint": {"type": "string"}}) | {"required": ["constraint"]}
     named = one | {"properties": one["properties"] | {"name": {"type": "string"}}}
     return {"anyOf": [_by_name(_or_null(one)), {"type": "array", "items": named}]}
 

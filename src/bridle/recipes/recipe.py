@@ -13,7 +13,6 @@ A regulariser applies to the domain that it is named after, or to its `domain`: 
 Every other key is a field of `ConstrainedConfig`, and so of TRL's `SFTConfig`.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -52,11 +51,6 @@ from bridle.utils.settings import (
     validated,
 )
 from bridle.utils.variables import Variables, expanded
-
-logger = logging.getLogger(__name__)
-
-OLD_KEYS = {"on": "kl_on", "power": "guidance_scale"}
-"""New names of a regulariser's keys."""
 
 NOT_IN_RECIPES = {"output_dir", "resume_from_checkpoint", "parallelism_config"}
 """Fields of the configuration that no recipe sets."""
@@ -142,7 +136,6 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """A recipe from the mapping of its YAML file. Raises as `load_recipe`."""
     mapping = dict(mapping)
     _name_regularisers(mapping)
-    rename_old_keys(mapping)
     resolved, (mapping, variables) = dict(mapping), expanded(mapping)
     if isinstance(resolved.get("hub_token"), str):
         resolved["hub_token"] = SecretStr(resolved["hub_token"])
@@ -231,19 +224,6 @@ def _name_regularisers(mapping: dict[str, Any]) -> None:
         if name in found:
             raise UserError(f"{where}: another one is called '{name}' too; give each its own `name`")
         found[name] = options
-
-
-def rename_old_keys(mapping: dict[str, Any]) -> None:
-    """Renames keys and values of version 0.1, with a warning."""
-    found = mapping.get("regularisers")
-    for name, options in found.items() if isinstance(found, Mapping) else ():
-        for old in OLD_KEYS.keys() & options if isinstance(options, Mapping) else ():
-            logger.warning("regularisers.%s.%s: is now called %s", name, old, OLD_KEYS[old])
-            options = {OLD_KEYS[old] if key == old else key: value for key, value in options.items()}
-            mapping["regularisers"] = {**mapping["regularisers"], name: options}
-    if mapping.get("targets") == "shipped":
-        logger.warning("targets: shipped is now called precomputed")
-        mapping["targets"] = "precomputed"
 
 
 def _regulariser(
