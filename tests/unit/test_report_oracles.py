@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from bridle.errors import UserError
 from bridle.report import html, tables
 from bridle.report.data import Estimate, Main, read_report
 from bridle.report.findings import findings
@@ -14,14 +13,6 @@ from report_folder import VIOLATION, estimate, figure, make_folder
 
 JUDGE = "careful"
 CONFIRMED = {"filtration": (0.9, 0.3), "constrained": (0.3, 0.4), "constrained-adaptive": (0.31, 0.8)}
-RECIPE = """
-model: tiny
-corpus: {rude: {path: rude.jsonl}}
-constraints:
-  non-rude: {type: classifier, model: "${SOMEWHERE}/oracle", label: rude}
-  careful: {type: classifier, model: "${SOMEWHERE}/judge", label: rude}
-regularisers: {rude: {constraint: non-rude}}
-"""
 
 
 def change(path, edit):
@@ -30,18 +21,13 @@ def change(path, edit):
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def judged(results):
-    """Adds the judge's rates, which stand behind the oracle's, as in results of an earlier version."""
+def led(results):
+    """Adds the judge's rates behind the oracle's, and makes them the main ones."""
     for name, value in VIOLATION.items():
         for by_constraint in results["methods"][name]["figures"]["violation"].values():
             by_constraint[JUDGE] = figure(2 * value, 0.03, n=1000)
     tested = [one for one in results["comparisons"] if one["figure"] == "violation"]
     results["comparisons"] += [one | {"constraint": JUDGE} for one in tested]
-
-
-def led(results):
-    """What a comparison writes now."""
-    judged(results)
     results["main"] |= {"constraint": JUDGE, "trained_on": "non-rude"}
     results["examined"] = {
         JUDGE: {"people": estimate(0.84, 0.04, n=324)},
@@ -124,50 +110,6 @@ def test_without_an_independent_constraint_nothing_of_it_is_said(folder):
     assert tables.transfer(report) is None
     assert "the training oracle" not in " ".join(findings(report))
     assert "independent" not in html.render(report, draw_plots(report)).partition("<nav")[0].partition("<body")[2]
-
-
-def scored(folder, drops):
-    """Completions of 40 prompts; the first ones violate, as many as `drops` says by method and constraint."""
-    for method, violations in drops.items():
-        rows = [
-            {
-                "prompt_set": "rude",
-                "index": index,
-                "sample": 0,
-                "prompt": f"prompt {index}",
-                "completion": "a kettle sang",
-                "scores": {
-                    name: {"value": float(index >= count), "complies": index >= count}
-                    for name, count in violations.items()
-                },
-            }
-            for index in range(40)
-        ]
-        for seed in (0, 1):
-            path = folder / method / f"seed-{seed}" / "completions.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def test_results_of_an_earlier_version_are_led_by_the_independent_constraint_too(folder):
-    change(folder / "results.json", judged)
-    assert read_report(folder).main.constraint == "non-rude", "the recipe names no constraint"
-    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    drops = {"base": (20, 20), "sft": (20, 20), "filtration": (19, 19), "constrained": (0, 16)}
-    scored(folder, {name: dict(zip(("non-rude", JUDGE), counts, strict=True)) for name, counts in drops.items()})
-    report = read_report(folder)
-    assert report.main == Main("rude", JUDGE, "novels", "non-rude")
-    assert tables.overview(report).columns[0] == "rude · careful ↓"
-    found = {name: method.figures.transfer.get("rude", {}).get(JUDGE) for name, method in report.methods.items()}
-    assert found["constrained"].value == pytest.approx(0.2)
-    assert (found["filtration"].value, found["base"], found["sft"]) == (None, None, None)
-    assert report.methods["constrained"].reference == "sft"
-    assert any("constrained is learning to please its oracle" in sentence for sentence in findings(report))
-
-
-def test_a_recipe_that_cannot_be_read_is_named(folder):
-    (folder / "recipe.yaml").write_text("constraints: [a]\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"recipe\.yaml: constraints: must be a mapping"):
-        read_report(folder)
 
 
 def test_a_missing_auc_is_a_dash(folder):

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePath
@@ -10,16 +10,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from bridle.constraints.spec import trained_on
-from bridle.errors import UserError, prefixed
+from bridle.errors import UserError
 from bridle.evaluation.judge_examination import JudgeExamination
 from bridle.evaluation.prompt_sets import GenerationOptions
 from bridle.evaluation.statistics import Comparison, Estimate
-from bridle.evaluation.transfer import reference_of, transfers
 from bridle.evaluation.win_rate import WinRates
 from bridle.utils.files import checked, read_json, read_rows, read_text
 from bridle.utils.progress import track
-from bridle.utils.settings import read_yaml
 
 Group = Literal["violation", "transfer", "text", "perplexity", "tasks", "classification", "cost"]  # of `Figures`
 
@@ -375,50 +372,7 @@ def _read_comparison(folder: Path, path: Path) -> Report:
         ],
         guidance=read_json(path, Guidance) if (path := folder / "guidance.json").is_file() else None,
     )
-    if report.main is None:
-        return report
-    if "trained_on" not in found["main"] and (recipe := folder / "recipe.yaml").is_file():
-        report = _led_by_independent(report, report.main, recipe)
     return _main_first(report)
-
-
-def _led_by_independent(report: Report, main: Main, recipe: Path) -> Report:
-    """Results of an earlier version led with the training oracle; the recipe names it, and so what is independent."""
-    with prefixed(f"{recipe}: "):
-        dependent = trained_on(read_yaml(recipe))
-    sets = (method.figures.violation.get(main.prompt_set, {}) for method in report.methods.values())
-    measured = dict.fromkeys(chain.from_iterable(sets))
-    independent = [name for name in measured if name not in dependent]
-    oracle = next((name for name in dependent if name in measured), None)
-    if oracle is None or not independent:
-        return report
-    ratios = transfers(_violations(report.completions), oracle, independent)
-    scored = {one.method for one in report.completions}
-    methods = {
-        name: replace(
-            method,
-            reference=reference_of(name, scored),
-            figures=replace(
-                method.figures,
-                transfer={
-                    prompt_set: {constraint: Figure(**vars(one)) for constraint, one in by_constraint.items()}
-                    for prompt_set, by_constraint in ratios.get(name, {}).items()
-                },
-            ),
-        )
-        for name, method in report.methods.items()
-    }
-    return replace(report, methods=methods, main=replace(main, constraint=independent[0], trained_on=oracle))
-
-
-def _violations(completions: Iterable[Completion]) -> dict[tuple[str, str], dict[str, dict[int, list[bool | None]]]]:
-    """Whether each completion violates, by prompt set and constraint, method, and prompt."""
-    found: dict[tuple[str, str], dict[str, dict[int, list[bool | None]]]] = {}
-    for one in completions:
-        for name, score in one.scores.items():
-            by_prompt = found.setdefault((one.prompt_set, name), {}).setdefault(one.method, {})
-            by_prompt.setdefault(one.index, []).append(None if score.complies is None else not score.complies)
-    return found
 
 
 def _main_first(report: Report) -> Report:
