@@ -281,7 +281,8 @@ def metrics(seed: int, regularised: bool) -> list[dict[str, Any]]:
     if regularised:
         rows.append({"step": 120, "skipped_in_a_row": 1, "warnings": [f"update 120 was skipped {SCRIPT}"]})
         rows[1]["warnings"] = ["round 1, rude: violations rose", "round 1, rude: rollouts say nothing"]
-    return [*rows, {"step": 200, "train_runtime": 300.0, "train_loss": 3.7}]
+    rows.append({"step": 200, "train_runtime": 300.0, "train_loss": 3.7})
+    return [row | {"seconds": 1.5 * row["step"], "max_steps": 200, "rounds": 2} for row in rows]
 
 
 def _regularisers(number: int, seed: int) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_the_command_line_says_what_is_kept_and_how_to_go_on(warm, recipe, tmp_p
 
 
 def test_who_watches_a_run_leaves_it_with_ctrl_c(warm, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "round": 1, "max_steps": 4, "rounds": 2}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "round": 1, "seconds": 1.0, "max_steps": 4, "rounds": 2}\n')
     with only_writer(tmp_path):
         process = warm.start("-m", "bridle", "watch", tmp_path, folder=tmp_path)
         wait_for(process.out, "round 1/2")

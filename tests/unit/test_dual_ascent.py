@@ -164,10 +164,6 @@ class TestAChangedTarget:
         after = before.measured(TargetOptions(base=0.5), 2, [0.0, 1.0], acts_in=2)
         assert after.limit == pytest.approx(0.2525)
 
-    def test_a_checkpoint_without_the_base_s_rate_keeps_its_limit(self):
-        before = DualState(4.0, limit=0.1, since=1)
-        assert before.measured(TargetOptions(base=1.0), 2, [0.0, 1.0], acts_in=2).limit == 0.1
-
     def test_a_target_of_the_base_needs_the_first_round(self):
         with pytest.raises(UserError, match=r"target.base: the first round did not measure the base's rate"):
             DualState(4.0).measured(TargetOptions(base=1.0), 2, [0.0, 1.0], acts_in=2)

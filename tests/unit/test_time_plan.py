@@ -10,9 +10,9 @@ from bridle.recipes.time_plan import TimePlan, time_plan
 
 RECORDS = [
     {"step": 2, "round": 1, "rude/seconds_sampling": 4.0, "rude/seconds_scoring": 1.0, "rude/seconds_fitting": 9.0}
-    | {"seconds_policy": 5.0},
+    | {"seconds_policy": 5.0, "seconds": 19.0, "max_steps": 4, "rounds": 2},
     {"step": 4, "round": 2, "rude/seconds_sampling": 6.0, "rude/seconds_scoring": 2.0, "rude/seconds_fitting": 3.0}
-    | {"seconds_policy": 7.0},
+    | {"seconds_policy": 7.0, "seconds": 37.0, "max_steps": 4, "rounds": 2},
 ]
 
 

@@ -18,6 +18,7 @@ from bridle.utils.files import only_writer
 from report_folder import SCRIPT, make_run
 
 LENGTH = {"max_steps": 100, "rounds": 4}
+STAMP = '"step": 1, "seconds": 2.5, "max_steps": 100, "rounds": 4'
 
 
 def update(step, seconds, speed=300.0, **more):
@@ -71,7 +72,7 @@ def test_a_finished_run_is_shown_and_left(tmp_path, capsys):
     ]
 
 
-def test_a_run_of_an_earlier_version_is_shown_too(tmp_path, capsys):
+def test_warnings_are_shown(tmp_path, capsys):
     lines = watched(capsys, make_run(tmp_path / "run"))
     assert lines[0].startswith("round 1/2  CE 3.780  rude: complies 0.760 [0.734, 0.782]")
     assert f"warning: update 120 was skipped {SCRIPT}" in lines
@@ -109,13 +110,17 @@ def test_a_killed_run_is_left_with_what_to_do(tmp_path, capsys):
     )
 
 
-BEST = {"step": 60, "best_step": 40, "best_loss": 3.2, "best_violation": 0.02, "best_bound": 0.05}
+BEST = {"step": 60, "seconds": 95.0, "best_step": 40, "best_loss": 3.2, "best_violation": 0.02, "best_bound": 0.05}
 
 
 def test_a_run_that_keeps_its_best_model_is_over(tmp_path, capsys):
     write(tmp_path, [update(60, 90.0), END | {"step": 60}, BEST | LENGTH])  # `patience` ended it before step 100
     assert watched(capsys, tmp_path)[-1] == "The run is over: 60 steps; the model is that of step 40."
-    none_within = {"step": 100, "warnings": ["eval.best: no violation rate was 0.05 or less"]} | LENGTH
+    none_within = {
+        "step": 100,
+        "seconds": 310.0,
+        "warnings": ["eval.best: no violation rate was 0.05 or less"],
+    } | LENGTH
     write(tmp_path, [update(100, 290.0), END, none_within])
     assert watched(capsys, tmp_path)[-1] == "The run is over: 100 steps."
 
@@ -214,10 +219,11 @@ def test_what_a_file_says_is_shown_and_not_obeyed(tmp_path, capsys):
         ("[1]", "input should be a valid dictionary"),
         ("{", "malformed JSON"),
         ('{"loss": 1}', "step: "),
-        ('{"step": 1, "loss": 1, "ce": "low"}', "not a record"),
-        ('{"step": 1, "round": 1, "rude/lambda": 1, "rude/compliance": 0.5}', "not a record"),
-        ('{"step": 1, "warnings": 3}', "not a record"),
-        ('{"step": 1, "loss": 1, "max_steps": "many"}', "not a record"),
+        ('{"step": 1, "max_steps": 100, "rounds": 4}', "seconds: field required"),
+        (f'{{{STAMP}, "loss": 1, "ce": "low"}}', "not a record"),
+        (f'{{{STAMP}, "round": 1, "rude/lambda": 1, "rude/compliance": 0.5}}', "not a record"),
+        (f'{{{STAMP}, "warnings": 3}}', "not a record"),
+        ('{"step": 1, "seconds": 2.5, "max_steps": "many", "rounds": 4}', "max_steps: input should be a valid integer"),
     ],
 )
 def test_a_row_of_something_else_is_named(tmp_path, row, said):

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -16,6 +17,16 @@ from bridle.utils.progress import Progress
 
 WIDEST_LINE = 100  # columns
 LONGEST_NAME = 30  # of a regulariser, in a line for people
+
+
+@dataclass
+class Stamp:
+    """What every record has: its update, the seconds since training began, and the run's length."""
+
+    step: int
+    seconds: float
+    max_steps: int
+    rounds: int
 
 
 class MetricsFile(TrainerCallback):
@@ -35,9 +46,11 @@ class MetricsFile(TrainerCallback):
         kept, seconds = [], 0.0
         if state.global_step and self.path.is_file():
             *whole, _ = read_text(self.path).split("\n")  # the last may be incomplete
-            times = [_time(line, f"{self.path} row {number}") for number, line in enumerate(whole, start=1)]
-            kept = [line for line, (step, _) in zip(whole, times, strict=True) if step <= state.global_step]
-            seconds = max((so_far for step, so_far in times if step <= state.global_step), default=0.0)
+            rows = ((line, f"{self.path} row {number}") for number, line in enumerate(whole, start=1))
+            stamped = [(line, checked(Stamp, parse(line, place), place)) for line, place in rows]
+            before = [(line, stamp.seconds) for line, stamp in stamped if stamp.step <= state.global_step]
+            kept = [line for line, _ in before]
+            seconds = max((so_far for _, so_far in before), default=0.0)
         write_text(self.path, "".join(line + "\n" for line in kept))
         self._began = time.monotonic() - seconds
 
@@ -136,13 +149,6 @@ def target_lines(record: dict[str, Any]) -> Iterator[str]:
         if what == "violation_reached":
             low, high, target = record[f"{key}_low"], record[f"{key}_high"], record[f"{name}/target"]
             yield f"trained model  {name}: violation {value:.3g} [{low:.3g}, {high:.3g}], target {target:.3g}"
-
-
-def _time(line: str, place: str) -> tuple[int, float]:
-    """Step and seconds of a record; of one without its time, 0 seconds."""
-    record = checked(dict[str, Any], parse(line, place), place)
-    step = checked(int, record.get("step"), f"{place}: step")
-    return step, checked(float, record.get("seconds", 0.0), f"{place}: seconds")
 
 
 def _finite(value: Any) -> Any:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bridle.errors import UserError, plain
-from bridle.recipes.metrics import evaluation_line, regularisers_of, round_line, target_lines
+from bridle.recipes.metrics import Stamp, evaluation_line, regularisers_of, round_line, target_lines
 from bridle.utils.files import checked, is_locked, parse, read_json
 
 POLL = 1.0  # seconds between two looks at the file
@@ -85,20 +85,19 @@ class Run:
         return self.records[-1]["step"] if self.records else 0
 
     @property
-    def steps(self) -> int | None:
-        """How many updates the run makes; None in records of an earlier version."""
-        return self.records[-1].get("max_steps") if self.records else None
+    def steps(self) -> int:
+        """How many updates the run makes; 0 before the first record."""
+        return self.records[-1]["max_steps"] if self.records else 0
 
     @property
     def rounds(self) -> int:
-        """How many rounds the run has; of an earlier version, had so far."""
-        found = [record.get("rounds") or record.get("round") or 0 for record in self.records]
-        return max(found, default=0)
+        """How many rounds the run has; 0 before the first record."""
+        return self.records[-1]["rounds"] if self.records else 0
 
     @property
-    def seconds(self) -> float | None:
+    def seconds(self) -> float:
         """The time since training began, up to the last record."""
-        return self.records[-1].get("seconds") if self.records else None
+        return self.records[-1]["seconds"] if self.records else 0.0
 
     @property
     def age(self) -> float | None:
@@ -133,9 +132,8 @@ class Run:
         return pace * (self.steps - step) + between * (self.rounds - begun)
 
     def _timed(self) -> list[tuple[int, float]]:
-        """Step and seconds of each training record that has them."""
-        records = [record for record in self.records if "loss" in record and "seconds" in record]
-        return [(record["step"], record["seconds"]) for record in records if record["step"] > 0]
+        """Step and seconds of each training record."""
+        return [(record["step"], record["seconds"]) for record in self.records if "loss" in record and record["step"]]
 
 
 def watch(folder: Path, *, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -199,7 +197,7 @@ def ending(run: Run) -> str:
     """How the run ended, in a sentence."""
     if run.best_step is not None:  # also where `eval.best.patience` left updates out
         return f"The run is over: {run.step} steps; the model is that of step {run.best_step}."
-    if run.steps is not None and run.step < run.steps:
+    if run.step < run.steps:
         return (
             f"The run ended at step {_of(run.step, run.steps)}; bridle train --resume goes on from its last checkpoint."
         )
@@ -311,8 +309,7 @@ def _progress(record: Record, run: Run) -> str:
     parts += [f"KL {key.removeprefix('kl/')} {value:.2g}" for key, value in record.items() if key.startswith("kl/")]
     if "tokens_per_second" in record:
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
-    if run.seconds is not None:
-        parts.append(f"{_duration(run.seconds)} so far")
+    parts.append(f"{_duration(run.seconds)} so far")
     if run.seconds_left is not None and not run.has_ended:
         parts.append(f"{_duration(run.seconds_left)} left")
     return "  ".join(parts)
@@ -321,7 +318,7 @@ def _progress(record: Record, run: Run) -> str:
 def _record(row: str, place: str) -> Record:
     """A row as a record, whose figures can be shown."""
     record = checked(dict[str, Any], parse(row, place), place)
-    checked(int, record.get("step"), f"{place}: step")
+    checked(Stamp, record, place)
     try:
         view(Run(Path(), [record]))
         list(lines_of(record, Run(Path(), [record])))
@@ -330,8 +327,8 @@ def _record(row: str, place: str) -> Record:
     return record
 
 
-def _of(part: int, whole: int | None) -> str:
-    return f"{part:,}" if whole is None else f"{part:,}/{whole:,}"
+def _of(part: int, whole: int) -> str:
+    return f"{part:,}/{whole:,}"
 
 
 def _number(value: float | None, form: str) -> str:

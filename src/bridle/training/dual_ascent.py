@@ -144,15 +144,6 @@ class DualState:
     since: int | None = None
     base: float | None = None
 
-    def allowed(self, options: TargetOptions) -> float:
-        """ε under the options, which may have changed since the last round. Raises as `TargetOptions.limit`.
-
-        Checkpoints of an earlier version have no rate of the base: then ε stays.
-        """
-        if options.base is not None and self.base is None and self.limit is not None:
-            return self.limit
-        return options.limit(self.base)
-
     def measured(
         self, options: TargetOptions, round_index: int, violations: Sequence[float], acts_in: int | None
     ) -> "DualState":
@@ -174,7 +165,7 @@ class DualState:
             violation = (sum(violations) + 0.5) / (len(violations) + 1)  # above 0 where nothing violates
             if round_index == 1:
                 state = replace(state, base=violation)
-            state = replace(state, limit=state.allowed(options))
+            state = replace(state, limit=options.limit(state.base))
             if state.limit is not None and state.since is not None and state.since < round_index:
                 stepped = state.stepped(options, violation, len(violations))
                 # With few samples v̂ can exceed a low a even where nothing violates; λ then stays.

@@ -61,7 +61,7 @@ def report_targets(regularisers: Iterable[DomainRegulariser], supervisor: Superv
         if not violations or dual.limit is None:
             supervisor.warn(f"{name}: no score says whether the target is met; fix the constraint")
             continue
-        limit, value, (low, high) = dual.allowed(options), fmean(violations), _interval(violations)
+        limit, value, (low, high) = options.limit(dual.base), fmean(violations), _interval(violations)
         record = {f"{name}/violation_reached": value, f"{name}/target": limit, f"{name}/violation_missing": missing}
         record |= {f"{name}/violation_reached_low": low, f"{name}/violation_reached_high": high}
         if options.mean is not None:
