@@ -454,9 +454,9 @@ PROMPTS = [
     (lines({"question": "a"}), {}, "has no column 'prompt'; it has 'question'"),
     (lines({"prompt": "a"}, {"prompt": "word " * 99}), {}, "row 2: the prompt has"),
     (lines({"prompt": "a" * 2**20}), {}, "row 1: the prompt has"),
-    (lines({"prompt": [{"role": "user", "content": "a"}]}), {"prefix_words": 2}, "row 1: a chat cannot be cut"),
+    (lines({"prompt": [{"role": "user", "content": "a"}]}), {"prefix_tokens": 2}, "row 1: a chat cannot be cut"),
     (lines({"prompt": [{"role": "user", "content": 5}]}), {}, "row 1: column 'prompt' holds list"),
-    (lines({"prompt": "a"}), {"prefix_words": 0}, "must be at least 1"),
+    (lines({"prompt": "a"}), {"prefix_tokens": 0}, "must be at least 1"),
     (lines({"prompt": "a"}), {"prefix_tokens": -1}, "must be at least 1"),
 ]
 """(JSON lines, options of `read_prompts`, what is said)."""
@@ -528,7 +528,7 @@ ROLLOUT = {
 STATES = [
     ("state.json", "", "state.json: malformed JSON"),
     ("state.json", "[]", "state.json: input should be a dictionary"),
-    ("state.json", '{"drawn": 4}', "state.json: rollout_cursor: field required"),  # of an older version
+    ("state.json", '{"drawn": 4}', "state.json: rollout_cursor: field required"),
     ("state.json", '{"rollout_cursor": "many"}', "state.json: rollout_cursor: input should be a valid integer"),
     (
         "state.json",
@@ -561,7 +561,7 @@ REPORTS = [
     ("results.json", {"methods": 5}, "results.json: methods: input should be a valid dictionary"),
     ("results.json", {"methods": {"sft": {"figures": {"tasks": {"mmlu": 5}}}}}, "methods.sft.figures.tasks.mmlu"),
     ("results.json", {"methods": {"sft": {"seeds": {"0": {"status": "done"}}}}}, "methods.sft.seeds.0.status"),
-    ("results.json", {"methods": {"a/../../../b": {"seeds": {"0": {"status": "failed"}}}}}, "leads out of the folder"),
+    ("results.json", {"methods": {"a": {"seeds": {"0": {"status": "failed", "folder": "a/../../b"}}}}}, "leads out"),
     ("results.json", {"methods": {"a": {"seeds": {"0": {"status": "failed", "folder": "/etc"}}}}}, "leads out of the"),
     ("results.json", {"seeds": "all"}, "results.json: seeds: input should be a valid list"),
     ("results.json", {"main": "toxigen"}, "results.json: main: "),

@@ -185,7 +185,7 @@ def report_of(text, *others):
         recipe=text,
         main=data.Main(text, text, text),
         settings={text: text},
-        methods={name: data.Method(name, {"0": data.SeedRun("failed", reason=name)}, figures) for name in methods},
+        methods={name: data.Method(name, {"0": data.SeedRun("failed", name, name)}, figures) for name in methods},
         environment={text: text, "time": text, "command": [text]},
         curves=[data.Curve(name, "0", [data.Round(1, 2, 0.1, regularisers)]) for name in methods],
         completions=[data.Completion(text, "0", text, 0, 0, text, text, {text: data.Score(None, None, text)})],

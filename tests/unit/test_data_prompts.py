@@ -187,13 +187,10 @@ def test_a_named_column_serves_as_prompt(tmp_path):
         assert [prompt.text for prompt in read_prompts(source, tiny_tokenizer())] == ["b"]
 
 
-def test_texts_are_cut_to_their_first_words_or_tokens(tmp_path):
+def test_texts_are_cut_to_their_first_tokens(tmp_path):
     source = prompt_file(tmp_path / "p.jsonl", [{"text": SENTENCES[0]}, {"text": "hat"}])
     for adds_bos in (True, False):
         tokenizer = tiny_tokenizer(adds_bos)
-        words = read_prompts(source, tokenizer, prefix_words=3)
-        assert [prompt.text for prompt in words] == ["The old kettle", "hat"]
-        assert words[0].ids == tokenizer("The old kettle")["input_ids"]
         first, second = read_prompts(source, tokenizer, prefix_tokens=4)
         assert first.ids == tokenizer(SENTENCES[0])["input_ids"][: 4 + adds_bos]
         assert SENTENCES[0].startswith(first.text)
@@ -231,7 +228,7 @@ def test_a_prompt_longer_than_the_context_names_file_row_and_lengths(tmp_path):
             {"prefix_tokens": 2},
             "row 1: a chat cannot be cut",
         ),
-        ([{"prompt": "a"}], {"prefix_words": 0}, "must be at least 1"),
+        ([{"prompt": "a"}], {"prefix_tokens": 0}, "must be at least 1"),
         ([{"messages": [{"role": "assistant", "content": "Hello"}]}], {}, "row 1: the chat has no turn before the"),
     ],
 )

@@ -17,12 +17,16 @@ from transformers import (
 
 from bridle.errors import UserError
 from bridle.evaluation.statistics import Estimate
-from bridle.evaluation.utility import _windows, likelihoods, perplexity
+from bridle.evaluation.utility import Perplexity, _windows, likelihoods
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.guidance import NADOGuide
 
 VOCABULARY, CONTEXT = 258, 64
 TEXTS = ["you grumblefish", "a", "", "the kettle sings — très fort", "old oak door " * 3]
+
+
+def perplexity(model, tokenizer, texts, seed=0, **options):
+    return Perplexity.of(likelihoods(model, tokenizer, texts, **options), seed=seed)
 
 
 def byte_tokenizer(**special):

@@ -54,7 +54,7 @@ def test_failed_and_missing_are_told_apart(folder):
     ],
 )
 def test_status_of_a_method_sums_up_its_seeds(statuses, expected):
-    assert Method(seeds={str(seed): SeedRun(status) for seed, status in enumerate(statuses)}).status == expected
+    assert Method(seeds={str(seed): SeedRun(status, "") for seed, status in enumerate(statuses)}).status == expected
 
 
 def test_comparisons_and_win_rates(folder):

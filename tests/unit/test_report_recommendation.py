@@ -123,7 +123,7 @@ def test_of_the_methods_that_reached_their_target_the_cheapest_is_taken():
 
 def test_a_method_of_which_a_seed_failed_has_not_reached_its_target_with_every_seed():
     report = with_targets(compared({"harsh": (0.01, 75.0), "mild": (0.05, 74.0), "sft": (0.2, 73.0)}), mild=0.09)
-    seeds = {"0": SeedRun("complete"), "1": SeedRun("failed")}
+    seeds = {"0": SeedRun("complete", ""), "1": SeedRun("failed", "")}
     methods = report.methods | {"mild": replace(report.methods["mild"], seeds=seeds)}
     assert "reached their target" not in recommendation(replace(report, methods=methods))
 

@@ -297,7 +297,7 @@ class Certificate:
             if version_of(constraint) != self.constraint_sha256:
                 raise UserError(
                     f"--constraint: is not the certificate's, {json.dumps(self.constraint)}, or a file of it has "
-                    "changed, or an older Bridle wrote the certificate, which did not know a folder by its content"
+                    "changed"
                 )
             _check_scores(seen, constraint, place)
         if prompts_hash([(one.row, one.prompt) for one in seen]) != self.prompts.sha256:

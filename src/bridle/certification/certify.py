@@ -160,11 +160,10 @@ class Certification:
         if oracle is not None and oracle.missing:
             self.show(f"{oracle.missing:,} of the labelled texts got no score, and count as the oracle's errors")
         with self._opened(self.candidates[0]) as (evaluator, _):
-            prompts, development = self._read(evaluator), None
-            if self.development is not None:
-                development = evaluator.read(self.development)
-        self._check(prompts, development or [])
-        ordered, ranked = self._ordered(development) if len(self.candidates) > 1 else ([*self.candidates], [])
+            prompts = self._read(evaluator)
+            development = [] if self.development is None else evaluator.read(self.development)
+        self._check(prompts, development)
+        ordered, ranked = self._ordered() if len(self.candidates) > 1 else ([*self.candidates], [])
         observed: list[Observation] = []
         tried = fixed_sequence(self._test(one, observed, oracle, len(ordered)) for one in ordered)
         used = prompts_hash([(one.row, one.prompt) for one in observed])
@@ -239,7 +238,7 @@ class Certification:
                 seeker = stack.enter_context(seeking(evaluator, candidate.guide, self.goal.seek))
             yield evaluator, seeker
 
-    def _ordered(self, development: list[Prompt] | None) -> tuple[list[Candidate], list[Ranked]]:
+    def _ordered(self) -> tuple[list[Candidate], list[Ranked]]:
         """The candidates from the safest on, and what the development prompts say of them."""
         ranked = {candidate: self._rank(candidate) for candidate in self.candidates}
         order = safest_first(list(ranked.values()))

@@ -165,7 +165,7 @@ class Constraint:
         return as_lines(messages)
 
     def _settings(self) -> dict[str, Any]:
-        reads = {} if self.reads == "completion" else {"reads": self.reads}  # earlier cache keys have no `reads`
+        reads = {} if self.reads == "completion" else {"reads": self.reads}
         return {"type": self.type_name} | reads
 
     def _listed(self, raw: Any, count: int) -> Sequence[Any]:

@@ -1,6 +1,5 @@
 """Prompts to sample from: prefixes of a domain's rows, the turns before an assistant's turn, or a file of prompts."""
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
@@ -168,7 +167,6 @@ def read_prompts(
     tokenizer: PreTrainedTokenizerBase | None,
     max_prompt_tokens: int | None = None,
     *,
-    prefix_words: int | None = None,
     prefix_tokens: int | None = None,
 ) -> list[Prompt]:
     """Reads prompts from the column `prompt` (text or chat), `messages` or `text`, or the lines of a .txt.
@@ -180,14 +178,13 @@ def read_prompts(
         source: its `prompt` or `text` names the column.
         tokenizer: None for a model that reads texts and chats itself; the prompts then have no `ids`.
         max_prompt_tokens: the longest prompt that leaves room for the new tokens; None checks nothing.
-        prefix_words, prefix_tokens: keep only the first words or tokens of each text, the beginning-of-text token not
-            counted.
+        prefix_tokens: keep only the first tokens of each text, the beginning-of-text token not counted.
 
     Raises:
         UserError: a row holds no such prompt or one that is too long, named by file and row; or no row holds a prompt.
     """
-    if any(length is not None and length < 1 for length in (prefix_words, prefix_tokens)):
-        raise UserError(f"prefix_words={prefix_words} and prefix_tokens={prefix_tokens} must be at least 1")
+    if prefix_tokens is not None and prefix_tokens < 1:
+        raise UserError(f"prefix_tokens={prefix_tokens} must be at least 1")
     dataset = source.read()
     field = next((field for field in ("prompt", "messages", "text") if field in dataset.column_names), None)
     if field is None:
@@ -196,9 +193,9 @@ def read_prompts(
     for row, values in filled_rows(dataset, [field], source.place):
         place, value = f"{source.place} row {row}", values[field]
         if isinstance(value, str):
-            prompt = Prompt(*_cut_prompt(value, tokenizer, place, prefix_words, prefix_tokens), row)
-        elif prefix_words or prefix_tokens:
-            raise UserError(f"{place}: a chat cannot be cut to its first words or tokens")
+            prompt = Prompt(*_cut_prompt(value, tokenizer, place, prefix_tokens), row)
+        elif prefix_tokens is not None:
+            raise UserError(f"{place}: a chat cannot be cut to its first tokens")
         else:
             answered = field == "messages" and value[-1]["role"] == "assistant"
             turns = value[:-1] if answered else value
@@ -228,12 +225,9 @@ def _fits(ids: Sequence[int], most: int | None) -> bool:
 
 
 def _cut_prompt(
-    value: str, tokenizer: PreTrainedTokenizerBase | None, place: str, words: int | None, tokens: int | None
+    value: str, tokenizer: PreTrainedTokenizerBase | None, place: str, tokens: int | None
 ) -> tuple[str, list[int]]:
-    """The text and the ids of a prompt's first `words` words and `tokens` tokens; None keeps all."""
-    if words:
-        *_, last = islice(re.finditer(r"\S+", value), words)
-        value = value[: last.end()]
+    """The text and the ids of a prompt's first `tokens` tokens; None keeps all."""
     if tokenizer is None:
         if tokens is not None:
             raise UserError(

@@ -100,14 +100,14 @@ class Comparison(Result):
         return f"{self.method} − {self.reference}: {self.difference} p={p}, adjusted p={adjusted}"
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval | None:
-    """Wilson's score interval for a proportion of independent trials (Wilson, JASA 1927); `None` where n = 0.
+def wilson_interval(successes: int, n: int) -> Interval | None:
+    """Wilson's 95% score interval for a proportion of independent trials (Wilson, JASA 1927); `None` where n = 0.
 
     It stays within [0, 1] and keeps its width at 0 and n successes.
     """
     if n == 0:
         return None
-    low, high = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    low, high = stats.binomtest(successes, n).proportion_ci(method="wilson")
     return float(low), float(high)
 
 

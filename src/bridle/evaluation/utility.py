@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,13 +70,6 @@ class Perplexity(Result):
             texts=len(texts),
             windowed=sum(text.windows > 1 for text in texts),
         )
-
-
-def perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, seed: int = 0, **options: Any
-) -> Perplexity:
-    """Perplexity of texts, exp(Σ −log p / tokens); raises as `likelihoods`, whose options it takes."""
-    return Perplexity.of(likelihoods(model, tokenizer, texts, **options), seed=seed)
 
 
 def likelihoods(

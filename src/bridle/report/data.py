@@ -69,7 +69,7 @@ class SeedRun:
     """A method's run with one seed: status, folder within the comparison's, and the reason of a failure."""
 
     status: Literal["complete", "failed", "missing"]
-    folder: str | None = None
+    folder: str
     reason: str | None = None
 
 
@@ -261,7 +261,7 @@ class GuidedToken:
         q: q(token | prefix).
         gains: alternatives with the largest q − p, in descending order.
         losses: alternatives with the smallest q − p.
-        kl: KL(q‖p) of the next-token distribution, in nats; None if not recorded.
+        kl: KL(q‖p) of the next-token distribution, in nats; None for the first.
     """
 
     text: str
@@ -425,7 +425,7 @@ def _runs(report: Report, folder: Path) -> Iterator[tuple[str, str, Path]]:
     """Yields method, seed and folder of every run."""
     for name, method in report.methods.items():
         for seed, run in method.seeds.items():
-            inner = PurePath(run.folder or f"{name}/seed-{seed}")
+            inner = PurePath(run.folder)
             if inner.is_absolute() or ".." in inner.parts:
                 raise UserError(
                     f"{folder / 'results.json'}: methods.{name}.seeds.{seed}.folder: leads out of the folder"

@@ -71,7 +71,7 @@ class PlainState:
         measured: the round's metrics.
     """
 
-    rollout_cursor: int  # required, so that a state with its old name is refused
+    rollout_cursor: int
     is_fitted: bool = False
     has_begun: bool = False
     tilt: float | None = None
