@@ -310,17 +310,6 @@ def test_dropout_is_off(make_judge):
     assert differences(judge, ITEMS) == differences(judge, ITEMS)
 
 
-@pytest.mark.parametrize(
-    "template",
-    ["{prompt} {first} better:", "{prompt}{first}{second}", "{prompt}{first}{second}{second}:", "{", "{0}{1}{2}:", ""],
-)
-def test_a_template_that_cannot_be_filled_is_refused(make_judge, template):
-    with pytest.raises(UserError, match="the judge's template"):
-        make_judge(template=template)
-    with pytest.raises(UserError, match="the judge's template"):
-        ChatJudge("http://127.0.0.1/v1", "m", template=template)
-
-
 def test_verdicts_that_are_one_token_are_needed(tiny_model):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")

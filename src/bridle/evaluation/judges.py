@@ -119,22 +119,21 @@ class Judge(Protocol):
 class LocalJudge:
     """A causal language model that judges by the likelihood of its verdict: log p(" A") − log p(" B") decides.
 
-    The pieces of the template are tokenised separately, so that completions can be cut to a number of tokens; they
-    should therefore meet at line breaks. Completions too long for the context are cut at their ends, the longer one
+    The pieces of the prompt are tokenised separately, so that completions can be cut to a number of tokens; they
+    therefore meet at line breaks. Completions too long for the context are cut at their ends, the longer one
     first and then both to the same length; `truncated` counts such comparisons. A prompt that leaves no room has a
     missing verdict.
 
     Args:
-        template: with {prompt}, {first} and {second}, and text after them.
-        examples: stand before each comparison, in the same template.
+        examples: stand before each comparison, in the same form.
         tie_margin: in nats; a smaller difference is a tie.
         batch_size: comparisons in one forward; it does not change the verdicts.
-        max_length: tokens of a filled template; the model's context by default.
+        max_length: tokens of a prompt; the model's context by default.
         name: in results; the model's name by default.
 
     Raises:
-        UserError: the template lacks a field, the tokenizer does not distinguish " A" and " B" by one token, or the
-            architecture of the model is unknown.
+        UserError: the tokenizer does not distinguish " A" and " B" by one token, or the architecture of the model is
+            unknown.
     """
 
     def __init__(
@@ -142,7 +141,6 @@ class LocalJudge:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        template: str = LOCAL_PROMPT,
         examples: Sequence[Example] = (),
         tie_margin: float = TIE_MARGIN,
         batch_size: int = 8,
@@ -155,9 +153,9 @@ class LocalJudge:
         self.max_length = max_length or context_length(model) or sys.maxsize
         self.name = name or model.config.name_or_path or model.config.model_type
         self.truncated = 0
-        *pieces, (tail, _) = _template_pieces(template)
+        *pieces, (tail, _) = [(text, field) for text, field, _, _ in string.Formatter().parse(LOCAL_PROMPT)]
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        shown = "".join(f"{template.format(**asdict(item))} {_NAMES[winner]}\n\n" for item, winner in examples)
+        shown = "".join(f"{LOCAL_PROMPT.format(**asdict(item))} {_NAMES[winner]}\n\n" for item, winner in examples)
         self._pieces = [(self._ids(text), field) for text, field in [(shown + pieces[0][0], pieces[0][1]), *pieces[1:]]]
         self._pieces[0] = (bos + self._pieces[0][0], self._pieces[0][1])
         self._tail, self._letters = self._ending(tail)
@@ -178,17 +176,17 @@ class LocalJudge:
         return list(self.tokenizer(whole_text(text), add_special_tokens=False, verbose=False)["input_ids"])
 
     def _ending(self, tail: str) -> tuple[list[int], tuple[int, int]]:
-        """The template's last tokens, and the tokens of " A" and " B" after them."""
+        """The prompt's last tokens, and the tokens of " A" and " B" after them."""
         (*with_a, a), (*with_b, b) = (self._ids(tail + letter) for letter in _LETTERS)
         if with_a != with_b or a == b:
             raise UserError(
                 f"{self.name}: its tokenizer does not tell {tail[-20:] + _LETTERS[0]!r} and "
-                f"{tail[-20:] + _LETTERS[1]!r} apart by their last token; end the judge's template differently"
+                f"{tail[-20:] + _LETTERS[1]!r} apart by their last token; name another judge"
             )
         return with_a, (a, b)
 
     def _encode(self, item: Comparison) -> list[int]:
-        """The tokens of the filled template; [] where the completions do not fit."""
+        """The tokens of the filled prompt; [] where the completions do not fit."""
         ids = {field: self._ids(text) for field, text in asdict(item).items()}
         fixed = sum(len(piece) for piece, _ in self._pieces) + len(ids["prompt"]) + len(self._tail)
         room, needed = self.max_length - fixed, len(ids["first"]) + len(ids["second"])
@@ -273,7 +271,7 @@ class ChatJudge:
         options: of `Endpoint`.
 
     Raises:
-        UserError: the URL is malformed, the template lacks a field, the key cannot be sent; from `compare`, the
+        UserError: the URL is malformed, the key cannot be sent; from `compare`, the
             endpoint refuses the key or does not know the model.
     """
 
@@ -283,13 +281,11 @@ class ChatJudge:
         model: str,
         api_key_env: str | None = None,
         *,
-        template: str = CHAT_PROMPT,
         examples: Sequence[Example] = (),
         name: str | None = None,
         **options: Any,
     ):
-        _template_pieces(template)
-        self.name, self.model, self.template = name or model, model, template
+        self.name, self.model = name or model, model
         self._examples = [
             turn
             for item, winner in examples
@@ -307,7 +303,7 @@ class ChatJudge:
         return {"model": self.model, "messages": [*self._examples, self._asked(item)], "temperature": 0}
 
     def _asked(self, item: Comparison) -> dict[str, str]:
-        return {"role": "user", "content": self.template.format(**asdict(item))}
+        return {"role": "user", "content": CHAT_PROMPT.format(**asdict(item))}
 
     def _read(self, reply: Reply) -> Verdict:
         if reply.fault:
@@ -335,22 +331,3 @@ def _json_winners(reply: str) -> Iterator[str]:
         with suppress(ValueError, RecursionError):
             if isinstance(winner := json.loads(text).get("winner"), str):
                 yield winner
-
-
-def _template_pieces(template: str) -> list[tuple[str, str | None]]:
-    """A template as (text, the field after it); the last piece is text alone.
-
-    Raises:
-        UserError: a field is missing, unknown or given twice, or the template does not end in text.
-    """
-    try:
-        pieces = [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
-    except ValueError as error:
-        raise UserError(f"the judge's template is malformed: {error}") from error
-    fields = sorted(field for _, field in pieces if field is not None)
-    if fields != ["first", "prompt", "second"] or pieces[-1][1] is not None:
-        raise UserError(
-            "the judge's template must hold {prompt}, {first} and {second} once each and end in text "
-            "(write {{ and }} for braces)"
-        )
-    return pieces
