@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,19 @@ INPUTS_FILE = "inputs.json"
 MADE_BY_READING = ("cache-*", "*.pyc")  # files that `datasets` and Python write beside those they read
 
 
+@dataclass
+class _Inputs:
+    """The hash of each file by its path, and of each variable by the key that it stands in, with its salt."""
+
+    files: dict[str, str]
+    salt: str
+    variables: dict[str, str]
+
+
 def write_inputs(recipe: Recipe, folder: Path, more: Iterable[Path] = ()) -> None:
     """Writes `inputs.json` in a run's folder, for the files of the recipe and `more` files and folders."""
     salt = secrets.token_hex(16)
-    inputs = {"files": _hashes(recipe, more), "salt": salt, "variables": _digests(recipe.resolved, salt)}
-    write_json(folder / INPUTS_FILE, inputs)
+    write_json(folder / INPUTS_FILE, asdict(_Inputs(_hashes(recipe, more), salt, _digests(recipe.resolved, salt))))
 
 
 def check_inputs(
@@ -45,18 +54,18 @@ def check_inputs(
     """
     if not (folder / INPUTS_FILE).is_file():
         return
-    known = read_json(folder / INPUTS_FILE, dict[str, Any])
-    before, now = known.get("files", {}), _hashes(recipe, more)
-    changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])  # others: other keys
-    digests, known_digests = _digests(recipe.resolved, known.get("salt", "")), known.get("variables", {})
-    changed += [
-        f"the variable in {key}"
-        for key in sorted(digests.keys() & known_digests.keys())
-        if digests[key] != known_digests[key] and not key.startswith(ignored)
-    ]
+    known, files = read_json(folder / INPUTS_FILE, _Inputs), _hashes(recipe, more)
+    variables = _digests(recipe.resolved, known.salt)
+    changed = _changed(known.files, files)
+    changed += [f"the variable in {key}" for key in _changed(known.variables, variables) if not key.startswith(ignored)]
     if changed:
         rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(f"{', '.join(changed[:3])}{rest}: changed since {folder} was started; restore it, {advice}")
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What both have, with another hash; what only one has comes from other keys of the recipe."""
+    return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
 
 
 def _hashes(recipe: Recipe, more: Iterable[Path]) -> dict[str, str]:
