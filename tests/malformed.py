@@ -613,7 +613,7 @@ ARGUMENTS = [
     (["report", "nowhere"], "neither results.json nor metrics.jsonl"),
     (["report", "x" * 5000], "neither results.json nor metrics.jsonl"),
     (["generate", "nowhere"], "give either --prompts FILE or --prompt TEXT"),
-    (["generate", "nowhere", "--prompt", "a"], "nowhere: cannot load the model: no such folder"),
+    (["generate", "nowhere", "--prompt", "a"], "nowhere: no such folder, and no model of that name could be fetched"),
     (["generate", "x" * 5000, "--prompt", "a"], "cannot load the model"),
     (["generate", "nowhere", "--prompt", "a", "--dtype", "int8"], "dtype: 'int8'"),
     (["generate", "nowhere", "--prompt", "a", "--output", "."], ".: is a folder; name a file"),
