@@ -58,6 +58,24 @@ def test_it_shows_what_a_run_would_do_and_writes_nothing(bridle, dry, tmp_path):
     assert re.search(r"most memory so far: [\d.]+ GiB", out)
 
 
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("evaluation.sampels", "evaluation.sampels: there is no key 'sampels'; did you mean samples?"),
+        ("methods.rll.beta", "methods.rll: there is no key 'rll'; did you mean rl?"),
+    ],
+)
+def test_sections_that_only_comparisons_read_have_known_keys(bridle, dry, tmp_path, command, key, message):
+    code, _, err = bridle(command, dry, f"--{key}", 3, *(["--output_dir", tmp_path / "run"] * (command == "train")))
+    assert (code, err) == (2, f"bridle: {dry}: {message}\n")
+
+
+def test_files_that_only_comparisons_read_are_there(bridle, dry):
+    code, _, err = bridle("check", dry, "--evaluation.perplexity.plain.path", "none.jsonl")
+    assert (code, err) == (2, "bridle: evaluation.perplexity.plain: none.jsonl: no such file\n")
+
+
 def test_mistakes_are_those_of_a_run(bridle, dry):
     code, _, err = bridle("check", dry, "--learning_rat", 1)
     assert (code, err.count("\n")) == (2, 1)

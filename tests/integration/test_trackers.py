@@ -6,6 +6,7 @@ import struct
 import time
 
 import pytest
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from bridle.data.rollouts import Rollout, read_rollouts
 from bridle.errors import UserError
@@ -170,6 +171,19 @@ def test_trackers(tracker, kept, tiny_folder, tmp_path, monkeypatch, caplog):
         drawn = read_rollouts(tmp_path / "run" / "rollouts" / f"round-{one['round'][0]}.rude.jsonl")
         assert one["completion"] == [rollout.completion for rollout in drawn]
         assert one["complies"] == [rollout.complies for rollout in drawn]
+
+
+@pytest.mark.parametrize(("tracker", "hint"), [("wandb", "or set WANDB_MODE=offline"), ("trackio", "leave it out")])
+def test_a_tracker_that_cannot_begin_ends_in_one_line(tracker, hint, tiny_folder, tmp_path, monkeypatch):
+    pytest.importorskip(tracker, reason=f"{tracker} is not installed")
+
+    def setup(*args, **kwargs):
+        raise KeyError("No API key configured.\nTraceback")
+
+    monkeypatch.setattr(INTEGRATION_TO_CALLBACK[tracker], "setup", setup)
+    trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E)}, report_to=tracker)
+    with pytest.raises(UserError, match=f"report_to: {tracker}: .*No API key configured.*; {hint}"):
+        trainer.train()
 
 
 def test_of_many_rollouts_a_table_has_some():

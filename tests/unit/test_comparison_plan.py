@@ -146,10 +146,10 @@ def test_a_mistyped_file_shows_before_anything_is_made(tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"perplexity": {"chats": {"path": "chats.jsonl"}}}, "chats.jsonl has no column 'text'"),
+        ({"perplexity": {"c": {"path": "chats.jsonl"}}}, "evaluation.perplexity.c: chats.jsonl has no column 'text'"),
         (
             {"prompts": {"forum": {"path": "chats.jsonl", "prompt_tokens": 8}}},
-            "chats.jsonl row 1: a chat cannot be cut",
+            "evaluation.prompts.forum: chats.jsonl row 1: a chat cannot be cut",
         ),
         ({"tasks": ["piqa"], "task_data": "."}, "piqa: . has no piqa.validation.jsonl"),
         ({"tasks": ["piqa"], "limit": {"boolq": 5}}, "limit: there is no task among those evaluated 'boolq'"),

@@ -92,11 +92,20 @@ def refuse(*mistakes: tuple[object, str]) -> None:
 
 
 def read_recipe(path: Path, context: typer.Context) -> "Recipe":
-    """Reads a recipe, with the keys set on the command line."""
+    """Reads a recipe, with the keys set on the command line, and checks the sections that only comparisons read."""
     from bridle.recipes.recipe import load_recipe, parse_overrides
 
     quiet_libraries()
-    return load_recipe(path, parse_overrides(context.args))
+    recipe = load_recipe(path, parse_overrides(context.args))
+    if recipe.evaluation:
+        from bridle.comparison.plan import section_of
+
+        section_of(recipe)
+    if recipe.methods:
+        from bridle.comparison.methods import check_options
+
+        check_options(recipe)
+    return recipe
 
 
 def load_constraints(specs: Iterable[str]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ COMPARISON = {
 }
 """By heading: the prefix of the keys, and the dataclasses, each in its file, whose fields are the keys."""
 
-NO_KEYS = {"Recipe": {"training", "resolved"}, "Domain": {"name"}, "Evaluation": {"label", "trained_on"}}
+NO_KEYS = {"Recipe": {"training", "resolved", "file"}, "Domain": {"name"}, "Evaluation": {"label", "trained_on"}}
 """Fields of the dataclasses that no recipe sets."""
 
 RENAMED = {"variables": "env"}

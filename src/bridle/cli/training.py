@@ -23,9 +23,14 @@ def check(context: typer.Context, recipe: RecipeFile) -> None:
     This runs one short round of the recipe: 64 rollouts and three updates. Nothing is written, and no label is
     kept. Any key of the recipe can be set here, as in `bridle train`.
     """
+    from bridle.comparison.plan import section_of
+    from bridle.models.loading import load_tokenizer
     from bridle.recipes.dry_run import check as run
 
-    run(read_recipe(recipe, context), say)
+    loaded = read_recipe(recipe, context)
+    if loaded.evaluation:
+        section_of(loaded).check_files(load_tokenizer(loaded.model))
+    run(loaded, say)
 
 
 @app.command(

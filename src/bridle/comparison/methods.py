@@ -23,7 +23,7 @@ from bridle.comparison import knobs, rivals
 from bridle.comparison.cell import Candidate, Cell, one_regulariser, refuse_shares, used_constraints
 from bridle.constraints import AllOf, Constraint
 from bridle.data import Prompt
-from bridle.errors import RunStopped, UserError
+from bridle.errors import RunStopped, UserError, prefixed
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import Recipe
 from bridle.recipes.run import SHAPES_NOTHING, build_trainer
@@ -181,10 +181,7 @@ def chosen(names: Sequence[str], recipe: Recipe) -> list[str]:
     Raises:
         UserError: a method is unknown, or an option is wrong.
     """
-    check_keys(recipe.methods, methods(), "methods")
-    for name in recipe.methods:
-        method_named(name)
-        options_of(name, recipe)
+    check_options(recipe)
     wanted = list(names) or [name for name in methods() if name not in rivals.METHODS or name in recipe.methods]
     for name in wanted:
         method_named(name)
@@ -192,6 +189,15 @@ def chosen(names: Sequence[str], recipe: Recipe) -> list[str]:
     for one in (one for name in wanted for one in _each(name, recipe)):
         found.setdefault(knobs.same(one, recipe), one)
     return list(found.values())
+
+
+def check_options(recipe: Recipe) -> None:
+    """Raises a UserError if the section `methods` names an unknown method or option, or a wrong value."""
+    with prefixed(f"{recipe.file}: "):
+        check_keys(recipe.methods, methods(), "methods")
+        for name in recipe.methods:
+            method_named(name)
+            options_of(name, recipe)
 
 
 def _each(name: str, recipe: Recipe) -> list[str]:

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from bridle.constraints import Constraint
 from bridle.constraints.spec import trained_on
 from bridle.data import DataSource, VerbalisedLabel, labelled_texts, read_prompts, texts_of
-from bridle.errors import UserError
+from bridle.errors import UserError, prefixed
 from bridle.evaluation.examination import LabelledRows
 from bridle.evaluation.judge_examination import Continuations, HumanText
 from bridle.evaluation.judges import ChatJudge, Judge, LikelihoodJudge, LocalJudge
@@ -144,21 +144,30 @@ class Evaluation:
         """Loads every constraint and reads every file once, so that a `UserError` comes before any training."""
         for constraint in self.constraints.values():
             constraint.load()
-        for prompts in self.prompts.values():
-            read_prompts(prompts.source, tokenizer, prefix_tokens=prompts.generation.prompt_tokens)
-        for source in self.perplexity.values():
-            texts_of(source)
-        if self.classification and self.label:
-            for source in (self.classification.validation, self.classification.test):
-                labelled_texts(source, self.label)
-        for rows in self.examine.values():
-            rows.classes()
-        if self.judge is not None:
-            self.judge.continuations()
+        self.check_files(tokenizer)
         if self.tasks:
             from bridle.evaluation.tasks import load_tasks  # lm-eval is optional, and takes seconds
 
             load_tasks(self.tasks, self.task_data, self.limit, self.shots)
+
+    def check_files(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Reads every file but those of tasks once. Raises a `UserError` for the first that cannot be used."""
+        for name, prompts in self.prompts.items():
+            with prefixed(f"evaluation.prompts.{name}: "):
+                read_prompts(prompts.source, tokenizer, prefix_tokens=prompts.generation.prompt_tokens)
+        for name, source in self.perplexity.items():
+            with prefixed(f"evaluation.perplexity.{name}: "):
+                texts_of(source)
+        if self.classification and self.label:
+            for name in ("validation", "test"):
+                with prefixed(f"evaluation.classification.{name}: "):
+                    labelled_texts(getattr(self.classification, name), self.label)
+        for name, rows in self.examine.items():
+            with prefixed(f"evaluation.examine.{name}: "):
+                rows.classes()
+        if self.judge is not None:
+            with prefixed("evaluation.judge.examine: "):
+                self.judge.continuations()
 
     def check_tasks(self) -> None:
         """Raises a UserError if a task is unknown, or lm-eval is not installed."""
@@ -193,26 +202,40 @@ class Evaluation:
 
 
 def evaluation_of(recipe: Recipe) -> Evaluation:
-    """Reads a recipe's section `evaluation`.
+    """Reads a recipe's section `evaluation`, for a comparison.
 
     Raises:
-        UserError: naming the key: the section or its prompts are missing, an unknown key, a wrong value, or a
-            recipe without constraints.
+        UserError: as `section_of`; or the recipe lacks prompts, constraints or `max_steps`, which a comparison needs.
     """
+    with prefixed(f"{recipe.file}: "):
+        if not recipe.evaluation.get("prompts"):
+            raise UserError("evaluation.prompts: is missing; a comparison needs prompts to complete, by name")
+        if not recipe.constraints:
+            raise UserError("constraints: is missing; a comparison needs a constraint to measure violations of")
+        if int(recipe.training.get("max_steps", 0)) < 1:
+            raise UserError("max_steps: is missing; a comparison needs it, so that all methods get as many updates")
+    return section_of(recipe)
+
+
+def section_of(recipe: Recipe) -> Evaluation:
+    """Reads a recipe's section `evaluation`, as far as it goes.
+
+    Raises:
+        UserError: an unknown key, or a wrong value; it names the key.
+    """
+    with prefixed(f"{recipe.file}: "):
+        return _evaluation(recipe)
+
+
+def _evaluation(recipe: Recipe) -> Evaluation:
     given = dict(recipe.evaluation)
     known = {f.name for f in fields(Evaluation)} - {"label", "trained_on"}
     check_keys(given, [*known, *GENERATION], "evaluation")
-    if not given.get("prompts"):
-        raise UserError("evaluation.prompts: is missing; a comparison needs prompts to complete, by name")
-    if not recipe.constraints:
-        raise UserError("constraints: is missing; a comparison needs a constraint to measure violations of")
-    if int(recipe.training.get("max_steps", 0)) < 1:
-        raise UserError("max_steps: is missing; a comparison needs it, so that all methods get as many updates")
     given = {key: value for key, value in given.items() if value is not None}
     for_all = {key: given.pop(key) for key in GENERATION if key in given}
     build(GenerationOptions, combined(for_all), "evaluation")  # a mistake here is not one of a set
     defaults = combined({key: recipe.training[key] for key in ("max_new_tokens",) if key in recipe.training}, for_all)
-    given["prompts"] = _named(given["prompts"], "evaluation.prompts", partial(_prompt_set, defaults))
+    given["prompts"] = _named(given.get("prompts"), "evaluation.prompts", partial(_prompt_set, defaults))
     given["perplexity"] = _named(given.get("perplexity"), "evaluation.perplexity", partial(_rows, DataSource))
     given["examine"] = _named(given.get("examine"), "evaluation.examine", partial(_rows, LabelledRows))
     given["constraints"], trained = _constraints(recipe, given.get("constraints"))
@@ -247,7 +270,7 @@ def _prompt_set(defaults: Mapping[str, Any], name: str, options: Any, where: str
 def _constraints(recipe: Recipe, names: Any) -> tuple[dict[str, Constraint], list[str]]:
     """The named constraints, or all, independent ones first; and the names of the others."""
     chosen = list(recipe.constraints) if names is None else validated(list[str], names, "evaluation.constraints")
-    if not chosen:
+    if names == []:
         raise UserError("evaluation.constraints: is empty; name one of the constraints, or leave it out for all")
     for name in chosen:
         known_name(name, recipe.constraints, "evaluation.constraints", "constraint")

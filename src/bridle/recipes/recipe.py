@@ -72,6 +72,7 @@ class Recipe:
         methods: options of compared methods by name; see `comparison.methods`.
         resolved: the mapping saved with the result: overrides included, variables by name.
         variables: environment variables that it reads.
+        file: what errors call it.
     """
 
     model: str
@@ -86,6 +87,7 @@ class Recipe:
     methods: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
     variables: Variables = field(default_factory=Variables)
+    file: str = "recipe"
 
     @property
     def guidance_scale(self) -> float:
@@ -94,7 +96,11 @@ class Recipe:
 
     def read_corpus(self) -> dict[str, Dataset]:
         """The rows of every domain. Raises as `Domain.read`."""
-        return {name: domain.read() for name, domain in self.corpus.items()}
+        rows = {}
+        for name, domain in self.corpus.items():
+            with prefixed(f"{self.file}: corpus.{name}: "):
+                rows[name] = domain.read()
+        return rows
 
     def config(self, output_dir: str | Path) -> ConstrainedConfig:
         """The training configuration. Raises a UserError for a value that it refuses."""
@@ -103,7 +109,7 @@ class Recipe:
         try:
             config = ConstrainedConfig(output_dir=str(output_dir), **self.training | token)
         except (TypeError, ValueError, OSError, ImportError) as error:
-            raise UserError(f"recipe: {error}") from error
+            raise UserError(f"{self.file}: {error}") from error
         config.variables = self.variables
         return config
 
@@ -129,7 +135,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         _name_regularisers(mapping)
         for key, value in (overrides or {}).items():
             set_dotted(mapping, key, value)
-        return build_recipe(mapping)
+        return replace(build_recipe(mapping), file=str(path))
 
 
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:

@@ -9,10 +9,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from bridle.data.rollouts import Rollout, read_rollouts
+from bridle.errors import UserError, first_line
 from bridle.training.config import ConstrainedConfig
 
 ROLLOUTS = 64  # of a regulariser and a round, evenly spaced
 COLUMNS = ("round", "prompt", "completion", "value", "complies", "reason", "finished")
+
+SETTINGS = {
+    "wandb": "WANDB_MODE=offline to log to a folder",
+    "mlflow": "MLFLOW_TRACKING_URI to where it should log",
+}
+"""By tracker, the environment variable that lets it begin."""
 
 Columns = dict[str, list[Any]]
 
@@ -21,11 +28,25 @@ def log_to_trackers(callbacks: Iterable[TrainerCallback]) -> None:
     """Makes trackers among the callbacks log what they can show.
 
     Each gets the numbers of every record, and no other value. At the end of a round W&B, MLflow and trackio get some of
-    its rollouts, with their scores, as a table `rollouts/REGULARISER`.
+    its rollouts, with their scores, as a table `rollouts/REGULARISER`. One that cannot begin raises a `UserError`.
     """
-    for callback in callbacks:
-        if type(callback) in INTEGRATION_TO_CALLBACK.values():
-            callback.on_log = _Log(callback)  # type: ignore[method-assign]
+    names = {kind: name for name, kind in INTEGRATION_TO_CALLBACK.items()}
+    for callback in (callback for callback in callbacks if type(callback) in names):
+        callback.on_train_begin = _beginning(names[type(callback)], callback.on_train_begin)  # type: ignore[method-assign]
+        callback.on_log = _Log(callback)  # type: ignore[method-assign]
+
+
+def _beginning(name: str, begin: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces the `on_train_begin` of a tracker, whose libraries raise errors with no common base."""
+
+    def on_train_begin(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return begin(*args, **kwargs)
+        except Exception as error:
+            hint = f"or set {SETTINGS[name]}, or leave it out" if name in SETTINGS else "leave it out"
+            raise UserError(f"report_to: {name}: {first_line(error).rstrip('.')}; {hint}") from error
+
+    return on_train_begin
 
 
 class _Log:
