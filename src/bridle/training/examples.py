@@ -79,9 +79,8 @@ class Examples:
         """p_a's logits before each completion token. [n, time, vocabulary]"""
         return self.layer(self.hidden).float()
 
-    def r_taken(self, auxiliary: AuxiliaryModel) -> Tensor:
-        """R's logits after each completion token. [n, time]"""
-        states = self.states(auxiliary)
+    def r_taken(self, auxiliary: AuxiliaryModel, states: Tensor) -> Tensor:
+        """R's logits after each completion token, from what `states` gives. [n, time, width] -> [n, time]"""
         if not auxiliary.is_log_linear:
             return auxiliary(states, self.completion)
 
@@ -154,13 +153,13 @@ def encode(
     )
 
 
-def split(examples: Examples, fresh: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows to keep back from a fit, and rows to fit on. They share no prompt, unless all rows have the same one.
+def split(examples: Examples, plain: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows to keep back from a fit, and rows to fit on. They share no prompt, unless every prompt has too many rows.
 
     Args:
         examples: from `encode`.
-        fresh: how many of the first rows may be kept back.
-        share: of the fresh rows to keep back; at least one prompt remains for the fit.
+        plain: how many of the first rows may be kept back.
+        share: of the plain rows, the most to keep back; at least one prompt remains for the fit.
         generator: chooses the prompts.
 
     Returns:
@@ -168,17 +167,17 @@ def split(examples: Examples, fresh: int, share: float, generator: torch.Generat
     """
     starts = (examples.positions[:, 0] + 1).tolist()
     prompts = [tuple(ids[:start]) for ids, start in zip(examples.input_ids.tolist(), starts, strict=True)]
-    if len(set(prompts[:fresh])) == 1:
+    sizes, wanted = Counter(prompts[:plain]), round(share * plain)
+    if len(sizes) == 1 or min(sizes.values(), default=0) > wanted:
         prompts = [(row,) for row in range(len(prompts))]
-    sizes = Counter(prompts[:fresh])
-    names, wanted, kept_back = list(sizes), round(share * fresh), set[tuple[int, ...]]()
+        sizes = Counter(prompts[:plain])
+    names, kept_back = list(sizes), set[tuple[int, ...]]()
     for place in torch.randperm(len(names), generator=generator)[:-1].tolist():
-        if wanted <= 0:
-            break
-        kept_back.add(names[place])
-        wanted -= sizes[names[place]]
+        if sizes[names[place]] <= wanted:  # else the next may be smaller
+            kept_back.add(names[place])
+            wanted -= sizes[names[place]]
     held = torch.tensor([prompt in kept_back for prompt in prompts])
-    return held[:fresh].nonzero()[:, 0], (~held).nonzero()[:, 0]
+    return held[:plain].nonzero()[:, 0], (~held).nonzero()[:, 0]
 
 
 def _hidden_states(

@@ -30,7 +30,7 @@ def fit_auxiliary(
     options: AuxiliaryOptions,
     generator: torch.Generator,
     description: str = "fitting R",
-    fresh: int | None = None,
+    plain: int | None = None,
 ) -> dict[str, Any]:
     """Minimises L_R = BCE + β·consistency on labelled samples (`core.decomposition`), from R shifted to their rate.
 
@@ -39,19 +39,20 @@ def fit_auxiliary(
 
     Args:
         auxiliary: R, changed in place.
-        examples: from `encode`, of the guided model p_a; a share of the fresh ones is kept back to measure R.
+        examples: from `encode`, of the guided model p_a.
         options: length and rates of the fit.
         generator: orders the examples.
-        fresh: how many of the first were drawn from p_a itself; all if not given.
+        plain: how many of the first p_a drew whole, without seeking; a share of them is kept back to measure R. All if
+            not given.
 
     Returns:
         Losses of the last epoch, the number of steps skipped because loss or gradient was not finite, and R's
-        calibration on the held-out examples.
+        calibration on what was kept back.
     """
-    fresh = len(examples) if fresh is None else fresh
-    validation, fitting = split(examples, fresh, options.validation_share, generator)
+    plain = len(examples) if plain is None else plain
+    validation, fitting = split(examples, plain, options.validation_share, generator)
     with torch.no_grad():
-        auxiliary.scale_to(examples.hidden[:SCALE_ROWS])
+        auxiliary.scale_to(examples.hidden[:SCALE_ROWS][examples.mask[:SCALE_ROWS]])
         # A policy that complies more, or a new R, is off by far more than the fit's few steps move it.
         auxiliary.value.bias.add_(rate_shift(auxiliary, examples[fitting]))
     optimizer = torch.optim.AdamW(
@@ -106,7 +107,8 @@ def _fit_losses(auxiliary: AuxiliaryModel, average: AuxiliaryModel, batch: Examp
 
     Consistency's mean is that of R's average, a target.
     """
-    r_taken = batch.r_taken(auxiliary)
+    states = batch.states(auxiliary)
+    r_taken = batch.r_taken(auxiliary, states)
     labels = _labels(batch, r_taken)
     bce = label_loss(r_taken, batch.mask, labels, batch.weights)
     # The whole vocabulary is the expensive part; a mean over some rows suffices.
@@ -117,7 +119,7 @@ def _fit_losses(auxiliary: AuxiliaryModel, average: AuxiliaryModel, batch: Examp
         r_logits = average(batch[some].states(average), anchor_logits=anchor_logits)
     consistency = consistency_loss(r_logits, r_taken[some], F.log_softmax(anchor_logits, dim=-1), batch.mask[some])
     excess = auxiliary.excess(r_taken).masked_fill(~batch.mask, 0).sum(), batch.mask.sum()
-    values = auxiliary.values(batch.states(auxiliary))[:, 1:]
+    values = auxiliary.values(states)[:, 1:]
     value = label_loss(values, batch.mask[:, 1 : values.shape[1] + 1], labels, batch.weights[:, : values.shape[1]])
     return bce, consistency, excess, value
 

@@ -119,7 +119,7 @@ def _predicted(auxiliary: AuxiliaryModel, examples: Examples) -> tuple[Tensor, T
 
     def predict(rows: Tensor) -> tuple[Tensor, Tensor]:
         batch = examples[rows].to(auxiliary.device)
-        r_taken = batch.r_taken(auxiliary)
+        r_taken = batch.r_taken(auxiliary, batch.states(auxiliary))
         labels = batch.compliance[:, None].expand_as(r_taken)
         return r_taken[batch.mask].cpu(), labels[batch.mask].cpu()
 

@@ -221,13 +221,13 @@ class DomainRegulariser(StatefulRegulariser):
             **known,
         )
 
-    def _fit_auxiliary(self, examples: Examples, fresh: int, round_index: int) -> dict[str, Any]:
-        """Fits R on examples of a round, 0 for the corpus, of which the first are `fresh`."""
+    def _fit_auxiliary(self, examples: Examples, plain: int, round_index: int) -> dict[str, Any]:
+        """Fits R on examples of a round, 0 for the corpus, of which the first are `plain`."""
         assert self.auxiliary is not None
         description = f"round {round_index}: fitting R" if round_index else "fitting R on the corpus"
         purpose = f"fitting {round_index}" if round_index else "fitting on the corpus"
         generator = torch.Generator().manual_seed(self.seed(purpose))
-        report = fit_auxiliary(self.auxiliary, examples, self.config.auxiliary, generator, description, fresh=fresh)
+        report = fit_auxiliary(self.auxiliary, examples, self.config.auxiliary, generator, description, plain=plain)
         align(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
         self.is_fitted, self.fitted_tilt = True, self.tilt
         self.auxiliary.config.provenance = {
