@@ -15,9 +15,8 @@ from bridle.data.encoding import RowEncoder
 from bridle.errors import UserError
 from bridle.evaluation.generation import generate_completions
 from bridle.models.loading import end_token_ids, load_model, load_tokenizer
-from bridle.training.config import Regulariser
+from bridle.training.config import AuxiliaryOptions, Regulariser
 from bridle.training.corpus_outputs import corpus_outputs
-from bridle.training.prompts import prompts_of_corpus
 from chats import CHATS, TEMPLATES, chat_folder, chat_tokenizer, write_rows
 from trainers import NO_E, trainer_of
 
@@ -52,18 +51,19 @@ class TestPrompts:
     @KINDS
     def test_an_output_of_the_corpus_ends_with_its_turn(self, folder, kind):
         model, tokenizer = load_model(str(folder(kind))), load_tokenizer(str(folder(kind)))
-        rows, config = {"chats": Dataset.from_dict({"messages": CHATS})}, SimpleNamespace(prompt_tokens=(1, 1))
-        config.max_new_tokens = 40
-        prompts = prompts_of_corpus(16, rows, model, tokenizer, config, 0)
-        ends = end_token_ids(model, tokenizer)
-        outputs = corpus_outputs(prompts, tokenizer, ends, NO_E, max_new_tokens=40, name="chats")
+        config = SimpleNamespace(prompt_tokens=(1, 1), max_new_tokens=40, auxiliary=AuxiliaryOptions(corpus_outputs=16))
+        rows = {"chats": Dataset.from_dict({"messages": CHATS})}
+        held = SimpleNamespace(name="chats", model=model, tokenizer=tokenizer, corpus=rows, config=config)
+        held.constraint, held.seed = NO_E, lambda purpose: 0
+        outputs = corpus_outputs(held)
         assert len(outputs) == 16
         said = {turn["content"] for chat in CHATS for turn in chat if turn["role"] == "assistant"}
         for output in outputs:
             assert output.finished
             assert tokenizer.decode(output.completion_ids[-1:]) == TEMPLATES[kind][1]
             assert output.completion in said
-        cut = corpus_outputs(prompts, tokenizer, ends, NO_E, max_new_tokens=3, name="chats")
+        config.max_new_tokens = 3
+        cut = corpus_outputs(held)
         assert not any(output.finished for output in cut)
 
     @KINDS

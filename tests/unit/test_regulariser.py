@@ -24,6 +24,7 @@ from bridle.training.measures import measure_rollouts, measure_weights
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.retention import Retention
 from bridle.training.rollouts import output_of, tokens_to_seek
+from bridle.training.state import RegulariserState
 from trainers import NO_E, Labels, Letters, trainer_of
 
 PADS = SimpleNamespace(pad_token_id=0)
@@ -130,12 +131,18 @@ def test_rollouts_are_taken_in_turn_by_micro_batch_and_process(of):
 
 
 class TestPrompts:
-    def test_a_file_s_own_come_in_turn_over_the_rounds(self, trained_on, tmp_path):
-        path = tmp_path / "prompts.jsonl"
-        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one", "two", "three")))
-        held = trained_on(options={"prompts": DataSource(str(path))}, rollouts_per_round=2)
-        own = [held.tokenizer.decode(prompt.ids[1:]) for index in (1, 2, 3) for prompt in held.prompts(index)]
-        assert own == ["one", "two", "three", "one", "two", "three"]
+    def test_a_file_s_own_come_in_one_random_order_over_the_rounds(self, trained_on, tmp_path):
+        path, drawn = tmp_path / "prompts.jsonl", []
+        path.write_text("".join(json.dumps({"prompt": f"%{row}"}) + "\n" for row in range(12)))  # sorted
+        for seed in (0, 0, 1):
+            held = trained_on(options={"prompts": DataSource(str(path))}, rollouts_per_round=6, seed=seed)
+            rounds = [[prompt.row for prompt in held.prompts(index)] for index in (1, 2, 3, 4)]
+            assert rounds[:2] == rounds[2:], "after the whole file, again"
+            assert sorted(rounds[0] + rounds[1]) == [*range(1, 13)]
+            assert 0 < sum(row <= 6 for row in rounds[0]) < 6, "each round has some of each half"
+            assert held.prompts(2) == held.prompts(2), "as a resumed run draws it"
+            drawn.append(rounds)
+        assert drawn[0] == drawn[1] != drawn[2]
         path.write_text(json.dumps({"prompt": "%7 " * 20}) + "\n")
         assert 64 - 8 < len(held.tokenizer("%7 " * 20)["input_ids"]) < 64
         with pytest.raises(UserError, match="row 1"):
@@ -304,9 +311,30 @@ class TestFit:
         assert measured["fit"] == fit
         assert ("r_brier_before" in measured) == fitted
         assert measured.get("replayed") == (len(replayed) or None if fit != "none" else None)
-        same = all(torch.equal(weight, before[name]) for name, weight in held.auxiliary.state_dict().items())
-        assert same == (fit in ("kept", "none"))
+        changed = [name for name, now in held.auxiliary.state_dict().items() if not torch.equal(now, before[name])]
+        assert fit not in ("kept", "none") or changed == ["value.bias"] * (fit == "kept")
+        assert bool(changed) == (fit != "none")
         assert held.is_fitted == (fit != "none")
+
+    @pytest.mark.parametrize("complies", [False, True])
+    def test_where_all_are_alike_r_is_shifted_to_their_rate(self, of, complies, tmp_path):
+        """As far as a rate of 0.001 or 0.999, which another process and a resumed run have, too."""
+        held, other = of(config={"auxiliary": AuxiliaryOptions(seek=0.5)}), of()
+        held.is_fitted = True
+        torch.nn.init.normal_(held.auxiliary.head.weight)
+        known = {"complies": complies, "value": complies, "log_probs": [-1.0, -1.0]}
+        sought = rollout([1, 7], [3, 4], sought=1, **known)
+        held.rollouts = [sought, *(rollout([1, 5 + row], [3 + row, 4], **known) for row in range(4))]
+        plain = held._encode(held.rollouts[1:])
+        measured = held._fit(2, {row: Trace([], [-1.0, -1.0], None) for row in range(5)})
+        assert measured["fit"] == "kept"
+        assert measured["r_ece_before"] > 0.2
+        held.state().save(tmp_path)
+        other.load_state(RegulariserState.load(tmp_path))
+        for one in (held, other):
+            with torch.no_grad():
+                predicted = plain.r_taken(one.auxiliary, plain.states(one.auxiliary))[plain.mask].sigmoid()
+            assert predicted.mean().item() == pytest.approx(0.999 if complies else 0.001, abs=1e-5)
 
     def test_what_replay_leaves_of_its_labels(self, of):
         """The policy finds the second token of each 3 times as likely as the one that drew the first rollout did."""
@@ -331,9 +359,9 @@ class TestFit:
     def test_an_r_of_the_opposite_tilt_does_not_pull(self, of, anchor):
         held, on = of(share={"at_least": 0.4, "at_most": 0.6}, anchor=anchor), []
         for weight, fresh in ((1.0, [True, False]), (-1.0, [True, True]), (1.0, [False, False]), (-1.0, [False, True])):
-            held.tilt = weight
-            on.append((self.fit(held, fresh)["fit"], held.active))
-        assert on == [("fitted", True), ("kept", False), ("kept", True), ("fitted", True)]
+            held.tilt, before = weight, held.auxiliary.value.bias.item()
+            on.append((self.fit(held, fresh)["fit"], held.active, held.auxiliary.value.bias.item() != before))
+        assert on == [("fitted", True, True), ("kept", False, False), ("kept", True, True), ("fitted", True, True)]
         held.tilt, other = 2.0, of(share={"at_least": 0.4, "at_most": 0.6}, anchor=anchor)
         other.load_state(held.state())
         assert other.is_fitted
@@ -449,6 +477,7 @@ class TestTarget:
             weight.mul_(1.5)
         target = held.target(*self.batch(held), self.mask, self.begins)
         torch.testing.assert_close(target(slice(None), torch.zeros_like(initial)), initial.log_softmax(-1))
+        assert target.features is target.anchor[0], "its states are gathered once"
 
     def test_one_made_ahead_is_taken_where_every_row_has_one(self, of):
         class Made(set):

@@ -37,7 +37,7 @@ def test_what_moved_is_noted():
     assert first.notes == ["λ 8", "R’s skill 0.12"]
     assert second.notes == ["λ 8 → 11", "R’s skill −0.03", "KL 0.0016"]
     (_, kept) = strips(rounds(measured(0.1), measured(0.0, fit="kept")))["regulariser rude"]
-    assert kept.notes == ["R learnt nothing new"]
+    assert kept.notes == ["R learnt nothing but the rate"]
     (_, unlabelled) = strips(rounds(measured(0.1), measured(0.0, fit="unlabelled")))["regulariser rude"]
     assert unlabelled.notes == ["no label to learn"]
 

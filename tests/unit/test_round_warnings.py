@@ -21,7 +21,7 @@ FINE = {
 BETTER = {"compliance": 0.99, "compliance_low": 0.95, "compliance_high": 1.0}
 UNSCORED = {"compliance": None, "compliance_low": None, "compliance_high": None}
 WRONG = {
-    "labels": ({"fit": "kept"}, "every label is alike, so R learnt nothing new and stays as the last round left it"),
+    "labels": ({"fit": "kept"}, "every label is alike, so R learnt nothing new but their rate; more rollouts"),
     "no R": ({"fit": "none"}, "every label is alike and no round before had others, so R is constant"),
     "clipping": ({"clipped": 0.95}, "95% of the rollouts were cut at max_new_tokens 32, above clipped_bound 0.9"),
     "calibration": ({"r_ece": 0.2}, "R's calibration error is 0.200, above calibration_bound 0.15"),
@@ -34,8 +34,7 @@ WRONG = {
 NOTHING_LEARNT = {
     "opposite": (
         {"fit": "kept", "tilt": -0.5, "term_on": False},
-        "every label is alike, so R learnt nothing new and stays as the last round left it, and, as that was for the "
-        "opposite share, the term is off",
+        "every label is alike, so R learnt nothing new, and, as it was fitted to the opposite share, the term is off",
     ),
     "no label": ({"fit": "unlabelled"}, "no rollout has a label to learn, since all were cut at max_new_tokens 32"),
 }

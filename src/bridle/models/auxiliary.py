@@ -200,6 +200,11 @@ class AuxiliaryModel(PreTrainedModel):
             squares = hidden_states.float().square().flatten(0, -2).mean(0)
             self.scale.copy_(squares.clamp(min=1e-12).rsqrt())
 
+    @torch.no_grad()
+    def shift_value(self, by: float) -> None:
+        """Adds a number to the value's logit, at every prefix."""
+        self.value.bias.add_(by)
+
     def output_change(self) -> Tensor:
         """U·V of the log-linear form: what, added to the output layer's weight, makes p into q. [vocabulary, hidden]"""
         into = self.down.weight if isinstance(self.down, nn.Linear) else torch.eye(len(self.scale)).to(self.scale)

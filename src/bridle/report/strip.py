@@ -7,7 +7,7 @@ from bridle.report.data import Curve, RegulariserRound, Report
 from bridle.report.tables import PERCENT
 
 NOTABLE = 0.05  # relative change of λ, of which a smaller one is not shown
-NO_FIT = {"kept": "R learnt nothing new", "none": "no R yet", "unlabelled": "no label to learn"}
+NO_FIT = {"kept": "R learnt nothing but the rate", "none": "no R yet", "unlabelled": "no label to learn"}
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ class Regulariser:
         kl_on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`.
         rollouts_of: whose rollouts, for retention: the `anchor`'s, the initial model's, drawn once; or the `policy`'s,
             drawn again in each round. A constraint has those of its anchor, on which R is fitted.
-        prompts: where rollouts start; None for the beginnings of the domain's own rows.
+        prompts: where rollouts start, in one random order over the rounds; None for the beginnings of the domain's own
+            rows.
         guidance_scale: η in q ∝ p_a·R^η.
         soft_labels: fit R to the constraint's value itself and not to its yes or no. Iterating a soft C
             gives p·C^k after k rounds, so more rounds act more strongly.

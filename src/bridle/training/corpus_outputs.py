@@ -1,25 +1,17 @@
 """The corpus's own outputs, labelled by the constraint: what a new R is fitted on before it meets the policy's."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from bridle.constraints import AsyncScoring, Constraint
-from bridle.data import Prompt, Rollout
+from bridle.constraints import AsyncScoring
+from bridle.data import Rollout
+from bridle.models.loading import end_token_ids
+from bridle.training.prompts import prompts_of_corpus
 from bridle.training.rollouts import rollout_of, score_rollouts
+from bridle.training.state import StatefulRegulariser
 
 
-def corpus_outputs(
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    end_tokens: Sequence[int],
-    constraint: Constraint,
-    *,
-    max_new_tokens: int,
-    name: str,
-) -> list[Rollout]:
-    """What follows each prompt in its row, cut as a rollout is, with its label, which may be missing.
+def corpus_outputs(regulariser: StatefulRegulariser) -> list[Rollout]:
+    """What follows a prompt in its row, cut as a rollout is, with its label, which may be missing.
 
     A row that ends before its text does, and before an output would be cut, gives none.
 
@@ -27,18 +19,16 @@ def corpus_outputs(
     looks like: the regularised domain is where there are many.
 
     Args:
-        prompts: from `prompts_from_domain`.
-        tokenizer, end_tokens: of the policy.
-        constraint: scores them.
-        max_new_tokens: the length at which an output is cut.
-        name: the regulariser's.
+        regulariser: has the corpus, the constraint, and the number and length of outputs.
     """
-    origin: dict[str, Any] = {"round": 0, "regulariser": name, "constraint": constraint.name, "model_hash": ""}
+    tokenizer, constraint, config = regulariser.tokenizer, regulariser.constraint, regulariser.config
+    ends, longest = end_token_ids(regulariser.model, tokenizer), config.max_new_tokens
+    origin: dict[str, Any] = {"round": 0, "regulariser": regulariser.name, "constraint": constraint.name}
     outputs = [
-        rollout_of(prompt, prompt.rest[:max_new_tokens], tokenizer, end_tokens, **origin)
-        for prompt in prompts
+        rollout_of(prompt, prompt.rest[:longest], tokenizer, ends, model_hash="", **origin)
+        for prompt in prompts_of_corpus(regulariser, config.auxiliary.corpus_outputs, "corpus outputs")
         if prompt.rest
     ]
-    outputs = [output for output in outputs if output.finished or len(output.completion_ids) == max_new_tokens]
+    outputs = [output for output in outputs if output.finished or len(output.completion_ids) == longest]
     score_rollouts(outputs, AsyncScoring(constraint))
     return outputs

@@ -54,7 +54,7 @@ def fit_auxiliary(
     with torch.no_grad():
         auxiliary.scale_to(examples.hidden[:SCALE_ROWS][examples.mask[:SCALE_ROWS]])
         # A policy that complies more, or a new R, is off by far more than the fit's few steps move it.
-        auxiliary.value.bias.add_(rate_shift(auxiliary, examples[fitting]))
+        auxiliary.shift_value(rate_shift(auxiliary, examples[fitting]))
     optimizer = torch.optim.AdamW(
         auxiliary.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
     )

@@ -164,8 +164,9 @@ def _of_labels(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
     if now.get("tilt") == 0:
         return  # the share is allowed, and no label need differ
     if now.get("fit") == "kept":
-        off = "" if now.get("term_on", True) else ", and, as that was for the opposite share, the term is off"
-        yield f"every label is alike, so R learnt nothing new and stays as the last round left it{off}; {advice}"
+        opposite = ", and, as it was fitted to the opposite share, the term is off"
+        rate = " but their rate" if now.get("term_on", True) else opposite
+        yield f"every label is alike, so R learnt nothing new{rate}; {advice}"
     if now.get("fit") == "none":
         yield f"every label is alike and no round before had others, so R is constant and q is the anchor; {advice}"
     if now.get("fit") == "unlabelled":

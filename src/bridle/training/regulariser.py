@@ -20,15 +20,14 @@ from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint, new_auxiliary
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import output_layer
-from bridle.models.loading import end_token_ids
 from bridle.models.sampling import Trace
 from bridle.models.sharding import is_sharded
 from bridle.training.batches import Mask, Prefixes, beginnings, flat_positions, reachable
 from bridle.training.corpus_outputs import corpus_outputs
 from bridle.training.examples import Examples, encode
 from bridle.training.fitting import fit_auxiliary
-from bridle.training.measures import check_scored, measure_calibration, measure_rollouts, measure_weights
-from bridle.training.prompts import prompts_of_corpus, prompts_of_round
+from bridle.training.measures import check_scored, measure_calibration, measure_rollouts, measure_weights, rate_shift
+from bridle.training.prompts import prompts_of_round
 from bridle.training.rollouts import draw_rollouts, score_rollouts
 from bridle.training.state import StatefulRegulariser
 from bridle.utils.distributed import align, gathered
@@ -145,14 +144,12 @@ class DomainRegulariser(StatefulRegulariser):
 
     def prompts(self, round_index: int) -> list[Prompt]:
         """The prompts of a round's rollouts."""
-        seed = self.seed(f"prompts {round_index}")
-        source = self.options.prompts
-        return prompts_of_round(round_index, self.corpus, source, self.model, self.tokenizer, self.config, seed)
+        return prompts_of_round(self, round_index)
 
     def _fit(self, round_index: int, traces: dict[int, Trace]) -> dict[str, Any]:
         """Fits the last round's R further, on this round's scored rollouts and replayed ones.
 
-        Labels teach R nothing where all are equal, or there is none; then R and the term stay as they are.
+        Labels that are all alike teach R no more than their rate, and none teach nothing. The term stays on.
         """
         check_scored(self.rollouts, self.config.max_missing, self.name)
         places = [place for place, rollout in enumerate(self.rollouts) if self._teaches(rollout)]
@@ -171,7 +168,12 @@ class DomainRegulariser(StatefulRegulariser):
         stale = measure_calibration(self.auxiliary, examples[:plain]) if self.is_fitted else {}
         report = {"fit": fit, **measure_weights(examples, len(fresh))}
         report |= {f"{key}_before": stale[key] for key in COMPARED & stale.keys()}
-        return report | (self._fit_auxiliary(examples, plain, round_index) if learns else {})
+        if learns:
+            return report | self._fit_auxiliary(examples, plain, round_index)
+        if not self.share_is_off:  # else these are labels of another kind than R's
+            self.auxiliary.shift_value(rate_shift(self.auxiliary, examples[:plain]))
+            align(self.auxiliary.state_dict().values())
+        return report
 
     def _fit_kind(self, fresh: Sequence[Rollout], replayed: Sequence[Rollout]) -> str:
         """Which labels R learns from, as the metric `fit` says, or why from none."""
@@ -186,18 +188,9 @@ class DomainRegulariser(StatefulRegulariser):
 
     def _fit_on_corpus(self) -> dict[str, Any]:
         """Fits a new R on outputs of the corpus, if `auxiliary.corpus_outputs` asks for it."""
-        count, config = self.config.auxiliary.corpus_outputs, self.config
-        if self.is_fitted or not count:
+        if self.is_fitted or not self.config.auxiliary.corpus_outputs:
             return {}
-        seed = self.seed("corpus outputs")
-        outputs = corpus_outputs(
-            prompts_of_corpus(count, self.corpus, self.model, self.tokenizer, config, seed),
-            self.tokenizer,
-            end_token_ids(self.model, self.tokenizer),
-            self.constraint,
-            max_new_tokens=config.max_new_tokens,
-            name=self.name,
-        )
+        outputs = corpus_outputs(self)
         counts = {
             "corpus_outputs": len(outputs),
             "corpus_outputs_missing": sum(output.complies is None for output in outputs),
@@ -286,8 +279,8 @@ class DomainRegulariser(StatefulRegulariser):
         with self.anchor.active():
             states = policy_forward(self.model, input_ids, attention_mask, dtype=dtype)
             layer = output_layer(self.model, dtype).detach(copy=is_sharded(self.model))
-        features = self._features(states, input_ids, attention_mask, begins)
-        return self._target(_at(mask, features), (_at(mask, states), layer))
+        features, of_anchor = self._features(states, input_ids, attention_mask, begins), _at(mask, states)
+        return self._target(of_anchor if features is states else _at(mask, features), (of_anchor, layer))
 
     def _features(self, states: Tensor, *rows: Tensor) -> Tensor:
         """What R reads in rows: `input_ids`, `attention_mask` and `begins`; or of the states alone, where that is all.
