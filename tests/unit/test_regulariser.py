@@ -103,6 +103,15 @@ class TestReach:
         expected = [[False, True, True, True, False, False, False, False]] * 2  # the tokens 3, 4 and 5 are sampled
         assert (held.reaches(self.text) & self.text.mask).tolist() == expected
 
+    def test_a_chat_s_prompt_says_nothing_of_rows_of_text(self, held):
+        expected = held.reaches(self.text), held.begins(self.text)
+        chat = rollout([1, 5, 9, 9, 9, 9], [3, 4], messages=[{"role": "user", "content": "Is it a hat?"}])
+        held.rollouts.append(chat)
+        assert (held.reaches(self.text) == expected[0]).all()
+        assert torch.equal(held.begins(self.text), expected[1])
+        held.rollouts = [chat]
+        assert held.prompt_lengths == (6, 6), "of chats alone"
+
     def test_behind_a_prompt_it_is_as_long_as_a_rollout(self, held):
         reached = held.reaches(self.with_prompts) & self.with_prompts.mask
         assert reached.tolist() == [

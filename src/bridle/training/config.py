@@ -381,7 +381,8 @@ class ConstrainedConfig(SFTConfig):
         target_cache: folder that keeps precomputed targets of retention with `kl_on: corpus`: a row's is built once
             for a model and k, for all runs that name the folder. None keeps none.
         truncated: what R learns from a rollout cut at `max_new_tokens`. `label`: the constraint's answer to the
-            text up to there, which is exact where outputs are evaluated up to the same length; `mask`: nothing;
+            text up to there, which is exact where outputs are evaluated up to the same length; `mask`: nothing, a
+            complete-case analysis, unbiased only if whether an output ends says nothing about whether it complies;
             `bootstrap`: R's own estimate at the cut.
         max_missing: share of rollouts without a score above which the run stops.
         max_skipped_steps: updates in a row that are skipped, their loss or gradient not being finite, before the run

@@ -305,8 +305,9 @@ class DomainRegulariser(StatefulRegulariser):
 
     @property
     def prompt_lengths(self) -> tuple[int, int]:
-        """Tokens of the shortest and of the longest prompt of this round's rollouts."""
-        lengths = [len(rollout.prompt_ids) for rollout in self.rollouts] or [1]
+        """Tokens of the shortest and of the longest prompt of this round's rollouts; of texts, if there are some."""
+        texts = [rollout for rollout in self.rollouts if rollout.messages is None]
+        lengths = [len(rollout.prompt_ids) for rollout in texts or self.rollouts] or [1]
         return min(lengths), max(lengths)
 
     def take(self, counts: Sequence[Sequence[int]]) -> tuple[list[list[Rollout]], int]:

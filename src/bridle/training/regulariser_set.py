@@ -104,7 +104,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
 
         Those on rows that are learnt are divided by the learnt tokens, as the cross-entropy is, since the optimum
         (p_data + λ·q)/(1 + λ) needs one divisor for both; those on held rows and on rollouts by their own tokens, so
-        that λ has the same effect for any length and number of them.
+        that λ has the same effect for any length of them, in the updates that have some.
 
         Args:
             hidden_states: [batch, time, hidden] of the policy, without a graph.
