@@ -3,6 +3,7 @@
     python benchmarks/step_overhead.py --json FILE
     python benchmarks/step_overhead.py --hidden_size 512 --layers 8 --vocabulary 32000 --length 256
     python benchmarks/step_overhead.py --shape llama-7b --training lora --length 1024 --batch 8
+    python benchmarks/step_overhead.py --hidden_size 128 --layers 4 --length 256 --batch 4 --kl_on both --new_tokens 24
 
 All rows are of full length, so that neither side gains by skipping padding. `adaptive` regularises half of them, the
 others all. An update is everything from its forward to its optimiser's step; its time is the median of a run's updates
@@ -104,10 +105,10 @@ def config(options: argparse.Namespace, folder: str, checkpointing: bool, **more
         bf16=False if options.device == "cpu" else None,
         logging_strategy="no",
         # A small round: what it makes is needed, what it costs is measured elsewhere. Its rollouts may be as long as
-        # the rows, so that the KL looks at every prefix but the first.
+        # the rows, if not told otherwise, so that the KL looks at every prefix but the first.
         rounds=1,
         rollouts_per_round=8,
-        max_new_tokens=options.length,
+        max_new_tokens=options.new_tokens or options.length,
         prompt_tokens=(1, 2),
         auxiliary=AuxiliaryOptions(head_rank=options.head_rank, epochs=1),
         **QUIET,
@@ -127,7 +128,7 @@ def trainer_of(
         model=model,
         args=config(options, folder, checkpointing, targets=targets),
         corpus=rows,
-        regularisers={domain: Regulariser(Alternating(), anchor=anchor)},
+        regularisers={domain: Regulariser(Alternating(), anchor=anchor, kl_on=options.kl_on)},
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -198,6 +199,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--batch", type=int, default=16, help="rows, an even number")
     parser.add_argument("--length", type=int, default=64, help="tokens of a row")
+    parser.add_argument("--kl_on", choices=("corpus", "rollouts", "both"), default="corpus")
+    parser.add_argument("--new_tokens", type=int, help="of a rollout at most; as many as a row has if not given")
     parser.add_argument("--updates", type=int, default=5, help="of each run that are timed")
     parser.add_argument("--head_rank", type=int, default=64, help="of R")
     options = parsed(parser)

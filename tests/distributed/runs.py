@@ -22,6 +22,7 @@ from bridle.models.loading import LoraOptions
 from bridle.models.sharding import is_sharded
 from bridle.recipes.recipe import build_recipe
 from bridle.recipes.run import train
+from bridle.training import batches
 from bridle.training.config import Regulariser
 from bridle.training.state import trainable_weights
 from bridle.training.trainer import ConstrainedTrainer
@@ -33,6 +34,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 3}
 RUNS = {
     "live, resumed": {"anchor": "live", "kl_on": "both", "lost": 2, **SAVING},
     "previous, LoRA, shipped": {"anchor": "previous", "lora": LoraOptions(r=2), "targets": "precomputed"},
+    "rollouts apart": {"anchor": "previous", "kl_on": "both", "least": -(10**9)},
     "parallel": {"anchor": "previous", "kl_on": "rollouts", "schedule": "parallel", "rounds": 3, "max_steps": 6},
     "sharded, live": {"anchor": "live", "kl_on": "rollouts"},
     "sharded, previous": {"anchor": "previous", "kl_on": "both", "lost": 2},
@@ -40,7 +42,8 @@ RUNS = {
 }
 """What several processes do as one does. Those called resumed are stopped after their third step and go on from it.
 
-In the update that is lost the main process's loss is infinite, and only its own.
+`least` is the padding that rollouts in a forward of their own must spare. In the update that is lost the main process's
+loss is infinite, and only its own.
 """
 
 
@@ -88,6 +91,8 @@ def sharding():
 def make(name, model, folder):
     options = dict(RUNS[name])
     lost = options.pop("lost", None)
+    least = options.pop("least", 10**9)
+    batches.worth_a_forward = lambda device: least
     torch.manual_seed(0)  # adapters are drawn at random
     regulariser = Regulariser(NO_E, weight=4.0, anchor=options.pop("anchor"), kl_on=options.pop("kl_on", "corpus"))
     trainer = trainer_of(

@@ -17,7 +17,7 @@ from bridle.errors import RunStopped, UserError
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.guidance import guided
 from bridle.models.loading import LoraOptions, load_model, load_tokenizer
-from bridle.training import regulariser, regulariser_set
+from bridle.training import batches, regulariser, regulariser_set
 from bridle.training import trainer as training
 from bridle.training.batches import rollout_rows
 from bridle.training.checkpointing import last_checkpoint
@@ -107,6 +107,52 @@ class TestInvariance:
         assert losses[0] == pytest.approx(losses[1], abs=2e-5)
         for name, weight in ends[0].items():
             torch.testing.assert_close(ends[1][name], weight, atol=2e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("accumulated", [1, 2])
+    @pytest.mark.parametrize(
+        ("regularisers", "options", "forwards"),
+        [
+            ({"rude": ("live", "both")}, {}, 2),
+            ({"rude": ("previous", "rollouts")}, {"pad_to_multiple_of": 8}, 2),
+            ({"rude": ("previous", "both")}, {"targets": "precomputed"}, 2),
+            ({"rude": ("initial", "both"), "plain": (None, "both"), "all": ("live", "rollouts")}, {}, 2),
+            ({"rude": (None, "rollouts"), "plain": ("live", "both")}, {"learn": {"plain": False}}, 2),
+            ({"rude": ("previous", "corpus")}, {}, 1),
+            ({"rude": ("live", "both")}, {"loss_type": "dft"}, 1),
+        ],
+    )
+    def test_rollouts_in_a_forward_of_their_own_give_the_same_update(
+        self, tiny_folder, tmp_path, monkeypatch, regularisers, options, forwards, accumulated
+    ):
+        """Of one regulariser or several, of a frozen anchor or a live one, of retention and of held rows."""
+        folder, runs, counts = tiny_folder(), [], []
+        for least in (10**9, -(10**9)):
+            monkeypatch.setattr(batches, "worth_a_forward", lambda device, least=least: least)
+            trainer = trainer_of(
+                folder,
+                tmp_path / f"{least}",
+                {
+                    name: Regulariser(NO_E if anchor else None, weight=3.0, anchor=anchor or "live", kl_on=on)
+                    for name, (anchor, on) in regularisers.items()
+                },
+                gradient_accumulation_steps=accumulated,
+                optim="sgd",  # AdamW makes whole steps out of gradients that are only rounding
+                learning_rate=0.5,
+                **options,
+            )
+            found, parts = [], trainer.parts
+            trainer.parts = lambda inputs, parts=parts, found=found: found.append(parts(inputs)) or found[-1]
+            trainer.train()
+            counts.append(max(map(len, found)))
+            runs.append(trainer)
+        assert counts == [1, forwards]
+        joined, apart = runs
+        for name, weight in weights(joined).items():
+            torch.testing.assert_close(weights(apart)[name], weight, atol=2e-5, rtol=1e-4)
+        kls = [f"kl/{name}" for name in regularisers]
+        for key in ("loss", "ce", "entropy", "mean_token_accuracy", "grad_norm", "num_tokens", *kls):
+            assert logged(joined, key)
+            assert logged(apart, key) == pytest.approx(logged(joined, key), abs=1e-4), key
 
     @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
     @pytest.mark.parametrize("lora", [None, LoraOptions(r=2)])

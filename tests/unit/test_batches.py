@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from bridle.data import Rollout
-from bridle.training.batches import PREFIXES, Prefixes, append_rollouts, beginnings, without_unread
+from bridle.training import batches
+from bridle.training.batches import PREFIXES, Prefixes, apart, append_rollouts, beginnings, without_unread
+
+
+def rollout(prompt, completion):
+    known = {"prompt": "", "completion": "", "round": 1, "regulariser": "", "model_hash": "", "constraint": ""}
+    return Rollout(prompt_ids=prompt, completion_ids=completion, **known)
 
 
 def test_completions_begin_after_a_prompt_and_in_text_wherever_a_rollout_may():
@@ -28,17 +34,7 @@ def test_a_prompt_of_one_token_is_not_taken_for_text():
     labels[1, 0] = labels[2, 1] = -100
     inputs = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
     inputs[PREFIXES] = Prefixes.of_corpus([0, 0, 0], labels, attention_mask)
-    one = Rollout(
-        prompt_ids=[1],
-        completion_ids=[5, 6, 7],
-        prompt="",
-        completion="",
-        round=1,
-        regulariser="",
-        model_hash="",
-        constraint="",
-    )
-    found = append_rollouts(inputs, [one], 0, pad=0)[PREFIXES]
+    found = append_rollouts(inputs, [rollout([1], [5, 6, 7])], 0, pad=0)[PREFIXES]
     assert found.is_text.tolist() == [True, False, False, False]
     assert found.mask[:, 0].tolist() == [True, True, False, True]
     assert found[1:].is_text.tolist() == [False] * 3
@@ -55,3 +51,51 @@ def test_prompts_alone_do_not_enter_the_forward(joined, left):
     assert list(found["input_ids"].shape) == left
     assert not found[PREFIXES].trained_on.any()
     assert found[PREFIXES].mask.shape == (left[0], max(0, left[1] - 1))
+
+
+class TestApart:
+    """Two rows of a corpus, of four tokens and of three, with rollouts of two regularisers."""
+
+    def joined(self, first, second, rows=2):
+        ids = torch.arange(1, 9).view(2, 4)[:rows]
+        attention_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])[:rows]
+        labels = ids.where(attention_mask.bool(), -100)
+        inputs = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
+        inputs[PREFIXES] = Prefixes.of_corpus([0, 1][:rows], labels, attention_mask)
+        for index, completion in enumerate((first, second)):
+            inputs = append_rollouts(inputs, [rollout([1], completion)], index, pad=0)
+        return inputs
+
+    @pytest.mark.parametrize("multiple", [1, 3])
+    @pytest.mark.parametrize(("first", "second"), [([5], [6, 7]), ([5] * 9, [6])])
+    def test_they_are_the_same_rows_each_as_long_as_the_longest_of_its_kind(self, monkeypatch, first, second, multiple):
+        monkeypatch.setattr(batches, "worth_a_forward", lambda device: -100)
+        inputs = self.joined(first, second)
+        longest = 1 + max(len(first), len(second))
+        widths = [-(-time // multiple) * multiple for time in (4, longest)]
+        inputs = {key: part if key == PREFIXES else pad(part, max(widths)) for key, part in inputs.items()}
+        corpus, rollouts = apart(inputs, multiple)
+        for part, rows, width in zip((corpus, rollouts), (slice(2), slice(2, 4)), widths, strict=True):
+            for key in ("input_ids", "attention_mask", "labels"):
+                assert part[key].equal(inputs[key][rows, :width])
+            assert part[PREFIXES].regulariser.tolist() == inputs[PREFIXES].regulariser[rows].tolist()
+            assert part[PREFIXES].mask.sum() == inputs[PREFIXES].mask[rows].sum()
+            assert part[PREFIXES].mask.shape[1] <= part["input_ids"].shape[1] - 1
+        assert inputs["attention_mask"].sum() == sum(part["attention_mask"].sum() for part in (corpus, rollouts))
+
+    @pytest.mark.parametrize(("least", "count"), [(14, 2), (15, 1)])
+    def test_it_must_spare_enough_padding(self, monkeypatch, least, count):
+        monkeypatch.setattr(batches, "worth_a_forward", lambda device: least)
+        inputs = self.joined([5] * 10, [6])  # 4 rows of 11 tokens, or 2 of 4 and 2 of 11
+        assert len(apart(inputs)) == count
+
+    def test_rows_of_one_kind_stay_as_they_are(self, monkeypatch):
+        monkeypatch.setattr(batches, "worth_a_forward", lambda device: -100)
+        inputs = self.joined([5], [6, 7])
+        rollouts = apart(inputs)[1]
+        (alone,) = apart(rollouts)
+        assert alone is rollouts
+
+
+def pad(part, time):
+    return torch.nn.functional.pad(part, (0, time - part.shape[1]))

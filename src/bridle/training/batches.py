@@ -160,16 +160,13 @@ def without_unread(inputs: dict[str, Any], kl_domains: Collection[int], joined: 
     time = int(prefixes.tokens[kept].max(initial=1))
     if not (kept.any() or joined):
         kept[0], time = True, min(2, inputs["input_ids"].shape[1])
-    rows = torch.from_numpy(kept)
-    prefixes = replace(prefixes[kept], mask=prefixes.mask[kept, : time - 1])
-    cut = {key: inputs[key][rows.to(inputs[key].device), :time] for key in ("input_ids", "attention_mask", "labels")}
-    return {**inputs, **cut, PREFIXES: prefixes}
+    return _cut(inputs, kept, time)
 
 
 def append_rollouts(
     inputs: dict[str, Any], rollouts: Sequence[Rollout], regulariser: int, pad: int, multiple: int = 1
 ) -> dict[str, Any]:
-    """Adds rollouts as rows that the cross-entropy ignores, so that one forward serves corpus and rollouts.
+    """Adds rollouts as rows that the cross-entropy ignores, so that one forward can serve corpus and rollouts.
 
     Args:
         inputs: `input_ids`, `attention_mask`, `labels`, all [batch, time], and their `Prefixes`.
@@ -197,6 +194,44 @@ def append_rollouts(
         is_text=np.concatenate([known.is_text, np.zeros(len(ids), dtype=bool)]),
     )
     return {**inputs, **joined, PREFIXES: prefixes}
+
+
+def worth_a_forward(device: torch.device) -> int:
+    """Positions of padding that a second forward and backward must spare.
+
+    It reads all weights and starts every kernel once more. The CPU's number is measured (docs: benchmarks), the other
+    estimated.
+    """
+    return 128 if device.type == "cpu" else 2048
+
+
+def apart(inputs: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
+    """Corpus and rollouts as two batches, each as long as its longest row, if that spares enough padding.
+
+    Args:
+        inputs: from `append_rollouts`.
+        multiple: the rows' length is padded to a multiple of it.
+    """
+    prefixes = inputs[PREFIXES]
+    corpus = int((prefixes.regulariser < 0).sum())
+    parts = [
+        _cut(inputs, rows, ceil(int(prefixes.tokens[rows].max()) / multiple) * multiple)
+        for rows in (slice(corpus), slice(corpus, None))
+        if len(prefixes.tokens[rows])
+    ]
+    ids = inputs["input_ids"]
+    spared = ids.numel() - sum(part["input_ids"].numel() for part in parts)
+    return parts if len(parts) > 1 and spared >= worth_a_forward(ids.device) else [inputs]
+
+
+def _cut(inputs: dict[str, Any], rows: slice | NDArray[np.bool_], time: int) -> dict[str, Any]:
+    """Some rows of a batch, and of them the first `time` tokens."""
+    prefixes = inputs[PREFIXES][rows]
+    cut = {PREFIXES: replace(prefixes, mask=prefixes.mask[:, : time - 1])}
+    for key in ("input_ids", "attention_mask", "labels"):
+        chosen = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(inputs[key].device)
+        cut[key] = inputs[key][chosen, :time]
+    return {**inputs, **cut}
 
 
 def rollout_rows(rollouts: Sequence[Rollout], pad: int) -> tuple[Tensor, Tensor, Tensor]:

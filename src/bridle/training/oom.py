@@ -1,9 +1,11 @@
-"""Out of memory: an update that does not fit is cut into smaller parts.
+"""Micro-batches in parts: where that spares padding, and where memory runs out.
 
 The loss is a sum over rows, divided by the tokens of the whole accumulated batch, so its gradient does not depend on
 how the batch is cut.
 """
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -16,10 +18,11 @@ from bridle.utils.oom import RowLimit
 
 
 class OomSafeTrainer(SFTTrainer):
-    """An `SFTTrainer` that cuts its micro-batches where memory runs out, with the same effective batch.
+    """An `SFTTrainer` that cuts its micro-batches, with the same effective batch.
 
-    With several processes nothing is cut, since all must take part in each backward, which exchanges gradients; nor
-    with a mixture of experts that adds a mean over the rows of a micro-batch to the loss.
+    Where memory runs out nothing is cut with several processes, since one that starts an update again would exchange
+    gradients more often than the others; nor with a mixture of experts that adds a mean over the rows of a micro-batch
+    to the loss.
 
     Attributes:
         row_limit: rows of a micro-batch in memory at once.
@@ -58,13 +61,23 @@ class OomSafeTrainer(SFTTrainer):
             self._micro_batches = []
         return loss
 
-    def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> Tensor:
+    def parts(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """A micro-batch, or parts of it that together take less time."""
+        return [inputs]
+
+    def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int) -> Tensor:
         step = super().training_step
+        *others, last = [small for part in self.parts(inputs) for small in self._cut(part)]
+        with self.accelerator.no_sync(model) if others else nullcontext():  # the last backward exchanges gradients
+            losses = [step(model, part, num_items_in_batch) for part in others]
+        return torch.stack([*losses, step(model, last, num_items_in_batch)]).sum()
+
+    def _cut(self, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Parts of as many rows as fit into memory."""
         rows = len(inputs["input_ids"])
         size = self.row_limit.rows or rows
-        parts = [slice(start, start + size) for start in range(0, rows, size)]
-        cut = [{key: values[part] for key, values in inputs.items()} for part in parts]
-        return torch.stack([step(model, part, num_items_in_batch) for part in cut]).sum()
+        for start in range(0, rows, size):
+            yield {key: values[start : start + size] for key, values in inputs.items()}
 
     def _snapshot(self) -> Any:
         """The state that a micro-batch changes besides gradients."""

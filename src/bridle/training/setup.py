@@ -20,6 +20,7 @@ from bridle.training.dual_ascent import TargetOptions
 from bridle.training.guards import warn
 from bridle.training.options import METRICS, is_set
 from bridle.training.regulariser import DomainRegulariser
+from bridle.training.retention import Retention
 
 NOT_TAKEN = {
     "data_collator": "the trainer's own keeps each row's domain; leave it out",
@@ -38,6 +39,29 @@ def judges(regularisers: Iterable[DomainRegulariser], held_out: Iterable[str]) -
     constraints = {regulariser.constraint.name: regulariser.constraint for regulariser in judging}
     judged = [name for name in held_out if any(name in regulariser.corpus for regulariser in judging)]
     return judged, list(constraints.values())
+
+
+def regularisers(
+    by_name: Mapping[str, Regulariser],
+    starts: Mapping[str, Dataset],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ConstrainedConfig,
+) -> list[DomainRegulariser]:
+    """The regularisers of a run, in order.
+
+    Args:
+        by_name: their options.
+        starts: rows by domain, from `given.starts`.
+        model, tokenizer: the policy's.
+        config: the run's.
+    """
+    made: list[DomainRegulariser] = []
+    for index, (name, options) in enumerate(by_name.items()):
+        corpus = {domain: starts[domain] for domain in options.domains(starts)}
+        kind = Retention if options.is_retention else DomainRegulariser
+        made.append(kind(index, name, options, model, tokenizer, corpus, config))
+    return made
 
 
 # ---------------------------------------------------------------------- the model

@@ -23,8 +23,9 @@ from bridle.data import DOMAIN, mix
 from bridle.models.forward import policy_forward
 from bridle.models.hidden import capture_hidden_states, output_layer, project_only
 from bridle.models.hub import PushesModel
-from bridle.training import given, setup
-from bridle.training.batches import PREFIXES, DomainCollator, Prefixes, append_rollouts, flat_positions, without_unread
+from bridle.models.sharding import is_sharded
+from bridle.training import batches, given, setup
+from bridle.training.batches import PREFIXES, DomainCollator, Prefixes, flat_positions
 from bridle.training.config import ConstrainedConfig, EvalOptions, Regularisers, named
 from bridle.training.evaluating import EvaluatedTrainer, hold_out
 from bridle.training.guards import FiniteGuard, InterruptionGuard
@@ -32,9 +33,7 @@ from bridle.training.held import check_prompts, held_domains
 from bridle.training.options import check_optimiser, in_one_line
 from bridle.training.parallel import ParallelSchedule
 from bridle.training.precomputed import PrecomputedTargets
-from bridle.training.regulariser import DomainRegulariser
 from bridle.training.regulariser_set import RegulariserSet, RolloutBatch
-from bridle.training.retention import Retention
 from bridle.training.running_means import RunningMeans
 from bridle.training.schedule import SequentialSchedule
 from bridle.training.steering import report_targets
@@ -102,11 +101,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         self.data_collator = DomainCollator(pad, pad_to_multiple_of=args.pad_to_multiple_of, held=held)
         self.means = RunningMeans()
         starts = given.starts(self._corpus, self.tokenised)
-        made = []
-        for index, (name, options) in enumerate(by_name.items()):
-            of = {domain: starts[domain] for domain in options.domains(self.domains)}
-            kind = Retention if options.is_retention else DomainRegulariser
-            made.append(kind(index, name, options, self.model, tokenizer, of, args))
+        made = setup.regularisers(by_name, starts, self.model, tokenizer, args)
         self.regularisers = RegulariserSet(made, self.domains, self.means)
         setup.disable_policy_dropout(self.model, by_name.values())
         setup.warn_of_user_turns(self.regularisers, args)
@@ -167,10 +162,16 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         if self._rollout_batches:
             pad, multiple = self._tokenizer.pad_token_id, self.args.pad_to_multiple_of or 1
             of_batch = self._rollout_batches.popleft()
-            inputs = without_unread(inputs, self.regularisers.kl_domains, joined=bool(of_batch))
+            inputs = batches.without_unread(inputs, self.regularisers.kl_domains, joined=bool(of_batch))
             for regulariser, rollouts in of_batch:
-                inputs = append_rollouts(inputs, rollouts, regulariser.index, pad, multiple)
+                inputs = batches.append_rollouts(inputs, rollouts, regulariser.index, pad, multiple)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def parts(self, inputs):
+        """Corpus and rollouts apart, where one forward would compute much padding."""
+        # Processes that share a model must call it equally often, and metrics of TRL's loss are means of its batches.
+        joined = is_sharded(self.model) or self.is_deepspeed_enabled or self._cross_entropy_is_trls
+        return [inputs] if joined else batches.apart(inputs, self.args.pad_to_multiple_of or 1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """CE of the corpus, as `SFTTrainer` has it, plus Σ_d λ_d·KL(q_d ‖ p_θ); outputs take a forward of their own."""
