@@ -7,10 +7,12 @@ import time
 import pytest
 import torch
 
+from bridle.constraints import WordList
 from bridle.errors import RunStopped, UserError
 from bridle.training.checkpointing import last_checkpoint
-from bridle.training.config import ParallelOptions, Regulariser
+from bridle.training.config import AuxiliaryOptions, ParallelOptions, Regulariser
 from bridle.training.state import RegulariserState
+from conftest import INSULTS
 from trainers import NO_E, Letters, LocalWorker, logged, processes, ray_with, trainer_of, weights
 
 ROUNDS = {"schedule": "parallel", "rounds": 4, "max_steps": 8}
@@ -110,6 +112,23 @@ def test_a_parallel_run_resumes_to_the_same_weights(tiny_folder, tmp_path, first
         again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         for name, weight in weights(whole).items():
             assert torch.equal(weights(again)[name], weight), (step, name)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+def test_an_r_that_equal_labels_have_shifted_resumes(tiny_folder, tmp_path, schedule):
+    """The corpus has insults and a random model says none, so that each round shifts R and fits nothing."""
+    folder, ends = tiny_folder(), []
+    fit = AuxiliaryOptions(epochs=2, batch_size=8, corpus_outputs=32)
+    lengths = {"max_length": 40, "max_new_tokens": 16, "prompt_tokens": (1, 2)}  # room for an insult
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    options = {**ROUNDS, **lengths, **saves, "schedule": schedule, "auxiliary": fit}
+    for name, resumed in (("whole", None), ("again", str(tmp_path / "whole" / "checkpoint-5"))):
+        regularisers = {"rude": Regulariser(WordList(INSULTS), weight=4.0, kl_on="both")}
+        trainer = in_turns(trainer_of(folder, tmp_path / name, regularisers, **options))
+        trainer.train(resume_from_checkpoint=resumed)
+        assert {*logged(trainer, "rude/fit")} == {"kept"}
+        ends.append(weights(trainer) | trainer.regularisers[0].state().auxiliary)
+    assert all(torch.equal(ends[1][name], weight) for name, weight in ends[0].items())
 
 
 def test_a_first_round_that_began_without_a_regulariser_ends_so(tiny_folder, tmp_path):
