@@ -255,8 +255,8 @@ RECIPE_KEYS = [
     ("deepspeed", {"zero_optimization": {"stage": 2}}, "deepspeed"),
     ("eval_strategy", "steps", "eval_strategy: there are no rows to evaluate on"),
     ("trust_remote_code", True, "trust_remote_code: Bridle runs no code that comes with a model"),
-    ("output_dir", "/tmp/x", "output_dir: there is no key 'output_dir'"),
-    ("resume_from_checkpoint", "/tmp/x", "there is no key 'resume_from_checkpoint'"),
+    ("output_dir", "/tmp/x", "output_dir: the command line names it"),
+    ("resume_from_checkpoint", "/tmp/x", "resume_from_checkpoint: give it to train() of the trainer, or add --resume"),
     ("eval", 5, "eval: must be a mapping"),
     ("eval", {"best": {"violation": 0.1}}, "eval.share: nothing is held out"),
     ("eval.shares", 0.1, "eval.shares: there is no key 'shares'; did you mean share?"),
@@ -297,7 +297,7 @@ RECIPE_KEYS = [
     ("methods.rl", 5, "methods.rl: must be a mapping"),
     ("methods.rl.batch_size", 0, "methods.rl.batch_size: input should be greater than 0"),
     ("methods.rl.num_generations", 1, "methods.rl.num_generations: 1 must be at least 2"),
-    ("methods.rl.algorithm", "ppo", "methods.rl.algorithm: there is no choice 'ppo'; did you mean grpo?"),
+    ("methods.rl.algorithm", "ppo", "methods.rl.algorithm: there is no choice 'ppo'; there are: grpo, rloo"),
 ]
 """(the key, its value, what is said)."""
 

@@ -103,12 +103,18 @@ def test_rows_may_keep_their_whole_length():
     assert len(rows[0]["input_ids"]) > 500
 
 
+def test_of_a_row_without_its_column_those_that_it_has_are_named(caplog):
+    rows = Dataset.from_dict({"text": ["one", None], "txt": [None, "two"], "n": [None, 1]})
+    tokenize_domain(rows, tiny_tokenizer(), max_length=LENGTH, name="tales")
+    assert "left out 1 of 2 rows that hold no text; row 2 has no 'text'; it has 'txt', 'n'\n" in caplog.text
+
+
 def test_blank_and_unlearnable_rows_are_left_out_and_counted(caplog):
     rows = [*COMPLETIONS, {"prompt": "x", "completion": " "}, {"prompt": None, "completion": "y"}]
     with caplog.at_level(logging.WARNING):
         kept = tokenize_domain(Dataset.from_list(rows), tiny_tokenizer(), max_length=LENGTH, name="tales")
     assert len(kept) == 2
-    assert "tales: left out 2 of 5 rows that hold no text" in caplog.text
+    assert "tales: left out 2 of 5 rows that hold no text; row 4 has no 'completion'\n" in caplog.text
     assert "tales: dropped 1 rows without a token to learn in max_length=60" in caplog.text
 
 

@@ -119,7 +119,7 @@ def test_rows_too_short_or_too_long_are_passed_over():
     tokenizer = tiny_tokenizer()
     rows = tokenized([{"text": "hat"}, {"text": LONG}], tokenizer)
     assert {len(prompt) for prompt in draw(rows, 10, (8, 8), tokenizer)} == {9}
-    with pytest.raises(UserError, match=r"no row holds a prompt of 900 to 999 tokens$"):
+    with pytest.raises(UserError, match=r"no row, cut at max_length, holds a prompt of 900 to 999 tokens$"):
         draw(rows, 1, (900, 999), tokenizer)
     with pytest.raises(UserError, match="or none of at most 5"):
         draw(rows, 1, (8, 8), tokenizer, max_prompt_tokens=5)

@@ -244,9 +244,12 @@ def test_unreadable_files_are_named_in_one_line(name, content, expected, tmp_pat
     assert expected in message
 
 
-def test_missing_files_and_folders_are_named(tmp_path):
+def test_missing_files_and_folders_are_named(tmp_path, monkeypatch):
     assert fails(str(tmp_path / "no.jsonl")).endswith("no.jsonl: no such file")
     assert fails(str(tmp_path / "no")).endswith("no: no such file or folder")
+    (tmp_path / "forum.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert fails("forum") == "forum: no such file or folder; did you mean forum.jsonl?"
     assert "is not a folder written by" in fails(str(tmp_path))
 
 

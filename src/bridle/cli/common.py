@@ -1,6 +1,7 @@
 """Shared options and helpers of the commands."""
 
 import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -82,6 +83,15 @@ class PlainFormatter(logging.Formatter):
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Prints text of models and files with control characters escaped."""
     typer.echo(plain(text), err=err, nl=nl)
+
+
+def check_resumed(folder: Path, resume: bool) -> None:
+    """Raises a UserError if nothing in the folder can be resumed, not even a run that ended before its first update."""
+    from bridle.recipes.run import RECIPE_FILE
+    from bridle.utils.files import LOCK
+
+    if resume and not any(os.path.exists(folder / file) for file in (RECIPE_FILE, LOCK)):
+        raise UserError(f"{folder}: holds no run to resume; leave --resume out to begin one there")
 
 
 def refuse(*mistakes: tuple[object, str]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bridle.cli.common import RECIPE_KEYS, read_recipe, say
+from bridle.cli.common import RECIPE_KEYS, check_resumed, read_recipe, say
 from bridle.cli.keys import ComparisonCommand
 from bridle.utils.quiet import quiet_libraries
 
@@ -52,6 +52,7 @@ def compare(
 
     loaded = read_recipe(recipe, context)
     folder = output_dir or Path("runs") / f"compare-{recipe.stem}"
+    check_resumed(folder, resume)
     first = loaded.training.get("seed", 0)
     comparison = Comparison(
         loaded,

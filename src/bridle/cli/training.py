@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bridle.cli.common import RECIPE_KEYS, RecipeFile, read_recipe, say
+from bridle.cli.common import RECIPE_KEYS, RecipeFile, check_resumed, read_recipe, say
 from bridle.cli.keys import TrainingCommand
 
 app = typer.Typer()
@@ -93,6 +93,7 @@ def train(
 
     loaded = read_recipe(recipe, context)
     folder = output_dir or Path("runs") / recipe.stem
+    check_resumed(folder, resume)
     if loaded.training.get("schedule") == "parallel":
         from bridle.recipes.ray_launcher import train_in_roles
 

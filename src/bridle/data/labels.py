@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 from datasets import Dataset
@@ -90,11 +91,12 @@ def labelled_texts(source: DataSource, label: VerbalisedLabel) -> tuple[list[str
         UserError: as `DataSource.read` and `VerbalisedLabel.written`; no row holds a text.
     """
     dataset = source.read()
-    rows = zip(_column(dataset, "text", source.place), label.targets(dataset, source.place), strict=True)
-    kept = [(text, target) for text, target in rows if isinstance(text, str) and is_filled(text)]
+    texts, targets = _column(dataset, "text", source.place), label.targets(dataset, source.place)
+    filled = [isinstance(text, str) and is_filled(text) for text in texts]
+    kept = [*compress(zip(texts, targets, strict=True), filled)]
     if not kept:
         raise UserError(f"{source.place}: none of its {len(dataset)} rows holds a text")
-    warn_of_blank(source.place, len(dataset) - len(kept), len(dataset))
+    warn_of_blank(source.place, dataset, [index for index, is_there in enumerate(filled) if not is_there], ["text"])
     return [text for text, _ in kept], [target for _, target in kept]
 
 

@@ -99,7 +99,7 @@ def _no_prompt(chats: bool, prompt_tokens: tuple[int, int | None], most: int | N
     shortest, longest = prompt_tokens
     reach = f"{shortest} or more" if longest is None else f"{shortest} to {longest}"
     limit = f", or none of at most {most}" if most is not None else ""
-    return f"prompt_tokens: no row holds a prompt of {reach} tokens{limit}"
+    return f"prompt_tokens: no row, cut at max_length, holds a prompt of {reach} tokens{limit}"
 
 
 def _prefix_length(

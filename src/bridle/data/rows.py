@@ -51,7 +51,9 @@ def absent_column(name: str, column: str, columns: Sequence[str]) -> UserError:
 
 
 def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the row number and `fields` of every row in which none of them is blank; a warning counts the others.
+    """Yields the row number and `fields` of every row in which none of them is blank.
+
+    A warning counts the others, and names the first with the columns that it has instead.
 
     Blank is null, white space only, or a chat without messages. Rows that may be chats also have their
     `TEMPLATE_COLUMNS`.
@@ -60,7 +62,7 @@ def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[
         UserError: a column holds neither text nor, where allowed, a chat, or the row has another format; it names the
             row.
     """
-    blank = 0
+    blank: list[int] = []  # indices
     others = {column for format in FORMATS if tuple(fields) in FORMATS for column in format} - {*fields, "completion"}
     others &= {*dataset.column_names}
     options = TEMPLATE_COLUMNS if "text" not in fields else ()
@@ -79,14 +81,22 @@ def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[
                 f"{name} row {number} has no {fields[0]!r}, but {other!r}: rows of two formats; give each a source of "
                 f"its own, or name the column to read"
             )
-        blank += 1
-    warn_of_blank(name, blank, len(dataset))
+        blank.append(index - 1)
+    warn_of_blank(name, dataset, blank, fields)
 
 
-def warn_of_blank(name: str, blank: int, total: int) -> None:
-    """Warns that `blank` of the rows were left out, if any."""
-    if blank:
-        log.warning("%s: left out %d of %d rows that hold no text", name, blank, total)
+def warn_of_blank(name: str, dataset: Dataset, blank: Sequence[int], fields: Sequence[str]) -> None:
+    """Warns that the rows at these indices were left out, if any: they lack one of the fields."""
+    if not blank:
+        return
+    row = {**dataset[blank[0]]}
+    number = row.pop(ROW, blank[0] + 1)
+    lacks = next(field for field in fields if not is_filled(row[field]))
+    has = ", ".join(repr(column) for column, value in row.items() if value is not None and column not in fields)
+    log.warning(
+        "%s: left out %d of %d rows that hold no text; row %d has no %r%s",
+        *(name, len(blank), len(dataset), number, lacks, f"; it has {has}" * bool(has)),
+    )
 
 
 def holds_chats(dataset: Dataset) -> bool:

@@ -349,6 +349,8 @@ def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel
     if not _is_auxiliary(folder):
         inside = sorted(str(path.parent) for path in folder.glob("*/config.json") if _is_auxiliary(path.parent))
         hint = f"; name {' or '.join(inside)}" if inside else ""
+        if not folder.exists() and (folder.parent / "metrics.jsonl").exists():
+            hint = ": the run has fitted no R; its rounds' warnings say why"
         raise UserError(f"{folder}: no auxiliary model here{hint}")
     try:
         auxiliary, info = AuxiliaryModel.from_pretrained(

@@ -246,6 +246,8 @@ def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
     if factory is AutoModelForCausalLM:
         options["use_safetensors"] = True
     try:
+        if is_path(name) and not (is_gguf(name) or os.path.exists(name)):
+            raise FileNotFoundError(name)
         with only_errors("transformers"):
             load = partial(load_gguf, factory) if is_gguf(name) else factory.from_pretrained
             return load(name, trust_remote_code=False, **options)

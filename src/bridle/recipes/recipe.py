@@ -20,6 +20,7 @@ from typing import Any, get_type_hints
 
 from datasets import Dataset
 from pydantic import SecretStr
+from trl import SFTConfig
 
 from bridle.constraints import Constraint, build_constraint
 from bridle.constraints.spec import RETENTION
@@ -37,7 +38,7 @@ from bridle.training.config import (
 )
 from bridle.training.engine import SamplerOptions
 from bridle.training.held import held_domains
-from bridle.training.options import EVALUATION, METRICS
+from bridle.training.options import EVALUATION, METRICS, REFUSED
 from bridle.utils.settings import (
     as_mapping,
     as_named,
@@ -52,8 +53,14 @@ from bridle.utils.settings import (
 )
 from bridle.utils.variables import Variables, expanded
 
-NOT_IN_RECIPES = {"output_dir", "resume_from_checkpoint", "parallelism_config"}
-"""Fields of the configuration that no recipe sets."""
+NO_QUANTISATION = "training of a quantised model is not supported; set dtype: bfloat16, or lora"
+NOT_IN_RECIPES = {
+    "output_dir": "the command line names it, as --output_dir FOLDER; leave it out",
+    "model_init_kwargs": "a recipe has keys of its own for these, such as dtype; leave it out",
+    **{key: REFUSED[key] for key in ("resume_from_checkpoint", "parallelism_config")},
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config"), NO_QUANTISATION),
+}
+"""Fields of the configuration, and of other programs, that no recipe sets, and what to do instead."""
 
 
 @dataclass
@@ -133,6 +140,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     mapping = read_yaml(Path(path))
     with prefixed(f"{path}: "):
         _name_regularisers(mapping)
+        _check_domains(mapping, overrides or {})
         for key, value in (overrides or {}).items():
             set_dotted(mapping, key, value)
         return replace(build_recipe(mapping), file=str(path))
@@ -145,9 +153,12 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     resolved, (mapping, variables) = dict(mapping), expanded(mapping)
     if isinstance(resolved.get("hub_token"), str):
         resolved["hub_token"] = SecretStr(resolved["hub_token"])
-    own = {"model", "dtype", "lora", "corpus", "constraints", "regularisers", "eval", "evaluation", "methods"}
-    trained = {f.name for f in fields(ConstrainedConfig) if f.init} - NOT_IN_RECIPES
-    check_keys(mapping, own | trained, "")
+    own = ["model", "corpus", "constraints", "regularisers", "dtype", "lora", "eval", "evaluation", "methods"]
+    trained = {f.name for f in fields(ConstrainedConfig) if f.init} - NOT_IN_RECIPES.keys()
+    for key in mapping.keys() & NOT_IN_RECIPES.keys():
+        raise UserError(f"{key}: {NOT_IN_RECIPES[key]}")
+    of_trl = trained & SFTConfig.__dataclass_fields__.keys()
+    check_keys(mapping, [*own, *sorted(trained - of_trl), *sorted(of_trl)], "", "... (bridle train --help has more)")
     for key in ("model", "corpus"):
         if not mapping.get(key):
             raise UserError(f"{key}: is missing; a recipe needs it")
@@ -215,6 +226,14 @@ def _domain(name: str, options: Any, section: str) -> Domain:
     check_file_name(name, where)
     domain: Domain = build(Domain, {**as_mapping(options, where), "name": name}, where)
     return domain
+
+
+def _check_domains(mapping: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Raises a UserError for an override of a domain that the recipe has not, and that gets no path either."""
+    written = as_mapping(mapping.get("corpus"), "corpus")
+    for section, name, *_ in (key.split(".") for key in overrides if key.count(".") > 1):
+        if section == "corpus" and name and f"corpus.{name}.path" not in overrides:
+            known_name(name, written, f"corpus.{name}", "domain")
 
 
 def _name_regularisers(mapping: dict[str, Any]) -> None:

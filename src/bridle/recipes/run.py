@@ -110,6 +110,7 @@ def _train(
     trainer = build_trainer(recipe, folder, rows, [*own, *callbacks])
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    _warn_of_unfitted(trainer)
     if trainer.is_fsdp_enabled:  # `from_pretrained` does not read a model in shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder / "model"), _internal_call=True)  # pushed below, with its card
@@ -118,6 +119,16 @@ def _train(
     if trainer.args.push_to_hub:
         trainer.push_saved_model()
     return trainer
+
+
+def _warn_of_unfitted(trainer: ConstrainedTrainer) -> None:
+    """Warns that a constraint had no part in the run, as there was no R."""
+    for regulariser in trainer.regularisers:
+        if not (regulariser.options.is_retention or regulariser.is_fitted or regulariser.share_is_off):
+            trainer.supervisor.warn(
+                f"{regulariser.name}: the constraint had no part in this run: no round had labels of both kinds to fit "
+                "R on, so there is no auxiliary; try more rollouts_per_round, or prompts that violate more"
+            )
 
 
 class _Provenance(TrainerCallback):

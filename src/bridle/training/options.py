@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import Trainer, get_scheduler
 from transformers.debug_utils import DebugOption
+from transformers.integrations import is_deepspeed_available
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import is_liger_kernel_available, is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from bridle.errors import UserError, first_line
@@ -100,6 +101,10 @@ def check_refused(config: SFTConfig) -> None:
             raise UserError(f"{name}: {instead}")
     if config.save_strategy == "best":
         raise UserError("save_strategy: best may leave a stopped run no checkpoint to go on from; set steps or epoch")
+    if config.deepspeed and not is_deepspeed_available():
+        raise UserError("deepspeed: is not installed; run pip install deepspeed, or leave it out")
+    if config.bf16 and not config.use_cpu and not is_torch_bf16_gpu_available():
+        raise UserError("bf16: there is no GPU that has it; set use_cpu: true too, or leave bf16 out")
     if config.ddp_backend is not None and os.environ.get("WORLD_SIZE", "1") == "1":
         raise UserError("ddp_backend: is for several processes; start them with accelerate launch, or leave it out")
     for field in fields(config):

@@ -1,5 +1,6 @@
 """Checks and preparations of a `ConstrainedTrainer` before it trains."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from math import ceil, log
@@ -21,6 +22,7 @@ from bridle.training.guards import warn
 from bridle.training.options import METRICS, is_set
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.retention import Retention
+from bridle.utils.safe_loading import is_path
 
 NOT_TAKEN = {
     "data_collator": "the trainer's own keeps each row's domain; leave it out",
@@ -71,9 +73,12 @@ def loaded(model: PreTrainedModel | str, config: ConstrainedConfig) -> PreTraine
     """The policy, loaded if it is given by name.
 
     Raises:
-        UserError: it is loaded already, and `model_init_kwargs` would have no effect, or names an option as it was.
+        UserError: it is loaded already, and `model_init_kwargs` would have no effect, or names an option as it was;
+            or there is no such chat template.
     """
-    options = config.model_init_kwargs or {}
+    options, template = config.model_init_kwargs or {}, config.chat_template_path
+    if template is not None and is_path(template) and not os.path.exists(template):
+        raise UserError(f"chat_template_path: {template}: no such file or folder")
     if not isinstance(model, str):
         if options:
             raise UserError(

@@ -4,6 +4,9 @@ import os
 import re
 from pathlib import Path
 
+FILES = (".gguf", ".safetensors", ".json", ".jsonl", ".csv", ".parquet", ".txt", ".yaml", ".jinja", ".j2")
+"""How names of files end, and of no model on the hub."""
+
 
 def refusal(name: str | Path, error: Exception) -> str | None:
     """Returns why a model is refused, given a library's error; None if it fails for another reason."""
@@ -20,6 +23,6 @@ def holds(folder: str | Path, pattern: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Whether a model's name can only be a folder, so that the hub need not be asked."""
+    """Whether a model's name can only be a folder or a file, so that the hub need not be asked."""
     hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
-    return hub_name is None or os.path.exists(Path(name).parts[0])
+    return hub_name is None or name.lower().endswith(FILES) or os.path.exists(Path(name).parts[0])

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
+from yaml.error import MarkedYAMLError
 
 from bridle.errors import UserError, prefixed
 from bridle.utils.files import read_text
@@ -58,7 +59,7 @@ def validated(kind: Any, value: Any, where: str) -> Any:
     if inner is not None and not (value is None and NoneType in options):
         return value if isinstance(value, inner) else build(inner, value, where)
     if isinstance(value, str) and (choices := _choices(kind)):
-        known_name(value, choices, where, "choice")
+        known_name(value, {*choices}, where, "choice")
     try:
         return TypeAdapter(kind, config=CHECKED_STRICTLY).validate_python(value)
     except ValidationError as error:
@@ -85,19 +86,24 @@ def check_fields(instance: Any, names: Iterable[str] | None = None) -> None:
         setattr(instance, name, validated(hints[name], getattr(instance, name), name))
 
 
-def check_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Raises a UserError that names the first unknown key and the nearest known one."""
+def check_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str, more: str = "...") -> None:
+    """Raises a UserError that names the first unknown key and the nearest known one; arguments as of `known_name`."""
     for key in mapping:
-        known_name(key, known, f"{where}.{key}" if where else str(key), "key")
+        known_name(key, known, f"{where}.{key}" if where else str(key), "key", more)
 
 
-def known_name(name: Any, known: Iterable[str], where: str, what: str) -> None:
-    """Raises a UserError unless `name` is known: "corpus.wiki: there is no `what` 'wiki'; did you mean ..."."""
-    known = sorted(known)
+def known_name(name: Any, known: Iterable[str], where: str, what: str, more: str = "...") -> None:
+    """Raises a UserError unless `name` is known: "corpus.wiki: there is no `what` 'wiki'; did you mean ...".
+
+    Args:
+        known: of a list the first twelve are shown, of others the first by alphabet.
+        more: stands behind them.
+    """
+    known = known if isinstance(known, list) else sorted(known)
     if name in known:
         return
-    near = get_close_matches(str(name), known, n=1, cutoff=0.5)
-    listed = ", ".join([*known[:12], *(["..."] if len(known) > 12 else [])])
+    near = get_close_matches(str(name), known, n=1)
+    listed = ", ".join([*known[:12], *([more] if len(known) > 12 else [])])
     hint = f"did you mean {near[0]}?" if near else f"there are: {listed or 'none'}"
     raise UserError(f"{where}: there is no {what} '{name}'; {hint}")
 
@@ -207,7 +213,13 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a malformed number
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+        said, mark = str(error), getattr(error, "problem_mark", None)
+        if isinstance(error, MarkedYAMLError) and mark is not None:
+            if "\n" in text:
+                where = f"{where}: line {mark.line + 1}, column {mark.column + 1}"
+            hint = "quote values that hold ${...}" if "${" in text.split("\n")[mark.line] else None
+            said = "; ".join(filter(None, (error.context, error.problem, hint)))
+        raise UserError(f"{where}: not valid YAML: {' '.join(said.split())}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
