@@ -111,7 +111,7 @@ def test_without_vllm_the_error_names_what_to_install(tiny_folder, tmp_path, mon
     if vllm_generation.is_vllm_available():
         pytest.skip("vLLM is installed")
     monkeypatch.setattr(vllm_generation, "VLLMGeneration", REAL)
-    with pytest.raises(UserError, match=r"engine: vllm needs the package vllm; run pip install .bridle\[vllm\]"):
+    with pytest.raises(UserError, match=r'engine: vllm needs the package vllm; run pip install "\.\[vllm\]"'):
         trainer_of(tiny_folder(), tmp_path, RUDE, sampler=VLLM).train()
 
 

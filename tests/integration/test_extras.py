@@ -40,5 +40,6 @@ def test_training_needs_no_extra_and_a_missing_one_is_named_in_one_line(recipe, 
     assert [code for _, code in told] == ["2"] * len(needs) + ["0"], done.stderr
     for (line, _), (extra, package) in zip(told, PACKAGES.items(), strict=False):
         assert line.count("\n") == 1
-        assert line.endswith(f'needs the package {package}; run pip install "bridle[{extra}]"\n')
+        told_how = f'run pip install ".[{extra}]" in the copy of the repository'
+        assert line.endswith(f"needs the package {package}; {told_how}\n")
     assert (tmp_path / "run" / "model" / "config.json").is_file()

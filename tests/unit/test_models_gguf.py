@@ -189,7 +189,7 @@ class TestRefusals:
 
     def test_the_package_is_missing(self, file, monkeypatch):
         monkeypatch.setattr(gguf, "is_gguf_available", lambda: False)
-        with pytest.raises(UserError, match=r'pip install "bridle\[gguf\]"'):
+        with pytest.raises(UserError, match=r'pip install "\.\[gguf\]"'):
             load_model(str(file))
 
 

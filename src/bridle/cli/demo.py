@@ -46,8 +46,8 @@ def demo(
 ) -> None:
     """Serve a page on which to try methods side by side: texts as they are written, with R, p and q of each token.
 
-    Needs the extra `demo`: pip install "bridle[demo]". The page answers on this machine only, unless --host says
-    otherwise, and loads nothing from elsewhere.
+    Needs the extra `demo`: pip install ".[demo]" in the copy of the repository. The page answers on this machine only,
+    unless --host says otherwise, and loads nothing from elsewhere.
     """
     with needs_extra("demo", "bridle demo"):
         from bridle.demo.server import is_loopback, serve

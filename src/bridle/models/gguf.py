@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedTokeni
 from transformers.utils import is_gguf_available
 
 from bridle.errors import UserError, first_line
+from bridle.utils.extras import to_install
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def load_gguf(factory: Any, name: str, **options: Any) -> Any:
         Exception: of `transformers`, which cannot load it.
     """
     if not is_gguf_available():
-        raise UserError(f'{name}: a GGUF file needs the package gguf; run pip install "bridle[gguf]"')
+        raise UserError(f"{name}: a GGUF file needs the package gguf; {to_install('gguf')}")
     if options.get("quantization_config") is not None:
         raise UserError(f"{name}: the weights of a GGUF file are dequantised; leave out quantization_config")
     from transformers.integrations.gguf import read_gguf_metadata  # here: no promised part of `transformers`

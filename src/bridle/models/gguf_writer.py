@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_gguf_available
 
 from bridle.errors import UserError
+from bridle.utils.extras import to_install
 
 SPLITS = {"ByteLevel": "gpt-2", "Digits ByteLevel": "smollm"}
 """Ways to split text before merges, by the steps of a byte-level tokenizer: llama.cpp's names."""
@@ -24,7 +25,7 @@ def check_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             `gguf` is missing.
     """
     if not is_gguf_available():
-        raise UserError('--gguf: needs the package gguf; run pip install "bridle[gguf]"')
+        raise UserError(f"--gguf: needs the package gguf; {to_install('gguf')}")
     config = model.config
     if config.model_type != "llama":
         raise UserError(f"--gguf: writes models of the Llama architecture, not {config.model_type}; export a folder")

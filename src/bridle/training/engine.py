@@ -19,6 +19,7 @@ from bridle.errors import UserError, first_line
 from bridle.models.sampling import Trace, sample
 from bridle.models.sharding import local
 from bridle.utils.distributed import gathered, rank, world
+from bridle.utils.extras import to_install
 from bridle.utils.settings import check_fields
 
 
@@ -27,7 +28,7 @@ class SamplerOptions:
     """What draws rollouts.
 
     Attributes:
-        engine: `transformers`, in this process; or `vllm` (`pip install "bridle[vllm]"`), which does not draw the same
+        engine: `transformers`, in this process; or `vllm` (`pip install ".[vllm]"`), which does not draw the same
             text again for the same seed.
         mode: `colocate`: vLLM shares the GPUs of the policy; `server`: it runs elsewhere (`trl vllm-serve`).
         server_url: of a server, e.g. "http://localhost:8000".
@@ -146,7 +147,7 @@ def _engine(
         try:
             started = vllm_generation.VLLMGeneration(model, Accelerator(), tokenizer, **where, **how)
         except ImportError as error:
-            raise UserError('sampler: engine: vllm needs the package vllm; run pip install "bridle[vllm]"') from error
+            raise UserError(f"sampler: engine: vllm needs the package vllm; {to_install('vllm')}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"sampler: vLLM cannot start: {first_line(error)}") from error
         _running.append((model, settings, started))

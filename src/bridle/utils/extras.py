@@ -1,4 +1,4 @@
-"""Packages that only an extra of Bridle installs, as in `pip install "bridle[eval]"`."""
+"""Packages that only an extra of Bridle installs, as in `pip install ".[eval]"`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,4 +21,9 @@ def needs_extra(extra: str, feature: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        raise UserError(f'{feature}: needs the package {package}; run pip install "bridle[{extra}]"') from error
+        raise UserError(f"{feature}: needs the package {package}; {to_install(extra)}") from error
+
+
+def to_install(extra: str) -> str:
+    """What a user does to get an extra, for errors."""
+    return f'run pip install ".[{extra}]" in the copy of the repository'
