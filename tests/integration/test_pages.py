@@ -17,6 +17,7 @@ import sys
 import tomllib
 from dataclasses import dataclass, fields
 from importlib import import_module
+from pathlib import Path
 from string import ascii_lowercase
 
 import pytest
@@ -42,7 +43,12 @@ FENCE = re.compile(
 KEYS = {"model", "corpus", "constraints", "regularisers", "eval", "evaluation", "methods"}
 KEYS |= {field.name for field in fields(ConstrainedConfig)}
 CONTEXT = 128  # tokens
-MODELS = ["huggyllama/llama-7b", "HuggingFaceTB/SmolLM2-135M", "shared/models/mini-en"]
+MODELS = [
+    "huggyllama/llama-7b",
+    "HuggingFaceTB/SmolLM2-135M",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "shared/models/mini-en",
+]
 CLASSIFIERS = {
     "tomh/toxigen_roberta": ["LABEL_0", "LABEL_1"],
     "shared/models/minilm-toxicity": ["non-toxic", "toxic"],
@@ -133,7 +139,7 @@ def world(tiny_model, tmp_path_factory):
     (folder / "mild.txt").write_text("\n".join(INSULTS), encoding="utf-8")
     (village,) = (block.text for block in blocks_of("docs/tutorial.md") if block.title == "village.yaml")
     (folder / "village.yaml").write_text(village, encoding="utf-8")  # other pages go on with it
-    (folder / "names.txt").write_text("\n".join(ascii_lowercase), encoding="utf-8")  # what tiny models write
+    (folder / "orders.txt").write_text("\n".join(ascii_lowercase), encoding="utf-8")  # what tiny models write
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     return folder
 
@@ -226,8 +232,11 @@ class Session:
     def run(self, command, place):
         words = shlex.split(command, comments=True)
         if words[0] == "bridle":
+            words, file = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
             code, out, err = self.bridle(*shortened(words[1:]))
             assert code == 0, f"{place}: {command}\n{err or out}"
+            if file is not None:
+                Path(file).write_text(out, encoding="utf-8")
         elif words[0] == "make":
             check_command(command, place)
         elif words[-1] == "&":
