@@ -47,7 +47,6 @@ from bridle.models.guidance import NADOGuide
 from bridle.models.hidden import project
 from bridle.models.loading import end_token_ids, load_model
 from bridle.models.sampling import sample
-from bridle.models.sharding import weights_hash
 from bridle.recipes.recipe import Recipe, load_recipe, parse_overrides
 from bridle.recipes.run import build_trainer
 from bridle.training.config import AuxiliaryOptions
@@ -83,7 +82,7 @@ class World:
         self.independent = None if independent is None else Cached(independent, cache / "scores.sqlite")
         self.horizon = self.config.max_new_tokens
         self.ends = end_token_ids(self.model, self.tokenizer)
-        self.hash = [fingerprint(self.model), weights_hash(self.model), str(self.model.dtype)]
+        self.hash = [fingerprint(self.model), str(self.model.dtype)]
 
     def prompts(self, count: int, seed: int, held_out: bool) -> list[Prompt]:
         """Prompts of the regulariser, from a tenth of the rows or from the others."""
@@ -145,7 +144,7 @@ class World:
                 completion=text,
                 round=1,
                 regulariser=self.regulariser.name,
-                model_hash=self.hash[1],
+                model_hash=self.hash[0],
                 constraint=self.constraint.name,
                 value=score.value,
                 complies=score.complies,

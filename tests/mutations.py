@@ -56,7 +56,7 @@ TARGETS = {
 
 INVISIBLE = {
     "core/loss": {"chunk_rows": "how many positions a chunk has changes time and memory, not the loss"},
-    "training/examples": {"": "ENCODE_BATCH, PREFIXES_AT_ONCE: how many go through the model at once"},
+    "training/examples": {"": "ENCODE_BATCH, LOGITS_AT_ONCE: how many go through the model at once"},
 }
 """By file and function, faults in them that change nothing but speed; "" is the file's own level."""
 

@@ -148,6 +148,7 @@ class TestFold:
             ),
             ("granite", {"logits_scaling": 4.0}),
             ("cohere", {"logit_scale": 0.5}),
+            ("falcon_h1", {"lm_head_multiplier": 0.3}),
         ],
     )
     @torch.no_grad()

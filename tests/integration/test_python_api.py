@@ -12,10 +12,9 @@ from transformers import ProcessorMixin, TrainerCallback
 from trl import SFTConfig, TrlParser
 
 from bridle.errors import UserError
-from bridle.models.auxiliary import new_auxiliary
+from bridle.models.auxiliary import fingerprint, new_auxiliary
 from bridle.models.hidden import causal_lm, project
 from bridle.models.loading import LoraOptions, load_for_inference, load_model, load_tokenizer
-from bridle.models.sharding import weights_hash
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import train
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, EvalOptions, ParallelOptions, Regulariser
@@ -405,6 +404,6 @@ def test_a_trained_adapter_is_merged_into_an_own_network(tiny_folder):
 def test_a_weight_without_dimensions_has_a_hash():
     model = torch.nn.Linear(2, 2)
     model.scale = torch.nn.Parameter(torch.tensor(1.0))
-    before = weights_hash(model)
+    before = fingerprint(model)
     model.scale.data += 1
-    assert weights_hash(model) != before
+    assert fingerprint(model) != before

@@ -511,10 +511,12 @@ class TestResume:
             ({"save_strategy": "steps", "save_steps": 100}, 5, 4),  # the boundary saves by itself
         ],
     )
-    @pytest.mark.parametrize("anchor", ["live", "previous"])
+    @pytest.mark.parametrize("anchor", ["live", "previous", "initial"])
     def test_a_run_that_died_ends_as_if_it_had_not(self, tiny_folder, tmp_path, anchor, options, stop, checkpoint):
         folder = tiny_folder()
         regulariser = {"rude": Regulariser(NO_E, anchor=anchor, kl_on="both")}
+        if anchor == "initial":  # a snapshot that two share
+            regulariser["plain"] = Regulariser(kl_on="both")
         options = {"max_steps": 8, **options}
         whole = trainer_of(folder, tmp_path / "whole", regulariser, **options)
         whole.train()

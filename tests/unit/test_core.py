@@ -251,6 +251,7 @@ class TestOutputLayer:
             ({}, lambda logits: logits),
             ({"logits_scaling": 4.0}, lambda logits: logits / 4),
             ({"logit_scale": 0.3}, lambda logits: 0.3 * logits),
+            ({"lm_head_multiplier": 0.3}, lambda logits: 0.3 * logits),
             ({"final_logit_softcapping": 2.0}, lambda logits: 2 * (logits / 2).tanh()),
         ],
     )

@@ -11,6 +11,7 @@ from bridle.models.loading import LoraOptions, load_model
 from bridle.recipes.memory_plan import GIB, memory_plan
 from bridle.recipes.recipe import load_recipe
 from bridle.recipes.run import build_trainer
+from bridle.training.config import Regulariser
 from bridle.training.engine import SamplerOptions
 from conftest import ROOT
 
@@ -96,6 +97,9 @@ def test_a_frozen_anchor_is_a_copy_of_what_is_trained(recipe_of):
     )
     assert "anchors" not in live.held
     assert frozen.held["anchors"] == frozen.held["gradients"]
+    recipe = recipe_of(**{"regularisers.domain-0.anchor": "previous"})
+    recipe.regularisers.update(kept=Regulariser(), again=Regulariser())  # which share the initial one
+    assert memory_plan(recipe).held["anchors"] == 2 * frozen.held["anchors"]
 
 
 @pytest.mark.parametrize("sleep", [True, False])

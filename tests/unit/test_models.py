@@ -1,6 +1,7 @@
 """Networks, sampling and guidance, on tiny real architectures."""
 
 import math
+import weakref
 from collections import Counter
 
 import pytest
@@ -19,7 +20,7 @@ from bridle.models import loading
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, largest_so_far, load_auxiliary, new_auxiliary
 from bridle.models.forward import policy_forward
-from bridle.models.guidance import NADOGuide, guided
+from bridle.models.guidance import NADOGuide, NADOLogitsProcessor, guided
 from bridle.models.hidden import capture_hidden_states, check_projection, project
 from bridle.models.loading import (
     LoraOptions,
@@ -68,6 +69,7 @@ class TestHiddenStates:
             ("gemma2", {"head_dim": 16, "num_key_value_heads": 1, "final_logit_softcapping": 3.0}),
             ("granite", {"logits_scaling": 4.0}),
             ("cohere", {"logit_scale": 0.5}),
+            ("falcon_h1", {"lm_head_multiplier": 0.3}),
         ],
     )
     def test_their_projection_is_the_model_s_logits(self, tiny_model, model_type, options):
@@ -120,7 +122,8 @@ class TestSampling:
     @pytest.mark.parametrize("model_type", [*ARCHITECTURES, *RECURRENT])
     def test_the_states_it_keeps_are_those_of_a_forward_over_the_whole_text(self, tiny_model, model_type):
         model, traces, prompts = tiny_model(model_type), {}, PROMPTS * 10
-        drawn = sample(model, prompts, max_new_tokens=30, pad_token_id=0, end_token_ids=[2], traces=traces)
+        how = {"max_new_tokens": 30, "pad_token_id": 0, "end_token_ids": [2], "traces": traces}
+        drawn = sample(model, prompts, **how, keep_states=True)
         assert len({len(completion) // SHORTEST_STAGE for completion in drawn}) > 2, "rows end in several stages"
         rows = [prompt + completion for prompt, completion in zip(prompts, drawn, strict=True)]
         expected = policy_forward(model, *pad_right(rows, 0)).detach()
@@ -407,6 +410,21 @@ class TestGuidance:
         assert torch.equal(beams, same)
 
 
+def test_rows_that_go_on_are_known_by_their_tokens(tiny_model):
+    model = tiny_model()
+    with capture_hidden_states(model) as hidden:
+        processor = NADOLogitsProcessor(new_auxiliary(model), hidden, torch.ones(3, 2))
+        ids = torch.tensor([[1, 5], [1, 6], [1, 7]])
+        assert processor._parents(ids) is None
+        ids = torch.cat([ids, torch.tensor([[8], [9], [8]])], dim=1)
+        assert processor._parents(ids).tolist() == [0, 1, 2]
+        ids = torch.cat([ids[[2, 0, 2]], torch.tensor([[3], [4], [5]])], dim=1)
+        assert processor._parents(ids).tolist() == [2, 0, 2]
+        ids = torch.cat([ids[[1]], torch.tensor([[3]])], dim=1)
+        assert processor._parents(ids).tolist() == [1]
+        assert processor._parents(torch.tensor([[1, 6, 8, 4, 3, 3]])) is None, "a row that was not there"
+
+
 class TestAuxiliary:
     @pytest.mark.parametrize(
         "options", [{}, {"head_rank": 4}, {"depth": 3}, {"memory": 8}, {"own_network": True}, {"form": "log-linear"}]
@@ -510,6 +528,23 @@ class TestAnchor:
             torch.testing.assert_close(model(input_ids=ids).logits, before)
         torch.testing.assert_close(model(input_ids=ids).logits.detach(), now)
         assert not torch.allclose(now, before)
+
+    def test_a_new_one_replaces_the_last_parameter_by_parameter(self, tiny_model, monkeypatch):
+        model, alive, clone = tiny_model(), [], torch.Tensor.clone
+        anchor = Anchor(model)
+        last = [weakref.ref(weight) for weight in anchor.weights.values()]
+
+        def counted(tensor):
+            alive.append(sum(weight() is not None for weight in last))
+            return clone(tensor)
+
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+        monkeypatch.setattr(torch.Tensor, "clone", counted)
+        anchor.refresh()
+        assert alive == [*range(len(last), 0, -1)]
+        assert all(torch.equal(anchor.weights[name], parameter) for name, parameter in model.named_parameters())
 
     def test_it_moves_with_the_model(self, tiny_model):
         anchor = Anchor(tiny_model())

@@ -1,6 +1,7 @@
 """The trainer's own decisions, one at a time: what is refused, where the KL looks, which rollouts ride along."""
 
 import math
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,10 +13,12 @@ import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 
+from bridle.constraints import AsyncScoring
 from bridle.data import Rollout
 from bridle.errors import UserError
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.training import examples, given, regulariser_set, setup
+from bridle.training import regulariser as regulariser_module
 from bridle.training.batches import NO_DOMAIN, Prefixes, append_rollouts
 from bridle.training.config import AuxiliaryOptions, EvalOptions, ParallelOptions, Regulariser
 from bridle.training.evaluating import EvaluatedTrainer
@@ -83,6 +86,60 @@ def test_processes_that_share_a_model_read_their_rollouts_by_as_many_forwards(ti
     monkeypatch.setattr(examples, "is_sharded", lambda model: True)
     assert read(known, None)[0, 0].count_nonzero() == 32
     assert len(forwards) == 1 + 3
+
+
+@pytest.mark.parametrize("logits", [1, 3 * 64, 2**23])
+def test_weights_of_labels_do_not_depend_on_how_many_logits_there_are_at_once(tiny_model, monkeypatch, logits):
+    model, sizes, project = tiny_model(), [], examples.project
+    lengths, hidden = torch.tensor([4, 2]), torch.randn(2, 4, 32)
+    drawn = [SimpleNamespace(log_probs=[-4.0] * length) for length in lengths.tolist()]
+    rows = model, drawn, hidden, torch.randint(3, 60, (2, 4)), torch.arange(4) < lengths[:, None], None
+    expected = examples._weights(*rows)
+    monkeypatch.setattr(examples, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr(examples, "project", lambda model, some, dtype: sizes.append(len(some)) or project(model, some))
+    torch.testing.assert_close(examples._weights(*rows), expected)
+    assert sizes == {1: [1] * 6, 3 * 64: [3, 3], 2**23: [6]}[logits]
+
+
+def test_regularisers_of_the_initial_model_share_one_snapshot(tiny_folder, tmp_path):
+    options = {
+        "plain": [Regulariser(), Regulariser(NO_E, name="first", anchor="initial")],
+        "rude": [Regulariser(NO_E, anchor="previous"), Regulariser(NO_E, name="live")],
+    }
+    by_name = [replace(one, domain=domain) for domain, some in options.items() for one in some]
+    retention, initial, previous, live = trainer_of(tiny_folder(), tmp_path, by_name).regularisers
+    assert initial.anchor is retention.anchor
+    assert previous.anchor is not retention.anchor
+    assert live.anchor is None
+
+
+def test_states_are_kept_for_the_fit_of_r_alone_and_until_they_are_encoded(tiny_folder, tmp_path, monkeypatch):
+    regularisers = {"rude": Regulariser(NO_E), "plain": Regulariser(kl_on="rollouts")}
+    rude, plain = trainer_of(tiny_folder(), tmp_path, regularisers).regularisers
+    with AsyncScoring(NO_E) as scoring:
+        for regulariser, how, kept in (
+            (rude, (scoring,), True),
+            (rude, (scoring, None, True), False),
+            (plain, (None,), False),
+        ):
+            traces = regulariser.draw(1, *how)[1]
+            assert {trace.states is not None for trace in traces.values()} == {kept}
+    states, fit = [], regulariser_module.fit_auxiliary
+    draw = rude.draw
+
+    def drawn(*how):
+        rollouts, traces = draw(*how)
+        states.extend(weakref.ref(trace.states) for trace in traces.values())
+        return rollouts, traces
+
+    def fitted(*how, **more):
+        assert not any(state() is not None for state in states)
+        return fit(*how, **more)
+
+    rude.draw = drawn
+    monkeypatch.setattr(regulariser_module, "fit_auxiliary", fitted)
+    assert rude.update(1)["fit"] == "fitted"
+    assert states
 
 
 def test_a_loaded_adapter_is_trained_on(tiny_tokenizer, tiny_folder, tmp_path):

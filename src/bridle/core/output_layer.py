@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+"""Keys of a configuration by which Cohere and Falcon-H1 multiply their logits."""
+
 
 @dataclass(frozen=True)
 class OutputLayer:
@@ -46,8 +49,9 @@ class OutputLayer:
         """Scale and soft cap; the same tensor where there is neither. [..., vocabulary] -> [..., vocabulary]"""
         if (scaling := getattr(self.config, "logits_scaling", None)) is not None:  # Granite divides
             logits = logits / scaling
-        if (scale := getattr(self.config, "logit_scale", None)) is not None:  # Cohere multiplies
-            logits = logits * scale
+        for name in MULTIPLIERS:
+            if (scale := getattr(self.config, name, None)) is not None:
+                logits = logits * scale
         if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits

@@ -24,13 +24,15 @@ class Anchor:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes a new snapshot."""
+        """Takes a new snapshot, one parameter after another, so that two never exist."""
         with in_shards(self.model):
-            self.weights = {name: parameter.detach().clone() for name, parameter in trainable(self.model)}
+            for name, parameter in trainable(self.model):
+                self.weights[name] = parameter.detach().clone()
 
     def to(self, device: torch.device | str) -> None:
         """Moves the snapshot, as the model is moved."""
-        self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            self.weights[name] = weight.to(device)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -53,7 +55,8 @@ class Anchor:
     def load_state_dict(self, weights: dict[str, Tensor]) -> None:
         """Restores a saved snapshot."""
         with in_shards(self.model):
-            self.weights = {name: shard_like(weights[name], parameter) for name, parameter in trainable(self.model)}
+            for name, parameter in trainable(self.model):
+                self.weights[name] = shard_like(weights[name], parameter)
 
     def _swap(self) -> None:
         """Exchanges the model's parameters and the snapshot."""

@@ -1,11 +1,13 @@
 """A model on its own, as other programs read it: a folder of `save_pretrained`, or a GGUF file."""
 
+from math import prod
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bridle.core.output_layer import MULTIPLIERS
 from bridle.errors import UserError
 from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.card import write_export_card
@@ -88,7 +90,8 @@ def fold(model: PreTrainedModel, auxiliary: AuxiliaryModel, guidance_scale: floa
             "as guidance; guide while decoding (bridle generate --guide)"
         )
     # Of some architectures the logits are divided or multiplied after the layer.
-    unit = (getattr(config, "logits_scaling", None) or 1.0) / (getattr(config, "logit_scale", None) or 1.0)
+    multiplied = prod(getattr(config, name, None) or 1.0 for name in MULTIPLIERS)
+    unit = (getattr(config, "logits_scaling", None) or 1.0) / multiplied
     change = guidance_scale * unit * auxiliary.output_change()
     untie(model)
     layer.weight.add_(change.to(layer.weight))

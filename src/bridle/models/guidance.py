@@ -72,7 +72,8 @@ class NADOLogitsProcessor(LogitsProcessor):
         before = input_ids[:, :-1]
         if torch.equal(before, seen):
             return torch.arange(len(seen), device=seen.device)
-        same = (before[:, None] == seen).all(-1)
+        names = torch.cat([seen, before]).unique(dim=0, return_inverse=True)[1]  # a number for each different row
+        same = names[len(seen) :, None] == names[: len(seen)]
         return same.int().argmax(-1) if same.any(-1).all() else None
 
     def _borrowed_states(self) -> Tensor:

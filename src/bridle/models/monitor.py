@@ -101,6 +101,7 @@ class Monitor:
                 end_token_ids=end_token_ids,
                 guide=self,
                 traces=traces,
+                keep_states=True,
                 seed=seed if not attempt else seed + 1_000_003 * attempt,
                 **how,
             )

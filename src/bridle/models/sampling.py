@@ -174,13 +174,13 @@ def sample(
     description: str = "sampling",
     share: bool = False,
     traces: dict[int, Trace] | None = None,
+    keep_states: bool = False,
     on_batch: Callable[[dict[int, list[int]]], None] | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> list[list[int]]:
     """Draws one completion for each prompt: token ids, in the order of the prompts.
 
-    A batch that does not fit into memory is drawn in parts. Each row has its own random numbers, so its tokens stay the
-    same, but for rounding.
+    A batch that does not fit into memory is drawn in parts, with the same random numbers for each row.
 
     Args:
         prompts: token ids, at least one for each prompt (the beginning-of-text token will do).
@@ -193,11 +193,11 @@ def sample(
         guided_tokens: for each prompt, how many first tokens the guide changes; all if not given.
         dtype: of mixed precision, as in `policy_forward`.
         share: all processes call this; each draws a part of the batches and returns all completions.
-        traces: is filled, by the prompt's index, with how each completion was drawn.
+        traces: is filled, by the prompt's index, with how each completion was drawn, and its states if `keep_states`.
         on_batch: called with the completions of each batch of this process, by the prompt's index.
         on_token: called with the tokens of each step, [batch], of the rows that continue; hides the progress display.
     """
-    draw = partial(_draw, model, guide, decoding, pad_token_id, end_token_ids, on_token, traces is not None)
+    draw = partial(_draw, model, guide, decoding, pad_token_id, end_token_ids, on_token, keep_states)
     limit = _row_limit(model, description, max(map(len, prompts), default=0) + max_new_tokens)
     steps = [max_new_tokens] * len(prompts) if guided_tokens is None else guided_tokens
     batches = _batches(prompts, batch_size, share)

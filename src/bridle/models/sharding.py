@@ -77,12 +77,6 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)] if is_sharded(model) else []
 
 
-def weights_hash(model: nn.Module) -> str:
-    """A short hash of the trainable weights: which model drew a sample."""
-    with in_shards(model):
-        return digest((name, whole(parameter.detach())) for name, parameter in trainable(model))
-
-
 def digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     """A short hash of tensors by name, [...] each."""
     found = blake2b(digest_size=8)

@@ -99,7 +99,8 @@ def memory_plan(
         held["gradients"] = sum(map(_bytes, trained)) / parts
         held["the optimiser's two moments (AdamW)"] = 2 * sum(map(_bytes, trained)) / parts
         regularisers = list(recipe.regularisers.values())
-        anchors = sum(one.anchor != "live" for one in regularisers)
+        anchors = sum(one.anchor == "previous" for one in regularisers)
+        anchors += any(one.anchor == "initial" for one in regularisers)  # which all share
         if anchors:
             held["anchors"] = anchors * sum(map(_bytes, trained)) / parts
         learnt = sum(not one.is_retention for one in regularisers)

@@ -24,7 +24,6 @@ from bridle.utils.oom import RowLimit
 from bridle.utils.progress import track
 
 ENCODE_BATCH = 64  # rollouts in one forward of the guided model
-PREFIXES_AT_ONCE = 1024  # positions whose logits are computed at once
 LOGITS_AT_ONCE = 2**23  # in a fit
 
 
@@ -220,9 +219,9 @@ def _weights(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Weights of labels of an earlier policy's rollouts. [batch, time, hidden] -> [batch, time]"""
-    pairs = zip(hidden[mask].split(PREFIXES_AT_ONCE), completion[mask].split(PREFIXES_AT_ONCE), strict=True)
+    at_once = max(1, LOGITS_AT_ONCE // causal_lm(model).config.get_text_config().vocab_size)
     found = []
-    for states, tokens in pairs:
+    for states, tokens in zip(hidden[mask].split(at_once), completion[mask].split(at_once), strict=True):
         logits = project(model, states.to(model.device), dtype).float()
         found.append(-F.cross_entropy(logits, tokens.to(model.device), reduction="none"))
     drawn = torch.tensor([log_prob for rollout in rollouts for log_prob in rollout.log_probs or []])

@@ -162,8 +162,8 @@ class DomainRegulariser(StatefulRegulariser):
         if not fresh or not (learns or self.is_fitted):
             return {"fit": fit}
         assert self.auxiliary is not None
-        traces = {row: traces[place] for row, place in enumerate(places)}
-        examples = self._encode(fresh + replayed, fresh=len(fresh), traces=traces)
+        # Popped, so that nothing keeps their states once they are encoded.
+        examples = self._encode(fresh + replayed, fresh=len(fresh), traces=dict(enumerate(map(traces.pop, places))))
         # The last round's R on samples of a policy that is one round newer.
         stale = measure_calibration(self.auxiliary, examples[:plain]) if self.is_fitted else {}
         report = {"fit": fit, **measure_weights(examples, len(fresh))}

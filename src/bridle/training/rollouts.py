@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from bridle.constraints import AsyncScoring, Given
 from bridle.constraints.spec import RETENTION
 from bridle.data import Prompt, Rollout, decode_parts
+from bridle.models.auxiliary import fingerprint
 from bridle.models.guidance import NADOGuide
 from bridle.models.loading import end_token_ids
 from bridle.models.sampling import Trace
-from bridle.models.sharding import weights_hash
 from bridle.training.engine import sampler
 from bridle.training.state import StatefulRegulariser
 from bridle.utils.distributed import gathered, joined, share
@@ -38,10 +38,10 @@ def draw_rollouts(
         regulariser: has the model, which is p_a now; the sampling options; and R.
         prompts: one rollout each.
         round_index: the seed is that of this round.
-        plain: no rollout seeks violations.
+        plain: no rollout seeks violations, and R is not fitted on them.
 
     Returns:
-        The unscored rollouts, and by index their traces, so that fitting need not run p_a again.
+        The unscored rollouts, and by index their traces, so that fitting R need not run p_a again.
     """
     model, tokenizer, config = regulariser.model, regulariser.tokenizer, regulariser.config
     auxiliary = regulariser.auxiliary if regulariser.is_fitted and not plain else None
@@ -69,10 +69,11 @@ def draw_rollouts(
             description=f"round {round_index}: sampling for {name}",
             share=True,
             traces=traces,
+            keep_states=scoring is not None and not plain,
             on_batch=ask,
         )
     constraint = scoring.constraint.name if scoring is not None else RETENTION
-    origin = {"round": round_index, "regulariser": name, "constraint": constraint, "model_hash": weights_hash(model)}
+    origin = {"round": round_index, "regulariser": name, "constraint": constraint, "model_hash": fingerprint(model)}
     rollouts = [
         rollout_of(
             prompt, ids, tokenizer, ends, log_probs=traces[row].log_probs, sought=min(sought[row], len(ids)), **origin

@@ -50,7 +50,7 @@ def regularisers(
     tokenizer: PreTrainedTokenizerBase,
     config: ConstrainedConfig,
 ) -> list[DomainRegulariser]:
-    """The regularisers of a run, in order.
+    """The regularisers of a run, in order. Those with the initial anchor share one snapshot.
 
     Args:
         by_name: their options.
@@ -63,6 +63,8 @@ def regularisers(
         corpus = {domain: starts[domain] for domain in options.domains(starts)}
         kind = Retention if options.is_retention else DomainRegulariser
         made.append(kind(index, name, options, model, tokenizer, corpus, config))
+        if options.anchor == "initial":
+            made[-1].anchor = next(one.anchor for one in made if one.options.anchor == "initial")
     return made
 
 

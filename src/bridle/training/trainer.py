@@ -100,8 +100,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         pad, held = tokenizer.pad_token_id, [self.domains.index(name) for name in self.held]
         self.data_collator = DomainCollator(pad, pad_to_multiple_of=args.pad_to_multiple_of, held=held)
         self.means = RunningMeans()
-        starts = given.starts(self._corpus, self.tokenised)
-        made = setup.regularisers(by_name, starts, self.model, tokenizer, args)
+        made = setup.regularisers(by_name, given.starts(self._corpus, self.tokenised), self.model, tokenizer, args)
         self.regularisers = RegulariserSet(made, self.domains, self.means)
         setup.disable_policy_dropout(self.model, by_name.values())
         setup.warn_of_user_turns(self.regularisers, args)
