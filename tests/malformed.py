@@ -167,7 +167,7 @@ RECIPE_KEYS = [
     ("regularisers", {"../../x": {"constraint": "no e"}}, "'../../x' names files"),
     ("regularisers.rude", 4, "regularisers.rude: must be a mapping"),
     ("regularisers.rude", {}, "regularisers.rude.constraint: is missing"),
-    ("regularisers.rude.constraint", ["no e"], "regularisers.rude.constraint: there is no constraint"),
+    ("regularisers.rude.constraint", ["no e"], "regularisers.rude.constraint: must be a name"),
     ("regularisers.rude.wieght", 1, "regularisers.rude.wieght: there is no key 'wieght'; did you mean weight?"),
     ("regularisers.rude.weight", -1, "regularisers.rude.weight: a regulariser's weight must be 0 or more"),
     ("regularisers.rude.weight", INF, "regularisers.rude.weight: input should be a finite number"),

@@ -310,6 +310,10 @@ BAD_RECIPES = {
     "a group that is no mapping": (edited(corpus=["plain"]), "corpus: must be a mapping"),
     "an optimiser that is misspelt": (edited(optim="adamm"), "adamm"),
     "an option of the command line": (edited(resume_from_checkpoint="x"), "resume_from_checkpoint: .* --resume"),
+    "a constraint within a regulariser": (
+        in_group("regularisers", "rude", constraint={"type": "length", "min_words": 1}),
+        "regularisers.rude.constraint: must be a name; define the constraint under constraints",
+    ),
     "a quantised model": (edited(load_in_4bit=True), "load_in_4bit: training of a quantised model is not supported"),
     "options of loading": (edited(model_init_kwargs={"dtype": "bfloat16"}), "model_init_kwargs: .* such as dtype"),
     "a key like no other": (edited(xyzzy=1), "there are: model, corpus, .*, .*bridle train --help"),

@@ -150,6 +150,8 @@ class TestReading:
             ("a${SOME_SECRET}b${UNSET:-c}", "ainvented-secretbc", ["SOME_SECRET", "UNSET"]),
             ("${BRIDLE_ROWS}/a", "/invented/rows/a", ["BRIDLE_ROWS"]),
             ("${HOME}/a", "/invented/home/a", ["HOME"]),
+            ("~/a", "/invented/home/a", ["HOME"]),
+            ("~a ~/b", "~a ~/b", []),
             ("${BRIDLE_UNSET:-../shared}/a", "../shared/a", ["BRIDLE_UNSET"]),
             ("$SOME_SECRET {text} ${", "$SOME_SECRET {text} ${", []),
         ],

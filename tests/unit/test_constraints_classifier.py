@@ -19,7 +19,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from bridle.constraints import Classifier
+from bridle.constraints import Classifier, build_constraint
 from bridle.errors import UserError
 from exhaustion import room_for
 
@@ -322,6 +322,8 @@ def test_nan_from_the_network_is_an_error(tmp_path):
 def test_an_unknown_label_lists_the_known_ones(folder):
     with pytest.raises(UserError, match="no label 'angry'; its labels are: calm, grumpy, sleepy"):
         Classifier(folder, "angry").load()
+    with pytest.raises(UserError, match="key 'label': is missing; the model's labels are: calm, grumpy, sleepy"):
+        build_constraint(f"classifier:{folder}")
 
 
 def test_nothing_is_loaded_before_it_is_needed(tmp_path):

@@ -136,12 +136,16 @@ def test_errors_name_the_row_and_the_column():
     assert failure([{"prompt": [1], "completion": "a"}]).startswith("tales row 1: column 'prompt' holds list")
     assert failure([{"prompt": chat("a"), "completion": "b"}]).startswith("tales row 1: prompt and completion must")
     assert failure([{"body": "a", "label": 1}]) == "tales has no column 'text'; it has 'body', 'label'"
+    pair = "tales has no column 'text'; it has 'question', 'answer'; or name them: prompt: question, completion: answer"
+    assert failure([{"question": "a", "answer": "b"}]) == pair
     assert failure([{"text": ""}]) == "tales: none of its 1 rows holds a token to learn"
     assert failure([{"text": "a"}], max_length=None, packing=True).startswith("packing: needs max_length")
 
 
 def test_errors_of_the_tokenizer_name_what_it_lacks():
-    assert "chat template; this one has none" in failure(CHATS, tiny_tokenizer(chat_template=None))
+    assert "a chat template, and the tokenizer has none; a recipe names one" in failure(
+        CHATS, tiny_tokenizer(chat_template=None)
+    )
     assert "{% generation %}" in failure(
         CHATS,
         tiny_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"),

@@ -138,6 +138,8 @@ def test_where_bounds_numbers_and_leaves_out_what_is_none(tmp_path):
 def test_missing_filter_column_names_the_nearest(tmp_path):
     message = fails(DataSource(jsonl(tmp_path / "rows.jsonl"), where={"lable": 1}))
     assert message.endswith("has no column 'lable'; it has 'text', 'label'; did you mean 'label'?")
+    message = fails(DataSource.parse(jsonl(tmp_path / "rows.jsonl") + ",row=0:3"))
+    assert message.endswith("has no column 'row'; it has 'text', 'label'; did you mean the option rows=?")
 
 
 def test_nothing_left_names_rows_and_filter(tmp_path):

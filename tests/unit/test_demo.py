@@ -200,7 +200,7 @@ def test_stop_leaves_the_text_as_it_is(session):
         (request("modle"), "methods: there is no method 'modle'; did you mean model?"),
         (request("model", tokens=64), "length: 64 new tokens do not fit into model's context of 64"),
         (request("model", prompt="e" * 200), "prompt of model: the prompt has"),
-        (request("model", as_chat=True), "prompt: chat messages need a tokenizer with a chat template"),
+        (request("model", as_chat=True), "prompt: chat messages need a chat template, and"),
     ],
 )
 def test_a_request_that_cannot_be_obeyed_is_refused_in_words(session, asked, message):

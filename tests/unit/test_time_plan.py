@@ -83,6 +83,11 @@ def test_a_parallel_run_is_refused(recipe, run):
 
 def test_rounds_that_are_alike_share_a_line():
     alike = {"sampling": 4.0, "scoring": 5.0, "fitting R": 1.0}
+    assert [*TimePlan([{"sampling": 2.0, "scoring": 0.0051}], 0.02, 1).lines()] == [
+        "round 1: 2.01 s: sampling 2 s (100%), scoring 5.1 ms (0%)",
+        "an update: 20 ms",
+        "the run takes about 2 s: 1 update and 1 round, without saving",
+    ]
     assert [*TimePlan([alike | {"scoring": 0.0}, alike, alike], 0.5, 4).lines()] == [
         "round 1: 5 s: sampling 4 s (80%), scoring 0 s (0%), fitting R 1 s (20%)",
         "rounds 2 to 3, each: 10 s: sampling 4 s (40%), scoring 5 s (50%), fitting R 1 s (10%)",

@@ -83,8 +83,8 @@ class InterleaveOptions:
 
     Attributes:
         weight: factor of the mixing weights of the domains with `learn: false`; or several.
-        choose: their rows, at `random`; or those with the largest `gap` of log-perplexity, of the plainly tuned model
-            minus the model before tuning: what is being forgotten. Or both, to compare.
+        choose: which held rows are mixed in: at `random`, or those with the largest `gap` of log-perplexity, of the
+            plainly tuned model minus the model before tuning, which are being forgotten. Or both, to compare.
     """
 
     weight: PositiveFloat | list[PositiveFloat] = 1.0

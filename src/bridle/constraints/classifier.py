@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
+from transformers import AutoConfig
 
 from bridle.constraints.base import Score
 from bridle.constraints.network import Columns, Network, without_surrogates
@@ -16,6 +17,14 @@ from bridle.errors import UserError
 OVERLAP = 4  # a window shares 1/OVERLAP of its tokens with the one before it
 
 logger = logging.getLogger(__name__)
+
+
+def labels_of(model: object) -> list[str]:
+    """The labels of a classifier on this machine; none where it cannot be read."""
+    try:
+        return list(AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False).id2label.values())
+    except Exception:  # of several libraries, with no common base; loading says what is wrong
+        return []
 
 
 class Classifier(Network):

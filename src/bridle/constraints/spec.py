@@ -9,7 +9,7 @@ from typing import Any
 
 from bridle.constraints.base import AllOf, AnyOf, Constraint, Not
 from bridle.constraints.cache import Cached
-from bridle.constraints.classifier import Classifier
+from bridle.constraints.classifier import Classifier, labels_of
 from bridle.constraints.function import PythonFunction
 from bridle.constraints.guard import Guard
 from bridle.constraints.nli import NLI
@@ -141,6 +141,8 @@ def _build_type(kind: object, options: dict[Any, Any]) -> Constraint:
     cls = TYPES[str(kind)]
     for key in options:
         known_name(key, signature(cls).parameters, f"constraint '{kind}'", "key")
+    if cls is Classifier and "label" not in options and (labels := labels_of(options.get("model"))):
+        raise UserError(f"constraint '{kind}', key 'label': is missing; the model's labels are: {', '.join(labels)}")
     return cls(**options)
 
 

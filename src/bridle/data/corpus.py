@@ -14,7 +14,7 @@ from bridle.core.tokens import IGNORE
 from bridle.data.encoding import Encoded, RowEncoder, encode_prompt, template_options
 from bridle.data.labels import VerbalisedLabel
 from bridle.data.readers import gather
-from bridle.data.rows import PROMPTS, absent_column, filled_rows, format_fields, holds_prompts
+from bridle.data.rows import PROMPTS, absent_column, filled_rows, format_fields, holds_prompts, unnamed_pair
 from bridle.data.source import DataSource
 from bridle.errors import UserError
 from bridle.utils.progress import track
@@ -62,7 +62,8 @@ class Domain(DataSource):
         dataset = super().read()
         prompts = holds_prompts(dataset.column_names)
         if prompts and self.learn:
-            missing = absent_column(self.place, "completion", dataset.column_names)
+            columns = dataset.column_names
+            missing = f"{absent_column(self.place, 'completion', columns)}{unnamed_pair(columns)}"
             raise UserError(f"{missing}; to hold the model after prompts alone, set learn: false")
         fields = PROMPTS if prompts else format_fields(dataset.column_names, self.place)
         if self.label is None:

@@ -196,7 +196,10 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, place: str, **options: Any) -> dict[str, Any]:
     """Applies the tokenizer's chat template; raises a UserError that begins with `place` if it refuses the chat."""
     if tokenizer.chat_template is None:
-        raise UserError(f"{place}: chat messages need a tokenizer with a chat template; this one has none")
+        raise UserError(
+            f"{place}: chat messages need a chat template, and the tokenizer has none; a recipe names one by "
+            "chat_template_path"
+        )
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except (TemplateError, ValueError, TypeError, KeyError) as error:

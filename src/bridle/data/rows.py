@@ -17,6 +17,9 @@ FORMATS = (("messages",), ("prompt", "completion"), ("text",))  # columns of eac
 
 PROMPTS = ("prompt",)  # the columns of rows that are prompts alone
 
+ASKED, ANSWERED = ("prompt", "question", "instruction", "query"), ("chosen", "answer", "response", "output")
+"""Usual names of the columns of prompts and completions."""
+
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, for its chat template
 
 _TEXT, _CHAT = "text", "chat messages"
@@ -31,8 +34,17 @@ def format_fields(columns: Sequence[str], name: str) -> tuple[str, ...]:
     """
     fields = next((fields for fields in FORMATS if set(fields) <= set(columns)), None)
     if fields is None:
-        raise absent_column(name, "text", columns)
+        raise UserError(f"{absent_column(name, 'text', columns)}{unnamed_pair(columns)}")
     return fields
+
+
+def unnamed_pair(columns: Sequence[str]) -> str:
+    """How to name columns that hold prompts and completions, to end an error; "" if there are none."""
+    asked, answer = (next((name for name in known if name in columns), None) for known in (ASKED, ANSWERED))
+    if asked is None or answer is None:
+        return ""
+    names = [f"prompt: {asked}"] * (asked not in PROMPTS) + [f"completion: {answer}"]
+    return f"; or name them: {', '.join(names)}" + ", which learns the better answers" * (answer == "chosen")
 
 
 def holds_prompts(columns: Sequence[str]) -> bool:

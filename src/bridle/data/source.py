@@ -5,6 +5,7 @@ import operator
 import os
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -38,9 +39,9 @@ class DataSource:
         rows: a slice over the rows in that order, in rows or in percent: "100:200", "0:80%", "-10%:".
         where: keeps the rows whose column equals the value or one of a list of values, or lies above or below a number,
             {toxicity: {above: 0.5}}; applied after `rows`.
-        text, prompt, completion, messages: the names of those columns here; "a.b" is the key b of the mappings in
-            column a, unless a column has that name. Naming one also fixes the format, which otherwise follows from the
-            columns.
+        text, prompt, completion, messages: what this column is called here, if not by its own name; "a.b" is the key b
+            of the mappings in column a, unless a column has that name. Naming one also fixes the format, which
+            otherwise follows from the columns.
         format: "sharegpt" (`conversations` of from and value) becomes `messages`, "alpaca" (`instruction`, `input`,
             `output`) becomes `prompt` and `completion`; by default recognised where no other format is.
 
@@ -187,7 +188,9 @@ def _bound(text: str | None, total: int) -> int | None:
 
 def _keep(dataset: Dataset, column: str, wanted: Any, path: str) -> Dataset:
     if column not in dataset.column_names:
-        raise absent_column(path, column, dataset.column_names)
+        near = get_close_matches(column, _OPTIONS, n=1)
+        hint = f"; did you mean the option {near[0]}=?" if near else ""
+        raise UserError(f"{absent_column(path, column, dataset.column_names)}{hint}")
     return dataset.select([index for index, value in enumerate(dataset[column][:]) if meets(value, wanted)])
 
 

@@ -351,8 +351,8 @@ def _file(file: str, name: str, options: Mapping[str, Any]) -> Path | None:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """A floating-point type by torch's name or a short one. Raises UserError for any other name."""
-    dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name), None)
+    """A floating-point type by torch's name. Raises UserError for any other name."""
+    dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UserError(f"dtype: {name!r} is not a floating-point type; use float32, bfloat16 or float16")
     return dtype

@@ -84,7 +84,7 @@ def _corpus(trainer: ConstrainedTrainer, rows: Mapping[str, Dataset]) -> Iterato
         full = sum(length == trainer.args.max_length for length in lengths)
         yield (
             f"{name}: {len(rows[name])} rows; in an epoch {len(places)} of {len(mixture)}, with {sum(lengths)} tokens, "
-            f"{full} of them as long as max_length allows"
+            + (f"{full} of them as long as max_length allows" if full else "no row is cut at max_length")
         )
         text, tokens = _marked(mixture[int(places[0])], trainer.processing_class)
         if name in trainer.held:
@@ -135,7 +135,13 @@ def _labels_of_rows(recipe: Recipe, rows: Mapping[str, Dataset]) -> Iterator[str
         verdicts = iter([score.complies for score in constraint.score(*outputs)])
         rate = len(scored) / (time.perf_counter() - began)
         balance = [f"of {domain} {_balance(list(islice(verdicts, len(some))))}" for domain, some in sampled.items()]
-        yield f"{name} on rows {', '.join(balance)}; {rate:.3g} texts a second"
+        yield f"{name} on rows {', '.join(balance)}; {_rounded(rate):,} texts a second"
+
+
+def _rounded(rate: float) -> int | float:
+    """A number to two digits, whole from 10 on."""
+    rounded = float(f"{rate:.2g}")
+    return int(rounded) if rounded >= 10 else rounded
 
 
 def _some_rows(dataset: Dataset, count: int, domain: str) -> list[dict[str, Any]]:

@@ -263,6 +263,10 @@ def _regulariser(
     chosen = options.get("constraint")
     if chosen is None:
         raise UserError(f"{where}.constraint: is missing; name one of the constraints, or {RETENTION}")
+    if not isinstance(chosen, str):
+        raise UserError(
+            f"{where}.constraint: must be a name; define the constraint under constraints, and name it here"
+        )
     known_name(chosen, {*constraints, RETENTION}, f"{where}.constraint", "constraint")
     options = {"domain": name, **options, "constraint": constraints.get(chosen), "name": name}
     regulariser: Regulariser = build(Regulariser, options, where)

@@ -45,12 +45,12 @@ class TimePlan:
             if not phases:
                 continue
             whole = sum(phases.values())
-            parts = (f"{phase} {part:.3g} s ({part / (whole or 1):.0%})" for phase, part in phases.items())
+            parts = (f"{phase} {short(part)} ({part / (whole or 1):.0%})" for phase, part in phases.items())
             rounds = f"round {end}" if first == end else f"rounds {first} to {end}, each"
-            yield f"{rounds}: {whole:.3g} s: {', '.join(parts)}"
-        yield f"an update: {self.update:.3g} s"
+            yield f"{rounds}: {short(whole)}: {', '.join(parts)}"
+        yield f"an update: {short(self.update)}"
         beside = f", R fitted beside the updates in {len(self.overlapping)} of them" if self.overlapping else ""
-        work = f"{self.updates} updates and {end} rounds{beside}"
+        work = f"{counted(self.updates, 'update')} and {counted(end, 'round')}{beside}"
         yield f"the run takes about {duration(self.whole)}: {work}, without saving"
 
 
@@ -121,6 +121,16 @@ def duration(seconds: float) -> str:
     """A time in the unit that people would take."""
     minutes = seconds / 60
     return f"{seconds:.2g} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def short(seconds: float) -> str:
+    """A short time, in milliseconds below a tenth of a second."""
+    return f"{seconds * 1000:.2g} ms" if 0 < seconds < 0.1 else f"{seconds:.3g} s"
+
+
+def counted(number: int, what: str) -> str:
+    """A number with a noun."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _rows(config: ConstrainedConfig) -> int:

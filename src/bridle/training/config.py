@@ -278,7 +278,7 @@ class ParallelOptions:
             batch of an update is `per_device_train_batch_size` of each.
         regulariser_workers: processes that share the sampling and scoring of a round.
         num_cpus: CPU cores that each process asks for.
-        num_gpus: that each process asks for; None for one each if the cluster has enough, else none.
+        num_gpus: GPUs that each process asks for; None for one each if the cluster has enough, else none.
         patience: seconds to wait for the resources of a role.
         largest_message: MiB of weights or targets above which they pass through a file in the output folder, which
             all roles must then share.
@@ -337,9 +337,9 @@ class EvalOptions:
     Attributes:
         share: share of the rows of each domain, held out of training.
         corpus: held-out rows by domain, sources or rows as the trainer's corpus; `share` does not apply to them.
-        constraints: judge the completions; those of the regularisers if none is given.
+        constraints: what judges the completions; those of the regularisers if none is given.
         prompts: what is completed; None for the beginnings of the held-out rows of domains with a constraint.
-        completions: how many, one a prompt.
+        completions: how many are drawn, one for each prompt.
         best: which checkpoint becomes the final model; None takes the last.
 
     Raises:

@@ -35,8 +35,8 @@ class TargetOptions:
         mean: lowest mean score, from 0 (violates) to 1 (complies).
         base: highest violation rate as a multiple of the base model's, which the first round measures before any
             update: 1 for at most the base's rate.
-        confidence: of a `rate`: a round's rollouts must show, with this confidence, that it is at most `rate` (a
-            one-sided Clopper–Pearson bound).
+        confidence: the confidence with which a round's rollouts must show that the violation is at most `rate`
+            (a one-sided Clopper–Pearson bound).
         margin: share of ε that is left as room: λ is steered to (1 − margin)·ε. With a confidence, the probability
             that the rollouts of a model at the rate aimed at do not show `rate`.
         step: η, the change of log λ for a violation that is e times the one aimed at. A round changes λ by a factor of
