@@ -4,8 +4,10 @@
     python benchmarks/critic.py runs/NAME --round 2 --json FILE
 
 From a recipe: fits R on rollouts of the recipe's model, one R for each `--variant NAME key=value ...`, whose keys are
-those of `AuxiliaryOptions`, and `rollouts`, `soft_labels` and `seed`. From a run's folder: takes the R of a round, with
-the policy that it was fitted on; without `--round` the last R, with the final model. `--KEY VALUE` changes the recipe.
+those of `AuxiliaryOptions`, and `rollouts`, `branches`, `soft_labels` and `seed`. With `branches=k` half of the
+rollouts are plain; the others continue, k times each, prefixes of those at which an R that is fitted on them varies
+most. From a run's folder: takes the R of a round, with the policy that it was fitted on; without `--round` the last R,
+with the final model. `--KEY VALUE` changes the recipe.
 
 Prompts come from a tenth of the rows, on which no variant is fitted. At prefixes at all depths of the policy's own
 texts (*on-policy*, and of texts that violate) the true R is the share of `--continuations` of the policy that comply.
@@ -364,6 +366,7 @@ class Fits:
         self.world, self._examples = world, {}
 
     def examples(self, count: int, soft_labels: bool) -> Examples:
+        """Plain rollouts."""
         rollouts = self.world.rollouts(count)
         if len(self._examples.get(soft_labels, ())) < len(rollouts):
             self._examples[soft_labels] = self.world.encoded(rollouts, soft_labels)
@@ -379,15 +382,45 @@ class Fits:
         count = given.pop("rollouts", config.rollouts_per_round)
         soft_labels = given.pop("soft_labels", self.world.regulariser.options.soft_labels)
         seed = given.pop("seed", 0)
+        branches = given.pop("branches", 0)
         options = AuxiliaryOptions(**{**asdict(config.auxiliary), **given})
         if set_ := [key for key in ("corpus_outputs", "seek", "replay") if getattr(options, key)]:
             raise UserError(f"auxiliary.{set_[0]}: acts within a run; set it to 0, or train and give the run's folder")
+        plain = count // 2 if branches else count
+        auxiliary, report = self._fitted(self.examples(plain, soft_labels), options, seed)
+        if branches:
+            rollouts = self.world.rollouts(plain)
+            starts = self.most_varied(auxiliary, rollouts, soft_labels)[: (count - plain) // branches]
+            drawn = self.world.completed([start for start in starts for _ in range(branches)], seed=seed + 2)
+            branched = [
+                replace(one, sought=len(begun))  # labels count from where it continues
+                for one, (_, begun) in zip(drawn, (start for start in starts for _ in range(branches)), strict=True)
+                if one.complies is not None
+            ]
+            auxiliary, report = self._fitted(self.world.encoded(rollouts + branched, soft_labels), options, seed)
+        return auxiliary, report
+
+    def _fitted(self, examples: Examples, options: AuxiliaryOptions, seed: int) -> tuple[AuxiliaryModel, Figures]:
         torch.manual_seed(seed)
-        auxiliary = new_auxiliary(self.world.model, **options.shape)
-        examples, generator = self.examples(count, soft_labels), torch.Generator().manual_seed(seed)
+        auxiliary, generator = new_auxiliary(self.world.model, **options.shape), torch.Generator().manual_seed(seed)
         began = time.perf_counter()
         report = fit_auxiliary(auxiliary, examples, options, generator)
         return auxiliary, {**report, "seconds": time.perf_counter() - began}
+
+    @torch.no_grad()
+    def most_varied(self, auxiliary: AuxiliaryModel, rollouts: Sequence[Rollout], soft_labels: bool) -> list[Start]:
+        """Of each rollout the prefix with the largest variance of R over next tokens, the most varied first."""
+        examples, found = self.examples(len(rollouts), soft_labels), []
+        for row, rollout in enumerate(rollouts):
+            one = examples[row : row + 1]
+            logits = one.anchor_logits()
+            p, r = logits.softmax(-1), auxiliary(one.states(auxiliary), anchor_logits=logits).sigmoid()
+            mean = (p * r).sum(-1, keepdim=True)
+            variance = (p * (r - mean) ** 2).sum(-1)[0].masked_fill(~one.mask[0], -1)
+            depth = int(variance.argmax())
+            prompt = Prompt(ids=rollout.prompt_ids, text=rollout.prompt, messages=rollout.messages)
+            found.append((float(variance[depth]), (prompt, rollout.completion_ids[:depth])))
+        return [start for _, start in sorted(found, key=lambda pair: -pair[0])]
 
 
 def variants_of(arguments: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:

@@ -240,6 +240,25 @@ class TestCritic:
         assert again == found
         assert {file: file.stat().st_mtime_ns for file in kept.glob("*.jsonl")} == files
 
+    def test_branches_continue_the_prefixes_at_which_r_varies_most(self, benchmark, recipe, tmp_path):
+        from bridle.data import read_rollouts
+
+        cache = tmp_path / "critic"
+        benchmark("critic", recipe(), *self.SMALL, "--cache", cache, "--variant", "a", "rollouts=24", "branches=3")
+        kept = sorted((read_rollouts(file) for file in cache.glob("*.jsonl")), key=len)
+        branches, plain = kept[0], kept[-1]
+        assert len(branches) == 12
+        shared = set()
+        for three in zip(*[iter(branches)] * 3, strict=True):
+            (prompt,) = {tuple(one.prompt_ids) for one in three}
+            texts = [one.completion_ids for one in plain if tuple(one.prompt_ids) == prompt]
+            alike = (
+                [len(set(tokens)) == 1 for tokens in zip(text, *(one.completion_ids for one in three), strict=False)]
+                for text in texts
+            )
+            shared.add(max([*same, False].index(False) for same in alike))
+        assert max(shared) > 0
+
     @pytest.mark.parametrize("key", ["corpus_outputs", "seek", "replay"])
     def test_what_acts_only_within_a_run_is_refused(self, benchmark, recipe, tmp_path, key):
         value = 0.5 if key == "seek" else 1
