@@ -209,6 +209,7 @@ def test_a_prompt_s_own_row_costs_no_forward(tiny_folder, tmp_path):
     """Its rollout rides along in its place."""
     asked = Regulariser(weight=1.0, kl_on="rollouts")
     trainer = trainer_of(tiny_folder(), tmp_path, {"asked": asked}, rows=ROWS, learn=ASKED)
+    trainer.parts = lambda inputs: [inputs]  # no rollouts apart
     shapes, step = [], trainer.compute_loss
 
     def compute_loss(model, inputs, **kwargs):

@@ -53,7 +53,11 @@ def test_a_regulariser_is_checked(options, said):
 @pytest.mark.parametrize(
     ("cls", "options", "said"),
     [
-        (ConstrainedConfig, {"schedule": "par"}, "^schedule: there is no choice 'par'; did you mean parallel?"),
+        (
+            ConstrainedConfig,
+            {"schedule": "par"},
+            "^schedule: there is no choice 'par'; there are: parallel, sequential",
+        ),
         (ConstrainedConfig, {"rounds": 1.5}, "^rounds: input should be a valid integer"),
         (ConstrainedConfig, {"targets": "compute"}, "^targets: there is no choice 'compute'; did you mean computed?"),
         (

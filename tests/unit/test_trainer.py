@@ -234,11 +234,11 @@ def test_rollouts_need_room_for_a_prompt(tiny_model, new_tokens, held, said):
 def test_a_name_is_loaded_as_it_says_and_a_model_is_taken_as_it_is(tiny_folder):
     name = str(tiny_folder())
     for options, dtype in ((None, torch.float32), ({"dtype": "float64"}, torch.float64)):
-        loaded = setup.loaded(name, SimpleNamespace(model_init_kwargs=options))
+        loaded = setup.loaded(name, SimpleNamespace(model_init_kwargs=options, chat_template_path=None))
         assert loaded.dtype == dtype
-    assert setup.loaded(loaded, SimpleNamespace(model_init_kwargs=None)) is loaded
+    assert setup.loaded(loaded, SimpleNamespace(model_init_kwargs=None, chat_template_path=None)) is loaded
     with refused("model_init_kwargs: the model is loaded already"):
-        setup.loaded(loaded, SimpleNamespace(model_init_kwargs={"dtype": "float64"}))
+        setup.loaded(loaded, SimpleNamespace(model_init_kwargs={"dtype": "float64"}, chat_template_path=None))
 
 
 class TestPrefixes:
