@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import wraps
 from math import ceil, log
+from types import MethodType
 from typing import Any
 
 from datasets import Dataset
@@ -14,7 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from bridle.constraints import Constraint
 from bridle.errors import UserError
 from bridle.models.forward import disable_dropout
-from bridle.models.hidden import check_output_adapter, check_projection
+from bridle.models.hidden import causal_lm, check_output_adapter, check_projection
 from bridle.models.loading import ON_THE_HUB, check_model, context_length, load_model, load_tokenizer
 from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.dual_ascent import TargetOptions
@@ -90,6 +92,23 @@ def loaded(model: PreTrainedModel | str, config: ConstrainedConfig) -> PreTraine
     if "torch_dtype" in options:
         raise UserError("model_init_kwargs: torch_dtype is called dtype now; set dtype")
     return load_model(model, **options)
+
+
+def follow_compilation(model: PreTrainedModel | PeftModel) -> None:
+    """Lets a forward without TRL's fused head run the compiled blocks.
+
+    Compilation makes a second model of the same weights. TRL's forward would call that of the first.
+    """
+    lm = causal_lm(model)
+    fused = lm.forward.__func__
+
+    @wraps(type(lm).forward)
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if fused_lm_head:
+            return fused(self, *args, fused_lm_head=True, **inputs)
+        return type(self).forward(self, *args, **inputs)
+
+    lm.forward = MethodType(forward, lm)
 
 
 def tokenizer_of(

@@ -95,6 +95,8 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         with in_one_line():
             super().__init__(model=model, args=args, train_dataset=self._example, processing_class=tokenizer, **kwargs)
         setup.check_adapters(self.model)
+        if args.torch_compile:
+            setup.follow_compilation(self.model)
         self.model_accepts_loss_kwargs = True  # whatever the model's own loss divides by, `compute_loss` divides itself
         setup.check_gpus(args, self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else None)
         pad, held = tokenizer.pad_token_id, [self.domains.index(name) for name in self.held]
