@@ -54,7 +54,7 @@ from bridle.recipes.run import build_trainer
 from bridle.training.config import AuxiliaryOptions
 from bridle.training.examples import Examples, encode
 from bridle.training.fitting import fit_auxiliary
-from bridle.training.prompts import prompts_of_round
+from bridle.training.prompts import prompts_of_corpus
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.rollouts import output_of
 from bridle.utils.files import cache_folder, read_json
@@ -92,11 +92,11 @@ class World:
             own = read_prompts(self.regulariser.options.prompts, self.tokenizer)
             chosen = [prompt for place, prompt in enumerate(own) if (place % 10 == 0) == held_out]
             return [chosen[(place + seed * count) % len(chosen)] for place in range(count)]
-        part = "test" if held_out else "train"
-        corpus = {name: rows.train_test_split(0.1, seed=0)[part] for name, rows in self.regulariser.corpus.items()}
-        config = copy.copy(self.config)
-        config.rollouts_per_round = count
-        return prompts_of_round(1, corpus, None, self.model, self.tokenizer, config, seed)
+        part, of_part = "test" if held_out else "train", copy.copy(self.regulariser)
+        of_part.corpus = {
+            name: rows.train_test_split(0.1, seed=0)[part] for name, rows in self.regulariser.corpus.items()
+        }
+        return prompts_of_corpus(of_part, count, f"critic {seed}")
 
     def completed(self, starts: Sequence[Start], seed: int) -> list[Rollout]:
         """The policy's completions of texts that have begun, scored; from the cache if it has them."""
@@ -348,7 +348,8 @@ def skill(r: np.ndarray, true_r: np.ndarray, noise: np.ndarray) -> tuple[float, 
 def _r_taken(auxiliary: AuxiliaryModel, examples: Examples) -> np.ndarray:
     """R along each text, [n, time]."""
     parts = [examples[rows] for rows in torch.arange(len(examples)).split(ROWS)]
-    return torch.cat([some.r_taken(auxiliary).sigmoid() for some in parts]).numpy()
+    taken = (some.r_taken(auxiliary, some.states(auxiliary)) for some in parts)
+    return torch.cat([part.sigmoid() for part in taken]).numpy()
 
 
 def _last(along: np.ndarray, examples: Examples) -> np.ndarray:
