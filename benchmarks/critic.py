@@ -398,14 +398,17 @@ class Fits:
                 for one, (_, begun) in zip(drawn, (start for start in starts for _ in range(branches)), strict=True)
                 if one.complies is not None
             ]
-            auxiliary, report = self._fitted(self.world.encoded(rollouts + branched, soft_labels), options, seed)
+            examples = self.world.encoded(rollouts + branched, soft_labels)
+            auxiliary, report = self._fitted(examples, options, seed, plain=len(rollouts))
         return auxiliary, report
 
-    def _fitted(self, examples: Examples, options: AuxiliaryOptions, seed: int) -> tuple[AuxiliaryModel, Figures]:
+    def _fitted(
+        self, examples: Examples, options: AuxiliaryOptions, seed: int, plain: int | None = None
+    ) -> tuple[AuxiliaryModel, Figures]:
         torch.manual_seed(seed)
         auxiliary, generator = new_auxiliary(self.world.model, **options.shape), torch.Generator().manual_seed(seed)
         began = time.perf_counter()
-        report = fit_auxiliary(auxiliary, examples, options, generator)
+        report = fit_auxiliary(auxiliary, examples, options, generator, plain=plain)
         return auxiliary, {**report, "seconds": time.perf_counter() - began}
 
     @torch.no_grad()

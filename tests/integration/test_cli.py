@@ -362,17 +362,16 @@ class TestMistakes:
             bridle("train", path, "--corpus.rdue.weight", 3), "there is no domain 'rdue'", "mean rude?"
         )
 
-    @pytest.mark.parametrize("command", ["train", "compare"])
-    def test_a_folder_without_a_run_is_not_resumed(self, bridle, recipe, tmp_path, command):
-        run = (command, recipe(), "--output_dir", tmp_path / "rnu", "--resume")
-        self.assert_one_line(bridle(*run), tmp_path / "rnu", "holds no run to resume")
-        assert not (tmp_path / "rnu").exists()
+    def test_a_folder_without_a_run_begins_one_and_says_so(self, bridle, recipe, tmp_path, caplog):
+        code, *_ = bridle("train", recipe(max_steps=1, rounds=1), "--output_dir", tmp_path / "rnu", "--resume")
+        assert code == 0
+        assert f"{tmp_path / 'rnu'}: holds no run to resume; a new one begins there" in caplog.messages
 
     def test_a_constraint_that_had_no_part(self, bridle, recipe, tmp_path, caplog):
         path = recipe(max_steps=2, rounds=1, constraints={"no e": {"type": "regex", "pattern": "no such text"}})
         code, _, err = bridle("train", path, "--output_dir", tmp_path / "run")
         assert code == 0, err
-        assert caplog.messages[-1].startswith("rude: the constraint had no part in this run")
+        assert caplog.messages[-1].startswith("rude: the constraint had no part in this model")
         metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         assert "had no part" in json.loads(metrics[-1])["warnings"][0]
         guided = ("generate", tmp_path / "run" / "model", "--prompt", "the", "--guide", tmp_path / "run" / "auxiliary")

@@ -450,7 +450,7 @@ def test_guided_decoding_has_the_strength_that_the_recipe_says(bridle, compariso
         ({"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}, "sampels": 2}}, "did you mean samples?"),
         ({"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}, "samples": "many"}}, "evaluation.samples: "),
         ({"constraints": None, "regularisers": None}, "constraints: is missing"),
-        ({"methods": {"r1": {}}}, "methods.r1: there is no key 'r1'; did you mean rl?"),
+        ({"methods": {"r1": {}}}, "methods.r1: there is no key 'r1'; there are: "),
         ({"methods": {"rl": {"betaa": 1}}}, "did you mean beta?"),
         ({"methods": {"sft": {"option": 1}}}, "methods.sft.option: there is no key 'option'; there are: none"),
         ({"methods": {"nado-decoding": {"guidance_scale": -1}}}, "methods.nado-decoding.guidance_scale: "),

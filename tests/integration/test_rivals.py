@@ -286,14 +286,18 @@ def test_a_value_that_becomes_several_makes_a_method_of_each(compared, tmp_path)
 @pytest.mark.parametrize(
     ("names", "methods", "said"),
     [
-        ([], {"wise-ft": {"alpha": 2}}, "^methods.wise-ft.alpha: .*less than or equal to 1"),
-        ([], {"wise-ft": {"alpha": []}}, "^methods.wise-ft.alpha: has no value; give one or several"),
-        ([], {"l2-sp": {"wieght": 1}}, "^methods.l2-sp.wieght: there is no key 'wieght'; did you mean weight"),
+        ([], {"wise-ft": {"alpha": 2}}, "^recipe: methods.wise-ft.alpha: .*less than or equal to 1"),
+        ([], {"wise-ft": {"alpha": []}}, "^recipe: methods.wise-ft.alpha: has no value; give one or several"),
+        ([], {"l2-sp": {"wieght": 1}}, "^recipe: methods.l2-sp.wieght: there is no key 'wieght'; did you mean weight"),
         (["constrained-adaptive@0"], {}, "^methods.constrained-adaptive.factor: input should be greater than 0"),
         (["wise-ft@much"], {}, "^methods.wise-ft.alpha: input should be a valid number"),
         (["wise-ft@0.5@0.7"], {}, "^methods: wise-ft@0.5@0.7 has two values of alpha; give one"),
-        ([], {"interleave": {"choose": "ppl"}}, "^methods.interleave.choose: input should be 'random' or 'gap'"),
-        ([], {"dpo": {"num_generations": 1}}, "^methods.dpo.num_generations: 1 makes no pair; set at least 2"),
+        (
+            [],
+            {"interleave": {"choose": "ppl"}},
+            "^recipe: methods.interleave.choose: input should be 'random' or 'gap'",
+        ),
+        ([], {"dpo": {"num_generations": 1}}, "^recipe: methods.dpo.num_generations: 1 makes no pair; set at least 2"),
         (["sft@2"], {}, "there is no method 'sft@2'; did you mean sft"),
     ],
 )

@@ -264,6 +264,14 @@ def test_where_every_prompt_has_too_many_rollouts_they_are_split_one_by_one(mode
     assert {*kept_back.tolist(), *fitting.tolist()} == {*range(10)}
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_of_uneven_prompts_the_small_one_is_kept_back(model, seed):
+    known = encode(model, [rollout([3 if row < 9 else 4], [7, 8 + row % 3, 2]) for row in range(10)], 0)
+    kept_back, fitting = split(known, 10, 0.1, torch.Generator().manual_seed(seed))
+    assert kept_back.tolist() == [9]
+    assert len(fitting) == 9
+
+
 @pytest.mark.parametrize("value", [-3.0, 2.0])
 def test_it_starts_from_the_rate_of_the_labels(model, auxiliary, value):
     auxiliary.value.bias.data.fill_(value)

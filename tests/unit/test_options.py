@@ -407,7 +407,7 @@ def test_optimisers_that_are_refused(options, said, folder, tmp_path):
         ),
         ({"save_strategy": "best"}, "save_strategy: best may leave a stopped run no checkpoint"),
         ({"loss_type": "nlll"}, "loss_type: there is no value 'nlll'; did you mean nll?"),
-        ({"truncation_mode": "end"}, "truncation_mode: there is no value 'end'; did you mean keep_end?"),
+        ({"truncation_mode": "end"}, "truncation_mode: there is no value 'end'; there are: keep_end, keep_start"),
         ({"debug": "tpu_metrics_debug"}, "debug: tpu_metrics_debug"),
         ({"report_to": "tensorbord"}, "report_to: there is no tracker 'tensorbord'; did you mean tensorboard?"),
         ({"report_to": ["flyte"]}, "report_to: flyte: FlyteCallback requires flytekit to be installed"),

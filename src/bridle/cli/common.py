@@ -86,12 +86,12 @@ def say(text: str, *, err: bool = False, nl: bool = True) -> None:
 
 
 def check_resumed(folder: Path, resume: bool) -> None:
-    """Raises a UserError if nothing in the folder can be resumed, not even a run that ended before its first update."""
+    """Warns if nothing in the folder can be resumed, not even a run that ended before its first update."""
     from bridle.recipes.run import RECIPE_FILE
     from bridle.utils.files import LOCK
 
     if resume and not any(os.path.exists(folder / file) for file in (RECIPE_FILE, LOCK)):
-        raise UserError(f"{folder}: holds no run to resume; leave --resume out to begin one there")
+        logging.getLogger(__name__).warning("%s: holds no run to resume; a new one begins there", folder)
 
 
 def refuse(*mistakes: tuple[object, str]) -> None:

@@ -122,12 +122,13 @@ def _train(
 
 
 def _warn_of_unfitted(trainer: ConstrainedTrainer) -> None:
-    """Warns that a constraint had no part in the run, as there was no R."""
+    """Warns that there is no R, so that a constraint had no part in the model."""
     for regulariser in trainer.regularisers:
-        if not (regulariser.options.is_retention or regulariser.is_fitted or regulariser.share_is_off):
+        fits = regulariser.options.weight > 0 and not regulariser.options.is_retention
+        if fits and not (regulariser.is_fitted or regulariser.share_is_off):
             trainer.supervisor.warn(
-                f"{regulariser.name}: the constraint had no part in this run: no round had labels of both kinds to fit "
-                "R on, so there is no auxiliary; try more rollouts_per_round, or prompts that violate more"
+                f"{regulariser.name}: the constraint had no part in this model: no round before it had labels of both "
+                "kinds to fit R on, so there is no auxiliary; try more rollouts_per_round, or prompts that violate more"
             )
 
 

@@ -209,10 +209,12 @@ def apart(inputs: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
     """Corpus and rollouts as two batches, each as long as its longest row, if that spares enough padding.
 
     Args:
-        inputs: from `append_rollouts`.
+        inputs: from `append_rollouts`; a batch without `Prefixes` stays as it is.
         multiple: the rows' length is padded to a multiple of it.
     """
-    prefixes = inputs[PREFIXES]
+    prefixes = inputs.get(PREFIXES)
+    if prefixes is None:
+        return [inputs]
     corpus = int((prefixes.regulariser < 0).sum())
     parts = [
         _cut(inputs, rows, ceil(int(prefixes.tokens[rows].max()) / multiple) * multiple)

@@ -171,8 +171,8 @@ def split(examples: Examples, plain: int, share: float, generator: torch.Generat
         prompts = [(row,) for row in range(len(prompts))]
         sizes = Counter(prompts[:plain])
     names, kept_back = list(sizes), set[tuple[int, ...]]()
-    for place in torch.randperm(len(names), generator=generator)[:-1].tolist():
-        if sizes[names[place]] <= wanted:  # else the next may be smaller
+    for place in torch.randperm(len(names), generator=generator).tolist():
+        if sizes[names[place]] <= wanted and len(kept_back) < len(names) - 1:  # else the next may be smaller
             kept_back.add(names[place])
             wanted -= sizes[names[place]]
     held = torch.tensor([prompt in kept_back for prompt in prompts])

@@ -53,7 +53,9 @@ class OomSafeTrainer(SFTTrainer):
                 loss = [self._in_parts(model, batch, num_items_in_batch) for batch in todo][-1]
                 break
             except RuntimeError as error:
-                self.row_limit.lower(error, max(len(batch["input_ids"]) for batch in todo))
+                self.row_limit.lower(
+                    error, max(len(part["input_ids"]) for batch in todo for part in self._parts(batch))
+                )
             model.zero_grad()
             self._restore(self._before_update)
             todo = self._micro_batches
@@ -67,17 +69,18 @@ class OomSafeTrainer(SFTTrainer):
 
     def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int) -> Tensor:
         step = super().training_step
-        *others, last = [small for part in self.parts(inputs) for small in self._cut(part)]
+        *others, last = self._parts(inputs)
         with self.accelerator.no_sync(model) if others else nullcontext():  # the last backward exchanges gradients
             losses = [step(model, part, num_items_in_batch) for part in others]
         return torch.stack([*losses, step(model, last, num_items_in_batch)]).sum()
 
-    def _cut(self, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Parts of as many rows as fit into memory."""
-        rows = len(inputs["input_ids"])
-        size = self.row_limit.rows or rows
-        for start in range(0, rows, size):
-            yield {key: values[start : start + size] for key, values in inputs.items()}
+    def _parts(self, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Its parts, of as many rows as fit into memory."""
+        for part in self.parts(inputs):
+            rows = len(part["input_ids"])
+            size = self.row_limit.rows or rows
+            for start in range(0, rows, size):
+                yield {key: values[start : start + size] for key, values in part.items()}
 
     def _snapshot(self) -> Any:
         """The state that a micro-batch changes besides gradients."""

@@ -149,7 +149,8 @@ class DomainRegulariser(StatefulRegulariser):
     def _fit(self, round_index: int, traces: dict[int, Trace]) -> dict[str, Any]:
         """Fits the last round's R further, on this round's scored rollouts and replayed ones.
 
-        Labels that are all alike teach R no more than their rate, and none teach nothing. The term stays on.
+        Labels that are all alike teach R no more than their rate, and none teach nothing. The term stays on, unless R
+        was fitted to the opposite share.
         """
         check_scored(self.rollouts, self.config.max_missing, self.name)
         places = [place for place, rollout in enumerate(self.rollouts) if self._teaches(rollout)]

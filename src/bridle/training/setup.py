@@ -100,6 +100,8 @@ def follow_compilation(model: PreTrainedModel | PeftModel) -> None:
     Compilation makes a second model of the same weights. TRL's forward would call that of the first.
     """
     lm = causal_lm(model)
+    if hasattr(lm, "_hf_hook"):  # of accelerate, in the forward: a model on several devices is not compiled
+        return
     fused = lm.forward.__func__
 
     @wraps(type(lm).forward)
