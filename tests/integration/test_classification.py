@@ -94,6 +94,12 @@ def test_blank_rows_stay_blank_and_are_left_out(tmp_path, caplog):
     assert "left out 1 of 2 rows" in caplog.text
 
 
+def test_of_texts_that_are_numbers_the_row_is_named(tmp_path, caplog):
+    path = rows_file(tmp_path / "rows.jsonl", [{"text": "rain", "label": 1}, {"text": 7, "label": 0}])
+    assert labelled_texts(DataSource(path), LABEL) == (["rain"], [1])
+    assert "left out 1 of 2 rows that hold no text; row 2 has no 'text'; it has 'label'" in caplog.text
+
+
 def test_classes_are_numbered_by_the_order_of_their_names(tmp_path):
     path = rows_file(tmp_path / "rows.jsonl", [{"text": "a", "label": "b"}, {"text": "c", "label": "a"}])
     label = VerbalisedLabel(names={"b": " b", "a": " a"})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bridle.recipes.recipe import load_recipe
 from bridle.utils.files import only_writer
 from conftest import ROOT, SENTENCES, TINY
 
@@ -361,6 +362,18 @@ class TestMistakes:
         self.assert_one_line(
             bridle("train", path, "--corpus.rdue.weight", 3), "there is no domain 'rdue'", "mean rude?"
         )
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            {"corpus.b": {"path": "b.jsonl"}, "corpus.b.weight": 2},
+            {"corpus": {"b": {"path": "b.jsonl"}}, "corpus.b.weight": 2},
+            {"corpus.b.weight": 2, "corpus.b.path": "b.jsonl"},
+        ],
+    )
+    def test_overrides_add_a_domain(self, tmp_path, overrides):
+        (tmp_path / "recipe.yaml").write_text("model: m\ncorpus: {a: {path: a.jsonl}}\n")
+        assert load_recipe(tmp_path / "recipe.yaml", overrides).corpus["b"].weight == 2
 
     def test_a_folder_without_a_run_begins_one_and_says_so(self, bridle, recipe, tmp_path, caplog):
         code, *_ = bridle("train", recipe(max_steps=1, rounds=1), "--output_dir", tmp_path / "rnu", "--resume")

@@ -10,10 +10,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 from bridle.comparison import methods as built_in
+from bridle.comparison.cell import Cell
 from bridle.comparison.compare import Comparison
 from bridle.comparison.methods import Candidate, shapes
 from bridle.comparison.plan import evaluation_of
-from bridle.recipes.recipe import build_recipe
+from bridle.errors import UserError
+from bridle.recipes.recipe import build_recipe, load_recipe
 from bridle.recipes.run import write_recipe
 from bridle.report.data import read_report
 from bridle.report.findings import failures, findings
@@ -448,6 +450,10 @@ def test_guided_decoding_has_the_strength_that_the_recipe_says(bridle, compariso
     [
         ({"evaluation": None}, "evaluation.prompts: is missing"),
         ({"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}, "sampels": 2}}, "did you mean samples?"),
+        (
+            {"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}, "zzz": 2}},
+            "there are: prompts, constraints, examine, perplexity, batch_size, tasks, task_data, limit, shots,",
+        ),
         ({"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}, "samples": "many"}}, "evaluation.samples: "),
         ({"constraints": None, "regularisers": None}, "constraints: is missing"),
         ({"methods": {"r1": {}}}, "methods.r1: there is no key 'r1'; there are: "),
@@ -462,6 +468,19 @@ def test_mistakes_are_told_in_one_line(bridle, recipe, tmp_path, change, expecte
     assert code == 2
     assert expected in err
     assert err.count("\n") == 1
+
+
+def test_other_commands_leave_methods_of_packages_to_compare(recipe):
+    loaded = load_recipe(recipe(methods={"gentle": {"way": 1}}))
+    built_in.check_options(loaded, installed=False)
+    with pytest.raises(UserError, match="there is no key 'gentle'"):
+        built_in.check_options(loaded)
+
+
+def test_errors_of_a_cell_name_the_file(recipe, tmp_path):
+    path = recipe()
+    cell = Cell("sft", load_recipe(path), 0, tmp_path, lambda name: Candidate(name))
+    assert cell.variant().file == cell.learnt(regularisers={}).file == str(path)
 
 
 def test_an_unknown_method_names_the_nearest(bridle, comparison, tmp_path):

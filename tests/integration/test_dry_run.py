@@ -58,12 +58,13 @@ def test_it_shows_what_a_run_would_do_and_writes_nothing(bridle, dry, tmp_path):
     assert re.search(r"most memory so far: [\d.]+ GiB", out)
 
 
-@pytest.mark.parametrize("command", ["check", "train"])
 @pytest.mark.parametrize(
-    ("key", "message"),
+    ("command", "key", "message"),
     [
-        ("evaluation.sampels", "evaluation.sampels: there is no key 'sampels'; did you mean samples?"),
-        ("methods.rll.beta", "methods.rll: there is no key 'rll'; did you mean rl?"),
+        ("check", "evaluation.sampels", "evaluation.sampels: there is no key 'sampels'; did you mean samples?"),
+        ("train", "evaluation.sampels", "evaluation.sampels: there is no key 'sampels'; did you mean samples?"),
+        ("check", "methods.rll.beta", "methods.rll: there is no key 'rll'; did you mean rl?"),
+        ("train", "methods.rl.betaa", "methods.rl.betaa: there is no key 'betaa'; did you mean beta?"),
     ],
 )
 def test_sections_that_only_comparisons_read_have_known_keys(bridle, dry, tmp_path, command, key, message):

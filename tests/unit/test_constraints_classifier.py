@@ -396,10 +396,9 @@ def test_an_unknown_device_is_reported(folder):
         Classifier(folder, "calm", device="abacus").load()
 
 
-@pytest.mark.parametrize("model", ["no/such/folder", "/no", "./no", "taken/no", "../no", "~/no"])
+@pytest.mark.parametrize("model", ["no/such/folder", "/no", "./no", "../no", "~/no"])
 def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="no such folder"):
         Classifier(model, "calm").load()
 

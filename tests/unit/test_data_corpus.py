@@ -2,7 +2,7 @@ import logging
 from collections import Counter
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image
 from pydantic import TypeAdapter
 from trl import SFTConfig, SFTTrainer
 
@@ -107,6 +107,13 @@ def test_of_a_row_without_its_column_those_that_it_has_are_named(caplog):
     rows = Dataset.from_dict({"text": ["one", None], "txt": [None, "two"], "n": [None, 1]})
     tokenize_domain(rows, tiny_tokenizer(), max_length=LENGTH, name="tales")
     assert "left out 1 of 2 rows that hold no text; row 2 has no 'text'; it has 'txt', 'n'\n" in caplog.text
+
+
+def test_of_many_columns_few_are_named_and_none_is_decoded(caplog):
+    rows = Dataset.from_dict({"text": ["one", None], **{f"c{n}": ["x", "y"] for n in range(7)}})
+    rows = rows.add_column("image", [None, {"bytes": b"none", "path": None}]).cast_column("image", Image())
+    tokenize_domain(rows, tiny_tokenizer(), max_length=LENGTH, name="tales")
+    assert "row 2 has no 'text'; it has 'c0', 'c1', 'c2', 'c3', 'c4', ...\n" in caplog.text
 
 
 def test_blank_and_unlearnable_rows_are_left_out_and_counted(caplog):

@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bridle.data.readers as readers
 from bridle.data import ROW, DataSource, texts_of
 from bridle.data.source import row_range
 from bridle.errors import UserError
@@ -249,15 +250,24 @@ def test_unreadable_files_are_named_in_one_line(name, content, expected, tmp_pat
 def test_missing_files_and_folders_are_named(tmp_path, monkeypatch):
     assert fails(str(tmp_path / "no.jsonl")).endswith("no.jsonl: no such file")
     assert fails(str(tmp_path / "no")).endswith("no: no such file or folder")
-    (tmp_path / "forum.jsonl").touch()
-    monkeypatch.chdir(tmp_path)
-    assert fails("forum") == "forum: no such file or folder; did you mean forum.jsonl?"
     assert "is not a folder written by" in fails(str(tmp_path))
 
 
 def test_hub_name_without_a_network_is_one_line(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     assert fails("nobody/nothing:config").startswith("nobody/nothing:config: no such file or folder, and not read")
+
+
+def test_a_hub_name_may_begin_as_a_file_or_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(readers, "load_dataset", lambda *names, split: Dataset.from_list([{"text": names[0]}]))
+    (tmp_path / "forum.jsonl").touch()
+    (tmp_path / "nobody").mkdir()
+    assert [DataSource(name).read()["text"][0] for name in ("forum", "nobody/rows")] == ["forum", "nobody/rows"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    assert fails("forum").startswith("forum: no such file or folder; did you mean forum.jsonl? It is not read from")
 
 
 def test_json_columns_found_late_and_of_mixed_types_are_kept(tmp_path):

@@ -653,13 +653,19 @@ class TestLoading:
             load_tokenizer("nobody/nothing")
         assert asked == [("nobody/nothing", "adapter_config.json")]
 
-    @pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "../nowhere", "nowhere/", "runs/no", "a.json", "a.gguf"])
+    @pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "../nowhere", "nowhere/", "a.json", "a.gguf"])
     def test_of_what_can_only_be_a_path_the_hub_is_not_asked(self, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        (tmp_path / "runs").mkdir()
         monkeypatch.setattr("socket.getaddrinfo", None)
         with pytest.raises(UserError, match=r"cannot load the model: no such folder$|a.gguf: no such file; "):
             load_model(name)
+
+    def test_a_hub_name_may_begin_as_a_folder_here(self, tiny_tokenizer, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "nobody").mkdir()
+        monkeypatch.setattr(loading, "cached_file", lambda *_, **__: None)
+        monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda name, **_: tiny_tokenizer)
+        assert load_tokenizer("nobody/nothing") is tiny_tokenizer
 
     def test_weights_in_fp8_are_checked(self, tiny_model, tiny_tokenizer):
         model = tiny_model(vocab_size=len(tiny_tokenizer))

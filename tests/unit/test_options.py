@@ -737,3 +737,15 @@ def test_to_dict_is_flat_and_json():
     assert found["eos_token"] == "<eos>"
     assert found["hub_token"] == "<HUB_TOKEN>"
     assert not any(isinstance(value, dict) and name in ("auxiliary", "parallel") for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("launched", "advice"), [(None, "leave bf16 out"), ("bf16", "launch with --mixed_precision no")]
+)
+def test_bf16_without_a_gpu_says_who_set_it(monkeypatch, launched, advice):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr("bridle.training.options.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(UserError, match=f"^bf16: there is no GPU that has it; set use_cpu: true too, or {advice}$"):
+        ConstrainedConfig("unused", bf16=None if launched else True)

@@ -102,7 +102,10 @@ def refuse(*mistakes: tuple[object, str]) -> None:
 
 
 def read_recipe(path: Path, context: typer.Context) -> "Recipe":
-    """Reads a recipe, with the keys set on the command line, and checks the sections that only comparisons read."""
+    """Reads a recipe, with the keys set on the command line, and checks the sections that only comparisons read.
+
+    Of methods those that Bridle has, in the main process: another machine may have the packages of the others.
+    """
     from bridle.recipes.recipe import load_recipe, parse_overrides
 
     quiet_libraries()
@@ -111,10 +114,10 @@ def read_recipe(path: Path, context: typer.Context) -> "Recipe":
         from bridle.comparison.plan import section_of
 
         section_of(recipe)
-    if recipe.methods:
+    if recipe.methods and os.environ.get("RANK", "0") == "0":
         from bridle.comparison.methods import check_options
 
-        check_options(recipe)
+        check_options(recipe, installed=False)
     return recipe
 
 

@@ -28,6 +28,10 @@ def check(context: typer.Context, recipe: RecipeFile) -> None:
     from bridle.recipes.dry_run import check as run
 
     loaded = read_recipe(recipe, context)
+    if loaded.methods:
+        from bridle.comparison.methods import check_options
+
+        check_options(loaded)
     if loaded.evaluation:
         section_of(loaded).check_files(load_tokenizer(loaded.model))
     run(loaded, say)

@@ -78,12 +78,15 @@ class Cell:
         if (evaluated := mapping.get("eval")) and evaluated.get("corpus"):
             kept = {name: rows for name, rows in evaluated["corpus"].items() if name in mapping["corpus"]}
             mapping["eval"] = {**evaluated, "corpus": kept}
-        recipe = build_recipe(mapping)
+        recipe = self._recipe(mapping)
         # A method without some of the regularisers may have nothing to build ahead, or to keep.
         regularisers = recipe.regularisers.values()
         idle = {"target_cache"} if not any(one.keeps_targets for one in regularisers) else set()
         idle |= {"targets", "target_cache"} if all(one.anchor == "live" for one in regularisers) else set()
-        return build_recipe({key: value for key, value in mapping.items() if key not in idle}) if idle else recipe
+        return self._recipe({key: value for key, value in mapping.items() if key not in idle}) if idle else recipe
+
+    def _recipe(self, mapping: Mapping[str, Any]) -> Recipe:
+        return replace(build_recipe(mapping), file=self.recipe.file)
 
     def learnt(self, **changes: Any) -> Recipe:
         """As `variant`, without the domains that are held and not learnt, which only `constrained-adaptive` has."""

@@ -191,11 +191,16 @@ def chosen(names: Sequence[str], recipe: Recipe) -> list[str]:
     return list(found.values())
 
 
-def check_options(recipe: Recipe) -> None:
-    """Raises a UserError if the section `methods` names an unknown method or option, or a wrong value."""
+def check_options(recipe: Recipe, installed: bool = True) -> None:
+    """Raises a UserError if the section `methods` names an unknown method or option, or a wrong value.
+
+    Without `installed`, methods that are not Bridle's own are passed over, and their packages not loaded.
+    """
+    own = BUILT_IN.keys() | rivals.METHODS.keys()
     with prefixed(f"{recipe.file}: "):
-        check_keys(recipe.methods, methods(), "methods")
-        for name in recipe.methods:
+        if installed:
+            check_keys(recipe.methods, methods(), "methods")
+        for name in recipe.methods if installed else [name for name in recipe.methods if name in own]:
             method_named(name)
             options_of(name, recipe)
 

@@ -14,6 +14,7 @@
 The first prompt set, constraint and held-out text summarise a comparison; independent constraints come first.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -63,6 +64,8 @@ class JudgeOptions:
     examine: HumanText | None = None
 
     def __post_init__(self) -> None:
+        if self.url is None:
+            self.model = os.path.expanduser(self.model)
         if self.api_key_env is not None and self.url is None:
             raise UserError("api_key_env: a local judge needs no key; give the url of an endpoint, or leave it out")
         if self.by == "likelihood" and self.url is not None:
@@ -229,7 +232,7 @@ def section_of(recipe: Recipe) -> Evaluation:
 
 def _evaluation(recipe: Recipe) -> Evaluation:
     given = dict(recipe.evaluation)
-    known = {f.name for f in fields(Evaluation)} - {"label", "trained_on"}
+    known = [f.name for f in fields(Evaluation) if f.name not in ("label", "trained_on")]
     check_keys(given, [*known, *GENERATION], "evaluation")
     given = {key: value for key, value in given.items() if value is not None}
     for_all = {key: given.pop(key) for key in GENERATION if key in given}
@@ -241,6 +244,8 @@ def _evaluation(recipe: Recipe) -> Evaluation:
     given["constraints"], trained = _constraints(recipe, given.get("constraints"))
     for key in given.keys() - {"prompts", "perplexity", "examine", "constraints"}:
         given[key] = validated(Evaluation.__annotations__[key], given[key], f"evaluation.{key}")
+    if given.get("task_data"):
+        given["task_data"] = Path(os.path.expanduser(given["task_data"]))
     return Evaluation(**given, trained_on=trained, label=_label(recipe, given.get("classification")))
 
 

@@ -1,5 +1,6 @@
 """Builds a `Constraint` from its specification in a recipe or on the command line."""
 
+import os
 import re
 from collections.abc import Mapping
 from inspect import signature
@@ -40,6 +41,7 @@ SHORT_KEYS = {
 }
 OPERATORS = ("all", "any", "not")
 CACHE_KEYS = ("cache", "version")  # of any constraint; a remote one has them among its own
+PATH_KEYS = ("model", "file")  # their values may begin with ~/
 ORACLE_KEYS = (
     "type",
     "model",
@@ -141,6 +143,8 @@ def _build_type(kind: object, options: dict[Any, Any]) -> Constraint:
     cls = TYPES[str(kind)]
     for key in options:
         known_name(key, signature(cls).parameters, f"constraint '{kind}'", "key")
+    paths = {key: os.path.expanduser(options[key]) for key in PATH_KEYS if isinstance(options.get(key), str)}
+    options = options | paths
     if cls is Classifier and "label" not in options and (labels := labels_of(options.get("model"))):
         raise UserError(f"constraint '{kind}', key 'label': is missing; the model's labels are: {', '.join(labels)}")
     return cls(**options)

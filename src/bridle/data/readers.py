@@ -151,12 +151,14 @@ def _column(name: str, feature: Any, rows: Iterable[dict[str, Any]]) -> list[Any
 def _read_hub(name: str, split: str) -> Dataset:
     match = _HUB_NAME.fullmatch(name)
     near = [f"{name}{suffix}" for suffix in _READERS if os.path.exists(os.path.expanduser(f"{name}{suffix}"))]
-    if match is None or near or os.path.isdir(Path(name).parts[0]):
-        raise UserError(f"{name}: no such file or folder" + f"; did you mean {' or '.join(near)}?" * bool(near))
+    missing = f"{name}: no such file or folder" + f"; did you mean {' or '.join(near)}?" * bool(near)
+    if match is None:
+        raise UserError(missing)
     try:
         return load_dataset(*match.groups(), split=split)
     except Exception as error:  # the hub's clients raise errors of several libraries with no common base
-        raise UserError(f"{name}: no such file or folder, and not read from the hub: {first_line(error)}") from error
+        between = " It is" if near else ", and"
+        raise UserError(f"{missing}{between} not read from the hub: {first_line(error)}") from error
 
 
 def _read_folder(path: Path, split: str) -> Dataset:

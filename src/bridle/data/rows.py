@@ -22,6 +22,8 @@ ASKED, ANSWERED = ("prompt", "question", "instruction", "query"), ("chosen", "an
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, for its chat template
 
+MOST_NAMES = 5  # columns that a warning names
+
 _TEXT, _CHAT = "text", "chat messages"
 _HOLDS = {"text": {_TEXT}, "messages": {_CHAT}, "prompt": {_TEXT, _CHAT}, "completion": {_TEXT, _CHAT}}
 
@@ -101,13 +103,15 @@ def warn_of_blank(name: str, dataset: Dataset, blank: Sequence[int], fields: Seq
     """Warns that the rows at these indices were left out, if any: they lack one of the fields."""
     if not blank:
         return
-    row = {**dataset[blank[0]]}
-    number = row.pop(ROW, blank[0] + 1)
-    lacks = next(field for field in fields if not is_filled(row[field]))
-    has = ", ".join(repr(column) for column, value in row.items() if value is not None and column not in fields)
+    read = [*fields, *({ROW} & {*dataset.column_names})]
+    row = dataset.select_columns(read)[blank[0]]
+    lacks = next((field for field in fields if not is_filled(row[field])), fields[0])  # or it holds no text
+    cells = dataset.with_format("arrow")[blank[0] : blank[0] + 1]  # other columns may hold images, say
+    others = [repr(column) for column in cells.column_names if column not in read and not cells[column].null_count]
+    has = ", ".join([*others[:MOST_NAMES], *["..."] * (len(others) > MOST_NAMES)])
     log.warning(
         "%s: left out %d of %d rows that hold no text; row %d has no %r%s",
-        *(name, len(blank), len(dataset), number, lacks, f"; it has {has}" * bool(has)),
+        *(name, len(blank), len(dataset), row.get(ROW, blank[0] + 1), lacks, f"; it has {has}" * bool(has)),
     )
 
 

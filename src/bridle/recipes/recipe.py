@@ -13,7 +13,8 @@ A regulariser applies to the domain that it is named after, or to its `domain`: 
 Every other key is a field of `ConstrainedConfig`, and so of TRL's `SFTConfig`.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -140,9 +141,10 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     mapping = read_yaml(Path(path))
     with prefixed(f"{path}: "):
         _name_regularisers(mapping)
-        _check_domains(mapping, overrides or {})
+        written = [*as_mapping(mapping.get("corpus"), "corpus")]
         for key, value in (overrides or {}).items():
             set_dotted(mapping, key, value)
+        _check_domains(mapping, written, overrides or {})
         return replace(build_recipe(mapping), file=str(path))
 
 
@@ -174,7 +176,7 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     }
     held_domains({name: domain.learn for name, domain in corpus.items()}, corpus, regularisers)
     return Recipe(
-        model=validated(str, mapping["model"], "model"),
+        model=os.path.expanduser(validated(str, mapping["model"], "model")),
         corpus=corpus,
         constraints=constraints,
         regularisers=regularisers,
@@ -228,12 +230,15 @@ def _domain(name: str, options: Any, section: str) -> Domain:
     return domain
 
 
-def _check_domains(mapping: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Raises a UserError for an override of a domain that the recipe has not, and that gets no path either."""
-    written = as_mapping(mapping.get("corpus"), "corpus")
+def _check_domains(mapping: Mapping[str, Any], written: Iterable[str], overrides: Iterable[str]) -> None:
+    """Raises a UserError for an override of a domain that was not written, and that no override gives a path."""
+    corpus = as_mapping(mapping.get("corpus"), "corpus")
+    known = [
+        name for name, domain in corpus.items() if name in written or "path" in as_mapping(domain, f"corpus.{name}")
+    ]
     for section, name, *_ in (key.split(".") for key in overrides if key.count(".") > 1):
-        if section == "corpus" and name and f"corpus.{name}.path" not in overrides:
-            known_name(name, written, f"corpus.{name}", "domain")
+        if section == "corpus" and name in corpus:
+            known_name(name, known, f"corpus.{name}", "domain")
 
 
 def _name_regularisers(mapping: dict[str, Any]) -> None:
@@ -300,6 +305,9 @@ def _eval(
 OF_TRAINING = ("weight", "learn")
 """Keys of a domain that mean nothing for its held-out rows."""
 
+PATHS = ("chat_template_path", "target_cache", "deepspeed", "fsdp_config", "accelerator_config")
+"""Training options that may be the path of a file or folder, and so begin with `~/`."""
+
 SECTIONS = {"auxiliary": AuxiliaryOptions, "parallel": ParallelOptions, "sampler": SamplerOptions}
 """Of the training options, those that are sections of their own."""
 
@@ -313,4 +321,5 @@ def _training(options: dict[str, Any], is_evaluated: bool) -> dict[str, Any]:
     for key in () if is_evaluated else options.keys() & EVALUATION:
         raise UserError(f"{key}: there are no rows to evaluate on; hold some out in the section eval, or leave it out")
     hints = get_type_hints(ConstrainedConfig, include_extras=True) | {"hub_token": SecretStr | None}
-    return {key: validated(hints[key], value, key) for key, value in options.items()}
+    found = {key: validated(hints[key], value, key) for key, value in options.items()}
+    return found | {key: os.path.expanduser(found[key]) for key in PATHS if isinstance(found.get(key), str)}

@@ -104,7 +104,9 @@ def check_refused(config: SFTConfig) -> None:
     if config.deepspeed and not is_deepspeed_available():
         raise UserError("deepspeed: is not installed; run pip install deepspeed, or leave it out")
     if config.bf16 and not config.use_cpu and not is_torch_bf16_gpu_available():
-        raise UserError("bf16: there is no GPU that has it; set use_cpu: true too, or leave bf16 out")
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        instead = "launch with --mixed_precision no" if launched else "leave bf16 out"
+        raise UserError(f"bf16: there is no GPU that has it; set use_cpu: true too, or {instead}")
     if config.ddp_backend is not None and os.environ.get("WORLD_SIZE", "1") == "1":
         raise UserError("ddp_backend: is for several processes; start them with accelerate launch, or leave it out")
     for field in fields(config):

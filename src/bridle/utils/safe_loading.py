@@ -25,4 +25,4 @@ def holds(folder: str | Path, pattern: str) -> bool:
 def is_path(name: str) -> bool:
     """Whether a model's name can only be a folder or a file, so that the hub need not be asked."""
     hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
-    return hub_name is None or name.lower().endswith(FILES) or os.path.exists(Path(name).parts[0])
+    return hub_name is None or name.lower().endswith(FILES)

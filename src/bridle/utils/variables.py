@@ -19,7 +19,6 @@ PATHS = re.compile("BRIDLE_[A-Z0-9_]+|HOME|HF_HOME")
 SHORTEST_HIDDEN = 8  # characters: a shorter value is no secret, and may occur elsewhere
 
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_HOME = re.compile("^~(?=/)")
 _REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -49,8 +48,6 @@ NO_VARIABLES = Variables()
 def expanded(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], Variables]:
     """Replaces `${NAME}` and `${NAME:-default}` in a recipe by values, and returns which variables it reads.
 
-    A value that begins with `~/` begins with `${HOME}/`.
-
     Raises:
         UserError: `env` is not a list of names, or a variable is not listed there or has no value.
     """
@@ -72,9 +69,7 @@ def expanded(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], Variables]:
         return found
 
     values = {key: value for key, value in recipe.items() if key != "env"}
-    return map_strings(values, lambda text: _REFERENCE.sub(variable, _HOME.sub("${HOME}", text))), Variables(
-        frozenset(names)
-    )
+    return map_strings(values, lambda text: _REFERENCE.sub(variable, text)), Variables(frozenset(names))
 
 
 def filled(value: Any, values: Mapping[str, str]) -> Any:
