@@ -232,7 +232,7 @@ def _domain(name: str, options: Any, section: str) -> Domain:
 
 def _check_domains(mapping: Mapping[str, Any], written: Iterable[str], overrides: Iterable[str]) -> None:
     """Raises a UserError for an override of a domain that was not written, and that no override gives a path."""
-    corpus = as_mapping(mapping.get("corpus"), "corpus")
+    corpus = as_named(mapping.get("corpus"), "corpus")
     known = [
         name for name, domain in corpus.items() if name in written or "path" in as_mapping(domain, f"corpus.{name}")
     ]
