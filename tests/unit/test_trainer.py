@@ -241,6 +241,13 @@ def test_a_name_is_loaded_as_it_says_and_a_model_is_taken_as_it_is(tiny_folder):
         setup.loaded(loaded, SimpleNamespace(model_init_kwargs={"dtype": "float64"}, chat_template_path=None))
 
 
+def test_a_model_that_is_spread_over_devices_is_not_compiled(tiny_folder):
+    model = setup.load_model(str(tiny_folder()))
+    model._hf_hook = object()  # of accelerate
+    with refused("torch_compile: a model with a device_map is not compiled"):
+        setup.follow_compilation(model)
+
+
 class TestPrefixes:
     """A batch of a plain row, two rude ones, and a rollout for the regulariser of the rude ones."""
 

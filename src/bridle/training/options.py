@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
-from transformers.utils import is_liger_kernel_available, is_torch_bf16_gpu_available
+from transformers.utils import is_liger_kernel_available, is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
 from bridle.errors import UserError, first_line
@@ -103,7 +103,7 @@ def check_refused(config: SFTConfig) -> None:
         raise UserError("save_strategy: best may leave a stopped run no checkpoint to go on from; set steps or epoch")
     if config.deepspeed and not is_deepspeed_available():
         raise UserError("deepspeed: is not installed; run pip install deepspeed, or leave it out")
-    if config.bf16 and not config.use_cpu and not is_torch_bf16_gpu_available():
+    if config.bf16 and not (config.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         instead = "launch with --mixed_precision no" if launched else "leave bf16 out"
         raise UserError(f"bf16: there is no GPU that has it; set use_cpu: true too, or {instead}")

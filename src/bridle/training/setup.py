@@ -98,10 +98,13 @@ def follow_compilation(model: PreTrainedModel | PeftModel) -> None:
     """Lets a forward without TRL's fused head run the compiled blocks.
 
     Compilation makes a second model of the same weights. TRL's forward would call that of the first.
+
+    Raises:
+        UserError: the model is spread over devices by hooks in its forward, which this would leave out.
     """
     lm = causal_lm(model)
-    if hasattr(lm, "_hf_hook"):  # of accelerate, in the forward: a model on several devices is not compiled
-        return
+    if hasattr(lm, "_hf_hook"):
+        raise UserError("torch_compile: a model with a device_map is not compiled; leave one of the two out")
     fused = lm.forward.__func__
 
     @wraps(type(lm).forward)
