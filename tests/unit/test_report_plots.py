@@ -132,13 +132,16 @@ def test_the_values_of_a_knob_are_a_curve():
     report = compared(points)
     (panel,) = tradeoffs(report)
     assert panel.sweeps == {
-        "constrained-adaptive": [(0.1, 71.0), (0.05, 72.0), (0.04, 74.0)],  # itself is at 1
-        "dpo": [points["dpo@1e-05"], points["dpo@0.05"], points["dpo@0.5"]],
-        "interleave": [points["interleave@2"], points["interleave@10"]],
-        "interleave@gap": [points["interleave@gap@2"]],
+        "constrained-adaptive": ["constrained-adaptive@0.3", "constrained-adaptive", "constrained-adaptive@3"],
+        "dpo": ["dpo@1e-05", "dpo@0.05", "dpo@0.5"],
+        "interleave": ["interleave@2", "interleave@10"],
     }
-    drawn = [line.get_xydata().tolist() for line in tradeoff(report).axes[0].lines if line.get_linestyle() == "-"]
-    assert [list(point) for point in panel.sweeps["dpo"]] in drawn
+    (ax,) = tradeoff(report).axes
+    drawn = [line.get_xydata().tolist() for line in ax.lines if line.get_linestyle() == "-"]
+    assert [list(points[name]) for name in panel.sweeps["dpo"]] in drawn
+    labels = {text.get_text() for text in ax.texts}
+    assert {"dpo@1e-05", "@0.05", "@0.5", "constrained-adaptive", "interleave@gap@2"} <= labels
+    assert "dpo@0.5" not in labels
     styles = [method_style(name) for name in ("interleave@2", "interleave@10", "interleave@gap@2")]
     assert styles[0] == styles[1] != styles[2]
 
@@ -335,7 +338,9 @@ def test_styles_do_not_rest_on_colour_alone():
     assert method_style("my-method") == method_style("my-method")
 
 
-@pytest.mark.parametrize("name", [*DESCRIPTIONS, "nado-decoding", "a", "b", "c", "d", "e", "f", "g"])
+@pytest.mark.parametrize(
+    "name", [*DESCRIPTIONS, "nado-decoding", "sft-kl", "l2-sp", "lora-small", "wise-ft", "interleave"]
+)
 def test_colours_stand_out_on_light_and_on_dark(name):
     def luminance(color):
         channels = np.array(to_rgb(color))

@@ -28,17 +28,18 @@ class Tradeoff:
         return {name: (violation.known, utility.known) for name, (violation, utility) in self.methods.items()}
 
     @property
-    def sweeps(self) -> dict[str, list[tuple[float, float]]]:
-        """The points of the values of one knob, as of `wise-ft@0.5`, by method and in the order of the values.
+    def sweeps(self) -> dict[str, list[str]]:
+        """Names of the methods that differ in a knob's value alone, as `wise-ft@0.5`, in the order of the values.
 
         Of `interleave@gap@0.5` the method is `interleave@gap`. `constrained-adaptive` itself has the factor 1.
         """
-        swept = [
-            (match[1], float(match[2]), point)
-            for name, point in self.points.items()
+        swept = sorted(
+            (match[1], float(match[2]), name)
+            for name in self.methods
             if (match := VALUE.match(f"{name}@1" if name == ADAPTIVE else name))
-        ]
-        return {name: [point for one, _, point in sorted(swept) if one == name] for name, *_ in swept}
+        )
+        families = {family: [name for one, _, name in swept if one == family] for family, *_ in swept}
+        return {family: names for family, names in families.items() if len(names) > 1}
 
     @property
     def front(self) -> dict[str, tuple[float, float]]:

@@ -76,7 +76,8 @@ class Line:
 def tradeoff(report: Report) -> Figure | None:
     """Draws violation rate against the main utility, with 95% intervals and the Pareto front; None without data.
 
-    Up and left is better: perplexity's axis is inverted. A target is a vertical line.
+    Up and left is better: perplexity's axis is inverted. A target is a vertical line. The values of one knob are a
+    curve; where there is one, the intervals are the rates' alone.
     """
     return _tradeoffs(report, tradeoffs(report)[:1], LARGE)
 
@@ -112,8 +113,7 @@ def _tradeoffs(report: Report, panels: list[Tradeoff], size: tuple[float, float]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.draw_without_rendering()  # labels need the final layout
     for ax, panel in zip(axes, panels, strict=True):
-        points = panel.points
-        label_points(ax, list(points.values()), [shown(name) for name in points], _obstacles(ax, panel))
+        label_points(ax, list(panel.points.values()), _labels(panel), _obstacles(ax, panel))
     return figure
 
 
@@ -229,13 +229,18 @@ def _utility_label(panel: Tradeoff) -> str:
 
 
 def _draw_tradeoff(ax: Axes, panel: Tradeoff) -> None:
-    for name, (x, y) in panel.methods.items():
-        style = method_style(name).line
-        ax.errorbar(x.known, y.known, xerr=_bar(x), yerr=_bar(y), elinewidth=1, zorder=3, **style)
-    for name, points in panel.sweeps.items():
-        ax.plot(*zip(*points, strict=True), color=method_style(name).line["color"], linewidth=1, zorder=2)
-    ax.plot(*zip(*panel.front.values(), strict=True), color=INK, linestyle="--", linewidth=1, alpha=0.6, zorder=2)
+    points, curves = panel.points, panel.sweeps
     ax.margins(0.16)
+    for family, names in curves.items():
+        ax.plot(*zip(*(points[name] for name in names), strict=True), color=method_style(family).color, linewidth=1)
+    ax.plot(*zip(*panel.front.values(), strict=True), color=INK, linestyle="--", linewidth=1, alpha=0.6, zorder=2)
+    for name, point in points.items():
+        ax.plot(*point, linestyle="", zorder=3, **method_style(name).line)
+    for name, (x, y) in panel.methods.items():
+        # Beside curves the utility's interval, which all methods have from the same texts, would hide them.
+        bars = {"xerr": _bar(x), "yerr": None if curves else _bar(y), "ecolor": method_style(name).color}
+        ax.errorbar(x.known, y.known, fmt="none", elinewidth=1, alpha=0.4 if curves else 1, **bars)
+    ax.set_xlim(left=max(ax.get_xlim()[0], -0.03 * ax.get_xlim()[1]))  # rates are not negative
     ax.set_ylabel(_utility_label(panel))
     ax.xaxis.set_major_formatter(_percent)
     if panel.more_is_better:
@@ -246,6 +251,12 @@ def _draw_tradeoff(ax: Axes, panel: Tradeoff) -> None:
     ax.annotate(
         "better", (0.015, 0.985), (12, -13), "axes fraction", "offset points", arrow, style="italic", fontsize=8
     )
+
+
+def _labels(panel: Tradeoff) -> list[str]:
+    """The methods' names; along a curve the first is whole, and the others are its knob's values alone."""
+    short = {name: name[name.rindex("@") :] for names in panel.sweeps.values() for name in names[1:] if "@" in name}
+    return [short.get(name) or shown(name) for name in panel.methods]
 
 
 def _percent(share: float, _: float) -> str:

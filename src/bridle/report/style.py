@@ -95,13 +95,14 @@ _STYLES = {
     "constrained": MethodStyle("#d55e00", "D", filled=False),
     "constrained-adaptive": MethodStyle("#d55e00", "D"),
 }
-_FURTHER = [MethodStyle(color, marker) for marker in "<>ph" for color in ("#3f9bd8", "#8a63c7", "#7a8f00")]
+_COLORS = ("#3f9bd8", "#8a63c7", "#7a8f00", "#a5713f", "#2f9a9a")
+_FURTHER = [MethodStyle(_COLORS[place % 5], "<>ph"[place % 4]) for place in range(20)]
 _OPTIONAL = ("sft-kl", "l2-sp", "lora-small", "wise-ft", "interleave", "interleave@gap", "dpo")
 _STYLES |= zip(_OPTIONAL, _FURTHER, strict=False)
 
 
 def method_style(name: str) -> MethodStyle:
-    """The style of a method; an unknown one gets one of twelve by its name."""
+    """The style of a method; an unknown one gets one of twenty by its name."""
     match = VALUE.match(name)
     family = match[1] if match else name  # the values of one knob look alike
     return _STYLES.get(family) or _FURTHER[zlib.crc32(family.encode(errors="replace")) % len(_FURTHER)]
