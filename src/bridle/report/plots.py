@@ -238,8 +238,8 @@ def _draw_tradeoff(ax: Axes, panel: Tradeoff) -> None:
         ax.plot(*point, linestyle="", zorder=3, **method_style(name).line)
     for name, (x, y) in panel.methods.items():
         # Beside curves the utility's interval, which all methods have from the same texts, would hide them.
-        bars = {"xerr": _bar(x), "yerr": None if curves else _bar(y), "ecolor": method_style(name).color}
-        ax.errorbar(x.known, y.known, fmt="none", elinewidth=1, alpha=0.4 if curves else 1, **bars)
+        color, alpha, up = method_style(name).color, 0.4 if curves else 1, None if curves else _bar(y)
+        ax.errorbar(x.known, y.known, up, _bar(x), fmt="none", ecolor=color, elinewidth=1, alpha=alpha)
     ax.set_xlim(left=max(ax.get_xlim()[0], -0.03 * ax.get_xlim()[1]))  # rates are not negative
     ax.set_ylabel(_utility_label(panel))
     ax.xaxis.set_major_formatter(_percent)
