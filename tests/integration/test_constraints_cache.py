@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 
-from bridle.constraints import Cached, Classifier, PythonFunction, ScoreCache, WordList, build_constraint
+from bridle.constraints import Cached, Classifier, Length, PythonFunction, ScoreCache, WordList, build_constraint
 from bridle.constraints import cache as cache_module
 from bridle.errors import UserError
 from loopback import error, ok
@@ -295,6 +295,17 @@ class TestAnyConstraint:
         constraint = Cached(one | ~other, str(tmp_path / "labels.sqlite"))
         for _ in range(2):
             assert [score.complies for score in constraint.score(None, ["muddlehead", "grumblefish"])] == [True, False]
+
+    @pytest.mark.parametrize("change", [{"threshold": 0.2}, {"violates": "low"}, {"range": [0, 3]}])
+    def test_a_combination_follows_what_a_part_s_numbers_mean(self, server, remote, tmp_path, change):
+        def scored(**options):
+            whole = remote(**options) & Length(max_words=9)
+            return whole.identity(), *Cached(whole, str(tmp_path / "wholes.sqlite")).score(None, ["x"])
+
+        before, after = scored(), scored(**change)
+        assert before[0] != after[0]
+        assert after[1] == remote(**change).score(None, ["x"])[0] != before[1]
+        assert len(server.requests) == 1
 
     def test_a_version_needs_a_cache(self):
         with pytest.raises(UserError, match="there is no key 'version'"):

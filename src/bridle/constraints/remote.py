@@ -170,6 +170,9 @@ class Remote(Constraint):
             self.cache.check()
 
     def identity(self) -> dict[str, Any]:
+        return self._scorer() | self._scale.settings()
+
+    def _scorer(self) -> dict[str, Any]:
         """Returns what decides the endpoint's numbers; range, direction and threshold only interpret them."""
         asked = super()._settings() | {"url": self._endpoint.url, "headers": self._endpoint.headers}
         return asked | self._mapping.settings() | {"version": self.version}
@@ -177,14 +180,14 @@ class Remote(Constraint):
     def _settings(self) -> dict[str, Any]:
         own = {"batch_size": self._mapping.batch_size, "api_key_header": self._endpoint.api_key_header}
         optional = {"preset": self.preset, "api_key_env": self._endpoint.api_key_env}
-        return self.identity() | self._scale.settings() | own | {k: v for k, v in optional.items() if v is not None}
+        return self.identity() | own | {k: v for k, v in optional.items() if v is not None}
 
     def _score(self, outputs: list[str | Messages]) -> list[Score]:
         keys = [output if isinstance(output, str) else dumps(output, sort_keys=True) for output in outputs]
         distinct, outcomes = dict(zip(keys, outputs, strict=True)), {}
         ask = partial(self._ask, distinct)
         with Progress(f"scoring ({self.name})", len(distinct), unit="texts") as progress:
-            found = self.cache.through(self.identity(), distinct, ask) if self.cache else ask(list(distinct))
+            found = self.cache.through(self._scorer(), distinct, ask) if self.cache else ask(list(distinct))
             for key, outcome in found:
                 outcomes[key] = outcome
                 progress.update()
