@@ -55,6 +55,13 @@ def test_which_labels_violate(labelled, caplog):
     assert examine(Graded(), labelled(degrees, violating=[2.0, 4.5])).value == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize("violating", [1, {"above": 0.5}])
+def test_nan_is_no_label(labelled, caplog, violating):
+    found = examine(Graded(), labelled(LABELS | {"bread": None, "a muddlehead": float("nan")}, violating=violating))
+    assert (found.value, found.n) == (1.0, 3)
+    assert "left out 2 of 5 rows without a label" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

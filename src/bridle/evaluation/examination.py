@@ -55,7 +55,8 @@ class LabelledRows(DataSource):
         dataset = self.read()
         if self.label not in dataset.column_names:
             raise absent_column(self.place, self.label, dataset.column_names)
-        fields, labels = format_fields(dataset.column_names, self.place), dataset[self.label][:]
+        fields = format_fields(dataset.column_names, self.place)
+        labels = [None if label != label else label for label in dataset[self.label]]  # NaN is no label
         if unlabelled := sum(label is None for label in labels):
             log.warning("%s: left out %d of %d rows without a %s", self.place, unlabelled, len(labels), self.label)
 
