@@ -14,6 +14,7 @@ from bridle.errors import UserError
 from bridle.evaluation.examination import LabelledRows
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.loading import load_model
+from loopback import ok
 
 CANDIDATES = ("--guide", "auxiliary", "--guidance_scale", "0,1")
 LENIENT = ("--rate", 0.9, "--confidence", 0.6, "--max_new_tokens", 4)
@@ -114,6 +115,18 @@ class TestOneModel:
         forged = {**found, "completions_sha256": sha256(place.read_bytes()).hexdigest()}
         (tmp_path / "certificate.json").write_text(json.dumps(forged))
         code, _, err = bridle("certify", "--verify", "certificate.json", "--constraint", "regex:e")
+        assert code == 2
+        assert "complies is True, but the constraint says False" in err
+
+    def test_cached_verdicts_are_not_taken_for_the_constraint_s(self, certify, bridle, server, tmp_path):
+        remote = {"type": "remote", "url": server.url, "body": {"t": "{text}"}, "score": "rude", "cache": "part.sqlite"}
+        spec = json.dumps({"all": [remote, "regex:zzz"], "cache": "whole.sqlite"})
+        verify = ("certify", "--verify", "certificate.json", "--constraint", spec)
+        server.answer = lambda request: ok({"rude": 0.2})
+        certify(constraint=spec)
+        assert bridle(*verify)[0] == 0
+        server.answer = lambda request: ok({"rude": 0.7})
+        code, _, err = bridle(*verify)
         assert code == 2
         assert "complies is True, but the constraint says False" in err
 
