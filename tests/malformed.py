@@ -665,6 +665,7 @@ ARGUMENTS = [
     (["score", "regex:(", "nowhere.jsonl"], "cannot read '('"),
     (["score", "no.yaml:e", "nowhere.jsonl"], "no.yaml: cannot be read"),
     (["judge", "a=b", "--judge", "nowhere"], "give at least two methods as NAME=FILE"),
+    (["judge", "a=b.jsonl", "a=c.jsonl", "d=e.jsonl", "--judge", "nowhere"], "a: is given twice"),
     (["judge", "--judge", "nowhere"], "give at least two methods as NAME=FILE, or --examine"),
     (["judge", "--judge", "nowhere", "--examine", "none.jsonl"], "none.jsonl: no such file"),
     (["judge", "--judge", "nowhere", "--examine", "{rows}"], "different rows have a prompt and 4 words after it"),

@@ -173,6 +173,7 @@ class TestWholeRuns:
         for name, words in {"short": "mist", "long": "mist over the river"}.items():
             rows = [{"prompt": f"{text} ", "completion": f"{words} {i}"} for i, text in enumerate(SENTENCES)]
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "v.jsonl").write_text('{"judge": "of an earlier run"}\n')
         code, out, err = bridle(
             *("judge", f"short={tmp_path / 'short.jsonl'}", f"long={tmp_path / 'long.jsonl'}"),
             *(

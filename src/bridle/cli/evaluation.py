@@ -82,7 +82,9 @@ Url = Annotated[
 WEIGHTS = ("guide", "guidance_scale", "perplexity", "tasks", "classify", "base", "batch_size", "device", "dtype")
 """Options that need a model's weights."""
 
-Keep = Annotated[Path, typer.Option(metavar="FILE", help="Verdicts are kept here as they come.")]
+Keep = Annotated[
+    Path, typer.Option(metavar="FILE", help="Verdicts are kept here as they come, in place of earlier ones.")
+]
 
 
 @app.command(
@@ -252,7 +254,7 @@ def judge(
     from bridle.utils.files import check_output
     from bridle.utils.provenance import environment
 
-    files = dict(part.partition("=")[::2] for part in completions or [])
+    files = _files_by_method(completions or [])
     if (files or not examine) and (len(files) < 2 or not all(files.values())):
         raise UserError("give at least two methods as NAME=FILE, or --examine to examine the judge alone")
     local = ("batch_size", "device", "dtype")
@@ -264,6 +266,8 @@ def judge(
     prompts, texts = read_methods(files)
     continuations = options.continuations()
     asked = options.judge(dtype, device, batch_size=batch_size)
+    if keep.is_file():
+        keep.unlink()  # verdicts are appended
     found = {"format": FORMAT, "model": ", ".join(files) or judge_model}
     if continuations is not None:
         examined = examine_judge(asked, continuations, seed=seed, keep=keep)
@@ -275,3 +279,14 @@ def judge(
         found["win_rate"] = rates.to_json()
     if json_file is not None:
         write_results(json_file, found | {"environment": environment(seed)})
+
+
+def _files_by_method(given: list[str]) -> dict[str, str]:
+    """The files of NAME=FILE, by name."""
+    files: dict[str, str] = {}
+    for part in given:
+        name, _, file = part.partition("=")
+        if name in files:
+            raise UserError(f"{name}: is given twice; give each method a name of its own")
+        files[name] = file
+    return files
