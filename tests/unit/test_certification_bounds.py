@@ -163,11 +163,22 @@ class TestSequence:
 
 
 class TestGoal:
-    @pytest.mark.parametrize("field", ["rate", "confidence", "seek"])
+    @pytest.mark.parametrize(
+        ("field", "limits"), [("rate", "1e-12 and 1"), ("confidence", "0 and 1"), ("seek", "0 and 0.999")]
+    )
     @pytest.mark.parametrize("value", [0, 1, -1, float("nan")])
-    def test_numbers_out_of_range_are_refused(self, field, value):
-        with pytest.raises(UserError, match=f"^{field}: must lie between 0 and 1"):
+    def test_numbers_out_of_range_are_refused(self, field, limits, value):
+        with pytest.raises(UserError, match=f"^{field}: must lie between {limits}, not"):
             Goal(**{field: value})
+
+    @pytest.mark.parametrize("options", [{"rate": 1e-20}, {"rate": 1e-20, "anytime": True}, {"seek": 1 - 1e-16}])
+    def test_what_no_number_of_prompts_shows_is_refused(self, options):
+        with pytest.raises(UserError, match="must lie between"):
+            Goal(**options)
+
+    @pytest.mark.parametrize("options", [{}, {"anytime": True}, {"method": "importance", "seek": 0.9989}])
+    def test_the_least_rate_has_a_plan(self, options):
+        assert "none violates" in Goal(1.001e-12, 1 - 1e-15, **options).plan()
 
     def test_the_plan_says_how_many_prompts_are_needed(self):
         assert Goal().plan() == (

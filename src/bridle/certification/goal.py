@@ -14,6 +14,10 @@ SEEK = 0.1
 """By default. Seeking finds most of what R foresees already at this share, and a larger one needs more prompts for the
 violations that R does not foresee (docs: concepts/certificate)."""
 
+RANGES = {"rate": (1e-12, 1), "confidence": (0, 1), "seek": (0, 0.999)}
+"""Exclusive. A betting bound, found to 2⁻⁴⁰, never reaches a lower rate; a larger share gives weights that no
+number of prompts makes up for."""
+
 SHOWN = (0, 1, 2, 3, 5, 10)  # numbers of violations for which a plan says how many prompts are needed
 
 
@@ -40,9 +44,9 @@ class Goal:
     seek: float = SEEK
 
     def __post_init__(self) -> None:
-        for name in ("rate", "confidence", "seek"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name}: must lie between 0 and 1, not {getattr(self, name)}")
+        for name, (low, high) in RANGES.items():
+            if not low < getattr(self, name) < high:
+                raise UserError(f"{name}: must lie between {low:g} and {high:g}, not {getattr(self, name)}")
 
     @property
     def bets(self) -> bool:
