@@ -76,7 +76,7 @@ def test_every_rival(bridle, compared, tmp_path, lora):
     assert moved["l2-sp"] < 0.9 * moved["sft"]
     assert moved["sft-kl"] != moved["sft"]
     adapter = json.loads((folder / "lora-small" / "seed-0" / "model" / "adapter_config.json").read_text())
-    assert adapter["r"] == 1
+    assert (adapter["r"], adapter["lora_alpha"]) == (1, 8 if lora else 2)  # α/r is the recipe's
     records = (folder / "interleave" / "seed-0" / "metrics.jsonl").read_text().splitlines()
     assert all("held_rows" not in json.loads(record) for record in records)
     mixed = load_recipe(folder / "interleave" / "seed-0" / "recipe.yaml")

@@ -172,7 +172,8 @@ def test_the_context_is_read_from_the_model(tokenizer):
 def test_adjusted_logits_are_what_is_measured(model, tokenizer):
     shapes = []
 
-    def sharpen(logits, input_ids, attention_mask):
+    def sharpen(logits, input_ids, attention_mask, begins):
+        assert begins.nonzero().tolist() == [[0, 0], [1, 0]]  # the whole text is a completion
         shapes.append((tuple(logits.shape[:2]), tuple(input_ids.shape), attention_mask.sum(1).tolist()))
         return torch.log_softmax(2 * logits, dim=-1)
 

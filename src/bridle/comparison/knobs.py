@@ -60,7 +60,7 @@ class LowRankOptions:
     """The knob of `lora-small`.
 
     Attributes:
-        r: rank of the adapters; or several.
+        r: rank of the adapters; or several. `lora.alpha` is scaled with it, so that an update is as strong.
     """
 
     r: PositiveInt | list[PositiveInt] = 2

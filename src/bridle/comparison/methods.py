@@ -30,6 +30,7 @@ from bridle.recipes.run import SHAPES_NOTHING, build_trainer
 from bridle.training.engine import release
 from bridle.utils.files import read_json, write_json
 from bridle.utils.settings import build, check_keys, known_name
+from bridle.utils.timing import timed
 
 ENTRY_POINTS = "bridle.methods"
 REPORT = "reinforcement.json"
@@ -76,7 +77,7 @@ def filtration(cell: Cell) -> Candidate:
     """Fine-tuning on what is left of the corpus when the rows that violate are dropped."""
     refuse_shares(cell.recipe, "a share does not say which rows to drop")
     recipe = cell.learnt(regularisers={})
-    rows, counts = recipe.read_corpus(), {}
+    rows, counts, seconds = recipe.read_corpus(), {}, dict[str, float]()
     for domain in rows:
         constraints = [
             regulariser.constraint
@@ -85,9 +86,12 @@ def filtration(cell: Cell) -> Candidate:
         ]
         if constraints:
             constraint = constraints[0] if len(constraints) == 1 else AllOf(constraints)
-            rows[domain], counts[domain] = compliant_rows(rows[domain], constraint, domain)
+            with timed(seconds, domain):
+                rows[domain], counts[domain] = compliant_rows(rows[domain], constraint, domain)
     write_json(cell.folder / "filtered.json", {domain: asdict(count) for domain, count in counts.items()})
-    return replace(cell.train(recipe, rows), about={"constraints": used_constraints(cell.recipe)})
+    made = cell.train(recipe, rows)
+    cost = {**made.cost, "seconds": made.cost["seconds"] + sum(seconds.values())}
+    return replace(made, cost=cost, about={"constraints": used_constraints(cell.recipe)})
 
 
 def rl(cell: Cell) -> Candidate:

@@ -16,7 +16,7 @@ from bridle.data import ROW
 from bridle.data.encoding import Encoded, RowEncoder
 from bridle.data.rows import filled_rows, format_fields
 from bridle.evaluation.utility import Window, check_finite, nll_by_text, window_length
-from bridle.models.loading import load_for_inference
+from bridle.models.loading import load_for_inference, load_tokenizer
 from bridle.training.config import ConstrainedConfig
 from bridle.utils.timing import timed
 
@@ -44,11 +44,13 @@ def most_forgotten(
     Raises:
         UserError: a model cannot be loaded, a row has another format, or a likelihood is not finite.
     """
-    seconds, losses = dict[str, float](), []
+    seconds, losses, encoded = dict[str, float](), [], dict[str, dict[int, Encoded]]()
+    tokenizer = load_tokenizer(models[1])  # training may have given it a chat template
     for name in models:
-        model, tokenizer = load_for_inference(name, dtype)
+        model, _ = load_for_inference(name, dtype)
         length = window_length(model, None) if config.max_length is None else config.max_length
-        encoded = {domain: encoded_rows(some, tokenizer, config, length, domain) for domain, some in rows.items()}
+        for domain, some in rows.items() if not encoded else ():
+            encoded[domain] = encoded_rows(some, tokenizer, config, length, domain)
         with timed(seconds, name):
             size = config.per_device_train_batch_size
             losses.append({d: losses_per_token(model, some, size, f"reading {d}") for d, some in encoded.items()})

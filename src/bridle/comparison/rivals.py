@@ -6,7 +6,6 @@ None holds another domain. All make as many updates as `sft`, of as many rows.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import ceil
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -22,7 +21,7 @@ from bridle.comparison.replay import most_forgotten
 from bridle.constraints.spec import RETENTION
 from bridle.data.rows import holds_prompts
 from bridle.errors import UserError
-from bridle.models.loading import load_model, load_tokenizer
+from bridle.models.loading import LoraOptions, adapter_config, load_model, load_tokenizer
 from bridle.utils.files import write_json
 
 CANDIDATES = 4  # rows that are read for each that is chosen by its gap
@@ -44,8 +43,11 @@ def l2_sp(cell: Cell) -> Candidate:
 
 def lora_small(cell: Cell) -> Candidate:
     """Fine-tuning of adapters of a small rank."""
-    adapters = cell.recipe.resolved.get("lora") or {}
-    return cell.train(cell.learnt(regularisers={}, lora={**adapters, "r": knob_of(cell)}))
+    _refuse_adapter(cell)
+    rank, own = knob_of(cell), cell.recipe.lora or LoraOptions()
+    # The update is multiplied by α/r: with α as it is, a smaller rank would take larger steps.
+    adapters = {**(cell.recipe.resolved.get("lora") or {}), "r": rank, "alpha": own.alpha * rank / own.r}
+    return cell.train(cell.learnt(regularisers={}, lora=adapters))
 
 
 def wise_ft(cell: Cell) -> Candidate:
@@ -84,7 +86,9 @@ def interleave(cell: Cell) -> Candidate:
         chosen = {name: shuffled[name].select(range(counts[name])) for name in held}
     given = cell.recipe.resolved["corpus"]
     corpus = {name: {**given[name], "learn": True, "weight": weights[name]} for name in rows}
-    made = cell.train(cell.variant(corpus=corpus, regularisers={}), rows | chosen)
+    # A corpus that learns completions alone may hold plain text, which has none and is learnt here.
+    relaxed = {"completion_only_loss": None} if cell.recipe.resolved.get("completion_only_loss") else {}
+    made = cell.train(cell.variant(corpus=corpus, regularisers={}, **relaxed), rows | chosen)
     return replace(made, cost={**made.cost, "seconds": made.cost["seconds"] + seconds})
 
 
@@ -160,7 +164,7 @@ def _factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
 
 def _refuse_adapter(cell: Cell) -> None:
     """Refuses a model before tuning that is an adapter: w_0 includes it, and it is what is trained."""
-    if (Path(cell.recipe.model) / "adapter_config.json").is_file():
+    if adapter_config(cell.recipe.model) is not None:
         raise UserError(f"{cell.recipe.model}: is an adapter; merge it by `bridle export`, or leave {cell.method} out")
 
 

@@ -84,7 +84,7 @@ class RowEncoder:
         try:
             marked: str | None = get_training_chat_template(self.tokenizer)
         except ValueError as error:
-            raise UserError("assistant_only needs a chat template with {% generation %} markers") from error
+            raise UserError("assistant_only_loss: needs a chat template with {% generation %} markers") from error
         return marked
 
     def _ended(self, text: str) -> str:

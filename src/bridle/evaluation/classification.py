@@ -80,7 +80,7 @@ def classify(
         label: how training wrote the labels in words.
         batch_size: rows in one forward, two for each text.
         max_length: tokens of a row; the model's context by default.
-        adjust_logits: as in `bridle.evaluation.utility.likelihoods`, for a guided model.
+        adjust_logits: as in `bridle.evaluation.utility.likelihoods`, for a guided model; the label is the completion.
 
     Raises:
         UserError: `max_length` is out of range, or leaves no room for the template.
@@ -236,7 +236,7 @@ def _windows(index: int, pair: list[list[int]]) -> list[Window]:
     """A window for each of a pair, texts `index` and `index + 1`, that predicts from where the two differ."""
     differ = (place for place, (one, other) in enumerate(zip(*pair, strict=False)) if one != other)
     first = max(1, next(differ, min(map(len, pair))))
-    return [Window(index + offset, ids, first) for offset, ids in enumerate(pair)]
+    return [Window(index + offset, ids, first, begin=first - 1) for offset, ids in enumerate(pair)]
 
 
 def _usable(scores: Scores, labels: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -286,7 +286,7 @@ def _ranked(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _brier(targets: np.ndarray, probabilities: np.ndarray) -> float:
-    return calibration(torch.from_numpy(probabilities), torch.from_numpy(targets)).brier
+    return float(np.square(probabilities - targets).mean())
 
 
 def _calibration_error(targets: np.ndarray, probabilities: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from bridle.models.hidden import evaluation_mode
 from bridle.models.loading import context_length
 from bridle.utils.progress import track
 
-AdjustLogits = Callable[[Tensor, Tensor, Tensor], Tensor]
+AdjustLogits = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 LOGITS_OF_A_BATCH = {"cpu": 2**25}  # else 2**28; 128 MB and 1 GB in float32
 FLOATS_AT_ONCE = 2**24  # float32 logits in memory at a time, 64 MB; the model's own may be bfloat16
@@ -93,8 +93,9 @@ def likelihoods(
         batch_size: texts at a time; fewer where their logits would take more than 128 MB of a CPU's memory or 1 GB.
         max_length: tokens in a window, BOS included; the model's context by default.
         stride: between 1 and `max_length - 1`; half a window by default.
-        adjust_logits: (logits [B, T, V], input_ids [B, T], attention_mask [B, T]) -> log-probabilities [B, T, V] that
-            are measured instead, such as log q of a guided model.
+        adjust_logits: (logits [B, T, V], input_ids [B, T], attention_mask [B, T], begins [B, T], as in
+            `AuxiliaryModel.features`) -> log-probabilities [B, T, V] that are measured instead, such as log q of a guided
+            model.
 
     Raises:
         UserError: `max_length` or `stride` is out of range, or a text's likelihood is not finite.
@@ -122,11 +123,13 @@ class Window:
         text: index of their text.
         ids: token ids.
         first: position of the first predicted token, at least 1; the tokens before it are context.
+        begin: position of the last token that a guide takes for the prompt.
     """
 
     text: int
     ids: list[int]
     first: int
+    begin: int = 0
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
@@ -184,7 +187,9 @@ def _batch_nll(model: PreTrainedModel, batch: list[Window], adjust_logits: Adjus
     input_ids, attention_mask = (part.to(model.device) for part in pad_right([window.ids for window in batch], pad=0))
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     if adjust_logits is not None:
-        logits = adjust_logits(logits, input_ids, attention_mask)
+        last = torch.tensor([[window.begin] for window in batch], device=model.device)
+        begins = torch.arange(input_ids.shape[1], device=model.device) == last
+        logits = adjust_logits(logits, input_ids, attention_mask, begins)
     return torch.stack([_window_nll(row, window) for row, window in zip(logits, batch, strict=True)])
 
 
