@@ -193,6 +193,22 @@ def test_a_score_is_the_ratio_of_the_two_labels_likelihoods(taught, tiny_tokeniz
         assert score == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_guide_s_completion_is_the_label(taught, tiny_tokenizer):
+    seen = {}
+
+    def plain(logits, input_ids, attention_mask, begins):
+        for ids, starts in zip(input_ids.tolist(), begins, strict=True):
+            (place,) = starts.nonzero().flatten().tolist()
+            seen[tiny_tokenizer.decode(ids[: place + 1])] = ids
+        return logits.log_softmax(-1)
+
+    guided = classify(taught, tiny_tokenizer, TEXTS[:2], LABEL, adjust_logits=plain)
+    assert guided == pytest.approx(classify(taught, tiny_tokenizer, TEXTS[:2], LABEL), abs=1e-4)
+    assert {prompt.removeprefix(tiny_tokenizer.bos_token) for prompt in seen} == {
+        f"{text}\nRude: " for text in TEXTS[:2]
+    }
+
+
 def test_scores_do_not_depend_on_the_batch_or_the_order(taught, tiny_tokenizer):
     scores = classify(taught, tiny_tokenizer, TEXTS, LABEL, batch_size=1)
     assert classify(taught, tiny_tokenizer, TEXTS[::-1], LABEL, batch_size=6)[::-1] == pytest.approx(scores, abs=1e-4)

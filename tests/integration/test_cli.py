@@ -396,6 +396,15 @@ class TestMistakes:
         assert bridle("train", path, "--output_dir", tmp_path / "run")[0] == 0
         self.assert_one_line(bridle("train", path, "--output_dir", tmp_path / "run"), tmp_path / "run", "--resume")
 
+    def test_a_finished_run_that_is_resumed_writes_no_record_twice(self, bridle, recipe, tmp_path):
+        run = ("train", recipe(max_steps=1, rounds=1), "--output_dir", tmp_path / "run")
+        assert bridle(*run)[0] == 0
+        keys = [sorted(json.loads(line)) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        for _ in range(2):
+            assert bridle(*run, "--resume")[0] == 0
+            again = [sorted(json.loads(line)) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+            assert again == keys
+
     def test_a_recipe_that_has_changed_is_not_resumed_unasked(self, bridle, recipe, tmp_path):
         path, run = recipe(max_steps=2, rounds=1), ("--output_dir", tmp_path / "run")
         assert bridle("train", path, *run)[0] == 0

@@ -1,6 +1,7 @@
 """The optional methods of `bridle compare`: each for real on a tiny model, its knob, and what is refused."""
 
 import json
+import time
 from dataclasses import replace
 from statistics import fmean
 from types import SimpleNamespace
@@ -9,13 +10,14 @@ import pytest
 import torch
 import yaml
 
-from bridle.comparison import rivals
+from bridle.baselines.filtration import compliant_rows
+from bridle.comparison import methods, replay, rivals
 from bridle.comparison.cell import Candidate, Cell
 from bridle.comparison.compare import Comparison
 from bridle.comparison.methods import base_name, chosen, description, shapes
 from bridle.comparison.replay import losses_per_token
 from bridle.errors import UserError
-from bridle.models.loading import load_model, load_tokenizer
+from bridle.models.loading import load_for_inference, load_model, load_tokenizer
 from bridle.recipes.recipe import build_recipe, load_recipe
 from bridle.recipes.run import write_recipe
 
@@ -115,7 +117,7 @@ def test_weights_are_averaged_with_those_of_an_embedding_s_adapter_too(tiny_mode
 def test_an_adapter_as_the_model_before_tuning_is_refused(tmp_path):
     from bridle.comparison.rivals import l2_sp, wise_ft
 
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "b"}')
     cell = SimpleNamespace(recipe=SimpleNamespace(model=str(tmp_path)), method="wise-ft")
     for method in (l2_sp, wise_ft):
         with pytest.raises(UserError, match="is an adapter; merge it by `bridle export`, or leave wise-ft out"):
@@ -188,12 +190,39 @@ def test_what_is_forgotten_most_is_mixed_in(compared, tmp_path, monkeypatch):
     assert report["gap_chosen"] == pytest.approx(fmean(gaps[place] for place in best), abs=1e-4)
     assert made.cost["seconds"] > 5, "reading counts"
 
+    read = []
+    monkeypatch.setattr(replay, "load_for_inference", lambda name, dtype: (load_for_inference(name, dtype)[0], None))
+    monkeypatch.setattr(replay, "load_tokenizer", lambda name: read.append(name) or load_tokenizer(name))
+    mixed("interleave@gap@1")
+    assert read == [str(tmp_path / "sft")], "both models read the rows as training had them"
+
     mixed("interleave@1")
     assert given["plain"]["text"][:] == rows["text"][: len(given["plain"])], "at random"
     with pytest.raises(
         UserError, match=r"^methods\.interleave\.choose: all 32 rows of plain are mixed in, so gap has no"
     ):
         mixed("interleave@gap@99", training={**recipe.training, "max_steps": 99})
+
+
+def test_a_corpus_that_learns_completions_alone_learns_what_is_mixed_in(compared, tmp_path, monkeypatch):
+    recipe = build_recipe({**yaml.safe_load(compared().read_text()), "completion_only_loss": True})
+    made = []
+    monkeypatch.setattr(
+        Cell, "train", lambda cell, recipe, rows: made.append(recipe) or Candidate("", cost={"seconds": 0})
+    )
+    rivals.METHODS["interleave"](Cell("interleave@1", recipe, 0, tmp_path, None))
+    assert made[0].resolved["completion_only_loss"] is None, "the text has no completion"
+
+
+def test_the_scoring_of_filtration_counts(compared, tmp_path, monkeypatch):
+    def slow(*given):
+        time.sleep(0.3)
+        return compliant_rows(*given)
+
+    monkeypatch.setattr(methods, "compliant_rows", slow)
+    monkeypatch.setattr(Cell, "train", lambda cell, recipe, rows: Candidate("", cost={"seconds": 5.0}))
+    made = methods.filtration(Cell("filtration", load_recipe(compared()), 0, tmp_path, None))
+    assert 5.3 <= made.cost["seconds"] < 6
 
 
 def test_only_learnt_tokens_count(tiny_model):

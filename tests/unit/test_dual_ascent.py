@@ -67,6 +67,11 @@ class TestStep:
         options = TargetOptions(rate=0.1, least=3.0, most=5.0)
         assert state().stepped(options, violation).weight == bound
 
+    def test_a_step_of_any_size_ends_at_the_bound(self):
+        options = TargetOptions(rate=0.1, step=1e4)
+        assert state().stepped(options, 0.5).weight == options.most
+        assert state().stepped(options, 0.01).weight == options.least
+
     def test_at_a_bound_nothing_winds_up(self):
         """After many rounds too high, one below the target lowers λ by a whole step."""
         options = replace(AIM, momentum=0.9, most=5.0)

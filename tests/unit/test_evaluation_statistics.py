@@ -65,6 +65,17 @@ def test_bootstrap_takes_another_statistic_and_does_not_need_an_axis():
     assert high > low
 
 
+def test_resamples_without_a_figure_do_not_count(recwarn):
+    def largest_odd(sample):
+        odd = sample[sample % 2 == 1]
+        return float(odd.max()) if len(odd) else float("nan")
+
+    low, high = bootstrap_interval([2.0, 4.0, 6.0, 1.0, 3.0], largest_odd, seed=0)
+    assert (low, high) == (1.0, 3.0)
+    assert bootstrap_interval([2.0, 4.0], largest_odd, seed=0) is None
+    assert not recwarn.list
+
+
 def test_bootstrap_repeats_with_its_seed_only():
     values = np.random.default_rng(0).random(50)
     assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)

@@ -62,6 +62,11 @@ class TestTilt:
         weight = tilt_of(ShareOptions(at_least=0.4, at_most=0.6), rollouts(complying, 100 - complying))
         assert abs(weight) < log(201 * 1.5) + 1
 
+    def test_where_no_output_has_a_score_the_tilt_stays(self):
+        unscored = rollouts(0, 0, sought=4, missing=4)
+        assert tilt_of(ShareOptions(at_least=0.9), unscored) == 0.0
+        assert tilt_of(ShareOptions(at_least=0.9), unscored, 1.5) == 1.5
+
     def test_without_a_share_there_is_none(self):
         assert tilt_of(None, rollouts(1, 1)) is None
 

@@ -4,6 +4,7 @@ Samples of one prompt are correlated, so intervals resample prompts (clusters), 
 prompt by prompt, since prompts differ from each other more than methods do.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
@@ -126,21 +127,24 @@ def bootstrap_interval(
 
     Returns:
         (low, high), or `None` where the spread is unknown: with fewer than two observations, or where all resamples
-        agree, since an interval without width would suggest certainty.
+        agree, since an interval without width would suggest certainty. Resamples without a figure, as an AUC of one
+        class, do not count.
     """
     values = np.asarray(values)
     if len(values) < 2:
         return None
-    result = stats.bootstrap(
-        (values,),
-        statistic,
-        n_resamples=resamples,
-        batch=max(1, NUMBERS_AT_ONCE // len(values)),
-        confidence_level=0.95,
-        method="percentile",  # the default, BCa, is NaN where the statistic hardly varies
-        random_state=np.random.default_rng(seed),
-    )
-    low, high = map(float, result.confidence_interval)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=stats.DegenerateDataWarning)  # of the interval that is not used
+        result = stats.bootstrap(
+            (values,),
+            statistic,
+            n_resamples=resamples,
+            batch=max(1, NUMBERS_AT_ONCE // len(values)),
+            method="percentile",  # the default, BCa, is NaN where the statistic hardly varies
+            random_state=np.random.default_rng(seed),
+        )
+    found = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
+    low, high = map(float, np.percentile(found, [2.5, 97.5])) if len(found) else (0.0, 0.0)
     return (low, high) if low < high else None
 
 
@@ -228,11 +232,16 @@ def paired_bootstrap(a: Clusters, b: Clusters, *, seed: int) -> tuple[Estimate, 
     Args:
         a, b: [prompts, samples] observations of two methods on the same prompts, None where missing.
     """
+    found, differences = _paired(a, b, seed)
+    return found, _sign_flip_test(differences, seed) if len(differences) else None
+
+
+def _paired(a: Clusters, b: Clusters, seed: int) -> tuple[Estimate, np.ndarray]:
+    """The mean over prompts of (a − b), and the difference of each prompt."""
     means = [(observed_mean(of_a), observed_mean(of_b)) for of_a, of_b in zip(a, b, strict=True)]
     differences = np.array([x - y for x, y in means if x is not None and y is not None])
     missing = len(means) - len(differences)
-    found = estimate_mean([[difference] for difference in differences.tolist()], missing=missing, seed=seed)
-    return found, _sign_flip_test(differences, seed) if len(differences) else None
+    return estimate_mean([[one] for one in differences.tolist()], missing=missing, seed=seed), differences
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -285,9 +294,9 @@ def observed_mean(samples: Sequence[float | None]) -> float | None:
 
 
 def _tested(values: Clusters, base: Clusters) -> tuple[Estimate, float | None, str]:
-    difference, p = paired_bootstrap(values, base, seed=0)
     if any(len(samples) != 1 or not isinstance(samples[0], bool | None) for samples in chain(values, base)):
-        return difference, p, "permutation"
+        return *paired_bootstrap(values, base, seed=0), "permutation"
+    difference, _ = _paired(values, base, seed=0)
     return difference, mcnemar([flag for (flag,) in values], [flag for (flag,) in base]), "mcnemar"  # type: ignore[misc]
 
 

@@ -93,9 +93,9 @@ def likelihoods(
         batch_size: texts at a time; fewer where their logits would take more than 128 MB of a CPU's memory or 1 GB.
         max_length: tokens in a window, BOS included; the model's context by default.
         stride: between 1 and `max_length - 1`; half a window by default.
-        adjust_logits: (logits [B, T, V], input_ids [B, T], attention_mask [B, T], begins [B, T], as in
-            `AuxiliaryModel.features`) -> log-probabilities [B, T, V] that are measured instead, such as log q of a guided
-            model.
+        adjust_logits: (logits [B, T, V], input_ids, attention_mask, begins) -> log-probabilities [B, T, V] that are
+            measured instead, such as log q of a guided model; the other three are [B, T], as in
+            `AuxiliaryModel.features`.
 
     Raises:
         UserError: `max_length` or `stride` is out of range, or a text's likelihood is not finite.

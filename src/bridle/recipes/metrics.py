@@ -32,8 +32,8 @@ class Stamp:
 class MetricsFile(TrainerCallback):
     """Appends every log record to `metrics.jsonl`, one JSON object a line.
 
-    Each has the run's length beside it, and the time so far. A resumed run drops the records after its checkpoint, so
-    that no step occurs twice, and its time continues. Only the main process writes.
+    Each has the run's length beside it, and the time so far. A resumed run drops the records that its checkpoint does
+    not have, so that none occurs twice, and its time continues. Only the main process writes.
     """
 
     def __init__(self, path: Path):
@@ -46,6 +46,7 @@ class MetricsFile(TrainerCallback):
         kept, seconds = [], 0.0
         if state.global_step and self.path.is_file():
             *whole, _ = read_text(self.path).split("\n")  # the last may be incomplete
+            whole = whole[: len(state.log_history)]  # a finished run has records of its end at the checkpoint's step
             rows = ((line, f"{self.path} row {number}") for number, line in enumerate(whole, start=1))
             stamped = [(line, checked(Stamp, parse(line, place), place)) for line, place in rows]
             before = [(line, stamp.seconds) for line, stamp in stamped if stamp.step <= state.global_step]

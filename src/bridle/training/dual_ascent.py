@@ -182,6 +182,6 @@ class DualState:
         error = log(violation / options.aim(self.limit, samples))
         error = max(-LARGEST_ERROR, min(LARGEST_ERROR, error))
         momentum = options.momentum * self.change if self.change * error > 0 else 0.0
-        weight = self.weight * exp(options.step * error + momentum)
-        weight = max(options.least, min(options.most, weight))
+        change = min(options.step * error + momentum, log(options.most / self.weight) + 1)  # more would overflow
+        weight = max(options.least, min(options.most, self.weight * exp(change)))
         return replace(self, weight=weight, change=log(weight / self.weight), steps=self.steps + 1)

@@ -50,10 +50,10 @@ def degree(tilt: float, complies: bool) -> float:
     return exp(min(tilt, 0.0)) if complies else exp(min(-tilt, 0.0))
 
 
-def tilt_of(options: ShareOptions | None, rollouts: Sequence[Rollout]) -> float | None:
+def tilt_of(options: ShareOptions | None, rollouts: Sequence[Rollout], before: float | None = None) -> float | None:
     """The tilt w that brings the plain rollouts' share of complying outputs into the range; None without a share.
 
-    It is 0 where the share is allowed as it is.
+    It is 0 where the share is allowed as it is, and that of `before`, or 0, where no rollout counts.
 
     It is exact for one prompt. Where prompts differ in their share, q falls short of the bound, since log-odds do not
     average; the next round measures what is left.
@@ -63,6 +63,8 @@ def tilt_of(options: ShareOptions | None, rollouts: Sequence[Rollout]) -> float 
     if options is None:
         return None
     known = [rollout.complies for rollout in rollouts if rollout.complies is not None and not rollout.sought]
+    if not known:
+        return before or 0.0
     share = (sum(known) + 0.5) / (len(known) + 1)  # above 0 where none complies, and below 1 where all do
     nearest = min(max(share, options.at_least), options.at_most)
     return _logit(nearest) - _logit(share)

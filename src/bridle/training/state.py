@@ -183,8 +183,8 @@ class StatefulRegulariser:
         return zlib.crc32(f"{self.config.seed}/{self.index}/{purpose}".encode())
 
     def set_tilt(self) -> dict[str, Any]:
-        """Measures the round's share, if the regulariser has one."""
-        self.tilt = tilt_of(self.options.share, self.rollouts)
+        """Measures the round's share, if the regulariser has one; where no output has a score, the tilt stays."""
+        self.tilt = tilt_of(self.options.share, self.rollouts, self.tilt)
         return {} if self.tilt is None else {"tilt": self.tilt}
 
     @property
