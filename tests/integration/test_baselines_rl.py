@@ -206,6 +206,14 @@ def test_going_on_is_as_if_never_stopped(run, make, adapter, tmp_path):
     assert same(weights(elsewhere), weights(through))
 
 
+@pytest.mark.parametrize("end", [{"seconds": 0.0}, {"options": {"window": 2, "tolerance": 1.0}}, {"max_steps": 2}])
+def test_a_run_that_has_ended_takes_no_further_update(run, make, end):
+    ended, resumed = make(), make()
+    before = run(ended, **end)
+    assert run(resumed, **end, resume=True) == before
+    assert same(weights(resumed), weights(ended))
+
+
 # ------------------------------------------------------------------ what it takes and leaves behind
 
 

@@ -69,12 +69,15 @@ def test_it_prefers_what_complies_and_resumes_as_if_never_stopped(cell, monkeypa
     assert made.cost["seconds"] == last["seconds"] + report["seconds_sampling"] + report["seconds_scoring"]
     assert made.about["beta"] == 0.5
 
-    for name in ("model", "checkpoint-4"):
-        shutil.rmtree(work.folder / name)
     monkeypatch.setattr(method, "build_trainer", lambda *_: pytest.fail("samples again"))
-    again = load_model(method.dpo(cell(resume=True)).model)
-    for name, weight in tuned.state_dict().items():
-        assert torch.equal(weight, again.state_dict()[name]), name
+    for gone in (["model"], ["model", "checkpoint-4"]):  # it was stopped after its last update, and within it
+        for name in gone:
+            shutil.rmtree(work.folder / name)
+        resumed = method.dpo(cell(resume=True))
+        assert resumed.cost["updates"] == UPDATES
+        again = load_model(resumed.model)
+        for name, weight in tuned.state_dict().items():
+            assert torch.equal(weight, again.state_dict()[name]), name
     metrics = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in metrics if "loss" in record] == [1, 2, 3, 4]
 

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from bridle.baselines.reinforcement import restored
 from bridle.data import Rollout
-from bridle.utils.checkpoints import last_whole
+from bridle.utils.checkpoints import EndsWhereItEnded, last_whole
 from bridle.utils.interruption import deferring
 
 
@@ -90,7 +90,7 @@ def prefer(
     return int(trainer.state.global_step)
 
 
-class _DPO(DPOTrainer):
+class _DPO(EndsWhereItEnded, DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset  # token ids already, as they were drawn; decoding and encoding them could change them
 

@@ -38,7 +38,7 @@ from bridle.data.prompts import check_room
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm, contiguous_states
 from bridle.models.loading import end_token_ids, prompt_room
-from bridle.utils.checkpoints import last_whole
+from bridle.utils.checkpoints import EndsWhereItEnded, last_whole
 from bridle.utils.interruption import deferring
 from bridle.utils.quiet import only_errors
 
@@ -231,7 +231,7 @@ def _report(state: TrainerState, stopping: Stopping, output_dir: Path) -> dict[s
 # ------------------------------------------------------------------ TRL's trainers
 
 
-class _BridleTrainer:
+class _BridleTrainer(EndsWhereItEnded):
     """The methods of TRL's trainers that Bridle overrides."""
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from bridle.utils.interruption import is_pending
 from bridle.utils.progress import Progress
@@ -41,8 +41,10 @@ class Stopping(TrainerCallback):
         self._began = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        used = [record["seconds"] for record in update_records(state)]
-        self._began = time.monotonic() - (used[-1] if used else 0.0)
+        records = update_records(state)
+        self._began = time.monotonic() - (records[-1]["seconds"] if records else 0.0)
+        if records:  # the run may have been stopped after its last checkpoint
+            self._decide(records, control)
 
     def on_step_end(self, args, state, control, **kwargs):
         if is_pending():
@@ -51,10 +53,13 @@ class Stopping(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in (logs or {}):
             return
-        elapsed = state.log_history[-1]["seconds"] = time.monotonic() - self._began
-        if self.seconds is not None and elapsed >= self.seconds:
+        state.log_history[-1]["seconds"] = time.monotonic() - self._began
+        self._decide(update_records(state), control)
+
+    def _decide(self, records: list[dict[str, Any]], control: TrainerControl) -> None:
+        if self.seconds is not None and records[-1]["seconds"] >= self.seconds:
             self.reason = "time"
-        elif self.seconds is None and self._has_converged(update_records(state)):
+        elif self.seconds is None and self._has_converged(records):
             self.reason = "converged"
         if self.reason:
             control.should_training_stop = control.should_save = True

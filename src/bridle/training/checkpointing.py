@@ -14,7 +14,7 @@ from bridle.training.config import ConstrainedConfig
 from bridle.training.guards import Supervisor
 from bridle.training.oom import OomSafeTrainer
 from bridle.training.state import PROGRESS_FILE, readable
-from bridle.utils.checkpoints import keep_last, last_whole, whole_or_gone
+from bridle.utils.checkpoints import EndsWhereItEnded, keep_last, last_whole, whole_or_gone
 from bridle.utils.distributed import is_main, world
 from bridle.utils.files import read_json, sync_files, write_json
 from bridle.utils.interruption import deferring
@@ -47,7 +47,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return last_whole(folder, PROGRESS_FILE)
 
 
-class CheckpointedTrainer(OomSafeTrainer):
+class CheckpointedTrainer(EndsWhereItEnded, OomSafeTrainer):
     """A trainer with atomic checkpoints, whose resumed run equals an uninterrupted one.
 
     Attributes:
@@ -129,13 +129,6 @@ class CheckpointedTrainer(OomSafeTrainer):
                 self.row_limit.rows = read_json(checkpoint / PROGRESS_FILE, dict[str, Any])["row_limit"]
                 self.schedule.load(checkpoint)
         return prepared
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """Unlike `transformers`, takes no further step when a finished run is resumed."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(**kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with readable(resume_from_checkpoint):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run. A checkpoint is complete once it has the file that is written last."""
+"""Checkpoints of a run, and its end. A checkpoint is complete once it has the file that is written last."""
 
 import shutil
 from collections.abc import Iterator
@@ -55,3 +55,19 @@ def keep_last(folder: str | Path, last: str, count: int | None, spared: str | No
         if spared is None or not checkpoint.samefile(spared):
             (checkpoint / last).unlink()  # first: one that is half removed is not complete
             shutil.rmtree(checkpoint)
+
+
+class EndsWhereItEnded:
+    """A mixin of trainers: unlike that of `transformers`, they take no further step when a finished run is resumed.
+
+    A run is finished after `max_steps`, or if a callback ends it in `on_train_begin`.
+    """
+
+    state: Any
+    control: Any
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(**kwargs)  # type: ignore[misc]
