@@ -208,6 +208,8 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     _, err = made_after("--methods.rl.window", 3)
     assert "is made again" not in err, "what an incomplete run keeps is of no other method"
     assert made_after("--regularisers.rude.weight", 8)[0] == {"other", "upon"}
+    (folder / "sft/seed-0/candidate.json").unlink()
+    assert made_after("--auxiliary.memory", 8)[0] == {"sft", "other", "upon"}, "its run would not resume"
     assert made_after("--learning_rate", 1e-3)[0] == {"sft", "other", "upon"}
     made, err = made_after("--evaluation.samples", 3)
     assert made == set()
@@ -219,6 +221,21 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     assert decoding.items() <= results_of(folder)["prompt_sets"]["rude"].items()
     assert decoding.items() <= results_of(folder / "sft/seed-0")["prompt_sets"]["rude"].items()
     assert "rude: first 2 tokens of each row, 3 completions of at most" in (folder / "report.html").read_text()
+
+
+def test_what_a_constraint_chose_is_made_again_with_another(comparison, tmp_path, monkeypatch):
+    given, folder = yaml.safe_load(comparison.read_text()), tmp_path / "out"
+    cell = folder / "sft" / "seed-0"
+    changes = {"constraints": {"no p": {"type": "regex", "pattern": "x"}}}
+    for best, is_kept in ((None, True), ({"violation": 0.3}, False)):
+        before = given | {"eval": {"share": 0.25, "best": best}}
+        cell.mkdir(parents=True)
+        write_recipe(build_recipe(before), folder)
+        (cell / "candidate.json").write_text(json.dumps({"model": given["model"]}))
+        resumed = Comparison(build_recipe(before | changes), folder, ["sft"], resume=True)
+        resumed._discard_outdated()
+        assert cell.exists() == is_kept
+        shutil.rmtree(folder)
 
 
 def test_of_an_unfinished_comparison_there_is_a_report_and_of_what_a_change_discards_none(

@@ -296,7 +296,12 @@ def test_which_are_chosen(compared):
     assert description("wise-ft@0.9").endswith(": alpha 0.9.")
     assert shapes("methods.wise-ft.alpha", ["wise-ft"])
     assert not shapes("methods.wise-ft.alpha", ["wise-ft@0.5"])
-    assert not shapes("regularisers.rude.weight", ["wise-ft@0.5", "sft"])
+    for key in ("regularisers.rude.weight", "constraints.no p.pattern", "auxiliary.memory", "rollouts_per_round"):
+        assert not shapes(key, ["wise-ft@0.5", "sft", "sft-kl"]), key
+        assert shapes(key, ["sft"], reads_all=True), key
+        assert shapes(key, ["sft", "dpo"]), key
+    assert shapes("target_tokens", ["sft-kl"]), "its retention has targets"
+    assert not shapes("target_tokens", ["sft", "filtration"])
     assert shapes("learning_rate", ["wise-ft@0.5"])
 
 

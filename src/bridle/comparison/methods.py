@@ -144,20 +144,27 @@ BUILT_IN: dict[str, Method] = {
 }
 
 
-UNSEEN: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("sft", *(name for name in rivals.METHODS if name != "dpo")), ("constraints", "regularisers")
-)
-"""By method, the sections of a recipe that it does not read."""
+_CONSTRAINED, _OF_R = ("constraints", "regularisers"), ("auxiliary", "rollouts_per_round", "rollout_batch_size")
+_OF_TARGETS = ("target_cache", "target_tokens")
+
+UNSEEN: dict[str, tuple[str, ...]] = {
+    "filtration": (*_OF_R, *_OF_TARGETS),
+    **dict.fromkeys(
+        ("sft", *(name for name in rivals.METHODS if name != "dpo")), (*_CONSTRAINED, *_OF_R, *_OF_TARGETS)
+    ),
+    "sft-kl": (*_CONSTRAINED, *_OF_R),  # its retention has targets
+}
+"""By method, the keys and sections of a recipe that it does not read, unless held-out violations choose its weights."""
 
 BOUNDS = ("methods.rl.max_steps", "methods.rl.save_every")
 """Keys that shape no method: a run that such a bound ended resumes, and makes the same updates."""
 
 
-def shapes(key: str, names: Collection[str]) -> bool:
+def shapes(key: str, names: Collection[str], reads_all: bool = False) -> bool:
     """Whether what any of these methods makes depends on a key of the recipe, as "regularisers.forum.weight".
 
     A method depends on its own options, `methods.NAME`, but those whose values its name has, and on all other keys but
-    its `UNSEEN`; the model and the seed are the cell's.
+    its `UNSEEN`, unless it `reads_all`; the model and the seed are the cell's.
     """
     section, _, rest = key.partition(".")
     if key in BOUNDS:
@@ -167,7 +174,8 @@ def shapes(key: str, names: Collection[str]) -> bool:
         return any(base_name(name) == method and not knobs.says(name, option) for name in names)
     if key.startswith(SHAPES_NOTHING) or section == "seed":
         return False
-    return any(name != "base" and section not in UNSEEN.get(base_name(name), ()) for name in names)
+    unseen = {} if reads_all else UNSEEN
+    return any(name != "base" and section not in unseen.get(base_name(name), ()) for name in names)
 
 
 def methods() -> list[str]:

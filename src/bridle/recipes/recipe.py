@@ -102,6 +102,11 @@ class Recipe:
         """η of the first regulariser with a constraint, and so of guided decoding; 1 without one."""
         return next((one.guidance_scale for one in self.regularisers.values() if one.constraint is not None), 1.0)
 
+    @property
+    def chooses_by_violations(self) -> bool:
+        """Whether violations of held-out prompts may choose the weights that a run keeps."""
+        return self.eval is not None and bool(self.eval.best or self.training.get("load_best_model_at_end"))
+
     def read_corpus(self) -> dict[str, Dataset]:
         """The rows of every domain. Raises as `Domain.read`."""
         rows = {}
