@@ -16,7 +16,7 @@ from bridle.comparison.methods import Candidate, shapes
 from bridle.comparison.plan import evaluation_of
 from bridle.errors import UserError
 from bridle.recipes.recipe import build_recipe, load_recipe
-from bridle.recipes.run import write_recipe
+from bridle.recipes.run import build_trainer, write_recipe
 from bridle.report.data import read_report
 from bridle.report.findings import failures, findings
 from bridle.report.html import write_report
@@ -473,6 +473,13 @@ def test_guided_decoding_has_the_strength_that_the_recipe_says(bridle, compariso
         ),
         ({"evaluation": {"prompts": {"x": {"path": "y.jsonl"}}, "samples": "many"}}, "evaluation.samples: "),
         ({"constraints": None, "regularisers": None}, "constraints: is missing"),
+        (
+            {
+                "corpus": {"rude": {"path": "y.jsonl", "learn": False}, "plain": {"path": "z.jsonl"}},
+                "eval": {"share": 0.2, "best": {"violation": 1}},
+            },
+            "eval.domains: rude is held and not learnt, so that its rows would choose the weights of one method alone",
+        ),
         ({"methods": {"r1": {}}}, "methods.r1: there is no key 'r1'; there are: "),
         ({"methods": {"rl": {"betaa": 1}}}, "did you mean beta?"),
         ({"methods": {"sft": {"option": 1}}}, "methods.sft.option: there is no key 'option'; there are: none"),
@@ -498,6 +505,23 @@ def test_errors_of_a_cell_name_the_file(recipe, tmp_path):
     path = recipe()
     cell = Cell("sft", load_recipe(path), 0, tmp_path, lambda name: Candidate(name))
     assert cell.variant().file == cell.learnt(regularisers={}).file == str(path)
+
+
+def test_all_methods_choose_their_weights_by_one_rule(recipe, corpus_files, tmp_path):
+    path = recipe(
+        constraints={"no e": {"type": "regex", "pattern": "e"}, "independent": {"type": "regex", "pattern": "a"}},
+        eval={"share": 0.25, "best": {"violation": 1}},
+    )
+    loaded, found = load_recipe(path), {}
+    for name in ("sft", "sft-kl", "constrained", "constrained-adaptive"):
+        cell = Cell(name, loaded, 0, tmp_path, lambda name: Candidate(name))
+        cell.train = lambda made, name=name: found.update({name: build_trainer(made, tmp_path, made.read_corpus())})
+        built_in.method_named(name)(cell)
+    prompts = [prompt.ids for prompt in found["constrained-adaptive"].eval_prompts]
+    assert prompts
+    for name, trainer in found.items():
+        assert [constraint.name for constraint in trainer.eval_constraints] == ["no e"], name
+        assert [prompt.ids for prompt in trainer.eval_prompts] == prompts, name
 
 
 def test_an_unknown_method_names_the_nearest(bridle, comparison, tmp_path):

@@ -159,6 +159,20 @@ def test_rows_of_another_domain_are_no_prompts_of_a_domain_of_prompts_alone(tiny
         trainer_of(*given, learn={"asked": False}, eval_options=EvalOptions(share=0.2, best=BestOptions(0.5)))
 
 
+def test_prompts_are_rows_of_the_domains_that_are_named(tiny_folder, tmp_path):
+    rows = {"plain": Dataset.from_dict({"text": SENTENCES}), "rude": Dataset.from_dict({"text": ["ZZ9 qqq 7#7#7"] * 9})}
+
+    def prompts(*domains):
+        options = EvalOptions(share=0.3, domains=list(domains))
+        return trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, rows, eval_options=options).eval_prompts
+
+    assert all(prompt.text.startswith("ZZ9") for prompt in prompts())
+    assert prompts("rude") == prompts()
+    assert not any(prompt.text.startswith("ZZ9") for prompt in prompts("plain"))
+    with pytest.raises(UserError, match=r"^eval\.domains: there is no domain 'rued'; did you mean rude"):
+        prompts("rued")
+
+
 def test_the_rule_names_both():
     log = [
         {"step": 1, "eval_loss": 1.0, "eval_violation": 0.5},

@@ -70,20 +70,25 @@ class Cell:
     resume: bool = False
 
     def variant(self, **changes: Any) -> Recipe:
-        """The recipe with this cell's seed and some changed keys; nothing is pushed.
-
-        `eval.corpus` keeps the domains that the corpus keeps.
-        """
+        """The recipe with this cell's seed and some changed keys; nothing is pushed."""
         mapping = {**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes}
-        if (evaluated := mapping.get("eval")) and evaluated.get("corpus"):
-            kept = {name: rows for name, rows in evaluated["corpus"].items() if name in mapping["corpus"]}
-            mapping["eval"] = {**evaluated, "corpus": kept}
+        if evaluated := mapping.get("eval"):
+            mapping["eval"] = self._evaluated(evaluated, mapping["corpus"])
         recipe = self._recipe(mapping)
         # A method without some of the regularisers may have nothing to build ahead, or to keep.
         regularisers = recipe.regularisers.values()
         idle = {"target_cache"} if not any(one.keeps_targets for one in regularisers) else set()
         idle |= {"targets", "target_cache"} if all(one.anchor == "live" for one in regularisers) else set()
         return self._recipe({key: value for key, value in mapping.items() if key not in idle}) if idle else recipe
+
+    def _evaluated(self, options: Mapping[str, Any], corpus: Collection[str]) -> dict[str, Any]:
+        """The section `eval` on some domains, judged as the recipe is, whatever regularisers a method has."""
+        return {
+            **options,
+            "corpus": {name: rows for name, rows in (options.get("corpus") or {}).items() if name in corpus},
+            "constraints": options.get("constraints") or list(used_constraints(self.recipe) or self.recipe.constraints),
+            "domains": [name for name in self.recipe.judged_domains if name in corpus],
+        }
 
     def _recipe(self, mapping: Mapping[str, Any]) -> Recipe:
         return replace(build_recipe(mapping), file=self.recipe.file)

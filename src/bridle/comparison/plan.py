@@ -208,13 +208,20 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
     """Reads a recipe's section `evaluation`, for a comparison.
 
     Raises:
-        UserError: as `section_of`; or the recipe lacks prompts, constraints or `max_steps`, which a comparison needs.
+        UserError: as `section_of`; or the recipe lacks prompts, constraints or `max_steps`, which a comparison needs;
+            or held-out rows that some methods lack would choose weights.
     """
     with prefixed(f"{recipe.file}: "):
         if not recipe.evaluation.get("prompts"):
             raise UserError("evaluation.prompts: is missing; a comparison needs prompts to complete, by name")
         if not recipe.constraints:
             raise UserError("constraints: is missing; a comparison needs a constraint to measure violations of")
+        held = [name for name in recipe.judged_domains if not recipe.corpus[name].learn]
+        if held and recipe.chooses_by_violations and not (recipe.eval and recipe.eval.prompts):
+            raise UserError(
+                f"eval.domains: {held[0]} is held and not learnt, so that its rows would choose the weights of one "
+                "method alone; name domains that are learnt, or eval.prompts"
+            )
         if int(recipe.training.get("max_steps", 0)) < 1:
             raise UserError("max_steps: is missing; a comparison needs it, so that all methods get as many updates")
     return section_of(recipe)

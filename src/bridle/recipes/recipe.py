@@ -103,6 +103,13 @@ class Recipe:
         return next((one.guidance_scale for one in self.regularisers.values() if one.constraint is not None), 1.0)
 
     @property
+    def judged_domains(self) -> list[str]:
+        """The domains whose held-out rows are completed: those that `eval` names, or that have a constraint."""
+        constrained = [one for one in self.regularisers.values() if one.constraint is not None]
+        found = {name for one in constrained for name in one.domains(self.corpus)}
+        return (self.eval.domains if self.eval else []) or [name for name in self.corpus if name in found]
+
+    @property
     def chooses_by_violations(self) -> bool:
         """Whether violations of held-out prompts may choose the weights that a run keeps."""
         return self.eval is not None and bool(self.eval.best or self.training.get("load_best_model_at_end"))

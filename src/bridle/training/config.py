@@ -338,7 +338,8 @@ class EvalOptions:
         share: share of the rows of each domain, held out of training.
         corpus: held-out rows by domain, sources or rows as the trainer's corpus; `share` does not apply to them.
         constraints: what judges the completions; those of the regularisers if none is given.
-        prompts: what is completed; None for the beginnings of the held-out rows of domains with a constraint.
+        prompts: what is completed; None for the beginnings of held-out rows.
+        domains: whose rows these are; those with a constraint if not given.
         completions: how many are drawn, one for each prompt.
         best: which checkpoint becomes the final model; None takes the last.
 
@@ -350,6 +351,7 @@ class EvalOptions:
     corpus: dict[str, Any] = field(default_factory=dict)
     constraints: list[Constraint] = field(default_factory=list)
     prompts: DataSource | None = None
+    domains: list[str] = field(default_factory=list)
     completions: PositiveInt = 256
     best: BestOptions | None = None
 

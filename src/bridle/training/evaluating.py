@@ -32,6 +32,7 @@ from bridle.training.given import Formatting, checked
 from bridle.training.rollouts import output_of
 from bridle.training.state import RegulariserState
 from bridle.utils.distributed import is_main, joined, share
+from bridle.utils.settings import known_name
 
 Record = Mapping[str, Any]
 
@@ -52,6 +53,8 @@ def hold_out(
     trained, held_out = dict(corpus), dict[str, Dataset]()
     if options is None:
         return trained, held_out
+    for name in options.domains:
+        known_name(name, corpus, "eval.domains", "domain")
     for name, rows in options.corpus.items():
         if name not in corpus:
             raise UserError(f"eval.corpus.{name}: no such domain; the corpus has {', '.join(corpus)}")
@@ -100,8 +103,8 @@ class EvaluatedTrainer(CheckpointedTrainer):
             options: what is measured.
             held_out: rows by domain that prompts start from, tokenised or chats.
             weights: the mixing weights of the domains that are learnt; `eval_loss` leaves the others out.
-            judged: the domains whose rows give the prompts.
-            constraints: used if `options` name none.
+            judged: the domains whose rows give the prompts, if `options` name none.
+            constraints: the same.
 
         Raises:
             UserError: a rule without a constraint, without a prompt or without a loss.
@@ -109,7 +112,9 @@ class EvaluatedTrainer(CheckpointedTrainer):
         self.eval_options = options
         self.eval_weights = {name: weights[name] for name in held_out if name in weights}
         self.eval_constraints = options.constraints or constraints
-        if self.eval_constraints and (options.prompts is not None or judged or options.constraints):
+        judged = [name for name in held_out if name in options.domains] if options.domains else judged
+        any_rows = bool(options.constraints) and not options.domains
+        if self.eval_constraints and (options.prompts is not None or judged or any_rows):
             self.eval_prompts = self._held_out_prompts(options, {name: held_out[name] for name in judged} or held_out)
         if options.best is not None and not self.eval_prompts:
             raise UserError(
