@@ -434,6 +434,19 @@ def test_a_judge_is_examined_before_it_judges(bridle, comparison, corpus_files, 
     assert results["judge_examined"] is None
 
 
+def test_a_regulariser_without_weight_guides_and_makes_no_method_of_its_own(bridle, comparison, tmp_path):
+    folder = tmp_path / "out"
+    code, *_ = bridle(
+        *("compare", comparison, "--methods", "nado-decoding,constrained", "--output_dir", folder),
+        *("--regularisers.rude.weight", 0),
+    )
+    assert code == 3
+    seeds = {name: method["seeds"]["0"] for name, method in results_of(folder)["methods"].items()}
+    assert seeds["nado-decoding"]["status"] == "complete"
+    failed = json.loads((folder / "constrained/seed-0/failed.json").read_text())
+    assert failed["reason"].startswith("regularisers.rude.weight: is 0, and constrained would be sft")
+
+
 def test_a_judge_that_fails_takes_nothing_else_with_it(bridle, comparison, tmp_path):
     code, out, err = bridle(
         *("compare", comparison, "--methods", "base,nado-decoding", "--output_dir", tmp_path / "out"),

@@ -117,8 +117,15 @@ def nado_decoding_sft(cell: Cell) -> Candidate:
 
 
 def constrained(cell: Cell) -> Candidate:
-    """Constrained fine-tuning without adaptive: one regulariser on the whole corpus."""
+    """Constrained fine-tuning without adaptive: one regulariser on the whole corpus.
+
+    Raises:
+        UserError: the recipe has no regulariser with a constraint, or its λ is 0.
+    """
     (options,) = one_regulariser(cell.recipe).values()
+    name, one = next((name, one) for name, one in cell.recipe.regularisers.items() if one.constraint is not None)
+    if one.weight == 0:
+        raise UserError(f"regularisers.{name}.weight: is 0, and constrained would be sft; set one, or leave it out")
     return cell.train(cell.learnt(regularisers=[{**options, "domain": None}]))
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,9 @@ def build_trainer(
 
 
 def fit_guide(recipe: Recipe, output_dir: str | Path) -> dict[str, Any]:
-    """Fits R for each regulariser of the recipe, without training the model: what NADO decoding needs.
+    """Fits R for each regulariser of the recipe, whatever its weight, without training the model.
+
+    It is what NADO decoding needs.
 
     Args:
         recipe: names the model and the constraints that label its samples.
@@ -196,7 +198,11 @@ def fit_guide(recipe: Recipe, output_dir: str | Path) -> dict[str, Any]:
         UserError: as `train`.
         RunStopped: as `DomainRegulariser.update`, or all samples have the same label, from which R cannot learn.
     """
-    trainer = build_trainer(recipe, Path(output_dir), recipe.read_corpus())
+    fitted = {
+        name: one if one.weight or one.is_retention else replace(one, weight=1.0)  # at 0 no R is fitted
+        for name, one in recipe.regularisers.items()
+    }
+    trainer = build_trainer(replace(recipe, regularisers=fitted), Path(output_dir), recipe.read_corpus())
     measured = trainer.schedule.begin_round(1)
     if not any(regulariser.is_fitted for regulariser in trainer.regularisers):
         allowed = any(regulariser.share_is_off for regulariser in trainer.regularisers)
