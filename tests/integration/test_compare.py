@@ -464,7 +464,12 @@ def test_a_judge_that_fails_takes_nothing_else_with_it(bridle, comparison, tmp_p
 
 @pytest.mark.parametrize(
     ("options", "scale"),
-    [((), 1.0), (("--regularisers.rude.guidance_scale", 3), 3.0), (("--methods.nado-decoding.guidance_scale", 2), 2.0)],
+    [
+        ((), 1.0),
+        (("--regularisers.rude.guidance_scale", 3), 3.0),
+        (("--methods.nado-decoding.guidance_scale", 2), 2.0),
+        (("--regularisers.rude.share", "{at_most: 0.1}"), 1.0),
+    ],
 )
 def test_guided_decoding_has_the_strength_that_the_recipe_says(bridle, comparison, tmp_path, options, scale):
     folder = tmp_path / "out"
@@ -472,7 +477,9 @@ def test_guided_decoding_has_the_strength_that_the_recipe_says(bridle, compariso
     assert code == 0, err
     measured = json.loads((folder / "nado-decoding" / "seed-0" / "results.json").read_text())
     assert measured["settings"] == {"guidance_scale": scale}
-    assert json.loads((folder / "guidance.json").read_text())["guidance_scale"] == scale
+    traced = json.loads((folder / "guidance.json").read_text())
+    assert traced["guidance_scale"] == scale
+    assert (traced["tilt"] or 0) < 0 if "--regularisers.rude.share" in options else traced["tilt"] is None
 
 
 @pytest.mark.parametrize(

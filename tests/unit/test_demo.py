@@ -148,6 +148,9 @@ def test_a_text_whose_r_falls_below_the_bound_is_begun_anew(parts):
     assert kept.redrawn <= stopped.redrawn
     never = written(Writing(model, tokenizer, prompt, 12, 0, auxiliary), Controls(stop_below=1.1))
     assert (never.is_withheld, never.redrawn, never.text) == (True, REDRAW, "")
+    auxiliary.config.provenance = {"tilt": -2.0}
+    with pytest.raises(UserError, match="this one was fitted to a share"):
+        Writing(model, tokenizer, prompt, 12, 0, auxiliary).step(Controls(stop_below=lowest))
 
 
 def test_a_text_ends_by_its_end_token(parts, monkeypatch):

@@ -112,6 +112,12 @@ def test_mistakes(guide, options, message):
         Monitor(guide, **options)
 
 
+def test_an_r_of_a_share_is_refused(guide):
+    guide.auxiliary.config.provenance = {"tilt": -2.0}
+    with pytest.raises(UserError, match=r"^stop_below: .* this one was fitted to a share"):
+        Monitor(guide, 0.5)
+
+
 def test_a_network_of_its_own_is_refused(tiny_model):
     model = tiny_model()
     with (

@@ -276,6 +276,10 @@ def test_guidance_names_its_strength_and_whose_p_it_is():
     arabic = rendered(replace(report, guidance=replace(report.guidance, text="مرحبا")))
     assert 'arrow keys move" aria-controls="place" dir="rtl"' in arabic
     assert "at the guidance scale η = 4, differ in its place from p of the model before tuning" in text
+    assert "the probability that the finished text will comply" in text
+    shared = rendered(replace(report, guidance=replace(report.guidance, tilt=-2.0)))
+    assert "the likelier the finished text will violate" in shared
+    assert "probability of compliance</dt>" not in shared
 
 
 def test_the_token_at_which_q_moves_most_is_chosen_first(page, report):

@@ -120,6 +120,7 @@ def test_a_run_moves_the_share(tiny_folder, tmp_path, options):
     assert (tilts[0] > 0) == rises
     assert (shares[-1] - shares[0]) * (1 if rises else -1) > 0.1
     assert abs(tilts[-1]) < abs(tilts[0])
+    assert trainer.regularisers[0].auxiliary.config.provenance["tilt"] == trainer.regularisers[0].fitted_tilt != 0
     assert not [text for texts in logged(trainer, "warnings") for text in texts if "violations rose" in text]
 
 

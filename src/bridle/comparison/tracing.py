@@ -57,6 +57,7 @@ def trace_guidance(
             "model": method,
             "regulariser": provenance.get("regulariser", "R"),
             "guidance_scale": guidance_scale,
+            "tilt": provenance.get("tilt"),
             "constraint": constraint,
             "violates": not score["complies"],
             "value": score["value"],

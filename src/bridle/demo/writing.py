@@ -13,6 +13,7 @@ from bridle.models.forward import CACHE
 from bridle.models.guidance import NADOLogitsProcessor
 from bridle.models.hidden import HiddenStates, capture_hidden_states
 from bridle.models.loading import end_token_ids
+from bridle.models.monitor import check_bound
 from bridle.models.sampling import InverseTransform
 
 SHOWN = 5  # tokens that gain most and that lose most
@@ -110,8 +111,11 @@ class Writing:
         """Draws the next token.
 
         Raises:
+            UserError: R is to stop the text, and was fitted to a share.
             RunStopped: the model's probabilities are not finite.
         """
+        if controls.stop_below and self.auxiliary is not None:
+            check_bound(self.auxiliary)
         ids = self._tensor([*self.prompt, *self.ids])
         with capture_hidden_states(self.model) as hidden:
             output = self.model(

@@ -41,8 +41,8 @@ class AuxiliaryConfig(PreTrainedConfig):
         memory: width of the memory; 0 for none.
         form: "sigmoid", or "log-linear" (`core.log_linear`).
         network: configuration of a body of its own, as a dictionary; None to read the guided model's hidden states.
-        provenance: what it was fitted with: constraint, round, and under `fitted_on` and `trained_model` the
-            fingerprints of the models that it fits.
+        provenance: what it was fitted with: constraint, round, `tilt`, the w of a share or None, and under `fitted_on`
+            and `trained_model` the fingerprints of the models that it fits.
     """
 
     model_type = "bridle-auxiliary"

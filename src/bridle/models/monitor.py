@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from bridle.errors import UserError
+from bridle.models.auxiliary import AuxiliaryModel
 from bridle.models.guidance import NADOGuide, NADOLogitsProcessor
 from bridle.models.hidden import project
 from bridle.models.sampling import Trace, sample
@@ -21,6 +22,19 @@ ROUNDING = 1e-5  # a row that was ended must not pass for a finished one
 
 NOTHING: list[int] = []
 """The completion that stands for one that was withheld."""
+
+
+def check_bound(auxiliary: AuxiliaryModel) -> None:
+    """Refuses a bound on an R that was fitted to a share, whose degrees are no probability that an output complies.
+
+    Raises:
+        UserError: it was.
+    """
+    if auxiliary.config.provenance.get("tilt"):
+        raise UserError(
+            "stop_below: needs an R that says how likely a text complies; this one was fitted to a share, and says how "
+            "frequent a text should be"
+        )
 
 
 @dataclass
@@ -58,7 +72,8 @@ class Monitor:
         withheld: places of the completions that the last call of `sample` withheld.
 
     Raises:
-        UserError: a value out of range, or an R with a network of its own, which does not read the model's states.
+        UserError: a value out of range, or an R with a network of its own, which does not read the model's states, or
+            one that was fitted to a share.
     """
 
     guide: NADOGuide
@@ -74,6 +89,7 @@ class Monitor:
             raise UserError(f"redraw: must be 0 or more, not {self.redraw}")
         if self.guide.auxiliary.network is not None:
             raise UserError("stop_below: needs an R that reads the model's states; this one has a network of its own")
+        check_bound(self.guide.auxiliary)
 
     def processors(self, attention_mask: Tensor) -> LogitsProcessorList:
         """Processors for a left-padded batch of prompts, [batch, time]."""

@@ -277,7 +277,8 @@ class GuidedToken:
 class Guidance:
     """R, p and q along one text, whose first `prompt_tokens` tokens are the prompt.
 
-    p is that of the model before tuning, whatever `model` wrote the text; `guidance_scale` is η of q.
+    p is that of the model before tuning, whatever `model` wrote the text; `guidance_scale` is η of q. `tilt` is w of
+    the share that R was fitted to, and None if R is the probability of compliance.
     """
 
     model: str
@@ -289,6 +290,7 @@ class Guidance:
     violates: bool | None = None
     value: float | None = None
     guidance_scale: float = 1.0
+    tilt: float | None = None
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,7 @@ class DomainRegulariser(StatefulRegulariser):
             "constraint": self.constraint.describe(),
             "regulariser": self.name,
             "round": round_index,
+            "tilt": self.tilt,
             "model_hash": self.rollouts[0].model_hash,
             "fitted_on": fingerprint(self.model),
         }
