@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 import tiny_tokenizers
 from bridle.errors import UserError
@@ -117,6 +117,17 @@ class TestFolder:
     def test_the_dtype_is_that_asked_for(self, llama, tmp_path):
         export(llama(), tmp_path / "out", dtype="bfloat16")
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+    @pytest.mark.parametrize(
+        ("own", "expected"),
+        [({}, (True, 0)), ({"do_sample": True, "top_k": 9}, (True, 9)), ({"do_sample": False}, (False, None))],
+    )
+    def test_servers_sample_unless_the_model_says_otherwise(self, llama, tmp_path, own, expected):
+        folder = llama()
+        GenerationConfig(**own).save_pretrained(folder)
+        export(folder, tmp_path / "out")
+        found = GenerationConfig.from_pretrained(tmp_path / "out")
+        assert (found.do_sample, found.top_k) == expected
 
     def test_nothing_is_overwritten(self, bridle, llama):
         folder = llama()

@@ -66,9 +66,11 @@ def export(
 
 def _sample_from_all(model: PreTrainedModel) -> None:
     """Servers then sample as Bridle does where the model says nothing else; `transformers` would take 50 tokens."""
-    model.generation_config.do_sample = True
-    if model.generation_config.top_k is None:
-        model.generation_config.top_k = 0
+    config = model.generation_config
+    if config.do_sample is None:
+        config.do_sample = True
+    if config.do_sample and config.top_k is None:
+        config.top_k = 0
 
 
 @torch.no_grad()
