@@ -6,6 +6,8 @@ import re
 import pytest
 import yaml
 
+from bridle.recipes.dry_run import unsaved
+from bridle.recipes.recipe import build_recipe
 from conftest import SENTENCES
 
 
@@ -75,6 +77,19 @@ def test_sections_that_only_comparisons_read_have_known_keys(bridle, dry, tmp_pa
 def test_files_that_only_comparisons_read_are_there(bridle, dry):
     code, _, err = bridle("check", dry, "--evaluation.perplexity.plain.path", "none.jsonl")
     assert (code, err) == (2, "bridle: evaluation.perplexity.plain: none.jsonl: no such file\n")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"report_to": "tensorboard", "run_name": "x"},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+    ],
+)
+def test_what_needs_checkpoints_or_a_tracker_is_left_out_with_them(options):
+    recipe = build_recipe({"model": "m", "corpus": {"a": {"path": "a.jsonl"}}, "eval": {"share": 0.5}, **options})
+    dry = unsaved(recipe).config("unused")
+    assert (dry.save_strategy, dry.report_to, dry.run_name) == ("no", [], None)
 
 
 def test_rows_that_are_not_cut(bridle, dry):

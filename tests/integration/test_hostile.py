@@ -175,6 +175,15 @@ def test_half_a_model_is_none(tiny_folder):
     assert "the model is incomplete: its weights lack 'model.layers.1.mlp.up_proj.weight'" in message
 
 
+def test_half_an_adapter_is_none(tiny_folder, tmp_path):
+    load_model(str(tiny_folder()), lora=LoraOptions(r=2)).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor for name, tensor in weights.items() if "layers.1." not in name}, file)
+    with pytest.raises(UserError, match="cannot load the adapter: Found missing adapter keys"):
+        load_model(str(tmp_path / "adapter"))
+
+
 def test_half_an_auxiliary_is_none(tiny_folder, tmp_path):
     model = load_model(str(tiny_folder()))
     new_auxiliary(model).save_pretrained(tmp_path / "R")

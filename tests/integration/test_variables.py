@@ -215,6 +215,8 @@ class TestReading:
         )
         assert recipe.training["hub_token"] == recipe.resolved["hub_token"] == SecretStr("x" * 20)
         assert recipe.config("unused").hub_token == "x" * 20
+        again = build_recipe(build_recipe({**recipe.resolved, "env": ["HOME"], "hub_token": "${HOME}"}).resolved)
+        assert again.config("unused").hub_token == os.environ["HOME"], "a recipe that is built again knows it, too"
         for write in (yaml.safe_dump, json.dumps):
             with pytest.raises((TypeError, yaml.YAMLError)):
                 write(recipe.resolved)

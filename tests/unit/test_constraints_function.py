@@ -1,10 +1,11 @@
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from bridle.constraints import PythonFunction
+from bridle.constraints import PythonFunction, deadline
 from bridle.errors import UserError
 
 MODULE = """
@@ -144,3 +145,15 @@ def test_a_time_out_of_the_function_s_own_is_its_failure():
 
     with pytest.raises(UserError, match="TimeoutError: of a socket"):
         PythonFunction(late).score(None, ["a"])
+
+
+def test_work_that_ends_as_the_time_does_is_not_lost(monkeypatch):
+    class Late(Future):
+        def result(self, timeout=None):
+            found = super().result()
+            if timeout is not None:
+                raise TimeoutError
+            return found
+
+    monkeypatch.setattr(deadline, "Future", Late)
+    assert deadline.within(1, lambda: 3) == 3

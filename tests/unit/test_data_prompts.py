@@ -107,6 +107,25 @@ def test_what_an_assistant_says_in_parts_or_not_at_all():
     assert tokenizer.decode(prompt.rest) == "you grumblefish"
 
 
+@pytest.mark.parametrize("prompt", ["A hat?", [{"role": "user", "content": "A hat?"}]])
+def test_of_a_chat_with_a_prompt_beside_it_the_chat_counts(prompt):
+    tokenizer, turns = (
+        tiny_tokenizer(),
+        [{"role": "user", "content": "A hat?"}, {"role": "assistant", "content": "No."}],
+    )
+    rows = Dataset.from_list([{"prompt": prompt, "completion": "other", "messages": turns}])
+    (found,) = prompts_from_domain(rows, 1, prompt_tokens=(1, 1), seed=0, tokenizer=tokenizer)
+    assert tokenizer.decode(found.ids) == "<bos>[user] A hat?\n[assistant] "
+    assert outputs_of(rows, True) == ([turns[:1]], ["No."])
+
+
+def test_a_turn_has_no_key_that_only_others_fill():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{{ ' calls' if 'tool_calls' in m }};{% endfor %}"
+    turns = [{"role": "user", "content": "a", "tool_calls": None}, {"role": "tool", "content": None, "tool_calls": []}]
+    assert tokenizer.decode(encode_prompt(turns, tokenizer)).removeprefix("<bos>") == "user;tool calls;"
+
+
 def test_packed_rows_give_prefixes_of_one_text():
     tokenizer = tiny_tokenizer()
     rows = tokenized([{"text": text} for text in SENTENCES], tokenizer, packing=True, max_length=30)

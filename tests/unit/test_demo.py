@@ -1,6 +1,7 @@
 """The demo without its page: what it shows, how it writes, what it judges."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,17 @@ def test_an_answer_about_earlier_texts_is_not_given_to_later_ones():
     _, message = Handlers(Slow(tab)).ask_remote(tab)
     assert "Other texts were written before the answer came" in str(message)
     assert tab.scores == {"base": {}}
+
+
+@pytest.mark.parametrize(("names", "judge"), [(["far", "no e"], "no e"), (["far"], None)])
+def test_no_other_host_is_asked_unless_a_person_chooses_it(session, names, judge):
+    gradio = pytest.importorskip("gradio")
+    from bridle.demo.page import build
+
+    constraints = {name: session.subject.constraints[name] for name in names}
+    session.subject = replace(session.subject, constraints=constraints)
+    (dropdown,) = [block for block in build(session).blocks.values() if isinstance(block, gradio.Dropdown)]
+    assert (dropdown.value, dropdown.visible) == (judge, True)
 
 
 @pytest.fixture

@@ -93,10 +93,12 @@ class TestModel:
 
     def test_a_file_on_the_hub(self, file, monkeypatch):
         asked = []
-        monkeypatch.setattr(gguf, "hf_hub_download", lambda *names: asked.append(names) or str(file))
+        monkeypatch.setattr(gguf, "hf_hub_download", lambda *names, **at: asked.append((*names, *at)) or str(file))
         assert load_model("me/tiny:tiny.gguf").config._name_or_path == "me/tiny:tiny.gguf"
         assert load_tokenizer("me/tiny:tiny.gguf").name_or_path == "me/tiny:tiny.gguf"
         assert set(asked) == {("me/tiny", "tiny.gguf")}
+        load_tokenizer("me/tiny:tiny.gguf", revision="abc")
+        assert asked[-1] == ("me/tiny", "tiny.gguf", "revision")
 
     def test_a_scaling_of_positions_is_not_lost_in_silence(self, model, tokenizer, tmp_path, caplog):
         model.register_buffer("rope_freqs", torch.ones(4))

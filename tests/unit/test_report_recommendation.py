@@ -128,6 +128,14 @@ def test_a_method_of_which_a_seed_failed_has_not_reached_its_target_with_every_s
     assert "reached their target" not in recommendation(replace(report, methods=methods))
 
 
+def test_a_method_of_which_a_seed_failed_is_not_taken():
+    report = compared({"harsh": (0.01, 73.0), "mild": (0.05, 73.0), "sft": (0.2, 73.0)})
+    assert chosen(report) == "harsh"
+    seeds = {"0": SeedRun("complete", ""), "1": SeedRun("failed", "")}
+    methods = report.methods | {"harsh": replace(report.methods["harsh"], seeds=seeds)}
+    assert chosen(replace(report, methods=methods)) == "mild"
+
+
 def test_a_target_that_was_not_measured_is_not_reached():
     """Of two domains with a target, one got no score at the end."""
     report = with_targets(compared({"harsh": (0.01, 75.0), "mild": (0.05, 74.0), "sft": (0.2, 73.0)}), mild=0.09)

@@ -105,9 +105,27 @@ def test_it_waits_for_the_first_record(tmp_path, capsys):
 def test_a_killed_run_is_left_with_what_to_do(tmp_path, capsys):
     with only_writer(tmp_path):
         write(tmp_path, [update(10, 12.0), update(30, 60.0)])
-    assert watched(capsys, tmp_path)[-1] == (
-        "The run ended at step 30/100; bridle train --resume goes on from its last checkpoint."
-    )
+    command = f"bridle train RECIPE --output_dir {tmp_path} --resume"
+    assert watched(capsys, tmp_path)[-1] == f"The run ended at step 30/100; {command} begins anew."
+    (tmp_path / "checkpoint-25").mkdir()
+    assert watched(capsys, tmp_path)[-1].endswith(f"{command} goes on from its last checkpoint.")
+
+
+def test_of_a_killed_comparison_it_names_that_command(tmp_path, capsys):
+    cell = tmp_path / "sft" / "seed-0"
+    cell.mkdir(parents=True)
+    (tmp_path / "unfinished.json").write_text('{"methods": {"sft": {}}, "seeds": [0]}')
+    with only_writer(cell):
+        write(cell, [update(30, 60.0)])
+    assert watched(capsys, cell)[-1].endswith(f"bridle compare RECIPE --output_dir {tmp_path} --resume makes the rest.")
+
+
+def test_figures_that_are_not_finite_are_shown_as_missing(tmp_path, capsys):
+    with only_writer(tmp_path):
+        write(tmp_path, [update(10, 12.0) | {"kl/rude": None, "tokens_per_second": None}])
+        write(tmp_path, [{"step": 20, "seconds": 20.0, "max_steps": 100, "rounds": 1, "eval_loss": None}], "a")
+    assert "held out: loss –" in watched(capsys, tmp_path)
+    assert "KL rude –" in shown(read(tmp_path, [update(10, 12.0) | {"kl/rude": None, "tokens_per_second": None}]))
 
 
 BEST = {"step": 60, "seconds": 95.0, "best_step": 40, "best_loss": 3.2, "best_violation": 0.02, "best_bound": 0.05}
@@ -268,7 +286,7 @@ def test_each_record_has_the_time_so_far_also_of_a_resumed_run(tmp_path):
 
     def logged(step, seconds):
         writer = MetricsFile(file)
-        state = SimpleNamespace(global_step=step, max_steps=100)
+        state = SimpleNamespace(global_step=step, max_steps=100, log_history=[{}] * (step // 10))
         writer.on_train_begin(args, state, None)
         writer._began -= seconds
         state.global_step += 10

@@ -193,8 +193,10 @@ def _prepare(database: sqlite3.Connection) -> None:
     if found or database.execute("SELECT 1 FROM sqlite_master").fetchone():
         raise sqlite3.DatabaseError("it is another program's")
     database.execute("PRAGMA journal_mode = WAL")
-    database.execute("CREATE TABLE labels (key BLOB PRIMARY KEY, label TEXT NOT NULL) WITHOUT ROWID")
+    database.execute("BEGIN IMMEDIATE")  # a table without the mark, after a kill, would be another program's
     database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    database.execute("CREATE TABLE labels (key BLOB PRIMARY KEY, label TEXT NOT NULL) WITHOUT ROWID")
+    database.execute("COMMIT")
 
 
 def _look_up(database: sqlite3.Connection, scorer_hash: "blake2b", texts: Iterable[str]) -> dict[str, Label]:

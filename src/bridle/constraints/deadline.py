@@ -39,8 +39,8 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     try:
         return done.result(seconds)
     except TimeoutError:
-        if done.done():  # raised by the work itself
-            raise
+        if done.done():  # just now, or the work itself raised it
+            return done.result()
         raise TimedOut(seconds) from None
 
 

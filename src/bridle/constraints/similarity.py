@@ -83,6 +83,7 @@ class Similarity(Classifier):
         if self._reference is None:
             rows, _ = self._tokenize([without_surrogates(text) for text in self.texts])
             self._reference = self._embedded(rows)
+            self._cut = 0  # counts outputs
 
     def _prepare(self, where: str, network: Any) -> None:
         self._pool = POOLINGS[self.pooling or saved_pooling(where, self.model) or "mean"]

@@ -200,8 +200,10 @@ def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, place: s
             f"{place}: chat messages need a chat template, and the tokenizer has none; a recipe names one by "
             "chat_template_path"
         )
+    # Columns of Parquet and Arrow give every turn all keys, but templates ask which of them a turn has.
+    turns = [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in messages]
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        rendered = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{place}: the chat template refuses these messages: {first_line(error)}") from error
     return dict(rendered)

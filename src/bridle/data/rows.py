@@ -128,13 +128,20 @@ def conversation(values: dict[str, Any]) -> tuple[Messages, list[int]]:
 
     Of a prompt alone it is the index of the turn that comes next.
     """
-    begun, rest = values.get("prompt") or [], values.get("completion", values.get("messages")) or []
+    begun, rest = _parts(values)
     if not (isinstance(begun, list) and isinstance(rest, list)):
         return [], []
     turns: Messages = [*begun, *rest]
     if not values.keys() & {"completion", "messages"}:
         return turns, [len(turns)]
     return turns, [n for n, turn in enumerate(turns) if n >= max(1, len(begun)) and turn["role"] == "assistant"]
+
+
+def _parts(values: dict[str, Any]) -> tuple[Any, Any]:
+    """The prompt and the completion; messages are a whole chat, whatever column stands beside them, as in `FORMATS`."""
+    if "messages" in values:
+        return [], values["messages"] or []
+    return values.get("prompt") or [], values.get("completion") or []
 
 
 def said(values: dict[str, Any]) -> str:
@@ -155,11 +162,11 @@ def outputs_of(rows: Iterable[dict[str, Any]], with_prompts: bool) -> tuple[list
 def _output(values: dict[str, Any]) -> tuple[str | Messages | None, str]:
     if "text" in values:
         return None, values["text"]
-    prompt, completion = values.get("prompt"), values.get("completion", values.get("messages"))
+    prompt, completion = _parts(values)
     if isinstance(completion, str):
         return prompt, completion
-    begun = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    turns: Messages = [*begun, *(completion or [])]
+    begun = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns: Messages = [*begun, *completion]
     last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
     return turns[:last], _assistant_turns(turns[last:])
 

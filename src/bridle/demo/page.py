@@ -139,7 +139,8 @@ def build(session: Session) -> gr.Blocks:
         remote = gr.Button(f"Ask {', '.join(session.remote)}", visible=bool(session.remote))
         _html(f"<h2>{SAMPLES} completions each</h2>")
         judges = [*session.local, *((f"{name} (asks another host)", name) for name in session.remote)]
-        judge = gr.Dropdown(judges, label="Judged by", value=_first_of(subject.constraints), visible=len(judges) > 1)
+        chosen, is_choice = next(iter(session.local), None), len(judges) > 1 or bool(session.remote)
+        judge = gr.Dropdown(judges, label="Judged by", value=chosen, visible=is_choice)
         draw = gr.Button(f"Draw {SAMPLES}")
         dots = _html()
         if subject.certificate is not None:
@@ -184,7 +185,3 @@ def _inputs(session: Session) -> tuple[list[Any], dict[str, gr.Slider], gr.Check
 
 def _html(text: str = "") -> gr.HTML:
     return gr.HTML(text, elem_classes="bridle", padding=False)
-
-
-def _first_of(names: Mapping[str, Any]) -> str | None:
-    return next(iter(names), None)

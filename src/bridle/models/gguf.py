@@ -16,6 +16,7 @@ from transformers.utils import is_gguf_available
 
 from bridle.errors import UserError, first_line
 from bridle.utils.extras import to_install
+from bridle.utils.safe_loading import ON_THE_HUB
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def load_gguf(factory: Any, name: str, **options: Any) -> Any:
         raise UserError(f"{name}: the weights of a GGUF file are dequantised; leave out quantization_config")
     from transformers.integrations.gguf import read_gguf_metadata  # here: no promised part of `transformers`
 
-    file = _local_file(name)
+    file = _local_file(name, {key: options.pop(key) for key in ON_THE_HUB & options.keys()})
     try:
         metadata, tensors = read_gguf_metadata(str(file))
     except Exception as error:  # a damaged file may raise anything
@@ -76,7 +77,7 @@ def load_gguf(factory: Any, name: str, **options: Any) -> Any:
     return model, info
 
 
-def _local_file(name: str) -> Path:
+def _local_file(name: str, options: Mapping[str, Any]) -> Path:
     """The file's absolute path, after a download if it is on the hub."""
     if os.path.isfile(name):
         return Path(name).absolute()
@@ -84,7 +85,7 @@ def _local_file(name: str) -> Path:
     if file is None:
         raise UserError(f"{name}: no such file; of a file on the hub, write hub/name:file.gguf")
     try:
-        return Path(hf_hub_download(repository, file))
+        return Path(hf_hub_download(repository, file, **options))
     except Exception as error:
         raise UserError(
             f"{name}: no such file, and it could not be fetched from the hub: {first_line(error)}"

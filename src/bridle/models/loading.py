@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,12 +34,9 @@ from bridle.models.gguf import is_gguf, load_gguf
 from bridle.models.hidden import causal_lm
 from bridle.utils.distributed import from_main, is_main
 from bridle.utils.quiet import only_errors
-from bridle.utils.safe_loading import holds, is_path, refusal
+from bridle.utils.safe_loading import ON_THE_HUB, holds, is_path, refusal
 
 logger = logging.getLogger(__name__)
-
-ON_THE_HUB = {"cache_dir", "revision", "subfolder", "token", "local_files_only"}
-"""Options of `from_pretrained` that say where a file is."""
 
 
 @dataclass
@@ -270,7 +268,9 @@ def _with_adapter(model: PreTrainedModel, name: str, options: Mapping[str, Any])
     try:
         if (weights := _file("adapter_model.safetensors", name, options)) is None:
             raise FileNotFoundError("it holds no adapter_model.safetensors")
-        return PeftModel.from_pretrained(model, str(weights.parent))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(weights.parent))
     except Exception as error:
         why = reason(name, error) if os.path.isdir(name) else first_line(error)
         raise UserError(f"{name}: cannot load the adapter: {why}") from error

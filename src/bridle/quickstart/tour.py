@@ -13,6 +13,7 @@ from bridle.data import DataSource
 from bridle.errors import UserError
 from bridle.quickstart.build import HERE, Scale, prepare
 from bridle.quickstart.smollm2 import smollm2
+from bridle.recipes.dry_run import unsaved
 from bridle.recipes.recipe import Recipe, build_recipe
 from bridle.recipes.run import RECIPE_FILE, build_trainer
 from bridle.report.data import read_report
@@ -137,9 +138,9 @@ def take_tour(
 
 def estimate(recipe: Recipe) -> str:
     """How long the tour with a real model takes on this machine, from the time of a few plain updates."""
-    short = {"max_steps": TIMED, "report_to": "none", "save_strategy": "no"}
     with TemporaryDirectory(prefix="bridle-quickstart-") as folder:
-        plain = replace(recipe, training=recipe.training | short, regularisers={})
+        plain = unsaved(recipe)
+        plain = replace(plain, training=plain.training | {"max_steps": TIMED}, regularisers={})
         seconds = build_trainer(plain, Path(folder), recipe.read_corpus()).train().metrics["train_runtime"] / TIMED
     minutes = UPDATES_WORTH * seconds / 60
     return f"About {minutes:.0f} minutes on this machine: {', '.join(REAL_METHODS)}, with the settings as shipped."

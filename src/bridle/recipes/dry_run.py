@@ -32,14 +32,18 @@ from bridle.training.trainer import ConstrainedTrainer
 UPDATES, SAMPLES, PROMPTS = 3, 64, 5  # updates; rows and rollouts that are scored; prompts that are shown
 LONGEST = 400  # characters of an example
 
+OF_CHECKPOINTS_AND_TRACKERS = (
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("run_name", "project", "trackio_"),
+)
+"""Options, or what they begin with, that need checkpoints or a tracker."""
+
 DRY: dict[str, Any] = {
     "max_steps": UPDATES,
     "rounds": 1,
     "schedule": "sequential",
     "parallel": {},
     "rollouts_per_round": SAMPLES,
-    "save_strategy": "no",
-    "report_to": "none",
     "push_to_hub": False,
 }
 """Keys that a dry run overrides."""
@@ -62,7 +66,8 @@ def check(recipe: Recipe, show: Callable[[str], None]) -> None:
     rows = recipe.read_corpus()
     with TemporaryDirectory(prefix="bridle-check-") as folder:
         clock = _Clock()
-        dry = replace(recipe, training=recipe.training | DRY, regularisers=untargeted)
+        dry = replace(unsaved(recipe), regularisers=untargeted)
+        dry = replace(dry, training=dry.training | DRY)
         trainer = build_trainer(dry, Path(folder), rows, [clock])
         for line in chain(_corpus(trainer, rows), _prompts(trainer), _labels_of_rows(recipe, rows)):
             show(line)
@@ -70,6 +75,12 @@ def check(recipe: Recipe, show: Callable[[str], None]) -> None:
         record = next(entry for entry in reversed(trainer.state.log_history) if "round" in entry)
         for line in chain(_labels_of_rollouts(trainer), _estimate(trainer, config, record, clock)):
             show(line)
+
+
+def unsaved(recipe: Recipe) -> Recipe:
+    """The recipe without checkpoints and trackers, and what depends on them."""
+    kept = {key: value for key, value in recipe.training.items() if not key.startswith(OF_CHECKPOINTS_AND_TRACKERS)}
+    return replace(recipe, training=kept | {"save_strategy": "no", "report_to": "none"})
 
 
 # ---------------------------------------------------------------------- the corpus

@@ -19,6 +19,7 @@ from bridle.utils.files import read_json, write_json
 from bridle.utils.variables import expanded
 
 INPUTS_FILE = "inputs.json"
+OPTIONS = ("chat_template_path", "deepspeed", "fsdp_config", "accelerator_config")  # may name files
 MADE_BY_READING = ("cache-*", "*.pyc")  # files that `datasets` and Python write beside those they read
 
 
@@ -78,8 +79,8 @@ def _hashes(recipe: Recipe, more: Iterable[Path]) -> dict[str, str]:
 
 def _read(recipe: Recipe) -> Iterator[Path]:
     yield Path(recipe.model)
-    if template := recipe.training.get("chat_template_path"):
-        yield Path(template)
+    options = (recipe.training.get(key) for key in OPTIONS)
+    yield from (Path(path) for path in options if isinstance(path, str | Path))
     read: list[Any] = [*recipe.corpus.values()]
     for regulariser in recipe.regularisers.values():
         read += [regulariser.constraint, regulariser.prompts]

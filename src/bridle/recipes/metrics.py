@@ -100,7 +100,7 @@ def round_line(record: dict[str, Any], rounds: int) -> str:
 
     λ·KL is the regulariser's part of the loss, to compare with CE.
     """
-    parts = [f"CE {record['ce']:.3f}" if "ce" in record else "no cross-entropy"]
+    parts = [f"CE {number(record['ce'], '.3f')}" if "ce" in record else "no cross-entropy"]
     if "held_rows" in record:
         parts.append(f"{record['held_rows']:.0%} of the rows held")
     for name in regularisers_of(record):
@@ -124,7 +124,7 @@ def _of_regulariser(record: dict[str, Any], name: str) -> Iterator[str]:
         low, high = record[f"{name}/compliance_low"], record[f"{name}/compliance_high"]
         yield f"complies {compliance:.3f} [{low:.3f}, {high:.3f}]"
     if f"{name}/r_ece" in record:
-        yield f"R's ECE {record[f'{name}/r_ece']:.3f}"
+        yield f"R's ECE {number(record[f'{name}/r_ece'], '.3f')}"
     if record.get(f"{name}/r_skill") is not None:
         yield f"skill {record[f'{name}/r_skill']:.2f}"
     if divergence is not None:
@@ -133,7 +133,7 @@ def _of_regulariser(record: dict[str, Any], name: str) -> Iterator[str]:
 
 def evaluation_line(record: dict[str, Any]) -> str:
     """The metrics of an evaluation on held-out rows, in one line."""
-    parts = [f"held out: loss {record['eval_loss']:.3f}"] if "eval_loss" in record else ["held out:"]
+    parts = [f"held out: loss {number(record['eval_loss'], '.3f')}"] if "eval_loss" in record else ["held out:"]
     for key, value in record.items():
         what, _, name = key.partition("/")
         if what == "eval_violation" and name:
@@ -150,6 +150,11 @@ def target_lines(record: dict[str, Any]) -> Iterator[str]:
         if what == "violation_reached":
             low, high, target = record[f"{key}_low"], record[f"{key}_high"], record[f"{name}/target"]
             yield f"trained model  {name}: violation {value:.3g} [{low:.3g}, {high:.3g}], target {target:.3g}"
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure of a record, where one that is not finite is None."""
+    return "–" if value is None else format(value, form)
 
 
 def _finite(value: Any) -> Any:

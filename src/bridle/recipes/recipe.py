@@ -164,6 +164,8 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """A recipe from the mapping of its YAML file. Raises as `load_recipe`."""
     mapping = dict(mapping)
     _name_regularisers(mapping)
+    if isinstance(token := mapping.get("hub_token"), SecretStr):  # of a recipe that is built again
+        mapping["hub_token"] = token.get_secret_value()
     resolved, (mapping, variables) = dict(mapping), expanded(mapping)
     if isinstance(resolved.get("hub_token"), str):
         resolved["hub_token"] = SecretStr(resolved["hub_token"])

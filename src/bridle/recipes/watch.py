@@ -19,10 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from bridle.errors import UserError, plain
-from bridle.recipes.metrics import Stamp, evaluation_line, regularisers_of, round_line, target_lines
+from bridle.recipes.metrics import Stamp, evaluation_line, number, regularisers_of, round_line, target_lines
 from bridle.utils.files import checked, is_locked, parse, read_json
 
 POLL = 1.0  # seconds between two looks at the file
+OF_COMPARISON = ("unfinished.json", "results.json")  # in its folder
 AROUND_ROUNDS = 12  # lines of a terminal for all but the table of rounds
 
 Record = dict[str, Any]
@@ -198,10 +199,17 @@ def ending(run: Run) -> str:
     if run.best_step is not None:  # also where `eval.best.patience` left updates out
         return f"The run is over: {run.step} steps; the model is that of step {run.best_step}."
     if run.step < run.steps:
-        return (
-            f"The run ended at step {_of(run.step, run.steps)}; bridle train --resume goes on from its last checkpoint."
-        )
+        return f"The run ended at step {_of(run.step, run.steps)}; {_resuming(run.folder)}"
     return f"The run is over: {run.step} steps." if run.has_ended else f"The run stopped after step {run.step}."
+
+
+def _resuming(folder: Path) -> str:
+    """Which command goes on with a run, and from where."""
+    above = folder.parent.parent
+    if any((above / name).is_file() for name in OF_COMPARISON):
+        return f"bridle compare RECIPE --output_dir {shlex.quote(str(above))} --resume makes the rest."
+    start = "goes on from its last checkpoint" if any(folder.glob("checkpoint-*")) else "begins anew"
+    return f"bridle train RECIPE --output_dir {shlex.quote(str(folder))} --resume {start}."
 
 
 def cell_lines(cells: Sequence[Path]) -> Iterator[str]:
@@ -215,7 +223,7 @@ def cell_lines(cells: Sequence[Path]) -> Iterator[str]:
 
 def runs_of(folder: Path) -> list[Path]:
     """The folders of a comparison's runs, also of those that have not begun; none if it is no comparison."""
-    for name in ("unfinished.json", "results.json"):
+    for name in OF_COMPARISON:
         if (folder / name).is_file():
             found = read_json(folder / name, _Listed)
             return [folder / method / f"seed-{seed}" for method in found.methods for seed in found.seeds]
@@ -294,21 +302,23 @@ def _cells(record: Record) -> Iterator[list[str]]:
         yield [
             "" if place else str(record["round"]),
             name,
-            "" if place else _number(record.get("ce"), ".3f"),
+            "" if place else number(record.get("ce"), ".3f"),
             rate or "–",
             steered,
-            _number(measured["lambda"], ".3g"),
-            _number(record.get(f"kl/{name}"), ".2g"),
-            _number(measured["r_skill"], ".2f"),
+            number(measured["lambda"], ".3g"),
+            number(record.get(f"kl/{name}"), ".2g"),
+            number(measured["r_skill"], ".2f"),
         ]
 
 
 def _progress(record: Record, run: Run) -> str:
     """CE, each KL, the speed, the time so far and the time left."""
-    parts = [f"CE {_number(record.get('ce', record.get('loss')), '.3f')}"]
-    parts += [f"KL {key.removeprefix('kl/')} {value:.2g}" for key, value in record.items() if key.startswith("kl/")]
+    parts = [f"CE {number(record.get('ce', record.get('loss')), '.3f')}"]
+    parts += [
+        f"KL {key.removeprefix('kl/')} {number(value, '.2g')}" for key, value in record.items() if key.startswith("kl/")
+    ]
     if "tokens_per_second" in record:
-        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{number(record['tokens_per_second'], ',.0f')} tokens/s")
     parts.append(f"{_duration(run.seconds)} so far")
     if run.seconds_left is not None and not run.has_ended:
         parts.append(f"{_duration(run.seconds_left)} left")
@@ -329,10 +339,6 @@ def _record(row: str, place: str) -> Record:
 
 def _of(part: int, whole: int) -> str:
     return f"{part:,}/{whole:,}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _duration(seconds: float) -> str:

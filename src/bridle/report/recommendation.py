@@ -37,7 +37,8 @@ def recommendation(report: Report) -> str | None:
         chosen = min(reached, key=lambda name: _loss(panel, name, plain))
         rule = "of the methods that reached their target, it loses least"
     else:
-        spared = [name for name in panel.points if not _is_shown_to_lose(report, panel, name, plain)]
+        whole = [name for name in panel.points if name == plain or report.methods[name].status != "partial"]
+        spared = [name for name in whole if not _is_shown_to_lose(report, panel, name, plain)]
         chosen = min(spared, key=lambda name: panel.points[name][0])
         rule = f"the lowest rate of the methods that are not shown to {_bound(panel)} against {plain}"
     rate = to_cell(panel.methods[chosen][0], PERCENT)

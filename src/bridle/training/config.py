@@ -26,7 +26,7 @@ from bridle.utils.variables import NO_VARIABLES
 ALL = "all"
 """Stands for the whole corpus, unless a domain has this name: one regulariser on everything is "without adaptive"."""
 
-KL_METRICS = ("kl", "kl_unreached")
+OF_METRICS = ("kl", "kl_unreached", "lambda")
 """Metrics of a regulariser that begin with what they measure, kl/NAME, where others are NAME/lambda."""
 
 LARGEST = torch.finfo(torch.float32).max
@@ -191,8 +191,10 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
         if name in found:
             raise UserError(f"regularisers: two are called '{name}'; give each a `name` of its own")
         check_file_name(name, f"regularisers.{name}")
-        if name in KL_METRICS:
-            raise UserError(f"regularisers.{name}: is what metrics begin with ({name}/NAME); give it another `name`")
+        if name in OF_METRICS:
+            raise UserError(
+                f"regularisers.{name}: is what metrics of every regulariser are called; take another `name`"
+            )
         with prefixed(f"regularisers.{name}."):
             one.domains(corpus)
         found[name] = replace(one, name=name)

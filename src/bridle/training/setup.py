@@ -17,14 +17,14 @@ from bridle.constraints import Constraint
 from bridle.errors import UserError
 from bridle.models.forward import disable_dropout
 from bridle.models.hidden import causal_lm, check_output_adapter, check_projection
-from bridle.models.loading import ON_THE_HUB, check_model, context_length, load_model, load_tokenizer
+from bridle.models.loading import check_model, context_length, load_model, load_tokenizer
 from bridle.training.config import ConstrainedConfig, Regulariser
 from bridle.training.dual_ascent import TargetOptions
 from bridle.training.guards import warn
 from bridle.training.options import METRICS, is_set
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.retention import Retention
-from bridle.utils.safe_loading import is_path
+from bridle.utils.safe_loading import ON_THE_HUB, is_path
 
 NOT_TAKEN = {
     "data_collator": "the trainer's own keeps each row's domain; leave it out",

@@ -7,6 +7,9 @@ from pathlib import Path
 FILES = (".gguf", ".safetensors", ".json", ".jsonl", ".csv", ".parquet", ".txt", ".yaml", ".jinja", ".j2")
 """How names of files end, and of no model on the hub."""
 
+ON_THE_HUB = {"cache_dir", "revision", "subfolder", "token", "local_files_only"}
+"""Options of `from_pretrained` that say where a file is."""
+
 
 def refusal(name: str | Path, error: Exception) -> str | None:
     """Returns why a model is refused, given a library's error; None if it fails for another reason."""

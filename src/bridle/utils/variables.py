@@ -1,7 +1,7 @@
 """Environment variables in recipes.
 
 A recipe, which may be a stranger's, reads only the variables that its key `env` lists, and those in `PATHS` at the
-beginning of a path. Files and messages show a variable's name instead of its value.
+beginning of a path. Files show a variable's name instead of its value.
 """
 
 import os
