@@ -150,8 +150,8 @@ def test_names_and_functions_in_their_places(tiny_folder, tmp_path):
         ({"model": str(tmp_path / "nothing")}, "nothing: cannot load the model: no such folder"),
         ({"regularisers": [Regulariser(NO_E), Regulariser(NO_E)]}, "^regularisers: two are called 'all'"),
         ({"regularisers": [Regulariser(NO_E, domain="corpse")]}, "^regularisers.corpse.domain: .*did you mean corpus"),
-        ({"regularisers": [Regulariser(NO_E, name="kl")]}, "^regularisers.kl: is what metrics of every regulariser"),
-        ({"regularisers": [Regulariser(NO_E, name="lambda")]}, "^regularisers.lambda: is what metrics of every reg"),
+        ({"regularisers": [Regulariser(NO_E, name="kl")]}, "^regularisers.kl: metrics are called kl; give"),
+        ({"regularisers": [Regulariser(NO_E, name="lambda")]}, "^regularisers.lambda: metrics are called lambda; "),
         ({"regularisers": {"x/y": Regulariser(NO_E, domain="corpus")}}, "^regularisers.x/y: 'x/y' names files"),
     ):
         given = {"model": str(folder), "args": trainer.args, "corpus": rows, "regularisers": [Regulariser()], **changes}

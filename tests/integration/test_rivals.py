@@ -1,7 +1,7 @@
 """The optional methods of `bridle compare`: each for real on a tiny model, its knob, and what is refused."""
 
 import json
-import time
+from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean
 from types import SimpleNamespace
@@ -215,14 +215,23 @@ def test_a_corpus_that_learns_completions_alone_learns_what_is_mixed_in(compared
 
 
 def test_the_scoring_of_filtration_counts(compared, tmp_path, monkeypatch):
-    def slow(*given):
-        time.sleep(0.3)
-        return compliant_rows(*given)
+    phases = []
 
-    monkeypatch.setattr(methods, "compliant_rows", slow)
+    @contextmanager
+    def three_seconds(seconds, phase):
+        phases.append(phase)
+        yield
+        seconds[phase] = 3.0
+
+    def scored(rows, constraint, domain):
+        assert phases == [domain], "within what is timed"
+        return compliant_rows(rows, constraint, domain)
+
+    monkeypatch.setattr(methods, "timed", three_seconds)
+    monkeypatch.setattr(methods, "compliant_rows", scored)
     monkeypatch.setattr(Cell, "train", lambda cell, recipe, rows: Candidate("", cost={"seconds": 5.0}))
     made = methods.filtration(Cell("filtration", load_recipe(compared()), 0, tmp_path, None))
-    assert 5.3 <= made.cost["seconds"] < 6
+    assert made.cost["seconds"] == 8.0
 
 
 def test_only_learnt_tokens_count(tiny_model):

@@ -106,7 +106,7 @@ def test_a_killed_run_is_left_with_what_to_do(tmp_path, capsys):
     with only_writer(tmp_path):
         write(tmp_path, [update(10, 12.0), update(30, 60.0)])
     command = f"bridle train RECIPE --output_dir {tmp_path} --resume"
-    assert watched(capsys, tmp_path)[-1] == f"The run ended at step 30/100; {command} begins anew."
+    assert watched(capsys, tmp_path)[-1] == f"The run ended at step 30/100; {command} starts over."
     (tmp_path / "checkpoint-25").mkdir()
     assert watched(capsys, tmp_path)[-1].endswith(f"{command} goes on from its last checkpoint.")
 

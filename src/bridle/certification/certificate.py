@@ -12,7 +12,8 @@ from typing import Any
 
 from bridle.certification.goal import Goal
 from bridle.certification.oracle import OracleErrors
-from bridle.constraints import Cached, Constraint, Given, Remote
+from bridle.constraints import Constraint, Given
+from bridle.constraints.cache import remove_caches
 from bridle.errors import UserError
 from bridle.models.card import public_name, setting_text
 from bridle.utils.files import checked, read_json, read_rows, read_text, write_json, write_rows
@@ -283,7 +284,7 @@ class Certificate:
 
         Args:
             path: of its file.
-            constraint: scores the completions again, once its label caches are taken out; without a constraint the
+            constraint: scores the completions again, without its label caches, which it loses; without a constraint the
                 stored verdicts count. Importance weights are taken from the file, as only the model could compute
                 them again.
 
@@ -431,20 +432,13 @@ def _public_source(source: str) -> str:
 
 
 def _check_scores(seen: Sequence[Observation], constraint: Constraint, place: Path) -> None:
-    _take_caches(constraint)
+    remove_caches(constraint)
     scores = constraint.score([one.prompt for one in seen], [one.completion for one in seen])
     for number, (one, score) in enumerate(zip(seen, scores, strict=True), start=1):
         if one.complies is not None and score.complies != one.complies:  # a missing one counts as a violation anyway
             raise UserError(
                 f"{place} row {number}: complies is {one.complies}, but the constraint says {score.complies}"
             )
-
-
-def _take_caches(constraint: Constraint) -> None:
-    if isinstance(constraint, Cached | Remote):
-        constraint.cache = None
-    for part in constraint.parts:
-        _take_caches(part)
 
 
 def _agree(one: Any, other: Any) -> bool:

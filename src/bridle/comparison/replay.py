@@ -44,13 +44,12 @@ def most_forgotten(
     Raises:
         UserError: a model cannot be loaded, a row has another format, or a likelihood is not finite.
     """
-    seconds, losses, encoded = dict[str, float](), [], dict[str, dict[int, Encoded]]()
+    seconds, losses, encoded = dict[str, float](), [], None
     tokenizer = load_tokenizer(models[1])  # training may have given it a chat template
     for name in models:
         model, _ = load_for_inference(name, dtype)
         length = window_length(model, None) if config.max_length is None else config.max_length
-        for domain, some in rows.items() if not encoded else ():
-            encoded[domain] = encoded_rows(some, tokenizer, config, length, domain)
+        encoded = encoded or {d: encoded_rows(some, tokenizer, config, length, d) for d, some in rows.items()}
         with timed(seconds, name):
             size = config.per_device_train_batch_size
             losses.append({d: losses_per_token(model, some, size, f"reading {d}") for d, some in encoded.items()})

@@ -177,6 +177,14 @@ class Cached(Constraint):
         return [Score.missing(one) if isinstance(one, str) else Score(one[0], one[1] == 1.0) for one in found]
 
 
+def remove_caches(constraint: Constraint) -> None:
+    """Takes the label caches off a constraint and its parts, so that every text is scored."""
+    if hasattr(constraint, "cache"):
+        constraint.cache = None
+    for part in constraint.parts:
+        remove_caches(part)
+
+
 def _unknown(constraint: Constraint) -> PythonFunction | None:
     """The first of a constraint's functions that name and module do not tell from others; None if there is none."""
     if isinstance(constraint, PythonFunction):

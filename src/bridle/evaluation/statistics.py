@@ -144,7 +144,9 @@ def bootstrap_interval(
             random_state=np.random.default_rng(seed),
         )
     found = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
-    low, high = map(float, np.percentile(found, [2.5, 97.5])) if len(found) else (0.0, 0.0)
+    if not len(found):
+        return None
+    low, high = map(float, np.percentile(found, [2.5, 97.5]))
     return (low, high) if low < high else None
 
 

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from bridle.constraints import Constraint
+from bridle.constraints.cache import remove_caches
 from bridle.core.tokens import IGNORE
 from bridle.data import DOMAIN
 from bridle.data.rows import filled_rows, format_fields, holds_prompts, outputs_of
@@ -60,14 +60,14 @@ def check(recipe: Recipe, show: Callable[[str], None]) -> None:
     """
     config = recipe.config("unused")
     for constraint in recipe.constraints.values():
-        _without_cache(constraint)
+        remove_caches(constraint)
     check_options(config, recipe.regularisers, {})
     untargeted = {name: replace(one, target=None) for name, one in recipe.regularisers.items()}
     rows = recipe.read_corpus()
     with TemporaryDirectory(prefix="bridle-check-") as folder:
         clock = _Clock()
-        dry = replace(unsaved(recipe), regularisers=untargeted)
-        dry = replace(dry, training=dry.training | DRY)
+        dry = unsaved(recipe)
+        dry = replace(dry, training=dry.training | DRY, regularisers=untargeted)
         trainer = build_trainer(dry, Path(folder), rows, [clock])
         for line in chain(_corpus(trainer, rows), _prompts(trainer), _labels_of_rows(recipe, rows)):
             show(line)
@@ -171,15 +171,6 @@ def _labels_of_rollouts(trainer: ConstrainedTrainer) -> Iterator[str]:
 def _balance(verdicts: Sequence[bool | None]) -> str:
     missing = verdicts.count(None)
     return f"{verdicts.count(False)} of {len(verdicts)} violate" + (f" and {missing} have no score" if missing else "")
-
-
-def _without_cache(constraint: Constraint) -> None:
-    """Detaches the cache of labels from a constraint and its parts."""
-    if hasattr(constraint, "cache"):
-        constraint.cache = None
-    for part in (*getattr(constraint, "parts", ()), getattr(constraint, "constraint", None)):
-        if part is not None:
-            _without_cache(part)
 
 
 # ---------------------------------------------------------------------- time and memory

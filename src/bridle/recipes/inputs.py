@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bridle.errors import UserError
-from bridle.recipes.recipe import Recipe
+from bridle.recipes.recipe import PATHS, Recipe
 from bridle.utils.files import read_json, write_json
 from bridle.utils.variables import expanded
 
 INPUTS_FILE = "inputs.json"
-OPTIONS = ("chat_template_path", "deepspeed", "fsdp_config", "accelerator_config")  # may name files
 MADE_BY_READING = ("cache-*", "*.pyc")  # files that `datasets` and Python write beside those they read
 
 
@@ -79,7 +78,7 @@ def _hashes(recipe: Recipe, more: Iterable[Path]) -> dict[str, str]:
 
 def _read(recipe: Recipe) -> Iterator[Path]:
     yield Path(recipe.model)
-    options = (recipe.training.get(key) for key in OPTIONS)
+    options = (recipe.training.get(key) for key in PATHS if key != "target_cache")  # which the run writes
     yield from (Path(path) for path in options if isinstance(path, str | Path))
     read: list[Any] = [*recipe.corpus.values()]
     for regulariser in recipe.regularisers.values():

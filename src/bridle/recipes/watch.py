@@ -208,7 +208,7 @@ def _resuming(folder: Path) -> str:
     above = folder.parent.parent
     if any((above / name).is_file() for name in OF_COMPARISON):
         return f"bridle compare RECIPE --output_dir {shlex.quote(str(above))} --resume makes the rest."
-    start = "goes on from its last checkpoint" if any(folder.glob("checkpoint-*")) else "begins anew"
+    start = "goes on from its last checkpoint" if any(folder.glob("checkpoint-*")) else "starts over"
     return f"bridle train RECIPE --output_dir {shlex.quote(str(folder))} --resume {start}."
 
 

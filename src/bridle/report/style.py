@@ -96,7 +96,7 @@ _STYLES = {
     "constrained-adaptive": MethodStyle("#d55e00", "D"),
 }
 _COLORS = ("#3f9bd8", "#8a63c7", "#7a8f00", "#a5713f", "#2f9a9a")
-_FURTHER = [MethodStyle(_COLORS[place % 5], "<>ph"[place % 4]) for place in range(20)]
+_FURTHER = [MethodStyle(_COLORS[place % 5], "<>ph"[place % 4]) for place in range(20)]  # no pair comes twice
 _OPTIONAL = ("sft-kl", "l2-sp", "lora-small", "wise-ft", "interleave", "interleave@gap", "dpo")
 _STYLES |= zip(_OPTIONAL, _FURTHER, strict=False)
 

@@ -26,8 +26,8 @@ from bridle.utils.variables import NO_VARIABLES
 ALL = "all"
 """Stands for the whole corpus, unless a domain has this name: one regulariser on everything is "without adaptive"."""
 
-OF_METRICS = ("kl", "kl_unreached", "lambda")
-"""Metrics of a regulariser that begin with what they measure, kl/NAME, where others are NAME/lambda."""
+RESERVED = ("kl", "kl_unreached", "lambda")
+"""No regulariser may have these names: its metrics are kl/NAME, kl_unreached/NAME, NAME/lambda and others."""
 
 LARGEST = torch.finfo(torch.float32).max
 """The largest weight and guidance scale: losses are in float32."""
@@ -191,10 +191,8 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
         if name in found:
             raise UserError(f"regularisers: two are called '{name}'; give each a `name` of its own")
         check_file_name(name, f"regularisers.{name}")
-        if name in OF_METRICS:
-            raise UserError(
-                f"regularisers.{name}: is what metrics of every regulariser are called; take another `name`"
-            )
+        if name in RESERVED:
+            raise UserError(f"regularisers.{name}: metrics are called {name}; give the regulariser another `name`")
         with prefixed(f"regularisers.{name}."):
             one.domains(corpus)
         found[name] = replace(one, name=name)
