@@ -284,6 +284,32 @@ def test_constrained_adaptive_at_several_strengths(bridle, compared, tmp_path):
     assert description("constrained-adaptive@3").endswith(": factor 3.")
 
 
+def test_a_factor_of_one_regulariser_of_several(bridle, compared, tmp_path):
+    """Two policies on one domain: the λ of one is swept, 0 included, and the report draws both rates."""
+    path, folder = compared(), tmp_path / "out"
+    mapping = yaml.safe_load(path.read_text())
+    mapping["constraints"]["brief"] = {"type": "length", "max_words": 3}
+    rude, held = mapping["regularisers"]["rude"], mapping["regularisers"]["plain"]
+    mapping["regularisers"] = [
+        {**held, "domain": "plain"},
+        {**rude, "domain": "rude", "name": "kind"},
+        {**rude, "domain": "rude", "name": "short", "constraint": "brief", "weight": 2.0},
+    ]
+    mapping["methods"] = {"constrained-adaptive": {"of": "short", "factor": [0, 3]}}
+    path.write_text(yaml.safe_dump(mapping))
+    code, _, err = bridle("compare", path, "--methods", "constrained-adaptive", "--output_dir", folder)
+    assert code == 0, err
+    weights = {
+        name: [one.weight for one in load_recipe(path).regularisers.values()]
+        for name in ("", "@0", "@3")
+        for path in [folder / f"constrained-adaptive{name}/seed-0/recipe.yaml"]
+    }
+    others = weights[""][:2]
+    assert weights == {"": [*others, 2.0], "@0": [*others, 0.0], "@3": [*others, 6.0]}
+    assert (folder / "plots/policies.png").is_file()
+    assert "Several policies" in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_factor_of_a_λ_that_follows_a_target_is_refused(bridle, compared, tmp_path):
     code, _, err = bridle(
         *("compare", compared(), "--methods", "base,constrained-adaptive@3", "--output_dir", tmp_path / "out"),
@@ -332,7 +358,12 @@ def test_a_value_that_becomes_several_makes_a_method_of_each(compared, tmp_path)
         ([], {"wise-ft": {"alpha": 2}}, "^recipe: methods.wise-ft.alpha: .*less than or equal to 1"),
         ([], {"wise-ft": {"alpha": []}}, "^recipe: methods.wise-ft.alpha: has no value; give one or several"),
         ([], {"l2-sp": {"wieght": 1}}, "^recipe: methods.l2-sp.wieght: there is no key 'wieght'; did you mean weight"),
-        (["constrained-adaptive@0"], {}, "^methods.constrained-adaptive.factor: input should be greater than 0"),
+        (["constrained-adaptive@-1"], {}, "constrained-adaptive@-1"),
+        (
+            ["constrained-adaptive@2"],
+            {"constrained-adaptive": {"of": "rood"}},
+            "^methods.constrained-adaptive.of: there is no regulariser 'rood'; did you mean rude",
+        ),
         (["wise-ft@much"], {}, "^methods.wise-ft.alpha: input should be a valid number"),
         (["wise-ft@0.5@0.7"], {}, "^methods: wise-ft@0.5@0.7 has two values of alpha; give one"),
         (

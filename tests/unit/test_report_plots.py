@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.text import Text
 
 from bridle.errors import UserError
-from bridle.report import tables
+from bridle.report import pareto, tables
 from bridle.report.data import Curve, Figure, Figures, Main, Method, RegulariserRound, Report, Round, read_report
 from bridle.report.html import write_report
 from bridle.report.pareto import pareto_front, tradeoffs
@@ -22,6 +22,7 @@ from bridle.report.plots import (
     draw_plots,
     method_style,
     other_tradeoffs,
+    policies,
     reliability,
     svg,
     tradeoff,
@@ -106,6 +107,31 @@ def test_tradeoff_labels_every_measured_method_and_names_the_others(report):
     assert set(texts(drawing)[0]) == {*drawn, "better"}
     assert "not measured: rl, constrained" in novels.get_xlabel()
     assert letters.get_xlabel().endswith("not measured: rl")
+
+
+def test_two_policies_are_drawn_against_each_other(report):
+    """The training oracle of the main constraint is the same policy, and not drawn."""
+    rates = {"sft": (0.3, 0.32, 0.1), "rl": (0.1, 0.12, 0.5), "constrained-adaptive": (0.1, 0.11, 0.2)}
+    measured = {
+        name: Method(
+            figures=Figures(
+                violation={
+                    "rude": dict(zip(("judge", "oracle", "brief"), map(figure, values), strict=True)),
+                    "mild": {"brief": figure(0.4)},
+                }
+            )
+        )
+        for name, values in rates.items()
+    }
+    several = Report("grumble", main=Main("rude", "judge", None, "oracle"), methods=measured)
+    (panel,) = pareto.policies(several)
+    assert panel.points == {name: (first, last) for name, (first, _, last) in rates.items()}
+    assert list(panel.front) == ["constrained-adaptive", "sft"]
+    (ax,) = policies(several).axes
+    assert ax.get_ylabel() == "violation rate on rude (brief, inverted)"
+    assert ax.yaxis_inverted()
+    assert policies(report) is None, "one policy"
+    assert tradeoff(several) is None, "a rate is no utility"
 
 
 def test_better_is_up_and_left_in_every_panel(report):

@@ -27,10 +27,12 @@ class StrengthOptions:
     """The knob of `constrained-adaptive`, which is itself compared as the recipe has it, beside each other value.
 
     Attributes:
-        factor: multiplies every regulariser's λ, in a method beside the recipe's own; or several.
+        factor: multiplies λ, in a method beside the recipe's own; or several.
+        of: the regulariser whose λ it multiplies, by its name; None for every one.
     """
 
-    factor: PositiveFloat | list[PositiveFloat] = 1.0
+    factor: NonNegativeFloat | list[NonNegativeFloat] = 1.0
+    of: str | None = None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from bridle.errors import RunStopped, UserError, prefixed
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import Recipe
 from bridle.recipes.run import SHAPES_NOTHING, build_trainer
+from bridle.training.config import Regulariser
 from bridle.training.engine import release
 from bridle.utils.files import read_json, write_json
 from bridle.utils.settings import build, check_keys, known_name
@@ -134,8 +135,8 @@ def constrained_adaptive(cell: Cell) -> Candidate:
     if cell.method == knobs.ADAPTIVE:
         return cell.train(cell.variant())
     factor, given = knobs.knob_of(cell), cell.recipe.resolved["regularisers"]
-    scaled = {name: {**given[name], "weight": one.weight * factor} for name, one in cell.recipe.regularisers.items()}
-    return cell.train(cell.variant(regularisers=scaled))
+    scaled = {name: {**given[name], "weight": one.weight * factor} for name, one in _scaled(cell.recipe).items()}
+    return cell.train(cell.variant(regularisers={**given, **scaled}))
 
 
 BUILT_IN: dict[str, Method] = {
@@ -228,12 +229,20 @@ def _each(name: str, recipe: Recipe) -> list[str]:
     if base_name(name) not in knobs.OPTIONS:
         return [name]
     found = knobs.names(name, recipe)
-    for domain, regulariser in recipe.regularisers.items():
-        if regulariser.target is not None and (
-            scaled := [one for one in found if one.startswith(f"{knobs.ADAPTIVE}@")]
-        ):
-            raise UserError(f"regularisers.{domain}.target: λ follows it; leave {scaled[0]} out")
+    if scaled := [one for one in found if one.startswith(f"{knobs.ADAPTIVE}@")]:
+        for domain, regulariser in _scaled(recipe).items():
+            if regulariser.target is not None:
+                raise UserError(f"regularisers.{domain}.target: λ follows it; leave {scaled[0]} out")
     return found
+
+
+def _scaled(recipe: Recipe) -> dict[str, Regulariser]:
+    """The regularisers whose λ the knob of `constrained-adaptive` multiplies, by name."""
+    of = options_of(knobs.ADAPTIVE, recipe).of
+    if of is None:
+        return recipe.regularisers
+    known_name(of, recipe.regularisers, f"methods.{knobs.ADAPTIVE}.of", "regulariser")
+    return {of: recipe.regularisers[of]}
 
 
 def base_name(name: str) -> str:

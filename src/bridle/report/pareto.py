@@ -65,6 +65,24 @@ def tradeoffs(report: Report) -> list[Tradeoff]:
     return [one for one in found if one.methods]
 
 
+def policies(report: Report) -> list[Tradeoff]:
+    """The main violation rate against that of each further policy on the same prompts; none without a second policy.
+
+    The training oracle of the main constraint is the same policy, and no further one.
+    """
+    main = report.main
+    if main is None:
+        return []
+    first = main_violation(main)
+    further = [
+        one
+        for one in measures(report, "violation")
+        if one.on == main.prompt_set and one.within not in (main.constraint, main.trained_on)
+    ]
+    found = [Tradeoff(policy, _pairs(report, first, policy)) for policy in further]
+    return [one for one in found if one.methods]
+
+
 def _pairs(report: Report, first: Measure, second: Measure) -> dict[str, tuple[Figure, Figure]]:
     pairs = {}
     for name, method in report.methods.items():

@@ -18,13 +18,13 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from bridle.errors import UserError
-from bridle.report import data
+from bridle.report import data, pareto
 from bridle.report.data import MOST_ROUNDS, RegulariserRound, Report, spread
 from bridle.report.labels import label_points
 from bridle.report.pareto import Tradeoff, tradeoffs
 from bridle.report.style import DPI, INK, PAPER, STYLE, MethodStyle, method_style, shown
 from bridle.report.svg import svg
-from bridle.report.tables import spelt
+from bridle.report.tables import PERCENT, spelt
 from bridle.utils.files import atomic_file
 from bridle.utils.progress import track
 
@@ -32,6 +32,7 @@ __all__ = [
     "draw_plots",
     "method_style",
     "other_tradeoffs",
+    "policies",
     "reliability",
     "svg",
     "tradeoff",
@@ -86,6 +87,12 @@ def tradeoff(report: Report) -> Figure | None:
 def other_tradeoffs(report: Report) -> Figure | None:
     """Draws the same for each further utility, as small multiples."""
     return _tradeoffs(report, tradeoffs(report)[1:], PANEL)
+
+
+@rc_context(STYLE)
+def policies(report: Report) -> Figure | None:
+    """Draws the main violation rate against that of each further policy; None without a second one."""
+    return _tradeoffs(report, panels := pareto.policies(report), LARGE if len(panels) == 1 else PANEL)
 
 
 def _tradeoffs(report: Report, panels: list[Tradeoff], size: tuple[float, float]) -> Figure | None:
@@ -162,6 +169,7 @@ def reliability(report: Report) -> Figure | None:
 PLOTS: dict[str, Callable[[Report], Figure | None]] = {
     "tradeoff": tradeoff,
     "other_tradeoffs": other_tradeoffs,
+    "policies": policies,
     "training_curves": training_curves,
     "reliability": reliability,
 }
@@ -224,7 +232,9 @@ def _violation_label(report: Report, panel: Tradeoff) -> str:
 
 
 def _utility_label(panel: Tradeoff) -> str:
-    name = shown(spelt(panel.utility.on))
+    name, policy = shown(spelt(panel.utility.on)), panel.utility.within
+    if policy is not None:
+        return f"violation rate on {name} ({shown(policy)}, inverted)"
     return f"accuracy on {name}" if panel.more_is_better else f"perplexity of {name} (inverted)"
 
 
@@ -243,9 +253,9 @@ def _draw_tradeoff(ax: Axes, panel: Tradeoff) -> None:
     ax.set_xlim(left=max(ax.get_xlim()[0], -0.03 * ax.get_xlim()[1]))  # rates are not negative
     ax.set_ylabel(_utility_label(panel))
     ax.xaxis.set_major_formatter(_percent)
-    if panel.more_is_better:
+    if panel.utility.unit == PERCENT:
         ax.yaxis.set_major_formatter(_percent)
-    else:
+    if not panel.more_is_better:
         ax.invert_yaxis()
     arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
     ax.annotate(
