@@ -295,6 +295,7 @@ def test_a_factor_of_one_regulariser_of_several(bridle, compared, tmp_path):
         {**rude, "domain": "rude", "name": "kind"},
         {**rude, "domain": "rude", "name": "short", "constraint": "brief", "weight": 2.0},
     ]
+    mapping["evaluation"]["constraints"] = [rude["constraint"], "brief"]
     mapping["methods"] = {"constrained-adaptive": {"of": "short", "factor": [0, 3]}}
     path.write_text(yaml.safe_dump(mapping))
     code, _, err = bridle("compare", path, "--methods", "constrained-adaptive", "--output_dir", folder)
@@ -306,7 +307,7 @@ def test_a_factor_of_one_regulariser_of_several(bridle, compared, tmp_path):
     }
     others = weights[""][:2]
     assert weights == {"": [*others, 2.0], "@0": [*others, 0.0], "@3": [*others, 6.0]}
-    assert (folder / "plots/policies.png").is_file()
+    assert (folder / "plots/policies.svg").is_file()
     assert "Several policies" in (folder / "report.html").read_text(encoding="utf-8")
 
 
