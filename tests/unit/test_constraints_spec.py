@@ -177,3 +177,16 @@ def test_what_shares_no_oracle_with_training_is_independent(spec, independent):
     }
     assert trained_on(recipe) == ["own", *([] if independent else ["judge"]), "part"]
     assert trained_on({**recipe, "regularisers": None}) == []
+
+
+def test_the_oracles_of_the_first_of_several_policies_come_first():
+    """The first that is measured stands beside the independent constraint as its training oracle."""
+    recipe = {
+        "constraints": {
+            "brief": "length:max_words=3",
+            "kind": "words:a.txt",
+            "both": ["words:a.txt", "length:min_words=3"],
+        },
+        "regularisers": {"first": {"constraint": "both"}, "second": {"constraint": "brief"}},
+    }
+    assert trained_on(recipe) == ["both", "kind", "brief"]

@@ -91,8 +91,7 @@ def build_constraint(
 def trained_on(recipe: Mapping[str, Any]) -> list[str]:
     """The constraints of a recipe that are not independent, by name; the others judge without a share in training.
 
-    First those of its regularisers, then those that share an oracle with one of them, as their part or with another
-    threshold.
+    Of each regulariser its own, then those that share an oracle with it, as its part or with another threshold.
 
     Args:
         recipe: the mapping of its YAML file.
@@ -104,8 +103,8 @@ def trained_on(recipe: Mapping[str, Any]) -> list[str]:
     regularisers = as_mapping(recipe.get("regularisers"), "regularisers")
     used = [as_mapping(options, f"regularisers.{name}").get("constraint") for name, options in regularisers.items()]
     found = [str(name) for name in dict.fromkeys(used) if name in specs]
-    oracles = {oracle for name in found for oracle in _oracles(specs[name])}
-    return found + [name for name in specs if name not in found and oracles & _oracles(specs[name])]
+    alike = [name for own in found for name in (own, *(n for n in specs if _oracles(specs[own]) & _oracles(specs[n])))]
+    return list(dict.fromkeys(alike))
 
 
 def _oracles(spec: Any) -> set[str]:
