@@ -92,7 +92,8 @@ def other_tradeoffs(report: Report) -> Figure | None:
 @rc_context(STYLE)
 def policies(report: Report) -> Figure | None:
     """Draws the main violation rate against that of each further policy; None without a second one."""
-    return _tradeoffs(report, panels := pareto.policies(report), LARGE if len(panels) == 1 else PANEL)
+    panels = pareto.policies(report)
+    return _tradeoffs(report, panels, LARGE if len(panels) == 1 else PANEL)
 
 
 def _tradeoffs(report: Report, panels: list[Tradeoff], size: tuple[float, float]) -> Figure | None:
