@@ -359,11 +359,15 @@ def test_a_value_that_becomes_several_makes_a_method_of_each(compared, tmp_path)
         ([], {"wise-ft": {"alpha": 2}}, "^recipe: methods.wise-ft.alpha: .*less than or equal to 1"),
         ([], {"wise-ft": {"alpha": []}}, "^recipe: methods.wise-ft.alpha: has no value; give one or several"),
         ([], {"l2-sp": {"wieght": 1}}, "^recipe: methods.l2-sp.wieght: there is no key 'wieght'; did you mean weight"),
-        (["constrained-adaptive@-1"], {}, "constrained-adaptive@-1"),
+        (
+            ["constrained-adaptive@-1"],
+            {},
+            "^methods.constrained-adaptive.factor: input should be greater than or equal",
+        ),
         (
             ["constrained-adaptive@2"],
             {"constrained-adaptive": {"of": "rood"}},
-            "^methods.constrained-adaptive.of: there is no regulariser 'rood'; did you mean rude",
+            "^methods.constrained-adaptive.of: there is no regulariser 'rood'; there are: plain, rude",
         ),
         (["wise-ft@much"], {}, "^methods.wise-ft.alpha: input should be a valid number"),
         (["wise-ft@0.5@0.7"], {}, "^methods: wise-ft@0.5@0.7 has two values of alpha; give one"),
