@@ -307,8 +307,8 @@ def test_a_factor_of_one_regulariser_of_several(bridle, compared, tmp_path):
     }
     others = weights[""][:2]
     assert weights == {"": [*others, 2.0], "@0": [*others, 0.0], "@3": [*others, 6.0]}
-    assert (folder / "plots/policies.svg").is_file()
-    assert "Several policies" in (folder / "report.html").read_text(encoding="utf-8")
+    assert (folder / "plots/further_constraints.svg").is_file()
+    assert "Further constraints" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_factor_of_a_λ_that_follows_a_target_is_refused(bridle, compared, tmp_path):

@@ -20,9 +20,9 @@ from bridle.report.html import write_report
 from bridle.report.pareto import pareto_front, tradeoffs
 from bridle.report.plots import (
     draw_plots,
+    further_constraints,
     method_style,
     other_tradeoffs,
-    policies,
     reliability,
     svg,
     tradeoff,
@@ -110,7 +110,7 @@ def test_tradeoff_labels_every_measured_method_and_names_the_others(report):
 
 
 def test_two_policies_are_drawn_against_each_other(report):
-    """The training oracle of the main constraint is the same policy, and not drawn."""
+    """The training oracle has its rates beside the main ones, and is not drawn."""
     rates = {"sft": (0.3, 0.32, 0.1), "rl": (0.1, 0.12, 0.5), "constrained-adaptive": (0.1, 0.11, 0.2)}
     measured = {
         name: Method(
@@ -124,13 +124,13 @@ def test_two_policies_are_drawn_against_each_other(report):
         for name, values in rates.items()
     }
     several = Report("grumble", main=Main("rude", "judge", None, "oracle"), methods=measured)
-    (panel,) = pareto.policies(several)
+    (panel,) = pareto.further_constraints(several)
     assert panel.points == {name: (first, last) for name, (first, _, last) in rates.items()}
     assert list(panel.front) == ["constrained-adaptive", "sft"]
-    (ax,) = policies(several).axes
+    (ax,) = further_constraints(several).axes
     assert ax.get_ylabel() == "violation rate on rude (brief, inverted)"
     assert ax.yaxis_inverted()
-    assert policies(report) is None, "one policy"
+    assert further_constraints(report) is None, "one constraint"
     assert tradeoff(several) is None, "a rate is no utility"
 
 

@@ -30,7 +30,7 @@ SHOWN_STRIPS, SHOWN_WARNINGS = 2, 2  # the others are there on request
 PIXELS = 1.25  # of the page for each point of a plot
 HEADINGS = {
     "tradeoff": "Which method",
-    "policies": "Several policies",
+    "further_constraints": "Further constraints",
     "summary": "Summary",
     "methods": "Methods",
     "wins": "Win rates",
@@ -50,7 +50,7 @@ HEADINGS = {
 PLOTS_IN_WORDS = {
     "tradeoff": "One point per method; the table of all methods holds the same figures.",
     "other_tradeoffs": "The same for the other utilities.",
-    "policies": "One point per method: how often each policy is violated.",
+    "further_constraints": "One point per method: how often the main and a further constraint are violated.",
     "training_curves": "One line per training run: compliance, KL, CE, λ and its target over the rounds.",
     "reliability": "What R predicted for prefixes against how often the finished text complied.",
 }

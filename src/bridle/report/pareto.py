@@ -65,10 +65,10 @@ def tradeoffs(report: Report) -> list[Tradeoff]:
     return [one for one in found if one.methods]
 
 
-def policies(report: Report) -> list[Tradeoff]:
-    """The main violation rate against that of each further policy on the same prompts; none without a second policy.
+def further_constraints(report: Report) -> list[Tradeoff]:
+    """The main violation rate against that under each further constraint on the same prompts.
 
-    The training oracle of the main constraint is the same policy, and no further one.
+    The training oracle is left out: its rates stand beside the main ones.
     """
     main = report.main
     if main is None:
@@ -79,7 +79,7 @@ def policies(report: Report) -> list[Tradeoff]:
         for one in measures(report, "violation")
         if one.on == main.prompt_set and one.within not in (main.constraint, main.trained_on)
     ]
-    found = [Tradeoff(policy, _pairs(report, first, policy)) for policy in further]
+    found = [Tradeoff(other, _pairs(report, first, other)) for other in further]
     return [one for one in found if one.methods]
 
 

@@ -30,9 +30,9 @@ from bridle.utils.progress import track
 
 __all__ = [
     "draw_plots",
+    "further_constraints",
     "method_style",
     "other_tradeoffs",
-    "policies",
     "reliability",
     "svg",
     "tradeoff",
@@ -90,9 +90,9 @@ def other_tradeoffs(report: Report) -> Figure | None:
 
 
 @rc_context(STYLE)
-def policies(report: Report) -> Figure | None:
-    """Draws the main violation rate against that of each further policy; None without a second one."""
-    panels = pareto.policies(report)
+def further_constraints(report: Report) -> Figure | None:
+    """Draws the main violation rate against that under each further constraint; None without one."""
+    panels = pareto.further_constraints(report)
     return _tradeoffs(report, panels, LARGE if len(panels) == 1 else PANEL)
 
 
@@ -170,7 +170,7 @@ def reliability(report: Report) -> Figure | None:
 PLOTS: dict[str, Callable[[Report], Figure | None]] = {
     "tradeoff": tradeoff,
     "other_tradeoffs": other_tradeoffs,
-    "policies": policies,
+    "further_constraints": further_constraints,
     "training_curves": training_curves,
     "reliability": reliability,
 }
