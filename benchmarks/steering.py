@@ -4,7 +4,8 @@
 
 Each setting is a comparison of `constrained-adaptive` alone in a folder of its own below DIR, and goes on where an
 earlier call stopped. A target has a confidence: its bound is the one-sided Clopper–Pearson bound of the trained model's
-fresh rollouts under the regulariser's constraint. The rate and the perplexity are those of the recipe's `evaluation`;
+fresh rollouts under the regulariser's constraint; with several regularisers λ is their mean and the bound the largest,
+since each has to meet the target. Retention keeps the recipe's λ. The rate and the perplexity are those of the recipe's `evaluation`;
 `over_sweep` is the perplexity over that which the fixed λ have at the same rate, by log-linear interpolation.
 """
 
@@ -26,28 +27,27 @@ METHOD = "constrained-adaptive"
 
 
 def compared(options: Namespace, name: str, regulariser: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every seed reaches with some settings of every regulariser."""
+    """What every seed reaches with some settings of every regulariser that has a constraint."""
     base = load_recipe(options.recipe)
-    changes = {
-        f"regularisers.{domain}.{key}": value for domain in base.regularisers for key, value in regulariser.items()
-    }
+    domains = [domain for domain, one in base.regularisers.items() if one.constraint is not None]
+    changes = {f"regularisers.{domain}.{key}": value for domain in domains for key, value in regulariser.items()}
     changes |= {"rounds": options.rounds, "evaluation.tasks": [], "evaluation.judge": None}
     folder = options.folder / name
     recipe = load_recipe(options.recipe, changes)
     Comparison(recipe, folder, [METHOD], range(options.seeds), resume=folder.exists(), show=print).run()
-    return [reached(folder / METHOD / f"seed-{seed}", options.held_out) for seed in range(options.seeds)]
+    return [reached(folder / METHOD / f"seed-{seed}", domains, options.held_out) for seed in range(options.seeds)]
 
 
-def reached(folder: Path, held_out: str) -> dict[str, Any]:
+def reached(folder: Path, domains: Sequence[str], held_out: str) -> dict[str, Any]:
     """The figures of one trained model."""
     results = read_json(folder / "results.json", dict[str, Any])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    log = {key.partition("/")[2]: value for row in rows for key, value in row.items() if "/" in key}  # the last values
+    log = {key: value for row in rows for key, value in row.items()}  # the last values
     rates = next(iter(results["generation"].values()))
     return {
-        "weight": log["lambda"],
-        "bound": log.get("violation_bound"),
-        "reached": log.get("violation_reached"),
+        "weight": fmean(log[f"{domain}/lambda"] for domain in domains),
+        "bound": max((log[key] for domain in domains if (key := f"{domain}/violation_bound") in log), default=None),
+        "reached": max((log[key] for domain in domains if (key := f"{domain}/violation_reached") in log), default=None),
         "rates": {name: found["violation_rate"]["value"] for name, found in rates.items()},
         "perplexity": results["perplexity"][held_out]["per_token"]["value"],
     }
