@@ -4,9 +4,10 @@
 
 Each setting is a comparison of `constrained-adaptive` alone in a folder of its own below DIR, and goes on where an
 earlier call stopped. A target has a confidence: its bound is the one-sided Clopper–Pearson bound of the trained model's
-fresh rollouts under the regulariser's constraint; with several regularisers λ is their mean and the bound the largest,
-since each has to meet the target. Retention keeps the recipe's λ. The rate and the perplexity are those of the recipe's `evaluation`;
-`over_sweep` is the perplexity over that which the fixed λ have at the same rate, by log-linear interpolation.
+fresh rollouts under the regulariser's constraint. With several regularisers λ is their mean and the bound the largest,
+since each has to meet the target; retention keeps the recipe's λ. The rate and the perplexity are those of the recipe's
+`evaluation`; `over_sweep` is the perplexity over that which the fixed λ have at the same rate, by log-linear
+interpolation.
 """
 
 import json

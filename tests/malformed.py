@@ -204,7 +204,7 @@ RECIPE_KEYS = [
     ("auxiliary.head_rank", 0, "auxiliary.head_rank: input should be greater than 0"),
     ("auxiliary.depth", -1, "auxiliary.depth: input should be greater than or equal to 0"),
     ("auxiliary.validation_share", 2, "auxiliary.validation_share: input should be less than or equal to 1"),
-    ("parallel.policy_workers", 0, "parallel.policy_workers: must be at least 1"),
+    ("parallel.policy_workers", 0, "parallel.policy_workers: input should be greater than 0"),
     ("parallel.patience", "a while", "parallel.patience: input should be a valid number"),
     ("rounds", 0, "rounds: must be at least 1, not 0"),
     ("rollouts_per_round", -5, "rollouts_per_round: must be at least 1, not -5"),

@@ -50,6 +50,16 @@ def evaluations(trainer):
     return [record for record in trainer.state.log_history if "eval_violation" in record]
 
 
+def test_no_more_completions_than_asked_for_of_the_domains_in_turn(trained):
+    held_out = {name: Dataset.from_dict({"text": SENTENCES[at : at + 3]}) for name, at in (("plain", 0), ("rude", 3))}
+    options = EvalOptions(corpus=held_out, constraints=[NO_E], domains=["plain", "rude"], completions=3)
+    trainer = trained("few", max_steps=1, rounds=1, eval_options=options)
+    (record,) = evaluations(trainer)
+    assert record["eval_completions"] == len(trainer.eval_prompts) == 3
+    of_plain = [any(row.startswith(prompt.text) for row in SENTENCES[:3]) for prompt in trainer.eval_prompts]
+    assert of_plain == [True, False, True]
+
+
 def test_each_round_is_measured_and_training_is_not_disturbed(trained):
     plain = trained("plain", max_steps=6, rounds=3)
     measured = trained(

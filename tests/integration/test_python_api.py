@@ -7,12 +7,20 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from peft import CartridgeConfig, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import (
+    CartridgeConfig,
+    LoHaConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import ProcessorMixin, TrainerCallback
 from trl import SFTConfig, TrlParser
 
 from bridle.errors import UserError
-from bridle.models.auxiliary import fingerprint, new_auxiliary
+from bridle.models.auxiliary import acting_parameters, fingerprint, new_auxiliary
 from bridle.models.hidden import causal_lm, project
 from bridle.models.loading import LoraOptions, load_for_inference, load_model, load_tokenizer
 from bridle.recipes.recipe import load_recipe
@@ -404,6 +412,20 @@ def test_a_trained_adapter_is_merged_into_an_own_network(tiny_folder):
     network = new_auxiliary(model, own_network=True).network.eval()
     states = causal_lm(model).base_model(ids).last_hidden_state
     torch.testing.assert_close(network(ids).last_hidden_state, states, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+def test_adapters_count_once_they_act(tiny_folder, target):
+    model = load_model(str(tiny_folder()))
+    before = fingerprint(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[target]))
+    assert fingerprint(adapted) == before
+    assert acting_parameters(adapted).keys() == dict(load_model(str(tiny_folder())).named_parameters()).keys()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    assert fingerprint(adapted) != before
+    assert any("lora_" in name for name in acting_parameters(adapted))
 
 
 def test_a_weight_without_dimensions_has_a_hash():

@@ -54,7 +54,7 @@ def test_processes_that_were_started_already_are_refused(recipe, tmp_path, monke
 
 
 def test_a_role_without_workers():
-    with pytest.raises(UserError, match="regulariser_workers: must be at least 1, not 0"):
+    with pytest.raises(UserError, match="regulariser_workers: input should be greater than 0, not 0"):
         ParallelOptions(regulariser_workers=0)
 
 

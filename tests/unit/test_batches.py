@@ -27,6 +27,12 @@ def test_completions_begin_after_a_prompt_and_in_text_wherever_a_rollout_may():
     ]
 
 
+def test_position_t_predicts_token_t_plus_1():
+    labels = torch.tensor([[5, 6, 7], [5, -100, 7]])
+    found = Prefixes.of_corpus([0, 0], labels, torch.ones_like(labels))
+    assert found.mask.tolist() == [[True, True], [False, True]]
+
+
 def test_a_prompt_of_one_token_is_not_taken_for_text():
     """In rows of the corpus that are text, that begin with such a prompt or within a completion; and in a rollout."""
     ids = torch.arange(12).view(3, 4)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.distributions import Bernoulli
 
 from bridle.core.calibration import calibration, shift_to_rate
-from bridle.core.decomposition import consistency_loss, future_weights, label_loss, log_target
+from bridle.core.decomposition import consistency_loss, importance_weights, label_loss, log_target
 from bridle.core.output_layer import OutputLayer
 from bridle.core.tokens import (
     IGNORE,
@@ -21,7 +21,6 @@ from bridle.core.tokens import (
     pad_left,
     pad_right,
     positions,
-    shift,
 )
 from reference_losses import cross_entropy, entropy, kl_divergence
 
@@ -40,11 +39,6 @@ def descend(loss_of, parameter, steps=3000, rate=0.05):
 
 
 class TestTokens:
-    def test_position_t_predicts_token_t_plus_1(self):
-        targets, mask = shift(torch.tensor([[5, 6, 7], [5, IGNORE, 7]]))
-        assert targets.tolist() == [[6, 7], [0, 7]]
-        assert mask.tolist() == [[True, True], [False, True]]
-
     def test_masks_go_by_length_even_where_a_real_token_equals_the_pad(self):
         ids, mask = pad_right([[0, 0], [3, 0, 0]], pad=0)
         assert ids.tolist() == [[0, 0, 0], [3, 0, 0]]
@@ -316,7 +310,7 @@ class TestFutureWeights:
         compliance = torch.rand(8, generator=torch.Generator().manual_seed(1))
         log_probs, drawn = (_path_log_probs(sequences, seed) for seed in (2, 3))
         mask = torch.ones_like(sequences, dtype=torch.bool)
-        weights = future_weights(log_probs, drawn, mask, most=1e9)
+        weights = importance_weights(log_probs, drawn, mask, clip=1e9)
         p, p_drawn = log_probs.sum(-1).exp(), drawn.sum(-1).exp()
         for prefix_length in range(1, length + 1):
             for prefix in itertools.product(range(2), repeat=prefix_length):
@@ -328,13 +322,13 @@ class TestFutureWeights:
     def test_a_model_weighs_its_own_samples_as_they_are(self):
         log_probs = -torch.rand(4, 5)
         mask = torch.arange(5) < torch.tensor([[5], [3], [1], [5]])
-        assert (future_weights(log_probs, log_probs.clone(), mask)[mask] == 1).all()
+        assert (importance_weights(log_probs, log_probs.clone(), mask)[mask] == 1).all()
 
     def test_the_last_token_weighs_one_and_no_weight_exceeds_the_most(self):
         log_probs, drawn = torch.full((1, 4), -1.0), torch.full((1, 4), -3.0)
         mask = torch.tensor([[True, True, True, False]])
-        assert future_weights(log_probs, drawn, mask)[0, :3].tolist() == pytest.approx([4.0, 4.0, 1.0])
-        assert future_weights(drawn, log_probs, mask)[0, 0].item() == pytest.approx(math.exp(-4))
+        assert importance_weights(log_probs, drawn, mask)[0, :3].tolist() == pytest.approx([4.0, 4.0, 1.0])
+        assert importance_weights(drawn, log_probs, mask)[0, 0].item() == pytest.approx(math.exp(-4))
 
     def test_a_weight_counts_like_so_many_samples(self):
         r_taken, mask, compliance = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.tensor([0.0, 1.0])

@@ -171,8 +171,8 @@ BOUNDS = ("methods.rl.max_steps", "methods.rl.save_every")
 def shapes(key: str, names: Collection[str], reads_all: bool = False) -> bool:
     """Whether what any of these methods makes depends on a key of the recipe, as "regularisers.forum.weight".
 
-    A method depends on its own options, `methods.NAME`, but those whose values its name has, and on all other keys but
-    its `UNSEEN`, unless it `reads_all`; the model and the seed are the cell's.
+    A method depends on its own options, `methods.NAME`, except those that its name gives, and on every other key except
+    those in its `UNSEEN`, unless it `reads_all`; the model and the seed are the cell's.
     """
     section, _, rest = key.partition(".")
     if key in BOUNDS:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def future_weights(log_probs: Tensor, drawn_log_probs: Tensor, mask: Tensor, most: float = 4.0) -> Tensor:
-    """Weights of the labels of another model's samples, at each prefix.
+def importance_weights(log_probs: Tensor, drawn_log_probs: Tensor, mask: Tensor, clip: float = 4.0) -> Tensor:
+    """Truncated importance weights of the labels of another model's samples, at each prefix.
 
     R(s_t) averages C over what p_a says after s_t. Where the sample was drawn from another model p', the label counts
     by Π_{u>t} p_a(y_u|s_{u-1}) / p'(y_u|s_{u-1}): what came before does not matter, since R is conditional on it, so
@@ -30,14 +30,14 @@ def future_weights(log_probs: Tensor, drawn_log_probs: Tensor, mask: Tensor, mos
         log_probs: [batch, time] of the sample's tokens under p_a.
         drawn_log_probs: [batch, time] under the model that drew them.
         mask: [batch, time], true where the sample has a token.
-        most: upper bound of the weights: less variance for a little bias.
+        clip: upper bound of the weights: less variance for a little bias.
 
     Returns:
         [batch, time] weights, all 1 where both models are the same.
     """
     ratios = (log_probs - drawn_log_probs).masked_fill(~mask, 0)
     after = ratios.sum(-1, keepdim=True) - ratios.cumsum(-1)
-    return after.exp().clamp(max=most)
+    return after.exp().clamp(max=clip)
 
 
 def label_loss(
@@ -50,7 +50,7 @@ def label_loss(
             first j + 1 completion tokens.
         mask: [batch, time], true where the sample has a token.
         compliance: [batch], C of the whole sample in [0, 1].
-        weights: [batch, time], from `future_weights`; None counts every prefix once.
+        weights: [batch, time], from `importance_weights`; None counts every prefix once.
 
     Returns:
         (weighted sum over prefixes, their total weight), in nats.

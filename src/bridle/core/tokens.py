@@ -1,8 +1,8 @@
-"""The label shift and the masks: the only module that knows which position predicts which token.
+"""Padding, positions and masks, which come from lengths or labels, never from token ids: a pad token may equal the end
+token.
 
-A causal model's output at position t scores token t + 1. All other modules work on aligned tensors: position t of
-`logits`, `targets` and `mask` refers to the same token. Masks come from lengths or labels, never from token ids, since
-a pad token may equal the end token.
+A causal model's output at position t scores token t + 1. The losses work on aligned tensors: position t of `logits`,
+`targets` and `mask` refers to the same token.
 """
 
 import torch
@@ -10,21 +10,6 @@ from torch import Tensor
 
 IGNORE = -100
 """The label of a token that is not trained on, as in `transformers` and `torch`."""
-
-
-def shift(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Aligns labels with the positions that predict them.
-
-    Args:
-        labels: [batch, time] token ids, `IGNORE` where a token is not trained on.
-
-    Returns:
-        targets: [batch, time - 1], a valid token id everywhere (0 where masked).
-        mask: [batch, time - 1], true where position t predicts a trained-on token.
-    """
-    targets = labels[:, 1:]
-    mask = targets != IGNORE
-    return targets.masked_fill(~mask, 0), mask
 
 
 def length_mask(lengths: Tensor, time: int) -> Tensor:

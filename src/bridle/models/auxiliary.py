@@ -326,17 +326,24 @@ def fingerprint(model: nn.Module) -> str:
     A model with untrained adapters, which change nothing yet, has the base model's.
     """
     with in_shards(model):
-        parameters = {name.replace("_checkpoint_wrapped_module.", ""): one for name, one in model.named_parameters()}
-        # The matrices B of LoRA, which begin at 0.
-        raised = [one for name, one in parameters.items() if "lora_B" in name or "lora_embedding_B" in name]
-        if raised and not any(whole(one.detach()).any() for one in raised):
-            beneath = {name: one for name, one in parameters.items() if "lora_" not in name}
-            parameters = {
-                name.removeprefix("base_model.model.").replace(".base_layer", ""): one for name, one in beneath.items()
-            }
         return digest(
-            (name, whole(one.detach()).flatten()[:FINGERPRINT].to(torch.bfloat16)) for name, one in parameters.items()
+            (name, whole(one.detach()).flatten()[:FINGERPRINT].to(torch.bfloat16))
+            for name, one in acting_parameters(model).items()
         )
+
+
+def acting_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by name, without LoRA adapters that change nothing yet."""
+    parameters = {name.replace("_checkpoint_wrapped_module.", ""): one for name, one in model.named_parameters()}
+    # The factors that begin at 0: of a linear layer the second one, of an embedding the first.
+    zeros = [one for name, one in parameters.items() if "lora_B" in name or "lora_embedding_A" in name]
+    if not zeros or any(whole(one.detach()).any() for one in zeros):
+        return parameters
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): one
+        for name, one in parameters.items()
+        if "lora_" not in name
+    }
 
 
 def load_auxiliary(folder: str | Path, model: PreTrainedModel) -> AuxiliaryModel:

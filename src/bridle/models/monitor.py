@@ -118,7 +118,7 @@ class Monitor:
                 guide=self,
                 traces=traces,
                 keep_states=True,
-                seed=seed if not attempt else seed + 1_000_003 * attempt,
+                seed=seed + 1_000_003 * attempt,
                 **how,
             )
             still = []

@@ -147,7 +147,7 @@ def watch(folder: Path, *, sleep: Callable[[float], None] = time.sleep) -> None:
         sleep: waits between two looks at the file.
 
     Raises:
-        UserError: the folder holds no run, or a row of its `metrics.jsonl` is none of a run.
+        UserError: the folder holds no run, or a row of its `metrics.jsonl` is not a record of a run.
     """
     run = Run(Path(folder))
     if not run.path.is_file():

@@ -241,7 +241,7 @@ def transfer(report: Report) -> Table | None:
 
 
 def overview_tasks(report: Report) -> tuple[str, ...]:
-    """The recipe's tasks and groups, or the usual two."""
+    """The recipe's tasks and groups, or MMLU and the commonsense groups."""
     return tuple(report.settings.get("tasks") or OVERVIEW_TASKS)
 
 

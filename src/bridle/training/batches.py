@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from bridle.core.tokens import IGNORE, completion_positions, length_mask, pad_right, shift
+from bridle.core.tokens import IGNORE, completion_positions, length_mask, pad_right
 from bridle.data import DOMAIN, Rollout
 
 NO_DOMAIN = -1  # the domain of a rollout's row
@@ -55,8 +55,9 @@ class Prefixes:
         """
         indices = np.asarray(domain, dtype=np.int64)
         tokens, learnt = attention_mask.sum(-1).numpy(), ~np.isin(indices, list(held))
+        mask = (labels[:, 1:] != IGNORE).numpy()  # position t predicts token t + 1
         is_text = (labels[:, :2] != IGNORE).all(-1).numpy()  # a prompt of one token has no label itself
-        return cls(indices, np.full_like(indices, -1), shift(labels)[1].numpy(), tokens, learnt, is_text)
+        return cls(indices, np.full_like(indices, -1), mask, tokens, learnt, is_text)
 
     @property
     def trained_on(self) -> Mask:

@@ -54,12 +54,14 @@ class Regulariser:
             function of a list of texts, as `PythonFunction` takes it. None, or "retention", is retention: R = 1, so
             that q is the initial model, and the term keeps the policy close to it.
         weight: λ, the strength of KL(q ‖ p_θ) against the corpus's cross-entropy, ≥ 0; with a `target`, the value
-            that it begins with.
+            that it begins with. Where the model violates in more than half of its outputs, begin with 3.
         target: the highest violation, in place of a fixed λ: after each round λ moves towards it.
         share: the share of outputs that comply, in place of all of them: `{at_least: 0.4, at_most: 0.6}`.
         anchor: the model p_a that q is built on. `live`: the policy itself, detached, which needs no extra
             forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
-        kl_on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`.
+        kl_on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`. If not given,
+            the rollouts' with a constraint, since q does not contradict the corpus there, and the corpus's for
+            retention, which needs no rollouts.
         rollouts_of: whose rollouts, for retention: the `anchor`'s, the initial model's, drawn once; or the `policy`'s,
             drawn again in each round. A constraint has those of its anchor, on which R is fitted.
         prompts: where rollouts start, in one random order over the rounds; None for the beginnings of the domain's own
@@ -77,11 +79,11 @@ class Regulariser:
     """
 
     constraint: Constraint | None = None
-    weight: float = 4.0
+    weight: float = 30.0
     target: TargetOptions | None = None
     share: ShareOptions | None = None
     anchor: Literal["live", "previous", "initial"] = "live"
-    kl_on: Literal["corpus", "rollouts", "both"] = "corpus"
+    kl_on: Literal["corpus", "rollouts", "both"] | None = None
     rollouts_of: Literal["anchor", "policy"] = "anchor"
     prompts: DataSource | None = None
     guidance_scale: float = 1.0
@@ -92,6 +94,7 @@ class Regulariser:
     def __post_init__(self) -> None:
         self.constraint = _constraint(self.constraint)
         check_fields(self)
+        self.kl_on = self.kl_on or ("corpus" if self.is_retention else "rollouts")
         if not 0 <= self.weight <= LARGEST:
             raise UserError(f"weight: a regulariser's weight must be 0 or more, and a float32, not {self.weight}")
         if not 0 <= self.guidance_scale <= LARGEST:
@@ -290,8 +293,8 @@ class ParallelOptions:
     """
 
     address: str | None = None
-    policy_workers: int = 1
-    regulariser_workers: int = 1
+    policy_workers: PositiveInt = 1
+    regulariser_workers: PositiveInt = 1
     num_cpus: NonNegativeFloat = 1.0
     num_gpus: NonNegativeFloat | None = None
     patience: NonNegativeFloat = 60.0
@@ -300,9 +303,6 @@ class ParallelOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for role in ("policy_workers", "regulariser_workers"):
-            if getattr(self, role) < 1:
-                raise UserError(f"{role}: must be at least 1, not {getattr(self, role)}")
 
     @property
     def largest_bytes(self) -> float:

@@ -7,12 +7,14 @@ allowed, or with a confidence a rate at which most samples show ε. The constrai
 this scale a step depends on the ratio alone, so that one η fits targets of 10% and of 0.1%.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp, floor, log
 from typing import Annotated
 
 from pydantic import Field, PositiveFloat
+from scipy.special import betaincinv
 
 from bridle.constraints.options import Probability
 from bridle.data import Rollout
@@ -104,24 +106,15 @@ class TargetOptions:
         """The violation that λ is steered to: below ε by the margin, or low enough for `samples` to show ε."""
         if self.confidence is None:
             return limit * (1 - self.margin)
-        from scipy.special import betaincinv
-
-        # The bound rises with the count: the first that shows too much is found by halving.
-        low, high = -1, floor(limit * samples) + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.bound(middle, samples) <= limit else (low, middle)
-        shown = max(0, low)
+        counts = range(floor(limit * samples) + 1)  # the bound rises with the count
+        shown = max(0, bisect_right(counts, limit, key=lambda count: self.bound(count, samples)) - 1)
         # The rate at which at most `shown` of the samples violate with probability 1 − margin.
         return float(betaincinv(shown + 1, samples - shown, self.margin))
 
     def bound(self, violations: int, samples: int) -> float:
         """The one-sided Clopper–Pearson upper bound (Biometrika 1934) on a rate, at `confidence`."""
-        from scipy.stats import binomtest  # which takes a second
-
         assert self.confidence is not None
-        found = binomtest(violations, samples, alternative="less").proportion_ci(self.confidence, method="exact")
-        return float(found.high)
+        return float(betaincinv(violations + 1, samples - violations, self.confidence)) if violations < samples else 1.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 An engine's probabilities differ a little from the policy's: other kernels, other precision. So the log-probability that
 each token had when it was drawn is kept, and R's labels are weighted by the likelihood ratio of what follows
-(`future_weights`).
+(`importance_weights`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -10,7 +10,7 @@ import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
         held_out: Mapping[str, Dataset],
         weights: Mapping[str, float],
         judged: Sequence[str],
-        constraints: Any,
+        constraints: Sequence[Constraint],
     ) -> None:
         """Prepares evaluation.
 
@@ -104,7 +104,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
             held_out: rows by domain that prompts start from, tokenised or chats.
             weights: the mixing weights of the domains that are learnt; `eval_loss` leaves the others out.
             judged: the domains whose rows give the prompts, if `options` name none.
-            constraints: the same.
+            constraints: what scores the completions, if `options` name none.
 
         Raises:
             UserError: a rule without a constraint, without a prompt or without a loss.
@@ -130,18 +130,20 @@ class EvaluatedTrainer(CheckpointedTrainer):
         longest = prompt_room(self.model, self.args.max_new_tokens)
         if options.prompts is not None:
             return read_prompts(options.prompts, self._tokenizer, longest)[: options.completions]
-        found: list[Prompt] = []
-        for domain in rows.values():
-            found += prompts_from_domain(
+        by_domain = [
+            prompts_from_domain(
                 domain,
-                min(-(-options.completions // len(rows)), len(domain)),
+                min(math.ceil(options.completions / len(rows)), len(domain)),
                 prompt_tokens=self.args.prompt_tokens,
                 seed=self._eval_seed("prompts"),
                 tokenizer=self._tokenizer,
                 end_tokens=self._end_token_ids,
                 max_prompt_tokens=longest,
             )
-        return list({tuple(prompt.ids): prompt for prompt in found}.values())
+            for domain in rows.values()
+        ]
+        in_turn = [prompt for prompts in zip_longest(*by_domain) for prompt in prompts if prompt is not None]
+        return list({tuple(prompt.ids): prompt for prompt in in_turn}.values())[: options.completions]
 
     @property
     def _end_token_ids(self) -> list[int]:

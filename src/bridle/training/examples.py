@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from bridle.core.decomposition import future_weights
+from bridle.core.decomposition import importance_weights
 from bridle.core.output_layer import OutputLayer
 from bridle.core.tokens import completion_positions, length_mask, pad_right
 from bridle.data import Rollout
@@ -226,7 +226,7 @@ def _weights(
         found.append(-F.cross_entropy(logits, tokens.to(model.device), reduction="none"))
     drawn = torch.tensor([log_prob for rollout in rollouts for log_prob in rollout.log_probs or []])
     now, then = (torch.zeros(mask.shape).masked_scatter(mask, part) for part in (torch.cat(found).cpu(), drawn))
-    return future_weights(now, then, mask)
+    return importance_weights(now, then, mask)
 
 
 def _gather(states: Tensor, at: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ Losses = tuple[SumAndCount, ...]
 
 CONSISTENCY_SHARE = 4  # at most one row in this many, and no more than LOGITS_AT_ONCE, serve consistency in a step
 SCALE_ROWS = 256  # examples whose states' size a new R of the log-linear form measures
-AVERAGE_DECAY = 0.9  # a step, of the average of R that consistency compares with
+EMA_DECAY = 0.9  # a step, of the exponential moving average of R
 
 
 @torch.enable_grad()  # an anchor that is sampled from runs without
@@ -34,8 +34,8 @@ def fit_auxiliary(
 ) -> dict[str, Any]:
     """Minimises L_R = BCE + β·consistency on labelled samples (`core.decomposition`), from R shifted to their rate.
 
-    Consistency draws R of a prefix towards the mean over next tokens, and not the mean towards R: an average of R over
-    the last steps gives the mean, without gradient.
+    Consistency draws R of a prefix towards the mean over next tokens, and not the mean towards R: an exponential
+    moving average of R gives the mean, without gradient.
 
     Args:
         auxiliary: R, changed in place.
@@ -60,19 +60,19 @@ def fit_auxiliary(
     )
     steps = options.epochs * math.ceil(len(fitting) / options.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
-    average, skipped = deepcopy(auxiliary), 0
+    ema, skipped = deepcopy(auxiliary), 0
     auxiliary.train()
     with Progress(description, steps, "steps") as progress:
         for _ in range(options.epochs):
             totals = torch.zeros(8)
             shuffled = fitting[torch.randperm(len(fitting), generator=generator)]
             for rows in shuffled.split(options.batch_size):
-                losses = _fit_losses(auxiliary, average, examples[rows].to(auxiliary.device))
+                losses = _fit_losses(auxiliary, ema, examples[rows].to(auxiliary.device))
                 if _step(auxiliary, optimizer, losses, options.consistency_weight):
                     totals += torch.stack([part.detach().float().cpu() for pair in losses for part in pair])
                 else:
                     skipped += 1
-                _follow(average, auxiliary)
+                _update_ema(ema, auxiliary)
                 schedule.step()
                 progress.update()
     auxiliary.eval()
@@ -96,16 +96,16 @@ def _step(auxiliary: AuxiliaryModel, optimizer: torch.optim.Optimizer, losses: L
 
 
 @torch.no_grad()
-def _follow(average: AuxiliaryModel, auxiliary: AuxiliaryModel) -> None:
-    """Moves the average towards R."""
-    for mean, now in zip(average.parameters(), auxiliary.parameters(), strict=True):
-        mean.lerp_(now, 1 - AVERAGE_DECAY)
+def _update_ema(ema: AuxiliaryModel, auxiliary: AuxiliaryModel) -> None:
+    """Moves the exponential moving average towards R."""
+    for mean, now in zip(ema.parameters(), auxiliary.parameters(), strict=True):
+        mean.lerp_(now, 1 - EMA_DECAY)
 
 
-def _fit_losses(auxiliary: AuxiliaryModel, average: AuxiliaryModel, batch: Examples) -> Losses:
+def _fit_losses(auxiliary: AuxiliaryModel, ema: AuxiliaryModel, batch: Examples) -> Losses:
     """On one batch, each as (sum, count): BCE and consistency; what is above R = 1, and BCE of a log-linear R's value.
 
-    Consistency's mean is that of R's average, a target.
+    The mean that consistency aims at is that of R's exponential moving average.
     """
     states = batch.states(auxiliary)
     r_taken = batch.r_taken(auxiliary, states)
@@ -116,7 +116,7 @@ def _fit_losses(auxiliary: AuxiliaryModel, average: AuxiliaryModel, batch: Examp
     some = slice(0, max(1, min(affordable, math.ceil(len(batch) / CONSISTENCY_SHARE))))
     with torch.no_grad():
         anchor_logits = batch[some].anchor_logits()
-        r_logits = average(batch[some].states(average), anchor_logits=anchor_logits)
+        r_logits = ema(batch[some].states(ema), anchor_logits=anchor_logits)
     consistency = consistency_loss(r_logits, r_taken[some], F.log_softmax(anchor_logits, dim=-1), batch.mask[some])
     excess = auxiliary.excess(r_taken).masked_fill(~batch.mask, 0).sum(), batch.mask.sum()
     values = auxiliary.values(states)[:, 1:]

@@ -37,11 +37,11 @@ def check_scored(rollouts: Sequence[Rollout], max_missing: float, name: str, kin
 
 def measure_samples(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """Number of a round's plain rollouts, and their entropy in nats a token; the sampled tokens of all."""
-    tokens, rollouts = sum(len(r.completion_ids) for r in rollouts), [r for r in rollouts if not r.sought]
-    drawn = [log_prob for rollout in rollouts for log_prob in rollout.log_probs or ()]
+    plain = [rollout for rollout in rollouts if not rollout.sought]
+    drawn = [log_prob for rollout in plain for log_prob in rollout.log_probs or ()]
     return {
-        "rollouts": len(rollouts),
-        "tokens_sampled": tokens,
+        "rollouts": len(plain),
+        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
         "entropy_sampled": -fmean(drawn),  # unbiased: the mean of −log p of what p has drawn
     }
 
@@ -49,16 +49,16 @@ def measure_samples(rollouts: Sequence[Rollout]) -> dict[str, Any]:
 def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """As `measure_samples`, with the compliance rate of the plain rollouts and its 95% Wilson interval."""
     measured, sought = measure_samples(rollouts), [rollout for rollout in rollouts if rollout.sought]
-    rollouts = [rollout for rollout in rollouts if not rollout.sought]
+    plain = [rollout for rollout in rollouts if not rollout.sought]
     found = [rollout.complies for rollout in sought if rollout.complies is not None]
-    scored = [rollout.complies for rollout in rollouts if rollout.complies is not None]
+    scored = [rollout.complies for rollout in plain if rollout.complies is not None]
     complying = sum(scored)
     interval = binomtest(complying, len(scored)).proportion_ci(method="wilson") if scored else (None, None)
     return {
         **measured,
-        "rollouts_missing": len(rollouts) - len(scored),
-        "rollouts_empty": sum(not rollout.completion.strip() for rollout in rollouts),
-        "clipped": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
+        "rollouts_missing": len(plain) - len(scored),
+        "rollouts_empty": sum(not rollout.completion.strip() for rollout in plain),
+        "clipped": sum(not rollout.finished for rollout in plain) / len(plain),
         "compliance": complying / len(scored) if scored else None,
         "compliance_low": interval[0],
         "compliance_high": interval[1],

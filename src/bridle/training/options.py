@@ -1,8 +1,9 @@
 """The options of TRL and `transformers` that a constrained run refuses, so that none is ignored."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -184,25 +185,17 @@ def check_optimiser(config: SFTConfig, model: torch.nn.Module) -> None:
             raise UserError(f"optim_args: {name} does not read {part}; leave it out")
 
 
-class _Changed:
-    """A configuration with some fields changed, without the checks and side effects of making one."""
-
-    def __init__(self, config: SFTConfig, changes: Mapping[str, Any]):
-        self._config, self._changes = config, changes
-
-    def __getattr__(self, name: str) -> Any:
-        return self._changes[name] if name in self._changes else getattr(self._config, name)
-
-
 def _optimiser(config: SFTConfig, model: torch.nn.Module, **changes: Any) -> dict[str, Any]:
+    changed = copy(config)  # `replace` would repeat the checks of making one
+    vars(changed).update(changes)
     try:
         kwargs: dict[str, Any]
-        _, kwargs = Trainer.get_optimizer_cls_and_kwargs(_Changed(config, changes), model)
+        _, kwargs = Trainer.get_optimizer_cls_and_kwargs(changed, model)
     except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"optim: {config.optim.value}: {first_line(error)}") from error
     return kwargs
 
 
 def _default(config: SFTConfig, name: str) -> Any:
-    field = next(field for field in fields(config) if field.name == name)
+    field = config.__dataclass_fields__[name]
     return field.default if field.default_factory is MISSING else field.default_factory()

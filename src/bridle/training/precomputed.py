@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from bridle.core.loss import chunk_rows, chunks
 from bridle.core.sparse import SparseTarget, sparse_target
 from bridle.data.target_cache import TargetCache, TargetShelf, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError
+from bridle.models.auxiliary import acting_parameters
 from bridle.models.sharding import digest, is_sharded, whole
 from bridle.training.batches import PREFIXES, beginnings, rollout_rows
 from bridle.training.config import ConstrainedConfig
@@ -110,7 +112,7 @@ def upcoming(
         UserError: the order of the corpus is not known in advance.
     """
     all_steps, rounds = state.max_steps, config.rounds
-    steps = range(-(-(round_index - 1) * all_steps // rounds), -(-round_index * all_steps // rounds))
+    steps = range(ceil((round_index - 1) * all_steps / rounds), ceil(round_index * all_steps / rounds))
     if regulariser.settled:
         steps = range(all_steps)
     found, seen = Upcoming(), set[int]()
@@ -125,14 +127,18 @@ def upcoming(
         if regulariser.options.kl_on != "rollouts" and mine.any():
             begins = regulariser.begins(prefixes)
             parts = batch["input_ids"], batch["attention_mask"], torch.from_numpy(mask), begins
-            rows = [part[torch.from_numpy(mine)] for part in parts]
+            rows = _rows_where(parts, torch.from_numpy(mine))
             keys = row_keys(*rows[:3])
             new = torch.tensor([key not in seen for key in keys])
             seen.update(keys)
             if new.any():
-                ids, attention_mask, counted, begins = (part[new] for part in rows)
-                found.corpus.append((ids, attention_mask, counted, begins))
+                found.corpus.append(_rows_where(rows, new))
     return found
+
+
+def _rows_where(rows: Rows, which: Tensor) -> Rows:
+    ids, attention_mask, mask, begins = (part[which] for part in rows)
+    return ids, attention_mask, mask, begins
 
 
 def _batches(dataloader: DataLoader, config: ConstrainedConfig, steps: range) -> Iterator[dict[str, Any]]:
@@ -149,7 +155,7 @@ def _batches(dataloader: DataLoader, config: ConstrainedConfig, steps: range) ->
             "random and accelerator_config.use_seedable_sampler at true, or set targets: computed"
         )
     of_step = config.gradient_accumulation_steps * processes
-    of_epoch = max(1, -(-(-(-len(sampler) // processes) * processes) // of_step))  # steps; the last may be shorter
+    of_epoch = max(1, ceil(len(sampler) / of_step))  # steps; the last may be shorter
     for epoch in range(steps.start // of_epoch, (steps.stop - 1) // of_epoch + 1):
         if isinstance(sampler.sampler, SeedableRandomSampler):
             sampler.sampler.set_epoch(epoch)
@@ -178,8 +184,7 @@ def kept_targets(regulariser: DomainRegulariser, rows: Upcoming, round_index: in
         new = torch.tensor([key not in kept for key in keys])
         missing += [key for key in keys if key not in kept]
         if new.any():
-            ids, attention_mask, mask, begins = (part[new] for part in batch)
-            lacking.corpus.append((ids, attention_mask, mask, begins))
+            lacking.corpus.append(_rows_where(batch, new))
     if missing:
         name = blake2b(repr(missing).encode(), digest_size=8).hexdigest()
         caches.append(make_targets(regulariser, lacking, round_index, folder.resolve() / f"{name}.arrow"))
@@ -193,9 +198,7 @@ def _anchor_hash(regulariser: DomainRegulariser) -> str:
     """
     assert regulariser.anchor is not None
     with regulariser.anchor.active():
-        weights = {name: whole(parameter.detach()) for name, parameter in regulariser.model.named_parameters()}
-        if not any(weight.any() for name, weight in weights.items() if "lora_B" in name):
-            weights = {name: weight for name, weight in weights.items() if "lora_" not in name}
+        weights = {name: whole(one.detach()) for name, one in acting_parameters(regulariser.model).items()}
     configuration = regulariser.model.config.get_text_config().to_diff_dict()  # some of it scales positions or logits
     settled = {key: value for key, value in configuration.items() if key not in IRRELEVANT}
     configured = blake2b(json.dumps(settled, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()

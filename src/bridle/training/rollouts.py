@@ -87,7 +87,7 @@ def tokens_to_seek(count: int, fraction: float, horizon: int, seed: int) -> list
     """How many first tokens of each rollout seek a violation: 0 for plain rollouts, else uniform below the horizon."""
     rng = np.random.default_rng(seed)
     sought = rng.permutation(count) < int(fraction * count)  # by chance: prompts may be of several domains in turn
-    return [int(tokens) for tokens in rng.integers(1, max(2, horizon), size=count) * sought]
+    return (rng.integers(1, max(2, horizon), size=count) * sought).tolist()
 
 
 def rollout_of(

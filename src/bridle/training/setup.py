@@ -119,7 +119,7 @@ def follow_compilation(model: PreTrainedModel | PeftModel) -> None:
 def tokenizer_of(
     processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel | str, config: ConstrainedConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that is given, or the model's, from where on the hub the model is, but for a `subfolder`.
+    """The tokenizer that is given, or the model's, loaded with the model's hub options, except `subfolder`.
 
     Raises:
         UserError: what is given is no tokenizer.

@@ -68,7 +68,7 @@ class _Log:
         answer = self.on_log(args, state, control, logs=scalars(logs or {}), **kwargs)
         if self.write is not None and logs and "round" in logs and state.is_world_process_zero:
             # In the parallel schedule the samples of a round may arrive with the next one.
-            for number in (logs["round"] - 1, logs["round"])[args.schedule != "parallel" :]:
+            for number in range(logs["round"] - (args.schedule == "parallel"), logs["round"] + 1):
                 for path in sorted((Path(args.output_dir) / "rollouts").glob(f"round-{number}.*.jsonl")):
                     if path not in self.logged:
                         self.write(self.callback, path, _columns(read_rollouts(path)), state.global_step)

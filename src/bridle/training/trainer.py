@@ -146,9 +146,9 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
         """The micro-batches of the next update. Their rollouts are added at its start, since it may start a round."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._coming = [batch[PREFIXES] for batch in batches if PREFIXES in batch]
-        return batches, items
+        micro_batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._coming = [batch[PREFIXES] for batch in micro_batches if PREFIXES in batch]
+        return micro_batches, items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch of the corpus with its rollouts."""

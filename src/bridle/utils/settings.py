@@ -72,11 +72,11 @@ _A_RANGE = "needs a list of two whole numbers such as [2, 16]"
 
 
 def _choices(kind: Any) -> list[str]:
-    """The texts that a Literal, or an enumeration of `transformers`, allows; none for other hints."""
-    if get_origin(kind) is Literal:
-        return list(get_args(kind))
-    enums = [option for option in get_args(kind) if isinstance(option, type) and issubclass(option, Enum)]
-    return [member.value for enum in enums for member in enum]
+    """The texts that a Literal, or an enumeration of `transformers`, allows, also beside None; none for other hints."""
+    options = [kind, *get_args(kind)]
+    enums = [option for option in options if isinstance(option, type) and issubclass(option, Enum)]
+    texts = [text for option in options if get_origin(option) is Literal for text in get_args(option)]
+    return [*texts, *(member.value for enum in enums for member in enum)]
 
 
 def check_fields(instance: Any, names: Iterable[str] | None = None) -> None:
