@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from bridle.errors import UserError
+from bridle.errors import RunStopped, UserError
 from bridle.models.auxiliary import AuxiliaryModel, fingerprint
 from bridle.training.config import BestOptions, EvalOptions, Regulariser
 from bridle.training.evaluating import best_evaluation, has_waited, hold_out
@@ -133,6 +134,27 @@ def test_the_best_checkpoint_is_kept_and_a_resumed_run_finds_the_same(trained, t
     assert all(map(torch.equal, weights(whole).values(), weights(resumed).values()))
 
 
+def test_the_best_checkpoint_outlives_a_move_of_the_run(trained, tmp_path):
+    options = {"max_steps": 8, "rounds": 4, "learning_rate": 0.05}
+    options["eval_options"] = EvalOptions(corpus=ALIEN, best=BestOptions(1.0))
+    whole = trained("here", **options)
+    (best,) = logged(whole, "best_step")
+    assert best < 6
+    (tmp_path / "here").rename(tmp_path / "there")
+    middle = str(tmp_path / "there" / "checkpoint-6")
+    moved = trained("there", resume=middle, **options, keep_last=1)
+    assert {folder.name for folder in (tmp_path / "there").glob("checkpoint-*")} == {
+        f"checkpoint-{best}",
+        "checkpoint-8",
+    }
+    assert logged(moved, "best_step") == [best]
+    assert all(map(torch.equal, weights(whole).values(), weights(moved).values()))
+
+    shutil.rmtree(tmp_path / "there" / f"checkpoint-{best}")
+    with pytest.raises(RunStopped, match="the best checkpoint is gone, so no model is written"):
+        trained("there", resume=str(tmp_path / "there" / "checkpoint-8"), **options)
+
+
 def test_the_best_model_of_transformers_has_its_own_r(trained, tmp_path):
     """And the keys of an evaluation begin as they are asked to."""
     trainer = trained(
@@ -167,6 +189,19 @@ def test_rows_of_another_domain_are_no_prompts_of_a_domain_of_prompts_alone(tiny
     assert not trainer_of(*given, learn={"asked": False}, eval_options=EvalOptions(share=0.2)).eval_prompts
     with pytest.raises(UserError, match=r"^eval.best: goes by a violation rate; .* or eval.prompts of their domain"):
         trainer_of(*given, learn={"asked": False}, eval_options=EvalOptions(share=0.2, best=BestOptions(0.5)))
+
+
+def test_prompts_of_a_sorted_file_are_of_all_its_kinds(tiny_folder, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": start}) + "\n" for start in ["the"] * 20 + ["ZZ9"] * 20)
+    )
+    source = {"path": str(tmp_path / "prompts.jsonl")}
+    options = EvalOptions(share=0.2, prompts=source, completions=20)
+    prompts = trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E)}, eval_options=options).eval_prompts
+    assert len(prompts) == 20
+    assert {prompt.text for prompt in prompts} == {"the", "ZZ9"}
+    with pytest.raises(UserError, match=r"^domains: prompts say what is completed"):
+        EvalOptions(share=0.2, prompts=source, domains=["rude"])
 
 
 def test_prompts_are_rows_of_the_domains_that_are_named(tiny_folder, tmp_path):

@@ -289,6 +289,10 @@ def test_chats_that_end_with_a_user_s_turn_are_continued(tiny_model, tmp_path):
         ({"prompts": {"path": "some.jsonl"}}, "^prompts: retention has rollouts only with kl_on: rollouts or both"),
         ({"constraint": NO_E, "rollouts_of": "policy"}, "^rollouts_of: R is fitted on its anchor's rollouts"),
         ({"target": {"rate": 0.1}, "kl_on": "both"}, "^target: retention asks no constraint"),
+        ({"anchor": "previous"}, "^anchor: retention's is the initial model"),
+        ({"anchor": "live"}, "^anchor: retention's is the initial model"),
+        ({"guidance_scale": 2.0}, "^guidance_scale: retention has no R to scale"),
+        ({"soft_labels": True}, "^soft_labels: retention has no labels"),
     ],
 )
 def test_options_of_retention_without_effect_are_refused(options, said):

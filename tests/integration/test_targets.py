@@ -16,7 +16,7 @@ PARALLEL = {**ROUNDS, "schedule": "parallel"}
 
 
 def held(constraint=NO_E, **target):
-    return Regulariser(constraint, kl_on="rollouts", target={"rate": 0.01, **target})
+    return Regulariser(constraint, weight=4.0, target={"rate": 0.01, **target})
 
 
 def made(folder, output, regularisers, **options):
@@ -162,6 +162,14 @@ class TestTheEnd:
     def test_rollouts_that_cannot_show_it_are_refused(self, tiny_folder, tmp_path):
         with pytest.raises(UserError, match=r"rollouts_per_round: 32 cannot show .*target.*at least 299"):
             made(tiny_folder(), tmp_path, {"rude": held(confidence=0.95)})
+
+    def test_too_few_rollouts_for_lambda_to_fall_are_warned_of(self, tiny_folder, tmp_path, caplog):
+        made(tiny_folder(), tmp_path, {"rude": held(rate=0.001)}, rollouts_per_round=300)
+        said = "300 are too few for regularisers.rude.target, at most 0.001: λ can rise, but not fall; set at least 555"
+        assert said in caplog.text
+        caplog.clear()
+        made(tiny_folder(), tmp_path, {"rude": held(rate=0.001)}, rollouts_per_round=555)
+        assert "too few" not in caplog.text
 
     def test_rollouts_that_seek_violations_do_not_count(self, tiny_folder, tmp_path):
         options = {"rollouts_per_round": 400, "auxiliary": AuxiliaryOptions(seek=0.5)}

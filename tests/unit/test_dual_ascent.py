@@ -117,6 +117,16 @@ class TestRounds:
         assert now.measured(aim, 3, [0.0] * samples, acts_in=3).weight == 4
         assert now.measured(aim, 3, [1.0] + [0.0] * samples, acts_in=3).weight > 4
 
+    @pytest.mark.parametrize(
+        ("options", "needed"), [({"rate": 0.001}, 555), ({"rate": 0.01, "confidence": 0.95}, 473), ({"mean": 0.9}, 5)]
+    )
+    def test_lambda_can_fall_from_so_many_samples_on(self, options, needed):
+        aim = TargetOptions(**options)
+        limit = aim.limit(None)
+        assert [aim.can_fall(limit, samples) for samples in (needed - 1, needed)] == [False, True]
+        falls = replace(state(), limit=limit).measured(aim, 3, [0.0] * needed, acts_in=3)
+        assert falls.weight < 4
+
     def test_a_target_of_the_base_s_rate(self):
         half = TargetOptions(base=0.5)
         now = DualState(4.0).measured(half, 1, [1.0] * 20 + [0.0] * 80, acts_in=1)

@@ -15,6 +15,7 @@ from bridle.data import DataSource, encode_prompt
 from bridle.errors import UserError
 from bridle.evaluation.evaluator import Evaluator
 from bridle.evaluation.generation import (
+    continuation,
     distinct,
     evaluate_constraints,
     generate_completions,
@@ -399,3 +400,9 @@ def test_a_constraint_that_reads_prompts_gets_the_prompt_of_each_sample():
     chat = [{"role": "user", "content": "ask"}]
     evaluate_generations([["a", "b"], ["c"]], constraint, prompts=["the ", chat])
     assert asked == ["the a", "the b", "user: ask\nassistant: c"]
+
+
+def test_a_prompt_makes_room_for_a_completion_that_grew():
+    window = continuation(0, [1, 2, 3], [4, 5, 6], limit=4)
+    assert (window.ids, window.first) == ([3, 4, 5, 6], 1)
+    assert continuation(0, [1, 2, 3], [4, 5, 6], limit=None).first == 3

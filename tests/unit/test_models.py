@@ -16,7 +16,7 @@ from bridle.core import log_linear
 from bridle.core.decomposition import log_target
 from bridle.core.tokens import pad_left, pad_right, positions
 from bridle.errors import UserError
-from bridle.models import loading
+from bridle.models import loading, sampling
 from bridle.models.anchor import Anchor
 from bridle.models.auxiliary import AuxiliaryModel, largest_so_far, load_auxiliary, new_auxiliary
 from bridle.models.forward import policy_forward
@@ -31,7 +31,7 @@ from bridle.models.loading import (
     load_model,
     load_tokenizer,
 )
-from bridle.models.sampling import SHORTEST_STAGE, Decoding, sample
+from bridle.models.sampling import SHORTEST_STAGE, Decoding, Trace, sample
 from exhaustion import room_for
 from worlds import World
 
@@ -134,6 +134,16 @@ class TestSampling:
             torch.testing.assert_close(traces[index].states, states, atol=1e-5, rtol=1e-4)
             log_probs = project(model, states).log_softmax(-1)[torch.arange(len(completion)), completion]
             torch.testing.assert_close(torch.tensor(traces[index].log_probs), log_probs, atol=1e-4, rtol=1e-4)
+
+    def test_processes_that_round_differently_agree_on_what_was_drawn(self, tiny_model, monkeypatch):
+        """The first process's version counts, and states stay with the tokens that they are of."""
+        mine = {0: Trace([5, 2], [-1.0, -0.5], torch.ones(2, 4)), 1: Trace([6, 2], [-1.0, -0.5], torch.ones(2, 4))}
+        first = {1: Trace([7, 8, 2], [-1.0, -0.5, -0.1], None)}
+        monkeypatch.setattr(sampling, "gathered", lambda item: [first, item])
+        sampling._agree(mine)
+        assert [mine[index].tokens for index in (0, 1)] == [[5, 2], [7, 8, 2]]
+        assert mine[0].states is not None
+        assert mine[1].states is None
 
     def test_a_frozen_output_layer_is_not_copied_for_each_row(self, tiny_model):
         model, seen = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear", r=2)), []

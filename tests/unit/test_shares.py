@@ -170,7 +170,7 @@ def test_once_nothing_acts_the_weights_stay(tiny_folder, tmp_path):
         ({"share": {}}, "share.at_least: any share is allowed"),
         ({"share": {"at_least": 0.7, "at_most": 0.3}}, "share.at_least: 0.7 is above at_most"),
         ({"share": {"at_least": 1.0}}, "is a constraint; leave `share` out"),
-        ({"share": {"at_least": 0.5}, "constraint": None}, "constraint: retention asks no constraint"),
+        ({"share": {"at_least": 0.5}, "constraint": None}, "share: retention asks no constraint"),
         ({"share": {"at_least": 0.5}, "target": {"rate": 0.1}}, "target: is a highest violation"),
         ({"share": {"at_least": 0.5}, "soft_labels": True}, "soft_labels: a share counts outputs"),
         ({"share": {"at_least": 0.5}, "guidance_scale": 2.0}, "guidance_scale: the share says"),

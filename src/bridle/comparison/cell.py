@@ -87,7 +87,7 @@ class Cell:
             **options,
             "corpus": {name: rows for name, rows in (options.get("corpus") or {}).items() if name in corpus},
             "constraints": options.get("constraints") or list(used_constraints(self.recipe) or self.recipe.constraints),
-            "domains": [name for name in self.recipe.judged_domains if name in corpus],
+            "domains": [] if options.get("prompts") else [one for one in self.recipe.judged_domains if one in corpus],
         }
 
     def _recipe(self, mapping: Mapping[str, Any]) -> Recipe:
@@ -130,10 +130,11 @@ class Cell:
         return {key: self.recipe.resolved[key] for key in ("model", "corpus")}
 
     def sampling_from(self, model: str) -> Recipe:
-        """The recipe with another model, and one regulariser whose prompts and constraint are used, on its domains."""
+        """The recipe with another model, and one regulariser whose prompts and constraint are used, on all domains that
+        have a constraint."""
         found = one_regulariser(self.recipe)
-        used = [one for name, one in self.recipe.regularisers.items() if name in found]
-        domains = {domain for one in used for domain in one.domains(self.recipe.corpus)}
+        constrained = [one for one in self.recipe.regularisers.values() if one.constraint is not None]
+        domains = {domain for one in constrained for domain in one.domains(self.recipe.corpus)}
         one_process = {"schedule": "sequential", "parallel": {}}
         return self._on(domains, {"model": model, "lora": None, "regularisers": found, **one_process})
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from bridle.comparison.cell import CANDIDATE, Candidate
 from bridle.comparison.plan import Evaluation
 from bridle.data import decode_parts, encode_completion, encode_prompt
+from bridle.evaluation.generation import continuation
 from bridle.evaluation.observations import Observations, Row
 from bridle.models.guidance import NADOGuide, guided
-from bridle.models.loading import load_for_inference
+from bridle.models.loading import context_length, load_for_inference
 from bridle.recipes.recipe import Recipe
 from bridle.utils.files import read_json, write_json
 
@@ -49,8 +50,9 @@ def trace_guidance(
             return
         method, row, score = text
         prompt = encode_prompt(row.get("messages") or row["prompt"], tokenizer)
-        ids = prompt + encode_completion(row["completion"], prompt, tokenizer)
-        tokens = trace(guide, tokenizer, ids, len(prompt))
+        completion = encode_completion(row["completion"], prompt, tokenizer)
+        shown = continuation(0, prompt, completion, context_length(model))
+        tokens = trace(guide, tokenizer, shown.ids, shown.first)
     write_json(
         folder / FILE,
         {
@@ -62,7 +64,7 @@ def trace_guidance(
             "violates": not score["complies"],
             "value": score["value"],
             "text": row["prompt"] + row["completion"],
-            "prompt_tokens": len(prompt),
+            "prompt_tokens": shown.first,
             "tokens": tokens,
         },
     )

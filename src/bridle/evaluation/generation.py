@@ -231,7 +231,7 @@ def completion_likelihoods(
     """
     limit = context_length(model)
     windows = [
-        _continuation(index, prompt, encode_completion(text, prompt, tokenizer), limit)
+        continuation(index, prompt, encode_completion(text, prompt, tokenizer), limit)
         for index, (prompt, text) in enumerate(zip(prompts, completions, strict=True))
     ]
     tokens = [len(window.ids) - window.first for window in windows]
@@ -246,9 +246,12 @@ def distinct(texts: Sequence[str], n: int) -> Estimate:
     return Estimate(len(set(ngrams)) / len(ngrams) if ngrams else None, None, None, len(ngrams))
 
 
-def _continuation(index: int, prompt: Sequence[int], completion: list[int], limit: int | None) -> Window:
+def continuation(index: int, prompt: Sequence[int], completion: list[int], limit: int | None) -> Window:
+    """A completion after as much of its prompt as a context of `limit` tokens holds.
+
+    Encoded again, a completion can have more tokens than were sampled: the prompt's first ones make room.
+    """
     ids = [*prompt, *completion]
-    # Encoded again, a completion can have more tokens than were sampled: the prompt's first ones make room.
     cut = max(0, len(ids) - limit) if limit else 0
     return Window(index, ids[cut:], max(1, len(prompt) - cut))
 

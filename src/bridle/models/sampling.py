@@ -215,9 +215,24 @@ def sample(
             if on_batch is not None:
                 on_batch({index: drawn[index].tokens for index in batch})
             progress.update(len(batch))
-    for part in gathered({index: replace(trace, states=None) for index, trace in drawn.items()}) if share else []:
-        drawn.update(part | drawn)
+    if share:
+        _agree(drawn)
     return [drawn[index].tokens for index in range(len(prompts))]
+
+
+def _agree(drawn: dict[int, Trace]) -> None:
+    """Gives every process all traces. Of a batch that several drew, which may round differently, the first one's count.
+
+    States stay where they were computed.
+    """
+    agreed: dict[int, Trace] = {}
+    for part in reversed(gathered({index: replace(trace, states=None) for index, trace in drawn.items()})):
+        agreed |= part
+    drawn |= {
+        index: trace
+        for index, trace in agreed.items()
+        if index not in drawn or replace(drawn[index], states=None) != trace
+    }
 
 
 def _batches(prompts: Sequence[Sequence[int]], size: int, share: bool) -> dict[int, list[int]]:

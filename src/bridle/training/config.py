@@ -57,8 +57,9 @@ class Regulariser:
             that it begins with. Where the model violates in more than half of its outputs, begin with 3.
         target: the highest violation, in place of a fixed λ: after each round λ moves towards it.
         share: the share of outputs that comply, in place of all of them: `{at_least: 0.4, at_most: 0.6}`.
-        anchor: the model p_a that q is built on. `live`: the policy itself, detached, which needs no extra
-            forward; `previous`: the policy at the start of the round; `initial`: before any tuning.
+        anchor: the model p_a that q is built on. `live`, which a constraint has if it is not given: the policy itself,
+            detached, which needs no extra forward; `previous`: the policy at the start of the round; `initial`, which
+            retention always has: the model before any tuning.
         kl_on: the prefixes that the regulariser sees: the `corpus`'s, the `rollouts`', or `both`. If not given,
             the rollouts' with a constraint, since q does not contradict the corpus there, and the corpus's for
             retention, which needs no rollouts.
@@ -82,7 +83,7 @@ class Regulariser:
     weight: float = 30.0
     target: TargetOptions | None = None
     share: ShareOptions | None = None
-    anchor: Literal["live", "previous", "initial"] = "live"
+    anchor: Literal["live", "previous", "initial"] | None = None
     kl_on: Literal["corpus", "rollouts", "both"] | None = None
     rollouts_of: Literal["anchor", "policy"] = "anchor"
     prompts: DataSource | None = None
@@ -94,15 +95,16 @@ class Regulariser:
     def __post_init__(self) -> None:
         self.constraint = _constraint(self.constraint)
         check_fields(self)
-        self.kl_on = self.kl_on or ("corpus" if self.is_retention else "rollouts")
         if not 0 <= self.weight <= LARGEST:
             raise UserError(f"weight: a regulariser's weight must be 0 or more, and a float32, not {self.weight}")
         if not 0 <= self.guidance_scale <= LARGEST:
             raise UserError(f"guidance_scale: must be 0 or more, and a float32, not {self.guidance_scale}")
         if self.is_retention:
-            self.anchor = "initial"
+            self._check_retention()
         elif self.rollouts_of == "policy":
             raise UserError("rollouts_of: R is fitted on its anchor's rollouts; the policy's are for retention alone")
+        self.anchor = self.anchor or ("initial" if self.is_retention else "live")
+        self.kl_on = self.kl_on or ("corpus" if self.is_retention else "rollouts")
         if not self.samples and self.rollouts_of == "policy":
             raise UserError("rollouts_of: retention has rollouts only with kl_on: rollouts or both; set that too")
         if not self.samples and self.prompts is not None:
@@ -112,9 +114,17 @@ class Regulariser:
         if self.share is not None:
             self._check_share()
 
+    def _check_retention(self) -> None:
+        refused = {
+            "target": (self.target is not None, "retention asks no constraint; set its weight instead"),
+            "share": (self.share is not None, "retention asks no constraint; name the one whose share it is"),
+            "anchor": (self.anchor not in (None, "initial"), "retention's is the initial model; leave it out"),
+            "guidance_scale": (self.guidance_scale != 1, "retention has no R to scale; leave it out"),
+            "soft_labels": (self.soft_labels, "retention has no labels; leave it out"),
+        }
+        _refuse(refused)
+
     def _check_target(self, target: TargetOptions) -> None:
-        if self.is_retention:
-            raise UserError("target: retention asks no constraint; set its weight instead")
         if self.anchor == "initial":
             raise UserError(
                 "target: is measured on the policy's rollouts; anchor: initial has only the initial model's"
@@ -127,15 +137,12 @@ class Regulariser:
 
     def _check_share(self) -> None:
         refused = {
-            "constraint": (self.is_retention, "retention asks no constraint; name the one whose share it is"),
             "target": (self.target is not None, "is a highest violation, and a share has a range; leave one out"),
             "soft_labels": (self.soft_labels, "a share counts outputs; leave it out"),
             "guidance_scale": (self.guidance_scale != 1, "the share says how strong q is; leave it at 1"),
             "anchor": (self.anchor == "initial", "initial is measured once, and the policy not; set live or previous"),
         }
-        for name, (is_given, reason) in refused.items():
-            if is_given:
-                raise UserError(f"{name}: {reason}")
+        _refuse(refused)
 
     @property
     def is_retention(self) -> bool:
@@ -166,6 +173,13 @@ class Regulariser:
         for name in chosen:
             known_name(name, corpus, "domain", "domain")
         return chosen
+
+
+def _refuse(options: Mapping[str, tuple[bool, str]]) -> None:
+    """Raises a UserError for the first option that is given, with the reason."""
+    for name, (is_given, reason) in options.items():
+        if is_given:
+            raise UserError(f"{name}: {reason}")
 
 
 Regularisers = Regulariser | Sequence[Regulariser] | Mapping[str, Regulariser]
@@ -359,6 +373,8 @@ class EvalOptions:
         check_fields(self)
         if not self.share and not self.corpus:
             raise UserError("share: nothing is held out; set a share of the rows, or name other rows in corpus")
+        if self.prompts is not None and self.domains:
+            raise UserError("domains: prompts say what is completed; leave one of them out")
 
 
 @dataclass

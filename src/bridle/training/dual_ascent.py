@@ -27,6 +27,9 @@ Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 LARGEST_ERROR = log(4)
 """The largest |log(v̂/ε)| of a step: a model that is far from its target would else move λ by orders of magnitude."""
 
+VIOLATION_OF_NONE = 0.5
+"""What counts beside the violations of n samples, as one sample more: the logarithm of 0 has no end."""
+
 
 @dataclass
 class TargetOptions:
@@ -111,6 +114,10 @@ class TargetOptions:
         # The rate at which at most `shown` of the samples violate with probability 1 − margin.
         return float(betaincinv(shown + 1, samples - shown, self.margin))
 
+    def can_fall(self, limit: float, samples: int) -> bool:
+        """Whether λ falls after samples of which none violates."""
+        return VIOLATION_OF_NONE / (samples + 1) < self.aim(limit, samples)
+
     def bound(self, violations: int, samples: int) -> float:
         """The one-sided Clopper–Pearson upper bound (Biometrika 1934) on a rate, at `confidence`."""
         assert self.confidence is not None
@@ -155,7 +162,7 @@ class DualState:
         """
         state = self
         if violations:
-            violation = (sum(violations) + 0.5) / (len(violations) + 1)  # above 0 where nothing violates
+            violation = (sum(violations) + VIOLATION_OF_NONE) / (len(violations) + 1)  # above 0 where nothing violates
             if round_index == 1:
                 state = replace(state, base=violation)
             state = replace(state, limit=options.limit(state.base))

@@ -22,7 +22,7 @@ from scipy.stats import binomtest
 from bridle.constraints import Constraint
 from bridle.data import DataSource, Prompt, prompts_from_domain, read_prompts
 from bridle.data.rows import holds_prompts
-from bridle.errors import UserError
+from bridle.errors import RunStopped, UserError
 from bridle.models.hidden import evaluation_mode
 from bridle.models.loading import end_token_ids, prompt_room
 from bridle.models.sampling import sample
@@ -129,7 +129,10 @@ class EvaluatedTrainer(CheckpointedTrainer):
         """Distinct prompts: from a file, or the beginnings of held-out rows, taking the domains in turn."""
         longest = prompt_room(self.model, self.args.max_new_tokens)
         if options.prompts is not None:
-            return read_prompts(options.prompts, self._tokenizer, longest)[: options.completions]
+            prompts = read_prompts(options.prompts, self._tokenizer, longest)
+            # By chance: the file may be sorted.
+            chosen = np.random.default_rng(self._eval_seed("prompts")).permutation(len(prompts))
+            return [prompts[row] for row in chosen[: options.completions]]
         by_domain = [
             prompts_from_domain(
                 domain,
@@ -260,7 +263,10 @@ class EvaluatedTrainer(CheckpointedTrainer):
                 f"eval.best: no violation rate was {rule.violation} or less, so the last model is kept"
             )
             return
-        self.state.best_model_checkpoint = str(self._checkpoint(best))
+        checkpoint = self._checkpoint(best)
+        if not checkpoint.is_dir():
+            raise RunStopped(f"{checkpoint}: the best checkpoint is gone, so no model is written; train anew")
+        self.state.best_model_checkpoint = str(checkpoint)
         self._load_best_model()
         self.schedule.on_train_end(self.args, self.state, self.control)
         named = {"best_step": "step", "best_loss": "eval_loss", "best_violation": "eval_violation"}

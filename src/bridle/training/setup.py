@@ -1,10 +1,10 @@
 """Checks and preparations of a `ConstrainedTrainer` before it trains."""
 
 import os
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import wraps
-from math import ceil, log
 from types import MethodType
 from typing import Any
 
@@ -32,6 +32,8 @@ NOT_TAKEN = {
     "quantization_config": "is for loading; give the model's name, and set it in args.model_init_kwargs",
 }
 """Arguments of `SFTTrainer` that `ConstrainedTrainer` has no use for, and what to do instead."""
+
+MOST_ROLLOUTS = 10**9
 
 IN_CACHE = {PeftType.PREFIX_TUNING, PeftType.CARTRIDGE}
 """Adapters whose virtual tokens are in the cache, and not before the row."""
@@ -230,7 +232,7 @@ def check_options(
             raise UserError(
                 f"rounds: {config.rounds} leave λ of regularisers.{name}.target as it begins; set at least {needed}"
             )
-        _check_confidence(name, options.target, config)
+        _check_rollouts(name, options.target, config)
     if config.target_cache is not None and not any(one.keeps_targets for one in regularisers.values()):
         raise UserError(
             "target_cache: keeps the targets of retention with kl_on: corpus; there is none, so leave it out"
@@ -288,16 +290,29 @@ def _check_sampler(config: ConstrainedConfig) -> None:
         raise UserError("schedule: parallel does not sample by vLLM; set sequential, or sampler.engine: transformers")
 
 
-def _check_confidence(name: str, target: TargetOptions | None, config: ConstrainedConfig) -> None:
-    """Refuses a target that a round's plain rollouts cannot show even if nothing violates."""
-    seek, count = config.auxiliary.seek, config.rollouts_per_round
-    sought = int(seek * count)
-    if target is not None and target.rate and target.confidence and target.bound(0, count - sought) > target.rate:
-        needed = ceil(log(1 - target.confidence) / log(1 - target.rate) / (1 - seek))
-        plain = f", of which {sought} seek violations," if sought else ""
+def _check_rollouts(name: str, target: TargetOptions | None, config: ConstrainedConfig) -> None:
+    """Refuses a target that a round's plain rollouts cannot show if nothing violates; warns if λ could not fall."""
+    if target is None or target.base is not None:  # the base's rate is not known yet
+        return
+    limit, seek, count = target.limit(None), config.auxiliary.seek, config.rollouts_per_round
+    sought = f", of which {int(seek * count)} seek violations," if seek else ""
+
+    def plain(count: int) -> int:
+        return count - int(seek * count)
+
+    def least(holds: Callable[[int], bool]) -> int:
+        return bisect_left(range(MOST_ROLLOUTS), True, lo=1, key=lambda count: holds(plain(count)))
+
+    if target.confidence and target.bound(0, plain(count)) > limit:
         raise UserError(
-            f"rollouts_per_round: {count}{plain} cannot show regularisers.{name}.target, at most {target.rate:.3g} "
-            f"with {100 * target.confidence:g}% confidence; set at least {needed}, better four times as many"
+            f"rollouts_per_round: {count}{sought} cannot show regularisers.{name}.target, at most {limit:.3g} with "
+            f"{100 * target.confidence:g}% confidence; set at least {least(lambda n: target.bound(0, n) <= limit)}, "
+            "better four times as many"
+        )
+    if not target.can_fall(limit, plain(count)):
+        warn(
+            f"rollouts_per_round: {count}{sought} are too few for regularisers.{name}.target, at most {limit:.3g}: λ "
+            f"can rise, but not fall; set at least {least(lambda n: target.can_fall(limit, n))}"
         )
 
 
