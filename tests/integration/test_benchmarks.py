@@ -266,7 +266,7 @@ class TestCritic:
             benchmark("critic", recipe(), *self.SMALL, "--cache", tmp_path, "--variant", "a", f"{key}={value}")
 
     def test_a_round_of_a_run_goes_with_its_own_policy(self, benchmark, bridle, recipe, tmp_path):
-        path, run = recipe(learning_rate=1e-2), tmp_path / "run"
+        path, run = recipe(learning_rate=1e-2, rollouts_per_round=64), tmp_path / "run"
         assert bridle("train", path, "--output_dir", run)[0] == 0
         rates = []
         for arguments in (("--round", 1), ("--round", 2), ()):

@@ -131,7 +131,7 @@ def test_rollouts_answer_the_user_and_end_with_the_turn(folder, tmp_path, caplog
     trainer = trainer_of(
         path,
         tmp_path / "out",
-        {"talk": Regulariser(constraint=constraint)},
+        {"talk": Regulariser(constraint=constraint, kl_on="both")},
         rows={"talk": Dataset.from_dict({"messages": CHATS})},
         max_length=120,
         max_new_tokens=12,

@@ -317,7 +317,7 @@ def test_a_trainer_of_ones_own_pushes_a_card_of_what_it_knows(execute, hub, tiny
     assert card.data.library_name == "peft"
     assert "This is tiny-llama after constrained fine-tuning on plain." in card.text
     assert "| no e | type: regex; pattern: e" in card.text
-    assert "| plain | no e | 4.0 | live | corpus |" in card.text
+    assert "| plain | no e | 30.0 | live | rollouts |" in card.text
     assert "| seed | 0 |" in card.text
     assert "| 1 | plain | 0." in card.text, "the compliance of the rollouts"
     assert "Where its rows came from was not recorded." in card.text

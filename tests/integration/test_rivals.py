@@ -374,7 +374,7 @@ def test_a_value_that_becomes_several_makes_a_method_of_each(compared, tmp_path)
         (
             [],
             {"interleave": {"choose": "ppl"}},
-            "^recipe: methods.interleave.choose: input should be 'random' or 'gap'",
+            "^recipe: methods.interleave.choose: there is no choice 'ppl'; there are: gap, random",
         ),
         ([], {"dpo": {"num_generations": 1}}, "^recipe: methods.dpo.num_generations: 1 makes no pair; set at least 2"),
         (["sft@2"], {}, "there is no method 'sft@2'; did you mean sft"),

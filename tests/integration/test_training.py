@@ -131,7 +131,7 @@ class TestInvariance:
                 folder,
                 tmp_path / f"{least}",
                 {
-                    name: Regulariser(NO_E if anchor else None, weight=3.0, anchor=anchor or "live", kl_on=on)
+                    name: Regulariser(NO_E if anchor else None, weight=3.0, anchor=anchor, kl_on=on)
                     for name, (anchor, on) in regularisers.items()
                 },
                 gradient_accumulation_steps=accumulated,
@@ -327,7 +327,9 @@ class TestRegularisers:
         shares = []
         for prompts in ((1, 2), (1, None)):
             options = {"max_new_tokens": 2, "prompt_tokens": prompts, "rounds": 1}
-            trainer = trainer_of(tiny_folder(), tmp_path / str(prompts), {"rude": Regulariser(NO_E)}, **options)
+            trainer = trainer_of(
+                tiny_folder(), tmp_path / str(prompts), {"rude": Regulariser(NO_E, kl_on="corpus")}, **options
+            )
             trainer.train()
             (share,) = [record["kl_unreached/rude"] for record in trainer.state.log_history if "round" in record]
             shares.append(share)

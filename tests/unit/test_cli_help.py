@@ -89,7 +89,7 @@ def test_help_lists_every_key_with_its_default(heading):
         ("data/source.py:DataSource", "where", "or lies above or below a number, {toxicity: {above: 0.5}}  [null]"),
         ("training/config.py:ConstrainedConfig", "target_cache", "targets of retention with `kl_on: corpus`  [null]"),
         ("training/engine.py:SamplerOptions", "server_url", 'of a server, e.g. "http://localhost:8000"  [null]'),
-        ("training/config.py:Regulariser", "anchor", "q is built on: live | previous | initial  [live]"),
+        ("training/config.py:Regulariser", "anchor", ": live | previous | initial  [null]"),
         ("comparison/knobs.py:InterleaveOptions", "choose", ": random | gap"),
         ("baselines/reinforcement.py:ReinforcementOptions", "algorithm", '"rloo" or "grpo"  [rloo]'),
     ],

@@ -510,8 +510,7 @@ class TestTarget:
         assert ran == [2, 1]
 
 
-@pytest.mark.parametrize("constraint", [NO_E, None])
-@pytest.mark.parametrize("anchor", ["live", "previous"])
+@pytest.mark.parametrize(("constraint", "anchor"), [(NO_E, "live"), (NO_E, "previous"), (None, "initial")])
 def test_a_state_has_everything(of, constraint, anchor):
     held, other = of(constraint, anchor=anchor), of(constraint, anchor=anchor)
     held.is_fitted, held.has_begun, held.rollout_cursor = True, True, 7

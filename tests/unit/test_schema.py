@@ -89,3 +89,9 @@ def test_the_command_prints_it_with_its_version(bridle):
     assert code == 0
     assert json.loads(shown) == recipe_schema()
     assert json.loads(shown)["$id"] == f"urn:bridle:recipe:{VERSION}"
+
+
+def test_defaults_are_shown():
+    named = recipe_schema()["properties"]["regularisers"]["anyOf"][0]["anyOf"][0]["additionalProperties"]["properties"]
+    assert named["weight"]["default"] == 30
+    assert "default" not in named["kl_on"], "it depends on the constraint"

@@ -177,12 +177,12 @@ def test_the_loss_undoes_an_average_over_processes_with_a_batch_of_their_own(ite
 @pytest.mark.parametrize(
     ("options", "column", "assistant_only", "warned"),
     [
-        ({"weight": 0.5}, "messages", False, True),
-        ({"weight": 0.0}, "messages", False, False),
-        ({"kl_on": "rollouts"}, "messages", False, False),
+        ({"kl_on": "both"}, "messages", False, True),
+        ({"kl_on": "both", "weight": 0.0}, "messages", False, False),
+        ({}, "messages", False, False),
         ({"constraint": None}, "messages", False, False),
-        ({}, "text", False, False),
-        ({}, "messages", True, False),
+        ({"kl_on": "both"}, "text", False, False),
+        ({"kl_on": "both"}, "messages", True, False),
     ],
 )
 def test_a_kl_within_users_turns_is_warned_of(caplog, options, column, assistant_only, warned):

@@ -70,7 +70,8 @@ def _object(cls: type, skip: Collection[str] = (), given: Mapping[str, Any] | No
             continue
         found = dict((given or {}).get(field.name) or _value(hints[field.name]))
         meaning = meanings.get(field.name) or field.metadata.get("help")
-        properties[field.name] = found | ({"description": " ".join(meaning.split())} if meaning else {})
+        default = {"default": field.default} if isinstance(field.default, (str, int, float)) else {}
+        properties[field.name] = found | ({"description": " ".join(meaning.split())} if meaning else {}) | default
         if field.default is MISSING and field.default_factory is MISSING:
             required.append(field.name)
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
