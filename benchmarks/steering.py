@@ -12,7 +12,7 @@ interpolation.
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,11 +47,17 @@ def reached(folder: Path, domains: Sequence[str], held_out: str) -> dict[str, An
     rates = next(iter(results["generation"].values()))
     return {
         "weight": fmean(log[f"{domain}/lambda"] for domain in domains),
-        "bound": max((log[key] for domain in domains if (key := f"{domain}/violation_bound") in log), default=None),
-        "reached": max((log[key] for domain in domains if (key := f"{domain}/violation_reached") in log), default=None),
+        "bound": _largest(log, domains, "violation_bound"),
+        "reached": _largest(log, domains, "violation_reached"),
         "rates": {name: found["violation_rate"]["value"] for name, found in rates.items()},
         "perplexity": results["perplexity"][held_out]["per_token"]["value"],
     }
+
+
+def _largest(log: Mapping[str, Any], domains: Sequence[str], key: str) -> float | None:
+    """The largest of all domains; None if one of them was not measured."""
+    found = [log.get(f"{domain}/{key}") for domain in domains]
+    return None if None in found else max(found)
 
 
 def of_sweep(sweep: Sequence[dict[str, Any]], constraint: str, rate: float) -> float | None:
@@ -107,10 +113,12 @@ def main() -> None:
     for rate, runs in steered.items():
         found = summary(runs, constraint)
         best = of_sweep(sweep, constraint, found["rates"][constraint])
-        found["met"] = sum(run["bound"] <= rate for run in runs)
+        found["met"] = sum(run["bound"] is not None and run["bound"] <= rate for run in runs)
         found["over_sweep"] = None if best is None else found["perplexity"] / best
         results["targets"][f"{rate:g}"] = {"seeds": runs, **found}
-        bounds = f"{found['met']} of {len(runs)}: " + ", ".join(f"{run['bound']:.1%}" for run in runs)
+        bounds = f"{found['met']} of {len(runs)}: " + ", ".join(
+            "none" if run["bound"] is None else f"{run['bound']:.1%}" for run in runs
+        )
         over = "outside" if best is None else f"{found['over_sweep']:.3f}"
         rows.append([f"at most {rate:.0%}", f"{found['weight']:.1f}", bounds, *figures(found), over])
     names = list(sweep[0]["rates"]) if sweep else []

@@ -26,7 +26,7 @@ from bridle.training import batches
 from bridle.training.config import Regulariser
 from bridle.training.state import trainable_weights
 from bridle.training.trainer import ConstrainedTrainer
-from bridle.utils.distributed import is_main, world
+from bridle.utils.distributed import is_main, world_size
 from trainers import NO_E, LocalWorker, corpus, spoil_loss, trainer_of
 
 GLOBAL_BATCH = 8  # rows in a forward of all processes together
@@ -100,7 +100,7 @@ def make(name, model, folder):
         folder,
         {"rude": regulariser},
         **{
-            "per_device_train_batch_size": GLOBAL_BATCH // world(),
+            "per_device_train_batch_size": GLOBAL_BATCH // world_size(),
             "gradient_accumulation_steps": 2,
             "optim": "sgd",  # AdamW makes whole steps out of gradients that are only rounding
             "learning_rate": 0.5,
@@ -129,7 +129,7 @@ def carry_out_recipe(model, folder):
             "max_new_tokens": 8,
             "prompt_tokens": [1, 3],
             "auxiliary": {"epochs": 2, "batch_size": 8},
-            "per_device_train_batch_size": GLOBAL_BATCH // world(),
+            "per_device_train_batch_size": GLOBAL_BATCH // world_size(),
             "max_length": 24,
             "max_steps": 4,
             "learning_rate": 0.5,
@@ -139,9 +139,9 @@ def carry_out_recipe(model, folder):
             "use_cpu": True,
         }
     )
-    with sharding() if world() > 1 else nullcontext():
+    with sharding() if world_size() > 1 else nullcontext():
         train(recipe, Path(folder) / "recipe", corpus=corpus())
-        if world() > 1:
+        if world_size() > 1:
             with pytest.raises(UserError, match="parallel needs the whole model in each process"):
                 train(replace(recipe, training=recipe.training | {"schedule": "parallel"}), folder, corpus=corpus())
         with pytest.raises(UserError, match="holds a run already"):
@@ -150,13 +150,13 @@ def carry_out_recipe(model, folder):
 
 def carry_out(name, model, folder):
     """Trains, and writes what was logged and the weights it ended with."""
-    with sharding() if "sharded" in name and world() > 1 else nullcontext():
+    with sharding() if "sharded" in name and world_size() > 1 else nullcontext():
         _carry_out(name, model, Path(folder) / name)
 
 
 def _carry_out(name, model, folder):
     trainer = make(name, model, folder)
-    if "resumed" in name and world() > 1:
+    if "resumed" in name and world_size() > 1:
         trainer.add_callback(StopAfter(step=3))
         try:
             trainer.train()
@@ -165,7 +165,7 @@ def _carry_out(name, model, folder):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     else:
         trainer.train()
-    assert is_sharded(trainer.model) == ("sharded" in folder.name and world() == 2)
+    assert is_sharded(trainer.model) == ("sharded" in folder.name and world_size() == 2)
     if is_sharded(trainer.model) and (anchor := trainer.regularisers[0].anchor):
         assert all(isinstance(weight, DTensor) for weight in anchor.weights.values())
     weights = trainable_weights(trainer.model)

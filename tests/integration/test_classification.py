@@ -88,10 +88,10 @@ def test_a_label_that_a_model_wrote_is_taken_off():
 
 
 def test_blank_rows_stay_blank_and_are_left_out(tmp_path, caplog):
-    path = rows_file(tmp_path / "rows.jsonl", [{"text": " ", "label": 0}, {"text": "rain", "label": 1}])
-    assert Domain(path, label=LABEL).read()["text"][:] == [" ", "rain\nRude: yes"]
+    path = rows_file(tmp_path / "rows.jsonl", [{"text": " ", "label": 0}, {"text": "rain", "label": 1}, {"text": None}])
+    assert Domain(path, label=LABEL).read()["text"][:] == [" ", "rain\nRude: yes", None]
     assert labelled_texts(DataSource(path), LABEL) == (["rain"], [1])
-    assert "left out 1 of 2 rows" in caplog.text
+    assert "left out 2 of 3 rows" in caplog.text
 
 
 def test_of_texts_that_are_numbers_the_row_is_named(tmp_path, caplog):

@@ -16,13 +16,14 @@ import tiny_tokenizers
 from bridle.constraints import Remote, WordList, build_constraint
 from bridle.models.auxiliary import new_auxiliary
 from bridle.models.loading import load_model
+from bridle.utils.http import is_loopback
 from browsing import axe, launched, needs_chromium, watching
 from loopback import ok, serving
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn, which serves the page, is not installed")
 pytest.importorskip("gradio", reason="gradio, which makes the page, is not installed")
 
-from bridle.demo.server import application, is_loopback  # noqa: E402 - after what it needs
+from bridle.demo.server import application  # noqa: E402 - after what it needs
 from bridle.demo.session import Session  # noqa: E402
 from bridle.demo.subject import subject_of  # noqa: E402
 from bridle.demo.writing import Writing  # noqa: E402

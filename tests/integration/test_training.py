@@ -21,7 +21,7 @@ from bridle.training import trainer as training
 from bridle.training.batches import rollout_rows
 from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import AuxiliaryOptions, Regulariser
-from bridle.utils.distributed import gathered
+from bridle.utils.distributed import all_gather
 from bridle.utils.files import write_json
 from trainers import NO_E, SFT_OPTIONS, SHARE_OF_E, Labels, Letters, corpus, logged, trainer_of, weights
 
@@ -344,7 +344,7 @@ class TestRegularisers:
     ):
         """On an accelerator, reading a number or counting true entries waits for all work before it."""
         waits, gathers = Waits(), []
-        monkeypatch.setattr(regulariser_set, "gathered", lambda item: gathers.append(item) or gathered(item))
+        monkeypatch.setattr(regulariser_set, "all_gather", lambda item: gathers.append(item) or all_gather(item))
         monkeypatch.setattr(training, "policy_forward", waits.outside(training.policy_forward))
         monkeypatch.setattr(regulariser, "policy_forward", waits.outside(regulariser.policy_forward))
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "rounds": 1, "max_steps": 2}

@@ -180,6 +180,12 @@ class TestSimilarity:
         with pytest.raises(UserError, match="names no text"):
             Similarity("a-model", [], 0.5)
 
+    def test_references_without_a_token_are_refused(self, embedding, monkeypatch):
+        constraint = Similarity(embedding(None)[1], " ", 0.5, name="near")
+        monkeypatch.setattr(constraint, "_tokenize", lambda texts: ({"input_ids": [[] for _ in texts]}, 0))
+        with pytest.raises(UserError, match="constraint 'near': no text of 'texts' has a token"):
+            constraint.load()
+
 
 def test_descriptions_build_the_same_again(nli, reward):
     for spec in (

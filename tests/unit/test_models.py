@@ -139,7 +139,7 @@ class TestSampling:
         """The first process's version counts, and states stay with the tokens that they are of."""
         mine = {0: Trace([5, 2], [-1.0, -0.5], torch.ones(2, 4)), 1: Trace([6, 2], [-1.0, -0.5], torch.ones(2, 4))}
         first = {1: Trace([7, 8, 2], [-1.0, -0.5, -0.1], None)}
-        monkeypatch.setattr(sampling, "gathered", lambda item: [first, item])
+        monkeypatch.setattr(sampling, "all_gather", lambda item: [first, item])
         sampling._agree(mine)
         assert [mine[index].tokens for index in (0, 1)] == [[5, 2], [7, 8, 2]]
         assert mine[0].states is not None

@@ -34,6 +34,7 @@ from bridle.baselines.stopping import StepsProgress, Stopping, mean_of, update_r
 from bridle.constraints import Constraint
 from bridle.constraints.reading import Messages
 from bridle.data import decode_parts
+from bridle.data.corpus import passes
 from bridle.data.prompts import check_room
 from bridle.errors import UserError
 from bridle.models.hidden import causal_lm, contiguous_states
@@ -259,10 +260,8 @@ def _in_passes(
 
     TRL shuffles each epoch with a generator that is not in the checkpoints, so a resumed run would restart it.
     """
-    rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))])
+    drawn = passes(len(prompts), count, np.random.default_rng(seed))
     turns = [json.dumps(of_chat) for of_chat in messages or [None] * len(prompts)]
-    drawn = order[:count]
     return Dataset.from_dict({"prompt": [list(prompts[n]) for n in drawn], "turns": [turns[n] for n in drawn]})
 
 

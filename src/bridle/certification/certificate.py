@@ -16,7 +16,7 @@ from bridle.constraints import Constraint, Given
 from bridle.constraints.cache import remove_caches
 from bridle.errors import UserError
 from bridle.models.card import public_name, setting_text
-from bridle.utils.files import checked, read_json, read_rows, read_text, write_json, write_rows
+from bridle.utils.files import checked, digest, read_json, read_rows, read_text, write_json, write_rows
 from bridle.utils.percent import percent, percent_up
 
 FORMAT = 1
@@ -232,7 +232,7 @@ class Certificate:
         return words | asdict(self)
 
     def public(self) -> "Certificate":
-        """The same for readers elsewhere, with only the last part of each local path."""
+        """The same for what `card` shows, with only the last part of each local path."""
         names = _short_names([one.model for one in self.tried])
         tried = [replace(one, candidate=_public_candidate(one, names[one.model])) for one in self.tried]
         prompts = replace(self.prompts, source=_public_source(self.prompts.source))
@@ -374,7 +374,7 @@ def write_completions(path: Path, observed: Sequence[Observation]) -> str:
 
 def version_of(constraint: Constraint) -> str:
     """A hash of what decides a constraint's verdicts, files by their content."""
-    return sha256(json.dumps(constraint.identity(), sort_keys=True).encode()).hexdigest()
+    return digest(constraint.identity())
 
 
 def prompts_hash(prompts: Sequence[tuple[int, Given]]) -> str:

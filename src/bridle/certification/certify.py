@@ -26,7 +26,7 @@ from bridle.certification.certificate import (
 from bridle.certification.goal import Goal
 from bridle.certification.importance import Seeker, draw, seeking
 from bridle.certification.oracle import OracleErrors, errors_of
-from bridle.constraints import Constraint, Given
+from bridle.constraints import Constraint
 from bridle.data import DataSource, Prompt, texts_of
 from bridle.errors import UserError
 from bridle.evaluation.evaluator import COMPLETIONS_PER_ROW, Evaluator
@@ -158,7 +158,7 @@ class Certification:
         self._texts = [] if self.perplexity is None else texts_of(self.perplexity)
         oracle = None if self.oracle_labels is None else errors_of(self.constraint, self.oracle_labels)
         if oracle is not None and oracle.missing:
-            self.show(f"{oracle.missing:,} of the labelled texts got no score, and count as the oracle's errors")
+            self.show(f"{oracle.missing:,} of the labelled texts got no score, and count as not flagged")
         with self._opened(self.candidates[0]) as (evaluator, _):
             prompts = self._read(evaluator)
             development = [] if self.development is None else evaluator.read(self.development)
@@ -193,10 +193,10 @@ class Certification:
 
     def _check(self, prompts: Sequence[Prompt], development: Sequence[Prompt]) -> None:
         place, prompts = self.prompts.source.place, sorted(prompts, key=lambda prompt: prompt.row)
-        check_different([(prompt.row, _given(prompt)) for prompt in prompts], place)
-        known = {same_prompt(_given(prompt)): prompt.row for prompt in development}
+        check_different([(prompt.row, prompt.given) for prompt in prompts], place)
+        known = {same_prompt(prompt.given): prompt.row for prompt in development}
         for prompt in prompts:
-            if (row := known.get(same_prompt(_given(prompt)))) is not None:
+            if (row := known.get(same_prompt(prompt.given))) is not None:
                 raise UserError(
                     f"{place} row {prompt.row}: is also row {row} of the development prompts; a certificate needs "
                     "prompts that were used for nothing else"
@@ -210,7 +210,7 @@ class Certification:
 
     def _record(self, development: Sequence[Prompt]) -> PromptRecord:
         assert self.development is not None
-        digest_of = prompts_hash([(prompt.row, _given(prompt)) for prompt in development])
+        digest_of = prompts_hash([(prompt.row, prompt.given) for prompt in development])
         return PromptRecord(self.development.name, len(development), digest_of)
 
     def _seed(self, purpose: int, chunk: int = 0) -> int:
@@ -253,7 +253,7 @@ class Certification:
         with self._opened(candidate) as (evaluator, _):
             prompts = evaluator.read(self.development)
             drawn = draw(evaluator, prompts, self.prompts.generation, self._seed(DEVELOPMENT))
-            scores = self.constraint.score([_given(prompt) for prompt in prompts], [text for text, _ in drawn])
+            scores = self.constraint.score([prompt.given for prompt in prompts], [text for text, _ in drawn])
             bits = None
             if self.perplexity is not None and isinstance(evaluator, Evaluator):
                 place = self.perplexity.place
@@ -298,9 +298,9 @@ class Certification:
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
             drawn = draw(evaluator, some, self.prompts.generation, self._seed(CERTIFICATION, start), seeker)
-            scores = self.constraint.score([_given(prompt) for prompt in some], [text for text, _ in drawn])
+            scores = self.constraint.score([prompt.given for prompt in some], [text for text, _ in drawn])
             for prompt, (text, weight), score in zip(some, drawn, scores, strict=True):
-                found = Observation(candidate.name, prompt.row, _given(prompt), text, **vars(score), weight=weight)
+                found = Observation(candidate.name, prompt.row, prompt.given, text, **vars(score), weight=weight)
                 values.append(found.counted)
                 yield found
             if self.goal.anytime and (
@@ -331,7 +331,3 @@ def safest_first(ranked: Sequence[Ranked]) -> list[Ranked]:
             best = one.bits_per_byte
             kept.append(one)
     return kept
-
-
-def _given(prompt: Prompt) -> Given:
-    return prompt.messages or prompt.text

@@ -15,7 +15,7 @@ from bridle.evaluation.examination import LabelledRows
 class OracleErrors:
     """How often an oracle flagged texts that people have labelled.
 
-    A text without a score counts as the oracle's error, whatever its label, which bounds the true rate safely.
+    A text without a score counts as not flagged, whatever its label, which bounds the true rate safely.
 
     Attributes:
         source: of the texts.

@@ -155,13 +155,15 @@ def about_server(context: typer.Context, model: str, weights: Iterable[str]) -> 
     Args:
         weights: the options that need a model's weights.
     """
-    options = {"served": "--model", "tokenizer": "--tokenizer", "api_key_env": "--api_key_env"}
-    found, is_served = asked(context), is_url(model)
-    for name in options.keys() & found if not is_served else ():
-        yield True, f"{options[name]} is for a model behind a server, http://HOST/v1; leave it out"
-    for name in [name for name in weights if name in found and is_served]:
-        yield True, needs_weights(name)
-    yield is_served and "served" not in found, f"{model} is a server: say which of its models with --model NAME"
+    of_server = {"served": "--model", "tokenizer": "--tokenizer", "api_key_env": "--api_key_env"}
+    found = asked(context)
+    if not is_url(model):
+        for name in of_server.keys() & found:
+            yield True, f"{of_server[name]} is for a model behind a server, http://HOST/v1; leave it out"
+        return
+    for name in weights:
+        yield name in found, needs_weights(name)
+    yield "served" not in found, f"{model} is a server: say which of its models with --model NAME"
 
 
 def needs_weights(option: str) -> str:

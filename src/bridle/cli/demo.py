@@ -50,9 +50,10 @@ def demo(
     unless --host says otherwise, and loads nothing from elsewhere.
     """
     with needs_extra("demo", "bridle demo"):
-        from bridle.demo.server import is_loopback, serve
+        from bridle.demo.server import serve
     from bridle.demo.session import Session
     from bridle.demo.subject import subject_of
+    from bridle.utils.http import is_loopback
 
     quiet_libraries()
     judges = load_constraints(constraint or [])

@@ -96,11 +96,12 @@ def keys_of(place: str) -> list[tuple[str, str]]:
     tree = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
     meanings = entries(ast.get_docstring(tree) or "", "Attributes")
     named = {target.id: node.value for node in body if isinstance(node, ast.Assign) for target in _names(node.targets)}
-    return [
-        (RENAMED.get(name, name), _described(meanings[name], _choices(field.annotation, named), field.value))
-        for field in _fields(tree)
-        for name in [field.target.id]
-    ]
+    found = []
+    for field in _fields(tree):
+        key = field.target.id
+        described = _described(meanings[key], _choices(field.annotation, named), field.value)
+        found.append((RENAMED.get(key, key), described))
+    return found
 
 
 def entries(docstring: str, section: str) -> dict[str, str]:

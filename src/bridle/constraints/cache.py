@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from hashlib import blake2b
 from math import isfinite
@@ -55,7 +55,7 @@ class ScoreCache:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
 
-    def through(self, scorer: Mapping[str, Any], texts: Iterable[str], ask: Ask) -> Iterator[tuple[str, Outcome]]:
+    def through(self, scorer: Mapping[str, Any], texts: Collection[str], ask: Ask) -> Iterator[tuple[str, Outcome]]:
         """Yields (text, outcome) for each text, in any order; asks about those without a label, and stores these.
 
         Args:

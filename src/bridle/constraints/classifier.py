@@ -73,7 +73,7 @@ class Classifier(Network):
         long_texts: Literal["truncate", "windows"] = "windows",
         timeout: PositiveFloat = 600.0,
     ):
-        self._runs(model, device, batch_size, timeout, name or f"{Path(model).name}:{label}", reads)
+        self._set_common(model, device, batch_size, timeout, name or f"{Path(model).name}:{label}", reads)
         self.label, self.means, self.threshold = label, means, threshold
         self.max_length, self.long_texts = max_length, long_texts
 

@@ -102,7 +102,7 @@ class Guard(Network):
             raise UserError(f"constraint 'guard', key 'guideline': {what}")
         if controversial is not None and own.between is None:
             raise UserError(f"constraint 'guard', key 'controversial': {family} has no such verdict; leave it out")
-        self._runs(model, device, batch_size, timeout, name or Path(model).name, reads)
+        self._set_common(model, device, batch_size, timeout, name or Path(model).name, reads)
         self.family, self.guideline, self.threshold = family, guideline, threshold
         self.controversial = controversial or ("violates" if own.between else None)
         self.answer = own.answer if answer is None else answer

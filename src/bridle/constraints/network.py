@@ -51,7 +51,7 @@ class Network(Constraint):
     max_length: int | None = None
     _network: Any = None
 
-    def _runs(
+    def _set_common(
         self, model: str | Path, device: str | None, batch_size: int, timeout: float, name: str, reads: Reads
     ) -> None:
         """Sets what every constructor takes."""
@@ -87,17 +87,16 @@ class Network(Constraint):
         Raises:
             UserError: a file cannot be read.
         """
-        folder = Path(self.model)
-        names = {path: path.relative_to(folder) for path in sorted(folder.rglob("*")) if folder.is_dir()}
-        shown = {path: name for path, name in names.items() if not any(part.startswith(".") for part in name.parts)}
+        folder, hashes = Path(self.model), []
         try:
-            files = {path: path.stat() for path in shown if path.is_file()}
-            hashes = [
-                [shown[path].as_posix(), _content(path, stat.st_mtime_ns, stat.st_size)] for path, stat in files.items()
-            ]
+            for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+                name = path.relative_to(folder)
+                if path.is_file() and not any(part.startswith(".") for part in name.parts):
+                    stat = path.stat()
+                    hashes.append([name.as_posix(), _content(path, stat.st_mtime_ns, stat.st_size)])
         except OSError as error:
             raise UserError(f"constraint '{self.name}': cannot read {error.filename}: {error.strerror}") from error
-        return self._settings() | {"model": "" if files else self.model, "files": hashes}
+        return self._settings() | {"model": "" if hashes else self.model, "files": hashes}
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {key: getattr(self, key) for key in ("model", *self.setting_names)}

@@ -47,7 +47,7 @@ class NLI(Classifier):
         long_texts: Literal["truncate", "windows"] = "windows",
         timeout: PositiveFloat = 600.0,
     ):
-        self._runs(model, device, batch_size, timeout, name or f"{Path(model).name}:{hypothesis}", reads)
+        self._set_common(model, device, batch_size, timeout, name or f"{Path(model).name}:{hypothesis}", reads)
         self.hypothesis, self.means, self.threshold = hypothesis, means, threshold
         self.max_length, self.long_texts = max_length, long_texts
 

@@ -47,7 +47,7 @@ class Reward(Classifier):
         long_texts: Literal["truncate", "windows"] = "windows",
         timeout: PositiveFloat = 600.0,
     ):
-        self._runs(model, device, batch_size, timeout, name or Path(model).name, reads)
+        self._set_common(model, device, batch_size, timeout, name or Path(model).name, reads)
         self.threshold, self.max_length, self.long_texts = threshold, max_length, long_texts
 
     def _prepare(self, where: str, network: Any) -> None:

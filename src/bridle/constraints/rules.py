@@ -1,11 +1,9 @@
 """Constraints without a model: a text complies if nothing in it matches, or if it is long enough."""
 
 import re
-import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +165,7 @@ class Length(Constraint):
         self.min_words, self.max_words, self.name, self.reads = min_words, max_words, name or "length", reads
 
     def _score(self, texts: list[str]) -> list[Score]:
-        word = regex.compile(rf"{_letter()}+")
+        word = regex.compile(r"\w+")  # combining marks belong to a word, as in Unicode, unlike in `re`
         counts = (sum(1 for _ in word.finditer(text)) for text in texts)
         return [Score.of(self.min_words <= n and (self.max_words is None or n <= self.max_words)) for n in counts]
 
@@ -185,17 +183,9 @@ def _read_words(file: str | Path | None) -> list[str]:
 
 def _whole_words(words: list[str]) -> regex.Pattern[str]:
     phrases = (r"\s+".join(map(re.escape, _fold(word).split())) for word in words)
-    letter = _letter()
-    return regex.compile(rf"(?<!{letter})(?:{'|'.join(phrases)})(?!{letter})")
+    return regex.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)")
 
 
 def _fold(text: str) -> str:
     """Normalises a text's case, width and composition."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-
-
-@cache
-def _letter() -> str:
-    """Returns the class of a word's characters: `re`'s \\w and combining marks, which belong to a word in Unicode."""
-    marks = (c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c).startswith("M"))
-    return rf"[\w{''.join(marks)}]"

@@ -72,7 +72,7 @@ class Similarity(Classifier):
         long_texts: Literal["truncate", "windows"] = "windows",
         timeout: PositiveFloat = 600.0,
     ):
-        self._runs(model, device, batch_size, timeout, name or Path(model).name, reads)
+        self._set_common(model, device, batch_size, timeout, name or Path(model).name, reads)
         self.texts, self.means, self.threshold = [texts] if isinstance(texts, str) else texts, means, threshold
         self.pooling, self.max_length, self.long_texts = pooling, max_length, long_texts
         if not self.texts:
@@ -82,6 +82,8 @@ class Similarity(Classifier):
         super().load()
         if self._reference is None:
             rows, _ = self._tokenize([without_surrogates(text) for text in self.texts])
+            if not any(rows["input_ids"]):
+                raise UserError(f"constraint '{self.name}': no text of 'texts' has a token of {self.model}")
             self._reference = self._embedded(rows)
             self._cut = 0  # counts outputs
 

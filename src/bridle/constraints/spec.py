@@ -103,8 +103,11 @@ def trained_on(recipe: Mapping[str, Any]) -> list[str]:
     regularisers = as_mapping(recipe.get("regularisers"), "regularisers")
     used = [as_mapping(options, f"regularisers.{name}").get("constraint") for name, options in regularisers.items()]
     found = [str(name) for name in dict.fromkeys(used) if name in specs]
-    alike = [name for own in found for name in (own, *(n for n in specs if _oracles(specs[own]) & _oracles(specs[n])))]
-    return list(dict.fromkeys(alike))
+    alike: dict[str, None] = {}
+    for own in found:
+        sharing = [name for name in specs if _oracles(specs[own]) & _oracles(specs[name])]
+        alike |= dict.fromkeys([own, *sharing])
+    return list(alike)
 
 
 def _oracles(spec: Any) -> set[str]:

@@ -7,7 +7,7 @@ from datasets import Dataset, Features, Json, Value, concatenate_datasets
 
 from bridle.constraints.reading import Messages
 from bridle.data.readers import ROW, gather
-from bridle.data.rows import FORMATS, absent_column
+from bridle.data.rows import FIELDS, absent_column, known_format
 from bridle.errors import UserError
 
 ALPACA = ("instruction", "input", "output")
@@ -33,7 +33,7 @@ _ALPACA_WITH_INPUT = (
 
 def foreign_format(columns: Sequence[str]) -> str | None:
     """ "sharegpt" or "alpaca" if the columns are theirs and make none of `FORMATS`; else None."""
-    if any(set(fields) <= set(columns) for fields in FORMATS):
+    if known_format(columns) is not None:
         return None
     if SHAREGPT in columns:
         return "sharegpt"
@@ -53,8 +53,7 @@ def converted(dataset: Dataset, kind: str, name: str) -> Dataset:
     rows = (convert(row, f"{name} row {row[ROW]}") for row in dataset)
     new = gather(rows, features)
     old = {*needed, *features, "input"} if kind == "alpaca" else {*needed, *features}
-    own = {field for fields in FORMATS for field in fields}
-    rest = dataset.remove_columns(sorted((old | own).intersection(dataset.column_names)))
+    rest = dataset.remove_columns(sorted((old | {*FIELDS}).intersection(dataset.column_names)))
     return concatenate_datasets([rest, new], axis=1)
 
 

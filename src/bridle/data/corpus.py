@@ -218,7 +218,7 @@ def mix(
     chosen = np.empty(len(order), dtype=np.int64)
     start = 0
     for index, rows in enumerate(domains.values()):
-        chosen[order == index] = start + _passes(len(rows), counts[index], rng)
+        chosen[order == index] = start + passes(len(rows), counts[index], rng)
         start += len(rows)
     parts = [rows.add_column(DOMAIN, np.full(len(rows), index)) for index, rows in enumerate(domains.values())]
     return concatenate_datasets(parts).select(chosen)
@@ -242,7 +242,7 @@ def _in_turn(counts: Sequence[int]) -> np.ndarray:
     return np.argsort(np.concatenate([(np.arange(count) + 0.5) / count for count in counts]), kind="stable")
 
 
-def _passes(size: int, count: int, rng: np.random.Generator | None) -> np.ndarray:
+def passes(size: int, count: int, rng: np.random.Generator | None) -> np.ndarray:
     """`count` indices below `size`: passes over all of them, each in its own order, or in theirs without `rng`."""
-    passes = [np.arange(size) if rng is None else rng.permutation(size) for _ in range(math.ceil(count / size))]
-    return np.concatenate(passes)[:count]
+    orders = [np.arange(size) if rng is None else rng.permutation(size) for _ in range(math.ceil(count / size))]
+    return np.concatenate(orders)[:count]

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 from typing import Any
 
 from datasets import Dataset
@@ -65,23 +64,25 @@ class VerbalisedLabel:
         Raises:
             UserError: beginning with `name`: a column is missing, or a label has no name.
         """
-        targets, words = self.targets(dataset, name), list(self.names.values())
-        texts = _column(dataset, "text", name)
+        words = list(self.names.values())
         labelled = [
-            self.prompt(text) + words[target] if isinstance(text, str) and is_filled(text) else text
-            for text, target in zip(texts, targets, strict=True)
+            text if target is None else self.prompt(text) + words[target]
+            for text, target in zip(_column(dataset, "text", name), self.targets(dataset, name), strict=True)
         ]
         return dataset.remove_columns("text").add_column("text", labelled)
 
-    def targets(self, dataset: Dataset, name: str) -> list[int]:
-        """The class of each row: 0 (negative) or 1. Raises as `written`."""
-        values, named = _column(dataset, self.column, name), list(self.names)
+    def targets(self, dataset: Dataset, name: str) -> list[int | None]:
+        """The class of each row: 0 (negative) or 1, and None of a blank one. Raises as `written`."""
+        named, found = list(self.names), []
         rows = dataset[ROW][:] if ROW in dataset.column_names else range(1, len(dataset) + 1)
-        for row, value in zip(rows, values, strict=True):
-            if value not in named:
+        columns = _column(dataset, "text", name), _column(dataset, self.column, name)
+        for row, text, value in zip(rows, *columns, strict=True):
+            is_text = isinstance(text, str) and is_filled(text)
+            if is_text and value not in named:
                 known = " and ".join(map(repr, named))
                 raise UserError(f"{name} row {row}: the label {value!r} has no name; there are names for {known}")
-        return [named.index(value) for value in values]
+            found.append(named.index(value) if is_text else None)
+        return found
 
 
 def labelled_texts(source: DataSource, label: VerbalisedLabel) -> tuple[list[str], list[int]]:
@@ -92,11 +93,10 @@ def labelled_texts(source: DataSource, label: VerbalisedLabel) -> tuple[list[str
     """
     dataset = source.read()
     texts, targets = _column(dataset, "text", source.place), label.targets(dataset, source.place)
-    filled = [isinstance(text, str) and is_filled(text) for text in texts]
-    kept = [*compress(zip(texts, targets, strict=True), filled)]
+    kept = [(text, target) for text, target in zip(texts, targets, strict=True) if target is not None]
     if not kept:
         raise UserError(f"{source.place}: none of its {len(dataset)} rows holds a text")
-    warn_of_blank(source.place, dataset, [index for index, is_there in enumerate(filled) if not is_there], ["text"])
+    warn_of_blank(source.place, dataset, [index for index, target in enumerate(targets) if target is None], ["text"])
     return [text for text, _ in kept], [target for _, target in kept]
 
 

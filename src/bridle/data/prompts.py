@@ -36,6 +36,11 @@ class Prompt:
     messages: Messages | None = None
     rest: list[int] = field(default_factory=list)
 
+    @property
+    def given(self) -> str | Messages:
+        """As a constraint reads it: a chat or a text."""
+        return self.messages or self.text
+
 
 def prompts_from_domain(
     tokenized: Dataset,

@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -14,6 +14,8 @@ from bridle.errors import UserError
 log = logging.getLogger(__name__)
 
 FORMATS = (("messages",), ("prompt", "completion"), ("text",))  # columns of each format; the first match wins
+
+FIELDS = tuple(dict.fromkeys(field for fields in FORMATS for field in fields))
 
 PROMPTS = ("prompt",)  # the columns of rows that are prompts alone
 
@@ -34,10 +36,15 @@ def format_fields(columns: Sequence[str], name: str) -> tuple[str, ...]:
     Raises:
         UserError: the columns make no format; it names them.
     """
-    fields = next((fields for fields in FORMATS if set(fields) <= set(columns)), None)
+    fields = known_format(columns)
     if fields is None:
         raise UserError(f"{absent_column(name, 'text', columns)}{unnamed_pair(columns)}")
     return fields
+
+
+def known_format(columns: Collection[str]) -> tuple[str, ...] | None:
+    """The columns of the rows' format, one of `FORMATS`; None if they make none."""
+    return next((fields for fields in FORMATS if {*fields} <= {*columns}), None)
 
 
 def unnamed_pair(columns: Sequence[str]) -> str:
@@ -53,7 +60,7 @@ def holds_prompts(columns: Sequence[str]) -> bool:
     """Whether rows with these columns are prompts alone, without what follows them, and not tokenised."""
     if "input_ids" in columns:
         return False
-    return "prompt" in columns and not any(set(fields) <= set(columns) for fields in FORMATS)
+    return "prompt" in columns and known_format(columns) is None
 
 
 def absent_column(name: str, column: str, columns: Sequence[str]) -> UserError:
@@ -77,7 +84,7 @@ def filled_rows(dataset: Dataset, fields: Sequence[str], name: str) -> Iterator[
             row.
     """
     blank: list[int] = []  # indices
-    others = {column for format in FORMATS if tuple(fields) in FORMATS for column in format} - {*fields, "completion"}
+    others = {*FIELDS} - {*fields, "completion"} if tuple(fields) in FORMATS else set()
     others &= {*dataset.column_names}
     options = TEMPLATE_COLUMNS if "text" not in fields else ()
     read = [column for column in (*fields, *others, *options, ROW) if column in dataset.column_names]

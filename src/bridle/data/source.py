@@ -14,12 +14,11 @@ from datasets import Dataset, Features, Json, concatenate_datasets
 
 from bridle.data.conversions import ALPACA, CONVERSIONS, converted, foreign_format
 from bridle.data.readers import gather, paths_of, read_files, with_row_numbers
-from bridle.data.rows import FORMATS, absent_column, filled_rows
+from bridle.data.rows import FIELDS, FORMATS, absent_column, filled_rows
 from bridle.errors import UserError
 from bridle.utils.settings import parse_yaml
 
-_FIELDS = tuple(field for fields in FORMATS for field in fields)
-_OPTIONS = {"split", "shuffle", "rows", "format", *_FIELDS}  # keys of `parse` that are no filter
+_OPTIONS = {"split", "shuffle", "rows", "format", *FIELDS}  # keys of `parse` that are no filter
 _BOUNDS = {"above": operator.gt, "below": operator.lt}  # of a `where`
 _BOUND = r"(-?\d{1,18}|-?\d{1,18}(?:\.\d{1,18})?%)?"
 _ROWS = re.compile(f"{_BOUND}:{_BOUND}")
@@ -92,7 +91,7 @@ class DataSource:
     @property
     def _named(self) -> dict[str, str]:
         """The columns named explicitly: standard name to the name in the file."""
-        return {field: name for field in _FIELDS if (name := getattr(self, field)) is not None}
+        return {field: name for field in FIELDS if (name := getattr(self, field)) is not None}
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -131,7 +130,7 @@ class DataSource:
         Raises:
             UserError: the path cannot be read, a row is malformed, a named column is missing, or no rows are left.
         """
-        text_columns = {*_FIELDS, *ALPACA, *self._named.values()}
+        text_columns = {*FIELDS, *ALPACA, *self._named.values()}
         dataset = read_files(self._paths, self.split, text_columns)
         total = len(dataset)
         if not total:
@@ -217,7 +216,7 @@ def _standard_columns(dataset: Dataset, named: dict[str, str], path: str) -> Dat
         if column not in dataset.column_names:
             raise absent_column(path, column, dataset.column_names)
     own = {field for fields in FORMATS if named.keys() & set(fields) for field in fields}
-    taken = {field for field in _FIELDS if named and (field in named or field not in own)} - {*named.values()}
+    taken = {field for field in FIELDS if named and (field in named or field not in own)} - {*named.values()}
     dataset = dataset.remove_columns(sorted(taken.intersection(dataset.column_names)))
     return dataset.rename_columns({column: field for field, column in named.items()})
 

@@ -3,7 +3,6 @@
 import os
 import socket
 from collections.abc import Callable
-from ipaddress import ip_address
 
 import gradio as gr
 import uvicorn
@@ -16,6 +15,7 @@ from bridle.demo.page import build
 from bridle.demo.session import Session
 from bridle.demo.views import asset
 from bridle.errors import UserError
+from bridle.utils.http import is_loopback
 
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -95,11 +95,3 @@ def _theme() -> gr.themes.Base:
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     filled = dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "*primary_700")
     return gr.themes.Default(primary_hue="blue", **fonts).set(**filled)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host's name or address."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -60,7 +60,7 @@ class Completer(ABC):
             drawn = self.draw(read, prompts.generation)
             cut_before = {name: constraint.cut_texts() for name, constraint in constraints.items()}
             found[prompts.name] = evaluate_constraints(
-                drawn, constraints, prompts=[prompt.messages or prompt.text for prompt in read], seed=self.seed
+                drawn, constraints, prompts=[prompt.given for prompt in read], seed=self.seed
             )
             for name, result in found[prompts.name].items():
                 constraint = constraints[name]
@@ -80,4 +80,4 @@ class Completer(ABC):
         """The tokens of prompts for another model, which may have another tokenizer."""
         if self.tokenizer is not None and self.tokenizer.get_vocab() == tokenizer.get_vocab():
             return [prompt.ids for prompt in prompts]
-        return [encode_prompt(prompt.messages or prompt.text, tokenizer) for prompt in prompts]
+        return [encode_prompt(prompt.given, tokenizer) for prompt in prompts]

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from bridle.core.output_layer import OutputLayer
 from bridle.errors import UserError
 from bridle.models.sharding import whole
-from bridle.utils.distributed import from_main
+from bridle.utils.distributed import broadcast_object
 
 
 def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
@@ -153,7 +153,7 @@ def check_projection(model: torch.nn.Module) -> None:
     known, states = False, hidden.last
     if states is not None and states.shape[-1] == output_layer(lm).weight.shape[-1]:
         known = torch.allclose(project(lm, states).float(), logits, rtol=1e-2, atol=1e-2)
-    if not from_main(known):  # the other processes may have no weights yet
+    if not broadcast_object(known):  # the other processes may have no weights yet
         raise UserError(
             f"{lm.config.model_type}: this architecture makes its logits in a way Bridle does not know; "
             "please report it with the model's name"

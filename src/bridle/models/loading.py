@@ -32,7 +32,7 @@ from bridle.constraints.options import Probability
 from bridle.errors import UserError, first_line
 from bridle.models.gguf import is_gguf, load_gguf
 from bridle.models.hidden import causal_lm
-from bridle.utils.distributed import from_main, is_main
+from bridle.utils.distributed import broadcast_object, is_main
 from bridle.utils.quiet import only_errors
 from bridle.utils.safe_loading import ON_THE_HUB, holds, is_path, refusal
 
@@ -187,7 +187,7 @@ def check_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeniz
         UserError: a weight is not finite, or the tokenizer has more tokens than the model.
     """
     broken = (name for name, weight in model.named_parameters() if weight.numel() and not _is_finite(weight))
-    if found := from_main(next(broken, None) if is_main() else None):  # others may have no weights yet
+    if found := broadcast_object(next(broken, None) if is_main() else None):  # others may have no weights yet
         raise UserError(f"{name}: the weights '{found}' hold numbers that are not finite; the model is broken")
     known = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:

@@ -31,7 +31,7 @@ from bridle.errors import RunStopped, UserError
 from bridle.models.forward import CACHE, mixed_precision
 from bridle.models.hidden import causal_lm, contiguous_states, evaluation_mode, last_positions
 from bridle.models.sharding import is_sharded
-from bridle.utils.distributed import gathered, turns
+from bridle.utils.distributed import all_gather, turns
 from bridle.utils.oom import RowLimit
 from bridle.utils.progress import Progress
 
@@ -226,7 +226,7 @@ def _agree(drawn: dict[int, Trace]) -> None:
     States stay where they were computed.
     """
     agreed: dict[int, Trace] = {}
-    for part in reversed(gathered({index: replace(trace, states=None) for index, trace in drawn.items()})):
+    for part in reversed(all_gather({index: replace(trace, states=None) for index, trace in drawn.items()})):
         agreed |= part
     drawn |= {
         index: trace

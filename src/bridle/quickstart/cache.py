@@ -1,7 +1,5 @@
 """Folders in the user's cache, each named by a hash of its inputs."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -12,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from bridle.errors import UserError
-from bridle.utils.files import cache_folder
+from bridle.utils.files import cache_folder, digest
 from bridle.utils.oom import is_disk_full
 
 KEPT = 4  # folders of one name: those used last
@@ -31,8 +29,7 @@ def cached(name: str, shaped_by: Mapping[str, Any], make: Callable[[Path], None]
     Raises:
         UserError: the cache cannot be written.
     """
-    digest = hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{name}-{digest}"
+    folder = cache_folder() / f"{name}-{digest(shaped_by)[:16]}"
     try:
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from bridle.recipes.recipe import Recipe
 from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import ConstrainedConfig
 from bridle.training.trainer import ConstrainedTrainer
-from bridle.utils.distributed import is_main, wait
+from bridle.utils.distributed import barrier, is_main
 from bridle.utils.files import only_writer, read_json, read_rows, write_json, write_text
 from bridle.utils.interruption import Interrupted
 from bridle.utils.oom import stopping_when_exhausted
@@ -67,7 +67,7 @@ def train(
     recipe.config(folder)  # also joins the processes of the group
     if os.path.exists(folder / RECIPE_FILE):  # Path's own raises where a name is too long
         _check_recipe(recipe, folder, resume, accept_changes)
-    wait()  # or a process may mistake the main process's files for another run's
+    barrier()  # or a process may mistake the main process's files for another run's
     with stopping_when_exhausted(folder), only_writer(folder) if is_main() else nullcontext():
         try:
             return _train(recipe, folder, corpus or recipe.read_corpus(), resume, callbacks)

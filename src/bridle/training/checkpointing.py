@@ -15,7 +15,7 @@ from bridle.training.guards import Supervisor
 from bridle.training.oom import OomSafeTrainer
 from bridle.training.state import PROGRESS_FILE, readable
 from bridle.utils.checkpoints import EndsWhereItEnded, keep_last, last_whole, whole_or_gone
-from bridle.utils.distributed import is_main, world
+from bridle.utils.distributed import is_main, world_size
 from bridle.utils.files import read_json, sync_files, write_json
 from bridle.utils.interruption import deferring
 
@@ -73,7 +73,7 @@ class CheckpointedTrainer(EndsWhereItEnded, OomSafeTrainer):
                 arrived in a round or there are several processes, which would have to agree on the update.
         """
         self.supervisor.verdict = None
-        with deferring() if world() == 1 else nullcontext():
+        with deferring() if world_size() == 1 else nullcontext():
             output = super().train(*args, **kwargs)
         if self.supervisor.verdict is not None:
             raise RunStopped(f"{self.args.output_dir}: {self.supervisor.verdict}; the last checkpoint is kept")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridle.errors import UserError, first_line
 from bridle.models.sampling import Trace, sample
 from bridle.models.sharding import local
-from bridle.utils.distributed import gathered, rank, world
+from bridle.utils.distributed import all_gather, rank, world_size
 from bridle.utils.extras import to_install
 from bridle.utils.settings import check_fields
 
@@ -90,7 +90,7 @@ def _sample(
     engine = _engine(options, model, tokenizer, max_new_tokens, list(end_token_ids))
     with _base_restored(model):
         engine.sync_weights()
-    size = -(-len(prompts) // world())  # in server mode every process must have as many
+    size = -(-len(prompts) // world_size())  # in server mode every process must have as many
     mine = [index % len(prompts) for index in range(rank() * size, (rank() + 1) * size)]
     _, completions, log_probs, _ = engine.generate([list(prompts[index]) for index in mine], None, 1)
     drawn = {
@@ -98,7 +98,7 @@ def _sample(
         for index, ids, likely in zip(mine, completions, log_probs, strict=True)
     }
     on_batch({index: trace.tokens for index, trace in drawn.items()})
-    for part in gathered(drawn):
+    for part in all_gather(drawn):
         traces |= part
     return [traces[index].tokens for index in range(len(prompts))]
 

@@ -35,7 +35,7 @@ from bridle.training.config import ConstrainedConfig
 from bridle.training.regulariser import DomainRegulariser, Target
 from bridle.training.regulariser_set import RegulariserSet
 from bridle.training.schedule import SequentialSchedule
-from bridle.utils.distributed import rank, world
+from bridle.utils.distributed import rank, world_size
 from bridle.utils.interruption import at_once
 from bridle.utils.oom import RowLimit
 from bridle.utils.progress import track
@@ -143,7 +143,7 @@ def _rows_where(rows: Rows, which: Tensor) -> Rows:
 
 def _batches(dataloader: DataLoader, config: ConstrainedConfig, steps: range) -> Iterator[dict[str, Any]]:
     """The micro-batches of some policy steps, of all processes, in the trainer's order."""
-    processes = world()
+    processes = world_size()
     sampler: Any = dataloader.batch_sampler
     sampler = copy(getattr(sampler, "batch_sampler", sampler))  # of all processes
     sampler.sampler = copy(sampler.sampler)

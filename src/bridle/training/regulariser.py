@@ -30,7 +30,7 @@ from bridle.training.measures import check_scored, measure_calibration, measure_
 from bridle.training.prompts import prompts_of_round
 from bridle.training.rollouts import draw_rollouts, score_rollouts
 from bridle.training.state import StatefulRegulariser
-from bridle.utils.distributed import align, gathered
+from bridle.utils.distributed import all_gather, broadcast_tensors
 from bridle.utils.timing import timed
 
 COMPARED = {"r_brier", "r_skill", "r_ece"}
@@ -80,7 +80,7 @@ class DomainRegulariser(StatefulRegulariser):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed("auxiliary"))
             self.auxiliary = new_auxiliary(self.model, **self.config.auxiliary.shape).to(self.config.device)
-        align(self.auxiliary.state_dict().values())  # the other processes' model may have no weights yet
+        broadcast_tensors(self.auxiliary.state_dict().values())  # the other processes' model may have no weights yet
 
     @property
     def active(self) -> bool:
@@ -128,7 +128,7 @@ class DomainRegulariser(StatefulRegulariser):
             with timed(seconds, "seconds_fitting"):
                 fitted = self._fit_on_corpus() | self._fit(round_index, traces)
         self.has_begun = True
-        cut = sum(gathered(self.constraint.cut_texts() - cut_before))
+        cut = sum(all_gather(self.constraint.cut_texts() - cut_before))
         measured = {**measure_rollouts(self.rollouts), **({"truncated": cut} if cut else {}), **fitted}
         return measured | tilted | seconds
 
@@ -173,7 +173,7 @@ class DomainRegulariser(StatefulRegulariser):
             return report | self._fit_auxiliary(examples, plain, round_index)
         if not self.share_is_off:  # else these are labels of another kind than R's
             self.auxiliary.shift_value(rate_shift(self.auxiliary, examples[:plain]))
-            align(self.auxiliary.state_dict().values())
+            broadcast_tensors(self.auxiliary.state_dict().values())
         return report
 
     def _fit_kind(self, fresh: Sequence[Rollout], replayed: Sequence[Rollout]) -> str:
@@ -222,7 +222,7 @@ class DomainRegulariser(StatefulRegulariser):
         purpose = f"fitting {round_index}" if round_index else "fitting on the corpus"
         generator = torch.Generator().manual_seed(self.seed(purpose))
         report = fit_auxiliary(self.auxiliary, examples, self.config.auxiliary, generator, description, plain=plain)
-        align(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
+        broadcast_tensors(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
         self.is_fitted, self.fitted_tilt = True, self.tilt
         self.auxiliary.config.provenance = {
             "constraint": self.constraint.describe(),

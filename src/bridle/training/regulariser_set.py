@@ -13,7 +13,7 @@ from bridle.models.sharding import is_sharded
 from bridle.training.batches import Mask, Prefixes
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.running_means import RunningMeans
-from bridle.utils.distributed import gathered, rank, world
+from bridle.utils.distributed import all_gather, rank, world_size
 
 RolloutBatch = Sequence[tuple[DomainRegulariser, list[Rollout]]]
 """The rollouts of one micro-batch, by regulariser."""
@@ -57,7 +57,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         looking = [one for one in self if one.active and one.options.kl_on != "corpus"]
         rows = [[int(self.corpus_rows(one, batch).sum()) for batch in batches] for one in looking]
         held = {one.index: sum(self._held_tokens(one, batch) for batch in batches) for one in self}
-        of_processes = gathered((rows, held, sum(int(batch.tokens.sum()) for batch in batches)))
+        of_processes = all_gather((rows, held, sum(int(batch.tokens.sum()) for batch in batches)))
         all_rows, all_held, all_tokens = zip(*of_processes, strict=True)
         self._held = {index: sum(counts[index] for counts in all_held) for index in held}
         tokens = sum(all_tokens)
@@ -65,7 +65,7 @@ class RegulariserSet(Sequence[DomainRegulariser]):
         for place, regulariser in enumerate(looking):
             taken, self._sampled[regulariser.index] = regulariser.take([counts[place] for counts in all_rows])
             tokens += sum(len(r.prompt_ids) + len(r.completion_ids) for part in taken for r in part)
-            shares.append(taken[rank() :: world()])
+            shares.append(taken[rank() :: world_size()])
         rollout_batches: list[RolloutBatch] = [
             [(one, share[index]) for one, share in zip(looking, shares, strict=True) if share[index]]
             for index in range(len(batches))

@@ -19,7 +19,7 @@ from bridle.models.loading import end_token_ids
 from bridle.models.sampling import Trace
 from bridle.training.engine import sampler
 from bridle.training.state import StatefulRegulariser
-from bridle.utils.distributed import gathered, joined, share
+from bridle.utils.distributed import all_gather, joined, share
 
 
 def draw_rollouts(
@@ -115,7 +115,7 @@ def output_of(prompt: Prompt, completion: list[int], tokenizer: PreTrainedTokeni
 def score_rollouts(rollouts: Sequence[Rollout], scoring: AsyncScoring) -> None:
     """Labels rollouts in place: with the scores in `scoring`, and its constraint's for the rest."""
     constraint = scoring.constraint
-    known = {key: score for part in gathered(scoring.scores()) for key, score in part.items()}
+    known = {key: score for part in all_gather(scoring.scores()) for key, score in part.items()}
     keys = [constraint.key(rollout.given, rollout.completion) for rollout in rollouts]
     rest = [rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known]
     mine = share(rest)

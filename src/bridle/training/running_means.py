@@ -6,7 +6,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from bridle.utils.distributed import gathered, is_main
+from bridle.utils.distributed import all_gather, is_main
 
 Totals = dict[str, list[float]]
 Kept = dict[str, Tensor]  # by name [2]: sum and count
@@ -69,7 +69,7 @@ class RunningMeans:
 def _of_all(kept: Kept) -> Totals:
     """The sums over all processes; some may lack a name."""
     together: Totals = defaultdict(lambda: [0.0, 0.0])
-    for part in gathered({name: pair.tolist() for name, pair in kept.items()}):
+    for part in all_gather({name: pair.tolist() for name, pair in kept.items()}):
         for name, (total, count) in part.items():
             together[name][0] += total
             together[name][1] += count

@@ -8,7 +8,7 @@ from bridle.errors import RunStopped, UserError
 from bridle.models.hidden import causal_lm
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.state import RegulariserState, Weights
-from bridle.utils.distributed import from_main, is_main
+from bridle.utils.distributed import broadcast_object, is_main
 
 
 class Pending(Protocol):
@@ -119,4 +119,4 @@ class SharedPending:
             self.pending.check()
 
     def result(self) -> list[RegulariserState]:
-        return from_main(self.pending.result() if self.pending is not None else [])
+        return broadcast_object(self.pending.result() if self.pending is not None else [])

@@ -13,14 +13,14 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def world() -> int:
+def world_size() -> int:
     """Returns the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Returns this process's number, from 0."""
-    return dist.get_rank() if world() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
@@ -30,12 +30,12 @@ def is_main() -> bool:
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """Returns this process's part of items that all have in the same order; `joined` is the inverse."""
-    return items[rank() :: world()]
+    return items[rank() :: world_size()]
 
 
 def joined(part: Sequence[T], count: int) -> list[T]:
     """Gathers the parts that `share` made of `count` items, in their order."""
-    parts = gathered(part)
+    parts = all_gather(part)
     return [parts[index % len(parts)][index // len(parts)] for index in range(count)]
 
 
@@ -44,35 +44,35 @@ def turns(count: int) -> list[int]:
 
     One with fewer repeats earlier ones: a sharded model runs on all processes or on none.
     """
-    rounds = -(-count // world())
-    return [index % count for index in range(rank(), rounds * world(), world())]
+    rounds = -(-count // world_size())
+    return [index % count for index in range(rank(), rounds * world_size(), world_size())]
 
 
-def gathered(item: T) -> list[T]:
+def all_gather(item: T) -> list[T]:
     """Gathers one picklable object of each process, by rank."""
-    if world() == 1:
+    if world_size() == 1:
         return [item]
-    items: list[Any] = [None] * world()
+    items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
 
 
-def from_main(item: T) -> T:
+def broadcast_object(item: T) -> T:
     """Broadcasts the main process's object."""
     items = [item]
-    if world() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(items)
     return items[0]
 
 
-def align(tensors: Iterable[Tensor]) -> None:
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Broadcasts the main process's tensors, each [...], in place."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
 
 
-def wait() -> None:
+def barrier() -> None:
     """Waits until all processes have called it."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()

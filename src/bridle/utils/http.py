@@ -127,7 +127,7 @@ class Endpoint:
                 "api_key_env: must be the name of an environment variable in capitals, such as OPENAI_API_KEY; "
                 "the key itself is never written down"
             )
-        if api_key_env is not None and url.startswith("http:") and not _is_local(url):
+        if api_key_env is not None and url.startswith("http:") and not is_loopback(_host(url)):
             raise UserError(
                 f"url: http would send the key in {api_key_env} for all to read; use https, which only an address of "
                 "this host, such as localhost, can do without"
@@ -174,7 +174,7 @@ class Endpoint:
             UserError: after the last reply: the endpoint refuses the key or does not know the address.
         """
         stop, failed, denied = _Stop(), 0, 0
-        timeout, proxies = httpx2.Timeout(self.timeout, pool=None), not _is_local(self.url)
+        timeout, proxies = httpx2.Timeout(self.timeout, pool=None), not is_loopback(_host(self.url))
         client = httpx2.Client(timeout=timeout, follow_redirects=False, trust_env=proxies)
         with client, ThreadPoolExecutor(self.concurrency) as pool:
             futures = {pool.submit(self._ask, client, body, stop): index for index, body in enumerate(bodies)}
@@ -297,8 +297,8 @@ def _host(url: str) -> str:
         return ""
 
 
-def _is_local(url: str) -> bool:
-    host = _host(url)
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host's name or address."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
