@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
 
 from bridle.certification.certificate import Certificate, PromptRecord, Tried, check_different, prompts_hash
 from bridle.certification.goal import Goal
-from bridle.certification.oracle import errors_of
+from bridle.certification.oracle import OracleErrors, errors_of
 from bridle.constraints import PythonFunction
 from bridle.errors import UserError
 from bridle.evaluation.examination import LabelledRows
@@ -86,6 +87,12 @@ class TestOneModel:
         assert "second.json" in card.replace("\\", "")
         assert str(tmp_path) not in card
         assert "Any single output" in card
+
+    def test_the_card_names_no_folder_of_the_oracle_s_labels(self, certify, world, tmp_path):
+        assert certify("--output", "first.json")[0] == 0
+        made = Certificate.load(tmp_path / "first.json")
+        errors = OracleErrors("/home/someone/a.jsonl, /home/someone/clients/b.jsonl", 10, 9, 10, 1)
+        assert replace(made, oracle=errors).public().oracle.source == "a.jsonl, b.jsonl"
 
     def test_a_tampered_completion_is_noticed(self, certify, bridle, tmp_path):
         certify()

@@ -232,6 +232,22 @@ class TestAnyConstraint:
         build_constraint({**spec, "version": 2}).score(None, ["aaa"])
         assert self.calls(module) == 5
 
+    def test_what_was_scored_before_an_interruption_is_kept(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(cache_module, "AT_ONCE", 2)
+        asked = []
+
+        def score(texts):
+            asked.extend(texts)
+            if "stop" in texts:
+                raise KeyboardInterrupt
+            return [1.0] * len(texts)
+
+        made = partial(Cached, cache=tmp_path / "labels.sqlite", version=1)
+        with pytest.raises(KeyboardInterrupt):
+            made(PythonFunction(score)).score(None, ["a", "b", "stop", "c"])
+        made(PythonFunction(score)).score(None, ["a", "b", "c"])
+        assert asked == ["a", "b", "stop", "c", "c"]
+
     def test_a_function_that_was_edited_is_another(self, module, tmp_path):
         spec = {"type": "python", "function": "lengthy:score", "cache": str(tmp_path / "labels.sqlite")}
         assert values(build_constraint(spec), ["aaa"]) == [0.3]

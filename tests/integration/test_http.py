@@ -267,6 +267,22 @@ def test_a_redirect_takes_the_key_nowhere(server, endpoint, monkeypatch):
         assert elsewhere.requests == []
 
 
+@pytest.mark.parametrize("proxy", ["socks5://user:secret@127.0.0.1:1", "http://user:secret@host:port"])
+def test_a_proxy_that_cannot_be_used_is_named_without_its_password(monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(UserError, match="the proxy that the environment names cannot be used") as caught:
+        list(Endpoint("https://scorer.example/v1").ask([{}]))
+    assert "secret" not in str(caught.value)
+
+
+def test_a_header_replaces_one_of_the_same_name_in_other_case(server, endpoint):
+    ask(endpoint(headers={"CONTENT-type": "text/plain", "X-Own": "1"}))
+    sent = [(name.lower(), value) for name, value in server.requests[-1][1].items()]
+    assert [value for name, value in sent if name == "content-type"] == ["application/json"]
+    assert ("x-own", "1") in sent
+
+
 def test_no_proxy_reads_what_is_sent_to_this_machine(server, endpoint, monkeypatch):
     monkeypatch.setenv("OTHER_KEY", KEY)
     monkeypatch.delenv("no_proxy")

@@ -7,7 +7,8 @@ import sys
 import pytest
 import yaml
 
-from bridle.recipes.inputs import INPUTS_FILE, write_inputs
+from bridle.errors import UserError
+from bridle.recipes.inputs import INPUTS_FILE, check_inputs, write_inputs
 from bridle.recipes.recipe import load_recipe
 from conftest import SENTENCES
 
@@ -94,6 +95,42 @@ def test_a_run_goes_on_with_the_files_it_was_begun_with(bridle, path, tmp_path, 
     edited(corpus_files["plain"])
     assert bridle(*run, "--resume", "--accept_changes")[0] == 0
     assert bridle(*run, "--resume")[0] == 0, "the new ones are what it has now"
+
+
+def test_files_that_come_or_go_are_changes(path, tmp_path, corpus_files):
+    (tmp_path / "run").mkdir()
+    recipe = load_recipe(path, {"corpus.plain.path": str(tmp_path / "part-*.jsonl")})
+    parts = [tmp_path / f"part-{number}.jsonl" for number in (1, 2)]
+    for part in parts:
+        part.write_bytes(corpus_files["plain"].read_bytes())
+    write_inputs(recipe, tmp_path / "run")
+    check_inputs(recipe, tmp_path / "run", "")
+    (tmp_path / "part-3.jsonl").write_bytes(parts[0].read_bytes())
+    with pytest.raises(UserError, match=r"part-3.jsonl: changed since"):
+        check_inputs(recipe, tmp_path / "run", "")
+    check_inputs(recipe, tmp_path / "run", "", reads_the_same=False)
+    (tmp_path / "part-3.jsonl").rename(parts[0])
+    parts[1].unlink()
+    with pytest.raises(UserError, match=r"part-2.jsonl: changed since"):
+        check_inputs(recipe, tmp_path / "run", "")
+
+
+@pytest.mark.parametrize("folders", [("a", "b"), ("a-long-name-of-a-folder", "another-long-name-of-one")])
+def test_files_that_were_moved_are_known_by_their_variable(path, tmp_path, corpus_files, monkeypatch, folders):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / folders[0]).mkdir()
+    rows = tmp_path / folders[0] / "rows.jsonl"
+    rows.write_bytes(corpus_files["plain"].read_bytes())
+    monkeypatch.setenv("ROWS", folders[0])
+    changes = {"env": ["STEPS", "ROWS"], "corpus.plain.path": "${ROWS}/rows.jsonl"}
+    write_inputs(load_recipe(path, changes), tmp_path / "run")
+    (tmp_path / folders[0]).rename(tmp_path / folders[1])
+    monkeypatch.setenv("ROWS", folders[1])
+    check_inputs(load_recipe(path, changes), tmp_path / "run", "")
+    edited(tmp_path / folders[1] / "rows.jsonl")
+    with pytest.raises(UserError, match=r"\$\{ROWS\}/rows.jsonl: changed since"):
+        check_inputs(load_recipe(path, changes), tmp_path / "run", "")
 
 
 def test_hidden_folders_are_not_inputs(path, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_export import log_linear
 
+from bridle.constraints.reading import turns_of
 from bridle.data import DataSource, Prompt
 from bridle.errors import UserError
 from bridle.evaluation.prompt_sets import GenerationOptions, PromptSet
@@ -115,6 +116,12 @@ class TestPrompts:
         assert "ship sails away".startswith(cut.text)
         (whole,) = served().read(PromptSet("ships", DataSource(str(path)), GenerationOptions()))
         assert (whole.text, whole.ids) == ("ship sails away", [])
+
+    def test_keys_that_arrow_adds_to_a_turn_are_not_sent(self, served):
+        turns = [{"role": "user", "content": "hi", "tool_calls": None, "name": None}]
+        body = served()._body(Prompt("hi", [], messages=turns), GenerationOptions(), (0, 0))
+        assert body["messages"] == [{"role": "user", "content": "hi"}]
+        assert turns_of(turns) == body["messages"]
 
     def test_chats_go_to_the_server_s_own_template(self, served, tmp_path):
         path = tmp_path / "chats.jsonl"

@@ -29,6 +29,12 @@ class TestShareGpt:
         assert [row["messages"] for row in rows_of(file)] == [MESSAGES, MESSAGES]
         assert Domain(str(file), name="talk").read().column_names == ["id", "__row__", "messages"]
 
+    @pytest.mark.parametrize("speaker", [["human"], None, 7])
+    def test_a_speaker_that_is_none_is_named(self, tmp_path, speaker):
+        file = write_rows(tmp_path / "a.jsonl", [{"conversations": [{"from": speaker, "value": "hello"}]}])
+        with pytest.raises(UserError, match="row 1: a turn is from"):
+            rows_of(file)
+
     def test_a_column_of_system_prompts_comes_first_and_tools_stay(self, tmp_path):
         row = {"system": "Be kind.", "conversations": SAID[1:], "tools": []}
         (found,) = rows_of(write_rows(tmp_path / "a.jsonl", [row]))

@@ -14,6 +14,7 @@ from bridle.data import (
     read_prompts,
     tokenize_domain,
 )
+from bridle.data.encoding import template_options
 from bridle.data.rows import outputs_of
 from bridle.errors import UserError
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
@@ -167,6 +168,12 @@ def test_a_lone_surrogate_from_a_shell_is_replaced():
     assert encode_prompt("a\udcffb", tokenizer) == encode_prompt("a?b", tokenizer)
 
 
+def test_options_of_the_template_that_a_row_cannot_set():
+    values = {"chat_template_kwargs": {"enable_thinking": False, "tokenize": False}}
+    with pytest.raises(UserError, match=r"^rows row 1: chat_template_kwargs: Bridle sets tokenize itself"):
+        template_options(values, "rows row 1")
+
+
 def test_a_chat_prompt_goes_on_with_an_open_turn():
     tokenizer = tiny_tokenizer(chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}")
     messages = [{"role": "user", "content": "A hat?"}, {"role": "assistant", "content": "No, a"}]
@@ -215,6 +222,15 @@ def test_texts_are_cut_to_their_first_tokens(tmp_path):
         assert SENTENCES[0].startswith(first.text)
         assert first.text != SENTENCES[0]
         assert second.text == "hat"
+
+
+def test_a_character_that_is_cut_belongs_to_what_follows(tmp_path):
+    tokenizer, text = tiny_tokenizer(), "A kettle ☕ sings"
+    whole = tokenizer(text)["input_ids"]
+    for length in range(1, len(whole)):
+        (prompt,) = read_prompts(prompt_file(tmp_path / "p.jsonl", [{"text": text}]), tokenizer, prefix_tokens=length)
+        assert "\ufffd" not in prompt.text
+        assert prompt.text + decode_parts(prompt.ids, whole[len(prompt.ids) :], tokenizer)[1] == text
 
 
 def test_a_prompt_longer_than_the_context_names_file_row_and_lengths(tmp_path):

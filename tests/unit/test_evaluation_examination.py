@@ -41,6 +41,16 @@ def test_the_auc_is_the_share_of_pairs_in_the_right_order(labelled):
     assert words.value == pytest.approx(0.75), "a verdict alone is a score of two values; ties count half"
 
 
+@pytest.mark.parametrize(
+    ("labels", "violating", "row"),
+    [((0.1, "0.9", 0.7), {"above": 0.5}, 2), ((0, 1, "1"), 1, 3), (("no", "yes", 1), "yes", 3)],
+)
+def test_labels_of_another_kind_are_not_taken_for_compliance(labelled, labels, violating, row):
+    rows = labelled(dict(zip(("bread", "a door", "kind words"), labels, strict=True)), violating=violating)
+    with pytest.raises(UserError, match=rf"row {row}: label is .*one is text, the other a number"):
+        rows.classes()
+
+
 def test_a_text_without_a_score_is_missing(labelled):
     found = examine(Graded(), labelled(LABELS | {"?": 1}))
     assert (found.value, found.n, found.missing) == (pytest.approx(5 / 6), 5, 1)

@@ -236,7 +236,9 @@ class Certificate:
         names = _short_names([one.model for one in self.tried])
         tried = [replace(one, candidate=_public_candidate(one, names[one.model])) for one in self.tried]
         prompts = replace(self.prompts, source=_public_source(self.prompts.source))
-        oracle = self.oracle and replace(self.oracle, source=_public_source(self.oracle.source))
+        oracle = self.oracle and replace(
+            self.oracle, source=", ".join(map(public_name, self.oracle.source.split(", ")))
+        )
         return replace(self, tried=tried, prompts=prompts, oracle=oracle)
 
     def card(self, file: str) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class Comparison:
         self._changed = different_keys(earlier, now)
         if others := [key for key in self._changed if _section(key) in COMMON]:
             raise UserError(f"{path}: was another recipe: {', '.join(others)} differ; name another --output_dir")
-        check_inputs(self.recipe, self.folder, "or name another --output_dir", tuple(self._changed), self.plan.files())
+        advice, changed = "or name another --output_dir", tuple(self._changed)
+        check_inputs(self.recipe, self.folder, advice, changed, self.plan.files(), reads_the_same=not changed)
         if (self.folder / RESULTS).exists():
             self._ended = read_json(self.folder / RESULTS, Ended)
         elif (self.folder / UNFINISHED).exists():

@@ -13,6 +13,7 @@ from filelock import FileLock
 from pydantic import Field
 
 from bridle.constraints.base import Constraint, Score
+from bridle.constraints.deadline import batches
 from bridle.constraints.function import PythonFunction
 from bridle.constraints.options import checked
 from bridle.constraints.reading import Given
@@ -30,6 +31,8 @@ Ask = Callable[[list[str]], Iterable[tuple[str, Outcome]]]
 
 CacheFile = Annotated[bool | Path, Field(union_mode="left_to_right")]
 """An option: the file of a `ScoreCache`, true for the default one, or false for none."""
+
+AT_ONCE = 1_024  # outputs that a constraint without a cache of its own scores before their labels are written
 
 APPLICATION_ID = 0x42524C43  # marks our files in SQLite's header
 
@@ -167,9 +170,10 @@ class Cached(Constraint):
         outputs = dict(zip(keys, zip(prompts, completions, strict=True), strict=True))
 
         def ask(unknown: list[str]) -> Iterator[tuple[str, Outcome]]:
-            asked = zip(*(outputs[key] for key in unknown), strict=True)
-            for key, score in zip(unknown, self.constraint.score(*asked), strict=True):
-                yield key, score.reason if score.value is None else (score.value, float(score.complies or False))
+            for some in batches(unknown, AT_ONCE):  # what is interrupted keeps the labels of the batches before
+                asked = zip(*(outputs[key] for key in some), strict=True)
+                for key, score in zip(some, self.constraint.score(*asked), strict=True):
+                    yield key, score.reason if score.value is None else (score.value, float(score.complies or False))
 
         self._scorer = self._scorer or self.identity()
         outcomes = dict(self.cache.through(self._scorer, outputs, ask))

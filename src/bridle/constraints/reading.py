@@ -15,7 +15,12 @@ def turns_of(prompt: Given) -> Messages:
     """Returns a prompt as messages; text becomes the user's."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}] if prompt else []
-    return list(prompt or [])
+    return without_nulls(prompt or [])
+
+
+def without_nulls(messages: Messages) -> Messages:
+    """Returns a chat without the keys that Arrow adds to turns that lack them; a content stays, even a null one."""
+    return [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in messages]
 
 
 def conversation(prompt: Given, completion: str) -> Messages:

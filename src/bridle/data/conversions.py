@@ -73,9 +73,10 @@ def _turn(turn: Any, place: str) -> dict[str, Any]:
         return turn  # a chat already, under ShareGPT's name
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise UserError(f"{place}: column {SHAREGPT!r} holds a turn without 'from' and 'value'")
-    role = ROLES.get(turn.get("from") or "")
+    speaker = turn.get("from")
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise UserError(f"{place}: a turn is from {turn.get('from')!r}; known are {', '.join(ROLES)}")
+        raise UserError(f"{place}: a turn is from {speaker!r}; known are {', '.join(ROLES)}")
     return {"role": role, "content": turn["value"]}
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
-from bridle.constraints.reading import Messages
+from bridle.constraints.reading import Messages, without_nulls
 from bridle.core.tokens import IGNORE
 from bridle.data.readers import whole_text
 from bridle.data.rows import TEMPLATE_COLUMNS
@@ -20,6 +20,17 @@ from bridle.errors import UserError, first_line
 SYSTEM = ("system", "developer")  # roles of the turns that `fit_chat` never cuts
 
 Encoded = tuple[list[int], list[int]]  # `input_ids` and `labels` of one row, of the same length
+
+
+RESERVED = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "chat_template",
+}
+"""Options of `apply_chat_template` that a row cannot set."""
 
 
 class RowEncoder:
@@ -148,6 +159,8 @@ def template_options(values: dict[str, Any], place: str) -> dict[str, Any]:
         raise UserError(
             f"{place}: column 'chat_template_kwargs' holds no mapping, such as {{\"enable_thinking\": false}}"
         )
+    if taken := sorted(RESERVED.intersection(options or {})):
+        raise UserError(f"{place}: chat_template_kwargs: Bridle sets {taken[0]} itself; leave it out")
     return ({"tools": tools} if tools else {}) | (options or {})
 
 
@@ -201,7 +214,7 @@ def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, place: s
             "chat_template_path"
         )
     # Columns of Parquet and Arrow give every turn all keys, but templates ask which of them a turn has.
-    turns = [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in messages]
+    turns = without_nulls(messages)
     try:
         rendered = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
     except (TemplateError, ValueError, TypeError, KeyError) as error:

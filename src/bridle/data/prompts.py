@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bridle.constraints.reading import Messages, as_lines, text_of
 from bridle.core.tokens import IGNORE
-from bridle.data.encoding import encode_prompt, fit_chat, template_options
+from bridle.data.encoding import decode_parts, encode_prompt, fit_chat, template_options
 from bridle.data.readers import ROW
 from bridle.data.rows import absent_column, conversation, filled_rows, holds_chats
 from bridle.data.source import DataSource
@@ -242,5 +242,6 @@ def _cut_prompt(
     ids = encode_prompt(value, tokenizer, place)
     if tokens is None:
         return value, ids
-    ids = ids[: tokens + int(ids[0] == tokenizer.bos_token_id)]
-    return tokenizer.decode(ids, skip_special_tokens=True), ids
+    end = tokens + int(ids[0] == tokenizer.bos_token_id)
+    text, _ = decode_parts(ids[:end], ids[end:], tokenizer)  # a character that is cut belongs to what follows
+    return text, ids[:end]

@@ -206,6 +206,14 @@ def meets(value: Any, wanted: Any) -> bool:
     return value in (wanted if isinstance(wanted, list) else [wanted])
 
 
+def comparable(value: Any, wanted: Any) -> bool:
+    """Whether a value is text where the wanted one is, or one of the wanted ones, and none where that is none."""
+    if isinstance(wanted, dict):
+        return _is_number(value)
+    kinds = {isinstance(one, str) for one in (wanted if isinstance(wanted, list) else [wanted])}
+    return isinstance(value, str) in kinds
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

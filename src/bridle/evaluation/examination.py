@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridle.constraints import Constraint
 from bridle.data import DataSource
+from bridle.data.readers import ROW
 from bridle.data.rows import absent_column, filled_rows, format_fields, outputs_of
-from bridle.data.source import check_condition, meets
+from bridle.data.source import check_condition, comparable, meets
 from bridle.errors import UserError
 from bridle.evaluation.classification import roc_auc
 from bridle.evaluation.statistics import Estimate
@@ -50,13 +51,20 @@ class LabelledRows(DataSource):
         """The rows that comply and those that violate; rows without text or label are left out with a warning.
 
         Raises:
-            UserError: as `DataSource.read`, or there is no such column, or no row of one class.
+            UserError: as `DataSource.read`, or there is no such column, a label of another kind than `violating`, or no
+                row of one class.
         """
         dataset = self.read()
         if self.label not in dataset.column_names:
             raise absent_column(self.place, self.label, dataset.column_names)
         fields = format_fields(dataset.column_names, self.place)
         labels = [None if label != label else label for label in dataset[self.label]]  # NaN is no label
+        for row, label in zip(dataset[ROW][:], labels, strict=True):
+            if label is not None and not comparable(label, self.violating):
+                raise UserError(
+                    f"{self.place} row {row}: {self.label} is {label!r}, and violating is {self.violating!r}: one is "
+                    "text, the other a number; write them alike"
+                )
         if unlabelled := sum(label is None for label in labels):
             log.warning("%s: left out %d of %d rows without a %s", self.place, unlabelled, len(labels), self.label)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jmespath
 from transformers import PreTrainedTokenizerBase
 
+from bridle.constraints.reading import without_nulls
 from bridle.data import Prompt, read_prompts
 from bridle.errors import UserError, prefixed
 from bridle.evaluation.completer import Completer
@@ -103,7 +104,7 @@ class ServedModel(Completer):
             return Endpoint(f"{self.url.rstrip('/')}/{path}", self.api_key_env, **self.endpoint)
 
     def _body(self, prompt: Prompt, how: GenerationOptions, place: tuple[int, int]) -> dict[str, Any]:
-        given = {"messages": prompt.messages} if prompt.messages else {"prompt": prompt.text}
+        given = {"messages": without_nulls(prompt.messages)} if prompt.messages else {"prompt": prompt.text}
         return {
             "model": self.name,
             **given,

@@ -38,7 +38,12 @@ def write_inputs(recipe: Recipe, folder: Path, more: Iterable[Path] = ()) -> Non
 
 
 def check_inputs(
-    recipe: Recipe, folder: Path, advice: str, ignored: tuple[str, ...] = (), more: Iterable[Path] = ()
+    recipe: Recipe,
+    folder: Path,
+    advice: str,
+    ignored: tuple[str, ...] = (),
+    more: Iterable[Path] = (),
+    reads_the_same: bool = True,
 ) -> None:
     """Checks that a resumed run reads the inputs that it started with.
 
@@ -48,6 +53,7 @@ def check_inputs(
         advice: for the error: the alternative to restoring the inputs.
         ignored: prefixes of keys whose variables may change.
         more: as in `write_inputs`.
+        reads_the_same: whether all keys that name files are as they were, so that no file may be new or gone.
 
     Raises:
         UserError: a file or the value of a variable has changed; it names the first ones.
@@ -56,7 +62,7 @@ def check_inputs(
         return
     known, files = read_json(folder / INPUTS_FILE, _Inputs), _hashes(recipe, more)
     variables = _digests(recipe.resolved, known.salt)
-    changed = _changed(known.files, files)
+    changed = _changed(known.files, files) + sorted(known.files.keys() ^ files.keys() if reads_the_same else ())
     changed += [f"the variable in {key}" for key in _changed(known.variables, variables) if not key.startswith(ignored)]
     if changed:
         rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -64,7 +70,7 @@ def check_inputs(
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What both have, with another hash; what only one has comes from other keys of the recipe."""
+    """What both have, with another hash."""
     return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
 
 
@@ -73,7 +79,7 @@ def _hashes(recipe: Recipe, more: Iterable[Path]) -> dict[str, str]:
     files = sorted({file for path in [*_read(recipe), *more] for file in _files_of(path)})
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
         found = zip(files, pool.map(_hash, files), strict=True)
-    return {recipe.variables.hidden(str(file)): content for file, content in found}
+    return {recipe.variables.hidden_path(file): content for file, content in found}
 
 
 def _read(recipe: Recipe) -> Iterator[Path]:

@@ -175,7 +175,13 @@ class Endpoint:
         """
         stop, failed, denied = _Stop(), 0, 0
         timeout, proxies = httpx2.Timeout(self.timeout, pool=None), not is_loopback(_host(self.url))
-        client = httpx2.Client(timeout=timeout, follow_redirects=False, trust_env=proxies)
+        try:
+            client = httpx2.Client(timeout=timeout, follow_redirects=False, trust_env=proxies)
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:  # its message may quote the proxy's password
+            raise UserError(
+                f"{self.url}: the proxy that the environment names cannot be used ({type(error).__name__}); unset "
+                "ALL_PROXY, HTTPS_PROXY and HTTP_PROXY, or install socksio for a SOCKS proxy"
+            ) from None
         with client, ThreadPoolExecutor(self.concurrency) as pool:
             futures = {pool.submit(self._ask, client, body, stop): index for index, body in enumerate(bodies)}
             try:
@@ -221,8 +227,10 @@ class Endpoint:
         key = self._key().get_secret_value()
         bearer = "Bearer " if self.api_key_header.lower() == "authorization" else ""
         own = {"Content-Type": "application/json"} | ({self.api_key_header: bearer + key} if key else {})
+        taken = {name.lower() for name in own}
+        given = {name: value for name, value in self.headers.items() if name.lower() not in taken}
         # ASCII escapes lone surrogates, which UTF-8 cannot encode
-        request = client.build_request("POST", self.url, content=json.dumps(body), headers=self.headers | own)
+        request = client.build_request("POST", self.url, content=json.dumps(body), headers=given | own)
         deadline, content = time.monotonic() + self.timeout, bytearray()
         try:
             with closing(client.send(request, stream=True)) as response:
