@@ -56,7 +56,7 @@ from bridle.training.examples import Examples, encode
 from bridle.training.fitting import fit_auxiliary
 from bridle.training.prompts import prompts_of_corpus
 from bridle.training.regulariser import DomainRegulariser
-from bridle.training.rollouts import output_of
+from bridle.training.rollouts import rollout_of
 from bridle.utils.files import cache_folder, read_json
 from bridle.utils.settings import parse_yaml
 
@@ -135,27 +135,13 @@ class World:
                 )
                 for place, ids in zip(some, drawn, strict=True):
                     completions[place] = starts[place][1] + ids
-        prompts = [prompt for prompt, _ in starts]
-        outputs = [output_of(prompt, ids, self.tokenizer) for prompt, ids in zip(prompts, completions, strict=True)]
-        scores = self.constraint.score(*zip(*outputs, strict=True))
-        return [
-            Rollout(
-                prompt_ids=prompt.ids,
-                completion_ids=ids,
-                prompt=prompt.text,
-                completion=text,
-                round=1,
-                regulariser=self.regulariser.name,
-                model_hash=self.hash[0],
-                constraint=self.constraint.name,
-                value=score.value,
-                complies=score.complies,
-                reason=score.reason,
-                finished=ids[-1] in self.ends,
-                messages=prompt.messages,
-            )
-            for prompt, ids, (_, text), score in zip(prompts, completions, outputs, scores, strict=True)
+        known = {"round": 1, "regulariser": self.regulariser.name, "constraint": self.constraint.name}
+        rollouts = [
+            rollout_of(prompt, ids, self.tokenizer, self.ends, model_hash=self.hash[0], **known)
+            for (prompt, _), ids in zip(starts, completions, strict=True)
         ]
+        scores = self.constraint.score([one.given for one in rollouts], [one.completion for one in rollouts])
+        return [replace(rollout, **asdict(score)) for rollout, score in zip(rollouts, scores, strict=True)]
 
     @contextmanager
     def _guide(self, auxiliary: AuxiliaryModel | None) -> Iterator[NADOGuide | None]:

@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 from common import Figures, cell, interleaved, markdown, median, over, parsed, parser_of, spread, write
 from subjects import (
+    ANCHORS,
     LORA,
     QUIET,
     RECIPE,
@@ -36,7 +37,6 @@ from bridle.training import regulariser
 
 SFT = "sft"
 PHASES = ("sampling", "scoring", "encoding", "fitting", "targets", "policy")
-ANCHORS = {"live": ("live", "computed"), "previous": ("previous", "computed"), "shipped": ("previous", "precomputed")}
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import common  # noqa: F401 - finds `reference_losses`
 import torch
+from common import markdown
+from subjects import RECIPE
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,7 +34,6 @@ from bridle.utils.progress import track
 from bridle.utils.provenance import environment
 from reference_losses import kl_divergence, sparse_kl_divergence
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "detox-mini.yaml"
 DOMAIN = "toxigen"
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 CHOICES = {"q": "the k likeliest under q", "anchor": "the k with the largest |q − p_a| + 0.1·q"}
@@ -152,14 +152,11 @@ def sampling_noise(policy: PreTrainedModel, first: tuple[Batch, Tensor], second:
 
 def table(measured: dict) -> str:
     """Errors in percent, as markdown."""
-    lines = [
-        "| k | bytes per token | " + " | ".join(f"{name}, by {choice}" for choice in CHOICES for name in ERRORS) + " |",
-        "|---" * (2 + len(CHOICES) * len(ERRORS)) + "|",
+    rows = [
+        [row["k"], row["bytes_per_token"], *(f"{row[choice][name]:.1%}" for choice in CHOICES for name in ERRORS)]
+        for row in measured["errors"]
     ]
-    for row in measured["errors"]:
-        cells = [f"{row[choice][name]:.1%}" for choice in CHOICES for name in ERRORS]
-        lines.append(f"| {row['k']} | {row['bytes_per_token']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(["k", "bytes per token", *(f"{name}, by {choice}" for choice in CHOICES for name in ERRORS)], rows)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from common import (
     write,
 )
 from datasets import Dataset
-from subjects import LORA, QUIET, STAND_IN, add_sizes, model_of, plain_trainer, random_ids, tokenizer_of
+from subjects import ANCHORS, LORA, QUIET, STAND_IN, add_sizes, model_of, plain_trainer, random_ids, tokenizer_of
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
@@ -47,7 +47,6 @@ from bridle.training.trainer import ConstrainedTrainer
 
 SFT = "sft"
 HELD, FREE = "held", "free"  # the two halves of a batch
-ANCHORS = {"live": ("live", "computed"), "previous": ("previous", "computed"), "shipped": ("previous", "precomputed")}
 ROWS = {"": ALL, "adaptive_": HELD}  # which of them are regularised
 WAYS = {f"{rows}{anchor}": (ROWS[rows], *ANCHORS[anchor]) for anchor in ANCHORS for rows in ROWS}
 HEADLINE = ("adaptive_previous", "live", "shipped")

@@ -44,6 +44,7 @@ SHAPES = {"llama-7b": "llama", "falcon-7b": "falcon"}  # whose defaults in `tran
 PAD, EOS = 0, 1  # of random models
 FIRST_WORD = 3  # no special token of any of our models has a larger id
 LORA = {"r": 16, "alpha": 32}
+ANCHORS = {"live": ("live", "computed"), "previous": ("previous", "computed"), "shipped": ("previous", "precomputed")}
 QUIET = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
 PHASES = ("sampling", "scoring", "fitting", "targets", "policy", "waiting")
 TOKENS = ("tokens_trained", "tokens_sampled")

@@ -35,7 +35,7 @@ from bridle.evaluation.prompt_sets import PromptSet
 from bridle.evaluation.served import ServedModel
 from bridle.models.guidance import check_scale, guided
 from bridle.models.loading import load_for_inference, load_tokenizer
-from bridle.models.sharding import digest
+from bridle.models.sharding import weights_digest
 from bridle.utils.percent import percent_up
 
 DEVELOPMENT, CERTIFICATION, ORDER = range(3)  # purposes, each with its own random numbers
@@ -210,8 +210,8 @@ class Certification:
 
     def _record(self, development: Sequence[Prompt]) -> PromptRecord:
         assert self.development is not None
-        digest_of = prompts_hash([(prompt.row, prompt.given) for prompt in development])
-        return PromptRecord(self.development.name, len(development), digest_of)
+        digest = prompts_hash([(prompt.row, prompt.given) for prompt in development])
+        return PromptRecord(self.development.name, len(development), digest)
 
     def _seed(self, purpose: int, chunk: int = 0) -> int:
         return int(np.random.SeedSequence([self.seed, purpose, chunk]).generate_state(1)[0])
@@ -315,7 +315,7 @@ def weights_of(evaluator: Evaluator | ServedModel) -> str:
     if isinstance(evaluator, ServedModel):
         return ""
     parts = [evaluator.model, *([evaluator.guide.auxiliary] if evaluator.guide else [])]
-    return digest((name, tensor.detach()) for part in parts for name, tensor in part.state_dict().items())
+    return weights_digest((name, tensor.detach()) for part in parts for name, tensor in part.state_dict().items())
 
 
 def safest_first(ranked: Sequence[Ranked]) -> list[Ranked]:

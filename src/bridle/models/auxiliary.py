@@ -24,7 +24,7 @@ from bridle.errors import UserError
 from bridle.models.forward import disable_dropout
 from bridle.models.hidden import causal_lm
 from bridle.models.loading import merged, reason
-from bridle.models.sharding import digest, in_shards, whole
+from bridle.models.sharding import in_shards, weights_digest, whole
 from bridle.utils.files import read_json
 
 FINGERPRINT = 256  # numbers of each parameter
@@ -326,7 +326,7 @@ def fingerprint(model: nn.Module) -> str:
     A model with untrained adapters, which change nothing yet, has the base model's.
     """
     with in_shards(model):
-        return digest(
+        return weights_digest(
             (name, whole(one.detach()).flatten()[:FINGERPRINT].to(torch.bfloat16))
             for name, one in acting_parameters(model).items()
         )

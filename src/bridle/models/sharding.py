@@ -77,7 +77,7 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)] if is_sharded(model) else []
 
 
-def digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     """A short hash of tensors by name, [...] each."""
     found = blake2b(digest_size=8)
     for name, tensor in weights:

@@ -29,7 +29,7 @@ from bridle.core.sparse import SparseTarget, sparse_target
 from bridle.data.target_cache import TargetCache, TargetShelf, TargetWriter, bytes_per_token, row_keys
 from bridle.errors import UserError
 from bridle.models.auxiliary import acting_parameters
-from bridle.models.sharding import digest, is_sharded, whole
+from bridle.models.sharding import is_sharded, weights_digest, whole
 from bridle.training.batches import PREFIXES, beginnings, rollout_rows
 from bridle.training.config import ConstrainedConfig
 from bridle.training.regulariser import DomainRegulariser, Target
@@ -203,7 +203,7 @@ def _anchor_hash(regulariser: DomainRegulariser) -> str:
     settled = {key: value for key, value in configuration.items() if key not in IRRELEVANT}
     configured = blake2b(json.dumps(settled, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
     dtype = str(regulariser.config.autocast_dtype or regulariser.model.dtype).removeprefix("torch.")
-    return f"{digest(weights.items())}-{configured}-{dtype}"
+    return f"{weights_digest(weights.items())}-{configured}-{dtype}"
 
 
 @torch.no_grad()
