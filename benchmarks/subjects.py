@@ -151,7 +151,7 @@ def random_recipe(
         "dtype": dtype,
         "corpus": {name: {"path": str(file)} for name, file in files.items()},
         "constraints": {"good": {"all": [_undecided(folder / "oracle", texts)] * constraints}},
-        "regularisers": {name: {"constraint": "good"} for name in files},
+        "regularisers": {name: {"constraint": "good", "weight": 4.0, "kl_on": "corpus"} for name in files},
         "max_length": length,
     }
     path = folder / "recipe.yaml"

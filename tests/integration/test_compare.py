@@ -527,6 +527,22 @@ def test_errors_of_a_cell_name_the_file(recipe, tmp_path):
     assert cell.variant().file == cell.learnt(regularisers={}).file == str(path)
 
 
+@pytest.mark.parametrize("first", [{"weight": 0.0}, {"kl_on": "corpus"}, {}])
+def test_one_regulariser_samples_on_all_domains_with_a_constraint(recipe, corpus_files, tmp_path, first):
+    """The held ones too, though the options are the first one's."""
+    corpus = yaml.safe_load(recipe().read_text())["corpus"]
+    path = recipe(
+        corpus=corpus | {"asked": {"path": str(corpus_files["rude"]), "learn": False}},
+        regularisers={"rude": {"constraint": "no e", **first}, "asked": {"constraint": "no e"}},
+    )
+    cell = Cell("rl", load_recipe(path), 0, tmp_path, lambda name: Candidate(name))
+    made = cell.sampling_from(str(tmp_path / "model"))
+    assert made.corpus.keys() == {*corpus, "asked"}
+    (only,) = made.regularisers.values()
+    assert only.domains(made.corpus) == [*corpus, "asked"]
+    assert (only.kl_on, only.weight > 0) == ("rollouts", True)
+
+
 def test_all_methods_choose_their_weights_by_one_rule(recipe, corpus_files, tmp_path):
     path = recipe(
         constraints={"no e": {"type": "regex", "pattern": "e"}, "independent": {"type": "regex", "pattern": "a"}},

@@ -115,21 +115,25 @@ def test_files_that_come_or_go_are_changes(path, tmp_path, corpus_files):
         check_inputs(recipe, tmp_path / "run", "")
 
 
-@pytest.mark.parametrize("folders", [("a", "b"), ("a-long-name-of-a-folder", "another-long-name-of-one")])
+@pytest.mark.parametrize(
+    "folders", [("a", "b"), ("a-long-name-of-a-folder", "another-long-name-of-one"), ("./a", "b/../c"), (None, "b")]
+)
 def test_files_that_were_moved_are_known_by_their_variable(path, tmp_path, corpus_files, monkeypatch, folders):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / folders[0]).mkdir()
-    rows = tmp_path / folders[0] / "rows.jsonl"
-    rows.write_bytes(corpus_files["plain"].read_bytes())
-    monkeypatch.setenv("ROWS", folders[0])
-    changes = {"env": ["STEPS", "ROWS"], "corpus.plain.path": "${ROWS}/rows.jsonl"}
+    before, after = (folder or "the-default" for folder in folders)
+    (tmp_path / "b").mkdir()
+    (tmp_path / before).mkdir()
+    (tmp_path / before / "rows.jsonl").write_bytes(corpus_files["plain"].read_bytes())
+    if folders[0] is not None:
+        monkeypatch.setenv("ROWS", before)
+    changes = {"env": ["STEPS", "ROWS"], "corpus.plain.path": "${ROWS:-the-default}/rows.jsonl"}
     write_inputs(load_recipe(path, changes), tmp_path / "run")
-    (tmp_path / folders[0]).rename(tmp_path / folders[1])
-    monkeypatch.setenv("ROWS", folders[1])
+    (tmp_path / before).rename(tmp_path / after)
+    monkeypatch.setenv("ROWS", after)
     check_inputs(load_recipe(path, changes), tmp_path / "run", "")
-    edited(tmp_path / folders[1] / "rows.jsonl")
-    with pytest.raises(UserError, match=r"\$\{ROWS\}/rows.jsonl: changed since"):
+    edited(tmp_path / after / "rows.jsonl")
+    with pytest.raises(UserError, match=r"rows.jsonl: changed since|rows.jsonl.*rows.jsonl: changed since"):
         check_inputs(load_recipe(path, changes), tmp_path / "run", "")
 
 
@@ -171,3 +175,17 @@ def test_no_value_of_a_variable_is_written_down(path, tmp_path, monkeypatch):
     assert one["variables"].keys() == two["variables"].keys() == {"max_steps"}
     assert one["variables"] != two["variables"], "no table of likely values finds it"
     assert "3000000000" not in json.dumps(one)
+
+
+def test_a_comparison_notices_a_file_that_came_whatever_numbers_changed(bridle, path, tmp_path, corpus_files):
+    (tmp_path / "part-1.jsonl").write_bytes(corpus_files["plain"].read_bytes())
+    plan = {"prompts": {"rude": {"path": str(corpus_files["rude"]), "rows": "0:4", "prompt_tokens": 2}}, "samples": 1}
+    recipe = yaml.safe_load(path.read_text()) | {"evaluation": plan}
+    recipe["corpus"]["plain"]["path"] = str(tmp_path / "part-*.jsonl")
+    path.write_text(yaml.safe_dump(recipe))
+    compare = ("compare", path, "--methods", "base", "--output_dir", tmp_path / "out")
+    assert bridle(*compare)[0] == 0
+    (tmp_path / "part-2.jsonl").write_bytes(corpus_files["rude"].read_bytes())
+    code, _, err = bridle(*compare, "--resume", "--evaluation.samples", 2)
+    assert code == 2
+    assert "part-2.jsonl: changed since" in err.splitlines()[-1]

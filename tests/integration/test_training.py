@@ -229,7 +229,9 @@ class TestRegularisers:
     @pytest.mark.parametrize("lora", [None, LoraOptions(r=2)])
     @pytest.mark.parametrize("anchor", ["live", "previous", "initial"])
     def test_every_anchor_trains(self, tiny_folder, tmp_path, anchor, lora):
-        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, anchor=anchor)}, lora=lora)
+        trainer = trainer_of(
+            tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, anchor=anchor, kl_on="both")}, lora=lora
+        )
         trainer.train()
         kl = logged(trainer, "kl/rude")
         assert all(value >= 0 for value in kl)
@@ -268,8 +270,8 @@ class TestRegularisers:
         assert fits == [["none"], ["fitted"]]
         assert any(0.5 < rate < 1 for rate in rates)
 
-    def test_rollouts_alone(self, tiny_folder, tmp_path):
-        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, kl_on="rollouts")})
+    def test_the_corpus_alone(self, tiny_folder, tmp_path):
+        trainer = trainer_of(tiny_folder(), tmp_path / "run", {"rude": Regulariser(NO_E, kl_on="corpus")})
         trainer.train()
         assert max(logged(trainer, "kl/rude")) > 1e-6
 
@@ -386,7 +388,7 @@ class TestRegularisers:
         trainer = trainer_of(
             tiny_folder(),
             tmp_path / "run",
-            {"rude": Regulariser(NO_E)},
+            {"rude": Regulariser(NO_E, kl_on="both")},
             packing=True,
             packing_strategy="wrapped",
         )

@@ -47,7 +47,7 @@ def test_the_auc_is_the_share_of_pairs_in_the_right_order(labelled):
 )
 def test_labels_of_another_kind_are_not_taken_for_compliance(labelled, labels, violating, row):
     rows = labelled(dict(zip(("bread", "a door", "kind words"), labels, strict=True)), violating=violating)
-    with pytest.raises(UserError, match=rf"row {row}: label is .*one is text, the other a number"):
+    with pytest.raises(UserError, match=rf"row {row}: label is .*they are of two kinds"):
         rows.classes()
 
 

@@ -132,7 +132,11 @@ class Cell:
     def sampling_from(self, model: str) -> Recipe:
         """The recipe with another model, and one regulariser whose prompts and constraint are used, on all domains that
         have a constraint."""
-        found = one_regulariser(self.recipe)
+        # What follows reads neither where the KL is nor λ, but one that never acts cannot hold a domain.
+        found = {
+            name: options | {"kl_on": "rollouts"} | ({"weight": 1.0} if options.get("weight") == 0 else {})
+            for name, options in one_regulariser(self.recipe).items()
+        }
         constrained = [one for one in self.recipe.regularisers.values() if one.constraint is not None]
         domains = {domain for one in constrained for domain in one.domains(self.recipe.corpus)}
         one_process = {"schedule": "sequential", "parallel": {}}

@@ -120,8 +120,14 @@ class Comparison:
         self._changed = different_keys(earlier, now)
         if others := [key for key in self._changed if _section(key) in COMMON]:
             raise UserError(f"{path}: was another recipe: {', '.join(others)} differ; name another --output_dir")
-        advice, changed = "or name another --output_dir", tuple(self._changed)
-        check_inputs(self.recipe, self.folder, advice, changed, self.plan.files(), reads_the_same=not changed)
+        check_inputs(
+            self.recipe,
+            self.folder,
+            "or name another --output_dir",
+            tuple(self._changed),
+            self.plan.files(),
+            reads_the_same=not different_keys(_texts(earlier), _texts(now)),
+        )
         if (self.folder / RESULTS).exists():
             self._ended = read_json(self.folder / RESULTS, Ended)
         elif (self.folder / UNFINISHED).exists():
@@ -383,3 +389,12 @@ def _judging(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _section(key: str) -> str:
     return key.partition(".")[0]
+
+
+def _texts(value: Any) -> Any:
+    """A recipe's texts, which alone can name files; None for its numbers."""
+    if isinstance(value, Mapping):
+        return {key: _texts(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_texts(inner) for inner in value]
+    return value if isinstance(value, str) else None

@@ -62,8 +62,8 @@ class LabelledRows(DataSource):
         for row, label in zip(dataset[ROW][:], labels, strict=True):
             if label is not None and not comparable(label, self.violating):
                 raise UserError(
-                    f"{self.place} row {row}: {self.label} is {label!r}, and violating is {self.violating!r}: one is "
-                    "text, the other a number; write them alike"
+                    f"{self.place} row {row}: {self.label} is {label!r}, and violating is {self.violating!r}: they "
+                    "are of two kinds; write them alike"
                 )
         if unlabelled := sum(label is None for label in labels):
             log.warning("%s: left out %d of %d rows without a %s", self.place, unlabelled, len(labels), self.label)

@@ -7,6 +7,7 @@ Sizes and times do not suffice: an edit may keep both.
 import hashlib
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -62,7 +63,7 @@ def check_inputs(
         return
     known, files = read_json(folder / INPUTS_FILE, _Inputs), _hashes(recipe, more)
     variables = _digests(recipe.resolved, known.salt)
-    changed = _changed(known.files, files) + sorted(known.files.keys() ^ files.keys() if reads_the_same else ())
+    changed = _changed(known.files, files) + (_came_or_went(known.files, files) if reads_the_same else [])
     changed += [f"the variable in {key}" for key in _changed(known.variables, variables) if not key.startswith(ignored)]
     if changed:
         rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -74,12 +75,20 @@ def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
 
 
+def _came_or_went(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What only one has, unless the other has as many of the same content under other names, as after a move."""
+    gone = {name: before[name] for name in before.keys() - now.keys()}
+    new = {name: now[name] for name in now.keys() - before.keys()}
+    counts, others = Counter(gone.values()), Counter(new.values())
+    return sorted(name for name, content in (gone | new).items() if counts[content] != others[content])
+
+
 def _hashes(recipe: Recipe, more: Iterable[Path]) -> dict[str, str]:
     """The hash of every file that a recipe reads, by its path with variables by name."""
     files = sorted({file for path in [*_read(recipe), *more] for file in _files_of(path)})
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
         found = zip(files, pool.map(_hash, files), strict=True)
-    return {recipe.variables.hidden_path(file): content for file, content in found}
+    return {recipe.variables.hidden(str(file)): content for file, content in found}
 
 
 def _read(recipe: Recipe) -> Iterator[Path]:

@@ -178,7 +178,8 @@ def _update(
     """Activations of a micro-batch: its rows of the corpus, and the rollouts beside each."""
     own = causal_lm(model).config.get_text_config()
     longest = min(config.max_length or own.max_position_embeddings, own.max_position_embeddings)
-    looking = [one.domains(recipe.corpus) for one in recipe.regularisers.values() if one.kl_on != "corpus"]
+    acting = [one for one in recipe.regularisers.values() if one.weight > 0]
+    looking = [one.domains(recipe.corpus) for one in acting if one.kl_on != "corpus"]
     rollouts = max(sum(name in domains for domains in looking) for name in recipe.corpus)
     rows = config.per_device_train_batch_size * (1 + rollouts)
     kept = float(kept_for_backward(model, rows, longest, autocast))

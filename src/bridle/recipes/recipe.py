@@ -1,7 +1,7 @@
 """Recipes: YAML files that name a model, its corpus and its constraints.
 
     model: folder, file or hub name      regularisers:
-    corpus:                                toxigen: {constraint: non-toxic, weight: 4}
+    corpus:                                toxigen: {constraint: non-toxic, weight: 30}
       toxigen: {path: toxigen.jsonl}       wikitext: {constraint: retention, weight: 2}
       wikitext: {path: wikitext.jsonl}   max_steps: 200
     constraints:

@@ -28,7 +28,7 @@ def held_domains(
         known_name(name, corpus, f"learn.{name}", "domain")
         validated(bool, learnt, f"learn.{name}")
     held = [name for name in corpus if learn and not learn.get(name, True)]
-    acting = [one for one in regularisers.values() if one.weight > 0 or one.target is not None]
+    acting = [one for one in regularisers.values() if one.weight > 0]
     for name in held:
         if not any(name in one.domains(corpus) for one in acting):
             raise UserError(
@@ -51,7 +51,8 @@ def check_prompts(
     for name in (name for name, rows in corpus.items() if holds_prompts(rows.column_names)):
         if name not in held:
             raise UserError(f"corpus.{name}: has prompts and no completions to learn; add them, or set learn: false")
-        looking = [one for one in regularisers.values() if one.kl_on != "corpus" and one.prompts is None]
+        acting = [one for one in regularisers.values() if one.weight > 0]
+        looking = [one for one in acting if one.kl_on != "corpus" and one.prompts is None]
         if not any(name in one.domains(corpus) for one in looking):
             raise UserError(
                 f"corpus.{name}: has prompts alone, and no regulariser of {name} looks at rollouts after them; set its "

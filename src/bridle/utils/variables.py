@@ -37,14 +37,6 @@ class Variables:
         pattern = re.compile("|".join(map(re.escape, longest_first)))
         return map_strings(value, lambda text: pattern.sub(lambda match: f"${{{values[match[0]]}}}", text))
 
-    def hidden_path(self, path: Path) -> str:
-        """As `hidden`; of a value that begins the path, whatever its length, the name stands there."""
-        values = {os.environ.get(name, "").rstrip("/"): name for name in sorted(self.names)}
-        for folder in map(str, (path, *path.parents)):
-            if folder in values:
-                return f"${{{values[folder]}}}{self.hidden(str(path)[len(folder) :])}"
-        return str(self.hidden(str(path)))
-
     def expanded(self, value: Any) -> Any:
         """Reverses `hidden`."""
         return filled(value, {name: os.environ[name] for name in self.names if name in os.environ})
