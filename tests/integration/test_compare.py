@@ -539,7 +539,7 @@ def test_one_regulariser_samples_on_all_domains_with_a_constraint(recipe, corpus
     made = cell.sampling_from(str(tmp_path / "model"))
     assert made.corpus.keys() == {*corpus, "asked"}
     (only,) = made.regularisers.values()
-    assert only.domains(made.corpus) == [*corpus, "asked"]
+    assert {*only.domains(made.corpus)} == {*corpus, "asked"}
     assert (only.kl_on, only.weight > 0) == ("rollouts", True)
 
 
