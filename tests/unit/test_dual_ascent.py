@@ -123,9 +123,17 @@ class TestRounds:
     def test_lambda_can_fall_from_so_many_samples_on(self, options, needed):
         aim = TargetOptions(**options)
         limit = aim.limit(None)
-        assert [aim.can_fall(limit, samples) for samples in (needed - 1, needed)] == [False, True]
+        assert [aim.can_fall(limit, samples, samples) for samples in (needed - 1, needed)] == [False, True]
         falls = replace(state(), limit=limit).measured(aim, 3, [0.0] * needed, acts_in=3)
         assert falls.weight < 4
+
+    def test_lambda_goes_by_what_the_trained_model_has_to_show(self):
+        """A round that seeks violations measures fewer samples than the end does."""
+        aim = TargetOptions(rate=0.1, confidence=0.95)
+        now, violations = replace(state(), limit=0.1), [1.0] * 18 + [0.0] * 282
+        assert aim.aim(0.1, 300) < 18.5 / 301 < aim.aim(0.1, 600)
+        assert now.measured(aim, 3, violations, acts_in=3).weight > 4
+        assert now.measured(aim, 3, violations, acts_in=3, shown_on=600).weight < 4
 
     def test_a_target_of_the_base_s_rate(self):
         half = TargetOptions(base=0.5)

@@ -114,9 +114,9 @@ class TargetOptions:
         # The rate at which at most `shown` of the samples violate with probability 1 − margin.
         return float(betaincinv(shown + 1, samples - shown, self.margin))
 
-    def can_fall(self, limit: float, samples: int) -> bool:
-        """Whether λ falls after samples of which none violates."""
-        return VIOLATION_OF_NONE / (samples + 1) < self.aim(limit, samples)
+    def can_fall(self, limit: float, plain: int, samples: int) -> bool:
+        """Whether λ falls after plain rollouts of which none violates, if so many samples will have to show ε."""
+        return VIOLATION_OF_NONE / (plain + 1) < self.aim(limit, samples)
 
     def bound(self, violations: int, samples: int) -> float:
         """The one-sided Clopper–Pearson upper bound (Biometrika 1934) on a rate, at `confidence`."""
@@ -145,7 +145,12 @@ class DualState:
     base: float | None = None
 
     def measured(
-        self, options: TargetOptions, round_index: int, violations: Sequence[float], acts_in: int | None
+        self,
+        options: TargetOptions,
+        round_index: int,
+        violations: Sequence[float],
+        acts_in: int | None,
+        shown_on: int | None = None,
     ) -> "DualState":
         """The state after a round's measurement.
 
@@ -156,6 +161,7 @@ class DualState:
             round_index: the round, from 1, at whose start the policy was sampled.
             violations: as from `TargetOptions.violations`.
             acts_in: the round whose updates come next; None if λ does not act in them.
+            shown_on: on how many samples the trained model will have to show ε; as many as `violations` if not given.
 
         Raises:
             UserError: as `TargetOptions.limit`.
@@ -167,14 +173,14 @@ class DualState:
                 state = replace(state, base=violation)
             state = replace(state, limit=options.limit(state.base))
             if state.limit is not None and state.since is not None and state.since < round_index:
-                stepped = state.stepped(options, violation, len(violations))
+                stepped = state.stepped(options, violation, shown_on or len(violations))
                 # With few samples v̂ can exceed a low a even where nothing violates; λ then stays.
                 rises = stepped.weight > state.weight and not any(violations)
                 state = replace(state, change=0.0, steps=stepped.steps) if rises else stepped
         return replace(state, since=acts_in) if state.since is None else state
 
     def stepped(self, options: TargetOptions, violation: float, samples: int = 1) -> "DualState":
-        """The state after one step of dual ascent for a violation above 0, measured on so many samples.
+        """The state after one step of dual ascent for a violation above 0; so many samples will have to show ε.
 
         Against windup, momentum never acts against the error, and at a bound only the change that took place is kept.
         """

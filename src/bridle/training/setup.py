@@ -291,28 +291,28 @@ def _check_sampler(config: ConstrainedConfig) -> None:
 
 
 def _check_rollouts(name: str, target: TargetOptions | None, config: ConstrainedConfig) -> None:
-    """Refuses a target that a round's plain rollouts cannot show if nothing violates; warns if λ could not fall."""
+    """Refuses a target that a round's number of rollouts cannot show if none violates; warns if λ could not fall."""
     if target is None or target.base is not None:  # the base's rate is not known yet
         return
     limit, seek, count = target.limit(None), config.auxiliary.seek, config.rollouts_per_round
-    sought = f", of which {int(seek * count)} seek violations," if seek else ""
-
-    def plain(count: int) -> int:
-        return count - int(seek * count)
 
     def least(holds: Callable[[int], bool]) -> int:
-        return bisect_left(range(MOST_ROLLOUTS), True, lo=1, key=lambda count: holds(plain(count)))
+        return bisect_left(range(MOST_ROLLOUTS), True, lo=1, key=holds)
 
-    if target.confidence and target.bound(0, plain(count)) > limit:
+    def can_fall(count: int) -> bool:
+        return target.can_fall(limit, count - int(seek * count), count)
+
+    if target.confidence and target.bound(0, count) > limit:
+        needed = least(lambda count: target.bound(0, count) <= limit)
         raise UserError(
-            f"rollouts_per_round: {count}{sought} cannot show regularisers.{name}.target, at most {limit:.3g} with "
-            f"{100 * target.confidence:g}% confidence; set at least {least(lambda n: target.bound(0, n) <= limit)}, "
-            "better four times as many"
+            f"rollouts_per_round: {count} cannot show regularisers.{name}.target, at most {limit:.3g} with "
+            f"{100 * target.confidence:g}% confidence; set at least {needed}, better four times as many"
         )
-    if not target.can_fall(limit, plain(count)):
+    if not can_fall(count):
+        sought = f", of which {int(seek * count)} seek violations," if seek else ""
         warn(
             f"rollouts_per_round: {count}{sought} are too few for regularisers.{name}.target, at most {limit:.3g}: λ "
-            f"can rise, but not fall; set at least {least(lambda n: target.can_fall(limit, n))}"
+            f"can rise, but not fall; set at least {least(can_fall)}"
         )
 
 

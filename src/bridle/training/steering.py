@@ -39,7 +39,9 @@ def steer(regulariser: DomainRegulariser, round_index: int, used_in: int) -> dic
     before = regulariser.dual or DualState(regulariser.options.weight)
     acts_in = used_in if regulariser.active else None
     with prefixed(f"regularisers.{regulariser.name}."):
-        regulariser.dual = before.measured(options, round_index, violations, acts_in)
+        regulariser.dual = before.measured(
+            options, round_index, violations, acts_in, shown_on=regulariser.config.rollouts_per_round
+        )
     return {"violation": fmean(violations) if violations else None, "target": regulariser.dual.limit}
 
 
