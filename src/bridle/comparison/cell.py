@@ -132,7 +132,7 @@ class Cell:
     def sampling_from(self, model: str) -> Recipe:
         """The recipe with another model, and one regulariser whose prompts and constraint are used, on all domains that
         have a constraint."""
-        # What follows reads neither where the KL is nor λ, but one that never acts cannot hold a domain.
+        # No method that samples reads kl_on or λ, but a regulariser that never acts cannot hold a domain.
         found = {
             name: options | {"kl_on": "rollouts"} | ({"weight": 1.0} if options.get("weight") == 0 else {})
             for name, options in one_regulariser(self.recipe).items()

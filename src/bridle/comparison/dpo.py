@@ -36,7 +36,7 @@ NOT_SHARED = EVALUATION | {name for name, needed in NEEDED.items() if needed == 
 def dpo(cell: Cell) -> Candidate:
     """Direct preference optimisation of the plainly tuned model on its own completions (Rafailov et al., 2023).
 
-    The prompts are those of the regulariser's rollouts, fewer of them, so that there are as many completions. Of each
+    The prompts are those of the regulariser's rollouts; there are fewer, so that the completions are as many. Of each
     prompt, the best completion that complies is preferred to the worst that violates, by the constraint's score. A
     prompt without both makes no pair.
 

@@ -1,6 +1,6 @@
-"""Padding, positions and masks, which come from lengths or labels, never from token ids: a pad token may equal the end
-token.
+"""Padding, positions and masks.
 
+Masks come from lengths or labels, never from token ids, since a pad token may equal the end token.
 A causal model's output at position t scores token t + 1. The losses work on aligned tensors: position t of `logits`,
 `targets` and `mask` refers to the same token.
 """

@@ -207,7 +207,7 @@ def meets(value: Any, wanted: Any) -> bool:
 
 
 def comparable(value: Any, wanted: Any) -> bool:
-    """Whether a value is text where the wanted one is, or one of the wanted ones, and none where that is none."""
+    """Whether a value is of the kind of what is wanted: both text or neither; a number, where that is a bound."""
     if isinstance(wanted, dict):
         return _is_number(value)
     kinds = {isinstance(one, str) for one in (wanted if isinstance(wanted, list) else [wanted])}

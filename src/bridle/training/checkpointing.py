@@ -125,7 +125,7 @@ class CheckpointedTrainer(EndsWhereItEnded, OomSafeTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            if best.is_dir():  # under another path since, if the run was moved
+            if best.is_dir():  # the run may have been moved since
                 self.state.best_model_checkpoint = str(best)
             with readable(resume_from_checkpoint):
                 checkpoint = Path(resume_from_checkpoint)

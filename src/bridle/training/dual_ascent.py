@@ -28,7 +28,7 @@ LARGEST_ERROR = log(4)
 """The largest |log(v̂/ε)| of a step: a model that is far from its target would else move λ by orders of magnitude."""
 
 VIOLATION_OF_NONE = 0.5
-"""What counts beside the violations of n samples, as one sample more: the logarithm of 0 has no end."""
+"""Added to a round's violations, and 1 to its rollouts: where none violates, the rate's logarithm stays finite."""
 
 
 @dataclass
