@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bridle.errors import UserError
+from bridle.errors import RunStopped, UserError
 from bridle.training.config import AuxiliaryOptions, ParallelOptions, Regulariser
 from bridle.training.dual_ascent import TargetOptions
 from bridle.training.steering import report_targets
@@ -109,6 +109,37 @@ def test_rollouts_that_seek_violations_are_not_counted(tiny_folder, tmp_path):
     for record in trainer.state.log_history:
         if "round" in record:
             assert record["rude/violation"] == pytest.approx(1 - record["rude/compliance"])
+
+
+LOSES = {"learning_rate": 0.05, "entropy_floor": 0.9, "save_strategy": "steps"}
+
+
+class TestLostEntropy:
+    def test_it_lowers_lambda_and_the_run_goes_on(self, tiny_folder, tmp_path):
+        folder, regularisers = tiny_folder(), {"rude": held(least=0.5)}
+        trainer = made(folder, tmp_path / "whole", regularisers, **LOSES)
+        trainer.train()
+        assert trainer.state.global_step == 8
+        entropies, found = logged(trainer, "rude/entropy_sampled"), logged(trainer, "rude/lambda")
+        lost = next(i for i, entropy in enumerate(entropies) if entropy < 0.9 * entropies[0])
+        assert found[lost] == max(0.5, found[lost - 1] / 2)
+        assert max(found[lost:]) == found[lost]
+        texts = [text for texts in logged(trainer, "warnings") for text in texts]
+        said = f"round {lost + 1}: the entropy of the policy's samples for rude fell from {entropies[0]:.2f} to "
+        ends = f"below entropy_floor 0.9; from now on λ is at most {found[lost]:g}"
+        assert any(text.startswith(said) and text.endswith(ends) for text in texts)
+        assert any("target is missed" in text and "their entropy: take more rounds" in text for text in texts)
+        assert any(text.startswith("at the end the entropy of the policy's samples for rude fell") for text in texts)
+
+        again = made(folder, tmp_path / "again", regularisers, **LOSES)
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+        assert logged(again, "rude/lambda") == found
+        assert again.regularisers[0].dual == trainer.regularisers[0].dual
+
+    def test_where_lambda_is_at_its_lower_bound_the_run_stops(self, tiny_folder, tmp_path):
+        trainer = made(tiny_folder(), tmp_path, {"rude": held(least=4.0, most=4.0)}, **LOSES)
+        with pytest.raises(RunStopped, match=r"below entropy_floor 0\.9; try a smaller regulariser weight"):
+            trainer.train()
 
 
 class TestTheEnd:

@@ -88,6 +88,31 @@ class TestStep:
         assert once.stepped(options, 0.05).change == pytest.approx(-log(2))
 
 
+class TestLostEntropy:
+    """The policy lost its entropy: λ stays at half of what brought it there, or below."""
+
+    def test_it_halves_the_weight_that_acted(self):
+        risen = state().stepped(AIM, 0.4)
+        assert (risen.weight, risen.last_weight) == pytest.approx((16, 4))
+        now = risen.lowered(AIM)
+        assert (now.weight, now.ceiling, now.change) == pytest.approx((2, 2, 0))
+
+    def test_a_lambda_that_has_fallen_further_stays(self):
+        now = state().stepped(AIM, 0.025).lowered(AIM)
+        assert (now.weight, now.ceiling) == pytest.approx((1, 2))
+
+    def test_it_rises_to_the_ceiling_and_no_further(self):
+        now = state().lowered(AIM).stepped(AIM, 0.05)
+        assert now.weight == pytest.approx(1)
+        now = now.stepped(AIM, 0.4)
+        assert now.weight == pytest.approx(2)
+        assert now.stepped(AIM, 0.4).change == pytest.approx(0)
+
+    def test_the_lower_bound_holds(self):
+        now = state().lowered(replace(AIM, least=3.0))
+        assert (now.weight, now.ceiling) == (3.0, 3.0)
+
+
 class TestRounds:
     def test_the_first_round_measures_the_base_and_moves_nothing(self):
         now = DualState(4.0).measured(AIM, 1, [1.0] * 9, acts_in=1)

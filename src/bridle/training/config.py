@@ -405,8 +405,8 @@ class ConstrainedConfig(SFTConfig):
         max_missing: share of rollouts without a score above which the run stops.
         max_skipped_steps: updates in a row that are skipped, their loss or gradient not being finite, before the run
             stops.
-        entropy_floor: share of the first round's entropy of the policy's samples below which the run stops; 0 turns the
-            guard off. It does not apply to a run without rollouts.
+        entropy_floor: share of the first round's entropy of the policy's samples below which the run stops, or λ of a
+            target is lowered; 0 turns the guard off. It does not apply to a run without rollouts.
         calibration_bound: expected calibration error of R above which a round warns; 1 turns the guard off. It is not
             checked on fewer than 20 held-out rollouts.
         empty_bound: share of empty rollouts above which a round warns; 1 turns the guard off.

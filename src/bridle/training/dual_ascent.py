@@ -135,6 +135,7 @@ class DualState:
         limit: ε; None until the first round has been measured.
         since: first round whose updates λ acted in; None before.
         base: the base model's violation rate, if the first round measured it.
+        ceiling: highest λ that is still allowed, once the policy has lost its entropy; None before.
     """
 
     weight: float
@@ -143,6 +144,17 @@ class DualState:
     limit: float | None = None
     since: int | None = None
     base: float | None = None
+    ceiling: float | None = None
+
+    @property
+    def last_weight(self) -> float:
+        """λ before the last step."""
+        return self.weight * exp(-self.change)
+
+    def lowered(self, options: TargetOptions) -> "DualState":
+        """The state after the policy lost its entropy: from now on λ is at most half of what brought it there."""
+        ceiling = max(options.least, self.last_weight / 2)
+        return replace(self, weight=min(self.weight, ceiling), change=0.0, ceiling=ceiling)
 
     def measured(
         self,
@@ -188,6 +200,7 @@ class DualState:
         error = log(violation / options.aim(self.limit, samples))
         error = max(-LARGEST_ERROR, min(LARGEST_ERROR, error))
         momentum = options.momentum * self.change if self.change * error > 0 else 0.0
-        change = min(options.step * error + momentum, log(options.most / self.weight) + 1)  # more would overflow
-        weight = max(options.least, min(options.most, self.weight * exp(change)))
+        most = options.most if self.ceiling is None else min(options.most, self.ceiling)
+        change = min(options.step * error + momentum, log(most / self.weight) + 1)  # more would overflow
+        weight = max(options.least, min(most, self.weight * exp(change)))
         return replace(self, weight=weight, change=log(weight / self.weight), steps=self.steps + 1)

@@ -95,22 +95,22 @@ class InterruptionGuard(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
-def lost_entropy(name: str, entropy: float, state: TrainerState, floor: float) -> str | None:
+def lost_entropy(name: str, entropy: float, log: Sequence[Measured], floor: float) -> str | None:
     """Describes a loss of entropy: a stale R and a strong λ drive the policy's samples towards one text.
 
     Args:
         name: of the regulariser.
-        entropy: of the policy's samples in this round, in nats a token; NaN if nothing was sampled.
-        state: its log has the first round's entropy.
-        floor: the share of that entropy that must remain.
+        entropy: of the policy's samples now, in nats a token; NaN if nothing was sampled.
+        log: the run's records, the first round's among them.
+        floor: the share of the first round's entropy that must remain.
     """
-    known = (record.get(f"{name}/entropy_sampled", math.nan) for record in state.log_history)
+    known = (record.get(f"{name}/entropy_sampled", math.nan) for record in log)
     first = next(filter(math.isfinite, known), math.nan)
     if not entropy < floor * first:
         return None
     return (
-        f"the entropy of the policy's samples for {name} fell from {first:.2f} to {entropy:.2f} nats a token by step "
-        f"{state.global_step}, below entropy_floor {floor}; try a smaller regulariser weight or more rounds"
+        f"the entropy of the policy's samples for {name} fell from {first:.2f} to {entropy:.2f} nats a token, "
+        f"below entropy_floor {floor}"
     )
 
 

@@ -13,11 +13,11 @@ from transformers import TrainerCallback, TrainerState
 from bridle.errors import UserError
 from bridle.models.auxiliary import fingerprint
 from bridle.training.config import ConstrainedConfig
-from bridle.training.guards import Supervisor, lost_entropy, round_warnings, unreached_warnings, warn
+from bridle.training.guards import Supervisor, round_warnings, unreached_warnings, warn
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.regulariser_set import RegulariserSet
 from bridle.training.state import PROGRESS_FILE, RegulariserState, RoundProgress
-from bridle.training.steering import steer
+from bridle.training.steering import guard_entropy, steer
 from bridle.utils.distributed import is_main
 from bridle.utils.files import read_json
 from bridle.utils.interruption import at_once, is_pending
@@ -57,10 +57,8 @@ class SequentialSchedule(TrainerCallback):
         if due > self.round:
             with at_once():  # a round is long, and the last checkpoint resumes before it
                 self.begin_round(due, state.log_history)
-            for name in (one.name for one in self.regularisers):
-                entropy = self._record.get(f"{name}/entropy_sampled", float("nan"))
-                if verdict := lost_entropy(name, entropy, state, args.entropy_floor):
-                    self.supervisor.stop(verdict, control)
+            for regulariser in self.regularisers:
+                guard_entropy(regulariser, self._record, state, self.supervisor, control)
 
     def on_step_end(self, args, state, control, **kwargs):
         finished = state.global_step == state.max_steps

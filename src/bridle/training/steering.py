@@ -1,17 +1,19 @@
 """Targets in a run: λ's step at the start of a round, and whether the trained model meets its target."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import sqrt
+from math import nan, sqrt
 from statistics import fmean, pstdev
 from typing import Any
 
 from scipy.stats import binomtest
+from transformers import TrainerControl, TrainerState
 
 from bridle.constraints import AsyncScoring
 from bridle.data import Rollout
 from bridle.errors import prefixed
 from bridle.training.dual_ascent import DualState, TargetOptions
-from bridle.training.guards import Supervisor
+from bridle.training.guards import Supervisor, lost_entropy
+from bridle.training.measures import measure_samples
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.rollouts import score_rollouts
 from bridle.utils.percent import percent, percent_of, percent_up
@@ -45,6 +47,35 @@ def steer(regulariser: DomainRegulariser, round_index: int, used_in: int) -> dic
     return {"violation": fmean(violations) if violations else None, "target": regulariser.dual.limit}
 
 
+def guard_entropy(
+    regulariser: DomainRegulariser,
+    record: dict[str, Any],
+    state: TrainerState,
+    supervisor: Supervisor,
+    control: TrainerControl,
+) -> None:
+    """Lowers λ of a target if the policy has lost its entropy; without a target, or a smaller λ, stops the run.
+
+    Args:
+        regulariser: after its round.
+        record: the round's metrics.
+        state: its log has the first round's entropy.
+        supervisor: logs the warning or stops.
+        control: of the run.
+    """
+    name, options, dual = regulariser.name, regulariser.options.target, regulariser.dual
+    entropy = record.get(f"{name}/entropy_sampled", nan)
+    if not (lost := lost_entropy(name, entropy, state.log_history, regulariser.config.entropy_floor)):
+        return
+    lost = f"round {record['round']}: {lost}"
+    if options is None or dual is None or dual.last_weight <= options.least:
+        supervisor.stop(f"{lost}; try a smaller regulariser weight or more rounds", control)
+    else:
+        regulariser.dual = dual.lowered(options)
+        record[f"{name}/lambda"] = regulariser.weight
+        supervisor.warn(f"{lost}; from now on λ is at most {regulariser.weight:.3g}")
+
+
 def report_targets(regularisers: Iterable[DomainRegulariser], supervisor: Supervisor, log: Log) -> None:
     """Measures the trained model on a round of plain rollouts for each target, and warns of one that is missed.
 
@@ -72,6 +103,9 @@ def report_targets(regularisers: Iterable[DomainRegulariser], supervisor: Superv
         if options.confidence is not None:  # whatever has no score may violate
             shown = options.bound(int(sum(violations)) + missing, len(rollouts))
             record[f"{name}/violation_bound"] = shown
+        entropy = measure_samples(rollouts)["entropy_sampled"]
+        if lost := lost_entropy(name, entropy, log, regulariser.config.entropy_floor):
+            supervisor.warn(f"at the end {lost}; try an earlier checkpoint, a smaller target.most, or more rounds")
         if missing > regulariser.config.max_missing * len(rollouts):
             supervisor.warn(
                 f"{name}: {missing} of the last {len(rollouts)} samples got no score; the rate is of the others"
@@ -123,7 +157,12 @@ def _causes(name: str, dual: DualState, options: TargetOptions, log: Log) -> Ite
     if dual.since is None:
         yield "The KL never acted, since every label was alike: show the constraint more, by harder prompts"
         return
-    if dual.weight >= options.most:
+    if dual.ceiling is not None and dual.weight >= dual.ceiling:
+        yield (
+            f"λ is held at {dual.weight:.3g}, since under a larger one the policy's samples lost their entropy: take "
+            "more rounds, or anchor: previous"
+        )
+    elif dual.weight >= options.most:
         yield f"λ is at its bound, target.most {options.most:g}: raise it"
     elif not dual.steps:
         yield f"λ took no step, as the KL first acted in round {dual.since}: take more rounds, or harder prompts"
