@@ -28,7 +28,7 @@ METHOD = "constrained-adaptive"
 
 
 def compared(options: Namespace, name: str, regulariser: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every seed reaches with some settings of every regulariser that has a constraint."""
+    """What every seed that is not stopped reaches with some settings of every regulariser that has a constraint."""
     base = load_recipe(options.recipe)
     domains = [domain for domain, one in base.regularisers.items() if one.constraint is not None]
     changes = {f"regularisers.{domain}.{key}": value for domain in domains for key, value in regulariser.items()}
@@ -36,7 +36,8 @@ def compared(options: Namespace, name: str, regulariser: dict[str, Any]) -> list
     folder = options.folder / name
     recipe = load_recipe(options.recipe, changes)
     Comparison(recipe, folder, [METHOD], range(options.seeds), resume=folder.exists(), show=print).run()
-    return [reached(folder / METHOD / f"seed-{seed}", domains, options.held_out) for seed in range(options.seeds)]
+    made = [folder / METHOD / f"seed-{seed}" for seed in range(options.seeds)]
+    return [reached(one, domains, options.held_out) for one in made if (one / "results.json").exists()]
 
 
 def reached(folder: Path, domains: Sequence[str], held_out: str) -> dict[str, Any]:
@@ -109,14 +110,15 @@ def main() -> None:
     for weight, runs in fixed.items():
         found = summary(runs, constraint)
         results["fixed"][f"{weight:g}"] = {"seeds": runs, **found}
-        rows.append([f"λ {weight:g}", f"{weight:g}", "", *figures(found), ""])
+        stopped = f"{options.seeds - len(runs)} of {options.seeds} stopped" * (len(runs) < options.seeds)
+        rows.append([f"λ {weight:g}", f"{weight:g}", stopped, *figures(found), ""])
     for rate, runs in steered.items():
         found = summary(runs, constraint)
         best = of_sweep(sweep, constraint, found["rates"][constraint])
         found["met"] = sum(run["bound"] is not None and run["bound"] <= rate for run in runs)
         found["over_sweep"] = None if best is None else found["perplexity"] / best
         results["targets"][f"{rate:g}"] = {"seeds": runs, **found}
-        bounds = f"{found['met']} of {len(runs)}: " + ", ".join(
+        bounds = f"{found['met']} of {options.seeds}: " + ", ".join(
             "none" if run["bound"] is None else f"{run['bound']:.1%}" for run in runs
         )
         over = "outside" if best is None else f"{found['over_sweep']:.3f}"
