@@ -21,14 +21,14 @@ from bridle.report.pareto import pareto_front, tradeoffs
 from bridle.report.plots import (
     draw_plots,
     further_constraints,
-    method_style,
     other_tradeoffs,
     reliability,
-    svg,
     tradeoff,
     training_curves,
     write_plots,
 )
+from bridle.report.style import method_style
+from bridle.report.svg import PIXELS, svg
 from report_folder import DESCRIPTIONS, make_folder, make_run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -313,8 +313,9 @@ def test_svg_is_one_accessible_element_without_references_outside(report):
     text = svg(tradeoff(report), "Trade-off <1>", "Violation & perplexity")
     root = ElementTree.fromstring(text)
     assert text.startswith("<svg ")
-    assert (root.get("role"), root.get("width"), root.get("height")) == ("img", None, None)
+    assert (root.get("role"), root.get("height")) == ("img", None)
     assert root.get("viewBox").startswith("0 0 ")
+    assert float(root.get("width")) == round(PIXELS * float(root.get("viewBox").split()[2]))
     by_id = {element.get("id"): element for element in root.iter() if element.get("id")}
     assert by_id[root.get("aria-labelledby")].text == "Trade-off <1>"
     assert by_id[root.get("aria-describedby")].text == "Violation & perplexity"
@@ -323,6 +324,7 @@ def test_svg_is_one_accessible_element_without_references_outside(report):
     assert references
     assert all(("".join(pair))[0] == "#" and "".join(pair)[1:] in by_id for pair in references)
     assert "<style" not in text
+    assert " style=" not in text
 
 
 def test_svg_takes_its_ink_from_the_page(report):

@@ -11,7 +11,6 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -23,11 +22,11 @@ from bridle.report.export import write_tables
 from bridle.report.findings import failures, findings, warnings
 from bridle.report.recommendation import recommendation
 from bridle.report.style import missing_glyphs_in_one_line
+from bridle.report.svg import svg
 from bridle.utils.files import check_output, write_text
 from bridle.utils.progress import Progress
 
 SHOWN_STRIPS, SHOWN_WARNINGS = 2, 2  # the others are there on request
-PIXELS = 1.25  # of the page for each point of a plot
 HEADINGS = {
     "tradeoff": "Which method",
     "further_constraints": "Further constraints",
@@ -154,18 +153,7 @@ def _hash(text: str) -> str:
 
 
 def _drawing(name: str, figure: Figure) -> Markup:
-    return Markup(_without_styles(plots.svg(figure, HEADINGS.get(name, "Other trade-offs"), PLOTS_IN_WORDS[name])))
-
-
-def _without_styles(svg: str) -> str:
-    """Replaces style attributes, which the policy refuses, by presentation attributes."""
-    root = ElementTree.fromstring(svg)
-    root.set("width", str(round(PIXELS * float(root.attrib["viewBox"].split()[2]))))
-    for element in root.iter():
-        for declaration in filter(None, element.attrib.pop("style", "").split(";")):
-            name, _, value = declaration.partition(":")
-            element.set(name.strip(), value.strip())
-    return ElementTree.tostring(root, encoding="unicode")
+    return Markup(svg(figure, HEADINGS.get(name, "Other trade-offs"), PLOTS_IN_WORDS[name]))
 
 
 def _readable(environment: dict[str, Any]) -> dict[str, Any]:

@@ -23,22 +23,9 @@ from bridle.report.data import MOST_ROUNDS, RegulariserRound, Report, spread
 from bridle.report.labels import label_points
 from bridle.report.pareto import Tradeoff, tradeoffs
 from bridle.report.style import DPI, INK, PAPER, STYLE, MethodStyle, method_style, shown
-from bridle.report.svg import svg
 from bridle.report.tables import PERCENT, spelt
 from bridle.utils.files import atomic_file
 from bridle.utils.progress import track
-
-__all__ = [
-    "draw_plots",
-    "further_constraints",
-    "method_style",
-    "other_tradeoffs",
-    "reliability",
-    "svg",
-    "tradeoff",
-    "training_curves",
-    "write_plots",
-]
 
 CURVES = {
     "compliance": "rollouts that comply",

@@ -1,4 +1,4 @@
-"""Converts a figure to an SVG element for inlining into a page."""
+"""Converts a figure to an SVG element for inlining into a page that allows no styles."""
 
 import hashlib
 import io
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from bridle.report.style import INK, PAPER, STYLE, shown
 
+PIXELS = 1.25  # of the page for each point of a plot
 SVG = "http://www.w3.org/2000/svg"
 HREF = "{http://www.w3.org/1999/xlink}href"
 THEMED = {INK: "currentColor", PAPER: "var(--plot-paper, Canvas)"}
@@ -33,6 +34,7 @@ def svg(figure: Figure, title: str, description: str) -> str:
     for path in ("metadata", f"defs/{{{SVG}}}style/.."):  # the rules of a style would apply to the whole page
         for element in root.findall(f"{{{SVG}}}{path}"):
             root.remove(element)
+    _styles_as_attributes(root)
     prefix = f"plot-{hashlib.sha256((title + drawn).encode()).hexdigest()[:8]}"
     _rename_ids(root, prefix)
     _describe(root, prefix, shown(title, 200), shown(description, 2000))
@@ -40,6 +42,14 @@ def svg(figure: Figure, title: str, description: str) -> str:
     for color, themed in THEMED.items():
         text = text.replace(color, themed)
     return text
+
+
+def _styles_as_attributes(root: ElementTree.Element) -> None:
+    """Replaces style attributes, which the page refuses, by presentation attributes."""
+    for element in root.iter():
+        for declaration in filter(None, element.attrib.pop("style", "").split(";")):
+            name, _, value = declaration.partition(":")
+            element.set(name.strip(), value.strip())
 
 
 def _rename_ids(root: ElementTree.Element, prefix: str) -> None:
@@ -57,10 +67,11 @@ def _rename_ids(root: ElementTree.Element, prefix: str) -> None:
 
 
 def _describe(root: ElementTree.Element, prefix: str, title: str, description: str) -> None:
-    for size in ("width", "height", "version"):
-        root.attrib.pop(size, None)
+    for unused in ("height", "version"):
+        root.attrib.pop(unused, None)
+    root.set("width", str(round(PIXELS * float(root.attrib["viewBox"].split()[2]))))
     root.attrib |= {"role": "img", "aria-labelledby": f"{prefix}-title", "aria-describedby": f"{prefix}-desc"}
-    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")  # matplotlib's rules, for this plot only
+    root.attrib |= {"stroke-linejoin": "round", "stroke-linecap": "butt"}  # matplotlib's rules, for this plot only
     for place, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ElementTree.Element(f"{{{SVG}}}{tag}", {"id": f"{prefix}-{tag}"})
         element.text = text
