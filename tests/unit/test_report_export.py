@@ -11,7 +11,8 @@ from bridle.errors import UserError
 from bridle.report import tables
 from bridle.report.data import Report, read_report
 from bridle.report.export import comma_separated, latex, markdown, write_tables
-from bridle.report.tables import Cell, Table
+from bridle.report.measures import Cell
+from bridle.report.tables import Table
 from report_folder import DESCRIPTIONS, VIOLATION, make_folder, make_run
 
 NAMES = ["a & b", "50% $x$", "a_b^c~d", "back\\slash", "<b>|</b>", "*[a](b)*", "#1", "line\nbreak", "{", "`code`", "λ"]

@@ -11,7 +11,7 @@ import pytest
 import report_folder
 from bridle.data import write_rollouts
 from bridle.errors import UserError
-from bridle.report import data, html, tables, texts
+from bridle.report import data, html, measures, tables, texts
 from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, Shift, spread
 from bridle.report.findings import findings
 from bridle.report.html import write_report
@@ -318,7 +318,7 @@ def test_the_overview_marks_the_best_and_what_is_like_it(report):
     assert table.groups == [("Violation rate, %", 2), ("Accuracy, %", 1), ("Perplexity", 2)]
     assert table.columns == ["rude · non-rude ↓", "plain · non-rude ↓", "MMLU ↑", "novels ↓", "letters ↓"]
     first = {name: cells[0] for name, cells in table.rows.items()}
-    assert first["base"] == tables.Cell("21.4", "± 0.4", "18.9 to 23.9", 1000, 4, "")
+    assert first["base"] == measures.Cell("21.4", "± 0.4", "18.9 to 23.9", 1000, 4, "")
     assert {name: cell.mark for name, cell in first.items() if cell.mark} == {
         "filtration": "alike", "constrained": "alike", "constrained-adaptive": "best"
     }  # fmt: skip
@@ -531,7 +531,7 @@ def test_a_name_is_spelt_alike_in_tables_plots_and_sentences(report):
 
 def test_equal_methods_crown_no_winner(report):
     base = report.methods["base"]
-    violation = tables.main_violation(report.main)
+    violation = measures.main_violation(report.main)
     (alike,) = [one for one in report.comparisons if violation.is_of(one) and one.method == "constrained"]
     others = [replace(alike, method=name, reference="base") for name in ("sft", "filtration")]
     found = "21.4% (95% interval 18.9 to 23.9%, n\u00a0=\u00a01,000) of base’s completions of rude violate non-rude"

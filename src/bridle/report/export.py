@@ -8,7 +8,8 @@ from pathlib import Path
 
 from bridle.errors import UserError
 from bridle.report.data import Report
-from bridle.report.tables import MISSING, Cell, Table, every
+from bridle.report.measures import MISSING, Cell
+from bridle.report.tables import Table, every
 from bridle.utils.files import check_output, write_text
 
 NOT_A_VALUE = (MISSING, "·")  # a missing value, and the diagonal of a matrix
@@ -174,8 +175,7 @@ def _number(value: float | None) -> str:
 
 
 def _headings(table: Table) -> list[str]:
-    titles = [title for title, span in table.groups for _ in range(span)]
-    return [f"{title}: {column}" for title, column in zip(titles, table.columns, strict=True)]
+    return [": ".join(heading) for heading in table.headings]
 
 
 def _line(text: str) -> str:

@@ -7,19 +7,19 @@ from typing import Any
 
 from bridle.evaluation.transfer import pleases_its_oracle
 from bridle.report.data import Curve, FigureComparison, Main, Reached, Report
-from bridle.report.pareto import tradeoffs
-from bridle.report.tables import (
+from bridle.report.measures import (
     PERCENT,
     Measure,
     best,
+    display_name,
     in_words,
     main_violation,
     main_violations,
     measures,
     significant,
-    spelt,
     to_cell,
 )
+from bridle.report.pareto import tradeoffs
 from bridle.utils.percent import percent, percent_of, percent_up
 
 LEAST_DECIDED = 0.1  # share of pairs; the summary warns of a judge that decides fewer
@@ -106,7 +106,7 @@ def _cost(report: Report, method: str) -> Iterator[str]:
     values = [perplexity.of(report.methods[name]) for name in (method, rival)]
     if all(value is not None and value.value is not None for value in values):
         ours, theirs = (to_cell(value, perplexity.unit).text for value in values)
-        yield f", at perplexity {ours} on {spelt(held_out)}, against {theirs} for {rival}"
+        yield f", at perplexity {ours} on {display_name(held_out)}, against {theirs} for {rival}"
 
 
 def _of_best(report: Report, violation: Measure) -> Iterator[str]:
@@ -179,7 +179,7 @@ def _of_front(report: Report) -> Iterator[str]:
         names = list(first.front)
         title = "accuracy" if first.more_is_better else "perplexity"
         verb = "is" if len(names) == 1 else "are"
-        on = spelt(first.utility.on)
+        on = display_name(first.utility.on)
         yield f"{listed(names)} {verb} on the Pareto front of violation rate and {title} on {on}."
 
 

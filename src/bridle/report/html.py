@@ -113,7 +113,7 @@ def render(report: Report, figures: Mapping[str, Figure]) -> str:
         **parts,
         differences=tables.differences(report),
         differences_in_words=tables.DIFFERENCES_IN_WORDS,
-        further=tables.further(report),
+        further=tables.further(report).values(),
         shown_strips=SHOWN_STRIPS,
         shown_warnings=SHOWN_WARNINGS,
         more=more,

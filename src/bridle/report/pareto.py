@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bridle.report.data import Figure, Report
+from bridle.report.measures import Measure, main_violation, measures, overview_tasks
 from bridle.report.style import VALUE
-from bridle.report.tables import Measure, main_violation, measures, overview_tasks
 
 ADAPTIVE = "constrained-adaptive"
 

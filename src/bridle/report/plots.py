@@ -21,9 +21,9 @@ from bridle.errors import UserError
 from bridle.report import data, pareto
 from bridle.report.data import MOST_ROUNDS, RegulariserRound, Report, spread
 from bridle.report.labels import label_points
+from bridle.report.measures import PERCENT, display_name
 from bridle.report.pareto import Tradeoff, tradeoffs
 from bridle.report.style import DPI, INK, PAPER, STYLE, MethodStyle, method_style, shown
-from bridle.report.tables import PERCENT, spelt
 from bridle.utils.files import atomic_file
 from bridle.utils.progress import track
 
@@ -220,7 +220,7 @@ def _violation_label(report: Report, panel: Tradeoff) -> str:
 
 
 def _utility_label(panel: Tradeoff) -> str:
-    name, policy = shown(spelt(panel.utility.on)), panel.utility.within
+    name, policy = shown(display_name(panel.utility.on)), panel.utility.within
     if policy is not None:
         return f"violation rate on {name} ({shown(policy)}, inverted)"
     return f"accuracy on {name}" if panel.more_is_better else f"perplexity of {name} (inverted)"

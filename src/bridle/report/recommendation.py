@@ -5,9 +5,9 @@ from math import exp, log
 
 from bridle.report.data import FigureComparison, Report
 from bridle.report.findings import listed
+from bridle.report.measures import PERCENT, Measure, display_name, main_violation, significant, to_cell
 from bridle.report.pareto import Tradeoff, tradeoffs
 from bridle.report.style import VALUE
-from bridle.report.tables import PERCENT, Measure, main_violation, significant, spelt, to_cell
 
 MOST_PERPLEXITY = 0.05  # a higher one, by this share, is a loss
 MOST_ACCURACY = 0.02  # the same for an accuracy, as a difference of shares
@@ -102,7 +102,7 @@ def _ends(compared: FigureComparison | None) -> tuple[float, float]:
 
 
 def _bound(panel: Tradeoff) -> str:
-    on = spelt(panel.utility.on)
+    on = display_name(panel.utility.on)
     if panel.more_is_better:
         return f"lower accuracy on {on} by more than {100 * MOST_ACCURACY:g} points"
     return f"raise perplexity on {on} by more than {MOST_PERPLEXITY:.0%}"
@@ -116,7 +116,7 @@ def _cost(report: Report, panel: Tradeoff, chosen: str, plain: str) -> str:
     ours, theirs = (to_cell(panel.methods[name][1], unit).text + unit.symbol for name in (chosen, plain))
     change = exp(_loss(panel, chosen, plain)) - 1
     relative = "" if panel.more_is_better else f" ({change:+.1%})".replace("-", "−")
-    parts = [f"{panel.utility.title.split(',')[0].lower()} on {spelt(panel.utility.on)} is {ours}{relative}"]
+    parts = [f"{panel.utility.title.split(',')[0].lower()} on {display_name(panel.utility.on)} is {ours}{relative}"]
     seconds = [Measure("cost", "seconds").of(report.methods[name]) for name in (chosen, plain)]
     spent = [one.value for one in seconds if one is not None and one.value is not None]
     against = [f"{theirs} for {plain}"]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bridle.report.data import Curve, RegulariserRound, Report
-from bridle.report.tables import PERCENT
+from bridle.report.measures import PERCENT
 
 NOTABLE = 0.05  # relative change of λ, of which a smaller one is not shown
 NO_FIT = {"kept": "R learnt nothing but the rate", "none": "no R yet", "unlabelled": "no label to learn"}

@@ -10,8 +10,9 @@ from bridle.errors import plain
 from bridle.report import tables as made
 from bridle.report.data import Report
 from bridle.report.findings import failures, findings
+from bridle.report.measures import Cell
 from bridle.report.recommendation import recommendation
-from bridle.report.tables import Cell, Table
+from bridle.report.tables import Table
 
 WIDTH = 80  # columns
 LONGEST_NAME = 24  # of a method or a heading, in columns; a longer one is cut
@@ -48,9 +49,7 @@ def _fitting(table: Table, console: Console) -> RichTable:
 
 def _drawn(table: Table, count: int) -> RichTable:
     drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    titles = [title for title, span in table.groups for _ in range(span)]
-    headings = [f"{title}\n{column}" for title, column in zip(titles, table.columns, strict=True)]
-    for heading in ["", *headings[:count]]:
+    for heading in ["", *map("\n".join, table.headings[:count])]:
         drawn.add_column(_cut(heading), justify="right" if heading else "left", vertical="bottom", no_wrap=True)
     for method, cells in table.rows.items():
         first, *others = cells[:count]
