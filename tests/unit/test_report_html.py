@@ -12,7 +12,7 @@ import report_folder
 from bridle.data import write_rollouts
 from bridle.errors import UserError
 from bridle.report import data, html, measures, tables, texts
-from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, Shift, spread
+from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, Shift, evenly_spaced
 from bridle.report.findings import findings
 from bridle.report.html import write_report
 from bridle.report.plots import draw_plots
@@ -550,8 +550,8 @@ def test_equal_methods_crown_no_winner(report):
 
 
 def test_samples_are_picked_evenly():
-    assert spread(range(100), 4) == [0, 33, 66, 99]
-    assert spread("ab", 4) == ["a", "b"]
+    assert evenly_spaced(range(100), 4) == [0, 33, 66, 99]
+    assert evenly_spaced("ab", 4) == ["a", "b"]
     many = [Completion("sft", "0", "set", index, 0, "p", "c") for index in range(100)]
     shown, more = texts.samples(Report("tiny", completions=many))
     assert (len(shown), len(more)) == (texts.SHOWN, texts.MORE)

@@ -404,7 +404,7 @@ def _read_training_run(folder: Path) -> Report:
     return Report(recipe=name, seeds=[seed], environment=environment, curves=curves, rollouts=rollouts)
 
 
-def spread(items: Sequence[T], count: int) -> list[T]:
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     """Picks at most `count` (> 1) evenly spaced items, with the first and the last."""
     if len(items) <= count:
         return list(items)
@@ -418,9 +418,9 @@ def _rollouts(folder: Path) -> Iterator[Rollout]:
         number = path.name.removeprefix("round-").partition(".")[0]
         if number.isdecimal():
             files[int(number)].append(path)
-    for index in spread(sorted(files), MOST_ROUNDS):
+    for index in evenly_spaced(sorted(files), MOST_ROUNDS):
         for path in files[index]:
-            yield from (checked(Rollout, row, place) for place, row in spread(list(_rows(path)), SHOWN_ROLLOUTS))
+            yield from (checked(Rollout, row, place) for place, row in evenly_spaced(list(_rows(path)), SHOWN_ROLLOUTS))
 
 
 def _runs(report: Report, folder: Path) -> Iterator[tuple[str, str, Path]]:

@@ -19,7 +19,7 @@ from matplotlib.transforms import Bbox
 
 from bridle.errors import UserError
 from bridle.report import data, pareto
-from bridle.report.data import MOST_ROUNDS, RegulariserRound, Report, spread
+from bridle.report.data import MOST_ROUNDS, RegulariserRound, Report, evenly_spaced
 from bridle.report.labels import label_points
 from bridle.report.measures import PERCENT, display_name
 from bridle.report.pareto import Tradeoff, tradeoffs
@@ -147,7 +147,7 @@ def reliability(report: Report) -> Figure | None:
     found = _reliabilities(report)
     if not found:
         return None
-    drawn = spread(sorted(found), MOST_ROUNDS)
+    drawn = evenly_spaced(sorted(found), MOST_ROUNDS)
     figure, axes = _panels(len(drawn), size=(3.7, 3.5))
     for ax, number in zip(axes, drawn, strict=True):
         _draw_reliability(ax, number, found[number])
@@ -313,7 +313,7 @@ def _draw_targets(ax: Axes, report: Report) -> None:
     ends = []
     for line in _lines(report, "target"):
         rounds, values = [number for number, _ in line.points], [figure.known for _, figure in line.points]
-        ax.plot(rounds, values, linewidth=1.1, linestyle=TARGET, color=method_style(line.method).line["color"])
+        ax.plot(rounds, values, linewidth=1.1, linestyle=TARGET, color=method_style(line.method).color)
         ends.append((rounds[-1], values[-1]))
     for end in ends[:1]:  # the same label at every line would only cover it
         ax.annotate("target", end, (0, 3), textcoords="offset points", ha="right", fontsize=8)

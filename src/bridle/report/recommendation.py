@@ -7,7 +7,7 @@ from bridle.report.data import FigureComparison, Report
 from bridle.report.findings import listed
 from bridle.report.measures import PERCENT, Measure, display_name, main_violation, significant, to_cell
 from bridle.report.pareto import Tradeoff, tradeoffs
-from bridle.report.style import VALUE
+from bridle.report.style import family_of
 
 MOST_PERPLEXITY = 0.05  # a higher one, by this share, is a loss
 MOST_ACCURACY = 0.02  # the same for an accuracy, as a difference of shares
@@ -121,8 +121,7 @@ def _cost(report: Report, panel: Tradeoff, chosen: str, plain: str) -> str:
     spent = [one.value for one in seconds if one is not None and one.value is not None]
     against = [f"{theirs} for {plain}"]
     if len(spent) == 2:
-        match = VALUE.match(chosen)
-        besides = " besides that of sft" if (match[1] if match else chosen) in UPON_SFT else ""
+        besides = " besides that of sft" if family_of(chosen) in UPON_SFT else ""
         parts.append(f"training takes {spent[0]:,.0f} s{besides}")
         against.append(f"{spent[1]:,.0f} s")
     return f"The cost: {' and '.join(parts)}, against {' and '.join(against)}."

@@ -101,10 +101,14 @@ _OPTIONAL = ("sft-kl", "l2-sp", "lora-small", "wise-ft", "interleave", "interlea
 _STYLES |= zip(_OPTIONAL, _FURTHER, strict=False)
 
 
+def family_of(name: str) -> str:
+    """A method's name without the value of its knob."""
+    return VALUE.sub(r"\1", name)
+
+
 def method_style(name: str) -> MethodStyle:
-    """The style of a method; an unknown one gets one of twenty by its name."""
-    match = VALUE.match(name)
-    family = match[1] if match else name  # the values of one knob look alike
+    """The style of a method, the same for all values of its knob; an unknown one gets one of twenty by its name."""
+    family = family_of(name)
     return _STYLES.get(family) or _FURTHER[zlib.crc32(family.encode(errors="replace")) % len(_FURTHER)]
 
 

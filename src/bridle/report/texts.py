@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unicodedata import bidirectional
 
-from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, spread
+from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, evenly_spaced
 
 Key = tuple[str, int]  # prompt set and index of the prompt
 
@@ -81,8 +81,8 @@ def samples(report: Report) -> tuple[list[Sample], list[Sample]]:
     """Evenly spaced prompts with all methods' completions: those shown at first, and those on request."""
     found = _first_of_each(report.completions)
     keys = list(dict.fromkeys(key for of_method in found.values() for key in of_method))
-    picked = [_sample(key, found) for key in spread(keys, SHOWN + MORE)]
-    shown = spread(picked, SHOWN)
+    picked = [_sample(key, found) for key in evenly_spaced(keys, SHOWN + MORE)]
+    shown = evenly_spaced(picked, SHOWN)
     return shown, [sample for sample in picked if sample not in shown]
 
 
