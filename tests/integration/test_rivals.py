@@ -14,7 +14,8 @@ from bridle.baselines.filtration import compliant_rows
 from bridle.comparison import methods, replay, rivals
 from bridle.comparison.cell import Candidate, Cell
 from bridle.comparison.compare import Comparison
-from bridle.comparison.methods import base_name, chosen, description, shapes
+from bridle.comparison.knobs import base_name
+from bridle.comparison.methods import chosen, description, shapes
 from bridle.comparison.replay import losses_per_token
 from bridle.errors import UserError
 from bridle.models.loading import load_for_inference, load_model, load_tokenizer

@@ -16,9 +16,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
+
 from bridle.comparison.cell import CANDIDATE, NEEDS, RESULTS, Candidate, Cell, CellFiles, needs_in, reason_of
+from bridle.comparison.knobs import base_name
 from bridle.comparison.measure import measure
-from bridle.comparison.methods import base_name, chosen, description, free_memory, method_named, methods, shapes
+from bridle.comparison.methods import chosen, description, method_named, methods, shapes
 from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
 from bridle.comparison.summary import Runs, comparisons, first_completions, over_seeds, transfers_of
 from bridle.comparison.tracing import trace_guidance
@@ -36,6 +39,7 @@ from bridle.models.loading import load_tokenizer
 from bridle.recipes.inputs import check_inputs, write_inputs
 from bridle.recipes.recipe import Recipe, load_recipe
 from bridle.recipes.run import RECIPE_FILE, describe_run, write_recipe
+from bridle.training.engine import release_engine
 from bridle.utils.files import check_output, digest, only_writer, read_json, write_json
 from bridle.utils.oom import is_disk_full, stopping_when_exhausted
 from bridle.utils.progress import Progress
@@ -238,8 +242,9 @@ class Comparison:
         except Exception as error:
             if cell not in self._failed:
                 self._fail(cell, error)
-        finally:
-            free_memory()
+        finally:  # the next cell loads its own models
+            release_engine()
+            clear_device_cache(garbage_collection=True)
 
     def _candidate(self, cell: CellFiles) -> Candidate:
         """A method's model, made if needed."""

@@ -127,6 +127,12 @@ OPTIONS: dict[str, type] = {
 """By method, its options, the knob first."""
 
 
+def base_name(name: str) -> str:
+    """A method's name without the values of its options."""
+    base, _, value = name.partition("@")
+    return base if value and base in OPTIONS else name
+
+
 def values_of(name: str) -> dict[str, str]:
     """The options whose values a method's name has: of `interleave@gap@0.5`, `choose` and the knob."""
     base, *values = name.split("@")
@@ -135,18 +141,17 @@ def values_of(name: str) -> dict[str, str]:
 
 def says(name: str, option: str) -> bool:
     """Whether a method's name says the value of an option, or of all if `option` is empty."""
-    base = name.partition("@")[0]
-    if base not in OPTIONS:
-        return False
     if name == ADAPTIVE:
         return True  # it is the recipe's own, whatever others stand beside it
-    options = {option} if option else {field.name for field in fields(OPTIONS[base])}
+    if (kind := OPTIONS.get(base_name(name))) is None:
+        return False
+    options = {option} if option else {field.name for field in fields(kind)}
     return options <= {*values_of(name), "choose"}  # a name without a choice is the random one
 
 
 def names(name: str, recipe: Recipe) -> list[str]:
     """A method's name, or one for each value of an option that has several."""
-    base, said, options = name.partition("@")[0], values_of(name), vars(options_of(name, recipe))
+    base, said, options = base_name(name), values_of(name), vars(options_of(name, recipe))
     knob = _first(base)
     choices, values = options.get("choose", RANDOM), options[knob]
     if name == ADAPTIVE:
@@ -162,8 +167,7 @@ def names(name: str, recipe: Recipe) -> list[str]:
 
 def same(name: str, recipe: Recipe) -> Any:
     """What is equal for two spellings of one method, as `wise-ft@0.50` and `wise-ft@0.5`."""
-    base = name.partition("@")[0]
-    if base not in OPTIONS or name == base:
+    if (base := base_name(name)) == name:
         return name
     return base, repr(options_of(name, recipe)), *sorted({*values_of(name)} - {"choose"})
 
@@ -193,7 +197,7 @@ def knob_of(cell: Cell) -> Any:
 
 
 def _first(name: str) -> str:
-    return fields(OPTIONS[name.partition("@")[0]])[0].name
+    return fields(OPTIONS[base_name(name)])[0].name
 
 
 def _short(value: float) -> str:

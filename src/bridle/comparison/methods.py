@@ -6,7 +6,6 @@ wall-clock time of `constrained-adaptive`, and `dpo` as many updates on pairs. D
 (`learn: false`) are for `constrained-adaptive` alone.
 """
 
-import gc
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -14,13 +13,13 @@ from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import NonNegativeFloat
 
 from bridle.baselines.filtration import compliant_rows
 from bridle.baselines.reinforcement import ReinforcementOptions, reinforce
 from bridle.comparison import knobs, rivals
 from bridle.comparison.cell import Candidate, Cell, one_regulariser, refuse_shares, used_constraints
+from bridle.comparison.knobs import base_name
 from bridle.constraints import AllOf, Constraint
 from bridle.data import Prompt
 from bridle.errors import RunStopped, UserError, prefixed
@@ -28,7 +27,6 @@ from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import Recipe
 from bridle.recipes.run import SHAPES_NOTHING, build_trainer
 from bridle.training.config import Regulariser
-from bridle.training.engine import release
 from bridle.utils.files import read_json, write_json
 from bridle.utils.settings import build, check_keys, known_name
 from bridle.utils.timing import timed
@@ -245,12 +243,6 @@ def _scaled(recipe: Recipe) -> dict[str, Regulariser]:
     return {of: recipe.regularisers[of]}
 
 
-def base_name(name: str) -> str:
-    """A method's name without the values of its options."""
-    base, _, value = name.partition("@")
-    return base if value and base in knobs.OPTIONS else name
-
-
 def method_named(name: str) -> Method:
     """The method of a name; a UserError if there is none, or its package does not load."""
     name = base_name(name)
@@ -327,7 +319,7 @@ def options_of(name: str, recipe: Recipe) -> Any:
     Raises:
         UserError: a key is unknown, or a value is wrong.
     """
-    if name.partition("@")[0] in knobs.OPTIONS:
+    if base_name(name) in knobs.OPTIONS:
         return knobs.options_of(name, recipe)
     given = recipe.methods.get(name)
     return build(OPTIONS.get(name, NoOptions), given, f"methods.{name}") if name in BUILT_IN else given
@@ -339,11 +331,3 @@ def _rollout_prompts(recipe: Recipe, folder: Path) -> tuple[list[Prompt], Constr
     (regulariser,), args = trainer.regularisers, trainer.args
     prompts = [prompt for index in range(1, args.rounds + 1) for prompt in regulariser.prompts(index)]
     return prompts, regulariser.constraint, args.max_new_tokens
-
-
-def free_memory() -> None:
-    """Frees the memory of a method's models before the next method loads its own."""
-    release()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

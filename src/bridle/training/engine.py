@@ -121,7 +121,7 @@ _running: list[tuple[PreTrainedModel, tuple, Any]] = []
 """The policy, the engine's settings and the engine, which takes minutes to start and much of a GPU: at most one."""
 
 
-def release() -> None:
+def release_engine() -> None:
     """Lets go of the engine and its policy."""
     _running.clear()
 
@@ -135,7 +135,7 @@ def _engine(
 ) -> Any:
     settings = (*vars(options).values(), max_new_tokens)
     if not _running or _running[0][0] is not model or _running[0][1] != settings:
-        release()
+        release_engine()
         from accelerate import Accelerator
         from trl.generation import vllm_generation
 
