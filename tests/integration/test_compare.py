@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 
 from bridle.comparison import methods as built_in
 from bridle.comparison.cell import Cell
+from bridle.comparison.changes import affects
 from bridle.comparison.compare import Comparison
-from bridle.comparison.methods import Candidate, shapes
+from bridle.comparison.methods import Candidate
 from bridle.comparison.plan import evaluation_of
 from bridle.errors import UserError
 from bridle.recipes.recipe import build_recipe, load_recipe
@@ -315,8 +316,8 @@ def test_a_higher_bound_of_reinforcement_learning_makes_nothing_again(comparison
     now = given | {"methods": {"rl": ((earlier or {}).get("rl") or {}) | {"max_steps": 900}}}
     changed = Comparison(build_recipe(now), folder, names=["rl"], resume=True)._changed
     assert changed == ["methods.rl.max_steps"]
-    assert not shapes(changed[0], ["rl", "rl-converged"])
-    assert shapes("methods.rl.window", ["rl"])
+    assert not affects(changed[0], ["rl", "rl-converged"])
+    assert affects("methods.rl.window", ["rl"])
 
 
 def test_a_method_whose_model_another_needs_fails_once_and_says_why(bridle, comparison, tmp_path, monkeypatch):

@@ -13,9 +13,10 @@ import yaml
 from bridle.baselines.filtration import compliant_rows
 from bridle.comparison import methods, replay, rivals
 from bridle.comparison.cell import Candidate, Cell
+from bridle.comparison.changes import affects
 from bridle.comparison.compare import Comparison
 from bridle.comparison.knobs import base_name
-from bridle.comparison.methods import chosen, description, shapes
+from bridle.comparison.methods import chosen, description
 from bridle.comparison.replay import losses_per_token
 from bridle.errors import UserError
 from bridle.models.loading import load_for_inference, load_model, load_tokenizer
@@ -255,12 +256,12 @@ def test_names_say_the_values_of_options(compared):
     assert named("interleave", interleave={"choose": "gap"}) == ["interleave@gap"]
     assert named("dpo", dpo={"beta": [0.1, 0.5], "num_generations": 8}) == ["dpo@0.1", "dpo@0.5"]
     assert description("interleave@gap@2").endswith(": choose gap, weight 2.")
-    assert shapes("methods.dpo.num_generations", ["dpo@0.1"])
-    assert not shapes("methods.dpo.beta", ["dpo@0.1"])
-    assert shapes("methods.dpo", ["dpo@0.1"]), "the whole section"
-    assert shapes("regularisers.rude.weight", ["dpo@0.1"]), "its pairs are the constraint's"
-    assert not shapes("methods.interleave.choose", ["interleave", "interleave@gap"]), "the name says it"
-    assert not shapes("methods.interleave", ["interleave@gap@2"])
+    assert affects("methods.dpo.num_generations", ["dpo@0.1"])
+    assert not affects("methods.dpo.beta", ["dpo@0.1"])
+    assert affects("methods.dpo", ["dpo@0.1"]), "the whole section"
+    assert affects("regularisers.rude.weight", ["dpo@0.1"]), "its pairs are the constraint's"
+    assert not affects("methods.interleave.choose", ["interleave", "interleave@gap"]), "the name says it"
+    assert not affects("methods.interleave", ["interleave@gap@2"])
 
 
 def test_constrained_adaptive_at_several_strengths(bridle, compared, tmp_path):
@@ -280,8 +281,8 @@ def test_constrained_adaptive_at_several_strengths(bridle, compared, tmp_path):
     itself = weights["constrained-adaptive"]
     for name, factor in (("constrained-adaptive@0.1", 0.1), ("constrained-adaptive@3", 3)):
         assert weights[name] == {one: pytest.approx(factor * weight) for one, weight in itself.items()}
-    assert not shapes("methods.constrained-adaptive.factor", list(results)), "each keeps its own"
-    assert shapes("regularisers.rude.weight", ["constrained-adaptive@3"])
+    assert not affects("methods.constrained-adaptive.factor", list(results)), "each keeps its own"
+    assert affects("regularisers.rude.weight", ["constrained-adaptive@3"])
     assert description("constrained-adaptive@3").endswith(": factor 3.")
 
 
@@ -331,15 +332,15 @@ def test_which_are_chosen(compared):
         "wise-ft@1.0", "wise-ft@0.50", "wise-ft"
     ], "the first spelling, as a folder may have it"  # fmt: skip
     assert description("wise-ft@0.9").endswith(": alpha 0.9.")
-    assert shapes("methods.wise-ft.alpha", ["wise-ft"])
-    assert not shapes("methods.wise-ft.alpha", ["wise-ft@0.5"])
+    assert affects("methods.wise-ft.alpha", ["wise-ft"])
+    assert not affects("methods.wise-ft.alpha", ["wise-ft@0.5"])
     for key in ("regularisers.rude.weight", "constraints.no p.pattern", "auxiliary.memory", "rollouts_per_round"):
-        assert not shapes(key, ["wise-ft@0.5", "sft", "sft-kl"]), key
-        assert shapes(key, ["sft"], reads_all=True), key
-        assert shapes(key, ["sft", "dpo"]), key
-    assert shapes("target_tokens", ["sft-kl"]), "its retention has targets"
-    assert not shapes("target_tokens", ["sft", "filtration"])
-    assert shapes("learning_rate", ["wise-ft@0.5"])
+        assert not affects(key, ["wise-ft@0.5", "sft", "sft-kl"]), key
+        assert affects(key, ["sft"], reads_all=True), key
+        assert affects(key, ["sft", "dpo"]), key
+    assert affects("target_tokens", ["sft-kl"]), "its retention has targets"
+    assert not affects("target_tokens", ["sft", "filtration"])
+    assert affects("learning_rate", ["wise-ft@0.5"])
 
 
 def test_a_value_that_becomes_several_makes_a_method_of_each(compared, tmp_path):

@@ -19,9 +19,10 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache
 
 from bridle.comparison.cell import CANDIDATE, NEEDS, RESULTS, Candidate, Cell, CellFiles, needs_in, reason_of
+from bridle.comparison.changes import affects, affects_all, affects_figures, changes
 from bridle.comparison.knobs import base_name
 from bridle.comparison.measure import measure
-from bridle.comparison.methods import chosen, description, method_named, methods, shapes
+from bridle.comparison.methods import chosen, description, method_named, methods
 from bridle.comparison.plan import Evaluation, JudgeOptions, evaluation_of
 from bridle.comparison.summary import Runs, comparisons, first_completions, over_seeds, transfers_of
 from bridle.comparison.tracing import trace_guidance
@@ -44,16 +45,10 @@ from bridle.utils.files import check_output, digest, only_writer, read_json, wri
 from bridle.utils.oom import is_disk_full, stopping_when_exhausted
 from bridle.utils.progress import Progress
 from bridle.utils.provenance import environment
-from bridle.utils.settings import different_keys, known_name, read_yaml
+from bridle.utils.settings import known_name, read_yaml
 
 FORMAT = 1
 UNFINISHED = "unfinished.json"
-COMMON = ("model", "dtype", "corpus")
-"""Sections of a recipe that all figures of a comparison must share."""
-MEASURED = ("evaluation", "constraints", "max_new_tokens")
-"""Sections of a recipe that say what is measured."""
-ASIDE = ("evaluation.examine", "evaluation.judge")
-"""The keys there of what measures constraints or judges completions, and no model."""
 SHOWN = ("report.html", "guidance.json")
 """Files besides `plots` that show results, and are not theirs once the results are gone."""
 
@@ -62,7 +57,7 @@ Examined = Mapping[str, Mapping[str, Estimate]]  # the AUC of each constraint, b
 
 @dataclass
 class Ended:
-    """What is taken over of the last call that ended, from its `results.json`."""
+    """What is kept of the last call that ended, from its `results.json`."""
 
     methods: dict[str, Any]
     seeds: list[int]
@@ -113,24 +108,16 @@ class Comparison:
         """Checks that `folder` holds this comparison, and adds its methods and seeds to the requested ones."""
         if not self.resume:
             raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")
-        recipes = read_yaml(path), without_token(self.recipe.resolved)
-        options = [recipe.get("methods") or {} for recipe in recipes]
-        # A method's options are compared key by key, also where one of the recipes has none.
-        named: dict[str, Any] = {name: {} for both in options for name in both}
-        earlier, now = (
-            recipe | {"methods": named | {name: value or {} for name, value in given.items()}}
-            for recipe, given in zip(recipes, options, strict=True)
-        )
-        self._changed = different_keys(earlier, now)
-        if others := [key for key in self._changed if _section(key) in COMMON]:
-            raise UserError(f"{path}: was another recipe: {', '.join(others)} differ; name another --output_dir")
+        self._changed, may_name_files = changes(read_yaml(path), without_token(self.recipe.resolved))
+        if others := [key for key in self._changed if affects_all(key)]:
+            raise UserError(f"{path}: holds another recipe: {', '.join(others)} differ; name another --output_dir")
         check_inputs(
             self.recipe,
             self.folder,
             "or name another --output_dir",
             tuple(self._changed),
             self.plan.files(),
-            reads_the_same=not different_keys(_texts(earlier), _texts(now)),
+            reads_the_same=not may_name_files,
         )
         if (self.folder / RESULTS).exists():
             self._ended = read_json(self.folder / RESULTS, Ended)
@@ -193,13 +180,13 @@ class Comparison:
         for name, folder in cells:
             # A run resumes from its checkpoint only with the recipe that it has written.
             reads_all = self.recipe.chooses_by_violations or not (folder / CANDIDATE).exists()
-            if changed := [key for key in self._changed if shapes(key, builds_on[folder], reads_all)]:
+            if changed := [key for key in self._changed if affects(key, builds_on[folder], reads_all)]:
                 self.show(f"{name}, {folder.name}: is made again, as {', '.join(changed)} differ")
                 for file in (RESULTS, CANDIDATE):  # first, so that a half-removed cell does not look whole
                     (folder / file).unlink(missing_ok=True)
                 shutil.rmtree(folder)
                 outdated = True
-            elif any(_section(key) in MEASURED and not key.startswith(ASIDE) for key in self._changed):
+            elif any(map(affects_figures, self._changed)):
                 (folder / RESULTS).unlink(missing_ok=True)
                 outdated = True
         if outdated:
@@ -390,16 +377,3 @@ class Comparison:
 def _judging(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a judge that its verdicts depend on; those of its examination are among them with examples."""
     return {key: value for key, value in settings.items() if key != "examine" or settings.get("examples")}
-
-
-def _section(key: str) -> str:
-    return key.partition(".")[0]
-
-
-def _texts(value: Any) -> Any:
-    """A recipe's texts, which alone can name files; None for its numbers."""
-    if isinstance(value, Mapping):
-        return {key: _texts(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_texts(inner) for inner in value]
-    return value if isinstance(value, str) else None

@@ -18,7 +18,6 @@ from bridle.utils.settings import as_mapping, build
 Choice = Literal["random", "gap"]
 RANDOM, GAP = get_args(Choice)
 
-
 ADAPTIVE = "constrained-adaptive"
 
 

@@ -6,7 +6,7 @@ wall-clock time of `constrained-adaptive`, and `dpo` as many updates on pairs. D
 (`learn: false`) are for `constrained-adaptive` alone.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
@@ -25,7 +25,7 @@ from bridle.data import Prompt
 from bridle.errors import RunStopped, UserError, prefixed
 from bridle.models.loading import load_model, load_tokenizer
 from bridle.recipes.recipe import Recipe
-from bridle.recipes.run import SHAPES_NOTHING, build_trainer
+from bridle.recipes.run import build_trainer
 from bridle.training.config import Regulariser
 from bridle.utils.files import read_json, write_json
 from bridle.utils.settings import build, check_keys, known_name
@@ -148,40 +148,6 @@ BUILT_IN: dict[str, Method] = {
     "constrained": constrained,
     "constrained-adaptive": constrained_adaptive,
 }
-
-
-_CONSTRAINED, _OF_R = ("constraints", "regularisers"), ("auxiliary", "rollouts_per_round", "rollout_batch_size")
-_OF_TARGETS = ("target_cache", "target_tokens")
-
-UNSEEN: dict[str, tuple[str, ...]] = {
-    "filtration": (*_OF_R, *_OF_TARGETS),
-    **dict.fromkeys(
-        ("sft", *(name for name in rivals.METHODS if name != "dpo")), (*_CONSTRAINED, *_OF_R, *_OF_TARGETS)
-    ),
-    "sft-kl": (*_CONSTRAINED, *_OF_R),  # its retention has targets
-}
-"""By method, the keys and sections of a recipe that it does not read, unless held-out violations choose its weights."""
-
-BOUNDS = ("methods.rl.max_steps", "methods.rl.save_every")
-"""Keys that shape no method: a run that such a bound ended resumes, and makes the same updates."""
-
-
-def shapes(key: str, names: Collection[str], reads_all: bool = False) -> bool:
-    """Whether what any of these methods makes depends on a key of the recipe, as "regularisers.forum.weight".
-
-    A method depends on its own options, `methods.NAME`, except those that its name gives, and on every other key except
-    those in its `UNSEEN`, unless it `reads_all`; the model and the seed are the cell's.
-    """
-    section, _, rest = key.partition(".")
-    if key in BOUNDS:
-        return False
-    if section == "methods":
-        method, _, option = rest.partition(".")
-        return any(base_name(name) == method and not knobs.says(name, option) for name in names)
-    if key.startswith(SHAPES_NOTHING) or section == "seed":
-        return False
-    unseen = {} if reads_all else UNSEEN
-    return any(name != "base" and section not in unseen.get(base_name(name), ()) for name in names)
 
 
 def methods() -> list[str]:
