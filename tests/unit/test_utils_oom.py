@@ -143,7 +143,7 @@ def test_every_writer_reports_a_full_disk_and_keeps_earlier_files(disk, name):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_and_a_quota_may_be_full(code):
     assert is_disk_full(OSError(code, os.strerror(code), "somewhere"))
-    assert is_disk_full(UserError(f"result.json: cannot be written ({os.strerror(code)})."))
+    assert is_disk_full(UserError(f"result.json: cannot be written ({os.strerror(code)})"))
     assert not is_disk_full(OSError(errno.EACCES, os.strerror(errno.EACCES), "somewhere"))
 
 

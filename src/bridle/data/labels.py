@@ -1,14 +1,13 @@
 """Labels in words: a comment labelled 1 becomes "comment\\nToxic: yes", which a language model learns and scores."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
 
 from bridle.data.readers import ROW
-from bridle.data.rows import absent_column, is_filled, warn_of_blank
+from bridle.data.rows import column_of, is_filled, warn_of_blank
 from bridle.data.source import DataSource
 from bridle.errors import UserError
 
@@ -67,7 +66,7 @@ class VerbalisedLabel:
         words = list(self.names.values())
         labelled = [
             text if target is None else self.prompt(text) + words[target]
-            for text, target in zip(_column(dataset, "text", name), self.targets(dataset, name), strict=True)
+            for text, target in zip(column_of(dataset, "text", name), self.targets(dataset, name), strict=True)
         ]
         return dataset.remove_columns("text").add_column("text", labelled)
 
@@ -75,7 +74,7 @@ class VerbalisedLabel:
         """The class of each row: 0 (negative) or 1, and None of a blank one. Raises as `written`."""
         named, found = list(self.names), []
         rows = dataset[ROW][:] if ROW in dataset.column_names else range(1, len(dataset) + 1)
-        columns = _column(dataset, "text", name), _column(dataset, self.column, name)
+        columns = column_of(dataset, "text", name), column_of(dataset, self.column, name)
         for row, text, value in zip(rows, *columns, strict=True):
             is_text = isinstance(text, str) and is_filled(text)
             if is_text and value not in named:
@@ -92,18 +91,12 @@ def labelled_texts(source: DataSource, label: VerbalisedLabel) -> tuple[list[str
         UserError: as `DataSource.read` and `VerbalisedLabel.written`; no row holds a text.
     """
     dataset = source.read()
-    texts, targets = _column(dataset, "text", source.place), label.targets(dataset, source.place)
+    texts, targets = column_of(dataset, "text", source.place), label.targets(dataset, source.place)
     kept = [(text, target) for text, target in zip(texts, targets, strict=True) if target is not None]
     if not kept:
         raise UserError(f"{source.place}: none of its {len(dataset)} rows holds a text")
     warn_of_blank(source.place, dataset, [index for index, target in enumerate(targets) if target is None], ["text"])
     return [text for text, _ in kept], [target for _, target in kept]
-
-
-def _column(dataset: Dataset, column: str, name: str) -> Sequence[Any]:
-    if column not in dataset.column_names:
-        raise absent_column(name, column, dataset.column_names)
-    return dataset[column][:]
 
 
 def _one_begins_the_other(first: str, second: str) -> bool:

@@ -63,6 +63,17 @@ def holds_prompts(columns: Sequence[str]) -> bool:
     return "prompt" in columns and known_format(columns) is None
 
 
+def column_of(dataset: Dataset, column: str, name: str) -> list[Any]:
+    """The values of a column.
+
+    Raises:
+        UserError: there is no such column; it names those that there are.
+    """
+    if column not in dataset.column_names:
+        raise absent_column(name, column, dataset.column_names)
+    return dataset[column][:]
+
+
 def absent_column(name: str, column: str, columns: Sequence[str]) -> UserError:
     """The error for a missing column; it names the columns that are there, and the nearest of them."""
     there = [known for known in columns if known != ROW]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bridle.core.sparse import SparseTarget
 from bridle.errors import UserError, first_line
-from bridle.utils.files import atomic_file
+from bridle.utils.files import atomic_file, writing
 
 FORMAT = b"bridle.targets.1"  # key of the schema's metadata that marks an Arrow file as a cache
 
@@ -61,10 +61,8 @@ class TargetWriter:
         self.schema = _schema(vocabulary).with_metadata({FORMAT: json.dumps(about)})
         self._file, self._sink = ExitStack(), pa.BufferOutputStream()
         if self.path is not None:
-            try:
+            with writing(self.path):
                 self._sink = self._file.enter_context(atomic_file(self.path)).open("wb")
-            except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         self._writer = pa.ipc.new_file(self._sink, self.schema)
 
     def add(self, keys: Sequence[int], target: SparseTarget, mask: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bridle.constraints import Constraint
 from bridle.data import DataSource
 from bridle.data.readers import ROW
-from bridle.data.rows import absent_column, filled_rows, format_fields, outputs_of
+from bridle.data.rows import column_of, filled_rows, format_fields, outputs_of
 from bridle.data.source import check_condition, comparable, meets
 from bridle.errors import UserError
 from bridle.evaluation.classification import roc_auc
@@ -55,10 +55,9 @@ class LabelledRows(DataSource):
                 row of one class.
         """
         dataset = self.read()
-        if self.label not in dataset.column_names:
-            raise absent_column(self.place, self.label, dataset.column_names)
+        values = column_of(dataset, self.label, self.place)
         fields = format_fields(dataset.column_names, self.place)
-        labels = [None if label != label else label for label in dataset[self.label]]  # NaN is no label
+        labels = [None if label != label else label for label in values]  # NaN is no label
         for row, label in zip(dataset[ROW][:], labels, strict=True):
             if label is not None and not comparable(label, self.violating):
                 raise UserError(

@@ -13,12 +13,12 @@ from itertools import combinations, permutations, zip_longest
 from pathlib import Path
 
 from bridle.data.readers import ROW
-from bridle.data.rows import absent_column
+from bridle.data.rows import column_of
 from bridle.data.source import DataSource
 from bridle.errors import RunStopped, UserError
 from bridle.evaluation.judges import Comparison, Judge, Verdict
 from bridle.evaluation.statistics import Estimate, Result, estimate_mean, estimate_proportion, with_width
-from bridle.utils.files import append_text
+from bridle.utils.files import append_text, writing
 from bridle.utils.progress import Progress
 
 MOST_MISSING = 0.1  # share of missing verdicts that stops the run
@@ -160,9 +160,7 @@ def read_completions(path: str | Path) -> tuple[list[str], list[str]]:
     rows = DataSource(str(path)).read()
     columns = []
     for column in ("prompt", "completion"):
-        if column not in rows.column_names:
-            raise absent_column(str(path), column, rows.column_names)
-        columns.append(rows[column][:])
+        columns.append(column_of(rows, column, str(path)))
         for number, text in zip(rows[ROW][:], columns[-1], strict=True):
             if not isinstance(text, str):
                 raise UserError(f"{path} row {number}: column {column!r} holds {type(text).__name__}, not text")
@@ -219,11 +217,9 @@ def _append(keep: Path, judge: Judge, verdicts: Mapping[Game, Verdict]) -> None:
         {"judge": judge.name, "row": game.row + 1, "first": game.first, "second": game.second} | asdict(verdict)
         for game, verdict in verdicts.items()
     )
-    try:
+    with writing(keep):
         keep.parent.mkdir(parents=True, exist_ok=True)
         append_text(keep, "".join(json.dumps(row) + "\n" for row in rows))
-    except OSError as error:
-        raise UserError(f"{keep}: cannot be written ({error.strerror}); verdicts are kept there") from error
 
 
 def _check_missing(judge: Judge, verdicts: Iterable[Verdict], asked: int, keep: Path | None) -> None:

@@ -17,14 +17,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from bridle.errors import UserError
 from bridle.report import data, pareto
 from bridle.report.data import MOST_ROUNDS, RegulariserRound, Report, evenly_spaced
 from bridle.report.labels import label_points
 from bridle.report.measures import PERCENT, display_name
 from bridle.report.pareto import Tradeoff, tradeoffs
 from bridle.report.style import DPI, INK, PAPER, STYLE, MethodStyle, method_style, shown
-from bridle.utils.files import atomic_file
+from bridle.utils.files import atomic_file, writing
 from bridle.utils.progress import track
 
 CURVES = {
@@ -192,11 +191,8 @@ def write_plots(figures: Mapping[str, Figure], folder: Path) -> dict[str, dict[s
 
 def _write(figure: Figure, path: Path) -> Path:
     suffix = path.suffix[1:]
-    try:
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, format=suffix, **SAVED[suffix])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    with writing(path), atomic_file(path) as temporary:
+        figure.savefig(temporary, format=suffix, **SAVED[suffix])
     return path
 
 

@@ -104,6 +104,15 @@ def digest(value: Any) -> str:
 
 
 @contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises a UserError that names the file if the block cannot write it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to, which replaces `path` when the block ends; creates missing parent folders.
 
@@ -150,11 +159,8 @@ def _sync(path: Path) -> None:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes UTF-8 text with `atomic_file`, or raises UserError; lone surrogates become "?"."""
-    try:
-        with atomic_file(Path(path)) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+    with writing(path), atomic_file(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -184,13 +190,11 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
 def check_output(*paths: str | os.PathLike[str] | None) -> None:
     """Raises UserError if an output file, unless None, cannot be written: for use before long work."""
     for path in (Path(path) for path in paths if path is not None):
-        try:
+        with writing(path):
             if path.is_dir():
                 raise UserError(f"{path}: is a folder; name a file")
             with TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
                 pass  # writing creates the folders below it
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
 @contextmanager
