@@ -265,7 +265,7 @@ def test_model_and_terminal_are_left_as_they_were(run, model, capfd):
 
 @pytest.mark.parametrize(
     ("task", "message"),
-    [("hellswag", "unknown task 'hellswag'; nearest: 'hellaswag'"), ("common", "nearest: 'commonsense'")],
+    [("hellswag", "no task 'hellswag'; did you mean hellaswag\\?"), ("common", "did you mean commonsense\\?")],
 )
 def test_unknown_task_names_the_nearest(run, task, message):
     with pytest.raises(UserError, match=message):
@@ -379,5 +379,5 @@ def test_a_task_of_ones_own(tmp_path, tiny_model, tiny_tokenizer):
     (tmp_path / "birds.yaml").write_text(json.dumps(definition | fields | {"task": "fish"}))
     with pytest.raises(UserError, match="it needs `task: birds`"):
         evaluate_tasks(model, tiny_tokenizer, ["birds"], task_data=tmp_path)
-    with pytest.raises(UserError, match="unknown task 'bird'; nearest: 'birds'"):
+    with pytest.raises(UserError, match="no task 'bird'; did you mean birds\\?"):
         evaluate_tasks(model, tiny_tokenizer, ["bird"], task_data=tmp_path)

@@ -67,7 +67,7 @@ def test_a_finished_run_is_shown_and_left(tmp_path, capsys):
     write(tmp_path, [update(10, 12.0), end_of_round(1, 40.0), update(100, 290.0), END])
     assert watched(capsys, tmp_path) == [
         "round 1/4  CE 3.500  rude: complies 0.760 [0.734, 0.782], skill 0.45, λ·KL 0.0084",
-        "step 100/100  CE 3.400  KL rude 0.0021  300 tokens/s  5:00 so far",
+        "step 100/100  CE 3.400  KL rude 0.0021  300 tokens/s  05:00 so far",
         "The run is over: 100 steps.",
     ]
 
@@ -108,7 +108,7 @@ def test_a_killed_run_is_left_with_what_to_do(tmp_path, capsys):
     command = f"bridle train RECIPE --output_dir {tmp_path} --resume"
     assert watched(capsys, tmp_path)[-1] == f"The run ended at step 30/100; {command} starts over."
     (tmp_path / "checkpoint-25").mkdir()
-    assert watched(capsys, tmp_path)[-1].endswith(f"{command} goes on from its last checkpoint.")
+    assert watched(capsys, tmp_path)[-1].endswith(f"{command} continues from its last checkpoint.")
 
 
 def test_of_a_killed_comparison_it_names_that_command(tmp_path, capsys):

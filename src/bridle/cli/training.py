@@ -111,13 +111,13 @@ def train(
 @app.command(epilog="Example: bridle watch runs/detox-mini")
 def watch(
     folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder of `bridle train` or `compare`, also while it goes on.")
+        Path, typer.Argument(metavar="RUN", help="Folder of `bridle train` or `compare`, also while it runs.")
     ],
 ) -> None:
     """Show a run: its rounds, compliance with interval, λ, KL, R's skill, tokens a second, time left.
 
-    It follows metrics.jsonl until the run ends, or until Ctrl-C, which leaves the run alone. Where the output is no
-    terminal it prints plain lines. Of a comparison it says how far each run is, and names the one to follow.
+    It follows metrics.jsonl until the run ends, or until Ctrl-C, which leaves the run alone. If the output is not
+    a terminal, it prints plain lines. For a comparison, it says how far each run is, and names the one to follow.
     """
     import signal
 

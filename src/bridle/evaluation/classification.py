@@ -174,12 +174,10 @@ def compare_auc(
     return estimate_statistic(difference, len(targets), missing=missing, seed=seed, resamples=resamples)
 
 
-def roc_auc(scores: Sequence[float], labels: Sequence[int], *, missing: int = 0, seed: int = 0) -> Estimate:
+def roc_auc(scores: Sequence[float], labels: Sequence[int], *, missing: int = 0) -> Estimate:
     """ROC-AUC of [n] scores for [n] classes 0 and 1, both of them present, with an interval that resamples rows."""
     values, targets = np.array(scores), np.array(labels)
-    return estimate_statistic(
-        lambda rows: float(_roc_auc(targets[rows], values[rows])), len(targets), missing=missing, seed=seed
-    )
+    return estimate_statistic(lambda rows: float(_roc_auc(targets[rows], values[rows])), len(targets), missing=missing)
 
 
 def best_threshold(scores: np.ndarray, targets: np.ndarray) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from datasets import Dataset, Value
 from bridle.data import ROW, DataSource
 from bridle.errors import UserError, first_line
 from bridle.utils.extras import needs_extra
+from bridle.utils.settings import known_name
 
 with needs_extra("eval", "tasks"):
     import lm_eval.tasks
@@ -65,11 +65,8 @@ class LoadedTask:
 def expand(tasks: Sequence[str], task_data: Path | None) -> list[str]:
     """The tasks in the given order, each once, and groups as their members; an unknown one is a `UserError`."""
     own = sorted(file.stem for file in Path(task_data).glob("*.yaml")) if task_data else []
-    known = (*FOLDERS, *GROUPS, *own)
     for name in tasks:
-        if name not in known:
-            nearest = get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise UserError(f"tasks: unknown task {name!r}; nearest: {nearest!r}; known: {', '.join(known)}")
+        known_name(name, [*FOLDERS, *GROUPS, *own], "tasks", "task")
     return list(dict.fromkeys(one for name in tasks for one in GROUPS.get(name, [name])))
 
 

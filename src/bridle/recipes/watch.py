@@ -1,4 +1,4 @@
-"""Shows a run while it goes on, from the `metrics.jsonl` in its folder, or where a comparison is: `bridle watch`."""
+"""Shows a run in progress, from the `metrics.jsonl` in its folder, or where a comparison is: `bridle watch`."""
 
 import os
 import shlex
@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from bridle.errors import UserError, plain
 from bridle.recipes.metrics import Stamp, evaluation_line, number, regularisers_of, round_line, target_lines
@@ -204,11 +205,11 @@ def ending(run: Run) -> str:
 
 
 def _resuming(folder: Path) -> str:
-    """Which command goes on with a run, and from where."""
+    """The command that resumes a run, and where that starts."""
     above = folder.parent.parent
     if any((above / name).is_file() for name in OF_COMPARISON):
         return f"bridle compare RECIPE --output_dir {shlex.quote(str(above))} --resume makes the rest."
-    start = "goes on from its last checkpoint" if any(folder.glob("checkpoint-*")) else "starts over"
+    start = "continues from its last checkpoint" if any(folder.glob("checkpoint-*")) else "starts over"
     return f"bridle train RECIPE --output_dir {shlex.quote(str(folder))} --resume {start}."
 
 
@@ -262,7 +263,7 @@ def view(run: Run, height: int = 25) -> RenderableType:
         parts.append(ProgressBar(total=run.steps, completed=run.step))
     parts.append(Text(plain(_progress(run.last, run)) if run.last else "no update is recorded yet"))
     if run.age is not None and not run.has_ended:
-        parts.append(Text(f"last record {_duration(run.age)} ago", style="dim"))
+        parts.append(Text(f"last record {tqdm.format_interval(run.age)} ago", style="dim"))
     if any("round" in record for record in run.records):
         parts += ["", _rounds(run, max(3, height - AROUND_ROUNDS))]
     evaluated = [record for record in run.records if "eval_loss" in record or "eval_completions" in record]
@@ -319,9 +320,9 @@ def _progress(record: Record, run: Run) -> str:
     ]
     if "tokens_per_second" in record:
         parts.append(f"{number(record['tokens_per_second'], ',.0f')} tokens/s")
-    parts.append(f"{_duration(run.seconds)} so far")
+    parts.append(f"{tqdm.format_interval(run.seconds)} so far")
     if run.seconds_left is not None and not run.has_ended:
-        parts.append(f"{_duration(run.seconds_left)} left")
+        parts.append(f"{tqdm.format_interval(run.seconds_left)} left")
     return "  ".join(parts)
 
 
@@ -339,9 +340,3 @@ def _record(row: str, place: str) -> Record:
 
 def _of(part: int, whole: int) -> str:
     return f"{part:,}/{whole:,}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
