@@ -153,7 +153,7 @@ RECIPE_KEYS = [
     ("constraints.no e", {**REMOTE, "timeout": INF}, "key 'timeout': input should be a finite number"),
     ("constraints.no e", {**REMOTE, "range": [0]}, "key 'range'"),
     ("constraints.no e", {**REMOTE, "range": [-1e308, 1e308]}, "range: must be two numbers"),
-    ("constraints.no e", {**REMOTE, "score": "rude[?"}, "score: is no JMESPath expression"),
+    ("constraints.no e", {**REMOTE, "score": "rude[?"}, "score: is not a JMESPath expression"),
     ("constraints.no e", {**REMOTE, "body": {"text": NAN, "t": "{text}"}}, "body: is not JSON"),
     ("regularisers", 5, "regularisers: must be a mapping"),
     ("regularisers", ["rude"], "regularisers[0]: must be a mapping"),
@@ -589,7 +589,7 @@ COMPARISONS = [
     ("results.json", '{"methods": {"../../x": {}}, "seeds": [0]}', "there is no method '../../x'"),
     ("recipe.yaml", "model: [", "recipe.yaml: not valid YAML"),
     ("recipe.yaml", "- a", "recipe.yaml: a recipe is a mapping"),
-    ("recipe.yaml", "model: another\n", "recipe.yaml: was another recipe: corpus, model differ"),
+    ("recipe.yaml", "model: another\n", "recipe.yaml: holds another recipe: corpus, model differ"),
 ]
 """(a file of a comparison's folder that is to be resumed, what is in it, what is said)."""
 

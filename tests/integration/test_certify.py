@@ -315,7 +315,7 @@ class TestRefusals:
             (("--development", "development.jsonl"), "--development orders several candidates"),
             (("--rate", "0.001"), "holds 40 prompts, but 916 are needed"),
             (("--guidance_scale", "2"), "--guidance_scale is the strength of a --guide"),
-            (("--guide", "auxiliary", "--guidance_scale", "0,x"), "'0,x' is no list of numbers"),
+            (("--guide", "auxiliary", "--guidance_scale", "0,x"), "'0,x' is not a list of numbers"),
             (("--guide", "auxiliary", "--guidance_scale", "-1"), "guidance_scale: must be a finite number"),
             (("--guide", "auxiliary", "--guidance_scale", "0,1"), "2 candidates need --development prompts"),
             (("--guide", "auxiliary", "--guidance_scale", "1,1"), "is given twice"),

@@ -314,7 +314,7 @@ def test_a_description_builds_the_same_again(remote):
         ({"headers": {"X-Name": "é"}}, "headers: must be names and values"),
         ({"batch_size": 2}, "batch_size: only a body with '{texts}'"),
         ({"body": {"t": "{texts}"}, "batch_size": 2}, "items: is missing"),
-        ({"score": "a..b"}, "score: is no JMESPath expression"),
+        ({"score": "a..b"}, "score: is not a JMESPath expression"),
         ({"score": "maximum(a)"}, "score: UnknownFunctionError"),
         ({"items": "max()"}, "items: ArityError"),
         ({"range": [1, 0]}, "range: must be two numbers"),

@@ -179,7 +179,7 @@ def test_a_second_backward_is_refused():
     given = world()
     loss, _ = in_one_pass(given)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="one backward"):
+    with pytest.raises(RuntimeError, match="backward has run for this loss already"):
         loss.backward()
 
 

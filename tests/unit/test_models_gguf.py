@@ -146,7 +146,7 @@ class TestConversion:
                 convert_gguf(str(file), out)
 
     def test_only_gguf_files_are_converted(self, tiny_folder, tmp_path):
-        with pytest.raises(UserError, match="is no GGUF file"):
+        with pytest.raises(UserError, match="is not a GGUF file"):
             convert_gguf(str(tiny_folder()), tmp_path / "out")
 
 
@@ -160,7 +160,7 @@ class TestRefusals:
 
     def test_another_kind_of_file(self, tmp_path):
         (tmp_path / "text.gguf").write_text("No model is here.\n" * 100)
-        with pytest.raises(UserError, match="is no GGUF file, or a damaged one"):
+        with pytest.raises(UserError, match="is not a GGUF file, or is damaged"):
             load_model(str(tmp_path / "text.gguf"))
 
     def test_weights_that_are_missing(self, model, tokenizer, tmp_path):

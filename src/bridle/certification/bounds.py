@@ -34,7 +34,7 @@ def lower_bound(successes: int, n: int, confidence: float) -> float:
 
 
 def prompts_needed(rate: float, confidence: float, violations: int = 0) -> int:
-    """The fewest observations of which so many may violate for `upper_bound` to be at most `rate`."""
+    """The fewest observations for which `upper_bound` is at most `rate`, if `violations` of them violate."""
     return _first(lambda n: bool(stats.binom.cdf(violations, n, rate) <= 1 - confidence), violations + 1)
 
 
@@ -86,7 +86,7 @@ def betting_bound(values: ArrayLike, confidence: float, largest: float = 1.0) ->
 
 
 def prompts_needed_by_betting(rate: float, confidence: float, violations: int = 0, largest: float = 1.0) -> int:
-    """The fewest observations of which so many may be `largest`, the rest 0, for `betting_bound` to reach `rate`."""
+    """The fewest observations for which `betting_bound` is at most `rate`, if `violations` are `largest`, others 0."""
     bets = np.array(FRACTIONS) / (largest - rate)
 
     def rules_out(n: int) -> bool:
@@ -135,7 +135,7 @@ def fixed_sequence(tests: Iterable[T]) -> list[T]:
     """Makes tests in an order that was fixed before, up to the first that fails: all that were made.
 
     Each is made at the full level α. To pass any candidate wrongly, the first in the order that must not pass has to,
-    which has a probability of at most α. So many tests cost no more than one (Maurer, Hothorn and Lehmacher, 1995).
+    which has a probability of at most α. Several tests cost no more than one (Maurer, Hothorn and Lehmacher, 1995).
     """
     made = []
     for test in tests:

@@ -71,11 +71,11 @@ class Goal:
         return upper_bound(sum(value > 0 for value in values), len(values), confidence)
 
     def can_be_reached(self, values: Sequence[float], remaining: int) -> bool:
-        """Whether the bound reaches the rate if so many further completions all comply."""
+        """Whether the bound reaches the rate if all of the `remaining` completions comply."""
         return self.bound([*values, *[0.0] * remaining]) <= self.rate
 
     def needed(self, violations: int = 0) -> int:
-        """The fewest prompts of whose completions so many may violate; with `importance`, with the largest weight."""
+        """The fewest prompts if `violations` completions violate; with `importance`, at the largest weight."""
         if self.bets:
             return prompts_needed_by_betting(self.rate, self.confidence, violations, self.largest)
         return prompts_needed(self.rate, self.confidence, violations)

@@ -220,7 +220,7 @@ def _scales(text: str | None) -> list[float]:
     try:
         return [float(part) for part in (text or "1").split(",")]
     except ValueError:
-        raise UserError(f"--guidance_scale: {text!r} is no list of numbers such as 0,1,2") from None
+        raise UserError(f"--guidance_scale: {text!r} is not a list of numbers such as 0,1,2") from None
 
 
 def _matching(pattern: str) -> list[str]:

@@ -41,7 +41,11 @@ Guide = Annotated[
 GuidanceScale = Annotated[float, typer.Option("--guidance_scale", help="η: strength of the guidance; 1 is the method.")]
 PromptTokens = Annotated[
     int | None,
-    typer.Option("--prompt_tokens", min=1, help="Take only the first so many tokens of each row as the prompt."),
+    typer.Option(
+        "--prompt_tokens",
+        min=1,
+        help="Tokens at the start of a row that are the prompt. [default: the set's, or all]",
+    ),
 ]
 Samples = Annotated[
     int | None, typer.Option(min=1, help="K: completions drawn for each prompt. [default: the set's, or 1]")

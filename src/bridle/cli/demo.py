@@ -61,5 +61,5 @@ def demo(
     session = Session(subject_of(subject, guide, judges, certificate, dtype), device, show)
     session.load()
     if not is_loopback(host):
-        show(f"Whoever reaches {host} can use this page and its models.")
+        show(f"Anyone who can reach {host} can use this page and its models.")
     serve(session, host, port, lambda address: say(f"The page is at {address}. Ctrl-C ends it."))

@@ -40,7 +40,7 @@ Tasks = Annotated[
 TaskData = Annotated[
     Path | None, typer.Option("--task_data", metavar="DIR", help="Read tasks from NAME.SPLIT.jsonl files here.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many documents of a task.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Number of documents of a task, from the first. [default: all]")]
 Shots = Annotated[
     int | None, typer.Option(min=0, help="Examples in front of a document. [default: 5 for mmlu, else 0]")
 ]

@@ -199,7 +199,7 @@ class CellFiles:
         write_json(self.folder / FAILED, self.variables.hidden(failure))
 
     def forget_failure(self) -> None:
-        """Forgets why an earlier attempt failed, as the cell is begun again."""
+        """Forgets why an earlier attempt failed, as the cell starts again."""
         (self.folder / FAILED).unlink(missing_ok=True)
 
     def failure(self) -> str:

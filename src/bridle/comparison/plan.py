@@ -46,8 +46,8 @@ class JudgeOptions:
         url: of an OpenAI-compatible endpoint; None for a local model.
         api_key_env: environment variable that holds the endpoint's key; none is sent if not given.
         prompts: how many prompts are judged, from the first on.
-        by: "verdict" asks which completion is better; "likelihood" takes the one that a local model, best an untuned
-            one, finds likelier per token.
+        by: "verdict" asks which completion is better; "likelihood" takes the one that is likelier per token under a
+            local model, preferably an untuned one.
         examples: judged pairs that a verdict is shown first, from rows of `examine` on which it is not examined.
         examine: human text; the judge is examined on pairs from it, whose better text is known, before it judges.
 

@@ -52,7 +52,7 @@ def batches(items: Sequence[T], size: int = BATCH) -> list[Sequence[T]]:
 def scored(
     name: str, parts: Sequence[Sequence[T]], score: Callable[[Sequence[T]], Sequence[Any]], seconds: float
 ) -> Iterator[Any]:
-    """Yields the scores of each batch, missing if it takes longer than so many seconds, and shows progress."""
+    """Yields the scores of each batch, missing for one that takes longer than `seconds`, and shows progress."""
     with Progress(f"scoring ({name})", sum(map(len, parts)), "texts") as progress:
         for part in parts:
             try:

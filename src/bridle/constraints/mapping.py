@@ -158,7 +158,7 @@ def _check_expression(key: str, expression: str) -> None:
     try:
         compiled = jmespath.compile(expression)
     except JMESPathError as error:
-        raise UserError(f"{key}: is no JMESPath expression: {cause(error)}") from error
+        raise UserError(f"{key}: is not a JMESPath expression: {cause(error)}") from error
     try:
         compiled.search({})
     except (ArityError, UnknownFunctionError) as error:

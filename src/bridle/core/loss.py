@@ -213,7 +213,7 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("this loss has had its one backward")
+            raise RuntimeError("backward has run for this loss already; compute the loss again")
         scaled = [
             None if gradient is None else gradient.mul_(upstream).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)

@@ -18,7 +18,7 @@ from bridle.data.rows import FIELDS, FORMATS, absent_column, filled_rows
 from bridle.errors import UserError
 from bridle.utils.settings import parse_yaml
 
-_OPTIONS = {"split", "shuffle", "rows", "format", *FIELDS}  # keys of `parse` that are no filter
+_OPTIONS = {"split", "shuffle", "rows", "format", *FIELDS}  # keys of `parse` that are not filters
 _BOUNDS = {"above": operator.gt, "below": operator.lt}  # of a `where`
 _BOUND = r"(-?\d{1,18}|-?\d{1,18}(?:\.\d{1,18})?%)?"
 _ROWS = re.compile(f"{_BOUND}:{_BOUND}")

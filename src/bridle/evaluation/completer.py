@@ -16,7 +16,7 @@ from bridle.evaluation.results import generation_parts
 
 
 class Completer(ABC):
-    """Whatever completes prompts.
+    """Anything that completes prompts.
 
     Attributes:
         tokenizer: of the model, if it is known.

@@ -114,7 +114,7 @@ def generate_completions(
         UserError: `samples` is below 1, or a prompt and its completion do not fit into the context.
     """
     if samples < 1:
-        raise UserError(f"samples is {samples}; at least 1 completion a prompt is needed.")
+        raise UserError(f"samples is {samples}; at least 1 completion a prompt is needed")
     for index, prompt in enumerate(prompts):
         check_room(prompt, prompt_room(model, max_new_tokens), f"prompts[{index}]")
     repeated = [prompt for prompt in prompts for _ in range(samples)]

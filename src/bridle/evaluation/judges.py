@@ -219,7 +219,7 @@ class LocalJudge:
 
 
 class LikelihoodJudge:
-    """A causal language model, best an untuned one, that prefers the completion it finds likelier, per token.
+    """A causal language model, preferably untuned, that prefers the completion with the higher likelihood per token.
 
     The mean of log p(token | prompt and the tokens before it) decides. Each completion is read alone, so the order in
     which two are shown does not count, and per token length counts little. A completion without tokens loses. The

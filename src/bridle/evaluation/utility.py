@@ -103,7 +103,7 @@ def likelihoods(
     max_length = window_length(model, max_length)
     stride = max_length // 2 if stride is None else stride
     if not 0 < stride < max_length:
-        raise UserError(f"stride is {stride}; it must lie between 1 and {max_length - 1} (max_length - 1).")
+        raise UserError(f"stride is {stride}; it must lie between 1 and {max_length - 1} (max_length - 1)")
     encoded = [_encode(tokenizer, text) for text in texts]
     windows = [window for index, (ids, _) in enumerate(encoded) for window in _windows(index, ids, max_length, stride)]
     nll = nll_by_text(model, windows, len(encoded), batch_size, adjust_logits)
@@ -206,9 +206,9 @@ def window_length(model: PreTrainedModel, max_length: int | None) -> int:
     limit = context_length(model)
     max_length = limit if max_length is None else max_length
     if max_length is None:
-        raise UserError("max_length must be given: the model's config does not say how long its context is.")
+        raise UserError("max_length must be given: the model's config does not say how long its context is")
     if max_length < 2 or (limit and max_length > limit):
-        raise UserError(f"max_length is {max_length}; it must lie between 2 and the model's context, {limit}.")
+        raise UserError(f"max_length is {max_length}; it must lie between 2 and the model's context, {limit}")
     return int(max_length)
 
 
@@ -218,5 +218,5 @@ def check_finite(nll: Sequence[float]) -> None:
         if not math.isfinite(value):
             raise UserError(
                 f"texts[{index}] has likelihood {value} under the model: its weights or its guide hold NaN, "
-                "or a token it needs is ruled out."
+                "or a token it needs is ruled out"
             )

@@ -103,10 +103,10 @@ def convert_gguf(name: str, folder: Path, dtype: str = "float32") -> None:
     """Writes a GGUF file's model and tokenizer to a folder, as `save_pretrained` does.
 
     Raises:
-        UserError: `name` is no GGUF file or cannot be loaded, or `folder` is not empty or cannot be written.
+        UserError: `name` is not a GGUF file or cannot be loaded, or `folder` is not empty or cannot be written.
     """
     if not is_gguf(name):
-        raise UserError(f"{name}: is no GGUF file (NAME.gguf); transformers reads any other model as it is")
+        raise UserError(f"{name}: is not a GGUF file (NAME.gguf); transformers reads any other model as it is")
     _check_new(folder)
     model, tokenizer = _load(name, dtype)
     _save(merged(model), tokenizer, folder)

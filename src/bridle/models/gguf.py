@@ -61,7 +61,7 @@ def load_gguf(factory: Any, name: str, **options: Any) -> Any:
     try:
         metadata, tensors = read_gguf_metadata(str(file))
     except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"{name}: is no GGUF file, or a damaged one; fetch it again") from error
+        raise UserError(f"{name}: is not a GGUF file, or is damaged; fetch it again") from error
     with TemporaryDirectory() as empty:  # nothing that lies beside the file belongs to it
         load = partial(factory.from_pretrained, empty, gguf_file=str(file), **options)
         if factory is AutoTokenizer:

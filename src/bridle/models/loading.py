@@ -208,7 +208,7 @@ def context_length(model: PreTrainedModel | PeftModel) -> int | None:
 
 
 def prompt_room(model: PreTrainedModel | PeftModel, max_new_tokens: int) -> int | None:
-    """The tokens of the longest prompt that leaves room for so many new ones; None where the context is unknown."""
+    """The tokens of the longest prompt that leaves room for `max_new_tokens`; None where the context is unknown."""
     context = context_length(model)
     return context - max_new_tokens if context else None
 

@@ -25,7 +25,7 @@ NOTHING: list[int] = []
 
 
 def check_bound(auxiliary: AuxiliaryModel) -> None:
-    """Refuses a bound on an R that was fitted to a share, whose degrees are no probability that an output complies.
+    """Refuses a bound on an R that was fitted to a share: it gives no probability that an output complies.
 
     Raises:
         UserError: it was.

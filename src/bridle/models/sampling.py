@@ -243,13 +243,13 @@ def _batches(prompts: Sequence[Sequence[int]], size: int, share: bool) -> dict[i
 
 
 def _row_limit(model: PreTrainedModel, description: str, tokens: int) -> RowLimit:
-    """How many rows of so many tokens fit, by a row's keys and values, its logits and their probabilities."""
+    """How many rows of `tokens` tokens fit, by a row's keys and values, its logits and their probabilities."""
     size = row_bytes(causal_lm(model).config.get_text_config(), tokens, model.dtype)
     return RowLimit(description, not is_sharded(model), size, model.device)
 
 
 def row_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of a row of so many tokens while it is drawn: its keys and values, its logits and their probabilities."""
+    """Bytes of a row of `tokens` tokens while it is drawn: its keys and values, its logits and their probabilities."""
     size, heads = config.hidden_size, getattr(config, "num_attention_heads", 1)  # a state-space model has none
     kept = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or size // heads

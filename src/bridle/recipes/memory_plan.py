@@ -49,7 +49,7 @@ class MemoryPlan:
         return sum(self.held.values()) + self.reserved + max(self.phases.values())
 
     def lines(self, gpus: int, memory: float) -> Iterator[str]:
-        """The plan in words, for GPUs of so many GiB.
+        """The plan in words.
 
         Args:
             gpus: how many.

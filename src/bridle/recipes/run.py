@@ -90,8 +90,8 @@ def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bo
     changed = [key for key in found if not key.startswith(SHAPES_NOTHING)]
     if changed and not accept_changes:
         raise UserError(
-            f"{folder / RECIPE_FILE}: was another recipe: {', '.join(changed)} differ; add --accept_changes to resume "
-            "with the new one, or name another --output_dir"
+            f"{folder / RECIPE_FILE}: holds another recipe: {', '.join(changed)} differ; add --accept_changes to "
+            "resume with the new one, or name another --output_dir"
         )
     if not accept_changes:
         check_inputs(

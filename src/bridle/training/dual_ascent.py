@@ -115,7 +115,7 @@ class TargetOptions:
         return float(betaincinv(shown + 1, samples - shown, self.margin))
 
     def can_fall(self, limit: float, plain: int, samples: int) -> bool:
-        """Whether λ falls after plain rollouts of which none violates, if so many samples will have to show ε."""
+        """Whether λ falls after `plain` rollouts of which none violates, if `samples` samples will have to show ε."""
         return VIOLATION_OF_NONE / (plain + 1) < self.aim(limit, samples)
 
     def bound(self, violations: int, samples: int) -> float:
@@ -192,7 +192,7 @@ class DualState:
         return replace(state, since=acts_in) if state.since is None else state
 
     def stepped(self, options: TargetOptions, violation: float, samples: int = 1) -> "DualState":
-        """The state after one step of dual ascent for a violation above 0; so many samples will have to show ε.
+        """The state after one step of dual ascent for a violation above 0; `samples` will have to show ε.
 
         Against windup, momentum never acts against the error, and at a bound only the change that took place is kept.
         """

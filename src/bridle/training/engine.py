@@ -122,7 +122,7 @@ _running: list[tuple[PreTrainedModel, tuple, Any]] = []
 
 
 def release_engine() -> None:
-    """Lets go of the engine and its policy."""
+    """Frees the engine and its policy."""
     _running.clear()
 
 

@@ -62,7 +62,7 @@ def checked(rows: Any, place: str, formatting_func: Formatting | None = None) ->
         formatting_func: makes the text that stands in place of a row; tokenised rows stay as they are.
 
     Raises:
-        UserError: they are no data set, streamed, transformed when read, none, or hold images.
+        UserError: they are not a data set, are streamed or transformed when read, are empty, or hold images.
     """
     if isinstance(rows, IterableDataset):
         raise UserError(

@@ -40,8 +40,8 @@ REFUSED = {
     "save_total_limit": "could remove the only checkpoint that is whole; set keep_last",
     "save_only_model": "such a checkpoint cannot be resumed; to save room set keep_last: 1",
     "save_on_each_node": "all nodes share the output folder, and the main process writes to it; leave it out",
-    "ignore_data_skip": "a resumed run goes on with the rows that come next; leave it out",
-    "enable_jit_checkpoint": "a run that was stopped goes on from its last checkpoint; set save_steps",
+    "ignore_data_skip": "a resumed run continues with the next rows; leave it out",
+    "enable_jit_checkpoint": "a run that was stopped continues from its last checkpoint; set save_steps",
     "resume_from_checkpoint": "give it to train() of the trainer, or add --resume to the command",
     # Processes
     "average_tokens_across_devices": "an update is one batch of all processes, divided by its tokens; leave it out",

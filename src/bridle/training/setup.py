@@ -124,7 +124,7 @@ def tokenizer_of(
     """The tokenizer that is given, or the model's, loaded with the model's hub options, except `subfolder`.
 
     Raises:
-        UserError: what is given is no tokenizer.
+        UserError: the processing class is not a tokenizer.
     """
     if processing_class is None:
         options = config.model_init_kwargs or {}

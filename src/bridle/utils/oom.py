@@ -70,7 +70,7 @@ class RowLimit:
         return results
 
     def lower(self, error: RuntimeError, rows: int) -> None:
-        """Halves the limit after an error with so many rows.
+        """Halves the limit after an error with `rows` rows.
 
         Raises:
             RuntimeError: the error itself, if memory did not run out or one row is too many.
