@@ -174,26 +174,17 @@ def draw_plots(report: Report) -> dict[str, Figure]:
 
 
 @rc_context(STYLE)
-def write_plots(figures: Mapping[str, Figure], folder: Path) -> dict[str, dict[str, Path]]:
-    """Writes each plot as PNG (200 dpi), SVG and PDF; the same report gives the same bytes.
-
-    Returns:
-        Paths by plot and format: {"tradeoff": {"png": path, "svg": path, "pdf": path}}.
+def write_plots(figures: Mapping[str, Figure], folder: Path) -> None:
+    """Writes each plot as NAME.png (200 dpi), NAME.svg and NAME.pdf; the same report gives the same bytes.
 
     Raises:
         UserError: a file cannot be written.
     """
-    return {
-        name: {suffix: _write(figure, folder / f"{name}.{suffix}") for suffix in SAVED}
-        for name, figure in track(figures.items(), "writing plots", len(figures), "plots")
-    }
-
-
-def _write(figure: Figure, path: Path) -> Path:
-    suffix = path.suffix[1:]
-    with writing(path), atomic_file(path) as temporary:
-        figure.savefig(temporary, format=suffix, **SAVED[suffix])
-    return path
+    for name, figure in track(figures.items(), "writing plots", len(figures), "plots"):
+        for suffix, options in SAVED.items():
+            path = folder / f"{name}.{suffix}"
+            with writing(path), atomic_file(path) as temporary:
+                figure.savefig(temporary, format=suffix, **options)
 
 
 def _panels(n: int, size: tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
