@@ -127,8 +127,8 @@ def test_names_and_functions_in_their_places(tiny_folder, tmp_path):
     loaded, with_images = load_model(str(folder)), rows.add_column("image", [None] * len(rows))
     tokens = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
     for changes, said in (
-        ({"corpus": rows.to_iterable_dataset()}, "^corpus.corpus: is streamed"),
-        ({"corpus": {"a": rows.to_list()}}, "^corpus.a: must be a Dataset"),
+        ({"corpus": rows.to_iterable_dataset()}, "^corpus: is streamed"),
+        ({"corpus": {"a": rows.to_list()}}, "^corpus.a: must be a Dataset .*, not a list; Dataset.from_list makes one"),
         ({"corpus": DatasetDict(train=rows, test=rows)}, r"^corpus: has the splits train, test, .*corpus\['train'\]"),
         ({"corpus": {}}, "^corpus: has no domain"),
         ({"corpus": {"a": rows, "b": rows.select([])}}, "^corpus.b: has no rows"),
@@ -156,6 +156,10 @@ def test_names_and_functions_in_their_places(tiny_folder, tmp_path):
             "^peft_config: PromptEncoderConfig puts virtual tokens before each row",
         ),
         ({"model": str(tmp_path / "nothing")}, "nothing: cannot load the model: no such folder"),
+        ({"regularisers": NO_E}, "^regularisers.0: must be a Regulariser, not a Letters; Regulariser\\(constraint"),
+        ({"regularisers": {"all": "regex:e"}}, "^regularisers.all: must be a Regulariser, not a str"),
+        ({"train_dataset": rows}, "^train_dataset: the rows are those of corpus"),
+        ({"eval_options": {"shares": 0.1}}, "^eval_options.shares: there is no key 'shares'; did you mean share"),
         ({"regularisers": [Regulariser(NO_E), Regulariser(NO_E)]}, "^regularisers: two are called 'all'"),
         ({"regularisers": [Regulariser(NO_E, domain="corpse")]}, "^regularisers.corpse.domain: .*did you mean corpus"),
         ({"regularisers": [Regulariser(NO_E, name="kl")]}, "^regularisers.kl: metrics are called kl; give"),
@@ -164,6 +168,8 @@ def test_names_and_functions_in_their_places(tiny_folder, tmp_path):
     ):
         given = {"model": str(folder), "args": trainer.args, "corpus": rows, "regularisers": [Regulariser()], **changes}
         refused(lambda given=given: ConstrainedTrainer(**given), said)
+    nothing = str(tmp_path / "checkpoint-9")
+    refused(lambda: trainer.train(resume_from_checkpoint=nothing), "^resume_from_checkpoint: there is no folder .*-9$")
 
 
 def test_rows_that_are_tokenised_already_stand_beside_text(tiny_folder, tmp_path):

@@ -252,7 +252,7 @@ def test_rows_without_a_completion(folder, tmp_path):
         trainer_of(folder, tmp_path, {}, completion_only_loss=True)
     with pytest.raises(UserError, match=r"assistant_only_loss.*not conversational"):
         trainer_of(folder, tmp_path, {}, assistant_only_loss=True)
-    for name in ("data_collator", "compute_loss_func", "quantization_config"):
+    for name in ("train_dataset", "data_collator", "compute_loss_func", "quantization_config"):
         with pytest.raises(UserError, match=f"^{name}: "):
             ConstrainedTrainer(tiny(folder), config(), corpus(), {}, **{name: len})
 

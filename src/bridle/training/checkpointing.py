@@ -134,6 +134,8 @@ class CheckpointedTrainer(EndsWhereItEnded, OomSafeTrainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not Path(resume_from_checkpoint).is_dir():
+            raise UserError(f"resume_from_checkpoint: there is no folder {resume_from_checkpoint}")
         with readable(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))  # read next

@@ -193,10 +193,17 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
         corpus: names of the corpus's domains.
 
     Raises:
-        UserError: two have one name, a name cannot name files or is one of metrics, or a domain is not in the corpus.
+        UserError: one is no `Regulariser`, two have one name, a name cannot name files or is one of metrics, or a
+            domain is not in the corpus.
     """
-    if isinstance(regularisers, Regulariser):
+    if not isinstance(regularisers, Mapping | list | tuple):
         regularisers = [regularisers]
+    for key, one in regularisers.items() if isinstance(regularisers, Mapping) else enumerate(regularisers):
+        if not isinstance(one, Regulariser):
+            raise UserError(
+                f"regularisers.{key}: must be a Regulariser, not a {type(one).__name__}; Regulariser(constraint, "
+                "weight=30.0) makes one of a constraint"
+            )
     if isinstance(regularisers, Mapping):
         regularisers = [
             replace(one, name=name, domain=name if one.domain is None else one.domain)

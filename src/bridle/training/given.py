@@ -47,7 +47,8 @@ def by_domain(
     for name, rows in domains.items():
         columns = getattr(rows, "column_names", None) or ()
         is_held = not (learn or {}).get(name, True) and holds_prompts(columns)
-        found[name] = checked(rows, f"corpus.{name}", None if is_held else formatting_func)
+        place = f"corpus.{name}" if isinstance(corpus, Mapping) else "corpus"
+        found[name] = checked(rows, place, None if is_held else formatting_func)
     if formatting_func is not None and all("input_ids" in rows.column_names for rows in found.values()):
         raise UserError("formatting_func: the corpus is tokenised already; give it as text, or leave the function out")
     return found
@@ -70,7 +71,10 @@ def checked(rows: Any, place: str, formatting_func: Formatting | None = None) ->
             "Dataset.from_list(list(rows.take(10_000)))"
         )
     if not isinstance(rows, Dataset):
-        raise UserError(f"{place}: must be a Dataset of the library `datasets`, not a {type(rows).__name__}")
+        raise UserError(
+            f"{place}: must be a Dataset of the library `datasets`, not a {type(rows).__name__}; Dataset.from_list "
+            "makes one from a list of rows, and load_dataset from files"
+        )
     if rows.format["type"] == "custom":
         raise UserError(f"{place}: with_transform may give other rows at each reading; make them once, by map")
     if not len(rows):

@@ -27,6 +27,7 @@ from bridle.training.retention import Retention
 from bridle.utils.safe_loading import ON_THE_HUB, is_path
 
 NOT_TAKEN = {
+    "train_dataset": "the rows are those of corpus; give them there",
     "data_collator": "the trainer's own keeps each row's domain; leave it out",
     "compute_loss_func": "the loss is that of the method; leave it out",
     "quantization_config": "is for loading; give the model's name, and set it in args.model_init_kwargs",

@@ -39,6 +39,7 @@ from bridle.training.schedule import SequentialSchedule
 from bridle.training.steering import report_targets
 from bridle.training.trackers import log_to_trackers
 from bridle.training.worker import SharedWorker, Worker
+from bridle.utils.settings import validated
 
 
 class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
@@ -83,6 +84,7 @@ class ConstrainedTrainer(PushesModel, EvaluatedTrainer):
         self.held = held_domains(learn, corpus, by_name)
         check_prompts(corpus, self.held, by_name)
         self._weights = weights or dict.fromkeys(corpus, 1.0)
+        eval_options = validated(EvalOptions | None, eval_options, "eval_options")
         self._corpus, self._held_out = hold_out(corpus, eval_options, kwargs.get("formatting_func"))
         setup.add_held_out(self._held_out, kwargs)
         self.domains = list(corpus)
