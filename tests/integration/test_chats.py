@@ -17,6 +17,7 @@ from bridle.evaluation.generation import generate_completions
 from bridle.models.loading import end_token_ids, load_model, load_tokenizer
 from bridle.training.config import AuxiliaryOptions, Regulariser
 from bridle.training.corpus_outputs import corpus_outputs
+from bridle.training.prompts import prompts_of_corpus
 from chats import CHATS, TEMPLATES, chat_folder, chat_tokenizer, write_rows
 from trainers import NO_E, trainer_of
 
@@ -77,6 +78,14 @@ class TestPrompts:
         assert all([turn["role"] for turn in turns] == ["system", "user"] for turns in cut)
         with pytest.raises(UserError, match="no chat has a turn of the assistant"):
             drawn_from(rows, tokenizer, max_prompt_tokens=3)
+
+    def test_a_domain_of_chats_without_an_answer_is_named(self, folder):
+        model, tokenizer = load_model(str(folder("qwen3"))), load_tokenizer(str(folder("qwen3")))
+        config = SimpleNamespace(prompt_tokens=(1, 1), max_new_tokens=8)
+        asked = Dataset.from_dict({"messages": [chat[:2] for chat in CHATS]})
+        held = SimpleNamespace(model=model, tokenizer=tokenizer, corpus={"asked": asked}, config=config, seed=len)
+        with pytest.raises(UserError, match=r"^asked: no chat has a turn of the assistant after .*; add answers, or"):
+            prompts_of_corpus(held, 2, "prompts")
 
     def test_tools_and_options_of_the_template_pass_through(self, tmp_path):
         tokenizer = chat_tokenizer(TEMPLATES["qwen3"][0])

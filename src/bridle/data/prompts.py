@@ -99,8 +99,8 @@ def prompts_from_domain(
 
 def _no_prompt(chats: bool, prompt_tokens: tuple[int, int | None], most: int | None) -> str:
     if chats:
-        limit = f" whose last turns take at most {most} tokens" if most is not None else ""
-        return f"prompts: no chat has a turn of the assistant after another's{limit}"
+        limit = f", with at most {most} tokens in the system's and the last turns" if most is not None else ""
+        return f"no chat has a turn of the assistant after other turns{limit}; add answers, or give `prompts`"
     shortest, longest = prompt_tokens
     reach = f"{shortest} or more" if longest is None else f"{shortest} to {longest}"
     limit = f", or none of at most {most}" if most is not None else ""

@@ -22,7 +22,7 @@ from scipy.stats import binomtest
 from bridle.constraints import Constraint
 from bridle.data import DataSource, Prompt, prompts_from_domain, read_prompts
 from bridle.data.rows import holds_prompts
-from bridle.errors import RunStopped, UserError
+from bridle.errors import RunStopped, UserError, prefixed
 from bridle.models.hidden import evaluation_mode
 from bridle.models.loading import end_token_ids, prompt_room
 from bridle.models.sampling import sample
@@ -133,18 +133,19 @@ class EvaluatedTrainer(CheckpointedTrainer):
             # By chance: the file may be sorted.
             chosen = np.random.default_rng(self._eval_seed("prompts")).permutation(len(prompts))
             return [prompts[row] for row in chosen[: options.completions]]
-        by_domain = [
-            prompts_from_domain(
-                domain,
-                min(math.ceil(options.completions / len(rows)), len(domain)),
-                prompt_tokens=self.args.prompt_tokens,
-                seed=self._eval_seed("prompts"),
-                tokenizer=self._tokenizer,
-                end_tokens=self._end_token_ids,
-                max_prompt_tokens=longest,
-            )
-            for domain in rows.values()
-        ]
+        by_domain = []
+        for name, domain in rows.items():
+            with prefixed(f"{name}: "):
+                drawn = prompts_from_domain(
+                    domain,
+                    min(math.ceil(options.completions / len(rows)), len(domain)),
+                    prompt_tokens=self.args.prompt_tokens,
+                    seed=self._eval_seed("prompts"),
+                    tokenizer=self._tokenizer,
+                    end_tokens=self._end_token_ids,
+                    max_prompt_tokens=longest,
+                )
+            by_domain.append(drawn)
         in_turn = [prompt for prompts in zip_longest(*by_domain) for prompt in prompts if prompt is not None]
         return list({tuple(prompt.ids): prompt for prompt in in_turn}.values())[: options.completions]
 

@@ -149,7 +149,8 @@ def unreached_warnings(record: Measured) -> list[str]:
     shares = {key.removeprefix("kl_unreached/"): share for key, share in record.items() if "kl_unreached/" in key}
     return [
         f"round {record['round']}, {name}: the KL left out {share:.0%} of the corpus's prefixes, since no rollout can "
-        "be there and R was not fitted on them; widen prompt_tokens or raise max_new_tokens"
+        "be there and R was not fitted on them; widen prompt_tokens or raise max_new_tokens, and for chats set "
+        "assistant_only_loss: true"
         for name, share in shares.items()
         if share > UNREACHED_BOUND
     ]

@@ -3,6 +3,7 @@
 import numpy as np
 
 from bridle.data import Prompt, prompts_from_domain, read_prompts
+from bridle.errors import prefixed
 from bridle.models.loading import end_of_turn, end_token_ids, prompt_room
 from bridle.training.state import StatefulRegulariser
 
@@ -35,18 +36,19 @@ def prompts_of_corpus(regulariser: StatefulRegulariser, count: int, purpose: str
         purpose: names the seed that chooses rows and lengths.
     """
     model, tokenizer, config = regulariser.model, regulariser.tokenizer, regulariser.config
-    by_domain = [
-        prompts_from_domain(
-            rows,
-            -(-count // len(regulariser.corpus)),
-            prompt_tokens=config.prompt_tokens,
-            seed=regulariser.seed(purpose),
-            tokenizer=tokenizer,
-            end_tokens=end_token_ids(model, tokenizer),
-            end_of_turn=end_of_turn(tokenizer),
-            max_prompt_tokens=prompt_room(model, config.max_new_tokens),
-        )
-        for rows in regulariser.corpus.values()
-    ]
+    by_domain = []
+    for name, rows in regulariser.corpus.items():
+        with prefixed(f"{name}: "):
+            drawn = prompts_from_domain(
+                rows,
+                -(-count // len(regulariser.corpus)),
+                prompt_tokens=config.prompt_tokens,
+                seed=regulariser.seed(purpose),
+                tokenizer=tokenizer,
+                end_tokens=end_token_ids(model, tokenizer),
+                end_of_turn=end_of_turn(tokenizer),
+                max_prompt_tokens=prompt_room(model, config.max_new_tokens),
+            )
+        by_domain.append(drawn)
     in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
     return in_turn[:count]
