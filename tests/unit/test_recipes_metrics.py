@@ -1,10 +1,11 @@
 """The lines that people read while a run goes on."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
-from bridle.recipes.metrics import TrainingProgress, round_line
+from bridle.recipes.metrics import MetricsFile, TrainingProgress, round_line
 
 
 def record(*names, kl=3e-5, **more):
@@ -52,3 +53,19 @@ def test_progress_is_shown_unless_it_is_disabled(disabled, capsys):
     progress.on_log(args, state, None, logs=record("rude"))
     progress.on_train_end(args, state, None)
     assert ("round 1/2" in capsys.readouterr().err) != disabled
+
+
+def test_a_file_that_is_named_by_a_text_goes_on(tmp_path):
+    """As in the README: a resumed run reads the records before its checkpoint."""
+    args, name = SimpleNamespace(rounds=2), str(tmp_path / "metrics.jsonl")
+    state = SimpleNamespace(max_steps=3, global_step=0, log_history=[])
+    for step in (0, 2):
+        state.global_step = step
+        writer = MetricsFile(name)
+        writer.on_train_begin(args, state, None)
+        for loss in (3.0, 2.0):
+            state.global_step += 1
+            state.log_history.append({"loss": loss})
+            writer.on_log(args, state, None, logs={"loss": loss})
+    with open(name) as file:
+        assert [json.loads(row)["step"] for row in file] == [1, 2, 3, 4]

@@ -36,8 +36,8 @@ class MetricsFile(TrainerCallback):
     not have, so that none occurs twice, and its time continues. Only the main process writes.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
         self._began = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
