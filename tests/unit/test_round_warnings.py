@@ -63,6 +63,13 @@ def test_violations_are_compared_with_the_best_round(config, earlier):
     assert "violations rose from 1.0% to 10.0% of the rollouts" in warning
 
 
+def test_violations_may_rise_to_what_a_target_allows(config):
+    """λ falls where the policy violates less than it may."""
+    assert warnings(config, FINE | {"violation": 0.1, "target": 0.2}, BETTER) == []
+    for missed in ({"violation": 0.1, "target": 0.05}, {"violation": 0.1, "target": None}, {"violation": None}):
+        assert len(warnings(config, FINE | missed, BETTER)) == 1
+
+
 @pytest.mark.parametrize("earlier", [[], [FINE], [UNSCORED], [FINE | {"compliance_low": 0.94}]])
 def test_intervals_that_touch_say_nothing(config, earlier):
     assert warnings(config, FINE, *earlier) == []

@@ -225,8 +225,13 @@ def _of_scoring(round_index: int, now: Measured) -> Iterator[str]:
 
 
 def _of_rising_violations(now: Measured, earlier: Sequence[Measured]) -> Iterator[str]:
-    """Compares with the best round so far: the 95% intervals do not overlap. A share may fall."""
-    if "tilt" in now:
+    """Compares with the best round so far: the 95% intervals do not overlap. A share may fall.
+
+    Under a target λ falls where the policy violates less than it may, so violations may rise up to the target.
+    """
+    violation, allowed = now.get("violation"), now.get("target")
+    is_within = violation is not None and allowed is not None and violation <= allowed
+    if "tilt" in now or is_within:
         return
     known = [one for one in earlier if one.get("compliance") is not None]
     best = max(known, key=lambda one: one["compliance_low"], default=None)
