@@ -196,21 +196,19 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
         UserError: one is no `Regulariser`, two have one name, a name cannot name files or is one of metrics, or a
             domain is not in the corpus.
     """
-    if not isinstance(regularisers, Mapping | list | tuple):
-        regularisers = [regularisers]
-    for key, one in regularisers.items() if isinstance(regularisers, Mapping) else enumerate(regularisers):
+    given: Any = regularisers if isinstance(regularisers, Mapping | Sequence) else [regularisers]
+    for key, one in given.items() if isinstance(given, Mapping) else enumerate(given):
         if not isinstance(one, Regulariser):
             raise UserError(
                 f"regularisers.{key}: must be a Regulariser, not a {type(one).__name__}; Regulariser(constraint, "
                 "weight=30.0) makes one of a constraint"
             )
-    if isinstance(regularisers, Mapping):
-        regularisers = [
-            replace(one, name=name, domain=name if one.domain is None else one.domain)
-            for name, one in regularisers.items()
+    if isinstance(given, Mapping):
+        given = [
+            replace(one, name=name, domain=name if one.domain is None else one.domain) for name, one in given.items()
         ]
     found: dict[str, Regulariser] = {}
-    for one in regularisers:
+    for one in given:
         name = one.name or default_name(one.domain)
         if name in found:
             raise UserError(f"regularisers: two are called '{name}'; give each a `name` of its own")
