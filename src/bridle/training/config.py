@@ -193,7 +193,7 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
         corpus: names of the corpus's domains.
 
     Raises:
-        UserError: one is no `Regulariser`, two have one name, a name cannot name files or is one of metrics, or a
+        UserError: one is not a `Regulariser`, two have one name, a name cannot name files or is one of metrics, or a
             domain is not in the corpus.
     """
     given: Any = regularisers if isinstance(regularisers, Mapping | Sequence) else [regularisers]
