@@ -33,6 +33,24 @@ def drawn_from(rows, tokenizer, n=40, **options):
     return prompts_from_domain(rows, n, prompt_tokens=(1, 3), seed=0, tokenizer=tokenizer, **options)
 
 
+class TestGenerate:
+    def test_a_prompt_is_asked_as_a_users_turn(self, folder, bridle, tmp_path):
+        model, output = folder("smollm2"), tmp_path / "said.jsonl"
+        rows = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "a kettle"}]}])
+        drawn = []
+        for given in (("--prompt", "a kettle", "--chat"), ("--prompts", rows), ("--prompt", "a kettle")):
+            code, _, err = bridle("generate", model, *given, "--max_new_tokens", 8, "--output", output)
+            assert code == 0, err
+            drawn.append(json.loads(output.read_text()))
+        assert drawn[0] == drawn[1] != drawn[2]
+        assert "user" in drawn[0]["prompt"]
+
+    def test_a_model_without_a_template_is_refused(self, tiny_folder, bridle):
+        code, _, err = bridle("generate", tiny_folder(), "--prompt", "a kettle", "--chat")
+        assert code == 2
+        assert "prompt: chat messages need a chat template, and the tokenizer has none" in err
+
+
 class TestPrompts:
     @KINDS
     def test_all_turns_before_any_of_the_assistants_with_the_generation_prompt(self, kind):

@@ -15,6 +15,7 @@ app = typer.Typer()
 Prompts = Annotated[
     str | None, typer.Option(metavar="FILE", help="Prompts: JSONL, CSV, Parquet, one a line in a .txt, or a known set.")
 ]
+Chat = Annotated[bool, typer.Option("--chat", help="Ask --prompt as a user's turn, by the model's chat template.")]
 Output = Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON lines here instead of printing.")]
 MaxNewTokens = Annotated[
     int | None,
@@ -39,6 +40,7 @@ def generate(
     model: common.Model,
     prompts: Prompts = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="A single prompt.")] = None,
+    chat: Chat = False,
     guide: common.Guide = None,
     output: Output = None,
     prompt_tokens: common.PromptTokens = None,
@@ -66,6 +68,7 @@ def generate(
     refuse(
         ((prompts is None) == (prompt is None), "give either --prompts FILE or --prompt TEXT"),
         (prompt is not None and prompt_tokens, "--prompt_tokens is for --prompts; cut the --prompt yourself"),
+        (chat and prompt is None, "--chat is for a --prompt; a file's prompts are chats by their columns"),
         (guide is None and guidance_scale != 1, common.SCALE_WITHOUT_GUIDE),
         (guide is None and stop_below is not None, "--stop_below watches the R of a --guide; name one"),
         (stop_below is None and redraw is not None, "--redraw draws again what --stop_below stops; give both"),
@@ -86,7 +89,7 @@ def generate(
     with guided(lm, guide, guidance_scale) as guidance:
         watching = {"monitor": _monitor(guidance, stop_below, redraw)}
         evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed, **watching)
-        asked = evaluator.read(asked_of) if asked_of else [evaluator.prompt(prompt or "", how.max_new_tokens)]
+        asked = evaluator.read(asked_of) if asked_of else [evaluator.prompt(prompt or "", how.max_new_tokens, chat)]
         streamer = _streamer(tokenizer, asked[0].ids) if stream else None
         drawn = evaluator.draw(asked, how, streamer.put if streamer is not None else None)
     if streamer is not None:

@@ -80,7 +80,7 @@ def prompts_from_domain(
     def prompt_of(index: int) -> Prompt | None:
         row = tokenized[index]
         if chats:
-            return _chat_prompt(row, row.get(ROW, index + 1), rng, tokenizer, max_prompt_tokens, end_of_turn)
+            return _drawn_chat(row, row.get(ROW, index + 1), rng, tokenizer, max_prompt_tokens, end_of_turn)
         masked = sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
         ids = row["input_ids"][: masked or _prefix_length(row["input_ids"], prompt_tokens, rng, tokenizer, ends)]
         rest = _until_end(row["input_ids"][len(ids) :], ends)
@@ -128,7 +128,7 @@ def _until_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
     return list(ids[:end])
 
 
-def _chat_prompt(
+def _drawn_chat(
     values: dict[str, Any],
     number: int,
     rng: np.random.Generator,
@@ -141,14 +141,14 @@ def _chat_prompt(
     if not answers:
         return None
     chosen = rng.choice(answers)
-    prompt = _chat(turns[:chosen], values, number, tokenizer, longest, f"row {number}")
+    prompt = chat_prompt(turns[:chosen], values, number, tokenizer, longest, f"row {number}")
     said = text_of(turns[chosen].get("content")) if chosen < len(turns) else ""
     answer = tokenizer(said, add_special_tokens=False)["input_ids"]
     end = [end_of_turn] if answer and end_of_turn is not None else []
     return replace(prompt, rest=answer + end)
 
 
-def _chat(
+def chat_prompt(
     turns: Messages,
     values: dict[str, Any],
     row: int,
@@ -156,6 +156,10 @@ def _chat(
     longest: int | None,
     place: str,
 ) -> Prompt:
+    """The prompt that the turns of a chat make, by the tokenizer's template and the options of its row.
+
+    A chat of more than `longest` tokens loses whole exchanges from its beginning. Errors begin with `place`.
+    """
     kept, ids = fit_chat(turns, tokenizer, longest, place, **template_options(values, place))
     return Prompt(tokenizer.decode(ids, skip_special_tokens=True), ids, row, kept)
 
@@ -207,7 +211,7 @@ def read_prompts(
             if not turns:
                 raise UserError(f"{place}: the chat has no turn before the assistant's; leave the row out")
             prompt = (
-                _chat(turns, values, row, tokenizer, max_prompt_tokens, place)
+                chat_prompt(turns, values, row, tokenizer, max_prompt_tokens, place)
                 if tokenizer is not None
                 else _unread_chat(turns, values, row, place)
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridle.data import DataSource, Prompt, VerbalisedLabel, encode_prompt, labelled_texts, read_prompts
-from bridle.data.prompts import check_room
+from bridle.data.prompts import chat_prompt, check_room
 from bridle.data.readers import whole_text
 from bridle.errors import UserError
 from bridle.evaluation.classification import classification_report, classify
@@ -56,11 +56,15 @@ class Evaluator(Completer):
             prefix_tokens=prompts.generation.prompt_tokens,
         )
 
-    def prompt(self, text: str, max_new_tokens: int) -> Prompt:
-        """A single prompt from the command line. Raises as `read`."""
-        ids = encode_prompt(text, self.tokenizer)
-        check_room(ids, self._room(max_new_tokens), "prompt")
-        return Prompt(whole_text(text), ids)
+    def prompt(self, text: str, max_new_tokens: int, chat: bool = False) -> Prompt:
+        """A single prompt from the command line, as text or as a user's turn. Raises as `read`."""
+        room = self._room(max_new_tokens)
+        if chat:
+            prompt = chat_prompt([{"role": "user", "content": whole_text(text)}], {}, 1, self.tokenizer, room, "prompt")
+        else:
+            prompt = Prompt(whole_text(text), encode_prompt(text, self.tokenizer))
+        check_room(prompt.ids, room, "prompt")
+        return prompt
 
     def _room(self, max_new_tokens: int) -> int | None:
         """Maximal length of a prompt; None where the context is unlimited."""
