@@ -161,6 +161,18 @@ class TestText:
             ["2", "rude", "missing", "500", "0", "no fit: all labels alike", "no fit: all labels alike"],
         ]
 
+    def test_what_was_reached_of_each_target(self, card):
+        reached = {"violation_reached": 0.03, "violation_reached_low": 0.02, "violation_reached_high": 0.046}
+        without = {f"rude/{key}": value for key, value in {**reached, "target": 0.05}.items()}
+        bounded = {
+            f"plain/{key}": value for key, value in {**reached, "target": 0.04, "violation_bound": 0.044}.items()
+        }
+        text = card(metrics=[*METRICS, without, bounded]).text
+        assert table(text, "Targets, on samples") == [
+            ["rude", "0.050", r"0.030 \[0.020, 0.046\]", "none", "met"],
+            ["plain", "0.040", r"0.030 \[0.020, 0.046\]", "0.044", "missed"],
+        ]
+
     def test_what_an_evaluation_measured(self, card):
         rows = table(card(results=RESULTS).text, "### After training")
         assert ["violation rate under kind", "unseen.jsonl,rows=90%:", r"0.058 \[0.040, 0.080\]", "200", "5"] in rows

@@ -96,7 +96,6 @@ def write_card(
         base_model=base_model,
         gguf_file=gguf_file,
         method=method,
-        method_heading=method[:1].upper() + method[1:],
         domains=", ".join(name for name, domain in recipe["corpus"].items() if domain.get("learn", True)),
         description=description or _description(recipe),
         constraints={name: setting_text(spec) for name, spec in (recipe.get("constraints") or {}).items()},
@@ -105,6 +104,7 @@ def write_card(
         settings=_settings(recipe),
         made=_made(environment or {}),
         rounds=[*_rounds(metrics)],
+        targets=[*_targets(metrics)],
         best=_best(metrics),
         figures=[_figure_row(figure) for figure in figures],
         prompt_sets=[_prompt_set(name, how) for name, how in (results or {}).get("prompt_sets", {}).items()],
@@ -355,6 +355,20 @@ def _rounds(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple]:
                 _interval(of["compliance"], of.get("compliance_low"), of.get("compliance_high")),
                 *((of.get("rollouts") or 0) - missing, missing),
                 *(no_fit or _number(of.get("r_ece")), no_fit or _number(of.get("r_brier"))),
+            )
+
+
+def _targets(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple]:
+    """What the trained model reached of each target."""
+    for record in metrics:
+        for name in [key.removesuffix("/violation_reached") for key in record if key.endswith("/violation_reached")]:
+            of = {key.removeprefix(f"{name}/"): value for key, value in record.items() if key.startswith(f"{name}/")}
+            allowed, reached, bound = of["target"], of["violation_reached"], of.get("violation_bound")
+            yield (
+                *(name, _number(allowed)),
+                _interval(reached, of["violation_reached_low"], of["violation_reached_high"]),
+                "none" if bound is None else _number(bound),
+                "met" if (reached if bound is None else bound) <= allowed else "missed",
             )
 
 
