@@ -65,6 +65,7 @@ def generate(
     from bridle.models.loading import load_for_inference
     from bridle.utils.files import check_output
 
+    is_single = prompt is not None and output is None and samples in (None, 1)
     refuse(
         ((prompts is None) == (prompt is None), "give either --prompts FILE or --prompt TEXT"),
         (prompt is not None and prompt_tokens, "--prompt_tokens is for --prompts; cut the --prompt yourself"),
@@ -73,10 +74,7 @@ def generate(
         (guide is None and stop_below is not None, "--stop_below watches the R of a --guide; name one"),
         (stop_below is None and redraw is not None, "--redraw draws again what --stop_below stops; give both"),
         (stop_below is not None and stream, "--stream prints what --stop_below might withhold; leave one out"),
-        (
-            stream and (prompt is None or output or (samples or 1) > 1),
-            "--stream is for one --prompt, not --samples or --output",
-        ),
+        (stream and not is_single, "--stream is for one --prompt, not --samples or --output"),
     )
     check_output(output)
     defaults = {"samples": 1, "max_new_tokens": 64}
@@ -87,17 +85,16 @@ def generate(
     quiet_libraries()
     lm, tokenizer = load_for_inference(model, dtype, device)
     with guided(lm, guide, guidance_scale) as guidance:
-        watching = {"monitor": _monitor(guidance, stop_below, redraw)}
-        evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed, **watching)
+        monitor = _monitor(guidance, stop_below, redraw)
+        evaluator = Evaluator(lm, tokenizer, guidance, batch_size, seed, monitor=monitor)
         asked = evaluator.read(asked_of) if asked_of else [evaluator.prompt(prompt or "", how.max_new_tokens, chat)]
         streamer = _streamer(tokenizer, asked[0].ids) if stream else None
         drawn = evaluator.draw(asked, how, streamer.put if streamer is not None else None)
     if streamer is not None:
-        streamer.end()
-        return
+        return streamer.end()
     _show([(one.text, text) for one, texts in zip(asked, drawn, strict=True) for text in texts], output)
-    if evaluator.monitor is not None:
-        say(f"{evaluator.monitor.watched}; what was withheld is empty.", err=True)
+    if monitor is not None:
+        say(f"{monitor.watched}; what was withheld is empty.", err=True)
 
 
 def _monitor(guide: Any, stop_below: float | None, redraw: int | None) -> Any:
