@@ -246,6 +246,8 @@ def test_a_share_is_held_out_of_each_domain_that_has_no_other_rows():
     assert sorted([*trained["rude"]["text"], *held_out["rude"]["text"]]) == sorted(rows["rude"]["text"])
     with pytest.raises(UserError, match=r"eval\.share: leaves domain plain with its 32 rows none to train on"):
         hold_out(rows, EvalOptions(share=1.0))
+    with pytest.raises(UserError, match="constraints: two are called 'no e'"):
+        EvalOptions(share=0.5, constraints=[NO_E, NO_E])
     with pytest.raises(UserError, match="share: nothing is held out"):
         EvalOptions()
 

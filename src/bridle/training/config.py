@@ -363,7 +363,8 @@ class EvalOptions:
         best: which checkpoint becomes the final model; None takes the last.
 
     Raises:
-        UserError: a value of the wrong kind, or nothing is held out; the message begins with the field.
+        UserError: a value of the wrong kind, two constraints of one name, or nothing is held out; the message begins
+            with the field.
     """
 
     share: Probability = 0.0
@@ -378,6 +379,9 @@ class EvalOptions:
         check_fields(self)
         if not self.share and not self.corpus:
             raise UserError("share: nothing is held out; set a share of the rows, or name other rows in corpus")
+        names = [constraint.name for constraint in self.constraints]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"constraints: two are called '{twice}', as their metrics would be; give each its own name")
         if self.prompts is not None and self.domains:
             raise UserError("domains: prompts say what is completed; leave one of them out")
 
