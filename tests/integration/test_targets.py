@@ -1,6 +1,7 @@
 """A target in place of a fixed λ: in both schedules, after a resume, for several regularisers, and at the end."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -135,6 +136,15 @@ class TestLostEntropy:
         again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
         assert logged(again, "rude/lambda") == found
         assert again.regularisers[0].dual == trainer.regularisers[0].dual
+
+    def test_in_the_parallel_schedule_a_lower_lambda_acts_before_the_next(self, tiny_folder, tmp_path):
+        options = {**LOSES, "rounds": 6, "max_steps": 12, "schedule": "parallel", "entropy_floor": 0.95}
+        trainer = made(tiny_folder(), tmp_path, {"rude": held(least=0.01)}, **options)
+        trainer.train()
+        texts = [text for texts in logged(trainer, "warnings") for text in texts if "from now on λ is at most" in text]
+        rounds = [int(text.split()[1].rstrip(":")) for text in texts]
+        assert len(rounds) > 1
+        assert all(later - earlier > 1 for earlier, later in pairwise(rounds))
 
     def test_where_lambda_is_at_its_lower_bound_the_run_stops(self, tiny_folder, tmp_path):
         trainer = made(tiny_folder(), tmp_path, {"rude": held(least=4.0, most=4.0)}, **LOSES)

@@ -94,22 +94,25 @@ class TestLostEntropy:
     def test_it_halves_the_weight_that_acted(self):
         risen = state().stepped(AIM, 0.4)
         assert (risen.weight, risen.last_weight) == pytest.approx((16, 4))
-        now = risen.lowered(AIM)
+        now = risen.lowered(AIM, 3)
         assert (now.weight, now.ceiling, now.change) == pytest.approx((2, 2, 0))
 
     def test_a_lambda_that_has_fallen_further_stays(self):
-        now = state().stepped(AIM, 0.025).lowered(AIM)
+        now = state().stepped(AIM, 0.025).lowered(AIM, 3)
         assert (now.weight, now.ceiling) == pytest.approx((1, 2))
 
     def test_it_rises_to_the_ceiling_and_no_further(self):
-        now = state().lowered(AIM).stepped(AIM, 0.05)
+        now = state().lowered(AIM, 3).stepped(AIM, 0.05)
         assert now.weight == pytest.approx(1)
         now = now.stepped(AIM, 0.4)
         assert now.weight == pytest.approx(2)
         assert now.stepped(AIM, 0.4).change == pytest.approx(0)
 
+    def test_a_round_without_a_score_leaves_no_change(self):
+        assert state().stepped(AIM, 0.4).measured(AIM, 4, [], acts_in=4).change == 0
+
     def test_the_lower_bound_holds(self):
-        now = state().lowered(replace(AIM, least=3.0))
+        now = state().lowered(replace(AIM, least=3.0), 3)
         assert (now.weight, now.ceiling) == (3.0, 3.0)
 
 

@@ -169,8 +169,8 @@ class TestText:
         }
         text = card(metrics=[*METRICS, without, bounded]).text
         assert table(text, "Targets, on samples") == [
-            ["rude", "0.050", r"0.030 \[0.020, 0.046\]", "none", "met"],
-            ["plain", "0.040", r"0.030 \[0.020, 0.046\]", "0.044", "missed"],
+            ["rude", "5.00%", r"3.00% \[2.00%, 4.60%\]", "none", "met"],
+            ["plain", "4.00%", r"3.00% \[2.00%, 4.60%\]", "4.40%", "missed"],
         ]
 
     def test_what_an_evaluation_measured(self, card):

@@ -99,7 +99,7 @@ def prompts_from_domain(
 
 def _no_prompt(chats: bool, prompt_tokens: tuple[int, int | None], most: int | None) -> str:
     if chats:
-        limit = f", with at most {most} tokens in the system's and the last turns" if most is not None else ""
+        limit = f" that fit in {most} tokens" if most is not None else ""
         return f"no chat has a turn of the assistant after other turns{limit}; add answers, or give `prompts`"
     shortest, longest = prompt_tokens
     reach = f"{shortest} or more" if longest is None else f"{shortest} to {longest}"

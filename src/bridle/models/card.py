@@ -365,9 +365,9 @@ def _targets(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple]:
             of = {key.removeprefix(f"{name}/"): value for key, value in record.items() if key.startswith(f"{name}/")}
             allowed, reached, bound = of["target"], of["violation_reached"], of.get("violation_bound")
             yield (
-                *(name, _number(allowed)),
-                _interval(reached, of["violation_reached_low"], of["violation_reached_high"]),
-                "none" if bound is None else _number(bound),
+                *(name, f"{allowed:.2%}"),
+                f"{reached:.2%} [{of['violation_reached_low']:.2%}, {of['violation_reached_high']:.2%}]",
+                "none" if bound is None else f"{bound:.2%}",
                 "met" if (reached if bound is None else bound) <= allowed else "missed",
             )
 

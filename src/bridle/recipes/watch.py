@@ -223,7 +223,7 @@ def cell_lines(cells: Sequence[Path]) -> Iterator[str]:
 
 
 def runs_of(folder: Path) -> list[Path]:
-    """The folders of a comparison's runs, also of those that have not begun; none if it is no comparison."""
+    """The folders of a comparison's runs, also of those that have not begun; none if it is not a comparison."""
     for name in OF_COMPARISON:
         if (folder / name).is_file():
             found = read_json(folder / name, _Listed)

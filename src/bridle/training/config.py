@@ -1,7 +1,7 @@
 """Options of a constrained run, in addition to TRL's `SFTConfig`."""
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from typing import Any, ClassVar, Literal
@@ -196,7 +196,8 @@ def named(regularisers: Regularisers, corpus: Collection[str]) -> dict[str, Regu
         UserError: one is not a `Regulariser`, two have one name, a name cannot name files or is one of metrics, or a
             domain is not in the corpus.
     """
-    given: Any = regularisers if isinstance(regularisers, Mapping | Sequence) else [regularisers]
+    given: Any = [regularisers] if not isinstance(regularisers, Iterable) else regularisers
+    given = given if isinstance(given, Mapping) else list(given)
     for key, one in given.items() if isinstance(given, Mapping) else enumerate(given):
         if not isinstance(one, Regulariser):
             raise UserError(
@@ -381,7 +382,9 @@ class EvalOptions:
             raise UserError("share: nothing is held out; set a share of the rows, or name other rows in corpus")
         names = [constraint.name for constraint in self.constraints]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UserError(f"constraints: two are called '{twice}', as their metrics would be; give each its own name")
+            raise UserError(
+                f"constraints: two are called '{twice}', so their metrics would have one name; give each its own"
+            )
         if self.prompts is not None and self.domains:
             raise UserError("domains: prompts say what is completed; leave one of them out")
 
@@ -447,7 +450,9 @@ class ConstrainedConfig(SFTConfig):
     )
     max_missing: float = field(default=0.1, metadata={"help": "Share of unscored rollouts that stops a run."})
     max_skipped_steps: int = field(default=10, metadata={"help": "Skipped updates in a row before a run stops."})
-    entropy_floor: float = field(default=0.5, metadata={"help": "Share of the first entropy that stops a run."})
+    entropy_floor: float = field(
+        default=0.5, metadata={"help": "Share of the first entropy that stops a run, or lowers λ of a target."}
+    )
     calibration_bound: float = field(default=0.15, metadata={"help": "R's calibration error that warns."})
     empty_bound: float = field(default=0.1, metadata={"help": "Share of empty rollouts that warns."})
     clipped_bound: float = field(default=0.9, metadata={"help": "Share of cut rollouts that warns."})

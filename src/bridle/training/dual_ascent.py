@@ -136,6 +136,7 @@ class DualState:
         since: first round whose updates λ acted in; None before.
         base: the base model's violation rate, if the first round measured it.
         ceiling: highest λ that is still allowed, once the policy has lost its entropy; None before.
+        ceiling_since: first round whose updates the ceiling acted in; None before.
     """
 
     weight: float
@@ -145,16 +146,18 @@ class DualState:
     since: int | None = None
     base: float | None = None
     ceiling: float | None = None
+    ceiling_since: int | None = None
 
     @property
     def last_weight(self) -> float:
         """λ before the last step."""
         return self.weight * exp(-self.change)
 
-    def lowered(self, options: TargetOptions) -> "DualState":
-        """The state after the policy lost its entropy: from now on λ is at most half of what brought it there."""
+    def lowered(self, options: TargetOptions, acts_in: int) -> "DualState":
+        """The state after the policy lost its entropy: λ is at most half of the last one, from round `acts_in` on."""
         ceiling = max(options.least, self.last_weight / 2)
-        return replace(self, weight=min(self.weight, ceiling), change=0.0, ceiling=ceiling)
+        weight = min(self.weight, ceiling)
+        return replace(self, weight=weight, change=0.0, ceiling=ceiling, ceiling_since=acts_in)
 
     def measured(
         self,
@@ -178,7 +181,7 @@ class DualState:
         Raises:
             UserError: as `TargetOptions.limit`.
         """
-        state = self
+        state = self if violations else replace(self, change=0.0)
         if violations:
             violation = (sum(violations) + VIOLATION_OF_NONE) / (len(violations) + 1)  # above 0 where nothing violates
             if round_index == 1:

@@ -67,13 +67,15 @@ def guard_entropy(
     entropy = record.get(f"{name}/entropy_sampled", nan)
     if not (lost := lost_entropy(name, entropy, state.log_history, regulariser.config.entropy_floor)):
         return
+    if dual is not None and dual.ceiling_since is not None and regulariser.rollouts[0].round <= dual.ceiling_since:
+        return  # in the parallel schedule the policy that was sampled may be older than the lower λ
     lost = f"round {record['round']}: {lost}"
     if options is None or dual is None or dual.last_weight <= options.least:
         supervisor.stop(f"{lost}; try a smaller regulariser weight or more rounds", control)
     else:
-        regulariser.dual = dual.lowered(options)
-        record[f"{name}/lambda"] = regulariser.weight
-        supervisor.warn(f"{lost}; from now on λ is at most {regulariser.weight:.3g}")
+        regulariser.dual = lowered = dual.lowered(options, acts_in=record["round"])
+        record[f"{name}/lambda"] = lowered.weight
+        supervisor.warn(f"{lost}; from now on λ is at most {lowered.ceiling:.3g}")
 
 
 def report_targets(regularisers: Iterable[DomainRegulariser], supervisor: Supervisor, log: Log) -> None:
@@ -157,7 +159,7 @@ def _causes(name: str, dual: DualState, options: TargetOptions, log: Log) -> Ite
     if dual.since is None:
         yield "The KL never acted, since every label was alike: show the constraint more, by harder prompts"
         return
-    if dual.ceiling is not None and dual.weight >= dual.ceiling:
+    if dual.ceiling is not None and (dual.weight >= dual.ceiling or not dual.change):
         yield (
             f"λ is held at {dual.weight:.3g}, since under a larger one the policy's samples lost their entropy: take "
             "more rounds, or anchor: previous"
