@@ -347,7 +347,7 @@ def _rounds(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple]:
     for record in metrics:
         names = [key.removesuffix("/compliance") for key in record if key.endswith("/compliance")]
         for name in names if "round" in record else []:
-            of = {key.removeprefix(f"{name}/"): value for key, value in record.items() if key.startswith(f"{name}/")}
+            of = _of_regulariser(name, record)
             missing = of.get("rollouts_missing") or 0
             no_fit = NO_FIT.get(str(of.get("fit")))
             yield (
@@ -358,11 +358,15 @@ def _rounds(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple]:
             )
 
 
+def _of_regulariser(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(f"{name}/"): value for key, value in record.items() if key.startswith(f"{name}/")}
+
+
 def _targets(metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple]:
     """What the trained model reached of each target."""
     for record in metrics:
         for name in [key.removesuffix("/violation_reached") for key in record if key.endswith("/violation_reached")]:
-            of = {key.removeprefix(f"{name}/"): value for key, value in record.items() if key.startswith(f"{name}/")}
+            of = _of_regulariser(name, record)
             allowed, reached, bound = of["target"], of["violation_reached"], of.get("violation_bound")
             yield (
                 *(name, f"{allowed:.2%}"),

@@ -136,7 +136,7 @@ class DualState:
         since: first round whose updates λ acted in; None before.
         base: the base model's violation rate, if the first round measured it.
         ceiling: highest λ that is still allowed, once the policy has lost its entropy; None before.
-        ceiling_since: first round whose updates the ceiling acted in; None before.
+        ceiling_since: first round whose updates the ceiling acts in; None before.
     """
 
     weight: float
