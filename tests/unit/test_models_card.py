@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 from bridle.baselines.reinforcement import ReinforcementOptions
 from bridle.constraints import Constraint
-from bridle.models.card import public_name, setting_text, write_card
+from bridle.models.card import write_card
+from bridle.models.card_text import public_name, setting_text
 
 RECIPE = {
     "model": "/srv/models/mini-en",

@@ -15,7 +15,7 @@ from bridle.certification.oracle import OracleErrors
 from bridle.constraints import Constraint, Given
 from bridle.constraints.cache import remove_caches
 from bridle.errors import UserError
-from bridle.models.card import public_name, setting_text
+from bridle.models.card_text import public_name, setting_text
 from bridle.utils.files import checked, digest, read_json, read_rows, read_text, write_json, write_rows
 from bridle.utils.percent import percent, percent_up
 

@@ -17,7 +17,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import PushInProgress
 
 from bridle.errors import RunStopped, UserError, first_line
-from bridle.models.card import CARD_FILE, add_to_header, public_name, setting_text, with_names, write_card
+from bridle.models.card import CARD_FILE, add_to_header, write_card
+from bridle.models.card_text import public_name, setting_text, with_names
 from bridle.utils.files import atomic_files
 from bridle.utils.provenance import environment
 

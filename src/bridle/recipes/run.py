@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from bridle.errors import RunStopped, UserError
-from bridle.models.card import with_names, write_card
+from bridle.models.card import write_card
+from bridle.models.card_text import with_names
 from bridle.models.hub import check_strategy, without_token
 from bridle.models.loading import load_model, load_tokenizer, warn_if_emulated
 from bridle.recipes.inputs import check_inputs, write_inputs
