@@ -13,7 +13,8 @@ from rich.console import Console
 
 from bridle.errors import UserError, plain
 from bridle.recipes.metrics import MetricsFile
-from bridle.recipes.watch import Run, view, watch
+from bridle.recipes.records import Run
+from bridle.recipes.watch import view, watch
 from bridle.utils.files import only_writer
 from report_folder import SCRIPT, make_run
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bridle.errors import UserError
 from bridle.recipes.recipe import Recipe, load_recipe
-from bridle.recipes.watch import Run
+from bridle.recipes.records import Run
 from bridle.training.config import ConstrainedConfig
 
 PHASES = {"sampling": "sampling", "scoring": "scoring", "fitting": "fitting R"}
