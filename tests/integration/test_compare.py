@@ -18,9 +18,9 @@ from bridle.comparison.plan import evaluation_of
 from bridle.errors import UserError
 from bridle.recipes.recipe import build_recipe, load_recipe
 from bridle.recipes.run import build_trainer, write_recipe
-from bridle.report.data import read_report
 from bridle.report.findings import failures, findings
 from bridle.report.html import write_report
+from bridle.report.reading import read_report
 from conftest import ROOT
 
 ALL = list(built_in.BUILT_IN)

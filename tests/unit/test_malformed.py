@@ -21,7 +21,7 @@ from bridle.data import DataSource, Domain, read_prompts, tokenize_domain
 from bridle.errors import UserError
 from bridle.evaluation.judges import read_verdict
 from bridle.recipes.recipe import build_recipe, load_recipe
-from bridle.report.data import read_report
+from bridle.report.reading import read_report
 from bridle.training.state import RegulariserState, readable
 from bridle.utils.checkpoints import last_whole
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from bridle.errors import UserError
-from bridle.report.data import Figure, Main, Method, SeedRun, read_report
+from bridle.report.data import Figure, Main, Method, SeedRun
+from bridle.report.reading import read_report
 from report_folder import DESCRIPTIONS, INSULT, REASON, SCRIPT, make_folder, make_run
 
 

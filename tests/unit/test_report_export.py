@@ -9,9 +9,10 @@ from markdown_it import MarkdownIt
 
 from bridle.errors import UserError
 from bridle.report import tables
-from bridle.report.data import Report, read_report
+from bridle.report.data import Report
 from bridle.report.export import comma_separated, latex, markdown, write_tables
 from bridle.report.measures import Cell
+from bridle.report.reading import read_report
 from bridle.report.tables import Table
 from report_folder import DESCRIPTIONS, VIOLATION, make_folder, make_run
 

@@ -11,7 +11,7 @@ import pytest
 import report_folder
 from bridle.data import write_rollouts
 from bridle.errors import UserError
-from bridle.report import data, html, measures, tables, texts
+from bridle.report import data, html, measures, reading, tables, texts
 from bridle.report.data import Completion, Guidance, GuidedToken, Report, Score, Shift, evenly_spaced
 from bridle.report.findings import findings
 from bridle.report.html import write_report
@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(folder):
-    return data.read_report(folder)
+    return reading.read_report(folder)
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +127,14 @@ def test_a_lone_surrogate_does_not_stop_the_page(tmp_path):
 
 
 def test_the_folder_of_a_training_run_has_a_page_too(tmp_path):
-    run = Page(rendered(data.read_report(report_folder.make_run(tmp_path / "my-run"))))
+    run = Page(rendered(reading.read_report(report_folder.make_run(tmp_path / "my-run"))))
     assert run.inlined("h1") == "my-run"
     assert "All methods" not in run.inlined("h2")
     assert "rude: 76.0% of rollouts complied in round 1, 90.0% of rollouts complied in round 2." in run.inlined("p")
 
 
 def test_a_training_run_shows_its_rounds_regulariser_by_regulariser(tmp_path):
-    rude, plain = tables.rounds(data.read_report(report_folder.make_run(tmp_path / "run")))
+    rude, plain = tables.rounds(reading.read_report(report_folder.make_run(tmp_path / "run")))
     assert (rude.caption, rude.of, list(rude.rows)) == ("Regulariser rude", "Round", ["1", "2"])
     assert rude.columns[:5] == ["drawn", "compliance, %", "clipped, %", "missing", "truncated"]
     assert [cell.text for cell in rude.rows["1"]] == [
@@ -151,7 +151,7 @@ def test_a_comparison_leaves_rounds_and_rollouts_to_its_runs(page, report):
 
 
 def test_plots_lead_to_tables_that_are_there(report, tmp_path):
-    run = data.read_report(report_folder.make_run(tmp_path / "run"))
+    run = reading.read_report(report_folder.make_run(tmp_path / "run"))
     for shown, places in ((report, ["methods"]), (run, ["rounds", "rounds"])):
         written = rendered(shown)
         captions = "".join(re.findall(r"<figcaption>.*?</figcaption>", written, re.DOTALL))
@@ -179,7 +179,7 @@ def test_methods_disagree_where_one_violates_what_another_keeps(outcomes, disagr
 
 
 def test_a_training_run_shows_rollouts_covered_unless_they_comply(tmp_path):
-    report = data.read_report(report_folder.make_run(tmp_path / "run"))
+    report = reading.read_report(report_folder.make_run(tmp_path / "run"))
     page = Page(rendered(replace(report, rollouts=[replace(report.rollouts[0], finished=False), *report.rollouts[1:]])))
     assert [text for text, above in page.texts if above and above[-1][0] == "h3"] == [
         "regulariser rude", "Round 1, rude", "Round 2, rude"
@@ -198,8 +198,8 @@ def test_of_many_rollouts_the_first_and_the_last_round_are_among_the_shown(tmp_p
     folder = report_folder.make_run(tmp_path / "run")
     for number in range(3, 31):
         write_rollouts(folder / "rollouts" / f"round-{number}.rude.jsonl", 5 * report_folder.rollouts(number))
-    shown = [(one.round, one.completion) for one in data.read_report(folder).rollouts]
-    assert len(shown) == data.MOST_ROUNDS * data.SHOWN_ROLLOUTS
+    shown = [(one.round, one.completion) for one in reading.read_report(folder).rollouts]
+    assert len(shown) == data.MOST_ROUNDS * reading.SHOWN_ROLLOUTS
     assert (shown[0][0], shown[-1]) == (1, (30, "what a muddlehead"))
 
 
@@ -222,7 +222,7 @@ def test_every_text_that_is_not_ours_is_escaped(tmp_path):
         path.write_text(
             spiked.replace(f"{json.dumps(HOSTILE)[1:-1]}constrained-adaptive/seed", "constrained-adaptive/seed")
         )
-    page = Page(rendered(data.read_report(folder)))
+    page = Page(rendered(reading.read_report(folder)))
     assert len(page.all("script")) == 1
     assert page.all("img") == []
     assert [at for _, at in page.elements if any(name.startswith("on") or name == "style" for name in at)] == []
@@ -400,7 +400,7 @@ def test_all_methods_of_the_lowest_rate_are_named(report):
 
 
 def test_a_training_run_warns_in_its_summary_too(tmp_path):
-    run = data.read_report(report_folder.make_run(tmp_path / "run"))
+    run = reading.read_report(report_folder.make_run(tmp_path / "run"))
     assert findings(run)[-1] == "Training gave 3 warnings; the first: round 1, rude: violations rose."
 
 
@@ -416,7 +416,7 @@ def test_the_summary_of_a_run_begins_with_its_target(tmp_path):
     folder = report_folder.make_run(tmp_path / "run")
     with_target(folder, 0.12)  # of an earlier end of the run
     with_target(folder, 0.07)
-    assert findings(data.read_report(folder))[0] == (
+    assert findings(reading.read_report(folder))[0] == (
         "The target of rude, at most 10% violations, is met: 7.0% (95% interval 5.0% to 10.0%) of the trained "
         "model’s rollouts."
     )
@@ -425,7 +425,7 @@ def test_the_summary_of_a_run_begins_with_its_target(tmp_path):
 def test_a_mean_score_is_no_rate(tmp_path):
     folder = report_folder.make_run(tmp_path / "run")
     with_target(folder, 0.18, target=0.2, mean_score_reached=0.82)
-    assert findings(data.read_report(folder))[0] == (
+    assert findings(reading.read_report(folder))[0] == (
         "The target of rude, a mean score of at least 0.8, is met: 0.820 (95% interval 0.790 to 0.840) of the trained "
         "model’s rollouts."
     )
@@ -434,18 +434,18 @@ def test_a_mean_score_is_no_rate(tmp_path):
 def test_a_bound_is_not_rounded_to_its_target(tmp_path):
     folder = report_folder.make_run(tmp_path / "run")
     with_target(folder, 0.035, target=0.05, violation_bound=0.0500114)
-    assert "at most 5% violations, is missed" in findings(data.read_report(folder))[0]
-    assert "with the asked confidence at most 5.002%)" in findings(data.read_report(folder))[0]
+    assert "at most 5% violations, is missed" in findings(reading.read_report(folder))[0]
+    assert "with the asked confidence at most 5.002%)" in findings(reading.read_report(folder))[0]
     small = report_folder.make_run(tmp_path / "small")
     with_target(small, 0.0002, target=0.0004)
-    assert "at most 0.04% violations, is met: 0.02% " in findings(data.read_report(small))[0]
+    assert "at most 0.04% violations, is met: 0.02% " in findings(reading.read_report(small))[0]
 
 
 def test_the_summary_of_a_comparison_begins_with_the_target_and_its_cost(tmp_path):
     folder = report_folder.make_folder(tmp_path / "comparison")
     for seed, value in ((0, 0.07), (1, 0.12)):
         with_target(folder / "constrained-adaptive" / f"seed-{seed}", value)
-    report = data.read_report(folder)
+    report = reading.read_report(folder)
     assert findings(report)[0] == (
         "The target of rude, at most 10% violations, is met by 1 of 2 seeds: 7.0% (95% interval 5.0% to 10.0%) and "
         "12.0% (95% interval 10.0% to 15.0%) of "
@@ -488,7 +488,7 @@ def test_a_judge_that_failed_is_named_in_the_summary(report):
 
 
 def test_the_contents_call_the_sections_as_their_headings_do(page, tmp_path):
-    for one in (page, Page(rendered(data.read_report(report_folder.make_run(tmp_path / "run"))))):
+    for one in (page, Page(rendered(reading.read_report(report_folder.make_run(tmp_path / "run"))))):
         links = [text for text, above in one.texts if "nav" in [tag for tag, _ in above] and above[-1][0] == "a"]
         headings = [text for text, above in one.texts if above and above[-1][0] == "h2"]
         assert links == headings
@@ -567,7 +567,7 @@ def test_a_method_without_a_completion_says_so():
 @pytest.mark.parametrize("kind", ["comparison", "run"])
 def test_screen_readers_find_their_way(page, kind, tmp_path):
     if kind == "run":
-        page = Page(rendered(data.read_report(report_folder.make_run(tmp_path / "run"))))
+        page = Page(rendered(reading.read_report(report_folder.make_run(tmp_path / "run"))))
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h\d", tag)]
     assert levels[0] == 1
     assert all(later - earlier <= 1 for earlier, later in pairwise(levels))

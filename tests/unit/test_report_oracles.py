@@ -5,10 +5,11 @@ import json
 import pytest
 
 from bridle.report import html, tables
-from bridle.report.data import Estimate, Main, read_report
+from bridle.report.data import Estimate, Main
 from bridle.report.findings import findings
 from bridle.report.pareto import tradeoffs
 from bridle.report.plots import draw_plots
+from bridle.report.reading import read_report
 from report_folder import VIOLATION, estimate, figure, make_folder
 
 JUDGE = "careful"

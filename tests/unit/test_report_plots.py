@@ -15,7 +15,7 @@ from matplotlib.text import Text
 
 from bridle.errors import UserError
 from bridle.report import pareto, tables
-from bridle.report.data import Curve, Figure, Figures, Main, Method, RegulariserRound, Report, Round, read_report
+from bridle.report.data import Curve, Figure, Figures, Main, Method, RegulariserRound, Report, Round
 from bridle.report.html import write_report
 from bridle.report.pareto import pareto_front, tradeoffs
 from bridle.report.plots import (
@@ -27,6 +27,7 @@ from bridle.report.plots import (
     training_curves,
     write_plots,
 )
+from bridle.report.reading import read_report
 from bridle.report.style import method_style
 from bridle.report.svg import PIXELS, svg
 from report_folder import DESCRIPTIONS, make_folder, make_run

@@ -17,8 +17,8 @@ from bridle.report.data import (
     Report,
     Round,
     SeedRun,
-    read_report,
 )
+from bridle.report.reading import read_report
 from bridle.report.recommendation import recommendation
 from report_folder import make_folder
 

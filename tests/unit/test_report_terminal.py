@@ -9,8 +9,9 @@ from rich.cells import cell_len
 
 from bridle.errors import plain
 from bridle.report import tables as made
-from bridle.report.data import Figure, Figures, Main, Method, Report, read_report
+from bridle.report.data import Figure, Figures, Main, Method, Report
 from bridle.report.html import render
+from bridle.report.reading import read_report
 from bridle.report.terminal import tables
 from report_folder import DESCRIPTIONS, REASON, judge_examined, make_folder
 

@@ -46,8 +46,8 @@ def compare(
     code is 3.
     """
     from bridle.comparison.compare import Comparison
-    from bridle.report.data import read_report
     from bridle.report.html import write_report
+    from bridle.report.reading import read_report
     from bridle.report.terminal import tables
 
     loaded = read_recipe(recipe, context)

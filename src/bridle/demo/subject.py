@@ -13,7 +13,7 @@ from bridle.constraints import Constraint
 from bridle.errors import UserError
 from bridle.recipes.recipe import Recipe, load_recipe
 from bridle.recipes.run import RECIPE_FILE
-from bridle.report.data import results_of
+from bridle.report.reading import results_of
 from bridle.utils.files import read_json
 
 MOST = 4  # variants side by side

@@ -16,8 +16,8 @@ from bridle.quickstart.smollm2 import smollm2
 from bridle.recipes.dry_run import unsaved
 from bridle.recipes.recipe import Recipe, build_recipe
 from bridle.recipes.run import RECIPE_FILE, build_trainer
-from bridle.report.data import read_report
 from bridle.report.html import write_report
+from bridle.report.reading import read_report
 from bridle.report.terminal import tables
 from bridle.utils.settings import read_yaml, set_dotted
 from bridle.utils.variables import filled

@@ -17,9 +17,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from bridle.report import plots, strip, tables, texts
-from bridle.report.data import Report, read_report
+from bridle.report.data import Report
 from bridle.report.export import write_tables
 from bridle.report.findings import failures, findings, warnings
+from bridle.report.reading import read_report
 from bridle.report.recommendation import recommendation
 from bridle.report.style import missing_glyphs_in_one_line
 from bridle.report.svg import svg
