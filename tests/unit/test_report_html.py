@@ -145,6 +145,30 @@ def test_a_training_run_shows_its_rounds_regulariser_by_regulariser(tmp_path):
     assert retained == ["–"] * 5 + ["2", "–", "0.0362"] + ["–"] * 5
 
 
+def test_a_training_run_shows_r_against_the_truth_if_it_was_measured(tmp_path):
+    folder = report_folder.make_run(tmp_path / "run")
+    assert tables.critics(reading.read_report(folder)) is None
+    known = {"mae": 0.21, "correlation": 0.5, "skill": [0.2, 0.08], "skill_violating": [-0.5, 0.1], "guided": 0.047}
+    blind = {"mae": 0.3, "correlation": None, "skill": None, "skill_violating": None, "skill_texts": 0, "kl_closed": 0}
+    measured = {"the run's": known | {"skill_texts": 0.11, "kl_closed": 0.4}, "few": blind}
+    write_json(folder / "critic.json", {"policy": {"p": 0.063, "q": 0.0, "kl_q_p": 0.07}, "variants": measured})
+    report = reading.read_report(folder)
+    table = tables.critics(report)
+    assert {name: [cell.text for cell in cells] for name, cells in table.rows.items()} == {
+        "the run's": ["0.210", "0.50", "0.20 ± 0.08", "−0.50 ± 0.10", "0.110", "40.0", "4.7"],
+        "few": ["0.300", "–", "–", "–", "0.000", "0.0", "–"],
+    }
+    assert table.notes == ["The policy violates in 6.3% of its texts; KL(q‖p) is 0.070 nats a text."]
+    assert "R against the truth" in Page(rendered(report)).inlined("h2")
+
+
+def test_a_broken_critic_is_refused_by_its_key(tmp_path):
+    folder = report_folder.make_run(tmp_path / "run")
+    write_json(folder / "critic.json", {"policy": {"p": "much", "kl_q_p": 0.07}, "variants": {}})
+    with pytest.raises(UserError, match=r"critic\.json: policy\.p: "):
+        reading.read_report(folder)
+
+
 def test_a_comparison_leaves_rounds_and_rollouts_to_its_runs(page, report):
     assert tables.rounds(report) == []
     assert "Rollouts" not in page.inlined("h2")

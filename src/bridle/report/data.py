@@ -197,6 +197,45 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Critic:
+    """How far one R is from the truth; a skill is 1 − MSE / MSE of the best constant.
+
+    Attributes:
+        mae: mean absolute error at prefixes.
+        correlation: Pearson's, with the true R; None if one of them is constant.
+        skill: at prefixes of the policy's texts, and its standard error; None if the truth is constant.
+        skill_violating: the same at prefixes of texts that violate.
+        skill_texts: against the verdicts on whole texts.
+        kl_closed: 1 − KL(q ‖ q_R) / KL(q ‖ p).
+        guided: share of violations in samples of q_R.
+    """
+
+    mae: float
+    skill_texts: float
+    kl_closed: float
+    correlation: float | None = None
+    skill: tuple[float, float] | None = None
+    skill_violating: tuple[float, float] | None = None
+    guided: float | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The policy that an R was fitted on: the share of its texts that violate, and KL(q ‖ p) in nats a text."""
+
+    p: float
+    kl_q_p: float
+
+
+@dataclass(frozen=True)
+class Critics:
+    """What `benchmarks/critic.py` measured of a run: the run's R among `variants`, and the policy."""
+
+    policy: Policy
+    variants: dict[str, Critic]
+
+
+@dataclass(frozen=True)
 class Score:
     """A constraint's score of a text, from 0 (violates) to 1 (complies); None if missing, with the reason."""
 
@@ -286,7 +325,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Report:
-    """The data of a report; the fields of a training run are recipe, seeds, environment, curves and rollouts.
+    """The data of a report; the fields of a training run are recipe, seeds, environment, curves, rollouts and critics.
 
     Attributes:
         recipe: the recipe's name.
@@ -301,6 +340,7 @@ class Report:
         judge_examined: what the judge was worth on pairs with a known answer; None if it was not examined.
         curves: training runs in the order of methods and seeds.
         rollouts: some rollouts, by round and regulariser.
+        critics: R against the truth, if it was measured.
         recipe_text: the resolved recipe, YAML.
     """
 
@@ -319,6 +359,7 @@ class Report:
     curves: list[Curve] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
+    critics: Critics | None = None
     guidance: Guidance | None = None
     recipe_text: str = ""
 

@@ -12,6 +12,7 @@ from bridle.errors import UserError
 from bridle.report.data import (
     MOST_ROUNDS,
     Completion,
+    Critics,
     Curve,
     Guidance,
     Method,
@@ -91,8 +92,14 @@ def _read_training_run(folder: Path) -> Report:
     environment = read_json(path, dict[str, Any]) if path.is_file() else {}
     seed = environment.get("seed", 0)
     name = folder.resolve().name
-    curves, rollouts = [_curve(name, str(seed), folder)], list(_rollouts(folder / "rollouts"))
-    return Report(recipe=name, seeds=[seed], environment=environment, curves=curves, rollouts=rollouts)
+    return Report(
+        recipe=name,
+        seeds=[seed],
+        environment=environment,
+        curves=[_curve(name, str(seed), folder)],
+        rollouts=list(_rollouts(folder / "rollouts")),
+        critics=read_json(path, Critics) if (path := folder / "critic.json").is_file() else None,
+    )
 
 
 def _rollouts(folder: Path) -> Iterator[Rollout]:

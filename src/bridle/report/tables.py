@@ -7,7 +7,7 @@ from itertools import chain, groupby
 from bridle.evaluation.judge_examination import LEAST_ACCURACY
 from bridle.evaluation.statistics import Estimate
 from bridle.evaluation.win_rate import WinRates
-from bridle.report.data import FigureComparison, RegulariserRound, Report
+from bridle.report.data import Critic, FigureComparison, RegulariserRound, Report
 from bridle.report.measures import (
     MISSING,
     PERCENT,
@@ -42,6 +42,12 @@ ROUND_COLUMNS = {
     "λ": ("value", "target, %"),
     "KL(q‖p)": ("nats", "left out, %"),
     "R": ("fit", "Brier", "skill", "ECE"),
+}
+
+CRITIC_COLUMNS = {
+    "Error": ("mean absolute", "correlation"),
+    "Skill": ("on-policy", "after violations", "whole texts"),
+    "Guidance": ("KL closed, %", "violation, %"),
 }
 
 
@@ -177,6 +183,34 @@ def _round(found: RegulariserRound) -> list[Cell]:
     ]
 
 
+def critics(report: Report) -> Table | None:
+    """R against the truth, a row for each R; None where it was not measured."""
+    found = report.critics
+    if found is None:
+        return None
+    rate, kl = PERCENT.write(found.policy.p), found.policy.kl_q_p
+    policy = f"The policy violates in {rate}% of its texts; KL(q‖p) is {kl:.3f} nats a text."
+    groups = [(heading, len(columns)) for heading, columns in CRITIC_COLUMNS.items()]
+    columns = [column for columns in CRITIC_COLUMNS.values() for column in columns]
+    rows = {name: _critic(one) for name, one in found.variants.items()}
+    return Table("R against the truth", groups, columns, rows, [policy], of="R")
+
+
+def _critic(found: Critic) -> list[Cell]:
+    return [
+        _plain(found.mae, ".3f"),
+        _plain(found.correlation, ".2f"),
+        *(Cell() if pair is None else _with_error(*pair) for pair in (found.skill, found.skill_violating)),
+        _plain(found.skill_texts, ".3f"),
+        _percent(found.kl_closed),
+        _percent(found.guided),
+    ]
+
+
+def _with_error(value: float, error: float) -> Cell:
+    return Cell(f"{value:.2f} ± {error:.2f}".replace("-", "−"), estimate=_alone(value))
+
+
 def _plain(value: float | None, form: str) -> Cell:
     return Cell() if value is None else Cell(format(value, form), estimate=_alone(value))
 
@@ -221,6 +255,7 @@ def every(report: Report) -> dict[str, Table]:
         **further(report),
         "differences": _all_differences(report),
         "rounds": _all_rounds(report),
+        "critics": critics(report),
     }
     return {name: table for name, table in found.items() if table is not None}
 
