@@ -208,11 +208,11 @@ def _critic(found: Critic) -> list[Cell]:
 
 
 def _with_error(value: float, error: float) -> Cell:
-    return Cell(f"{value:.2f} ± {error:.2f}".replace("-", "−"), estimate=_alone(value))
+    return Cell(f"{_plain(value, '.2f').text} ± {error:.2f}", estimate=_alone(value))
 
 
 def _plain(value: float | None, form: str) -> Cell:
-    return Cell() if value is None else Cell(format(value, form), estimate=_alone(value))
+    return Cell() if value is None else Cell(format(value, form).replace("-", "−"), estimate=_alone(value))
 
 
 def _percent(share: float | None) -> Cell:
