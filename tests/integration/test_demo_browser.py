@@ -234,9 +234,10 @@ def test_what_falls_below_the_bound_on_r_is_begun_anew_and_then_withheld(visit):
     page = visit()
     set_number(page, "Stop and draw anew below R", "0.95")
     write(page, tokens=24)
-    judged(page)
+    page.get_by_text("then withheld").first.wait_for()
     states = page.locator(".written").first.locator(".state").first.inner_text()
     assert states == "0 of at most 24 tokens, stopped and begun anew 4 times, then withheld"
+    assert page.locator(".verdict").count() == 0, "what is withheld is not judged"
 
 
 def test_stop_ends_the_texts_and_has_them_judged(visit, slowly):
