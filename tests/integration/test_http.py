@@ -136,11 +136,13 @@ def test_a_server_that_asks_for_a_day_is_given_up(server, endpoint):
 
 
 def test_it_keeps_to_a_rate(server, endpoint):
-    server.answer = lambda request: ok(GOOD)
+    times = []
+    server.answer = lambda request: times.append(time.monotonic()) or ok(GOOD)
     endpoint = Endpoint(server.url, requests_per_minute=60 / 0.05)
     began = time.monotonic()
     ask(endpoint, *range(4))
-    assert time.monotonic() - began >= 0.15, "the fourth waits for three intervals"
+    assert all(time - began >= 0.05 * place for place, time in enumerate(times)), "each waits for those before it"
+    assert len(times) == 4
 
 
 def test_so_many_are_under_way_at_a_time(server, endpoint):
