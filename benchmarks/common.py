@@ -21,6 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
+from bridle.recipes.recipe import parse_overrides
 from bridle.utils.files import write_json
 from bridle.utils.provenance import environment
 
@@ -38,7 +39,9 @@ PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2
 
 def parser_of(description: str | None, repeats: int = 5) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
@@ -46,8 +49,11 @@ def parser_of(description: str | None, repeats: int = 5) -> argparse.ArgumentPar
     return parser
 
 
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    options = parser.parse_args()
+def parsed(parser: argparse.ArgumentParser, recipe_keys: bool = False) -> argparse.Namespace:
+    """The options given; with `recipe_keys`, those that the parser lacks are keys of a recipe, in `overrides`."""
+    options, rest = parser.parse_known_args() if recipe_keys else (parser.parse_args(), [])
+    if recipe_keys:
+        options.overrides = parse_overrides(rest)
     torch.set_num_threads(options.threads)
     gc.freeze()  # what the libraries made when they were imported is neither searched nor counted
     return options

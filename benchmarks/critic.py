@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import markdown, parser_of, write
+from common import markdown, parsed, parser_of, write
 from sklearn.metrics import roc_auc_score
 
 from bridle.constraints import Constraint
@@ -49,7 +49,7 @@ from bridle.models.guidance import NADOGuide
 from bridle.models.hidden import project
 from bridle.models.loading import end_token_ids, load_model
 from bridle.models.sampling import sample
-from bridle.recipes.recipe import Recipe, load_recipe, parse_overrides
+from bridle.recipes.recipe import Recipe, load_recipe
 from bridle.recipes.run import build_trainer
 from bridle.training.config import AuxiliaryOptions
 from bridle.training.examples import Examples, encode
@@ -530,9 +530,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="texts of the policy after each prompt")
     parser.add_argument("--guided", type=int, default=8, help="samples of q_R after each prompt; 0 for none")
     parser.add_argument("--cache", type=Path, default=cache_folder() / "critic")
-    options, rest = parser.parse_known_args()
-    torch.set_num_threads(options.threads)
-    overrides = {"report_to": [], "disable_tqdm": True, "use_cpu": options.device == "cpu", **parse_overrides(rest)}
+    options = parsed(parser, recipe_keys=True)
+    overrides = {"report_to": [], "disable_tqdm": True, "use_cpu": options.device == "cpu", **options.overrides}
     kept = None
     with tempfile.TemporaryDirectory() as work:
         path = options.source

@@ -1,12 +1,13 @@
 """Wall-clock to half of the base's violation rate: constrained tuning against TRL's RLOO and GRPO.
 
-    python benchmarks/time_to_control.py --json FILE
+    python benchmarks/time_to_control.py --json FILE [--KEY VALUE ...]
 
-All begin with the recipe's model and ask its first constraint; reinforcement learning gets the prompts that constrained
-tuning samples from, and the recipe's `methods.rl`. Every few updates the rate is measured on the recipe's first set of
-held-out prompts, always with the same random numbers, and that time is not counted. The goal is reached at the first of
-two measurements in a row that are there. A repeat is a seed of its own. Constrained tuning learns the corpus meanwhile;
-reinforcement learning never reads it.
+KEY is any key of the recipe, set for constrained tuning alone. All begin with the recipe's model and ask its first
+constraint; reinforcement learning gets the prompts that constrained tuning samples from by the recipe, and the recipe's
+`methods.rl`. Every few updates the rate is measured on the recipe's first set of held-out prompts, always with the same
+random numbers, and that time is not counted. The goal is reached at the first of two measurements in a row that are
+there. A repeat is a seed of its own. Constrained tuning learns the corpus meanwhile; reinforcement learning never reads
+it.
 """
 
 import argparse
@@ -130,7 +131,8 @@ def reinforced(algorithm: str, recipe: Recipe, clock: ControlClock, folder: Path
 def run(method: str, options: argparse.Namespace, goal: float, seed: int) -> dict[str, Any]:
     """One method with one seed: when it reached the goal, if it did, and how it came there."""
     free_memory()
-    recipe = load_recipe(options.recipe, {**QUIET, "use_cpu": options.device == "cpu", "seed": seed})
+    given = options.overrides if method == CONSTRAINED else {}
+    recipe = load_recipe(options.recipe, {**QUIET, "use_cpu": options.device == "cpu", **given, "seed": seed})
     clock = ControlClock(rate_of(recipe, options), goal, options.every, options.limit)
     with tempfile.TemporaryDirectory() as folder:
         if method == CONSTRAINED:
@@ -189,7 +191,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="a prompt")
     parser.add_argument("--updates", type=int, default=500, help="of reinforcement learning, at most")
     parser.add_argument("--limit", type=float, default=1800, help="seconds of a run, at most")
-    options = parsed(parser)
+    options = parsed(parser, recipe_keys=True)
     results = measure(options)
     print(f"\nbase {results['violation_of_base']:.3f}, goal {results['goal']:.3f}\n\n{table(results)}")
     write(options, results)

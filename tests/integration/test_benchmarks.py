@@ -168,7 +168,8 @@ class TestTimeToControl:
         methods = {"rl": {"batch_size": 4, "num_generations": 2}}
         path = recipe(evaluation=evaluation, methods=methods, max_steps=4)
         small = ("--share", 100, "--every", 1, "--prompts", 4, "--samples", 2, "--updates", 4, "--repeats", 1)
-        found = benchmark("time_to_control", "--recipe", path, *small)
+        found = benchmark("time_to_control", "--recipe", path, *small, "--rollouts_per_round", 3)
+        assert found["settings"]["overrides"] == {"rollouts_per_round": 3}
         for method in ("constrained", "rloo", "grpo"):
             (run,) = found["raw"][method]
             assert run["reached"] == run["curve"][0]
