@@ -208,7 +208,7 @@ def test_resuming_makes_again_only_what_a_change_concerns(bridle, comparison, tm
     (folder / "sft/seed-0/results.json").unlink()
     _, err = made_after("--methods.rl.window", 3)
     assert "is made again" not in err, "what an incomplete run keeps is of no other method"
-    assert made_after("--regularisers.rude.weight", 8)[0] == {"other", "upon"}
+    assert made_after("--regularisers.rude.weight", 8, "--rounds", 1)[0] == {"other", "upon"}
     (folder / "sft/seed-0/candidate.json").unlink()
     assert made_after("--auxiliary.memory", 8)[0] == {"sft", "other", "upon"}, "its run would not resume"
     assert made_after("--learning_rate", 1e-3)[0] == {"sft", "other", "upon"}
@@ -228,8 +228,9 @@ def test_what_a_constraint_chose_is_made_again_with_another(comparison, tmp_path
     given, folder = yaml.safe_load(comparison.read_text()), tmp_path / "out"
     cell = folder / "sft" / "seed-0"
     changes = {"constraints": {"no p": {"type": "regex", "pattern": "x"}}}
-    for best, is_kept in ((None, True), ({"violation": 0.3}, False)):
-        before = given | {"eval": {"share": 0.25, "best": best}}
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0}
+    for best, schedule, is_kept in ((None, {}, True), ({"violation": 0.3}, {}, False), (None, plateau, False)):
+        before = given | {"eval": {"share": 0.25, "best": best}} | schedule
         cell.mkdir(parents=True)
         write_recipe(build_recipe(before), folder)
         (cell / "candidate.json").write_text(json.dumps({"model": given["model"]}))

@@ -19,11 +19,11 @@ _CONSTRAINED, _OF_R = ("constraints", "regularisers"), ("auxiliary", "rollouts_p
 _OF_TARGETS = ("target_cache", "target_tokens")
 
 UNSEEN: dict[str, tuple[str, ...]] = {
-    "filtration": (*_OF_R, *_OF_TARGETS),
+    "filtration": (*_OF_R, *_OF_TARGETS, "rounds"),
     **dict.fromkeys(
-        ("sft", *(name for name in rivals.METHODS if name != "dpo")), (*_CONSTRAINED, *_OF_R, *_OF_TARGETS)
+        ("sft", *(name for name in rivals.METHODS if name != "dpo")), (*_CONSTRAINED, *_OF_R, *_OF_TARGETS, "rounds")
     ),
-    "sft-kl": (*_CONSTRAINED, *_OF_R),  # its retention has targets
+    "sft-kl": (*_CONSTRAINED, *_OF_R, "rounds"),  # its retention has targets
 }
 """By method, the keys and sections of a recipe that it does not read, unless held-out violations choose its weights."""
 

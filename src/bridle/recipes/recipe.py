@@ -54,6 +54,7 @@ from bridle.utils.settings import (
 )
 from bridle.utils.variables import Variables, expanded
 
+FOLLOW_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules that read the measured loss or rate
 NO_QUANTISATION = "training of a quantised model is not supported; set dtype: bfloat16, or lora"
 NOT_IN_RECIPES = {
     "output_dir": "the command line names it, as --output_dir FOLDER; leave it out",
@@ -111,8 +112,9 @@ class Recipe:
 
     @property
     def chooses_by_violations(self) -> bool:
-        """Whether violations of held-out prompts may choose the weights that a run keeps."""
-        return self.eval is not None and bool(self.eval.best or self.training.get("load_best_model_at_end"))
+        """Whether violations of held-out prompts may choose the weights that a run keeps, or its learning rate."""
+        follows = self.training.get("lr_scheduler_type") in FOLLOW_EVALUATION
+        return self.eval is not None and bool(self.eval.best or self.training.get("load_best_model_at_end") or follows)
 
     def read_corpus(self) -> dict[str, Dataset]:
         """The rows of every domain. Raises as `Domain.read`."""
