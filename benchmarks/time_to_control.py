@@ -133,7 +133,7 @@ def run(method: str, options: argparse.Namespace, goal: float, seed: int) -> dic
     free_memory()
     given = options.overrides if method == CONSTRAINED else {}
     recipe = load_recipe(options.recipe, {**QUIET, "use_cpu": options.device == "cpu", **given, "seed": seed})
-    clock = ControlClock(rate_of(recipe, options), goal, options.every, options.limit)
+    clock = ControlClock(rate_of(load_recipe(options.recipe), options), goal, options.every, options.limit)
     with tempfile.TemporaryDirectory() as folder:
         if method == CONSTRAINED:
             constrained(recipe, clock, Path(folder))
@@ -192,6 +192,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=500, help="of reinforcement learning, at most")
     parser.add_argument("--limit", type=float, default=1800, help="seconds of a run, at most")
     options = parsed(parser, recipe_keys=True)
+    if "seed" in options.overrides:
+        parser.error("--seed: a repeat is a seed of its own; set --repeats")
     results = measure(options)
     print(f"\nbase {results['violation_of_base']:.3f}, goal {results['goal']:.3f}\n\n{table(results)}")
     write(options, results)

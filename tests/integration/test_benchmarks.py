@@ -176,6 +176,8 @@ class TestTimeToControl:
             assert [measured["updates"] for measured in run["curve"]] == [1, 2]
         ours, rloo = (found["raw"][method][0]["reached"]["seconds"] for method in ("constrained", "rloo"))
         assert found["rloo_over_constrained"] == pytest.approx(rloo / ours)
+        with pytest.raises(SystemExit):
+            benchmark("time_to_control", "--recipe", path, "--seed", 1)
 
     def test_two_in_a_row_count_and_the_measuring_does_not(self, tiny_model):
         from time_to_control import ControlClock

@@ -231,6 +231,7 @@ def test_what_a_constraint_chose_is_made_again_with_another(comparison, tmp_path
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0}
     for best, schedule, is_kept in ((None, {}, True), ({"violation": 0.3}, {}, False), (None, plateau, False)):
         before = given | {"eval": {"share": 0.25, "best": best}} | schedule
+        assert build_recipe(before).chooses_by_violations == (best is not None), "a learning rate chooses none"
         cell.mkdir(parents=True)
         write_recipe(build_recipe(before), folder)
         (cell / "candidate.json").write_text(json.dumps({"model": given["model"]}))

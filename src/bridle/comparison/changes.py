@@ -25,7 +25,7 @@ UNSEEN: dict[str, tuple[str, ...]] = {
     ),
     "sft-kl": (*_CONSTRAINED, *_OF_R, "rounds"),  # its retention has targets
 }
-"""By method, the keys and sections of a recipe that it does not read, unless held-out violations choose its weights."""
+"""By method, the keys and sections of a recipe that it does not read, unless held-out evaluation changes its model."""
 
 BOUNDS = ("methods.rl.max_steps", "methods.rl.save_every")
 """Keys that affect no method: a run that such a bound ended resumes, and makes the same updates."""

@@ -179,7 +179,7 @@ class Comparison:
         builds_on = {folder: self._builds_on(name, folder.name) for name, folder in cells}  # before any is removed
         for name, folder in cells:
             # A run resumes from its checkpoint only with the recipe that it has written.
-            reads_all = self.recipe.chooses_by_violations or not (folder / CANDIDATE).exists()
+            reads_all = self.recipe.depends_on_evaluation or not (folder / CANDIDATE).exists()
             if changed := [key for key in self._changed if affects(key, builds_on[folder], reads_all)]:
                 self.show(f"{name}, {folder.name}: is made again, as {', '.join(changed)} differ")
                 for file in (RESULTS, CANDIDATE):  # first, so that a half-removed cell does not look whole

@@ -112,9 +112,14 @@ class Recipe:
 
     @property
     def chooses_by_violations(self) -> bool:
-        """Whether violations of held-out prompts may choose the weights that a run keeps, or its learning rate."""
-        follows = self.training.get("lr_scheduler_type") in FOLLOW_EVALUATION
-        return self.eval is not None and bool(self.eval.best or self.training.get("load_best_model_at_end") or follows)
+        """Whether violations of held-out prompts may choose the weights that a run keeps."""
+        return self.eval is not None and bool(self.eval.best or self.training.get("load_best_model_at_end"))
+
+    @property
+    def depends_on_evaluation(self) -> bool:
+        """Whether held-out evaluation may change the model, by a choice of weights or by the learning rate."""
+        follows = self.eval is not None and self.training.get("lr_scheduler_type") in FOLLOW_EVALUATION
+        return self.chooses_by_violations or follows
 
     def read_corpus(self) -> dict[str, Dataset]:
         """The rows of every domain. Raises as `Domain.read`."""
