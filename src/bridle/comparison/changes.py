@@ -15,15 +15,16 @@ MEASURED = ("evaluation", "constraints", "max_new_tokens")
 ASIDE = ("evaluation.examine", "evaluation.judge")
 """Keys of these sections that say how constraints and judges are measured, and no model."""
 
-_CONSTRAINED, _OF_R = ("constraints", "regularisers"), ("auxiliary", "rollouts_per_round", "rollout_batch_size")
+_CONSTRAINED = ("constraints", "regularisers")
+_OF_R = ("auxiliary", "rounds", "rollouts_per_round", "rollout_batch_size")
 _OF_TARGETS = ("target_cache", "target_tokens")
 
 UNSEEN: dict[str, tuple[str, ...]] = {
-    "filtration": (*_OF_R, *_OF_TARGETS, "rounds"),
+    "filtration": (*_OF_R, *_OF_TARGETS),
     **dict.fromkeys(
-        ("sft", *(name for name in rivals.METHODS if name != "dpo")), (*_CONSTRAINED, *_OF_R, *_OF_TARGETS, "rounds")
+        ("sft", *(name for name in rivals.METHODS if name != "dpo")), (*_CONSTRAINED, *_OF_R, *_OF_TARGETS)
     ),
-    "sft-kl": (*_CONSTRAINED, *_OF_R, "rounds"),  # its retention has targets
+    "sft-kl": (*_CONSTRAINED, *_OF_R),  # its retention has targets
 }
 """By method, the keys and sections of a recipe that it does not read, unless held-out evaluation changes its model."""
 
