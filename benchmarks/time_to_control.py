@@ -2,18 +2,20 @@
 
     python benchmarks/time_to_control.py --json FILE [--KEY VALUE ...]
 
-KEY is any key of the recipe, set for constrained tuning alone. All begin with the recipe's model and ask its first
+KEY is any key of the recipe, set for constrained tuning alone. All begin with the recipe's model and train on its first
 constraint; reinforcement learning gets the prompts that constrained tuning samples from by the recipe, and the recipe's
-`methods.rl`. Every few updates the rate is measured on the recipe's first set of held-out prompts, always with the same
-random numbers, and that time is not counted. The goal is reached at the first of two measurements in a row that are
-there. A repeat is a seed of its own. Constrained tuning learns the corpus meanwhile; reinforcement learning never reads
-it.
+`methods.rl`. Every few updates the rates of all constraints that the recipe evaluates by are measured on its first set
+of held-out prompts, always with the same random numbers, and that time is not counted. `--constraint` names the one
+that has to reach the goal, by default the first, which is independent where there is one. The goal is reached at the
+first of two measurements in a row that are there. A repeat is a seed of its own. Constrained tuning learns the corpus
+meanwhile; reinforcement learning never reads it.
 """
 
 import argparse
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, count, pairwise
 from pathlib import Path
@@ -38,6 +40,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from bridle.baselines.reinforcement import reinforce
 from bridle.comparison.methods import options_of
 from bridle.comparison.plan import evaluation_of
+from bridle.constraints import Score
 from bridle.data import read_prompts
 from bridle.evaluation.generation import generate_completions
 from bridle.models.loading import load_model, load_tokenizer
@@ -47,15 +50,15 @@ from bridle.recipes.run import build_trainer
 CONSTRAINED = "constrained"
 RIVALS = ("rloo", "grpo")
 KEYS = ("seconds", "updates")
-Rate = Callable[[PreTrainedModel], float]
+Rates = Callable[[PreTrainedModel], Figures]  # of violations, by constraint
 
 
 class ControlClock(TrainerCallback):
-    """Measures the violation rate every few updates, and ends a run that has reached its goal."""
+    """Measures violation rates every few updates, and ends a run in which the one of `constraint` is at the goal."""
 
-    def __init__(self, rate: Rate, goal: float, every: int, limit: float):
-        self.rate, self.goal, self.every, self.limit = rate, goal, every, limit
-        self.curve: list[Figures] = []
+    def __init__(self, rates: Rates, constraint: str, goal: float, every: int, limit: float):
+        self.rates, self.constraint, self.goal, self.every, self.limit = rates, constraint, goal, every, limit
+        self.curve: list[dict[str, Any]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
@@ -64,29 +67,29 @@ class ControlClock(TrainerCallback):
         if state.global_step % self.every == 0:
             synchronize(model.device)
             seconds = time.perf_counter() - self._began
-            self.curve.append({"seconds": seconds, "updates": state.global_step, "violation": self.rate(model)})
+            self.curve.append({"seconds": seconds, "updates": state.global_step, "violation": self.rates(model)})
             self._began = time.perf_counter() - seconds
             control.should_training_stop |= self.reached is not None or seconds > self.limit
 
     @property
-    def reached(self) -> Figures | None:
+    def reached(self) -> dict[str, Any] | None:
         """The measurement at which the goal was reached."""
         there = (first for first, second in pairwise(self.curve) if self._is_there(first) and self._is_there(second))
         return next(there, None)
 
-    def _is_there(self, measured: Figures) -> bool:
-        return measured["violation"] <= self.goal
+    def _is_there(self, measured: dict[str, Any]) -> bool:
+        return bool(measured["violation"][self.constraint] <= self.goal)
 
 
-def rate_of(recipe: Recipe, options: argparse.Namespace) -> Rate:
-    """Measures a model's violation rate on held-out prompts."""
+def rates_of(recipe: Recipe, options: argparse.Namespace) -> Rates:
+    """Measures a model's violation rates on held-out prompts."""
     plan, tokenizer = evaluation_of(recipe), load_tokenizer(recipe.model)
-    prompt_set, constraint = next(iter(plan.prompts.values())), plan.constraints[plan.trained_on[0]]
+    prompt_set = next(iter(plan.prompts.values()))
     how = prompt_set.generation
     held_out = read_prompts(prompt_set.source, tokenizer, prefix_tokens=how.prompt_tokens)
     prompts = [prompt.ids for prompt in held_out[: options.prompts]]
 
-    def rate(model: PreTrainedModel) -> float:
+    def rates(model: PreTrainedModel) -> Figures:
         texts = generate_completions(
             model,
             tokenizer,
@@ -97,11 +100,15 @@ def rate_of(recipe: Recipe, options: argparse.Namespace) -> Rate:
             seed=0,
             decoding=how,
         )
-        verdicts = [score.complies for score in constraint.score(None, [*chain.from_iterable(texts)])]
-        known = [verdict for verdict in verdicts if verdict is not None]
-        return 1 - sum(known) / len(known)
+        flat = [*chain.from_iterable(texts)]
+        return {name: violation_rate(constraint.score(None, flat)) for name, constraint in plan.constraints.items()}
 
-    return rate
+    return rates
+
+
+def violation_rate(scores: Sequence[Score]) -> float:
+    """The share of the texts with a verdict that violate."""
+    return 1 - statistics.mean(score.complies for score in scores if score.complies is not None)
 
 
 def constrained(recipe: Recipe, clock: ControlClock, folder: Path) -> None:
@@ -133,7 +140,8 @@ def run(method: str, options: argparse.Namespace, goal: float, seed: int) -> dic
     free_memory()
     given = options.overrides if method == CONSTRAINED else {}
     recipe = load_recipe(options.recipe, {**QUIET, "use_cpu": options.device == "cpu", **given, "seed": seed})
-    clock = ControlClock(rate_of(load_recipe(options.recipe), options), goal, options.every, options.limit)
+    rates = rates_of(load_recipe(options.recipe), options)
+    clock = ControlClock(rates, options.constraint, goal, options.every, options.limit)
     with tempfile.TemporaryDirectory() as folder:
         if method == CONSTRAINED:
             constrained(recipe, clock, Path(folder))
@@ -142,15 +150,15 @@ def run(method: str, options: argparse.Namespace, goal: float, seed: int) -> dic
     return {"seed": seed, "reached": clock.reached, "curve": clock.curve}
 
 
-def base_rate(options: argparse.Namespace) -> float:
+def base_rates(options: argparse.Namespace) -> Figures:
     recipe = load_recipe(options.recipe)
     model = load_model(recipe.model, dtype=recipe.dtype, device=options.device)
-    return rate_of(recipe, options)(model)
+    return rates_of(recipe, options)(model)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    base = base_rate(options)
-    goal = options.share * base
+    base = base_rates(options)
+    goal = options.share * base[options.constraint]
     seeds = {method: count() for method in (CONSTRAINED, *options.rivals)}
     ways = {method: lambda method=method: run(method, options, goal, next(seeds[method])) for method in seeds}
     raw = interleaved(ways, options.repeats)
@@ -185,6 +193,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="with a section `evaluation`")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--constraint", help="of the recipe's evaluation, whose rate has to reach the goal")
     parser.add_argument("--share", type=float, default=0.5, help="of the base's violation rate that is the goal")
     parser.add_argument("--every", type=int, default=5, help="updates between two measurements")
     parser.add_argument("--prompts", type=int, default=300, help="held-out ones, at most")
@@ -194,8 +203,13 @@ def main() -> None:
     options = parsed(parser, recipe_keys=True)
     if "seed" in options.overrides:
         parser.error("--seed: a repeat is a seed of its own; set --repeats")
+    known = evaluation_of(load_recipe(options.recipe)).constraints
+    options.constraint = options.constraint or next(iter(known))
+    if options.constraint not in known:
+        parser.error(f"--constraint {options.constraint}: the recipe evaluates by {', '.join(known)}")
     results = measure(options)
-    print(f"\nbase {results['violation_of_base']:.3f}, goal {results['goal']:.3f}\n\n{table(results)}")
+    base = results["violation_of_base"][options.constraint]
+    print(f"\n{options.constraint}: base {base:.3f}, goal {results['goal']:.3f}\n\n{table(results)}")
     write(options, results)
 
 

@@ -170,31 +170,34 @@ class TestTimeToControl:
         small = ("--share", 100, "--every", 1, "--prompts", 4, "--samples", 2, "--updates", 4, "--repeats", 1)
         found = benchmark("time_to_control", "--recipe", path, *small, "--rollouts_per_round", 3)
         assert found["settings"]["overrides"] == {"rollouts_per_round": 3}
+        assert found["goal"] == 100 * found["violation_of_base"][found["settings"]["constraint"]]
         for method in ("constrained", "rloo", "grpo"):
             (run,) = found["raw"][method]
             assert run["reached"] == run["curve"][0]
             assert [measured["updates"] for measured in run["curve"]] == [1, 2]
+            assert run["curve"][0]["violation"].keys() == found["violation_of_base"].keys()
         ours, rloo = (found["raw"][method][0]["reached"]["seconds"] for method in ("constrained", "rloo"))
         assert found["rloo_over_constrained"] == pytest.approx(rloo / ours)
-        with pytest.raises(SystemExit):
-            benchmark("time_to_control", "--recipe", path, "--seed", 1)
+        for wrong in (("--seed", 1), ("--constraint", "unknown")):
+            with pytest.raises(SystemExit):
+                benchmark("time_to_control", "--recipe", path, *wrong)
 
     def test_two_in_a_row_count_and_the_measuring_does_not(self, tiny_model):
         from time_to_control import ControlClock
 
-        rates = iter([0.5, 0.1, 0.4, 0.2, 0.1, 0.3])
+        measured = iter([0.5, 0.1, 0.4, 0.2, 0.1, 0.3])
 
-        def rate(model):
+        def rates(model):
             time.sleep(0.05)
-            return next(rates)
+            return {"trained on": 0.1, "independent": next(measured)}
 
-        clock = ControlClock(rate, goal=0.2, every=2, limit=60)
+        clock = ControlClock(rates, "independent", goal=0.2, every=2, limit=60)
         state, control, model = TrainerState(), TrainerControl(), tiny_model()
         clock.on_train_begin(None, state, control)
         while not control.should_training_stop:
             state.global_step += 1
             clock.on_step_end(None, state, control, model=model)
-        assert [measured["violation"] for measured in clock.curve] == [0.5, 0.1, 0.4, 0.2, 0.1]
+        assert [one["violation"]["independent"] for one in clock.curve] == [0.5, 0.1, 0.4, 0.2, 0.1]
         assert clock.reached["updates"] == 8
         assert clock.curve[-1]["seconds"] < 0.05
 
