@@ -74,6 +74,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "max_length": options.length,
         "max_new_tokens": options.new_tokens,
         "lora": LORA if options.training == "lora" else None,
+        "auxiliary.corpus_outputs": 0,  # a whole recipe's would not fit so few updates; the share counts what is sampled
     }
 
 
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--anchors", nargs="+", choices=ANCHORS, default=list(ANCHORS))
     parser.add_argument("--training", choices=("full", "lora"), default="full")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations anew in the backward")
-    parser.add_argument("--on", choices=("corpus", "rollouts", "both"), default="corpus")
+    parser.add_argument("--on", choices=("corpus", "rollouts", "both"), default="rollouts")
     parser.add_argument("--share", type=float, default=10, help="trained tokens for one sampled token")
     parser.add_argument("--steps", type=int, default=60, help="policy steps of a run")
     parser.add_argument("--rounds", type=int, default=2)

@@ -193,9 +193,9 @@ def _random_oracle(vocabulary: int) -> PreTrainedModel:
 
 
 def every_regulariser(recipe: Path, **settings: Any) -> dict[str, Any]:
-    """Overrides that set the same for each regulariser of a recipe."""
-    names = load_recipe(recipe).regularisers
-    return {f"regularisers.{name}.{key}": value for name in names for key, value in settings.items()}
+    """Overrides that set the same for each regulariser of a recipe, but for retention, which has no R."""
+    held = [name for name, options in load_recipe(recipe).regularisers.items() if not options.is_retention]
+    return {f"regularisers.{name}.{key}": value for name in held for key, value in settings.items()}
 
 
 # ---------------------------------------------------------------------- whole runs

@@ -145,7 +145,9 @@ def test_sampling(benchmark):
 
 def test_rounds(benchmark, recipe):
     small = ("--steps", 8, "--rounds", 1, "--batch", 8, "--length", 24, "--new_tokens", 4, "--repeats", 1)
-    found = benchmark("rounds", "--recipe", recipe(), *small, "--anchors", "live", "shipped")
+    held = {"rude": {"constraint": "no e", "weight": 4.0}, "plain": {"constraint": "retention", "weight": 1.0}}
+    path = recipe(regularisers=held)
+    found = benchmark("rounds", "--recipe", path, *small, "--on", "corpus", "--anchors", "live", "shipped")
     for anchor in ("live", "shipped"):
         (run,) = found["raw"][anchor]
         phases = [run[phase] for phase in ("sampling", "scoring", "encoding", "fitting", "policy")]
