@@ -6,8 +6,9 @@
 From a recipe: fits R on rollouts of the recipe's model, one R for each `--variant NAME key=value ...`, whose keys are
 those of `AuxiliaryOptions`, and `rollouts`, `branches`, `soft_labels` and `seed`. With `branches=k` half of the
 rollouts are plain; the others continue, k times each, prefixes of those at which an R that is fitted on them varies
-most. From a run's folder: takes the R of a round, with the policy that it was fitted on; without `--round` the last R,
-with the final model. `--KEY VALUE` changes the recipe.
+most. `corpus_outputs`, `seek` and `replay` of the recipe act within a run and are left out. From a run's folder: takes
+the R of a round, with the policy that it was fitted on; without `--round` the last R, with the final model. `--KEY
+VALUE` changes the recipe.
 
 Prompts come from a tenth of the rows, on which no variant is fitted. At prefixes at all depths of the policy's own
 texts (*on-policy*, and of texts that violate) the true R is the share of `--continuations` of the policy that comply.
@@ -63,6 +64,7 @@ from bridle.utils.settings import parse_yaml
 BLOCK = 1_200  # rollouts drawn and kept together
 ROWS = 128  # in one forward of R over the whole vocabulary, or less
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
+OF_RUNS = ("corpus_outputs", "seek", "replay")  # options of R that act only within a run
 
 Start = tuple[Prompt, list[int]]  # a prompt, and the first tokens of its completion
 Figures = dict[str, Any]
@@ -282,14 +284,14 @@ class Truth:
         gains = np.full(len(self.texts), np.nan)
         complying = np.flatnonzero(self.violated[self.scored] == 0)
         for rows in np.array_split(complying, max(1, -(-len(complying) // ROWS))):
-            some = self.of_texts[torch.from_numpy(rows)]
+            some = self.of_texts[torch.from_numpy(rows)].to(auxiliary.device)
             states = some.states(auxiliary)
             for row, place in enumerate(self.scored[rows]):
                 mask = some.mask[row]
                 logits = project(self.world.model, some.hidden[row][mask], self.world.config.autocast_dtype).float()
                 tokens = some.completion[row][mask][:, None]
                 log_q = auxiliary.log_q(states[row][mask], logits, self.world.regulariser.options.guidance_scale)
-                gains[place] = (log_q - F.log_softmax(logits, -1)).gather(1, tokens).sum()
+                gains[place] = (log_q - F.log_softmax(logits, -1)).gather(1, tokens).sum().item()
         return self._over_q(gains) / self.kl_q_p()
 
     def _guided(self, auxiliary: AuxiliaryModel, samples: int) -> Figures:
@@ -333,9 +335,9 @@ def skill(r: np.ndarray, true_r: np.ndarray, noise: np.ndarray) -> tuple[float, 
 @torch.no_grad()
 def _r_taken(auxiliary: AuxiliaryModel, examples: Examples) -> np.ndarray:
     """R along each text, [n, time]."""
-    parts = [examples[rows] for rows in torch.arange(len(examples)).split(ROWS)]
+    parts = [examples[rows].to(auxiliary.device) for rows in torch.arange(len(examples)).split(ROWS)]
     taken = (some.r_taken(auxiliary, some.states(auxiliary)) for some in parts)
-    return torch.cat([part.sigmoid() for part in taken]).numpy()
+    return torch.cat([part.sigmoid().cpu() for part in taken]).numpy()
 
 
 def _last(along: np.ndarray, examples: Examples) -> np.ndarray:
@@ -360,19 +362,13 @@ class Fits:
         return self._examples[soft_labels][: len(rollouts)]
 
     def __call__(self, given: Mapping[str, Any]) -> tuple[AuxiliaryModel, Figures]:
-        """An R, fitted as the recipe and a variant's keys say, and what the fit reports.
-
-        Raises:
-            UserError: a key acts only within a run.
-        """
+        """An R, fitted as the recipe and a variant's keys say, and what the fit reports."""
         config, given = self.world.config, dict(given)
         count = given.pop("rollouts", config.rollouts_per_round)
         soft_labels = given.pop("soft_labels", self.world.regulariser.options.soft_labels)
         seed = given.pop("seed", 0)
         branches = given.pop("branches", 0)
-        options = AuxiliaryOptions(**{**asdict(config.auxiliary), **given})
-        if set_ := [key for key in ("corpus_outputs", "seek", "replay") if getattr(options, key)]:
-            raise UserError(f"auxiliary.{set_[0]}: acts within a run; set it to 0, or train and give the run's folder")
+        options = AuxiliaryOptions(**{**asdict(config.auxiliary), **dict.fromkeys(OF_RUNS, 0), **given})
         plain = count // 2 if branches else count
         auxiliary, report = self._fitted(self.examples(plain, soft_labels), options, seed)
         if branches:
@@ -402,7 +398,7 @@ class Fits:
         """Of each rollout the prefix with the largest variance of R over next tokens, the most varied first."""
         examples, found = self.examples(len(rollouts), soft_labels), []
         for row, rollout in enumerate(rollouts):
-            one = examples[row : row + 1]
+            one = examples[row : row + 1].to(auxiliary.device)
             logits = one.anchor_logits()
             p, r = logits.softmax(-1), auxiliary(one.states(auxiliary), anchor_logits=logits).sigmoid()
             mean = (p * r).sum(-1, keepdim=True)
@@ -417,7 +413,7 @@ def variants_of(arguments: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]
     """NAME key=value ... as a mapping by name.
 
     Raises:
-        UserError: an argument has no value.
+        UserError: an argument has no value, or its key acts only within a run.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, *settings in arguments:
@@ -425,6 +421,8 @@ def variants_of(arguments: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]
             raise UserError(f"--variant {name}: {bare[0]} is not key=value")
         pairs = (setting.split("=", 1) for setting in settings)
         found[name] = {key: parse_yaml(value, key) for key, value in pairs}
+        if of_runs := [key for key in OF_RUNS if found[name].get(key)]:
+            raise UserError(f"--variant {name}: {of_runs[0]} acts within a run; train, and give the run's folder")
     return found
 
 
@@ -484,7 +482,6 @@ def row(name: str, found: Figures) -> list[str]:
         " ".join("?" if value is None else f"{value:.2f}" for value in auc),
         f"{found['kl_closed']:.2f}",
         *(_percent(found.get(key)) for key in ("guided", "drop", "guided_independent", "drop_independent")),
-        str(found.get("r_steps", "")),
         f"{found['seconds']:.0f}" if "seconds" in found else "",
     ]
 
@@ -493,7 +490,7 @@ def table(results: Figures) -> str:
     depths = next(iter(results["variants"].values()))["auc"]
     columns = ["R", "MAE", "corr.", "skill on-policy", "skill violating", "skill texts"]
     columns += [f"AUC after {', '.join(map(str, depths))}", "KL closed", "guided %", "drop %"]
-    columns += ["independent %", "drop %", "steps", "fit s"]
+    columns += ["independent %", "drop %", "fit s"]
     policy = results["policy"]
     lines = [f"p violates {_percent(policy['p'])}%, KL(q ‖ p) {policy['kl_q_p']:.3f} nats a text"]
     if "p_independent" in policy:
@@ -502,13 +499,16 @@ def table(results: Figures) -> str:
 
 
 def measure(recipe: Recipe, options: argparse.Namespace, kept: Path | None, work: Path) -> Figures:
+    variants = variants_of(options.variant)
+    if kept is None and not variants:
+        raise UserError("--variant: name at least one, or give a run's folder; a recipe has no R to measure")
     world = world_of(recipe, options, work)
     truth = Truth(world, options)
     results: Figures = {"policy": truth.of_policy(), "variants": {}}
     if kept is not None:
         results["variants"]["the run's"] = truth.measure(load_auxiliary(kept, world.model), options.guided)
     fit = Fits(world)
-    for name, given in variants_of(options.variant).items():
+    for name, given in variants.items():
         auxiliary, report = fit(given)
         results["variants"][name] = {"settings": given, **report, **truth.measure(auxiliary, options.guided)}
         print(f"{name}: {json.dumps(results['variants'][name])}", flush=True)

@@ -74,7 +74,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "max_length": options.length,
         "max_new_tokens": options.new_tokens,
         "lora": LORA if options.training == "lora" else None,
-        "auxiliary.corpus_outputs": 0,  # a whole recipe's would not fit so few updates; the share counts what is sampled
+        "auxiliary.corpus_outputs": 0,  # too many for so few updates
     }
 
 

@@ -130,6 +130,7 @@ def reinforced(algorithm: str, recipe: Recipe, clock: ControlClock, folder: Path
         output_dir=folder,
         seed=trainer.args.seed,
         max_new_tokens=trainer.args.max_new_tokens,
+        use_cpu=trainer.args.use_cpu,
         seconds=float("inf"),  # the clock ends it
         callbacks=[clock],
     )

@@ -264,6 +264,15 @@ def test_prompts_are_the_token_ids_given(run, make, tiny_tokenizer):
     assert report["tokens"] == 2 * 8 * (len(spelt) + 1)
 
 
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_a_gpu_is_left_alone_if_asked(monkeypatch, tmp_path, algorithm):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = ReinforcementOptions(algorithm=algorithm).config(tmp_path, 0, 6, use_cpu=True)
+    assert config.use_cpu
+    assert not config.bf16
+    assert not config.gradient_checkpointing
+
+
 def test_mistakes_are_named(run, make):
     with pytest.raises(UserError, match="num_generations: 3 must be at least 2 and divide batch_size=8"):
         ReinforcementOptions(num_generations=3, batch_size=8)

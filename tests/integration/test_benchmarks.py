@@ -229,7 +229,8 @@ class TestCritic:
     SMALL = ("--prefixes", 12, "--continuations", 8, "--prompts", 6, "--samples", 4, "--guided", 2)
 
     def test_variants_on_one_policy_and_what_is_kept(self, benchmark, recipe, tmp_path, capsys):
-        path, kept = recipe(), tmp_path / "critic"
+        within_a_run = {"corpus_outputs": 8, "seek": 0.5, "epochs": 2, "batch_size": 8}
+        path, kept = recipe(auxiliary=within_a_run), tmp_path / "critic"
         variants = ("--variant", "a", "rollouts=16", "--variant", "b", "rollouts=24", "epochs=3", "form=log-linear")
         command = ("critic", path, *self.SMALL, "--cache", kept, "--independent", "no e", *variants)
         found = benchmark(*command)
@@ -270,8 +271,12 @@ class TestCritic:
     @pytest.mark.parametrize("key", ["corpus_outputs", "seek", "replay"])
     def test_what_acts_only_within_a_run_is_refused(self, benchmark, recipe, tmp_path, key):
         value = 0.5 if key == "seek" else 1
-        with pytest.raises(UserError, match=f"^auxiliary.{key}: acts within a run"):
+        with pytest.raises(UserError, match=rf"^--variant a: {key} acts within a run"):
             benchmark("critic", recipe(), *self.SMALL, "--cache", tmp_path, "--variant", "a", f"{key}={value}")
+
+    def test_a_recipe_without_a_variant_has_nothing_to_measure(self, benchmark, recipe):
+        with pytest.raises(UserError, match=r"^--variant: name at least one"):
+            benchmark("critic", recipe(), *self.SMALL)
 
     def test_a_round_of_a_run_goes_with_its_own_policy(self, benchmark, bridle, recipe, tmp_path):
         path, run = recipe(learning_rate=1e-2, rollouts_per_round=64), tmp_path / "run"

@@ -9,6 +9,7 @@ import torch
 
 from bridle.constraints import WordList
 from bridle.errors import RunStopped, UserError
+from bridle.training import guards
 from bridle.training.checkpointing import last_checkpoint
 from bridle.training.config import AuxiliaryOptions, ParallelOptions, Regulariser
 from bridle.training.state import RegulariserState
@@ -72,6 +73,15 @@ def test_each_round_uses_the_last_rounds_regulariser(tiny_folder, tmp_path, firs
     assert len({state.rollouts[0].model_hash for state in used if state.is_fitted}) == 3
     records = [record for record in trainer.state.log_history if "round" in record]
     assert sum("rude/rollouts" in record for record in records) == 3, "each R is recorded once"
+
+
+def test_a_slow_constraint_is_named(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "NOTICEABLE", 0.0)
+    monkeypatch.setattr(guards, "DOMINANT_SHARE", 0.0)
+    trainer = in_turns(trainer_of(tiny_folder(), tmp_path, {"rude": Regulariser(NO_E, weight=4.0)}, **ROUNDS))
+    trainer.train()
+    (warnings,) = (warnings for warnings in logged(trainer, "warnings") if "scoring took" in str(warnings))
+    assert "round 1, rude: scoring took" in str(warnings)
 
 
 def test_one_round_that_waits_has_a_regulariser(tiny_folder, tmp_path):

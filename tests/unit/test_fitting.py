@@ -237,7 +237,7 @@ def test_a_share_of_the_plain_ones_is_kept_back(model, auxiliary, plain, share, 
 def test_what_is_kept_back_shares_no_prompt_with_the_fit(model, seed):
     prompts = [[3], [4], [3], [5, 6], [4], [5, 6], [5], [3], [4]]
     known = encode(model, [rollout(prompt, [7, 8 + row % 3, 2]) for row, prompt in enumerate(prompts)], 0)
-    kept_back, fitting = split(known, 7, 0.3, torch.Generator().manual_seed(seed))
+    kept_back, fitting = split(known, 7, 0.3, seed)
     of_kept, of_fit = ({tuple(prompts[row]) for row in rows.tolist()} for rows in (kept_back, fitting))
     assert not of_kept & of_fit, "nor does an older rollout"
     assert of_kept | of_fit == {tuple(prompt) for prompt in prompts}
@@ -246,11 +246,30 @@ def test_what_is_kept_back_shares_no_prompt_with_the_fit(model, seed):
     assert kept_back.max() < 7
 
 
+def test_what_is_kept_back_counts_where_its_label_is_known(model, auxiliary):
+    cut = [rollout([3 + row], [7, 8, 9], finished=row < 2) for row in range(10)]
+    report = fit(
+        auxiliary, encode(model, cut, 0, bootstrap=True), epochs=1, **STANDING_STILL | {"validation_share": 0.9}
+    )
+    assert 1 <= report["r_kept_back"] <= 2, "nine are kept back, and two of ten end"
+    assert sum(count for *_, count in report["r_reliability"]) == 3 * report["r_kept_back"]
+
+
+def test_prompts_that_recur_are_kept_back_in_every_fit(model):
+    prompts, kept_back = [[3 + row % 20] for row in range(60)], []
+    for first in (0, 7, 20):  # a later round draws them in another order
+        drawn = prompts[first:] + prompts[:first]
+        known = encode(model, [rollout(prompt, [7, 8 + row % 3, 2]) for row, prompt in enumerate(drawn)], 0)
+        kept_back.append({tuple(drawn[row]) for row in split(known, 60, 0.3, 1)[0].tolist()})
+    assert len(kept_back[0]) == 6
+    assert kept_back[0] == kept_back[1] == kept_back[2]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_prompt_with_more_rollouts_than_are_wanted_stays_in_the_fit(model, seed):
     prompts = [[3]] * 28 + [[4 + row] for row in range(12)]
     known = encode(model, [rollout(prompt, [7, 2]) for prompt in prompts], 0)
-    kept_back, fitting = split(known, 40, 0.1, torch.Generator().manual_seed(seed))
+    kept_back, fitting = split(known, 40, 0.1, seed)
     assert len(kept_back) == 4
     assert kept_back.min() >= 28
     assert len(fitting) == 36
@@ -259,7 +278,7 @@ def test_a_prompt_with_more_rollouts_than_are_wanted_stays_in_the_fit(model, see
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_where_every_prompt_has_too_many_rollouts_they_are_split_one_by_one(model, prompts):
     known = encode(model, [rollout([3 + row % prompts], [7, 8 + row % 3, 2]) for row in range(10)], 0)
-    kept_back, fitting = split(known, 10, 0.3, torch.Generator().manual_seed(0))
+    kept_back, fitting = split(known, 10, 0.3, 0)
     assert len(kept_back) == 3
     assert {*kept_back.tolist(), *fitting.tolist()} == {*range(10)}
 
@@ -267,7 +286,7 @@ def test_where_every_prompt_has_too_many_rollouts_they_are_split_one_by_one(mode
 @pytest.mark.parametrize("seed", range(8))
 def test_of_uneven_prompts_the_small_one_is_kept_back(model, seed):
     known = encode(model, [rollout([3 if row < 9 else 4], [7, 8 + row % 3, 2]) for row in range(10)], 0)
-    kept_back, fitting = split(known, 10, 0.1, torch.Generator().manual_seed(seed))
+    kept_back, fitting = split(known, 10, 0.1, seed)
     assert kept_back.tolist() == [9]
     assert len(fitting) == 9
 

@@ -20,6 +20,7 @@ from bridle.training import prompts as of_round
 from bridle.training import regulariser as module
 from bridle.training.batches import PREFIXES, Prefixes, append_rollouts
 from bridle.training.config import AuxiliaryOptions, ConstrainedConfig, Regulariser
+from bridle.training.corpus_outputs import corpus_outputs
 from bridle.training.measures import measure_rollouts, measure_weights
 from bridle.training.regulariser import DomainRegulariser
 from bridle.training.retention import Retention
@@ -61,6 +62,14 @@ def rollout(prompt, completion, /, **options):
 def corpus_rows(mask, is_text):
     rows = np.ones(len(mask), dtype=int)
     return Prefixes(0 * rows, -rows, mask, mask.sum(-1) + 1, rows > 0, np.array(is_text))
+
+
+def test_making_r_leaves_every_generator_as_it_was(of, monkeypatch):
+    held, seeded, before = of(), [], torch.random.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # what `torch.manual_seed` does besides
+    held.__post_init__()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert seeded == []
 
 
 @pytest.mark.parametrize(
@@ -238,6 +247,7 @@ class TestRound:
             assert any(row[: len(output)] == output for row in rows)
         assert 0 <= measured["r_brier_corpus"] <= 1
         assert (measured["corpus_outputs"], measured["corpus_outputs_missing"]) == (10, 0)
+        assert measured["fit_corpus"] == "fitted"
         assert "r_brier_before" in measured, "the R of the corpus is measured on the policy's own texts"
         del fits[:]
         held.update(2)
@@ -247,11 +257,16 @@ class TestRound:
         self, trained_on, monkeypatch
     ):
         held = trained_on(auxiliary=AuxiliaryOptions(epochs=1, corpus_outputs=10), max_new_tokens=4, truncated="mask")
-        assert held._fit_on_corpus() == {"corpus_outputs": 10, "corpus_outputs_missing": 0}, "all are cut"
+        nothing = {"corpus_outputs": 10, "corpus_outputs_missing": 0, "fit_corpus": "none"}
+        assert held._fit_on_corpus(corpus_outputs(held)) == nothing, "all are cut"
         held.config.truncated = "label"
         monkeypatch.setattr(held.constraint, "_score", lambda texts: [None] * len(texts))
-        assert held._fit_on_corpus() == {"corpus_outputs": 10, "corpus_outputs_missing": 10}
+        held.config.max_missing = 1.0
+        assert held._fit_on_corpus(corpus_outputs(held)) == nothing | {"corpus_outputs_missing": 10}
         assert not held.is_fitted
+        held.config.max_missing = 0.9
+        with pytest.raises(RunStopped, match=r"^rude: 10 of 10 outputs of the corpus got no score"):
+            held._fit_on_corpus(corpus_outputs(held))
 
     def test_retention_and_a_weight_of_0_ask_nobody(self, of):
         assert of(None).update(1) == of(weight=0.0).update(1) == {}

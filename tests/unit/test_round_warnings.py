@@ -27,6 +27,10 @@ WRONG = {
     "calibration": ({"r_ece": 0.2}, "R's calibration error is 0.200, above calibration_bound 0.15"),
     "skill": ({"r_skill": -0.031}, "R knows nothing: on the 100 rollouts kept back it is no better than a constant"),
     "fit": ({"r_steps_skipped": 3}, "3 steps of R's fit were skipped"),
+    "corpus": (
+        {"fit_corpus": "none", "corpus_outputs": 0},
+        "auxiliary.corpus_outputs taught R nothing: 0 outputs of the corpus have no two labels that differ",
+    ),
     "silence": ({"rollouts_empty": 11}, "11 of 100 rollouts say nothing, above empty_bound 0.1"),
 }
 
@@ -90,9 +94,10 @@ def test_what_was_not_measured_is_not_judged(config):
 @pytest.mark.parametrize(("round_index", "scoring", "warned"), [(1, 25.0, True), (1, 15.0, False), (2, 25.0, False)])
 def test_a_constraint_that_takes_most_of_the_first_round_is_named(config, round_index, scoring, warned):
     now = FINE | {"seconds_sampling": 12.0, "seconds_scoring": scoring, "seconds_fitting": 8.0}
+    now |= {"rollouts_sought": 50, "corpus_outputs": 150}
     found = round_warnings("rude", round_index, now, [], config)
     said = (
-        "round 1, rude: scoring took 25 s, 56% of the round without its updates: the constraint reads 4 texts a second"
+        "round 1, rude: scoring took 25 s, 56% of the round without its updates: the constraint reads 12 texts a second"
     )
     assert [warning.startswith(said) for warning in found] == [True] * warned
     seldom = {"seconds_sampling": 1.0, "seconds_scoring": 9.0}

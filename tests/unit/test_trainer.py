@@ -453,11 +453,14 @@ def test_a_regulariser_is_asked_where_it_looks_and_an_anchor_in_shards_always(
         (2, "parallel", "live", ["replay", "seek"]),
         (3, "parallel", "live", []),
         (3, "sequential", "initial", ["seek"]),
-        (1, "sequential", None, []),
+        (1, "sequential", None, ["corpus_outputs", "replay", "seek"]),
     ],
 )
-def test_what_acts_from_the_second_fit_on_is_named_where_there_is_one(tmp_path, caplog, rounds, schedule, anchor, idle):
-    options = config(tmp_path, rounds=rounds, schedule=schedule, auxiliary=AuxiliaryOptions(seek=0.5, replay=1))
+def test_options_of_fits_are_named_where_there_is_none_that_they_act_in(
+    tmp_path, caplog, rounds, schedule, anchor, idle
+):
+    of_fits = AuxiliaryOptions(seek=0.5, replay=1, corpus_outputs=8)
+    options = config(tmp_path, rounds=rounds, schedule=schedule, auxiliary=of_fits)
     held = {"rude": Regulariser(NO_E, anchor=anchor)} if anchor else {"plain": Regulariser(None)}
     setup.check_options(options, held, {})
     assert [record.message.split(":")[0] for record in caplog.records] == [f"auxiliary.{name}" for name in idle]

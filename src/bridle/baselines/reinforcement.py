@@ -100,9 +100,11 @@ class ReinforcementOptions:
         """Number of prompts per update."""
         return self.batch_size // self.num_generations
 
-    def config(self, output_dir: Path, seed: int, max_new_tokens: int) -> RLOOConfig | GRPOConfig:
+    def config(
+        self, output_dir: Path, seed: int, max_new_tokens: int, use_cpu: bool = False
+    ) -> RLOOConfig | GRPOConfig:
         """The same options for TRL."""
-        gpu = torch.cuda.is_available()
+        gpu = torch.cuda.is_available() and not use_cpu
         return TRAINERS[self.algorithm].config(
             output_dir=str(output_dir),
             seed=seed,
@@ -138,6 +140,7 @@ def reinforce(
     seed: int,
     max_new_tokens: int,
     seconds: float | None,
+    use_cpu: bool = False,
     messages: Sequence[Messages | None] | None = None,
     resume: bool = False,
     resume_from: Path | None = None,
@@ -152,6 +155,7 @@ def reinforce(
         tokenizer: with a pad token.
         prompts: token ids, with the beginning-of-text token where the model expects one.
         constraint: computes the reward from the text of completion and prompt.
+        use_cpu: leaves a GPU alone.
         seconds: time limit, which includes the time before a resume; the current update is finished.
         messages: the turns of prompts that are chats, by prompt; the constraint reads them instead of the text.
         resume: resume from the last checkpoint in `output_dir`, if there is one.
@@ -175,7 +179,7 @@ def reinforce(
             options,
             output_dir,
             reward_funcs=constraint_reward(constraint, options.soft_reward, tokenizer),
-            args=options.config(output_dir, seed, max_new_tokens),
+            args=options.config(output_dir, seed, max_new_tokens, use_cpu),
             train_dataset=_in_passes(prompts, messages, options.max_steps * options.prompts_per_step, seed),
             processing_class=tokenizer,
             callbacks=[stopping, StepsProgress(options.max_steps if seconds is None else None), *callbacks],

@@ -257,6 +257,7 @@ def _reinforced(cell: Cell, *, seconds: float | None = None, resume_from: Path |
         output_dir=cell.folder,
         seed=cell.seed,
         max_new_tokens=max_new_tokens,
+        use_cpu=bool(recipe.training.get("use_cpu")),
         seconds=seconds,
         messages=[prompt.messages for prompt in prompts],
         resume=cell.resume,

@@ -30,7 +30,7 @@ CANDIDATES = 4  # rows that are read for each that is chosen by its gap
 def sft_kl(cell: Cell) -> Candidate:
     """Fine-tuning with a KL to the model before tuning on the same rows."""
     kept = {"name": "initial", "constraint": RETENTION, "domain": None, "weight": knob_of(cell)}
-    return cell.train(cell.learnt(regularisers=[kept]))
+    return cell.train(cell.learnt(regularisers=[kept], auxiliary={}))  # there is no R
 
 
 def l2_sp(cell: Cell) -> Candidate:

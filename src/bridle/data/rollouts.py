@@ -27,7 +27,8 @@ class Rollout:
         reason: why the score is missing.
         finished: whether the model ended it; false if it was cut at the horizon.
         sought: how many first tokens were drawn to where R expected a violation; the rest follows the model.
-        log_probs: of the completion's tokens under the model that drew them, in nats; None if unknown.
+        log_probs: of the completion's tokens when they were drawn, in nats: under the model, and for the `sought` ones
+            under the distribution that seeks. None if unknown.
         messages: the turns of the chat before the completion; None for a text.
 
     Raises:

@@ -10,10 +10,11 @@ from bridle.training.rollouts import rollout_of, score_rollouts
 from bridle.training.state import StatefulRegulariser
 
 
-def corpus_outputs(regulariser: StatefulRegulariser) -> list[Rollout]:
+def corpus_outputs(regulariser: StatefulRegulariser) -> list[Rollout] | None:
     """What follows a prompt in its row, cut as a rollout is, with its label, which may be missing.
 
-    A row that ends before its text does, and before an output would be cut, gives none.
+    A row that ends before its text does, and before an output would be cut, gives none. There is no list unless
+    `auxiliary.corpus_outputs` asks for one and R is new.
 
     The policy did not draw these, so an R that is fitted on them alone is biased. But they teach it what a violation
     looks like: the regularised domain is where there are many.
@@ -22,6 +23,8 @@ def corpus_outputs(regulariser: StatefulRegulariser) -> list[Rollout]:
         regulariser: has the corpus, the constraint, and the number and length of outputs.
     """
     tokenizer, constraint, config = regulariser.tokenizer, regulariser.constraint, regulariser.config
+    if regulariser.has_begun or regulariser.is_fitted or not config.auxiliary.corpus_outputs:
+        return None
     ends, longest = end_token_ids(regulariser.model, tokenizer), config.max_new_tokens
     origin: dict[str, Any] = {"round": 0, "regulariser": regulariser.name, "constraint": constraint.name}
     outputs = [

@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 
 LARGEST_ERROR = log(4)
-"""The largest |log(v̂/ε)| of a step: a model that is far from its target would else move λ by orders of magnitude."""
+"""The largest |log(v̂/a)| of a step: a model that is far from its target would else move λ by orders of magnitude."""
 
 VIOLATION_OF_NONE = 0.5
 """Added to a round's violations, and 1 to its rollouts: where none violates, the rate's logarithm stays finite."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ class Examples:
         compliance: [n] labels in [0, 1].
         complies: [n], the constraint's verdict.
         labelled: [n], whether the label is that of a whole output; else R's own estimate at the cut replaces it.
-        weights: [n, time], weight of the label at each prefix: 1, except for replayed samples, and 0 where later tokens
-            were not p_a's own, but drawn to seek a violation.
+        weights: [n, time], weight of the label at each prefix: 1, except for samples that are replayed or that another
+            engine drew, and 0 where later tokens were not p_a's own, but drawn to seek a violation.
         input_ids, attention_mask: [n, longer time] of prompt and completion.
         positions: [n, time], where in `input_ids` each completion token is predicted.
         layer: the guided model's output layer.
@@ -152,14 +153,16 @@ def encode(
     )
 
 
-def split(examples: Examples, plain: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def split(examples: Examples, plain: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to keep back from a fit, and rows to fit on. They share no prompt, unless every prompt has too many rows.
+
+    A hash orders the prompts, so that R's later fits keep back the same ones where prompts recur.
 
     Args:
         examples: from `encode`.
         plain: how many of the first rows may be kept back.
         share: of the plain rows, the most to keep back; at least one prompt remains for the fit.
-        generator: chooses the prompts.
+        seed: of the hash; one for all fits of an R.
 
     Returns:
         [kept back] and [the others], indices of rows. An older row of a prompt that is kept back is in neither.
@@ -170,11 +173,11 @@ def split(examples: Examples, plain: int, share: float, generator: torch.Generat
     if len(sizes) == 1 or min(sizes.values(), default=0) > wanted:
         prompts = [(row,) for row in range(len(prompts))]
         sizes = Counter(prompts[:plain])
-    names, kept_back = list(sizes), set[tuple[int, ...]]()
-    for place in torch.randperm(len(names), generator=generator).tolist():
-        if sizes[names[place]] <= wanted and len(kept_back) < len(names) - 1:  # else the next may be smaller
-            kept_back.add(names[place])
-            wanted -= sizes[names[place]]
+    kept_back = set[tuple[int, ...]]()
+    for prompt in sorted(sizes, key=lambda prompt: blake2b(repr((seed, prompt)).encode(), digest_size=8).digest()):
+        if sizes[prompt] <= wanted and len(kept_back) < len(sizes) - 1:  # else the next may be smaller
+            kept_back.add(prompt)
+            wanted -= sizes[prompt]
     held = torch.tensor([prompt in kept_back for prompt in prompts])
     return held[:plain].nonzero()[:, 0], (~held).nonzero()[:, 0]
 

@@ -31,6 +31,7 @@ def fit_auxiliary(
     generator: torch.Generator,
     description: str = "fitting R",
     plain: int | None = None,
+    split_seed: int = 0,
 ) -> dict[str, Any]:
     """Minimises L_R = BCE + β·consistency on labelled samples (`core.decomposition`), from R shifted to their rate.
 
@@ -44,13 +45,14 @@ def fit_auxiliary(
         generator: orders the examples.
         plain: how many of the first p_a drew whole, without seeking; a share of them is kept back to measure R. All if
             not given.
+        split_seed: chooses the prompts that are kept back; one for all fits of an R.
 
     Returns:
         Losses of the last epoch, the number of steps skipped because loss or gradient was not finite, and R's
         calibration on what was kept back.
     """
     plain = len(examples) if plain is None else plain
-    validation, fitting = split(examples, plain, options.validation_share, generator)
+    validation, fitting = split(examples, plain, options.validation_share, split_seed)
     with torch.no_grad():
         auxiliary.scale_to(examples.hidden[:SCALE_ROWS][examples.mask[:SCALE_ROWS]])
         # A policy that complies more, or a new R, is off by far more than the fit's few steps move it.
@@ -77,7 +79,8 @@ def fit_auxiliary(
                 progress.update()
     auxiliary.eval()
     bce, consistency, excess, _ = ((total / count).item() if count else None for total, count in totals.view(4, 2))
-    report = {"r_bce": bce, "r_consistency": consistency, "r_steps_skipped": skipped, "r_kept_back": len(validation)}
+    kept_back = int(examples.labelled[validation].sum())
+    report = {"r_bce": bce, "r_consistency": consistency, "r_steps_skipped": skipped, "r_kept_back": kept_back}
     report |= {"r_excess": excess} if auxiliary.is_log_linear else {}
     return report | measure_calibration(auxiliary, examples[validation])
 

@@ -175,6 +175,11 @@ def _of_labels(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
             f"no rollout has a label to learn, since all were cut at max_new_tokens {config.max_new_tokens} or got no "
             "score, so R stays as it is; raise max_new_tokens, or set truncated: label"
         )
+    if now.get("fit_corpus") == "none":
+        yield (
+            f"auxiliary.corpus_outputs taught R nothing: {now['corpus_outputs']} outputs of the corpus have no two "
+            "labels that differ; leave it out, or regularise rows with outputs of both kinds"
+        )
 
 
 def _of_fit(now: Measured, config: ConstrainedConfig) -> Iterator[str]:
@@ -217,7 +222,8 @@ def _of_scoring(round_index: int, now: Measured) -> Iterator[str]:
     seconds = {phase: now.get(f"seconds_{phase}", 0.0) for phase in ("sampling", "scoring", "fitting")}
     share = seconds["scoring"] / (sum(seconds.values()) or 1.0)
     if round_index == 1 and share > DOMINANT_SHARE and seconds["scoring"] > NOTICEABLE:
-        rate = now["rollouts"] / seconds["scoring"]
+        texts = sum(now.get(kind, 0) for kind in ("rollouts", "rollouts_sought", "corpus_outputs"))
+        rate = texts / seconds["scoring"]
         yield (
             f"scoring took {seconds['scoring']:.0f} s, {share:.0%} of the round without its updates: the constraint "
             f"reads {rate:.2g} texts a second; try a larger batch_size of it, or a smaller model"

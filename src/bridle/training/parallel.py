@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from bridle.training.config import ConstrainedConfig
 from bridle.training.guards import Supervisor
@@ -68,7 +67,7 @@ class ParallelSchedule(SequentialSchedule):
         for regulariser, made in zip(self.regularisers, states, strict=True):
             if not regulariser.settled:  # else nothing is new, and its rollouts go on where the last round ended
                 regulariser.load_state(made)
-            self._note(index, regulariser, _of_worker(made.measured), log)
+            self._note(index, regulariser, made.measured, log)
         return states
 
     def _received(self, pending: Pending, index: int) -> list[RegulariserState]:
@@ -79,6 +78,11 @@ class ParallelSchedule(SequentialSchedule):
             if state.stopped is not None:
                 raise state.stopped
         return states
+
+    @staticmethod
+    def recorded_as(key: str) -> str:
+        """The worker's times overlap with the policy's and must not be added to them."""
+        return f"worker_{key}" if key.startswith("seconds") else key
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.pending is not None:
@@ -107,8 +111,3 @@ class ParallelSchedule(SequentialSchedule):
             self.pending = Done(states)
             self.worker = self.worker or self.make_worker()
             self.worker.restore(states)
-
-
-def _of_worker(measured: dict[str, Any]) -> dict[str, Any]:
-    """Renames the worker's times, which overlap with the policy's and must not be added to them."""
-    return {f"worker_{key}" if key.startswith("seconds") else key: value for key, value in measured.items()}

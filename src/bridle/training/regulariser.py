@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -78,7 +77,7 @@ class DomainRegulariser(StatefulRegulariser):
         if self.options.anchor != "live":
             self.anchor = Anchor(self.model)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed("auxiliary"))
+            torch.default_generator.manual_seed(self.seed("auxiliary"))  # `torch.manual_seed` would seed GPUs, too
             self.auxiliary = new_auxiliary(self.model, **self.config.auxiliary.shape).to(self.config.device)
         broadcast_tensors(self.auxiliary.state_dict().values())  # the other processes' model may have no weights yet
 
@@ -124,9 +123,10 @@ class DomainRegulariser(StatefulRegulariser):
                     self.rollout_cursor = 0
                 with timed(seconds, "seconds_scoring"):
                     score_rollouts(self.rollouts, scoring)
+                    outputs = corpus_outputs(self)
             tilted = self.set_tilt()
             with timed(seconds, "seconds_fitting"):
-                fitted = self._fit_on_corpus() | self._fit(round_index, traces)
+                fitted = self._fit_on_corpus(outputs) | self._fit(round_index, traces)
         self.has_begun = True
         cut = sum(all_gather(self.constraint.cut_texts() - cut_before))
         measured = {**measure_rollouts(self.rollouts), **({"truncated": cut} if cut else {}), **fitted}
@@ -187,21 +187,19 @@ class DomainRegulariser(StatefulRegulariser):
             return "unlabelled"
         return "kept" if self.is_fitted else "none"
 
-    def _fit_on_corpus(self) -> dict[str, Any]:
-        """Fits a new R on outputs of the corpus, if `auxiliary.corpus_outputs` asks for it."""
-        if self.is_fitted or not self.config.auxiliary.corpus_outputs:
+    def _fit_on_corpus(self, outputs: Sequence[Rollout] | None) -> dict[str, Any]:
+        """Fits a new R on scored outputs of the corpus, if their labels differ; without any nothing is measured."""
+        if outputs is None:
             return {}
-        outputs = corpus_outputs(self)
-        counts = {
-            "corpus_outputs": len(outputs),
-            "corpus_outputs_missing": sum(output.complies is None for output in outputs),
-        }
+        check_scored(outputs, self.config.max_missing, self.name, "outputs of the corpus")
+        missing = sum(output.complies is None for output in outputs)
+        counts = {"corpus_outputs": len(outputs), "corpus_outputs_missing": missing}
         outputs = [output for output in outputs if self._teaches(output)]
         if len(self._labels(outputs)) < 2:
-            return counts  # nothing to learn
+            return counts | {"fit_corpus": "none"}
         examples = self._encode(outputs)
         report = self._fit_auxiliary(examples, len(examples), 0)
-        return counts | {f"{key}_corpus": report[key] for key in COMPARED & report.keys()}
+        return counts | {"fit_corpus": "fitted", **{f"{key}_corpus": report[key] for key in COMPARED & report.keys()}}
 
     @torch.no_grad()
     def _encode(self, rollouts: Sequence[Rollout], **known: Any) -> Examples:
@@ -221,7 +219,9 @@ class DomainRegulariser(StatefulRegulariser):
         description = f"round {round_index}: fitting R" if round_index else "fitting R on the corpus"
         purpose = f"fitting {round_index}" if round_index else "fitting on the corpus"
         generator = torch.Generator().manual_seed(self.seed(purpose))
-        report = fit_auxiliary(self.auxiliary, examples, self.config.auxiliary, generator, description, plain=plain)
+        report = fit_auxiliary(
+            self.auxiliary, examples, self.config.auxiliary, generator, description, plain, self.seed("kept back")
+        )
         broadcast_tensors(self.auxiliary.state_dict().values())  # all processes have fitted the same R, up to rounding
         self.is_fitted, self.fitted_tilt = True, self.tilt
         self.auxiliary.config.provenance = {
@@ -311,22 +311,6 @@ class DomainRegulariser(StatefulRegulariser):
         texts = [rollout for rollout in self.rollouts if rollout.messages is None]
         lengths = [len(rollout.prompt_ids) for rollout in texts or self.rollouts] or [1]
         return min(lengths), max(lengths)
-
-    def take(self, counts: Sequence[Sequence[int]]) -> tuple[list[list[Rollout]], int]:
-        """The next rollouts of this round, in turn.
-
-        Args:
-            counts: by process, the number for each of its micro-batches.
-
-        Returns:
-            The rollouts of each micro-batch, process by process; and their sampled tokens.
-        """
-        taken = []
-        for count in chain.from_iterable(zip(*counts, strict=True)):
-            places = range(self.rollout_cursor, self.rollout_cursor + count)
-            taken.append([self.rollouts[place % len(self.rollouts)] for place in places])
-            self.rollout_cursor += count
-        return taken, sum(len(rollout.completion_ids) for part in taken for rollout in part)
 
 
 def _at(mask: Mask, states: Tensor) -> Tensor:

@@ -109,8 +109,13 @@ class SequentialSchedule(TrainerCallback):
         self._keep_auxiliary(regulariser, index)
         steered = steer(regulariser, index, self.round) if measured else {}
         measured = measured | steered | {"lambda": regulariser.weight, "term_on": regulariser.active}
-        self._record |= {f"{regulariser.name}/{key}": value for key, value in measured.items()}
+        self._record |= {f"{regulariser.name}/{self.recorded_as(key)}": value for key, value in measured.items()}
         self._warn(round_warnings(regulariser.name, index, measured, log, self.config))
+
+    @staticmethod
+    def recorded_as(key: str) -> str:
+        """The name of a regulariser's measure in the record."""
+        return key
 
     def _warn(self, warnings: list[str]) -> None:
         for warning in warnings:

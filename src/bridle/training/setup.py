@@ -238,7 +238,7 @@ def check_options(
         raise UserError(
             "target_cache: keeps the targets of retention with kl_on: corpus; there is none, so leave it out"
         )
-    _warn_of_second_fits(config, regularisers)
+    _warn_of_fits(config, regularisers)
     _warn_of_no_roles(config)
     _warn_of_packed_rows(config, regularisers)
     for name in arguments.keys() & NOT_TAKEN:
@@ -256,9 +256,12 @@ def _check_evaluation(config: ConstrainedConfig, arguments: Mapping[str, Any]) -
             raise UserError(f"{name}: is read by compute_metrics; give the trainer that, or leave {name} out")
 
 
-def _warn_of_second_fits(config: ConstrainedConfig, regularisers: Mapping[str, Regulariser]) -> None:
-    """Warns of options that act from R's second fit on, where there is none."""
+def _warn_of_fits(config: ConstrainedConfig, regularisers: Mapping[str, Regulariser]) -> None:
+    """Warns of options that act in R's fits, or from the second one on, where there is none."""
     anchors = [one.anchor for one in regularisers.values() if not one.is_retention]
+    for name in ("corpus_outputs", "replay", "seek") if regularisers and not anchors else ():
+        if getattr(config.auxiliary, name):
+            warn(f"auxiliary.{name}: has no effect, since retention has no R; leave it out")
     once = config.rounds - (config.schedule == "parallel") < 2  # whose last round fits none
     for name, idle in (("replay", once), ("seek", once or all(anchor == "initial" for anchor in anchors))):
         if anchors and idle and getattr(config.auxiliary, name):

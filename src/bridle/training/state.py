@@ -1,9 +1,10 @@
 """The state of a run between rounds, for checkpoints and other processes."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -181,6 +182,22 @@ class StatefulRegulariser:
     def seed(self, purpose: str) -> int:
         """A separate seed for each purpose and round, so that a resumed round draws the same numbers."""
         return zlib.crc32(f"{self.config.seed}/{self.index}/{purpose}".encode())
+
+    def take(self, counts: Sequence[Sequence[int]]) -> tuple[list[list[Rollout]], int]:
+        """The next rollouts of this round, in turn.
+
+        Args:
+            counts: by process, the number for each of its micro-batches.
+
+        Returns:
+            The rollouts of each micro-batch, process by process; and their sampled tokens.
+        """
+        taken = []
+        for count in chain.from_iterable(zip(*counts, strict=True)):
+            places = range(self.rollout_cursor, self.rollout_cursor + count)
+            taken.append([self.rollouts[place % len(self.rollouts)] for place in places])
+            self.rollout_cursor += count
+        return taken, sum(len(rollout.completion_ids) for part in taken for rollout in part)
 
     def set_tilt(self) -> dict[str, Any]:
         """Measures the round's share, if the regulariser has one; where no output has a score, the tilt stays."""
