@@ -7,8 +7,9 @@ constraint; reinforcement learning gets the prompts that constrained tuning samp
 `methods.rl`. Every few updates the rates of all constraints that the recipe evaluates by are measured on its first set
 of held-out prompts, always with the same random numbers, and that time is not counted. `--constraint` names the one
 that has to reach the goal, by default the first, which is independent where there is one. The goal is reached at the
-first of two measurements in a row that are there. A repeat is a seed of its own. Constrained tuning learns the corpus
-meanwhile; reinforcement learning never reads it.
+first of two measurements in a row that are there; a run that does not reach it counts with the time it was given, and
+its ratio is a bound. A repeat is a seed of its own. Constrained tuning learns the corpus meanwhile; reinforcement
+learning never reads it.
 """
 
 import argparse
@@ -165,7 +166,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     raw = interleaved(ways, options.repeats)
     ratios = {f"{rival}_over_constrained": _ratios(raw[rival], raw[CONSTRAINED]) for rival in options.rivals}
     return {
-        **{key: found["median"] if found else None for key, found in ratios.items()},
+        **{key: found and found["median"] for key, found in ratios.items()},
         "violation_of_base": base,
         "goal": goal,
         "over_constrained": ratios,
@@ -174,10 +175,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ratios(rival: list[dict[str, Any]], ours: list[dict[str, Any]]) -> Figures | None:
-    """Seconds over ours, of the seeds with which both reached the goal; None where there is no such seed."""
-    both = [(one["reached"], other["reached"]) for one, other in zip(rival, ours, strict=True)]
-    found = [one["seconds"] / other["seconds"] for one, other in both if one and other]
-    return spread(found) if found else None
+    """Seconds over ours, of the seeds with which one of both reached the goal; and how many of these are bounds."""
+    pairs = [pair for pair in zip(rival, ours, strict=True) if any(one["reached"] for one in pair)]
+    if not pairs:
+        return None
+    at_least, at_most = (sum(pair[place]["reached"] is None for pair in pairs) for place in (0, 1))
+    return spread([_seconds(one) / _seconds(other) for one, other in pairs]) | {
+        "at_least": at_least,
+        "at_most": at_most,
+    }
+
+
+def _seconds(run: dict[str, Any]) -> float:
+    return float((run["reached"] or run["curve"][-1])["seconds"])
+
+
+def _told(ratio: Figures) -> str:
+    bounds = (f"{ratio[kind]:g} {kind.replace('_', ' ')}" for kind in ("at_least", "at_most") if ratio[kind])
+    return "; ".join([cell(ratio), *bounds])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -186,7 +201,7 @@ def table(results: dict[str, Any]) -> str:
         reached = [run["reached"] for run in runs if run["reached"]]
         medians = [f"{median(reached, key):.1f}" if reached else "" for key in KEYS]
         ratio = results["over_constrained"].get(f"{method}_over_constrained")
-        rows.append([method, f"{len(reached)} of {len(runs)}", *medians, cell(ratio) if ratio else ""])
+        rows.append([method, f"{len(reached)} of {len(runs)}", *medians, _told(ratio) if ratio else ""])
     return markdown(["method", "reached", *KEYS, "seconds over constrained"], rows)
 
 
