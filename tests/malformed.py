@@ -117,6 +117,7 @@ RECIPE_KEYS = [
     ("corpus.rude.label", {"max_chars": 0}, "corpus.rude.label.max_chars: must be at least 1"),
     ("constraints", ["no e"], "constraints: must be a mapping"),
     ("constraints", {7: REGEX}, "constraints: 7 is not a name"),
+    ("constraints", {"no e": {"type": "regex", "pattern": "e", "name": "other"}}, "name: a recipe's constraint is"),
     ("constraints.no e", 5, "constraints.no e: constraint 5: is not a mapping, list or string"),
     ("constraints.no e", {}, "needs exactly one of the keys type, all, any, not"),
     ("constraints.no e", "", "write TYPE:VALUE"),
@@ -598,6 +599,10 @@ ARGUMENTS = [
     (["train", "."], "cannot be read (Is a directory)"),
     (["train", "x" * 5000], "cannot be read (File name too long)"),
     (["train", "{recipe}", "stray"], "stray: not an option"),
+    (
+        ["train", "--max_steps", "5", "{recipe}"],
+        "--max_steps: put the recipe before its keys: bridle train RECIPE",
+    ),
     (["train", "{recipe}", "--="], "--: not an option"),
     (["train", "{recipe}", "--max_setps", "3"], "did you mean max_steps?"),
     (["train", "{recipe}", "--max_steps", "["], "--max_steps: not valid YAML"),

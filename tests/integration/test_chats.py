@@ -70,10 +70,12 @@ class TestPrompts:
     @KINDS
     def test_an_output_of_the_corpus_ends_with_its_turn(self, folder, kind):
         model, tokenizer = load_model(str(folder(kind))), load_tokenizer(str(folder(kind)))
-        config = SimpleNamespace(prompt_tokens=(1, 1), max_new_tokens=40, auxiliary=AuxiliaryOptions(corpus_outputs=16))
+        config = SimpleNamespace(
+            prompt_tokens=(1, 1), max_new_tokens=40, max_length=None, auxiliary=AuxiliaryOptions(corpus_outputs=16)
+        )
         rows = {"chats": Dataset.from_dict({"messages": CHATS})}
         held = SimpleNamespace(name="chats", model=model, tokenizer=tokenizer, corpus=rows, config=config)
-        held.constraint, held.seed = NO_E, lambda purpose: 0
+        held.constraint, held.seed, held.has_begun, held.is_fitted = NO_E, lambda purpose: 0, False, False
         outputs = corpus_outputs(held)
         assert len(outputs) == 16
         said = {turn["content"] for chat in CHATS for turn in chat if turn["role"] == "assistant"}
@@ -99,11 +101,20 @@ class TestPrompts:
 
     def test_a_domain_of_chats_without_an_answer_is_named(self, folder):
         model, tokenizer = load_model(str(folder("qwen3"))), load_tokenizer(str(folder("qwen3")))
-        config = SimpleNamespace(prompt_tokens=(1, 1), max_new_tokens=8)
+        config = SimpleNamespace(prompt_tokens=(1, 1), max_new_tokens=8, max_length=None)
         asked = Dataset.from_dict({"messages": [chat[:2] for chat in CHATS]})
         held = SimpleNamespace(model=model, tokenizer=tokenizer, corpus={"asked": asked}, config=config, seed=len)
         with pytest.raises(UserError, match=r"^asked: no chat has a turn of the assistant after .*; add answers, or"):
             prompts_of_corpus(held, 2, "prompts")
+
+    def test_prompts_are_cut_at_max_length_as_rows_are(self, folder):
+        model, tokenizer = load_model(str(folder("qwen3"))), load_tokenizer(str(folder("qwen3")))
+        config = SimpleNamespace(prompt_tokens=(1, 1), max_new_tokens=8, max_length=None)
+        rows = {"chats": Dataset.from_dict({"messages": CHATS})}
+        held = SimpleNamespace(model=model, tokenizer=tokenizer, corpus=rows, config=config, seed=len)
+        longest = max(len(prompt.ids) for prompt in prompts_of_corpus(held, 16, "prompts"))
+        config.max_length = longest - 1
+        assert max(len(prompt.ids) for prompt in prompts_of_corpus(held, 16, "prompts")) < longest
 
     def test_tools_and_options_of_the_template_pass_through(self, tmp_path):
         tokenizer = chat_tokenizer(TEMPLATES["qwen3"][0])

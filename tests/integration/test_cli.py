@@ -413,6 +413,12 @@ class TestMistakes:
         self.assert_one_line(bridle("train", path, *changed), tmp_path / "run", keys, "--accept_changes")
         assert bridle("train", path, *changed, "--accept_changes")[0] == 0
         assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["learning_rate"] == 0.5
+        mapping = yaml.safe_load(path.read_text())
+        mapping["corpus"] = dict(reversed(mapping["corpus"].items()))  # other rows come next
+        path.write_text(yaml.safe_dump(mapping, sort_keys=False))
+        line = "corpus differ"
+        done = bridle("train", path, *run, "--resume", "--learning_rate", 0.5, "--regularisers.rude.weight", 2)
+        self.assert_one_line(done, tmp_path / "run", line, "--accept_changes")
 
     def test_a_folder_that_another_run_is_writing_to(self, bridle, recipe, tmp_path):
         with only_writer(tmp_path / "run"):

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from bridle.comparison import methods as built_in
 from bridle.comparison.cell import Cell
-from bridle.comparison.changes import affects
+from bridle.comparison.changes import affects, affects_figures, changes, trains
 from bridle.comparison.compare import Comparison
 from bridle.comparison.methods import Candidate
 from bridle.comparison.plan import evaluation_of
@@ -320,6 +320,58 @@ def test_a_higher_bound_of_reinforcement_learning_makes_nothing_again(comparison
     assert changed == ["methods.rl.max_steps"]
     assert not affects(changed[0], ["rl", "rl-converged"])
     assert affects("methods.rl.window", ["rl"])
+
+
+def test_a_constraint_that_only_measures_makes_nothing_again(comparison):
+    given = yaml.safe_load(comparison.read_text())
+    judge = {"judge.v1": {"type": "words", "words": ["noodlepate"]}}
+    now = given | {"constraints": {**given["constraints"], **judge}}
+    assert changes(given, now)[0] == ["constraints.judge.v1"]
+    assert not trains("constraints.judge.v1", given, now)
+    assert trains("constraints.no p.pattern", given, now)
+    assert trains("constraints", given, now)
+    assert trains("learning_rate", given, now)
+    chosen_by = now | {"eval": {"constraints": ["judge.v1"]}}
+    assert not trains("constraints.judge.v1.words", given, chosen_by)
+    assert trains("constraints.judge.v1.words", given, chosen_by, reads_all=True)
+    assert affects_figures("constraints.judge.v1")
+
+
+def test_another_order_of_regularisers_is_a_change(comparison):
+    given = yaml.safe_load(comparison.read_text())
+    named = given["regularisers"] | {"plain": {"constraint": "retention", "weight": 1.0}}
+    turned = dict(reversed(named.items()))
+    one, other = given | {"regularisers": named}, given | {"regularisers": turned}
+    assert changes(one, other)[0] == ["regularisers"]
+    assert changes(one, one)[0] == []
+    assert affects("regularisers", ["rl"])
+    assert not affects("regularisers", ["sft"])
+
+
+def test_what_is_of_rollouts_alone_makes_no_plain_tuning_again():
+    for key in ("max_new_tokens", "prompt_tokens", "calibration_bound"):
+        assert not affects(key, ["sft", "filtration", "wise-ft"]), key
+        assert affects(key, ["rl"]), key
+        assert affects(key, ["sft"], reads_all=True), key
+
+
+def test_filtration_that_would_drop_nothing_is_refused(comparison, tmp_path):
+    given = yaml.safe_load(comparison.read_text())
+    held = {name: {"constraint": "retention", "weight": 1.0} for name in given["corpus"]}
+    cell = Cell("filtration", build_recipe(given | {"regularisers": held}), 0, tmp_path, None)
+    with pytest.raises(UserError, match="no learnt domain has a constraint, and filtration would be sft"):
+        built_in.filtration(cell)
+
+
+def test_held_rows_of_held_domains_alone_are_no_evaluation_of_other_methods(comparison, tmp_path):
+    given = yaml.safe_load(comparison.read_text())
+    second = list(given["corpus"])[-1]
+    given["corpus"][second] |= {"learn": False}
+    given["regularisers"] = {second: {"constraint": "retention", "weight": 1.0}, **given["regularisers"]}
+    given["eval"] = {"corpus": {second: given["corpus"][second]["path"]}}
+    cell = Cell("sft", build_recipe(given), 0, tmp_path, None)
+    assert cell.variant().eval is not None
+    assert cell.learnt(regularisers={}).eval is None
 
 
 def test_a_method_whose_model_another_needs_fails_once_and_says_why(bridle, comparison, tmp_path, monkeypatch):

@@ -21,7 +21,8 @@ from bridle.models.card import add_certificate
 from bridle.models.export import export, fold
 from bridle.models.gguf_writer import write_gguf
 from bridle.models.guidance import NADOGuide
-from bridle.models.loading import LoraOptions, load_model, load_tokenizer
+from bridle.models.loading import LoraOptions, end_token_ids, load_model, load_tokenizer
+from chats import TEMPLATES, chat_tokenizer
 from conftest import ROOT
 from loopback import transformers_serving
 from tiny_gguf import write_gguf as reference
@@ -128,6 +129,14 @@ class TestFolder:
         export(folder, tmp_path / "out")
         found = GenerationConfig.from_pretrained(tmp_path / "out")
         assert (found.do_sample, found.top_k) == expected
+
+    def test_servers_end_a_turn_where_bridle_does(self, llama, tmp_path):
+        chat = chat_tokenizer(TEMPLATES["smollm2"][0])
+        folder = llama(chat)
+        export(folder, tmp_path / "out")
+        ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+        assert chat.convert_tokens_to_ids(TEMPLATES["smollm2"][1]) in ends
+        assert ends == end_token_ids(load_model(str(folder)), load_tokenizer(str(folder)))
 
     def test_nothing_is_overwritten(self, bridle, llama):
         folder = llama()

@@ -73,6 +73,25 @@ def test_the_constraints_that_measure(names, main, trained_on):
     assert (made.main["constraint"], made.main["trained_on"]) == (main, trained_on)
 
 
+def test_of_dependent_constraints_the_first_named_leads_and_is_the_training_oracle():
+    constraints = {"reported": "regex:a", "learnt": {"all": ["regex:a", "length:3"]}}
+    regularisers = {"forum": {"constraint": "learnt"}}
+    for names, main in ((["reported", "learnt"], "reported"), (None, "learnt")):
+        evaluation = {key: value for key, value in EVALUATION.items() if key not in ("constraints", "examine")}
+        made = plan(
+            evaluation | ({"constraints": names} if names else {}), constraints=constraints, regularisers=regularisers
+        )
+        assert (made.main["constraint"], made.main["trained_on"]) == (main, main)
+
+
+def test_a_constraint_that_chooses_a_checkpoint_is_not_independent():
+    chosen_by = {"share": 0.5, "constraints": ["independent"], "best": {"violation": 0.1}}
+    assert plan(eval=chosen_by).main["constraint"] == "polite"
+    assert (
+        plan(eval={key: value for key, value in chosen_by.items() if key != "best"}).main["constraint"] == "independent"
+    )
+
+
 def test_each_set_has_its_own_decoding():
     """What a set says goes before its protocol, the protocol before the section, the section before the recipe."""
     sets = {

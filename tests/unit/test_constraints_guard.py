@@ -1,5 +1,7 @@
 """Generative guards: tiny random models with chat templates like those of the three families."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -12,8 +14,11 @@ _TURNS = "{% for message in messages %}{{ message.role }}: {{ message.content }}
 _USER_FIRST = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}"
 _OPENED = "{% if add_generation_prompt %}[assistant]{% endif %}"
 TEMPLATES = {
-    "llama-guard": "{{ bos_token }}" + _USER_FIRST + "Is the last of {{ messages | length }} turns unsafe?\n"
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}" + _OPENED,
+    "llama-guard": "{{ bos_token }}"
+    + _USER_FIRST
+    + "Is the last of {{ messages | length }} turns unsafe?\n"
+    + _TURNS
+    + _OPENED,
     "qwen3guard": _USER_FIRST + _TURNS + "Safety: Safe, Unsafe or Controversial\n" + _OPENED,
     "shieldgemma": "{{ bos_token }}"
     + _TURNS
@@ -90,6 +95,41 @@ def test_the_third_verdict_means_what_is_asked(guards):
     assert loose == pytest.approx(float(probabilities[0]), abs=1e-5)
 
 
+PARTS = (
+    "{% for message in messages %}{{ message.role }}: "
+    "{% for part in message.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ part.text }}{% endfor %}{{ '\\n' }}{% endfor %}"
+)
+
+
+def test_a_template_that_takes_parts_gets_them(guards, tmp_path):
+    """As Llama Guard 3 11B's, which writes nothing of a text."""
+    family = "llama-guard"
+    shutil.copytree(guards / family, tmp_path / "parts")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "parts")
+    tokenizer.chat_template = TEMPLATES[family].replace(_TURNS, PARTS)
+    tokenizer.save_pretrained(tmp_path / "parts")
+    scores = Guard(guards / family, family).score([PROMPT], [COMPLETION])
+    assert Guard(tmp_path / "parts", family).score([PROMPT], [COMPLETION]) == scores
+    tokenizer.chat_template = "{{ bos_token }}Is it unsafe?\n"
+    tokenizer.save_pretrained(tmp_path / "parts")
+    with pytest.raises(UserError, match="its chat template leaves out what is said"):
+        Guard(tmp_path / "parts", family).load()
+
+
+def test_turns_of_a_system_or_a_tool_are_left_out(guards):
+    guard = Guard(guards / "llama-guard", "llama-guard")
+    user, system = {"role": "user", "content": PROMPT}, {"role": "system", "content": "Be brief."}
+    tool = [
+        {"role": "assistant", "content": "One"},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "two"},
+    ]
+    merged = [{"role": "assistant", "content": "One\n\ntwo"}]
+    assert guard.score([[system, user]], [COMPLETION]) == guard.score([[user]], [COMPLETION])
+    assert guard.score([[user, *tool, user]], [COMPLETION]) == guard.score([[user, *merged, user]], [COMPLETION])
+
+
 @pytest.mark.parametrize("prompt", [None, ""])
 def test_a_completion_without_a_prompt_is_judged_as_a_users_message(guards, prompt):
     family = "llama-guard"
@@ -145,6 +185,6 @@ def test_options_of_another_family_are_refused(options, message):
 def test_a_model_without_a_chat_template_or_with_another_is_refused(guards, tiny_folder):
     with pytest.raises(UserError, match="has no chat template"):
         Guard(tiny_folder(), "llama-guard").load()
-    system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hm"}]
+    greeted = [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "hm"}]
     with pytest.raises(UserError, match=r"its chat template refuses these messages: .*the user begins"):
-        Guard(guards / "llama-guard", "llama-guard").score([system], [COMPLETION])
+        Guard(guards / "llama-guard", "llama-guard").score([greeted], [COMPLETION])

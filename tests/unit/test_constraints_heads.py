@@ -10,6 +10,7 @@ from test_constraints_classifier import POSITIONS, SENTENCE, bert, byte_tokenize
 from tokenizers import processors
 
 from bridle.constraints import NLI, Reward, Similarity, build_constraint
+from bridle.constraints.similarity import saved_pooling
 from bridle.errors import UserError
 
 HYPOTHESIS = "the sea is wide"
@@ -179,6 +180,14 @@ class TestSimilarity:
             Similarity(embedding(pooling, modules)[1], NEAR, 0.5).load()
         with pytest.raises(UserError, match="names no text"):
             Similarity("a-model", [], 0.5)
+
+    def test_without_a_network_no_pooling_is_guessed(self, monkeypatch):
+        def unreachable(*given, **options):
+            raise OSError("no connection")
+
+        monkeypatch.setattr("bridle.constraints.similarity.cached_file", unreachable)
+        with pytest.raises(UserError, match=r"^near: whether it has a modules.json cannot be seen .*; set pooling$"):
+            saved_pooling("near", "somebody/some-model")
 
     def test_references_without_a_token_are_refused(self, embedding, monkeypatch):
         constraint = Similarity(embedding(None)[1], " ", 0.5, name="near")

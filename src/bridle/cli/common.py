@@ -113,6 +113,8 @@ def read_recipe(path: Path, context: typer.Context) -> "Recipe":
     from bridle.recipes.recipe import load_recipe, parse_overrides
 
     quiet_libraries()
+    if str(path).startswith("--"):
+        raise UserError(f"{path}: put the recipe before its keys: bridle {context.info_name} RECIPE --KEY VALUE")
     recipe = load_recipe(path, parse_overrides(context.args))
     if recipe.evaluation:
         from bridle.comparison.plan import section_of

@@ -20,10 +20,14 @@ from bridle.evaluation.results import read_results, write_results
 from bridle.recipes.recipe import Recipe, build_recipe
 from bridle.recipes.run import fit_guide, train
 from bridle.training.config import ALL
+from bridle.training.options import EVALUATION, NEEDED
 from bridle.utils.files import read_json, read_rows, write_json
 from bridle.utils.variables import Variables
 
 RESULTS, CANDIDATE, NEEDS, FAILED = "results.json", "candidate.json", "needs.json", "failed.json"
+
+OF_EVALUATION = EVALUATION | {name for name, needed in NEEDED.items() if needed == "eval_strategy"}
+"""Options of the held-out evaluation of a run."""
 
 
 @dataclass
@@ -73,7 +77,13 @@ class Cell:
         """The recipe with this cell's seed and some changed keys; nothing is pushed."""
         mapping = {**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes}
         if evaluated := mapping.get("eval"):
-            mapping["eval"] = self._evaluated(evaluated, mapping["corpus"])
+            evaluated = self._evaluated(evaluated, mapping["corpus"])
+            left = bool(evaluated["corpus"] or evaluated.get("share"))  # else all held-out rows were of held domains
+            mapping = (
+                mapping | {"eval": evaluated}
+                if left
+                else {k: v for k, v in mapping.items() if k not in {"eval", *OF_EVALUATION}}
+            )
         recipe = self._recipe(mapping)
         # A method without some of the regularisers may have nothing to build ahead, or to keep.
         regularisers = recipe.regularisers.values()

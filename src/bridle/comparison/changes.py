@@ -5,8 +5,8 @@ from typing import Any
 
 from bridle.comparison import knobs, rivals
 from bridle.comparison.knobs import base_name
-from bridle.recipes.run import SHAPES_NOTHING
-from bridle.utils.settings import different_keys
+from bridle.recipes.run import ORDERED, SHAPES_NOTHING
+from bridle.utils.settings import different_keys, reordered
 
 COMMON = ("model", "dtype", "corpus")
 """Sections of a recipe that all figures of a comparison must share."""
@@ -17,12 +17,15 @@ ASIDE = ("evaluation.examine", "evaluation.judge")
 
 _CONSTRAINED = ("constraints", "regularisers")
 _OF_R = ("auxiliary", "rounds", "rollouts_per_round", "rollout_batch_size")
+_OF_ROLLOUTS = ("prompt_tokens", "max_new_tokens", "truncated", "max_missing", "sampler", "entropy_floor")
+_OF_WARNINGS = ("calibration_bound", "clipped_bound", "empty_bound")
 _OF_TARGETS = ("target_cache", "target_tokens")
 
 UNSEEN: dict[str, tuple[str, ...]] = {
-    "filtration": (*_OF_R, *_OF_TARGETS),
+    "filtration": (*_OF_R, *_OF_ROLLOUTS, *_OF_WARNINGS, *_OF_TARGETS),
     **dict.fromkeys(
-        ("sft", *(name for name in rivals.METHODS if name != "dpo")), (*_CONSTRAINED, *_OF_R, *_OF_TARGETS)
+        ("sft", *(name for name in rivals.METHODS if name != "dpo")),
+        (*_CONSTRAINED, *_OF_R, *_OF_ROLLOUTS, *_OF_WARNINGS, *_OF_TARGETS),
     ),
     "sft-kl": (*_CONSTRAINED, *_OF_R),  # its retention has targets
 }
@@ -43,7 +46,26 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[st
         {**recipe, "methods": named | {name: value or {} for name, value in given.items()}}
         for recipe, given in zip((earlier, now), options, strict=True)
     )
-    return different_keys(one, other), bool(different_keys(_texts(one), _texts(other)))
+    return different_keys(one, other) + reordered(one, other, ORDERED), bool(different_keys(_texts(one), _texts(other)))
+
+
+def trains(key: str, *recipes: Mapping[str, Any], reads_all: bool = False) -> bool:
+    """Whether a key of the recipe is not that of a constraint which only measures.
+
+    Args:
+        key: dotted.
+        recipes: the earlier one and today's.
+        reads_all: constraints of `eval` may change a model, too.
+    """
+    if _section(key) != "constraints":
+        return True
+    used = {options.get("constraint") for recipe in recipes for options in (recipe.get("regularisers") or {}).values()}
+    if reads_all:
+        used |= {name for recipe in recipes for name in (recipe.get("eval") or {}).get("constraints") or []}
+    names = {name for recipe in recipes for name in recipe.get("constraints") or {}}
+    return key == "constraints" or any(
+        key == f"constraints.{name}" or key.startswith(f"constraints.{name}.") for name in used & names
+    )
 
 
 def affects_all(key: str) -> bool:

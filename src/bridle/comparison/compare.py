@@ -19,7 +19,7 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache
 
 from bridle.comparison.cell import CANDIDATE, NEEDS, RESULTS, Candidate, Cell, CellFiles, needs_in, reason_of
-from bridle.comparison.changes import affects, affects_all, affects_figures, changes
+from bridle.comparison.changes import affects, affects_all, affects_figures, changes, trains
 from bridle.comparison.knobs import base_name
 from bridle.comparison.measure import measure
 from bridle.comparison.methods import chosen, description, method_named, methods
@@ -96,6 +96,7 @@ class Comparison:
     show: Callable[[str], None] = field(default=lambda line: None)
     _failed: dict[CellFiles, str] = field(init=False, default_factory=dict)  # in this call: the reasons
     _changed: list[str] = field(init=False, default_factory=list)  # keys of the recipe, since an earlier call
+    _recipes: tuple[Mapping[str, Any], ...] = field(init=False, default=())  # the earlier call's, and this one's
     _ended: Ended | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -108,7 +109,8 @@ class Comparison:
         """Checks that `folder` holds this comparison, and adds its methods and seeds to the requested ones."""
         if not self.resume:
             raise UserError(f"{self.folder}: holds a comparison already; add --resume, or name another --output_dir")
-        self._changed, may_name_files = changes(read_yaml(path), without_token(self.recipe.resolved))
+        self._recipes = read_yaml(path), without_token(self.recipe.resolved)
+        self._changed, may_name_files = changes(*self._recipes)
         if others := [key for key in self._changed if affects_all(key)]:
             raise UserError(f"{path}: holds another recipe: {', '.join(others)} differ; name another --output_dir")
         check_inputs(
@@ -180,7 +182,8 @@ class Comparison:
         for name, folder in cells:
             # A run resumes from its checkpoint only with the recipe that it has written.
             reads_all = self.recipe.depends_on_evaluation or not (folder / CANDIDATE).exists()
-            if changed := [key for key in self._changed if affects(key, builds_on[folder], reads_all)]:
+            training = [key for key in self._changed if trains(key, *self._recipes, reads_all=reads_all)]
+            if changed := [key for key in training if affects(key, builds_on[folder], reads_all)]:
                 self.show(f"{name}, {folder.name}: is made again, as {', '.join(changed)} differ")
                 for file in (RESULTS, CANDIDATE):  # first, so that a half-removed cell does not look whole
                     (folder / file).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig
 
 from bridle.baselines.preference import Pair, prefer, preference_pairs
-from bridle.comparison.cell import Candidate, Cell, refuse_shares, used_constraints
+from bridle.comparison.cell import OF_EVALUATION, Candidate, Cell, refuse_shares, used_constraints
 from bridle.comparison.knobs import DPOOptions, options_of
 from bridle.constraints import AsyncScoring
 from bridle.data import Rollout, read_rollouts, write_rollouts
@@ -19,7 +19,6 @@ from bridle.recipes.run import build_trainer
 from bridle.training.config import ConstrainedConfig
 from bridle.training.guards import InterruptionGuard, warn
 from bridle.training.measures import check_scored
-from bridle.training.options import EVALUATION, NEEDED
 from bridle.training.rollouts import score_rollouts
 from bridle.training.trainer import ConstrainedTrainer
 from bridle.utils.files import read_json, read_rows, write_json
@@ -28,9 +27,6 @@ from bridle.utils.timing import timed
 ROLLOUTS, REPORT, METRICS = "rollouts.jsonl", "pairs.json", "metrics.jsonl"
 
 MOST_PASSES = 10  # over the pairs; more are reported
-
-NOT_SHARED = EVALUATION | {name for name, needed in NEEDED.items() if needed == "eval_strategy"}
-"""Options of training on which DPO does not depend."""
 
 
 def dpo(cell: Cell) -> Candidate:
@@ -129,7 +125,7 @@ def _check_enough(measured: dict[str, Any], config: DPOConfig) -> None:
 
 def _dpo_config(recipe: Recipe, settings: ConstrainedConfig, options: DPOOptions, updates: int) -> DPOConfig:
     """The recipe's options of training, for TRL's trainer of preferences."""
-    shared = {field.name for field in fields(TrainingArguments)} - NOT_SHARED
+    shared = {field.name for field in fields(TrainingArguments)} - OF_EVALUATION
     given = {key: value for key, value in recipe.training.items() if key in shared and "hub" not in key}
     own = {
         "output_dir": settings.output_dir,

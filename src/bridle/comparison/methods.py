@@ -73,7 +73,11 @@ def sft(cell: Cell) -> Candidate:
 
 
 def filtration(cell: Cell) -> Candidate:
-    """Fine-tuning on what is left of the corpus when the rows that violate are dropped."""
+    """Fine-tuning on what is left of the corpus when the rows that violate are dropped.
+
+    Raises:
+        UserError: no learnt domain has a constraint, so that no row would be dropped.
+    """
     refuse_shares(cell.recipe, "a share does not say which rows to drop")
     recipe = cell.learnt(regularisers={})
     rows, counts, seconds = recipe.read_corpus(), {}, dict[str, float]()
@@ -87,6 +91,8 @@ def filtration(cell: Cell) -> Candidate:
             constraint = constraints[0] if len(constraints) == 1 else AllOf(constraints)
             with timed(seconds, domain):
                 rows[domain], counts[domain] = compliant_rows(rows[domain], constraint, domain)
+    if not counts:
+        raise UserError("regularisers: no learnt domain has a constraint, and filtration would be sft; leave it out")
     write_json(cell.folder / "filtered.json", {domain: asdict(count) for domain, count in counts.items()})
     made = cell.train(recipe, rows)
     cost = {**made.cost, "seconds": made.cost["seconds"] + sum(seconds.values())}

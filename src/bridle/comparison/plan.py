@@ -280,13 +280,18 @@ def _prompt_set(defaults: Mapping[str, Any], name: str, options: Any, where: str
 
 
 def _constraints(recipe: Recipe, names: Any) -> tuple[dict[str, Constraint], list[str]]:
-    """The named constraints, or all, independent ones first; and the names of the others."""
+    """The named constraints, or all, independent ones first; and the names of the others.
+
+    Of the others the named ones keep their order; else those of the first regulariser lead.
+    """
     chosen = list(recipe.constraints) if names is None else validated(list[str], names, "evaluation.constraints")
     if names == []:
         raise UserError("evaluation.constraints: is empty; name one of the constraints, or leave it out for all")
     for name in chosen:
         known_name(name, recipe.constraints, "evaluation.constraints", "constraint")
     trained = [name for name in trained_on(recipe.resolved) if name in chosen]
+    if names is not None and set(trained) == set(chosen):
+        trained = chosen  # the one that leads is then the training oracle that is reported
     return {name: recipe.constraints[name] for name in [*(n for n in chosen if n not in trained), *trained]}, trained
 
 

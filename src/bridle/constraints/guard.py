@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM
 from bridle.constraints.base import Score
 from bridle.constraints.network import Network, without_surrogates
 from bridle.constraints.options import Probability, Text, checked
-from bridle.constraints.reading import Messages, Reads, as_lines
+from bridle.constraints.reading import Messages, Reads, as_lines, text_of
 from bridle.errors import UserError
 
 LEAST_MASS = 0.5
 """Of the next token, on the verdicts together; below it the guard would answer something else."""
+
+MARKS = "kettle", "umbrella"
+"""What a user and an assistant say in a conversation that shows how a template takes texts."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,8 @@ class Guard(Network):
         batch_size: most conversations in one forward pass; halved if memory runs out.
         device: e.g. "cpu" or "cuda:1"; a GPU by default if there is one.
         name: the folder by default.
-        reads: "chat" judges the completion as the assistant's answer to the prompt. What is not a chat, and a
+        reads: "chat" judges the completion as the assistant's answer to the prompt, without the turns of a system or a
+            tool, which no template takes. What is not a chat, and a
             completion without a prompt, is judged as a user's message.
         timeout: seconds for a batch, whose texts are missing after that.
 
@@ -106,11 +110,14 @@ class Guard(Network):
         self.family, self.guideline, self.threshold = family, guideline, threshold
         self.controversial = controversial or ("violates" if own.between else None)
         self.answer = own.answer if answer is None else answer
-        self._warned = False
+        self._warned = self._in_parts = False
 
     def _prepare(self, where: str, network: Any) -> None:
         if self._tokenizer.chat_template is None:
             raise UserError(f"{where}: has no chat template, by which a guard reads a conversation")
+        self._in_parts = not self._writes_all()
+        if self._in_parts and not self._writes_all():
+            raise UserError(f"{where}: its chat template leaves out what is said, as text and in parts")
         own = FAMILIES[self.family]
         verdicts = [own.violates, own.complies, *filter(None, [own.between])]
         written = self._prompt("a")
@@ -122,14 +129,22 @@ class Guard(Network):
         self._ends_with = own.violates, len(rows[0]) - same
         self._violating = [True, False, self.controversial == "violates"][: len(verdicts)]
 
+    def _writes_all(self) -> bool:
+        """Whether the template writes what both speakers say; some take it in parts alone, and write nothing else."""
+        roles = ("user", "assistant")
+        written = self._prompt([{"role": role, "content": said} for role, said in zip(roles, MARKS, strict=True)])
+        return all(said in written for said in MARKS)
+
     def _as_text(self, messages: Messages) -> str:
         return as_lines(messages)  # the template is the policy, into which they are written
 
     def _prompt(self, output: str | Messages) -> str:
         """Returns the conversation as the guard reads it, up to its verdict."""
-        messages = [{"role": "user", "content": output}] if isinstance(output, str) else output
+        messages = [{"role": "user", "content": output}] if isinstance(output, str) else _turns(output)
         if len(messages) == 1:  # templates take a user's turn first
             messages = [{**messages[0], "role": "user"}]
+        if self._in_parts:
+            messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
         own = FAMILIES[self.family]
         options = {"add_generation_prompt": True} if own.opens_answer else {}
         guideline = {"guideline": self.guideline} if own.has_guideline else {}
@@ -163,3 +178,12 @@ class Guard(Network):
 
     def _as_score(self, degree: float) -> Score:
         return Score(max(0.0, 1.0 - degree), not degree > self.threshold)
+
+
+def _turns(messages: Messages) -> Messages:
+    """The turns of user and assistant, those of one speaker in a row as one: a guard's template takes no others."""
+    said = [message for message in messages if message.get("role") in ("user", "assistant")]
+    speakers = groupby(said, key=lambda message: message["role"])
+    return [
+        {"role": role, "content": "\n\n".join(text_of(one.get("content")) for one in turns)} for role, turns in speakers
+    ]

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from bridle.constraints.classifier import Classifier
 from bridle.constraints.network import Columns, without_surrogates
-from bridle.constraints.options import Probability, Text, checked
+from bridle.constraints.options import Probability, Text, cause, checked
 from bridle.constraints.reading import Reads
 from bridle.errors import UserError
 from bridle.utils.files import read_json
@@ -113,13 +113,13 @@ def saved_pooling(where: str, model: str) -> str | None:
     Raises:
         UserError: they name another pooling, or layers after it.
     """
-    modules = _saved(model, "modules.json", list[dict[str, Any]]) or []
+    modules = _saved(where, model, "modules.json", list[dict[str, Any]]) or []
     kinds = {str(module.get("type")).rpartition(".")[2]: module for module in modules}
     if kinds.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise UserError(f"{where}: its embedding goes through further layers ({', '.join(kinds)}), which are not read")
     if "Pooling" not in kinds:
         return None
-    config = _saved(model, f"{kinds['Pooling'].get('path')}/config.json", dict[str, Any]) or {}
+    config = _saved(where, model, f"{kinds['Pooling'].get('path')}/config.json", dict[str, Any]) or {}
     flags = [key.removeprefix("pooling_mode_") for key, used in config.items() if used is True]
     modes = (
         [str(config["pooling_mode"])]
@@ -132,8 +132,11 @@ def saved_pooling(where: str, model: str) -> str | None:
     return known[0]
 
 
-def _saved(model: str, file: str, kind: type[Any]) -> Any:
-    """Returns the content of a JSON file beside a model; None if there is none."""
-    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(model, file, local_files_only=os.path.isdir(model), **missing)
+def _saved(where: str, model: str, file: str, kind: type[Any]) -> Any:
+    """Returns the content of a JSON file beside a model; None if there is none, which another pooling may depend on."""
+    is_local = os.path.isdir(model)
+    try:
+        path = cached_file(model, file, local_files_only=is_local, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise UserError(f"{where}: whether it has a {file} cannot be seen ({cause(error)}); set pooling") from error
     return None if path is None else read_json(path, kind)

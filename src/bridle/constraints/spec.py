@@ -91,7 +91,8 @@ def build_constraint(
 def trained_on(recipe: Mapping[str, Any]) -> list[str]:
     """The constraints of a recipe that are not independent, by name; the others judge without a share in training.
 
-    Of each regulariser its own, then those that share an oracle with it, as its part or with another threshold.
+    Of each regulariser its own, then those that share an oracle with it, as its part or with another threshold. Last
+    those by which `eval.best` chooses a checkpoint.
 
     Args:
         recipe: the mapping of its YAML file.
@@ -102,6 +103,8 @@ def trained_on(recipe: Mapping[str, Any]) -> list[str]:
     specs = as_mapping(recipe.get("constraints"), "constraints")
     regularisers = as_mapping(recipe.get("regularisers"), "regularisers")
     used = [as_mapping(options, f"regularisers.{name}").get("constraint") for name, options in regularisers.items()]
+    evaluated = as_mapping(recipe.get("eval"), "eval")
+    used += evaluated.get("constraints") or [] if evaluated.get("best") else []
     found = [str(name) for name in dict.fromkeys(used) if name in specs]
     alike: dict[str, None] = {}
     for own in found:

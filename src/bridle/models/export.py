@@ -14,7 +14,7 @@ from bridle.models.card import write_export_card
 from bridle.models.gguf import is_gguf
 from bridle.models.gguf_writer import check_writable, write_gguf
 from bridle.models.guidance import check_scale, load_guide
-from bridle.models.loading import check_model, load_model, load_tokenizer, merged, torch_dtype, untie
+from bridle.models.loading import check_model, end_token_ids, load_model, load_tokenizer, merged, torch_dtype, untie
 from bridle.utils.files import atomic_file, atomic_files, check_output
 
 
@@ -54,6 +54,7 @@ def export(
         fold(model, guide, guidance_scale)
     model = model.to(kept)
     _sample_from_all(model)
+    _stop_at_every_end(model, tokenizer)
     if not gguf:
         _save(model, tokenizer, out)
         scale = None if guide is None else guidance_scale
@@ -71,6 +72,12 @@ def _sample_from_all(model: PreTrainedModel) -> None:
         config.do_sample = True
     if config.do_sample and config.top_k is None:
         config.top_k = 0
+
+
+def _stop_at_every_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Servers then end a turn as Bridle does, where the chat template closes it by a token of its own."""
+    if ends := end_token_ids(model, tokenizer):
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 @torch.no_grad()
@@ -109,7 +116,9 @@ def convert_gguf(name: str, folder: Path, dtype: str = "float32") -> None:
         raise UserError(f"{name}: is not a GGUF file (NAME.gguf); transformers reads any other model as it is")
     _check_new(folder)
     model, tokenizer = _load(name, dtype)
-    _save(merged(model), tokenizer, folder)
+    model = merged(model)
+    _stop_at_every_end(model, tokenizer)
+    _save(model, tokenizer, folder)
 
 
 def _check_new(folder: Path) -> None:

@@ -190,6 +190,8 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     constraints = {}
     for name, spec in specs.items():
         with prefixed(f"constraints.{name}: "):
+            if isinstance(spec, Mapping) and spec.get("name", name) != name:
+                raise UserError("name: a recipe's constraint is called by its key; leave it out")
             constraints[name] = build_constraint(spec, name, variables)
     regularisers = {
         name: _regulariser(name, as_mapping(options, f"regularisers.{name}"), corpus, constraints)

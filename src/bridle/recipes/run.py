@@ -27,11 +27,13 @@ from bridle.utils.files import only_writer, read_json, read_rows, write_json, wr
 from bridle.utils.interruption import Interrupted
 from bridle.utils.oom import stopping_when_exhausted
 from bridle.utils.provenance import environment
-from bridle.utils.settings import different_keys, read_yaml
+from bridle.utils.settings import different_keys, read_yaml, reordered
 
 RECIPE_FILE = "recipe.yaml"
 SHAPES_NOTHING = ("push_to_hub", "hub_", "evaluation", "methods", "keep_last", "env")
 """Prefixes of the recipe's keys that may change before a run is resumed."""
+ORDERED = ("corpus", "regularisers")
+"""Sections whose order gives each part its random numbers, and says which regulariser is the first."""
 
 
 def train(
@@ -87,7 +89,8 @@ def _check_recipe(recipe: Recipe, folder: Path, resume: bool, accept_changes: bo
     """Refuses a folder that holds a run, unless it resumes the same run."""
     if not resume:
         raise UserError(f"{folder}: holds a run already; add --resume to resume it, or name another --output_dir")
-    found = different_keys(read_yaml(folder / RECIPE_FILE), without_token(recipe.resolved))
+    recipes = read_yaml(folder / RECIPE_FILE), without_token(recipe.resolved)
+    found = different_keys(*recipes) + reordered(*recipes, ORDERED)
     changed = [key for key in found if not key.startswith(SHAPES_NOTHING)]
     if changed and not accept_changes:
         raise UserError(

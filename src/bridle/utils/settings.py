@@ -148,6 +148,12 @@ def different_keys(one: Mapping[str, Any], other: Mapping[str, Any], above: str 
     return found
 
 
+def reordered(one: Mapping[str, Any], other: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Returns those of the keys whose mappings have the same keys in another order."""
+    orders = {key: [[*(mapping.get(key) or {})] for mapping in (one, other)] for key in keys}
+    return [key for key, (mine, theirs) in orders.items() if mine != theirs and sorted(mine) == sorted(theirs)]
+
+
 # ---------------------------------------------------------------------- YAML
 
 
