@@ -368,7 +368,7 @@ def test_held_rows_of_held_domains_alone_are_no_evaluation_of_other_methods(comp
     second = list(given["corpus"])[-1]
     given["corpus"][second] |= {"learn": False}
     given["regularisers"] = {second: {"constraint": "retention", "weight": 1.0}, **given["regularisers"]}
-    given["eval"] = {"corpus": {second: given["corpus"][second]["path"]}}
+    given["eval"] = {"corpus": {second: {"path": given["corpus"][second]["path"]}}}
     cell = Cell("sft", build_recipe(given), 0, tmp_path, None)
     assert cell.variant().eval is not None
     assert cell.learnt(regularisers={}).eval is None
