@@ -70,9 +70,7 @@ class TestPrompts:
     @KINDS
     def test_an_output_of_the_corpus_ends_with_its_turn(self, folder, kind):
         model, tokenizer = load_model(str(folder(kind))), load_tokenizer(str(folder(kind)))
-        config = SimpleNamespace(
-            prompt_tokens=(1, 1), max_new_tokens=40, max_length=None, auxiliary=AuxiliaryOptions(corpus_outputs=16)
-        )
+        config = SimpleNamespace(prompt_tokens=(1, 1), max_new_tokens=40, auxiliary=AuxiliaryOptions(corpus_outputs=16))
         rows = {"chats": Dataset.from_dict({"messages": CHATS})}
         held = SimpleNamespace(name="chats", model=model, tokenizer=tokenizer, corpus=rows, config=config)
         held.constraint, held.seed, held.has_begun, held.is_fitted = NO_E, lambda purpose: 0, False, False
@@ -101,27 +99,18 @@ class TestPrompts:
 
     def test_a_domain_of_chats_without_an_answer_is_named(self, folder):
         model, tokenizer = load_model(str(folder("qwen3"))), load_tokenizer(str(folder("qwen3")))
-        config = SimpleNamespace(prompt_tokens=(1, 1), max_new_tokens=8, max_length=None)
+        config = SimpleNamespace(prompt_tokens=(1, 1), max_new_tokens=8)
         asked = Dataset.from_dict({"messages": [chat[:2] for chat in CHATS]})
         held = SimpleNamespace(model=model, tokenizer=tokenizer, corpus={"asked": asked}, config=config, seed=len)
         with pytest.raises(UserError, match=r"^asked: no chat has a turn of the assistant after .*; add answers, or"):
             prompts_of_corpus(held, 2, "prompts")
-
-    def test_prompts_are_cut_at_max_length_as_rows_are(self, folder):
-        model, tokenizer = load_model(str(folder("qwen3"))), load_tokenizer(str(folder("qwen3")))
-        config = SimpleNamespace(prompt_tokens=(1, 1), max_new_tokens=8, max_length=None)
-        rows = {"chats": Dataset.from_dict({"messages": CHATS})}
-        held = SimpleNamespace(model=model, tokenizer=tokenizer, corpus=rows, config=config, seed=len)
-        longest = max(len(prompt.ids) for prompt in prompts_of_corpus(held, 16, "prompts"))
-        config.max_length = longest - 1
-        assert max(len(prompt.ids) for prompt in prompts_of_corpus(held, 16, "prompts")) < longest
 
     def test_tools_and_options_of_the_template_pass_through(self, tmp_path):
         tokenizer = chat_tokenizer(TEMPLATES["qwen3"][0])
         tools = [{"type": "function", "function": {"name": "boil", "parameters": {}}}]
         row = {"messages": CHATS[0], "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
         rows = DataSource(str(write_rows(tmp_path / "chats.jsonl", [row, {"messages": CHATS[1]}]))).read()
-        learnt = tokenize_domain(rows, tokenizer, max_length=None)
+        learnt = tokenize_domain(rows, tokenizer)
         assert "boil" in tokenizer.decode(learnt[0]["input_ids"])
         assert "boil" not in tokenizer.decode(learnt[1]["input_ids"])
         texts = {prompt.row: tokenizer.decode(prompt.ids) for prompt in drawn_from(rows, tokenizer)}
@@ -130,7 +119,7 @@ class TestPrompts:
         assert "boil" not in texts[2]
         assert texts[2].endswith("assistant\n")
         with pytest.raises(UserError, match="row 1: column 'tools' holds no list"):
-            tokenize_domain(Dataset.from_list([{"messages": CHATS[0], "tools": "boil"}]), tokenizer, max_length=None)
+            tokenize_domain(Dataset.from_list([{"messages": CHATS[0], "tools": "boil"}]), tokenizer)
 
     def test_prompts_of_an_evaluation_are_the_turns_before_the_last_answer(self, tmp_path):
         tokenizer = chat_tokenizer(TEMPLATES["gemma3"][0])

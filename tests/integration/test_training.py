@@ -322,7 +322,8 @@ class TestRegularisers:
         records = [record for record in trainer.state.log_history if "loss" in record]
         for record in records:
             share = 1 - record.get("kl_unreached/all", 0)
-            assert record["loss"] - record["ce"] == pytest.approx(1000 * share * record["kl/all"], rel=1e-3)
+            kl = 1000 * share * record["kl/all"]
+            assert record["loss"] - record["ce"] == pytest.approx(kl, rel=1e-3, abs=1e-6)  # of two float32 near 3
         assert max(record["kl/all"] for record in records) > 1e-6
 
     def test_where_no_rollout_can_be_the_kl_is_left_out_and_counted(self, tiny_folder, tmp_path, caplog):

@@ -109,9 +109,9 @@ def test_no_file_of_a_comparison_holds_a_variables_value(written, bridle, tmp_pa
     score = server.answer
     server.answer = lambda request: completion('{"winner": "A"}') if "messages" in request else score(request)
     evaluation = {
-        "prompts": {"rude": {"path": "${DATA_DIR}/rude.jsonl", "rows": "0:4", "prompt_tokens": 2}},
+        "prompts": {"rude": {"path": "${DATA_DIR}/rude.jsonl", "rows": "0:12", "prompt_tokens": 2}},
         "perplexity": {"plain": {"path": "${DATA_DIR}/plain.jsonl", "rows": "0:4"}},
-        "judge": {"model": "${SCORER_NAME}", "url": server.url, "api_key_env": "SCORER_KEY", "prompts": 2},
+        "judge": {"model": "${SCORER_NAME}", "url": server.url, "api_key_env": "SCORER_KEY", "prompts": 12},
         "samples": 1,
     }
     written.write_text(yaml.safe_dump(yaml.safe_load(written.read_text()) | {"evaluation": evaluation}))
@@ -128,7 +128,8 @@ def test_no_file_of_a_comparison_holds_a_variables_value(written, bridle, tmp_pa
     assert results["methods"]["telling"]["seeds"]["0"]["reason"] == "RuntimeError: no ${PROMPT_WORD} here"
     assert results["settings"] == evaluation | {"reads": {"mild": "completion"}}
     assert results["win_rate"]["judge"] == "${SCORER_NAME}"
-    assert server.bodies[-1]["model"] == os.environ["SCORER_NAME"]
+    judged = [body for body in server.bodies if "messages" in body]  # the others score
+    assert judged[-1]["model"] == os.environ["SCORER_NAME"]
     assert json.loads((folder / "base" / "seed-0" / "candidate.json").read_text())["model"] == "${MODEL_DIR}"
     (folder / "base" / "seed-0" / "results.json").unlink()
     code, _, err = bridle(*asked, "--resume")

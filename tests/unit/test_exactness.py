@@ -107,7 +107,7 @@ def fitted(world):
 
 
 def fitted_on(
-    world: World, rollouts: list[Rollout], epochs: int = 100, learning_rate: float = 6e-3, form: str = "sigmoid"
+    world: World, rollouts: list[Rollout], epochs: int = 200, learning_rate: float = 6e-3, form: str = "sigmoid"
 ):
     torch.manual_seed(0)
     auxiliary = new_auxiliary(world.model, depth=2, expansion=4, form=form)

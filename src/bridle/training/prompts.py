@@ -36,7 +36,6 @@ def prompts_of_corpus(regulariser: StatefulRegulariser, count: int, purpose: str
         purpose: names the seed that chooses rows and lengths.
     """
     model, tokenizer, config = regulariser.model, regulariser.tokenizer, regulariser.config
-    room = [most for most in (prompt_room(model, config.max_new_tokens), config.max_length) if most is not None]
     by_domain = []
     for name, rows in regulariser.corpus.items():
         with prefixed(f"{name}: "):
@@ -48,7 +47,7 @@ def prompts_of_corpus(regulariser: StatefulRegulariser, count: int, purpose: str
                 tokenizer=tokenizer,
                 end_tokens=end_token_ids(model, tokenizer),
                 end_of_turn=end_of_turn(tokenizer),
-                max_prompt_tokens=min(room, default=None),
+                max_prompt_tokens=prompt_room(model, config.max_new_tokens),
             )
         by_domain.append(drawn)
     in_turn = [prompt for prompts in zip(*by_domain, strict=True) for prompt in prompts]
