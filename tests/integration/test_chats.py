@@ -110,7 +110,7 @@ class TestPrompts:
         tools = [{"type": "function", "function": {"name": "boil", "parameters": {}}}]
         row = {"messages": CHATS[0], "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
         rows = DataSource(str(write_rows(tmp_path / "chats.jsonl", [row, {"messages": CHATS[1]}]))).read()
-        learnt = tokenize_domain(rows, tokenizer)
+        learnt = tokenize_domain(rows, tokenizer, max_length=None)
         assert "boil" in tokenizer.decode(learnt[0]["input_ids"])
         assert "boil" not in tokenizer.decode(learnt[1]["input_ids"])
         texts = {prompt.row: tokenizer.decode(prompt.ids) for prompt in drawn_from(rows, tokenizer)}
@@ -119,7 +119,7 @@ class TestPrompts:
         assert "boil" not in texts[2]
         assert texts[2].endswith("assistant\n")
         with pytest.raises(UserError, match="row 1: column 'tools' holds no list"):
-            tokenize_domain(Dataset.from_list([{"messages": CHATS[0], "tools": "boil"}]), tokenizer)
+            tokenize_domain(Dataset.from_list([{"messages": CHATS[0], "tools": "boil"}]), tokenizer, max_length=None)
 
     def test_prompts_of_an_evaluation_are_the_turns_before_the_last_answer(self, tmp_path):
         tokenizer = chat_tokenizer(TEMPLATES["gemma3"][0])
