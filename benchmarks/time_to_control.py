@@ -190,7 +190,7 @@ def _seconds(run: dict[str, Any]) -> float:
     return float((run["reached"] or run["curve"][-1])["seconds"])
 
 
-def _told(ratio: Figures) -> str:
+def _ratio_cell(ratio: Figures) -> str:
     bounds = (f"{ratio[kind]:g} {kind.replace('_', ' ')}" for kind in ("at_least", "at_most") if ratio[kind])
     return "; ".join([cell(ratio), *bounds])
 
@@ -201,7 +201,7 @@ def table(results: dict[str, Any]) -> str:
         reached = [run["reached"] for run in runs if run["reached"]]
         medians = [f"{median(reached, key):.1f}" if reached else "" for key in KEYS]
         ratio = results["over_constrained"].get(f"{method}_over_constrained")
-        rows.append([method, f"{len(reached)} of {len(runs)}", *medians, _told(ratio) if ratio else ""])
+        rows.append([method, f"{len(reached)} of {len(runs)}", *medians, _ratio_cell(ratio) if ratio else ""])
     return markdown(["method", "reached", *KEYS, "seconds over constrained"], rows)
 
 

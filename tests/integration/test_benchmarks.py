@@ -185,7 +185,7 @@ class TestTimeToControl:
                 benchmark("time_to_control", "--recipe", path, *wrong)
 
     def test_a_run_that_does_not_arrive_is_a_bound(self):
-        from time_to_control import _ratios, _told
+        from time_to_control import _ratio_cell, _ratios
 
         def ends(seconds, reached=True):
             measured = {"seconds": seconds, "updates": 4}
@@ -194,7 +194,7 @@ class TestTimeToControl:
         ours = [ends(10), ends(20), ends(30), ends(40, reached=False)]
         found = _ratios([ends(30), ends(90, reached=False), ends(60), ends(80, reached=False)], ours)
         assert found == {"median": 3, "low": 2, "high": 4.5, "at_least": 1, "at_most": 0}
-        assert _told(found) == "3.00 (2.00 to 4.50); 1 at least"
+        assert _ratio_cell(found) == "3.00 (2.00 to 4.50); 1 at least"
         assert _ratios([ends(80)], ours[3:])["at_most"] == 1
         assert _ratios([ends(80, reached=False)], ours[3:]) is None
 

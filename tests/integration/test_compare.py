@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from bridle.comparison import methods as built_in
 from bridle.comparison.cell import Cell
-from bridle.comparison.changes import affects, affects_figures, changes, trains
+from bridle.comparison.changes import affects, affects_figures, changes, only_measures
 from bridle.comparison.compare import Comparison
 from bridle.comparison.methods import Candidate
 from bridle.comparison.plan import evaluation_of
@@ -327,13 +327,15 @@ def test_a_constraint_that_only_measures_makes_nothing_again(comparison):
     judge = {"judge.v1": {"type": "words", "words": ["noodlepate"]}}
     now = given | {"constraints": {**given["constraints"], **judge}}
     assert changes(given, now)[0] == ["constraints.judge.v1"]
-    assert not trains("constraints.judge.v1", given, now)
-    assert trains("constraints.no p.pattern", given, now)
-    assert trains("constraints", given, now)
-    assert trains("learning_rate", given, now)
+    assert only_measures("constraints.judge.v1", given, now)
+    assert not only_measures("constraints.no p.pattern", given, now)
+    assert not only_measures("constraints", given, now)
+    assert not only_measures("learning_rate", given, now)
     chosen_by = now | {"eval": {"constraints": ["judge.v1"]}}
-    assert not trains("constraints.judge.v1.words", given, chosen_by)
-    assert trains("constraints.judge.v1.words", given, chosen_by, reads_all=True)
+    assert only_measures("constraints.judge.v1.words", given, chosen_by)
+    assert not only_measures("constraints.judge.v1.words", given, chosen_by, reads_all=True)
+    unknown = now | {"regularisers": {"rude": {"constraint": "${POLICY}"}}}
+    assert not only_measures("constraints.judge.v1", unknown, unknown), "it may be the one"
     assert affects_figures("constraints.judge.v1")
 
 

@@ -77,13 +77,9 @@ class Cell:
         """The recipe with this cell's seed and some changed keys; nothing is pushed."""
         mapping = {**self.recipe.resolved, "seed": self.seed, "push_to_hub": False, **changes}
         if evaluated := mapping.get("eval"):
-            evaluated = self._evaluated(evaluated, mapping["corpus"])
-            left = bool(evaluated["corpus"] or evaluated.get("share"))  # else all held-out rows were of held domains
-            mapping = (
-                mapping | {"eval": evaluated}
-                if left
-                else {k: v for k, v in mapping.items() if k not in {"eval", *OF_EVALUATION}}
-            )
+            mapping["eval"] = evaluated = self._evaluated(evaluated, mapping["corpus"])
+            if not evaluated["corpus"] and not evaluated.get("share"):  # all held-out rows were of held domains
+                mapping = {key: value for key, value in mapping.items() if key not in {"eval", *OF_EVALUATION}}
         recipe = self._recipe(mapping)
         # A method without some of the regularisers may have nothing to build ahead, or to keep.
         regularisers = recipe.regularisers.values()

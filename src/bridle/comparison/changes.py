@@ -5,6 +5,7 @@ from typing import Any
 
 from bridle.comparison import knobs, rivals
 from bridle.comparison.knobs import base_name
+from bridle.constraints.spec import RETENTION
 from bridle.recipes.run import ORDERED, SHAPES_NOTHING
 from bridle.utils.settings import different_keys, reordered
 
@@ -49,23 +50,23 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[st
     return different_keys(one, other) + reordered(one, other, ORDERED), bool(different_keys(_texts(one), _texts(other)))
 
 
-def trains(key: str, *recipes: Mapping[str, Any], reads_all: bool = False) -> bool:
-    """Whether a key of the recipe is not that of a constraint which only measures.
+def only_measures(key: str, *recipes: Mapping[str, Any], reads_all: bool = False) -> bool:
+    """Whether a key is that of a constraint which no training reads.
 
     Args:
-        key: dotted.
+        key: dotted, of the recipe.
         recipes: the earlier one and today's.
         reads_all: constraints of `eval` may change a model, too.
     """
     if _section(key) != "constraints":
-        return True
-    used = {options.get("constraint") for recipe in recipes for options in (recipe.get("regularisers") or {}).values()}
+        return False
+    read = {one.get("constraint") for recipe in recipes for one in (recipe.get("regularisers") or {}).values()}
     if reads_all:
-        used |= {name for recipe in recipes for name in (recipe.get("eval") or {}).get("constraints") or []}
+        read |= {name for recipe in recipes for name in (recipe.get("eval") or {}).get("constraints") or []}
     names = {name for recipe in recipes for name in recipe.get("constraints") or {}}
-    return key == "constraints" or any(
-        key == f"constraints.{name}" or key.startswith(f"constraints.{name}.") for name in used & names
-    )
+    if key == "constraints" or not read <= names | {RETENTION}:
+        return False  # all of them, or one is named by an environment variable
+    return not any(f"{key}.".startswith(f"constraints.{name}.") for name in read)
 
 
 def affects_all(key: str) -> bool:

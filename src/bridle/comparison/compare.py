@@ -19,7 +19,7 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache
 
 from bridle.comparison.cell import CANDIDATE, NEEDS, RESULTS, Candidate, Cell, CellFiles, needs_in, reason_of
-from bridle.comparison.changes import affects, affects_all, affects_figures, changes, trains
+from bridle.comparison.changes import affects, affects_all, affects_figures, changes, only_measures
 from bridle.comparison.knobs import base_name
 from bridle.comparison.measure import measure
 from bridle.comparison.methods import chosen, description, method_named, methods
@@ -182,8 +182,8 @@ class Comparison:
         for name, folder in cells:
             # A run resumes from its checkpoint only with the recipe that it has written.
             reads_all = self.recipe.depends_on_evaluation or not (folder / CANDIDATE).exists()
-            training = [key for key in self._changed if trains(key, *self._recipes, reads_all=reads_all)]
-            if changed := [key for key in training if affects(key, builds_on[folder], reads_all)]:
+            changed = [key for key in self._changed if affects(key, builds_on[folder], reads_all)]
+            if changed := [key for key in changed if not only_measures(key, *self._recipes, reads_all=reads_all)]:
                 self.show(f"{name}, {folder.name}: is made again, as {', '.join(changed)} differ")
                 for file in (RESULTS, CANDIDATE):  # first, so that a half-removed cell does not look whole
                     (folder / file).unlink(missing_ok=True)

@@ -70,9 +70,8 @@ class Guard(Network):
         batch_size: most conversations in one forward pass; halved if memory runs out.
         device: e.g. "cpu" or "cuda:1"; a GPU by default if there is one.
         name: the folder by default.
-        reads: "chat" judges the completion as the assistant's answer to the prompt, without the turns of a system or a
-            tool, which no template takes. What is not a chat, and a
-            completion without a prompt, is judged as a user's message.
+        reads: "chat" judges the completion as the assistant's answer to the prompt; turns of a system or a tool are
+            left out. What is not a chat, and a completion without a prompt, is judged as a user's message.
         timeout: seconds for a batch, whose texts are missing after that.
 
     Raises:
@@ -130,7 +129,7 @@ class Guard(Network):
         self._violating = [True, False, self.controversial == "violates"][: len(verdicts)]
 
     def _writes_all(self) -> bool:
-        """Whether the template writes what both speakers say; some take it in parts alone, and write nothing else."""
+        """Whether the template writes what both speakers say. Some write nothing of a text, and take it in parts."""
         roles = ("user", "assistant")
         written = self._prompt([{"role": role, "content": said} for role, said in zip(roles, MARKS, strict=True)])
         return all(said in written for said in MARKS)
@@ -181,7 +180,7 @@ class Guard(Network):
 
 
 def _turns(messages: Messages) -> Messages:
-    """The turns of user and assistant, those of one speaker in a row as one: a guard's template takes no others."""
+    """The turns of user and assistant, which alternate in a guard's template: several in a row become one."""
     said = [message for message in messages if message.get("role") in ("user", "assistant")]
     speakers = groupby(said, key=lambda message: message["role"])
     return [

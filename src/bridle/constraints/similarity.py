@@ -133,7 +133,11 @@ def saved_pooling(where: str, model: str) -> str | None:
 
 
 def _saved(where: str, model: str, file: str, kind: type[Any]) -> Any:
-    """Returns the content of a JSON file beside a model; None if there is none, which another pooling may depend on."""
+    """Returns the content of a JSON file beside a model; None if there is none.
+
+    Raises:
+        UserError: without a network it is not known whether there is one.
+    """
     is_local = os.path.isdir(model)
     try:
         path = cached_file(model, file, local_files_only=is_local, _raise_exceptions_for_missing_entries=False)
