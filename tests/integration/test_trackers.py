@@ -45,8 +45,9 @@ def tensorboard(folder):
 
 def mlflow(folder):
     """What MLflow has, which keeps options as text."""
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient, flush_async_logging
 
+    flush_async_logging()
     client = MlflowClient(f"file:{folder}/mlruns")
     (run,) = client.search_runs(["0"])
     assert run.info.run_name == "first"
@@ -171,6 +172,19 @@ def test_trackers(tracker, kept, tiny_folder, tmp_path, monkeypatch, caplog):
         drawn = read_rollouts(tmp_path / "run" / "rollouts" / f"round-{one['round'][0]}.rude.jsonl")
         assert one["completion"] == [rollout.completion for rollout in drawn]
         assert one["complies"] == [rollout.complies for rollout in drawn]
+
+
+def test_a_slow_disk_under_mlflow(tiny_folder, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    from mlflow.store.tracking import file_store
+
+    def append_to(path, text):
+        with open(path, "a") as file:  # other threads see an empty file
+            time.sleep(0.01)
+            file.write(text)
+
+    monkeypatch.setattr(file_store, "append_to", append_to)
+    test_trackers("mlflow", mlflow, tiny_folder, tmp_path, monkeypatch, caplog)
 
 
 @pytest.mark.parametrize(("tracker", "hint"), [("wandb", "or set WANDB_MODE=offline"), ("trackio", "leave it out")])

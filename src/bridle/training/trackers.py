@@ -94,6 +94,7 @@ def _to_trackio(callback: Any, path: Path, columns: Columns, step: int) -> None:
 
 
 def _to_mlflow(callback: Any, path: Path, columns: Columns, step: int) -> None:
+    callback._ml_flow.flush_async_logging()  # `log_table` reads the run, which a folder may hold half written
     callback._ml_flow.log_table(columns, artifact_file=f"rollouts/{path.stem}.json")
 
 
